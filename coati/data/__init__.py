@@ -1,0 +1,44 @@
+"""From files of dialogues to batches: formats, chat templates and masks, tokenising, collating, sampling."""
+
+from coati.data.collate import (
+    PreferenceBatch,
+    PromptBatch,
+    SFTBatch,
+    collate_preference,
+    collate_prompts,
+    collate_sft,
+)
+from coati.data.config import DataConfig
+from coati.data.dataset import TokenisedDataset, build_dataset
+from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, parse_record
+from coati.data.report import ValidationReport
+from coati.data.sampling import BatchSampler, deal
+from coati.data.sources import load_rows
+from coati.data.templates import prepare_tokenizer
+from coati.data.tokenise import PreferenceSample, PromptSample, TokenSequence, TooLong, tokenise
+
+__all__ = [
+    "BatchSampler",
+    "DataConfig",
+    "PreferenceBatch",
+    "PreferenceRecord",
+    "PreferenceSample",
+    "PromptBatch",
+    "PromptRecord",
+    "PromptSample",
+    "SFTBatch",
+    "SFTRecord",
+    "TokenSequence",
+    "TokenisedDataset",
+    "TooLong",
+    "ValidationReport",
+    "build_dataset",
+    "collate_preference",
+    "collate_prompts",
+    "collate_sft",
+    "deal",
+    "load_rows",
+    "parse_record",
+    "prepare_tokenizer",
+    "tokenise",
+]

@@ -1,0 +1,74 @@
+"""The settings of everything in `coati.data`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from coati.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Which rows to read and how to turn them into tokens (parsable by `transformers.HfArgumentParser`).
+
+    Raises `UserError` when a length is not positive or the weights do not fit the sources.
+    """
+
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files (.jsonl, .json, .parquet) or `datasets` names (org/name/config:split)."},
+    )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One weight a source: 2.0 is seen twice an epoch, 0.5 a random half each epoch."},
+    )
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest SFT or preference row, in tokens, answer and EOS included."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt row, in tokens."})
+    too_long: Literal["drop", "truncate_prompt"] = field(
+        default="drop",
+        metadata={"help": "What to do with a longer row: drop it, or cut the prompt's left end."},
+    )
+    bad_rows: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "What to do about rows that do not parse: stop, or drop and count."},
+    )
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "SFT learns every assistant turn of a dialogue, or the last only."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A jinja file to use instead of the tokenizer's own chat template."}
+    )
+    eos_token: str | None = field(
+        default=None,
+        metadata={"help": "The token that ends an answer, when it is not the tokenizer's own EOS token."},
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where tokenised data is kept (default ~/.cache/coati)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_prompt_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; give a positive number of tokens.")
+        check_weights(self.train_weights, self.train_data, "--train_weights", "--train_data")
+
+
+def check_weights(
+    weights: list[float] | None, sources: list[str], weights_name: str, sources_name: str
+) -> None:
+    """Raise `UserError` unless there is one finite weight >= 0 a source and some weight is above 0."""
+    if weights is None:
+        return
+    if len(weights) != len(sources):
+        raise UserError(
+            f"{weights_name} has {len(weights)} values for {len(sources)} {sources_name}; give one a source."
+        )
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise UserError(f"{weights_name} is {weights}; give finite values of 0 or more, not all 0.")

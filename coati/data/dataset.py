@@ -1,0 +1,214 @@
+"""Tokenised data sets: built once, kept as memory-mapped arrow files, with a report on the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coati.data.config import DataConfig, check_weights
+from coati.data.records import Kind, parse_record
+from coati.data.report import ValidationReport
+from coati.data.sources import fingerprint, load_rows
+from coati.data.tokenise import PreferenceSample, PromptSample, Sample, TokenSequence, TooLong, tokenise_many
+from coati.errors import UserError
+
+# Count up whenever the same rows and settings give other tokens or other files.
+FORMAT_VERSION = 1
+CHUNK = 256
+
+
+class TokenisedDataset:
+    """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
+
+    `weights_per_row` (float `[rows]`, or None) is what `BatchSampler` takes.
+    """
+
+    def __init__(self, folder: Path, weights: list[float] | None) -> None:
+        import datasets
+
+        self._table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+        self.report = ValidationReport.from_dict(
+            json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        )
+        self.lengths = np.asarray(self._table.data.column("length"), dtype=np.int64)
+        self.source_of_row = np.asarray(self._table.data.column("source"), dtype=np.int64)
+        self.weights_per_row = (
+            None if weights is None else np.asarray(weights, dtype=float)[self.source_of_row]
+        )
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Sample:
+        return _from_row(self._table[int(row)])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[row] for row in range(len(self)))
+
+
+def build_dataset(
+    sources: list[str], kind: Kind, tokenizer, config: DataConfig, weights: list[float] | None = None
+) -> TokenisedDataset:
+    """Read, check and tokenise `sources`, or open the cached result of the same rows, tokenizer and settings.
+
+    `tokenizer` went through `prepare_tokenizer`; `weights` are one a source. Processes that build the same
+    data at the same time wait for the first.
+
+    Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", and when no
+    sample is left.
+    """
+    from filelock import FileLock
+
+    if not sources:
+        raise UserError(f"No {kind} data is named; give at least one file with --train_data or --eval_data.")
+    check_weights(weights, sources, "The list of data weights", "the list of sources")
+    cache = Path(config.cache_dir or "~/.cache/coati").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir."
+        ) from None
+    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
+    if not folder.exists():
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _build(folder, sources, kind, tokenizer, config)
+    data = TokenisedDataset(folder, weights)
+    _raise_on_problems(data, config)
+    return data
+
+
+def _raise_on_problems(data: TokenisedDataset, config: DataConfig) -> None:
+    report = data.report
+    if report.bad_rows and config.bad_rows == "error":
+        raise UserError(f"{report.first_line()}; correct the data or drop such rows with --bad_rows drop.")
+    if len(data) == 0:
+        sources = ", ".join(report.rows)
+        found = f": {report.first_line()}" if report.problems else ""
+        raise UserError(f"No usable rows in {sources}{found}; check the data's format and length limits.")
+
+
+def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
+    """A hash of all that the tokenised rows and the report depend on."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
+    backend.pop("padding", None), backend.pop("truncation", None)
+    settings = {k: getattr(config, k) for k in ("max_length", "max_prompt_length", "too_long", "train_on")}
+    parts = [
+        FORMAT_VERSION,
+        kind,
+        settings,
+        [(source, fingerprint(source)) for source in sources],
+        [
+            backend,
+            tokenizer.get_chat_template(),
+            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        ],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> None:
+    """Write the samples and the report aside, then rename them to `folder`."""
+    from datasets.arrow_writer import ArrowWriter
+
+    # Only the holder of the lock comes here, so what lies there is from a process that died.
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        report = ValidationReport()
+        with ArrowWriter(features=_features(), path=str(aside / "rows.arrow")) as writer:
+            for row in _samples(sources, kind, tokenizer, config, report):
+                writer.write(row)
+            writer.finalize()
+        (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _samples(
+    sources: list[str], kind: Kind, tokenizer, config: DataConfig, report: ValidationReport
+) -> Iterator[dict[str, Any]]:
+    """The kept samples as table rows; every other row is counted in `report`."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}: {task.completed} rows"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for index, source in enumerate(sources):
+            report.rows.setdefault(source, 0)
+            report.samples.setdefault(source, 0)
+            task = progress.add_task(f"Tokenising {source}", total=None)
+            chunk: list[tuple[int, Any]] = []
+            for line, record in _records(source, kind, report):
+                chunk.append((line, record))
+                if len(chunk) == CHUNK:
+                    yield from _tokenised(chunk, source, index, tokenizer, config, report)
+                    chunk = []
+                    progress.update(task, completed=report.rows[source])
+            yield from _tokenised(chunk, source, index, tokenizer, config, report)
+
+
+def _records(source: str, kind: Kind, report: ValidationReport) -> Iterator[tuple[int, Any]]:
+    for line, row in load_rows(source):
+        report.rows[source] += 1
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            records = parse_record(row, kind)
+        except ValueError as error:
+            report.drop(source, line, str(error), bad=True)
+            continue
+        yield from ((line, record) for record in records)
+
+
+def _tokenised(
+    chunk, source: str, index: int, tokenizer, config: DataConfig, report
+) -> Iterator[dict[str, Any]]:
+    empty = dict.fromkeys(_features())
+    results = tokenise_many([record for _, record in chunk], tokenizer, config)
+    for (line, _), sample in zip(chunk, results, strict=True):
+        if isinstance(sample, ValueError):
+            report.drop(source, line, str(sample), bad=not isinstance(sample, TooLong))
+        else:
+            report.samples[source] += 1
+            yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
+
+
+def _features():
+    """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds."""
+    from datasets import Features, List, Value
+
+    numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
+    sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
+    # Columns differ from row to row and source to source, so they are kept as JSON.
+    return Features({**numbers, **sequences, "text": Value("large_string"), "columns": Value("large_string")})
+
+
+def _to_row(sample: Sample) -> dict[str, Any]:
+    if isinstance(sample, PromptSample):
+        columns = json.dumps(sample.columns, default=str)
+        return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
+    sides = [sample.chosen, sample.rejected] if isinstance(sample, PreferenceSample) else [sample]
+    margin = sample.margin if isinstance(sample, PreferenceSample) else None
+    ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
+    return {"input_ids": ids, "loss_masks": masks, "margin": margin}
+
+
+def _from_row(row: dict[str, Any]) -> Sample:
+    if row["columns"] is not None:
+        return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
+    sides = [TokenSequence(*side) for side in zip(row["input_ids"], row["loss_masks"], strict=True)]
+    return sides[0] if len(sides) == 1 else PreferenceSample(*sides, row["margin"])

@@ -1,0 +1,135 @@
+"""Which rows make up which batch: shuffled, weighted, bucketed by length, the same for any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from coati.errors import UserError
+
+
+class BatchSampler:
+    """An endless stream of global batches; batch `k` is a pure function of the arguments and `k`.
+
+    Every epoch is a fresh permutation of the rows. Epochs are laid end to end and the stream is cut into
+    batches, so no row is lost and no batch is short: the batch on an epoch's end takes its last rows from the
+    next epoch. The batches that start in one epoch are taken in windows of `bucket_batches`: a window's rows
+    are sorted by length (ties at random), cut into batches, and the batches shuffled.
+
+    Args:
+        lengths: tokens of each row, `[rows]`.
+        batch_size: rows of a global batch, over all ranks and micro-batches.
+        weights_per_row: how often a row is seen in an epoch, `[rows]`. 2.0: twice. 0.5: rows of that weight
+            take turns, a random half each epoch and the other half in the next.
+        bucket_batches: window size; 1 turns sorting by length off.
+        shuffle: False gives the rows in order, without bucketing.
+
+    Raises `UserError` when there are no rows, or nothing with a weight above 0.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        weights_per_row: Sequence[float] | None = None,
+        bucket_batches: int = 50,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1 or bucket_batches < 1:
+            raise UserError(f"batch_size {batch_size} and bucket_batches {bucket_batches} must be 1 or more.")
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed, self.bucket_batches, self.shuffle = (
+            batch_size,
+            seed,
+            bucket_batches,
+            shuffle,
+        )
+        weights = (
+            np.ones(len(self.lengths)) if weights_per_row is None else np.asarray(weights_per_row, float)
+        )
+        if weights.shape != self.lengths.shape or not np.isfinite(weights).all() or (weights < 0).any():
+            raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
+        self._whole = np.repeat(np.arange(len(weights)), np.floor(weights).astype(int))
+        fractions = weights - np.floor(weights)
+        # Rows of one fractional weight form a group, of which an equal share is seen in every epoch.
+        self._groups = [np.flatnonzero(fractions == f) for f in np.unique(fractions) if f > 0]
+        self._shares = [max(1, round(fractions[group[0]] * len(group))) for group in self._groups]
+        self.epoch_size = len(self._whole) + sum(self._shares)
+        if self.epoch_size == 0:
+            raise UserError("There are no rows to sample from; check the data and its weights.")
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+        self._window = lru_cache(maxsize=2)(self._make_window)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that it takes to see every row of an epoch."""
+        return -(-self.epoch_size // self.batch_size)
+
+    def epoch(self, k: int) -> float:
+        """Epochs gone by before batch `k`."""
+        return k * self.batch_size / self.epoch_size
+
+    def batch(self, k: int) -> list[int]:
+        """Rows of global batch `k`, always `batch_size` of them."""
+        epoch = k * self.batch_size // self.epoch_size
+        first = -(-epoch * self.epoch_size // self.batch_size)
+        end = -(-(epoch + 1) * self.epoch_size // self.batch_size)
+        start = first + (k - first) // self.bucket_batches * self.bucket_batches
+        return self._window(start, min(start + self.bucket_batches, end))[k - start].tolist()
+
+    def _make_window(self, start: int, end: int) -> np.ndarray:
+        """Batches `start` to `end`, `[end - start, batch_size]`."""
+        rows = self._stream(start * self.batch_size, end * self.batch_size)
+        if not self.shuffle:
+            return rows.reshape(end - start, self.batch_size)
+        if self.bucket_batches > 1:
+            # The stream is random, so a stable sort breaks ties at random.
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        batches = rows.reshape(end - start, self.batch_size)
+        return batches[np.random.default_rng([self.seed, 1, start]).permutation(end - start)]
+
+    def _stream(self, start: int, end: int) -> np.ndarray:
+        """Positions `start` to `end` of the epochs laid end to end."""
+        pieces = []
+        while start < end:
+            epoch, offset = divmod(start, self.epoch_size)
+            pieces.append(self._epoch_order(epoch)[offset : offset + end - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def _make_epoch_order(self, epoch: int) -> np.ndarray:
+        extras = [self._share(i, epoch) for i in range(len(self._groups))]
+        rows = np.concatenate([self._whole, *extras])
+        return (
+            np.random.default_rng([self.seed, 0, epoch]).permutation(rows) if self.shuffle else np.sort(rows)
+        )
+
+    def _share(self, index: int, epoch: int) -> np.ndarray:
+        """The rows of a fractional group that `epoch` sees: the next slice of its endless permutations."""
+        group, share = self._groups[index], self._shares[index]
+        positions = np.arange(epoch * share, (epoch + 1) * share)
+        cycles = np.unique(positions // len(group))
+        orders = {c: np.random.default_rng([self.seed, 2, index, int(c)]).permutation(group) for c in cycles}
+        return np.array([orders[p // len(group)][p % len(group)] for p in positions], dtype=np.int64)
+
+
+def deal(
+    batch: Sequence[int], lengths: Sequence[int], rank: int, world_size: int, micro_batch_size: int
+) -> list[list[int]]:
+    """This rank's micro-batches of a global batch.
+
+    Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
+    the same number of micro-batches. Raises `UserError` when the ranks cannot get equally many rows.
+    """
+    if len(batch) % world_size:
+        raise UserError(
+            f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either."
+        )
+    if micro_batch_size < 1:
+        raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
+    mine = sorted(batch, key=lambda row: lengths[row])[rank::world_size]
+    return [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]

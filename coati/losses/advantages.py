@@ -1,0 +1,63 @@
+"""Advantage estimation and whitening."""
+
+import torch
+from torch import Tensor
+
+from coati.losses.masking import keep
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t + 1 is the next response
+    token of the row; after the last one V and A are 0.
+
+    Args:
+        values, rewards: `[batch, seq]`; values are those before the token was chosen.
+        mask: `[batch, seq]` bool, True on response tokens; masked entries are skipped, wherever they stand.
+
+    Returns:
+        advantages and returns (advantage + value), `[batch, seq]`, 0 where masked.
+    """
+    values, rewards = keep(values, mask), keep(rewards, mask)
+    advantages = torch.zeros_like(values)
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        next_advantage = torch.where(here, advantage, next_advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = keep(advantage, here)
+    return advantages, keep(advantages + values, mask)
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum of this and later rewards of the row, `[batch, seq]`: GAE's returns with lam = 1, no critic."""
+    return gae(torch.zeros_like(rewards), rewards, mask, gamma, 1.0)[1]
+
+
+def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
+    """(count, sum, sum of squares) of the unmasked entries, float64 `[3]`: add them over ranks, then `moments`."""
+    kept = keep(x.double(), mask)
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+
+
+def moments(sums: Tensor) -> tuple[float, float]:
+    """Mean and (population) standard deviation from the globally added `masked_sums`; (0, 0) for no entries."""
+    count, total, squares = sums.tolist()
+    if count == 0:
+        return 0.0, 0.0
+    mean = total / count
+    return mean, max(squares / count - mean * mean, 0.0) ** 0.5
+
+
+def whiten(x: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool = True, min_std: float = 1e-3) -> Tensor:
+    """(x - mean) / std with the GLOBAL mean and standard deviation; masked entries are 0.
+
+    A standard deviation under `min_std` is replaced by it: nearly equal values are then noise, and dividing by their
+    spread would blow that noise up to the size of a signal.
+    """
+    centred = keep(x, mask) - mean
+    return keep(centred / max(std, min_std) + (0.0 if shift else mean), mask)

@@ -1,0 +1,51 @@
+"""Log-probs of tokens and the language-modelling loss."""
+
+import torch
+from torch import Tensor
+
+from coati.losses.masking import keep
+
+
+def token_log_probs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-prob of every token under the model that saw the tokens before it.
+
+    Args:
+        logits: `[batch, seq, vocab]`, any float dtype; position `t` predicts token `t + 1`.
+        input_ids: `[batch, seq]` int64.
+        temperature: logits are divided by it: the distribution that sampling at this temperature draws from.
+
+    Returns:
+        `[batch, seq]`, float32 (float64 for float64 logits), aligned with the tokens; column 0 is 0.
+    """
+    logits = logits[:, :-1]
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    chosen = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return torch.nn.functional.pad(chosen - logits.logsumexp(-1), (1, 0))
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy, in nats, of the distribution each token was drawn from: `[batch, seq]`, column 0 is 0."""
+    logits = logits[:, :-1]
+    log_probs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
+    # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
+    contributions = torch.where(log_probs == -torch.inf, 0.0, log_probs.exp() * log_probs)
+    return torch.nn.functional.pad(-contributions.sum(-1), (1, 0))
+
+
+def response_targets(loss_mask: Tensor) -> Tensor:
+    """The entries of `loss_mask` (`[batch, seq]` bool) that something predicts: all but column 0."""
+    targets = loss_mask.clone()
+    targets[:, 0] = False
+    return targets
+
+
+def cross_entropy(log_probs: Tensor, loss_mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
+    """Negative log-likelihood of the target tokens, divided by the global number of target tokens.
+
+    Args:
+        log_probs: `[batch, seq]` from `token_log_probs`.
+        loss_mask: `[batch, seq]` bool, True on target tokens.
+        denominator: target tokens of the whole step, over all ranks and micro-batches.
+    """
+    loss = -keep(log_probs, loss_mask).sum() / denominator
+    return loss, {"loss": loss.detach()}

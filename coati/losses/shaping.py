@@ -1,0 +1,31 @@
+"""From one score a response to one reward a token."""
+
+import torch
+from torch import Tensor
+
+from coati.losses.masking import keep
+
+
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """-kl_coefficient * KL on every response token, plus the score on the LAST response token only.
+
+    As in InstructGPT (2203.02155, eq. 2), per token as in Ziegler et al. (1909.08593).
+
+    Args:
+        scores: `[batch]`, one a response.
+        kl: `[batch, seq]` per-token KL to the reference.
+        mask: `[batch, seq]` bool, True on response tokens. A row without response tokens gets no reward.
+    """
+    rewards = -kl_coefficient * keep(kl, mask)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return rewards + keep(scores[:, None].to(rewards.dtype).expand_as(rewards), is_last)
+
+
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """Scores `[batch]` clamped to [-limit, limit]; unchanged for None."""
+    return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def penalise_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
+    """Scores `[batch]`, less `penalty` where the response did not end by itself (`finished` False)."""
+    return scores if penalty is None else torch.where(finished, scores, scores - penalty)

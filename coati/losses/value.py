@@ -1,0 +1,37 @@
+"""PPO's value loss."""
+
+import torch
+from torch import Tensor
+
+from coati.losses.masking import keep
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    denominator: Tensor | float,
+    *,
+    clip: float | None = 0.2,
+) -> tuple[Tensor, dict]:
+    """Half the squared error to the returns, optionally clipped around the values at rollout.
+
+    The clipping is that of OpenAI's baselines (PPO2): max of the plain error and the error of old + clamp(new - old).
+
+    Args:
+        values, old_values, returns: `[batch, seq]`.
+        mask: `[batch, seq]` bool, True on response tokens.
+        denominator: response tokens of the whole step, over all ranks and micro-batches.
+        clip: how far a value may move from the old one before it stops learning; None for no clipping.
+    """
+    values, old_values, returns = keep(values, mask), keep(old_values, mask), keep(returns, mask)
+    squared = (values - returns).square()
+    clipped_share = torch.zeros((), dtype=values.dtype, device=values.device)
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        clipped = (near - returns).square()
+        clipped_share = (clipped > squared).to(values.dtype).sum() / denominator
+        squared = torch.maximum(squared, clipped)
+    loss = 0.5 * squared.sum() / denominator
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped_share}

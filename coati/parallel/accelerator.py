@@ -1,0 +1,225 @@
+"""What Colossal-AI 0.5.0 needs to run its plugins on CPU ranks over gloo.
+
+Its `CpuAccelerator` raises in most methods, three places assert CUDA or NPU, and Adam wants a compiled kernel. Here is
+an accelerator with the missing methods and an Adam in torch operations; `install()` puts them in place.
+"""
+
+import contextlib
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import set_accelerator
+from colossalai.accelerator.cpu_accelerator import CpuAccelerator
+from colossalai.kernel.extensions.base_extension import _Extension
+from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
+from colossalai.zero.gemini.chunk import ChunkManager
+from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
+
+
+class _NoStream:
+    """CPU work is already in order: waiting for a stream is a no-op by nature, not by omission."""
+
+    def wait_stream(self, *_):
+        """Nothing to wait for."""
+
+    wait_event = wait_stream
+
+    def synchronize(self):
+        """Nothing to wait for."""
+
+    record_event = synchronize
+
+
+class HostAccelerator(CpuAccelerator):
+    """Colossal-AI's CPU accelerator with every method its plugins call."""
+
+    @property
+    def name(self):
+        # Gemini's chunks tell "on the device" from "offloaded" by this name and know cuda, npu and cpu; with "cpu" a
+        # resident chunk would count as offloaded and its bookkeeping asserts.
+        return "npu"
+
+    @name.setter
+    def name(self, value):
+        """The base class assigns its own name."""
+
+    def current_device(self):
+        return torch.device("cpu")
+
+    def set_device(self, device=None):
+        """There is one CPU."""
+
+    def get_device_name(self, device=None):
+        return "cpu"
+
+    def device_count(self):
+        return 1
+
+    def synchronize(self, device=None):
+        """CPU operations have finished when they return."""
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, new_state, device=None):
+        torch.set_rng_state(new_state)
+
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def seed(self):
+        torch.seed()
+
+    def initial_seed(self):
+        return torch.initial_seed()
+
+    def empty_cache(self):
+        """The allocator of the C library keeps no cache that torch could empty."""
+
+    def memory_allocated(self, device=None):
+        return self.memory_reserved()
+
+    def max_memory_allocated(self, device=None):
+        return self.max_memory_reserved() * 1024
+
+    def reset_peak_memory_stats(self, device=None):
+        """The kernel's peak of a process can't be reset."""
+
+    def Stream(self, *args, **kwargs):  # noqa: N802 - colossalai's name
+        return _NoStream()
+
+    def current_stream(self, device=None):
+        return _NoStream()
+
+    default_stream = current_stream
+
+    def set_stream(self, stream):
+        """There is one stream."""
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def autocast(self, enabled=True, dtype=torch.bfloat16, cache_enabled=True):
+        return torch.autocast("cpu", dtype=dtype, enabled=enabled)
+
+
+def adam_update(params, grads, first, second, *, lr, betas, eps, step, adamw, bias_correction, weight_decay, scale):
+    """One Adam(W) step in place on lists of tensors, in the order of operations of `torch.optim.AdamW`.
+
+    `scale` divides the gradients first (loss scale times clipping); -1 means none.
+    """
+    for p, g, m, v in zip(params, grads, first, second, strict=True):
+        g = g.to(m.dtype) if scale == -1 else g.to(m.dtype) / scale
+        if weight_decay and adamw:
+            p.mul_(1 - lr * weight_decay)
+        elif weight_decay:
+            g = g.add(p, alpha=weight_decay)
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        correction1 = 1 - betas[0] ** step if bias_correction else 1.0
+        correction2 = 1 - betas[1] ** step if bias_correction else 1.0
+        denominator = (v.sqrt() / math.sqrt(correction2)).add_(eps)
+        p.addcdiv_(m.to(p.dtype), denominator.to(p.dtype), value=-lr / correction1)
+
+
+class _TorchCPUAdam:
+    """The interface of Colossal-AI's compiled CPU Adam."""
+
+    def __init__(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
+        self.adamw_mode = adamw_mode
+
+    def step(self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, p, g, m, v, div_scale=-1):
+        settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, step=step, weight_decay=weight_decay, scale=div_scale)
+        adam_update([p], [g], [m], [v], adamw=self.adamw_mode, bias_correction=bias_correction, **settings)
+
+
+class _TorchFusedAdam:
+    """The interface of Colossal-AI's compiled multi-tensor Adam."""
+
+    @staticmethod
+    def multi_tensor_adam(
+        chunk, overflow, tensors, lr, beta1, beta2, eps, step, adamw, bias_correction, weight_decay, scale
+    ):
+        grads, params, first, second = tensors
+        settings = dict(lr=lr, betas=(beta1, beta2), eps=eps, step=step, weight_decay=weight_decay, scale=scale)
+        adam_update(params, grads, first, second, adamw=bool(adamw), bias_correction=bool(bias_correction), **settings)
+
+
+class _TorchAdamExtension(_Extension):
+    """Kernels that need no compiler, preferred over the compiled ones once registered."""
+
+    def __init__(self):
+        super().__init__("adam_in_torch", support_aot=False, support_jit=False, priority=10)
+
+    def is_available(self):
+        return True
+
+    def assert_compatible(self):
+        """Torch runs wherever we run."""
+
+    def build_aot(self):
+        raise RuntimeError("Adam in torch operations is not compiled")
+
+    build_jit = build_aot
+
+    def load(self):
+        return type("kernel", (_TorchFusedAdam,), {"CPUAdamOptimizer": _TorchCPUAdam})
+
+
+def install() -> list[str]:
+    """Prepares Colossal-AI for this machine, once a process. Returns one line for each substitution worth knowing."""
+    if not hasattr(dist, "is_hccl_available"):
+        dist.is_hccl_available = lambda: False  # colossalai's pipeline asks for it; only Huawei's torch has it
+    _mend_gemini()
+    if torch.cuda.is_available():
+        return [line for loader in (FusedOptimizerLoader, CPUAdamLoader) if (line := _compile_or_replace(loader))]
+    set_accelerator(HostAccelerator())
+    LowLevelZeroOptimizer._sanity_checks = lambda self: None  # it asserts cuda or npu, and nothing else that we rely on
+    _register(CPUAdamLoader)
+    return []
+
+
+def _mend_gemini():
+    """Two defects of Gemini 0.5.0.
+
+    With gradient accumulation, a chunk that every rank holds whole has its earlier gradients multiplied by the number
+    of ranks, and then summed over the ranks: on two ranks the first micro-batch counts twice. Dividing beforehand
+    restores the sum. And its destructor fails at interpreter exit, when torch is half gone, with a page of noise.
+    """
+    if getattr(ChunkManager, "mended_by_coati", False):
+        return
+    rearrange, destroy = ChunkManager.rearrange_accumulated_grad_chunk, GeminiDDP.__del__
+
+    def rearrange_counting_once(self, chunk):
+        if chunk.grad_chunk.is_gathered:
+            chunk.grad_chunk.cuda_global_chunk.div_(chunk.pg_size)
+        return rearrange(self, chunk)
+
+    def destroy_unless_exiting(self):
+        if not sys.is_finalizing():
+            destroy(self)
+
+    ChunkManager.rearrange_accumulated_grad_chunk = rearrange_counting_once
+    GeminiDDP.__del__ = destroy_unless_exiting
+    ChunkManager.mended_by_coati = True
+
+
+def _compile_or_replace(loader) -> str | None:
+    """Uses the compiled kernel if it builds here, else Adam in torch operations; says so in one line."""
+    try:
+        loader().load()
+    except Exception as error:  # a compiler can fail in any way; every way means the same here
+        _register(loader)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{loader.__name__}: no compiled Adam here ({reason[:120]}); using Adam in torch operations"
+    return None
+
+
+def _register(loader):
+    if _TorchAdamExtension not in loader.REGISTRY:
+        loader.REGISTRY = [_TorchAdamExtension]

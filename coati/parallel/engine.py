@@ -1,0 +1,168 @@
+"""One model under one plugin: the handful of operations that trainers need."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coati.parallel.launch import Runtime
+from coati.parallel.plugins import PluginConfig, make_booster, resolve_precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """A model (and its AdamW) sharded by a plugin.
+
+    Losses handed to `backward` are shares of a global loss: their sum over micro-batches and ranks is the loss. The
+    plugins average gradients over ranks, so `backward` multiplies by the world size to turn that into a sum.
+
+    Args:
+        module: the model, created alike on every rank.
+        config: plugin, precision, clipping.
+        optimizer: keywords of AdamW (`weight_decay`, `betas`, `eps`), or None for a frozen model.
+        accumulates: whether several `backward` calls may come before a `step`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: PluginConfig,
+        runtime: Runtime,
+        *,
+        optimizer: dict | None = None,
+        accumulates: bool = True,
+    ):
+        self.module, self.config, self.runtime = module, config, runtime
+        self.precision = resolve_precision(config)
+        self.optimizer = None
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
+        if optimizer is None:
+            module.requires_grad_(False).eval()
+        if optimizer is None and config.plugin != "gemini":
+            # a replica needs no wrapper; under ddp, autocast takes care of the precision
+            self.model = module.to(runtime.device, None if config.plugin == "ddp" else DTYPES[self.precision])
+        else:
+            self.booster = make_booster(config, accumulates=accumulates)
+            unboosted = None if optimizer is None else _make_optimizer(module, config, optimizer)
+            self.model, self.optimizer, *_ = self.booster.boost(module, unboosted)
+        self._restore_buffers(buffers)
+
+    def __call__(self, *args, **kwargs):
+        """The module's forward, through the plugin. Under Gemini every rank must call it equally often."""
+        with self._autocast():
+            return self.model(*args, **kwargs)
+
+    def backward(self, loss: Tensor):
+        """Adds the gradients of this share of the global loss."""
+        self.booster.backward(loss * self.runtime.world_size, self.optimizer)
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: gradients travel with the last one only, where that helps."""
+        with nullcontext() if last or not self.booster.plugin.support_no_sync() else self._no_sync():
+            yield
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, clears the gradients; returns the gradients' global L2 norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        norm = self._clip() if self.config.plugin == "ddp" else None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if norm is None:
+            norm = self.optimizer.get_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @contextmanager
+    def full(self) -> Iterator[nn.Module]:
+        """The plain module with all its weights on this rank, for generation: no collective call inside."""
+        with self._autocast():
+            if self.config.plugin != "gemini":
+                yield self.module
+                return
+            manager = self.model.chunk_manager
+            for chunk in manager.get_chunks(self.model.fp16_params):
+                manager.access_chunk(chunk)
+            try:
+                yield self.module
+            finally:
+                self.model._post_forward()
+                self.model.gemini_manager.reset_attributes()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's full state on the CPU of rank 0, an empty dict elsewhere. All ranks must call it."""
+        state = self.model.state_dict() if self.config.plugin == "gemini" else self.module.state_dict()
+        if not self.runtime.is_main:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+    def save_optimizer(self, folder: Path):
+        """Optimiser state in shards that any number of ranks can load, and this rank's fp32 master weights."""
+        from safetensors.torch import save_file
+
+        self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
+        self.runtime.communicator.barrier()
+        if master := self._master_weights():
+            tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
+            save_file(tensors, folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors")
+
+    def load_optimizer(self, folder: Path):
+        """The inverse of `save_optimizer`. Master weights are only read back by the same number of ranks; otherwise
+        they start from the low-precision weights, as after any load."""
+        from safetensors.torch import load_file
+
+        self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
+        path = folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
+        if path.exists():
+            stored = load_file(path)
+            for i, tensor in enumerate(self._master_weights()):
+                tensor.data.copy_(stored[str(i)])
+
+    def _master_weights(self) -> list[Tensor]:
+        """This rank's fp32 copies of low-precision weights, in a fixed order."""
+        if self.precision == "fp32" or self.config.plugin == "ddp":
+            return []
+        if self.config.plugin == "gemini":
+            chunks = dict.fromkeys(self.model.chunk_manager.get_chunk(p) for p in self.model.fp16_params)
+            return [chunk.paired_chunk.payload for chunk in chunks]
+        groups = self.optimizer._master_param_groups_of_current_rank
+        return [tensor for group in groups.values() for tensor in group]
+
+    def _autocast(self):
+        if self.config.plugin != "ddp" or self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
+
+    def _no_sync(self):
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def _clip(self) -> Tensor:
+        if self.precision == "fp16":
+            self.optimizer.unscale_grad()
+        limit = self.config.max_grad_norm or float("inf")
+        return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)
+
+    def _restore_buffers(self, buffers: dict[str, Tensor]):
+        """Undoes the plugins' cast of buffers: rotary frequencies in bf16 are wrong from some hundred positions on."""
+        for name, buffer in self.module.named_buffers():
+            if name in buffers and buffer.dtype != torch.float32:
+                buffer.data = buffers[name].to(self.runtime.device)
+
+
+def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
+    """AdamW over the trainable weights; vectors (biases, norms) are not decayed."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.get("weight_decay", 0.0)},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    keywords = dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))
+    if config.plugin == "ddp":
+        return torch.optim.AdamW(groups, **keywords)
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam(groups, adamw_mode=True, **keywords)

@@ -1,0 +1,120 @@
+"""From one word (`zero2`, `gemini`, ...) to a configured Colossal-AI plugin, or one line that says why not."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from coati.errors import UserError
+
+PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
+
+
+def option(default, help: str):
+    """A dataclass field that carries its own help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PluginConfig:
+    """How a model is spread over the processes."""
+
+    plugin: str = option("ddp", f"one of {', '.join(PLUGINS)}")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: bf16 on CUDA and under gemini, fp32 elsewhere"
+    )
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
+    gemini_placement: Literal["static", "auto"] = option("static", "auto moves chunks by CUDA's memory statistics")
+    shard_fraction: float = option(1.0, "gemini, static: share of the parameters that is sharded (0: as zero2)")
+    offload_optimizer_fraction: float = option(0.0, "gemini, static: share of the optimiser states kept on the host")
+    offload_parameter_fraction: float = option(0.0, "gemini, static: share of the parameters kept on the host")
+
+
+def resolve_precision(config: PluginConfig) -> str:
+    """The precision that `auto` stands for under this plugin on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if config.plugin == "gemini" or torch.cuda.is_available() else "fp32"
+
+
+def check_plugin(config: PluginConfig, *, lora: bool = False):
+    """Refuses what Colossal-AI can't do, before any work.
+
+    Raises:
+        UserError: one line that names an alternative.
+    """
+    precision, cuda = resolve_precision(config), torch.cuda.is_available()
+    if config.plugin not in PLUGINS:
+        raise UserError(f"unknown plugin {config.plugin!r}: choose one of {', '.join(PLUGINS)}")
+    if config.plugin == "gemini":
+        if lora:
+            raise UserError("gemini can't train LoRA adapters: use --plugin zero2, or train all weights (--lora_rank 0)")
+        if precision == "fp32":
+            raise UserError("gemini computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
+        if config.gemini_placement == "auto" and not cuda:
+            raise UserError("gemini's auto placement reads CUDA's memory statistics: use --gemini_placement static")
+    if precision == "fp16" and not cuda:
+        raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
+    for name in ("shard_fraction", "offload_optimizer_fraction", "offload_parameter_fraction"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} is {getattr(config, name)}: it must lie between 0 and 1")
+
+
+def make_booster(config: PluginConfig, *, accumulates: bool):
+    """A Colossal-AI booster for one model.
+
+    Args:
+        accumulates: whether several backward passes may come before an optimiser step (Gemini wants to know).
+    """
+    from colossalai.booster import Booster
+
+    precision = resolve_precision(config)
+    if config.plugin == "ddp":
+        return Booster(plugin=_ddp(), mixed_precision="fp16" if precision == "fp16" else None)
+    if config.plugin == "gemini":
+        return Booster(plugin=_gemini(config, precision, accumulates))
+    return Booster(plugin=_zero(config, precision))
+
+
+def _ddp():
+    from colossalai.booster.plugin import TorchDDPPlugin
+
+    return TorchDDPPlugin(broadcast_buffers=False)
+
+
+def _zero(config: PluginConfig, precision: str):
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    return LowLevelZeroPlugin(
+        stage=1 if config.plugin == "zero1" else 2,
+        precision=precision,
+        max_norm=config.max_grad_norm,
+        cpu_offload=config.plugin == "zero2-offload",
+        overlap_communication=torch.cuda.is_available(),  # CPU tensors have no record_stream
+        initial_scale=2**16,
+    )
+
+
+def _gemini(config: PluginConfig, precision: str, accumulates: bool):
+    from colossalai.booster.plugin import GeminiPlugin
+
+    cuda = torch.cuda.is_available()
+    static = config.gemini_placement == "static"
+    fractions = dict(
+        shard_param_frac=config.shard_fraction,
+        offload_optim_frac=config.offload_optimizer_fraction,
+        offload_param_frac=config.offload_parameter_fraction,
+    )
+    return GeminiPlugin(
+        placement_policy=config.gemini_placement,
+        precision=precision,
+        max_norm=config.max_grad_norm,
+        enable_gradient_accumulation=accumulates,
+        enable_async_reduce=cuda,
+        pin_memory=cuda,
+        initial_scale=2**16,
+        **(fractions if static else {}),
+    )

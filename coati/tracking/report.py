@@ -1,0 +1,331 @@
+"""`write_report`: one self-contained HTML page about runs: curves, samples, settings, versions.
+
+Everything that a run wrote is untrusted (a model's output may hold HTML): all of it is escaped, and the
+page's content security policy allows neither scripts nor anything from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from coati.errors import UserError
+from coati.tracking.charts import COLOURS, Line, Points, line_chart, number
+from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples, replace_file
+from coati.tracking.style import STYLE
+
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "Reinforcement learning with PPO",
+    "grpo": "Reinforcement learning with GRPO",
+}
+# The charts that a stage opens with, in order; the first that it has is its headline.
+_SPEED = (r"grad.*norm", r"learning_rate|(^|/)lr$", r"tokens_per_second")
+_REINFORCEMENT = (
+    r"^(reward|score)s?(/mean)?$",
+    r"(^|[/_])kl(/mean)?$",
+    r"entropy",
+    r"length",
+    r"explained_variance",
+    r"(value|critic).*loss",
+    r"(policy|actor).*loss",
+    r"clip",
+)
+HEADLINES = {
+    "sft": (r"loss$", r"perplexity", r"accuracy", *_SPEED),
+    "ppo": _REINFORCEMENT,
+    "grpo": _REINFORCEMENT,
+}
+_OTHER_HEADLINES = (r"accuracy", r"loss$", r"margin", *_SPEED)
+UNITS = {
+    r"tokens_per_second": "tokens/s",
+    r"length|tokens$": "tokens",
+    r"seconds|(^|[/_])time": "s",
+    r"(^|[/_])kl(/mean)?$|entropy$": "nats",
+    r"_gib$": "GiB",
+}
+SAMPLES_EACH_END = 8
+_TEXT_LIMIT = 2000
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+@dataclass
+class Run:
+    """A run folder as read: `label` tells it from the stage's other runs."""
+
+    label: str
+    info: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        """The stage that the run belongs to."""
+        return TITLES.get(self.info["algorithm"], self.info["algorithm"])
+
+
+def write_report(run_dirs: list[Path], output: Path) -> Path:
+    """Write the page about `run_dirs`, and give back its path.
+
+    Args:
+        run_dirs: run folders, or folders with run folders anywhere below them. Runs of one algorithm (seeds,
+            say) share their charts. A `summary.json` in one of them is shown as a table of figures.
+        output: the HTML file, replaced if it exists.
+
+    Raises:
+        UserError: a folder holds no run, or a file in it is broken.
+    """
+    folders, output = [Path(folder) for folder in run_dirs], Path(output)
+    stages: dict[str, list[Run]] = defaultdict(list)
+    for run in _read_runs(folders):
+        stages[run.info["algorithm"]].append(run)
+    title = escape(", ".join(folder.resolve().name for folder in folders))
+    figures = [_figures(read_object(path)) for f in folders if (path := f / "summary.json").exists()]
+    body = [_overview(title, [run for runs in stages.values() for run in runs]), *figures]
+    body += [_stage(algorithm, runs) for algorithm, runs in stages.items()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(
+        output,
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title} · coati report</title><style>{STYLE}</style></head><body>{''.join(body)}"
+        "<footer>Where a curve is thin and thick, thin shows the logged values and thick their running mean. "
+        f"Written {_when(time.time())}.</footer></body></html>\n",
+    )
+    return output
+
+
+def _read_runs(folders: list[Path]) -> list[Run]:
+    """The runs below `folders`, each once, by the time they started."""
+    labels: dict[Path, str] = {}
+    for folder in folders:
+        found = sorted(path.parent for path in folder.rglob(RUN))
+        if not found:
+            raise UserError(f"{folder} holds no run (no {RUN}); name a folder that a coati run has written.")
+        for run_dir in found:
+            relative = run_dir.relative_to(folder)
+            labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
+    runs = [
+        Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()
+    ]
+    return sorted(runs, key=lambda run: run.info["start"])
+
+
+# ---- the top of the page
+
+
+def _overview(title: str, runs: list[Run]) -> str:
+    names = ("Stage", "Run", "Steps", "Ranks", "Plugin", "Time", "Result", "")
+    header = "".join(f"<th>{name}</th>" for name in names)
+    rows = "".join(map(_overview_row, runs))
+    table = f"<table class='overview'><tr>{header}</tr>{rows}</table>"
+    return f"<header><p>coati report</p><h1>{title}</h1>{table}</header>"
+
+
+def _overview_row(run: Run) -> str:
+    steps = max((record["step"] for record in run.metrics), default=0)
+    plugin = next(
+        (v for k, v in _flatten(run.info["settings"]).items() if re.search(r"\bplugin(\.name)?$", k)), "–"
+    )
+    cells = [run.title, run.label, f"{steps:,}", run.info["world_size"], plugin, _duration(run), _result(run)]
+    status = escape(run.info["status"])
+    row = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+    return f"<tr>{row}<td><span class='status {status}'>{status}</span></td></tr>"
+
+
+def _result(run: Run) -> str:
+    """The first and the last value of the run's main metric (the evaluated one, if there is one)."""
+    curves = _curves([run])
+    for name in _headlines(run.info["algorithm"], list(curves))[:1]:
+        line = max(curves[name], key=lambda line: (line.dashed and len(line.points) > 1, len(line.points)))
+        return f"{line.label} {number(line.points[0][1])} → {number(line.points[-1][1])}"
+    return "–"
+
+
+def _duration(run: Run) -> str:
+    """The time that the run's sessions took, without the pauses between them."""
+    latest = run.metrics[-1]["time"] if run.metrics else 0.0
+    sessions = run.info["sessions"]
+    seconds = sum(max((session["end"] or latest) - session["start"], 0) for session in sessions)
+    resumed = f", resumed {len(sessions) - 1}×" if len(sessions) > 1 else ""
+    if seconds < 120:
+        return f"{seconds:.0f} s{resumed}"
+    return (f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h") + resumed
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    tiles = "".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_show(value))}</dd></div>"
+        for name, value in summary.items()
+    )
+    return f"<section><h2>Figures</h2><dl class='figures'>{tiles}</dl></section>"
+
+
+# ---- a stage: charts, samples, settings
+
+
+def _stage(algorithm: str, runs: list[Run]) -> str:
+    curves = _curves(runs)
+    first = _headlines(algorithm, list(curves))
+    rest = sorted(curves.keys() - set(first))
+    parts = [f"<section><h2>{escape(runs[0].title)}</h2>", _legend(runs, curves), _charts(first, curves)]
+    if rest:
+        parts.append(f"<details><summary>{len(rest)} more metrics</summary>{_charts(rest, curves)}</details>")
+    parts += [_samples(run, f" ({run.label})" * (len(runs) > 1), run is runs[0]) for run in runs]
+    return "".join([*parts, _settings(runs), "</section>"])
+
+
+def _curves(runs: list[Run]) -> dict[str, list[Line]]:
+    """The stage's lines by metric. `train/x` and `x` are metric x; `eval/x` is its dashed line."""
+    curves: dict[str, list[Line]] = defaultdict(list)
+    for colour, run in enumerate(runs):
+        points: dict[str, Points] = defaultdict(list)
+        for record in run.metrics:
+            for name in record.keys() - {"step", "time"}:
+                points[name].append((record["step"], record[name]))
+        for name in sorted(points):
+            dashed = name.startswith("eval/")
+            label = f"{run.label} {name}" if len(runs) > 1 else name
+            curves[re.sub("^(train|eval)/", "", name)].append(Line(label, colour, points[name], dashed))
+    return curves
+
+
+def _headlines(algorithm: str, names: list[str]) -> list[str]:
+    """The metrics to show first: up to two (the shortest names) for each of the algorithm's patterns."""
+    chosen: list[str] = []
+    for pattern in HEADLINES.get(algorithm, _OTHER_HEADLINES):
+        matching = [name for name in sorted(names, key=lambda n: (len(n), n)) if re.search(pattern, name)]
+        chosen += [name for name in matching[:2] if name not in chosen]
+    return chosen or sorted(names)[:6]
+
+
+def _legend(runs: list[Run], curves: dict[str, list[Line]]) -> str:
+    keys = [(f"c{colour % COLOURS}", run.label) for colour, run in enumerate(runs) if len(runs) > 1]
+    if any(line.dashed for lines in curves.values() for line in lines):
+        keys += [("", "training"), ("dashed", "evaluation")]
+    spans = "".join(f"<span><i class='key {style}'></i>{escape(label)}</span>" for style, label in keys)
+    return f"<p class='legend'>{spans}</p>" if keys else ""
+
+
+def _charts(names: list[str], curves: dict[str, list[Line]]) -> str:
+    return "<div class='grid'>" + "".join(_chart(name, curves[name]) for name in names) + "</div>"
+
+
+def _chart(name: str, lines: list[Line]) -> str:
+    unit = next((unit for pattern, unit in UNITS.items() if re.search(pattern, name)), "")
+    ends = sorted(line.points[-1][1] for line in lines if not line.dashed or len(lines) == 1)
+    last = " to ".join(dict.fromkeys(number(end) for end in ends[:1] + ends[-1:]))
+    lost = sum(not math.isfinite(value) for line in lines for _, value in line.points)
+    warning = f"<p class='warning'>{lost} not finite: gaps in the curve</p>" if lost else ""
+    return (
+        f"<figure><figcaption><b>{escape(name)}</b><small>{unit}</small><span title='last'>{last}</span>"
+        f"</figcaption>{line_chart(lines)}{warning}</figure>"
+    )
+
+
+def _samples(run: Run, label: str, opened: bool) -> str:
+    """A table for each kind of samples: the same prompts at the first and at the last sampled step."""
+    parts = []
+    for name in dict.fromkeys(row["name"] for row in run.samples):
+        rows = [row for row in run.samples if row["name"] == name]
+        steps = sorted({rows[0]["step"], rows[-1]["step"]})
+        sides = [[row for row in rows if row["step"] == step] for step in steps]
+        title = name.capitalize() + ", " + " against ".join(f"step {step:,}" for step in steps) + label
+        table = _sample_table(_pairs(sides[0], sides[-1]), steps)
+        parts.append(f"<details{' open' * opened}><summary>{escape(title)}</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _pairs(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """(row before, row after) by prompt, a prompt's k-th with its k-th, by the reward after, best first."""
+    waiting: dict[str, list[dict]] = defaultdict(list)
+    for row in before:
+        waiting[_show(row.get("prompt"))].append(row)
+    pairs = []
+    for row in after:
+        same = waiting[_show(row.get("prompt"))]
+        pairs.append((same.pop(0) if same else {}, row))
+    return sorted(pairs, key=lambda pair: _reward(pair[1]), reverse=True)
+
+
+def _sample_table(pairs: list[tuple[dict, dict]], steps: list[int]) -> str:
+    scored = any("reward" in row for pair in pairs for row in pair)
+    header = "<th>Prompt</th>"
+    for when in ("before", "after")[: len(steps)] if len(steps) > 1 else ("",):
+        header += f"<th>Response {when}</th>" + f"<th class='n'>Reward {when}</th>" * scored
+    lines = []
+    for pair in pairs:
+        cells = _text_cell(pair[1].get("prompt"))
+        for row in pair[-len(steps) :]:
+            cells += _text_cell(row.get("response"))
+            cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>" * scored
+        lines.append(f"<tr>{cells}</tr>")
+    if (hidden := len(lines) - 2 * SAMPLES_EACH_END) > 0:
+        note = (
+            f"<tr><td class='gap' colspan='5'>{hidden} between the best and the worst are left out</td></tr>"
+        )
+        lines[SAMPLES_EACH_END:-SAMPLES_EACH_END] = [note]
+    return f"<table class='samples'><tr>{header}</tr>{''.join(lines)}</table>"
+
+
+def _text_cell(value: Any) -> str:
+    if value is None:
+        return "<td class='gap'>not sampled</td>"
+    text = _show(value)
+    return f"<td><div>{escape(text[:_TEXT_LIMIT])}{' […]' * (len(text) > _TEXT_LIMIT)}</div></td>"
+
+
+def _reward(row: dict) -> float:
+    """The row's reward, lowest of all where it has none or a NaN (which is stored as text)."""
+    try:
+        value = float(row.get("reward", "nan"))
+    except (TypeError, ValueError):
+        return -math.inf
+    return -math.inf if math.isnan(value) else value
+
+
+def _settings(runs: list[Run]) -> str:
+    """The runs' settings, versions and circumstances side by side; rows in which they differ are marked."""
+    columns = []
+    for run in runs:
+        about = {name: run.info[name] for name in ("versions", "host", "command")}
+        about["started"] = _when(run.info["start"])
+        columns.append(_flatten({"settings": run.info["settings"], **about}))
+    rows = ["<tr><th></th>" + "".join(f"<th>{escape(run.label)}</th>" for run in runs) + "</tr>"]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, "–") for column in columns]
+        style = "differs" if len(set(values)) > 1 else ""
+        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        rows.append(f"<tr class='{style}'><th>{escape(name.removeprefix('settings.'))}</th>{cells}</tr>")
+    table = f"<table class='settings'>{''.join(rows)}</table>"
+    return f"<details><summary>Settings and versions</summary>{table}</details>"
+
+
+# ---- values as text
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} as {"a.b": "1"}."""
+    if not isinstance(value, dict):
+        return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+    parts = [_flatten(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {name: text for part in parts for name, text in part.items()}
+
+
+def _show(value: Any) -> str:
+    if type(value) in (int, float):
+        return number(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
