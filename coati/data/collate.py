@@ -62,9 +62,7 @@ def collate_sft(samples: Sequence[TokenSequence], pad_id: int, multiple_of: int 
     return SFTBatch(input_ids, attention_mask, loss_mask.bool())
 
 
-def collate_preference(
-    samples: Sequence[PreferenceSample], pad_id: int, multiple_of: int = 1
-) -> PreferenceBatch:
+def collate_preference(samples: Sequence[PreferenceSample], pad_id: int, multiple_of: int = 1) -> PreferenceBatch:
     """`[2 * batch, seq]`: all chosen rows, then all rejected rows in the same order."""
     sides = [s.chosen for s in samples] + [s.rejected for s in samples]
     both = collate_sft(sides, pad_id, multiple_of)

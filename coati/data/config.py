@@ -24,9 +24,7 @@ class DataConfig:
         default=None,
         metadata={"help": "One weight a source: 2.0 is seen twice an epoch, 0.5 a random half each epoch."},
     )
-    eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on."}
-    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on."})
     max_length: int = field(
         default=1024, metadata={"help": "Longest SFT or preference row, in tokens, answer and EOS included."}
     )
@@ -57,18 +55,14 @@ class DataConfig:
         for name in ("max_length", "max_prompt_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; give a positive number of tokens.")
-        check_weights(self.train_weights, self.train_data, "--train_weights", "--train_data")
+        check_weights(self.train_weights, self.train_data, "--train_weights")
 
 
-def check_weights(
-    weights: list[float] | None, sources: list[str], weights_name: str, sources_name: str
-) -> None:
+def check_weights(weights: list[float] | None, sources: list[str], name: str) -> None:
     """Raise `UserError` unless there is one finite weight >= 0 a source and some weight is above 0."""
     if weights is None:
         return
     if len(weights) != len(sources):
-        raise UserError(
-            f"{weights_name} has {len(weights)} values for {len(sources)} {sources_name}; give one a source."
-        )
+        raise UserError(f"{name} has {len(weights)} values for {len(sources)} sources; give one a source.")
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise UserError(f"{weights_name} is {weights}; give finite values of 0 or more, not all 0.")
+        raise UserError(f"{name} is {weights}; give finite values of 0 or more, not all 0.")

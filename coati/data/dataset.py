@@ -35,14 +35,10 @@ class TokenisedDataset:
         import datasets
 
         self._table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-        self.report = ValidationReport.from_dict(
-            json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        )
+        self.report = ValidationReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
         self.lengths = np.asarray(self._table.data.column("length"), dtype=np.int64)
         self.source_of_row = np.asarray(self._table.data.column("source"), dtype=np.int64)
-        self.weights_per_row = (
-            None if weights is None else np.asarray(weights, dtype=float)[self.source_of_row]
-        )
+        self.weights_per_row = None if weights is None else np.asarray(weights, dtype=float)[self.source_of_row]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -69,14 +65,12 @@ def build_dataset(
 
     if not sources:
         raise UserError(f"No {kind} data is named; give at least one file with --train_data or --eval_data.")
-    check_weights(weights, sources, "The list of data weights", "the list of sources")
+    check_weights(weights, sources, "The list of data weights")
     cache = Path(config.cache_dir or "~/.cache/coati").expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir."
-        ) from None
+        raise UserError(f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir.") from None
     folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
     if not folder.exists():
         with FileLock(f"{folder}.lock"):
@@ -101,7 +95,8 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
     """A hash of all that the tokenised rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
-    backend.pop("padding", None), backend.pop("truncation", None)
+    for state in ("padding", "truncation"):
+        backend.pop(state, None)
     settings = {k: getattr(config, k) for k in ("max_length", "max_prompt_length", "too_long", "train_on")}
     parts = [
         FORMAT_VERSION,
@@ -174,9 +169,7 @@ def _records(source: str, kind: Kind, report: ValidationReport) -> Iterator[tupl
         yield from ((line, record) for record in records)
 
 
-def _tokenised(
-    chunk, source: str, index: int, tokenizer, config: DataConfig, report
-) -> Iterator[dict[str, Any]]:
+def _tokenised(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
     results = tokenise_many([record for _, record in chunk], tokenizer, config)
     for (line, _), sample in zip(chunk, results, strict=True):

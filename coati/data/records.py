@@ -100,15 +100,9 @@ def _dialogues(row: dict, kind: Kind) -> list[tuple[Messages, dict[str, Any]]]:
         return [(_messages(row["conversations"], "conversations"), columns)]
     if "instruction" in row and "instances" in row:
         instances = row["instances"]
-        if (
-            not isinstance(instances, list)
-            or not instances
-            or not all(isinstance(i, dict) for i in instances)
-        ):
+        if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
             raise ValueError("`instances` is not a list of objects")
-        return [
-            (_alpaca({**i, "instruction": row["instruction"]}), {**columns, **_output(i)}) for i in instances
-        ]
+        return [(_alpaca({**i, "instruction": row["instruction"]}), {**columns, **_output(i)}) for i in instances]
     if "instruction" in row:
         return [(_alpaca(row), columns)]
     if kind == "prompt" and "chosen" in row and "rejected" in row:

@@ -57,15 +57,11 @@ class ValidationReport:
         return f"{first.source} line {first.lines[0]}: {first.reason} ({first.count} of {total} rows)"
 
     def __str__(self) -> str:
-        lines = [
-            f"{source}: {rows} rows, {self.samples[source]} samples" for source, rows in self.rows.items()
-        ]
+        lines = [f"{source}: {rows} rows, {self.samples[source]} samples" for source, rows in self.rows.items()]
         problems = sorted(self.problems, key=lambda p: (not p.bad, -p.count))
         lines += [f"  dropped {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if hidden := problems[SHOWN_PROBLEMS:]:
-            lines.append(
-                f"  dropped {sum(p.count for p in hidden)} more rows for {len(hidden)} other reasons"
-            )
+            lines.append(f"  dropped {sum(p.count for p in hidden)} more rows for {len(hidden)} other reasons")
         return "\n".join(lines)
 
     @classmethod

@@ -48,9 +48,7 @@ class BatchSampler:
             bucket_batches,
             shuffle,
         )
-        weights = (
-            np.ones(len(self.lengths)) if weights_per_row is None else np.asarray(weights_per_row, float)
-        )
+        weights = np.ones(len(self.lengths)) if weights_per_row is None else np.asarray(weights_per_row, float)
         if weights.shape != self.lengths.shape or not np.isfinite(weights).all() or (weights < 0).any():
             raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
         self._whole = np.repeat(np.arange(len(weights)), np.floor(weights).astype(int))
@@ -104,9 +102,7 @@ class BatchSampler:
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
         extras = [self._share(i, epoch) for i in range(len(self._groups))]
         rows = np.concatenate([self._whole, *extras])
-        return (
-            np.random.default_rng([self.seed, 0, epoch]).permutation(rows) if self.shuffle else np.sort(rows)
-        )
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(rows) if self.shuffle else np.sort(rows)
 
     def _share(self, index: int, epoch: int) -> np.ndarray:
         """The rows of a fractional group that `epoch` sees: the next slice of its endless permutations."""
@@ -126,9 +122,7 @@ def deal(
     the same number of micro-batches. Raises `UserError` when the ranks cannot get equally many rows.
     """
     if len(batch) % world_size:
-        raise UserError(
-            f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either."
-        )
+        raise UserError(f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either.")
     if micro_batch_size < 1:
         raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
     mine = sorted(batch, key=lambda row: lengths[row])[rank::world_size]

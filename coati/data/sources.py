@@ -67,9 +67,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); correct it or use one JSON object a line."
-        ) from None
+        raise UserError(f"{path} is not valid JSON ({error}); correct it or use one JSON object a line.") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} does not hold a JSON list; write the rows as a list or as .jsonl.")
     return enumerate(rows, start=1)

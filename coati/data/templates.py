@@ -45,26 +45,18 @@ def prepare_tokenizer(tokenizer, chat_template_path: str | None = None, eos_toke
         )
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"--eos_token {eos_token} is not in the tokenizer's vocabulary; name a token that is."
-            )
+            raise UserError(f"--eos_token {eos_token} is not in the tokenizer's vocabulary; name a token that is.")
         # Adding it as a special token keeps text from being merged with it.
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "The tokenizer has no EOS token to end answers with; name one of its tokens with --eos_token."
-        )
+        raise UserError("The tokenizer has no EOS token to end answers with; name one of its tokens with --eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-        notes.append(
-            f"The tokenizer has no pad token: {tokenizer.eos_token} is used (masks come from lengths)."
-        )
+        notes.append(f"The tokenizer has no pad token: {tokenizer.eos_token} is used (masks come from lengths).")
     if chat_template_path is not None:
         path = Path(chat_template_path).expanduser()
         if not path.is_file():
-            raise UserError(
-                f"The chat template {chat_template_path} does not exist; correct --chat_template."
-            )
+            raise UserError(f"The chat template {chat_template_path} does not exist; correct --chat_template.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_TEMPLATE
@@ -91,9 +83,7 @@ def _check_template(tokenizer, name: str) -> None:
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         line = getattr(error, "lineno", None)
         at = f" at line {line}" if line else ""
-        raise UserError(
-            f"The chat template {name} fails{at} ({error}); correct it or give --chat_template."
-        ) from None
+        raise UserError(f"The chat template {name} fails{at} ({error}); correct it or give --chat_template.") from None
     if PROBE[1]["content"] not in text[start:end]:
         raise UserError(f"The chat template {name} loses the answer; correct it or give --chat_template.")
     eos = tokenizer.eos_token
@@ -106,9 +96,7 @@ def _check_template(tokenizer, name: str) -> None:
 
 def render(tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
     """The messages as the tokenizer's chat template writes them."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def answer_spans(tokenizer, messages: Messages, first: int = 0) -> tuple[str, list[tuple[int, int]]]:

@@ -150,9 +150,7 @@ def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
         if len(eos) == 0:
             raise ValueError("the chat template does not end an answer with the EOS token")
         if len(eos) > 1:
-            raise ValueError(
-                f"an answer contains the EOS token {tokenizer.eos_token}, which must only end it"
-            )
+            raise ValueError(f"an answer contains the EOS token {tokenizer.eos_token}, which must only end it")
         mask[inside[inside <= eos[0]]] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
@@ -199,10 +197,7 @@ def _prompt_sample(record: PromptRecord, piece: _Encoded, tokenizer, config: Dat
     kept = _bos_length(piece.input_ids, tokenizer)
     if kept == config.max_prompt_length:
         raise TooLong(f"--max_prompt_length {config.max_prompt_length} leaves no room for a prompt")
-    text = (
-        piece.text[: piece.offsets[kept - 1][1] if kept else 0]
-        + piece.text[piece.offsets[kept + surplus][0] :]
-    )
+    text = piece.text[: piece.offsets[kept - 1][1] if kept else 0] + piece.text[piece.offsets[kept + surplus][0] :]
     return PromptSample(piece.input_ids[:kept] + piece.input_ids[kept + surplus :], text, record.columns)
 
 

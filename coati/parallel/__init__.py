@@ -7,7 +7,9 @@ from coati.errors import UserError
 INSTALL_COLOSSALAI = "pip install --no-deps colossalai==0.5.0 galore_torch bitsandbytes"
 
 if importlib.util.find_spec("colossalai") is None:
-    raise UserError(f"colossalai is not installed; run: {INSTALL_COLOSSALAI}  (after torch; --no-deps keeps your torch)")
+    raise UserError(
+        f"colossalai is not installed; run: {INSTALL_COLOSSALAI}  (after torch; --no-deps keeps your torch)"
+    )
 
 from coati.parallel.checkpoint import Checkpoints  # noqa: E402
 from coati.parallel.communication import Communicator  # noqa: E402

@@ -90,7 +90,7 @@ class HostAccelerator(CpuAccelerator):
     def reset_peak_memory_stats(self, device=None):
         """The kernel's peak of a process can't be reset."""
 
-    def Stream(self, *args, **kwargs):  # noqa: N802 - colossalai's name
+    def Stream(self, *args, **kwargs):
         return _NoStream()
 
     def current_stream(self, device=None):

@@ -74,7 +74,9 @@ class Checkpoints:
             return self.newest()
         folder = Path(resume)
         if problem := incomplete(folder):
-            raise UserError(f"{folder} is not a complete checkpoint ({problem}); --resume auto takes the newest whole one")
+            raise UserError(
+                f"{folder} is not a complete checkpoint ({problem}); --resume auto takes the newest whole one"
+            )
         return folder
 
     def restore_random_state(self, folder: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,13 @@ class Runtime:
         if self.is_main:
             print(line, flush=True)
 
+    def first_to_fail(self) -> bool:
+        """True for one rank only: the others' errors are usually echoes of a peer that went away."""
+        try:
+            return torch.distributed.distributed_c10d._get_default_store().add("coati/failed", 1) == 1
+        except Exception:  # the store went with its host, which has failed before us
+            return self.world_size == 1
+
     @contextmanager
     def main_first(self):
         """Rank 0 runs the block first (it fills a cache), the others after it."""
@@ -76,6 +84,7 @@ def launch(seed: int = 42) -> Runtime:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     runtime = Runtime(rank, world_size, local_rank, device, Communicator(rank, world_size, device), notes)
     _listen_for_stop(runtime)
+    _quiet_other_ranks(runtime)
     return runtime
 
 
@@ -146,6 +155,16 @@ def _place() -> tuple[int, int, int]:
         missing = ", ".join(name for name in names if name not in given)
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
     return tuple(int(os.environ[name]) for name in names[:3])
+
+
+def _quiet_other_ranks(runtime: Runtime):
+    """One progress bar for a checkpoint that is read, not one a rank, and none where nobody watches."""
+    from transformers.utils import logging as transformers_logging
+
+    if not (runtime.is_main and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
+    if not runtime.is_main:
+        transformers_logging.set_verbosity_error()
 
 
 def _listen_for_stop(runtime: Runtime):

@@ -1,20 +1,14 @@
 """From one word (`zero2`, `gemini`, ...) to a configured Colossal-AI plugin, or one line that says why not."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from coati.config import option
 from coati.errors import UserError
 
 PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
-
-
-def option(default, help: str):
-    """A dataclass field that carries its own help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -51,7 +45,9 @@ def check_plugin(config: PluginConfig, *, lora: bool = False):
         raise UserError(f"unknown plugin {config.plugin!r}: choose one of {', '.join(PLUGINS)}")
     if config.plugin == "gemini":
         if lora:
-            raise UserError("gemini can't train LoRA adapters: use --plugin zero2, or train all weights (--lora_rank 0)")
+            raise UserError(
+                "gemini can't train LoRA adapters: use --plugin zero2, or train all weights (--lora_rank 0)"
+            )
         if precision == "fp32":
             raise UserError("gemini computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
         if config.gemini_placement == "auto" and not cuda:

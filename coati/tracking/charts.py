@@ -39,7 +39,7 @@ def line_chart(lines: list[Line]) -> str:
     """The lines on one pair of axes as an `<svg>` element. Points that are not finite leave a gap."""
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     steps, values = zip(*finite or [(0, 0.0), (1, 1.0)], strict=True)
-    x_ticks = _ticks(min(steps), max(steps), 5, whole=True)
+    x_ticks = _ticks(min(steps), max(*steps, min(steps) + 1), 5, whole=True)
     x_low, x_high = x_ticks[0], max(max(steps), x_ticks[0] + 1)
     low, high = min(values), max(values)
     y_ticks = _ticks(0 if 0 < low < high / 2 else low, high, 4)
@@ -72,7 +72,7 @@ def _draw(line: Line, place: Place) -> list[str]:
     if smooth:
         parts.append(_path(_thin(smooth, _DRAWN), place, f"curve {style}"))
     dots = [point for point in _thin(line.points, _HOVERED) if math.isfinite(point[1])]
-    shown = " shown" if line.dashed and len(line.points) < _SMOOTHED or len(line.points) == 1 else ""
+    shown = " shown" if len(line.points) < (_SMOOTHED if line.dashed else 2) else ""
     for step, value in dots:
         x, y = place(step, value)
         title = escape(f"{line.label}, step {step:g}: {number(value)}")
@@ -93,22 +93,19 @@ def _path(points: Points, place: Place, style: str) -> str:
 
 
 def running_mean(points: Points) -> Points:
-    """The centred mean over a tenth of the points; none for a short or an even curve, which needs none."""
+    """The mean over a tenth of the points (100 at most) around each; none for a short or an even curve."""
     points = [point for point in points if math.isfinite(point[1])]
     values = [y for _, y in points]
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     if len(points) < _SMOOTHED or turns < len(points) / 5:
         return []
-    half = len(points) // 20
-    sums = [0.0]
-    for y in values:
-        sums.append(sums[-1] + y)
+    half = min(len(points) // 20, 50)
     means = []
     for i, (x, _) in enumerate(points):
-        # At the start both sides shrink alike, as a one-sided mean would misplace a steep start.
         left = min(half, i)
-        right = min(left, len(points) - 1 - i)
-        means.append((x, (sums[i + right + 1] - sums[i - left]) / (left + right + 1)))
+        # At the start both sides shrink alike, as a one-sided mean would misplace a steep start.
+        window = values[i - left : i + left + 1]
+        means.append((x, sum(window) / len(window)))
     return means
 
 

@@ -13,22 +13,16 @@ class TrackingConfig:
 
     wandb: Literal["online", "offline", "disabled"] = field(
         default="disabled",
-        metadata={
-            "help": "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled."
-        },
+        metadata={"help": "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled."},
     )
     wandb_project: str = field(default="coati", metadata={"help": "The Weights & Biases project."})
-    run_name: str | None = field(
-        default=None, metadata={"help": "The run's name; the run folder's name if absent."}
-    )
+    run_name: str | None = field(default=None, metadata={"help": "The run's name; the run folder's name if absent."})
     tensorboard: bool = field(
         default=False, metadata={"help": "Also write TensorBoard event files to RUN_DIR/tensorboard."}
     )
     progress: Literal["auto", "bar", "plain", "off"] = field(
         default="auto",
-        metadata={
-            "help": "bar, plain (a line now and then), off, or auto: a bar on a terminal, plain elsewhere."
-        },
+        metadata={"help": "bar, plain (a line now and then), off, or auto: a bar on a terminal, plain elsewhere."},
     )
 
 

@@ -96,9 +96,7 @@ class BarProgress(Progress):
 
 
 @contextmanager
-def progress_bar(
-    total: int, description: str, config: TrackingConfig, initial: int = 0
-) -> Iterator[Progress]:
+def progress_bar(total: int, description: str, config: TrackingConfig, initial: int = 0) -> Iterator[Progress]:
     """Show on stderr the progress of `total` steps, of which `initial` are done. Only rank 0 shows anything.
 
     `with progress_bar(...) as bar:`, and in it `bar.advance(tokens=n, loss=x)` after each step.
@@ -115,6 +113,4 @@ def progress_bar(
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes:02}:{seconds:02}"
-    )
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes:02}:{seconds:02}"

@@ -114,9 +114,7 @@ def _read_runs(folders: list[Path]) -> list[Run]:
         for run_dir in found:
             relative = run_dir.relative_to(folder)
             labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
-    runs = [
-        Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()
-    ]
+    runs = [Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]
     return sorted(runs, key=lambda run: run.info["start"])
 
 
@@ -133,9 +131,7 @@ def _overview(title: str, runs: list[Run]) -> str:
 
 def _overview_row(run: Run) -> str:
     steps = max((record["step"] for record in run.metrics), default=0)
-    plugin = next(
-        (v for k, v in _flatten(run.info["settings"]).items() if re.search(r"\bplugin(\.name)?$", k)), "–"
-    )
+    plugin = next((v for k, v in _flatten(run.info["settings"]).items() if re.search(r"\bplugin(\.name)?$", k)), "–")
     cells = [run.title, run.label, f"{steps:,}", run.info["world_size"], plugin, _duration(run), _result(run)]
     status = escape(run.info["status"])
     row = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
@@ -270,9 +266,7 @@ def _sample_table(pairs: list[tuple[dict, dict]], steps: list[int]) -> str:
             cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>" * scored
         lines.append(f"<tr>{cells}</tr>")
     if (hidden := len(lines) - 2 * SAMPLES_EACH_END) > 0:
-        note = (
-            f"<tr><td class='gap' colspan='5'>{hidden} between the best and the worst are left out</td></tr>"
-        )
+        note = f"<tr><td class='gap' colspan='5'>{hidden} between the best and the worst are left out</td></tr>"
         lines[SAMPLES_EACH_END:-SAMPLES_EACH_END] = [note]
     return f"<table class='samples'><tr>{header}</tr>{''.join(lines)}</table>"
 

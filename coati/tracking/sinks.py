@@ -24,8 +24,9 @@ class JsonlSink:
                 drop_after(path, resume_step)
             elif path.exists():
                 path.replace(run_dir / f"{path.stem}.previous.jsonl")
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")
-        self._samples = open(run_dir / SAMPLES, "a", encoding="utf-8")
+        # Open until `finish`.
+        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._samples = open(run_dir / SAMPLES, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._metrics.write(to_json({"step": step, "time": time.time(), **metrics}) + "\n")

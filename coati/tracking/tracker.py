@@ -53,9 +53,7 @@ class Tracker:
             self._sinks: list[Any] = [JsonlSink(self.run_dir, resume_step)]
             self._save_run()
         except OSError as error:
-            raise UserError(
-                f"{self.run_dir} can't be written ({error.strerror}); name another run folder."
-            ) from error
+            raise UserError(f"{self.run_dir} can't be written ({error.strerror}); name another run folder.") from error
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(self.run_dir, resume_step))
         if config.wandb != "disabled":

@@ -1,0 +1,49 @@
+# Each target that needs Python makes .venv first, once. `make help` lists the targets.
+#
+# TORCH says which torch to install; the default is the one coati is developed on. Examples:
+#   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    (CPU only)
+#   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"  (CUDA 13.0)
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+
+.PHONY: help install quickstart test test-all lint format typecheck clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install: $(READY)  ## Make .venv with everything (again when the requirements change)
+
+quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two CPU processes
+	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
+
+test: $(READY)  ## Run the tests, without the slow ones and those for a GPU
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
+	$(PYTEST)
+
+lint: $(READY)  ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)  ## Repair style and formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+typecheck: $(READY)  ## Check the type hints
+	$(VENV)/bin/mypy
+
+clean:  ## Remove what the targets above made, .venv and runs/ excepted
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.venv: $(READY)
+
+$(READY): setup.py requirements.txt requirements-colossalai.txt
+	tools/install.sh $(VENV) $(TORCH)
+	touch $@

@@ -1,0 +1,53 @@
+"""The policy."""
+
+import torch
+from torch import Tensor
+
+from coati.losses import token_entropy, token_log_probs
+from coati.models.base import BaseModel
+
+
+class Actor(BaseModel):
+    """A causal language model that gives the log-probs of given tokens, and generates."""
+
+    auto_class = "AutoModelForCausalLM"
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        adapter: bool = True,
+    ):
+        """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
+
+        Args:
+            input_ids: `[batch, seq]`.
+            attention_mask: `[batch, seq]`, False on padding, which may stand on either side; None for no padding.
+            temperature: of the distribution whose log-probs are wanted.
+            with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`.
+            adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
+        """
+        if adapter or not self.has_adapter:
+            logits = self.run(input_ids, attention_mask).logits
+        else:
+            with self.model.disable_adapter():
+                logits = self.run(input_ids, attention_mask).logits
+        log_probs = token_log_probs(logits, input_ids, temperature)
+        if not with_entropy:
+            return log_probs
+        with torch.no_grad():
+            return log_probs, token_entropy(logits, temperature)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """transformers' `generate` (greedy, sampling, beam): prompts `[batch, seq]` left-padded, returns prompt and
+        response `[batch, seq + new]`."""
+        training = self.training
+        self.eval()
+        try:
+            return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        finally:
+            self.train(training)

@@ -1,0 +1,172 @@
+"""What Actor, Critic and RewardModel share: a transformers model from a path, a config or both."""
+
+import copy
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coati.errors import UserError
+from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class BaseModel(nn.Module):
+    """Wraps the transformer (without a head) that `AutoModel` makes.
+
+    Args:
+        pretrained: folder or name of a checkpoint; a folder with a LoRA adapter loads its base model and the adapter.
+        config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
+        lora: adapters to add.
+        **kwargs: handed to `from_pretrained` (or `from_config`): dtype, attn_implementation, revision, ...
+
+    Attributes:
+        model: the transformers model (inside a PeftModel if there are adapters).
+        config: its config.
+        last_hidden_state_size: width of the last hidden states, which value heads read.
+
+    Raises:
+        ValueError: neither `pretrained` nor `config`; a folder without a model; FlashAttention-2 without CUDA.
+    """
+
+    auto_class = "AutoModel"
+
+    def __init__(
+        self, pretrained: str | Path | None = None, config=None, *, lora: LoraSettings | None = None, **kwargs
+    ):
+        super().__init__()
+        if pretrained is None and config is None:
+            raise UserError(f"{type(self).__name__} needs a pretrained path, a config, or both")
+        if kwargs.get("attn_implementation") == "flash_attention_2" and not torch.cuda.is_available():
+            raise UserError("flash_attention_2 needs CUDA: use attn_implementation sdpa on this machine")
+        self.model = _load(self.auto_class, pretrained, config, kwargs)
+        self.config = self.model.config
+        self.last_hidden_state_size = hidden_size(self.config)
+        if pretrained is not None and is_adapter(pretrained):
+            self.model = load_adapter(self.model, pretrained)
+        elif lora is not None and lora.rank > 0:
+            self.model = add_lora(self.model, lora)
+        forward = inspect.signature(self.transformer.forward).parameters
+        self._takes_positions = "position_ids" in forward
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformers model itself, inside any adapter."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """`PreTrainedModel.resize_token_embeddings`."""
+        return self.model.resize_token_embeddings(*args, **kwargs)
+
+    def enable_gradient_checkpointing(self):
+        """Recomputes activations in the backward pass."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.has_adapter:
+            self.model.enable_input_require_grads()
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None):
+        """The transformers model's output. Padding may stand on either side: positions count real tokens."""
+        inputs = {"input_ids": input_ids, "use_cache": False}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.long()
+            if self._takes_positions:
+                inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.model(**inputs)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, merge: bool = False):
+        """Writes a HF folder that plain transformers opens.
+
+        With adapters: the adapter's folder, or with `merge` the weights with the adapters added in.
+
+        Args:
+            state_dict: this module's full state if it isn't in the module itself (sharded plugins); CPU tensors.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
+            copy.deepcopy(self.model).merge_and_unload().save_pretrained(str(folder))
+        elif self.has_adapter:
+            adapters = {k: v for k, v in inner.items() if "lora_" in k}
+            self.model.save_pretrained(str(folder), state_dict=adapters, save_embedding_layers=False)
+            self.config.save_pretrained(str(folder))
+        else:
+            self.transformer.save_pretrained(str(folder), state_dict=inner)
+
+
+class ValueHeadModel(BaseModel):
+    """A transformer with a linear head of one output on the last hidden states. The head is never frozen by LoRA.
+
+    The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
+    `AutoModel`; it is read back if the folder has one, else drawn anew.
+    """
+
+    def __init__(self, pretrained=None, config=None, *, lora: LoraSettings | None = None, **kwargs):
+        super().__init__(pretrained, config, lora=lora, **kwargs)
+        self.value_head = nn.Linear(self.last_hidden_state_size, 1)
+        nn.init.normal_(self.value_head.weight, std=1 / (self.last_hidden_state_size + 1))
+        nn.init.zeros_(self.value_head.bias)
+        self.value_head.to(next(self.model.parameters()).dtype)
+        path = None if pretrained is None else Path(pretrained) / VALUE_HEAD_FILE
+        if path is not None and path.is_file():
+            from safetensors.torch import load_file
+
+            self.value_head.load_state_dict(load_file(path))
+
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The head's output at every position, float32 `[batch, seq]`."""
+        hidden = self.run(input_ids, attention_mask).last_hidden_state
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+    def save_pretrained(self, folder, state_dict=None, merge: bool = False):
+        """As `BaseModel.save_pretrained`, with the head."""
+        from safetensors.torch import save_file
+
+        super().save_pretrained(folder, state_dict, merge)
+        state = self.state_dict() if state_dict is None else state_dict
+        head = {k.removeprefix("value_head."): v.contiguous() for k, v in state.items() if k.startswith("value_head.")}
+        save_file(head, Path(folder) / VALUE_HEAD_FILE)
+
+
+def hidden_size(config) -> int:
+    """Width of the last hidden states, read from the config: no forward pass, no device move.
+
+    Raises:
+        UserError: the config has none of the known names.
+    """
+    for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
+        # OPT projects its hidden states back to the embedding's width before the head
+        for name in ("word_embed_proj_dim", "hidden_size", "d_model", "n_embd"):
+            if isinstance(size := getattr(part, name, None), int):
+                return size
+    raise UserError(f"{type(config).__name__} has no hidden_size (nor word_embed_proj_dim, d_model, n_embd)")
+
+
+def disable_dropout(module: nn.Module):
+    """Sets every dropout probability to 0: with dropout, a policy's ratio to itself is not 1."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+def _load(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    if pretrained is None:
+        return auto.from_config(config, **kwargs)
+    source = base_of_adapter(pretrained) if is_adapter(pretrained) else str(pretrained)
+    if config is not None:
+        kwargs = {**kwargs, "config": config}
+    try:
+        return auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,45 @@
+"""A python function as a reward."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from coati.errors import UserError
+
+
+class FunctionReward:
+    """Wraps `function(prompts, responses, **columns)`, which returns one number a response."""
+
+    def __init__(self, function: Callable, name: str | None = None):
+        self.function, self.name = function, name or function.__name__
+
+    def score(self, prompts, responses, **columns):
+        return self.function(prompts, responses, **columns)
+
+
+def load_function(place: str) -> FunctionReward:
+    """The function at `path/to/file.py:name` or `package.module:name`.
+
+    Raises:
+        UserError: no such file, module or function.
+    """
+    source, _, name = place.rpartition(":")
+    if not source or not name:
+        raise UserError(f"reward function {place!r}: write it as FILE.py:function or module:function")
+    try:
+        module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        return FunctionReward(getattr(module, name))
+    except (ImportError, FileNotFoundError) as error:
+        raise UserError(f"reward function {place!r}: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"reward function {place!r}: {source} has no {name!r}") from error
+
+
+def _import_file(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

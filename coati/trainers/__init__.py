@@ -1,0 +1,1 @@
+"""One file an algorithm: `sft.py`, `reward.py`, `ppo.py`. What they share is in `base.py` and `supervised.py`."""

@@ -1,0 +1,344 @@
+"""What every run does whatever the algorithm: steps, evaluation, logs, checkpoints, resuming, stopping."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
+from coati.errors import UserError
+from coati.models.base import BaseModel
+from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, resolve_precision
+from coati.parallel.checkpoint import write_json
+from coati.parallel.engine import DTYPES
+from coati.parallel.launch import seed_everything
+from coati.tracking import make_tracker, progress_bar
+from coati.trainers.config import TrainerConfig
+from coati.trainers.schedule import learning_rate_at
+
+FINAL_MODEL = "model"
+
+
+class Trainer:
+    """The loop. An algorithm fills in `build`, `train_step` and `evaluate`.
+
+    Attributes:
+        algorithm: the stage's name in logs and reports.
+        headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
+        engines: the trained models by name, saved with every checkpoint; the first is the run's product.
+        step: optimiser steps (PPO: iterations) done.
+    """
+
+    algorithm: str
+    headline: tuple[str, bool]
+
+    def __init__(self, config: TrainerConfig, runtime: Runtime):
+        self.config, self.runtime, self.communicator = config, runtime, runtime.communicator
+        config.check(runtime.world_size)
+        check_plugin(config, lora=config.lora_rank > 0)
+        self.output = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
+        self.resumed_from = self._find_resume()
+        self.step = 0
+        self.engines: dict[str, Engine] = {}
+        self.tokenizer = self._load_tokenizer()
+        seed_everything(config.seed)  # models are created alike on every rank
+        self.build()
+        seed_everything(config.seed + 1 + runtime.rank)  # from here on every rank draws its own
+        if self.resumed_from:
+            self._restore(self.resumed_from)
+
+    # --- for the algorithm to fill in
+
+    total_steps: int
+
+    def build(self):
+        """Makes data, models and `self.engines`; sets `total_steps`."""
+        raise NotImplementedError
+
+    def train_step(self, step: int) -> tuple[dict[str, float], int]:
+        """One step: its metrics (the same on every rank) and the tokens it went through on all ranks."""
+        raise NotImplementedError
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics (without prefix) and sample rows, on the evaluation data."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What the algorithm must remember besides models and random states, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]):
+        """The inverse of `state`."""
+
+    # --- the run
+
+    def train(self):
+        """Runs to the end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
+        self._announce()
+        settings = dataclasses.asdict(self.config)
+        resume_step = self.step if self.resumed_from else None
+        tracker = make_tracker(
+            self.output, self.config, algorithm=self.algorithm, settings=settings, resume_step=resume_step
+        )
+        status = "failed"
+        try:
+            status = self._loop(tracker)
+            if status == "finished":
+                self._export()
+        finally:
+            tracker.finish(status)
+
+    def _loop(self, tracker) -> str:
+        if self.step == 0:
+            self._evaluate(tracker)
+        with progress_bar(self.total_steps, self.algorithm, self.config, initial=self.step) as bar:
+            while self.step < self.total_steps:
+                started = time.monotonic()
+                metrics, tokens = self.train_step(self.step)
+                self.step += 1
+                self._check_finite(metrics)
+                metrics |= {"tokens_per_second": tokens / (time.monotonic() - started), "tokens": tokens}
+                if self._due(self.config.log_every):
+                    tracker.log(metrics, self.step)
+                bar.advance(tokens=tokens, **self._short(metrics))
+                stop = self.communicator.any(self.runtime.stop_requested is not None)
+                score = self._evaluate(tracker) if self._due(self.config.eval_every) and not stop else None
+                if stop or self._due(self.config.save_every):
+                    self._save(score)
+                if stop and self.step < self.total_steps:
+                    self.runtime.say(f"{self.runtime.stop_requested or 'a stop'} received: saved step {self.step}")
+                    return "interrupted"
+        return "finished"
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.total_steps or (every > 0 and self.step % every == 0)
+
+    def _evaluate(self, tracker) -> float | None:
+        """Evaluates and logs; returns the headline, turned so that higher is better."""
+        metrics, samples = self.evaluate()
+        if not metrics:
+            return None
+        tracker.log({f"eval/{name}": value for name, value in metrics.items()}, self.step)
+        if samples:
+            tracker.log_samples(samples, self.step)
+        name, higher = self.headline
+        self.runtime.say(f"{self.algorithm} step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        return metrics[name] if higher else -metrics[name]
+
+    def _check_finite(self, metrics: dict[str, float]):
+        bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
+        if bad:
+            raise UserError(
+                f"{bad[0]} is {metrics[bad[0]]} at step {self.step}: lower the learning rate or use a wider precision; "
+                f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
+            )
+
+    def _short(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The few metrics that fit beside the progress bar."""
+        names = ("loss", "accuracy", "reward", "kl")
+        return {name: metrics[name] for name in names if name in metrics}
+
+    # --- helpers for algorithms
+
+    def optimise(
+        self,
+        engine: Engine,
+        micro_batches: Sequence[Any],
+        count: Callable[[Any], Tensor],
+        loss: Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]],
+        learning_rate: float,
+    ) -> dict[str, float]:
+        """One optimiser step over this rank's micro-batches; the denominator is global.
+
+        Args:
+            count: what the loss is divided by, of one micro-batch (tokens, pairs, ...).
+            loss: the share of the global loss, and of its metrics.
+        """
+        denominator = max(self.communicator.sum(float(sum(count(b) for b in micro_batches))).item(), 1.0)
+        shares = []
+        for i, batch in enumerate(micro_batches):
+            with engine.accumulate(last=i == len(micro_batches) - 1):
+                share, metrics = loss(batch, denominator)
+                engine.backward(share)
+            shares.append(metrics)
+        return {**self.communicator.sum_metrics(shares), "grad_norm": engine.step(learning_rate)}
+
+    def learning_rate(self, peak: float) -> float:
+        """The learning rate of the step being done: a function of the step alone, so nothing of it is stored."""
+        c = self.config
+        return learning_rate_at(self.step, self.total_steps, peak, c.schedule, c.warmup, c.final_rate)
+
+    def dataset(self, sources: list[str], kind: str, weights: list[float] | None = None) -> TokenisedDataset | None:
+        """Tokenised rows, built on rank 0 first; None for no sources."""
+        if not sources:
+            return None
+        with self.runtime.main_first():
+            data = build_dataset(sources, kind, self.tokenizer, self.config, weights)
+        self.runtime.say(str(data.report))
+        return data
+
+    def sampler(self, data: TokenisedDataset) -> BatchSampler:
+        """The order of the training data; sets `total_steps` if the config counts epochs."""
+        sampler = BatchSampler(
+            data.lengths, self.config.batch_size, self.config.seed, weights_per_row=data.weights_per_row
+        )
+        self.total_steps = self.config.steps or math.ceil(self.config.epochs * sampler.batches_per_epoch)
+        return sampler
+
+    def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
+        """A model from a folder, or from `--model_config` with random weights."""
+        c = self.config
+        # ddp keeps float32 weights and computes under autocast; the others cast the weights themselves
+        dtype = torch.float32 if c.plugin == "ddp" else DTYPES[resolve_precision(c)]
+        config = self._model_config(from_scratch=pretrained is None) if c.model_config else None
+        if pretrained is None and config is None:
+            raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
+        model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
+        vocabulary = model.transformer.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {vocabulary}: "
+                "use the model's own tokenizer, or resize its embeddings first"
+            )
+        if c.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def engine(self, model: BaseModel, *, accumulates: bool) -> Engine:
+        """A trained model under the configured plugin."""
+        settings = {"weight_decay": self.config.weight_decay}
+        return Engine(model, self.config, self.runtime, optimizer=settings, accumulates=accumulates)
+
+    def source(self, name: str) -> Path | None:
+        """The folder of a trained model in the checkpoint that the run resumes from."""
+        return self.resumed_from / name / "model" if self.resumed_from else None
+
+    # --- files
+
+    def _find_resume(self) -> Path | None:
+        if self.config.resume == "never":
+            if self.communicator.any((self.output / "run.json").exists()):
+                raise UserError(
+                    f"{self.output} already holds a run: pass --resume auto to go on with it, or another --output_dir"
+                )
+            found = None
+        else:
+            found = self.checkpoints.find(self.config.resume)
+        found = self.communicator.broadcast(found)
+        if self.runtime.is_main:
+            self._make_output_folder()
+        return found
+
+    def _make_output_folder(self):
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            probe = self.output / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.output} can't be written ({error.strerror}): name another") from error
+
+    def _save(self, score: float | None):
+        def write(folder: Path):
+            for name, engine in self.engines.items():
+                self._save_model(engine, folder / name / "model")
+                engine.save_optimizer(folder / name)
+            if self.runtime.is_main:
+                state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
+                write_json(folder / "trainer.json", state | {"world_size": self.runtime.world_size})
+
+        self.checkpoints.save(self.step, write, score)
+
+    def _restore(self, folder: Path):
+        stored = json.loads((folder / "trainer.json").read_text())
+        if stored["algorithm"] != self.algorithm:
+            raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+        self.step = stored["step"]
+        self.load_state(stored["state"])
+        for name, engine in self.engines.items():
+            engine.load_optimizer(folder / name)
+        if not self.checkpoints.restore_random_state(folder):
+            self.runtime.say(
+                f"{folder} was written by {stored['world_size']} processes and there are {self.runtime.world_size} now: "
+                "weights, optimiser and data order go on exactly, sampling and dropout start from new random states"
+            )
+            seed_everything(self.config.seed + 1 + self.runtime.rank + 1000 * self.step)
+
+    def _save_model(self, engine: Engine, folder: Path, merge: bool = False):
+        state = engine.state_dict()
+        if self.runtime.is_main:
+            folder.mkdir(parents=True)
+            engine.module.save_pretrained(folder, state, merge)
+            self.tokenizer.save_pretrained(str(folder))
+
+    def _export(self):
+        """The finished models as HF folders, written aside and renamed."""
+        for i, (name, engine) in enumerate(self.engines.items()):
+            target = self.output / (FINAL_MODEL if i == 0 else name)
+            partial = target.with_name(target.name + ".partial")
+            if self.runtime.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._save_model(engine, partial, merge=self.config.merge_lora)
+            if self.runtime.is_main:
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(partial, target)
+        self.communicator.barrier()
+        self.runtime.say(f"{self.algorithm}: finished, the model is in {self.output / FINAL_MODEL}")
+
+    # --- start
+
+    def _announce(self):
+        for note in self.runtime.notes:
+            self.runtime.say(note)
+        c, product = self.config, next(iter(self.engines.values())).module
+        total = sum(p.numel() for p in product.parameters())
+        trained = sum(p.numel() for p in product.parameters() if p.requires_grad)
+        size = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
+        self.runtime.say(
+            f"{self.algorithm}: {size} · {c.plugin} {resolve_precision(c)} · {self.runtime.world_size} x "
+            f"{self.runtime.device.type} · {self.total_steps} steps of {c.batch_size} rows · {self.output}"
+            + (f" · from step {self.step}" if self.resumed_from else "")
+        )
+
+    def _load_tokenizer(self):
+        from transformers import AutoTokenizer
+
+        source = self.config.tokenizer or self.config.model
+        if source is None:
+            raise UserError("give --tokenizer FOLDER (or --model FOLDER, if the tokenizer is in it)")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
+        tokenizer, notes = prepare_tokenizer(tokenizer, self.config.chat_template, self.config.eos_token)
+        for note in notes:
+            self.runtime.say(note)
+        return tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the rows of a batch; masks come from lengths, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _model_config(self, *, from_scratch: bool):
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.config.model_config)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model_config {self.config.model_config}: {str(error).splitlines()[0]}") from error
+        if from_scratch:
+            tokenizer = self.tokenizer
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            config.pad_token_id = self.pad_id
+        return config

@@ -1,0 +1,94 @@
+"""Reward modelling: a score for a whole answer, learnt from pairs (InstructGPT, 2203.02155, section 3.2, eq. 1).
+
+    loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))
+
+Both answers of a pair go through the model in one forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from coati.config import option
+from coati.data import collate_preference
+from coati.losses import pairwise_reward_loss
+from coati.models import RewardModel
+from coati.trainers.config import TrainerConfig
+from coati.trainers.supervised import SupervisedTrainer
+
+
+@dataclass
+class RewardConfig(TrainerConfig):
+    """Settings of a reward-model run."""
+
+    use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
+    label_smoothing: float = option(0.0, "share of the pairs taken to be labelled the wrong way round")
+    centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero")
+
+
+class RewardTrainer(SupervisedTrainer):
+    """Trains a `RewardModel` on pairs."""
+
+    algorithm, kind, model_class = "reward", "preference", RewardModel
+    headline = ("accuracy", True)
+
+    def collate(self, samples):
+        return collate_preference(samples, self.pad_id)
+
+    def count(self, batch):
+        return torch.tensor(len(batch.margin))
+
+    def loss(self, batch, denominator):
+        chosen, rejected = self._rewards(batch)
+        c = self.config
+        margin = batch.margin if c.use_margin else None
+        options = dict(margin=margin, label_smoothing=c.label_smoothing, centering=c.centering)
+        return pairwise_reward_loss(chosen, rejected, denominator, **options)
+
+    def _rewards(self, batch):
+        return self.engines["model"](batch.input_ids, batch.attention_mask).chunk(2)
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Accuracy on held-out pairs with its 95 % interval, loss, margin, and scored pairs."""
+        if self.eval_data is None:
+            return {}, []
+        model = self.engines["model"].model
+        model.eval()
+        shares, samples = [], []
+        for batch, real, index in self.eval_batches():
+            chosen, rejected = (r[real] for r in self._rewards(batch))
+            _, share = pairwise_reward_loss(chosen, rejected, 1.0)
+            shares.append({**share, "pairs": real.sum()})
+            samples += [
+                {"row": i, "chosen": c, "rejected": r}
+                for i, c, r in zip(index, chosen.tolist(), rejected.tolist(), strict=False)
+                if i < self.config.samples
+            ]
+        model.train()
+        sums = self.communicator.sum_metrics(shares)
+        pairs = sums.pop("pairs")
+        metrics = {name: total / pairs for name, total in sums.items()}
+        low, high = wilson_interval(metrics["accuracy"], pairs)
+        return metrics | {"accuracy_low": low, "accuracy_high": high, "pairs": pairs}, self._texts(samples)
+
+    def _texts(self, scored: list[dict]) -> list[dict]:
+        """Two rows a pair, all ranks' pairs together."""
+        rows = sorted((row for part in self.communicator.gather(scored) for row in part), key=lambda row: row["row"])
+        samples = []
+        for row in rows:
+            pair = self.eval_data[row["row"]]
+            for side in ("chosen", "rejected"):
+                sequence = getattr(pair, side)
+                start = sequence.loss_mask.index(True)
+                pieces = sequence.input_ids[:start], sequence.input_ids[start:]
+                prompt, response = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
+                samples.append({"prompt": prompt, "response": response.strip(), "reward": row[side], "side": side})
+        return samples
+
+
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share seen in n trials (Wilson 1927), which stays within 0 and 1."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return centre - half, centre + half

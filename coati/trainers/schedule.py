@@ -1,0 +1,28 @@
+"""Learning-rate schedules as pure functions of the step: nothing to store, nothing to forget to step."""
+
+import math
+
+
+def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup: float, final_rate: float) -> float:
+    """The learning rate of optimiser step `step` (0-based) of `total`.
+
+    Rises linearly over the first `warmup * total` steps to `peak`, then stays (constant) or falls, linearly or along a
+    half cosine, to `final_rate * peak`.
+
+    Raises:
+        ValueError: unknown schedule.
+    """
+    warmup_steps = math.ceil(warmup * total)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total - warmup_steps, 1)
+    match schedule:
+        case "constant":
+            share = 1.0
+        case "linear":
+            share = 1 - progress
+        case "cosine":
+            share = (1 + math.cos(math.pi * progress)) / 2
+        case _:
+            raise ValueError(f"unknown schedule {schedule!r}: choose constant, linear or cosine")
+    return peak * (final_rate + (1 - final_rate) * share)

@@ -1,0 +1,74 @@
+"""Supervised fine-tuning: maximise the likelihood of the demonstrated answers (InstructGPT, 2203.02155, section 3.1).
+
+    loss = - sum over answer tokens of log p(token | everything before) / number of answer tokens
+
+The number counts the answer tokens of the whole step, over all ranks and micro-batches.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from coati.data import collate_sft
+from coati.losses import cross_entropy, response_targets
+from coati.models import Actor
+from coati.rollout import GenerationConfig, generate
+from coati.trainers.config import TrainerConfig
+from coati.trainers.sampling import eos_ids, pad_left
+from coati.trainers.supervised import SupervisedTrainer
+
+
+@dataclass
+class SFTConfig(TrainerConfig, GenerationConfig):
+    """Settings of an SFT run; the generation settings are those of the sample answers."""
+
+
+class SFTTrainer(SupervisedTrainer):
+    """Trains an `Actor` on demonstrations."""
+
+    algorithm, kind, model_class = "sft", "sft", Actor
+    headline = ("loss", False)
+
+    def collate(self, samples):
+        return collate_sft(samples, self.pad_id)
+
+    def count(self, batch):
+        return response_targets(batch.loss_mask).sum()
+
+    def loss(self, batch, denominator):
+        log_probs = self.engines["model"](batch.input_ids, batch.attention_mask)
+        return cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Loss a token and perplexity on the evaluation data, and sampled answers to its first prompts."""
+        if self.eval_data is None:
+            return {}, []
+        model = self.engines["model"].model
+        model.eval()
+        shares = []
+        for batch, real, _ in self.eval_batches():
+            targets = response_targets(batch.loss_mask) & real[:, None]
+            log_probs = self.engines["model"](batch.input_ids, batch.attention_mask)
+            total, _ = cross_entropy(log_probs, targets, 1.0)
+            shares.append({"total": total, "tokens": targets.sum()})
+        samples = self._samples()
+        model.train()
+        sums = self.communicator.sum_metrics(shares)
+        loss = sums["total"] / max(sums["tokens"], 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}, samples
+
+    def _samples(self) -> list[dict]:
+        """Answers to the first evaluation prompts, drawn from the same random state at every evaluation."""
+        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
+        prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
+        engine = self.engines["model"]
+        with engine.full() as model, torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            ids, mask = pad_left(prompts, self.pad_id, self.runtime.device)
+            ends = eos_ids(self.tokenizer, model)
+            rollout = generate(model, ids, mask, self.config, eos_ids=ends, pad_id=self.pad_id)
+        answers = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return [{"prompt": p, "response": a.strip()} for p, a in zip(texts, answers, strict=True)]

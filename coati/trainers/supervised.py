@@ -1,0 +1,73 @@
+"""What SFT and reward modelling share: rows in, a loss over the global batch out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coati.data import deal
+from coati.models.base import BaseModel
+from coati.trainers.base import Trainer
+
+
+class SupervisedTrainer(Trainer):
+    """One model, one dataset, one loss.
+
+    An algorithm gives `kind`, `model_class`, `collate`, `count`, `loss` and `score_rows`.
+    """
+
+    kind: str
+    model_class: type[BaseModel]
+
+    def build(self):
+        c = self.config
+        self.data = self.dataset(c.train_data, self.kind, c.train_weights)
+        self.eval_data = self.dataset(c.eval_data, self.kind)
+        self.batches = self.sampler(self.data)
+        model = self.model(self.model_class, self.source("model") or c.model, lora=c.lora)
+        rows = c.batch_size // self.runtime.world_size
+        self.engines = {"model": self.engine(model, accumulates=rows > c.micro_batch_size)}
+
+    def collate(self, samples: list) -> Any:
+        """A batch from samples."""
+        raise NotImplementedError
+
+    def count(self, batch) -> Tensor:
+        """What the loss is divided by, of this batch."""
+        raise NotImplementedError
+
+    def loss(self, batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """This batch's share of the loss and of the metrics."""
+        raise NotImplementedError
+
+    def train_step(self, step: int) -> tuple[dict[str, float], int]:
+        c, rows = self.config, self.batches.batch(step)
+        dealt = deal(rows, self.data.lengths, self.runtime.rank, self.runtime.world_size, c.micro_batch_size)
+        micro_batches = [self.load(self.data, index) for index in dealt]
+        rate = self.learning_rate(c.learning_rate)
+        metrics = self.optimise(self.engines["model"], micro_batches, self.count, self.loss, rate)
+        tokens = self.communicator.sum(sum(int(b.attention_mask.sum()) for b in micro_batches))
+        return {**metrics, "learning_rate": rate, "epoch": self.batches.epoch(step + 1)}, int(tokens)
+
+    def load(self, data, index: list[int]):
+        """The rows as a batch on this rank's device."""
+        return self.collate([data[i] for i in index]).to(self.runtime.device)
+
+    @torch.no_grad()
+    def eval_batches(self) -> Iterator[tuple[Any, Tensor, list[int]]]:
+        """This rank's share of the evaluation data: batches, which of their rows are real (bool `[batch]`), the rows.
+
+        Every rank gets the same number of batches, for plugins that communicate in the forward pass; missing rows are
+        filled with copies that are not real.
+        """
+        size, world = self.config.micro_batch_size, self.runtime.world_size
+        order = sorted(range(len(self.eval_data)), key=lambda i: int(self.eval_data.lengths[i]))
+        filler = -len(order) % (size * world)
+        rows = [(i, True) for i in order] + [(order[-1], False)] * filler
+        mine = rows[self.runtime.rank :: world]
+        for start in range(0, len(mine), size):
+            chunk = mine[start : start + size]
+            index = [i for i, _ in chunk]
+            real = torch.tensor([kept for _, kept in chunk], device=self.runtime.device)
+            yield self.load(self.eval_data, index), real, index

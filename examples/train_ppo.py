@@ -1,0 +1,13 @@
+"""PPO: `colossalai run --nproc_per_node 2 examples/train_ppo.py --config FILE.yaml`."""
+
+from coati.trainers.main import main
+
+
+def load_trainer():
+    from coati.trainers.ppo import PPOConfig, PPOTrainer
+
+    return PPOConfig, PPOTrainer
+
+
+if __name__ == "__main__":
+    main(load_trainer, "PPO")

@@ -1,0 +1,13 @@
+"""reward model: `colossalai run --nproc_per_node 2 examples/train_rm.py --config FILE.yaml`."""
+
+from coati.trainers.main import main
+
+
+def load_trainer():
+    from coati.trainers.reward import RewardConfig, RewardTrainer
+
+    return RewardConfig, RewardTrainer
+
+
+if __name__ == "__main__":
+    main(load_trainer, "reward model")

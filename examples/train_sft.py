@@ -1,0 +1,13 @@
+"""supervised fine-tuning: `colossalai run --nproc_per_node 2 examples/train_sft.py --config FILE.yaml`."""
+
+from coati.trainers.main import main
+
+
+def load_trainer():
+    from coati.trainers.sft import SFTConfig, SFTTrainer
+
+    return SFTConfig, SFTTrainer
+
+
+if __name__ == "__main__":
+    main(load_trainer, "supervised fine-tuning")

@@ -1,0 +1,44 @@
+"""Installs coati. Lower bounds only: `pip install -e .` must leave a working torch and transformers alone."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "coati" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="coati",
+    version=VERSION,
+    description="SFT, reward models and RLHF on Colossal-AI, on one laptop CPU or on a GPU cluster",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["coati", "coati.*"]),
+    # colossalai is missing on purpose: its metadata would downgrade torch. See requirements-colossalai.txt.
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17,<6",
+        "peft>=0.21,<0.22",
+        "datasets>=4",
+        "tokenizers",
+        "safetensors>=0.4.3",
+        "rich>=13",
+        "wandb>=0.18",
+        "tensorboard>=2.14",
+        "pyyaml>=6",
+        "click>=8",
+        "einops>=0.7",
+        "fabric>=3",
+        "numpy>=1.26",
+        "packaging>=23",
+        "psutil>=5.9",
+    ],
+    extras_require={"dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"]},
+    entry_points={"console_scripts": ["coati = coati.cli:main"]},
+)

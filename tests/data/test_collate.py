@@ -1,0 +1,61 @@
+"""Batches: padded to their longest row, with masks from lengths."""
+
+import torch
+
+from coati.data import (
+    PreferenceSample,
+    PromptSample,
+    TokenSequence,
+    collate_preference,
+    collate_prompts,
+    collate_sft,
+)
+
+EOS = PAD = 2
+SHORT = TokenSequence([5, EOS, 6, EOS], [False, False, True, True])
+LONG = TokenSequence([5, 5, 7, 7, 7, EOS], [False, False, True, True, True, True])
+
+
+def test_sft_rows_are_padded_on_the_right_to_the_longest():
+    """PITFALL 15: not to max_length."""
+    batch = collate_sft([SHORT, LONG], PAD)
+    assert batch.input_ids.tolist() == [[5, EOS, 6, EOS, PAD, PAD], LONG.input_ids]
+    assert batch.input_ids.dtype == torch.long
+    assert batch.attention_mask.dtype == batch.loss_mask.dtype == torch.bool
+
+
+def test_an_eos_that_equals_pad_stays_visible_and_a_label():
+    """PITFALL 6: pad token = EOS."""
+    batch = collate_sft([SHORT, LONG], PAD)
+    assert batch.attention_mask.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
+    assert batch.loss_mask.tolist() == [[*SHORT.loss_mask, False, False], LONG.loss_mask]
+
+
+def test_width_can_be_a_multiple():
+    assert collate_sft([SHORT, LONG], PAD, multiple_of=4).input_ids.shape == (2, 8)
+    assert collate_sft([SHORT], PAD, multiple_of=4).input_ids.shape == (1, 4)
+
+
+def test_preference_rows_are_all_chosen_then_all_rejected():
+    samples = [PreferenceSample(SHORT, LONG, 1.5), PreferenceSample(SHORT, SHORT, 0.0)]
+    batch = collate_preference(samples, PAD)
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    assert lengths == [4, 4, 6, 4] and batch.input_ids.shape == (4, 6)
+    assert batch.input_ids[2].tolist() == LONG.input_ids
+    assert batch.margin.tolist() == [1.5, 0.0] and batch.margin.dtype == torch.float32
+
+
+def test_prompts_are_padded_on_the_left():
+    samples = [PromptSample([5, EOS], "a", {"level": 1}), PromptSample([5, 6, 7], "b", {"answer": "x"})]
+    batch = collate_prompts(samples, PAD)
+    assert batch.input_ids.tolist() == [[PAD, 5, EOS], [5, 6, 7]]
+    assert batch.attention_mask.tolist() == [[False, True, True], [True, True, True]]
+    assert batch.texts == ["a", "b"]
+    assert batch.columns == {"level": [1, None], "answer": [None, "x"]}
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest():
+    samples = [PromptSample([5], "a", {"level": 1})]
+    moved = collate_prompts(samples, PAD).to("meta")
+    assert moved.input_ids.device.type == moved.attention_mask.device.type == "meta"
+    assert moved.texts == ["a"] and moved.columns == {"level": [1]}

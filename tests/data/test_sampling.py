@@ -1,0 +1,135 @@
+"""The stream of batches: complete, fresh each epoch, addressable, weighted, bucketed, shared out evenly."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coati.data import BatchSampler, deal
+from coati.errors import UserError
+
+
+def lengths_of(rows: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 200, rows)
+
+
+def epoch_rows(sampler: BatchSampler, epoch: int) -> list[int]:
+    """The rows of an epoch, where the batch size divides it."""
+    start = epoch * sampler.batches_per_epoch
+    return [row for k in range(start, start + sampler.batches_per_epoch) for row in sampler.batch(k)]
+
+
+@pytest.mark.parametrize("bucket_batches", [1, 4, 50])
+def test_every_row_comes_once_an_epoch_in_a_new_order(bucket_batches):
+    """PITFALL 25: the same shuffle every epoch, and later epochs that are short."""
+    sampler = BatchSampler(lengths_of(96), 8, seed=1, bucket_batches=bucket_batches)
+    epochs = [epoch_rows(sampler, e) for e in range(5)]
+    assert all(sorted(rows) == list(range(96)) for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) == 5
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 60), batch_size=st.integers(1, 70), bucket=st.integers(1, 5), shuffle=st.booleans())
+def test_no_row_is_lost_and_no_batch_is_short(rows, batch_size, bucket, shuffle):
+    """After any number of batches up to whole epochs, rows have come equally often."""
+    sampler = BatchSampler(lengths_of(rows), batch_size, 3, bucket_batches=bucket, shuffle=shuffle)
+    batches = [sampler.batch(k) for k in range(rows)]  # rows * batch_size positions: batch_size whole epochs
+    assert all(len(batch) == batch_size for batch in batches)
+    assert Counter(row for batch in batches for row in batch) == {row: batch_size for row in range(rows)}
+
+
+def test_random_access_equals_sequential_access():
+    """PITFALL 25: resuming at batch k needs only k."""
+    lengths = lengths_of(53)
+    first = BatchSampler(lengths, 8, seed=1, bucket_batches=3)
+    sequential = [first.batch(k) for k in range(40)]
+    for k in np.random.default_rng(0).permutation(40).tolist():
+        assert BatchSampler(lengths, 8, seed=1, bucket_batches=3).batch(k) == sequential[k]
+        assert first.batch(k) == sequential[k]
+
+
+def test_seed_changes_the_order():
+    assert BatchSampler(lengths_of(50), 5, seed=1).batch(0) != BatchSampler(lengths_of(50), 5, seed=2).batch(0)
+
+
+def test_epoch_counts_rows():
+    sampler = BatchSampler(lengths_of(10), 4, seed=1)
+    assert [sampler.epoch(k) for k in (0, 5, 6)] == [0.0, 2.0, 2.4]
+    assert sampler.batches_per_epoch == 3
+
+
+def test_without_shuffle_rows_come_in_order():
+    sampler = BatchSampler(lengths_of(5), 2, seed=1, shuffle=False)
+    assert [sampler.batch(k) for k in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
+
+
+def test_weights_are_respected():
+    weights = [2.0] * 10 + [1.0] * 10 + [0.5] * 10 + [0.0] * 10
+    sampler = BatchSampler(lengths_of(40), 5, seed=1, weights_per_row=weights)
+    assert sampler.epoch_size == 35
+    halves = []
+    for epoch in range(4):
+        counts = Counter(epoch_rows(sampler, epoch))
+        assert all(counts[row] == 2 for row in range(10))
+        assert all(counts[row] == 1 for row in range(10, 20))
+        assert all(counts[row] == 0 for row in range(30, 40))
+        halves.append({row for row in range(20, 30) if counts[row]})
+    assert all(len(half) == 5 for half in halves)
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(20, 30))
+    assert halves[0] not in (halves[2], halves[3])
+
+
+def test_bucketing_reduces_padding():
+    """PITFALL 15: a batch's rows have like lengths."""
+    lengths = lengths_of(800)
+
+    def padded(bucket_batches: int) -> int:
+        sampler = BatchSampler(lengths, 8, seed=1, bucket_batches=bucket_batches)
+        return sum(8 * lengths[sampler.batch(k)].max() for k in range(100))
+
+    assert padded(50) < 1.1 * lengths.sum() < 1.5 * lengths.sum() < padded(1)
+
+
+def test_batches_of_a_window_are_shuffled():
+    lengths = lengths_of(400)
+    sampler = BatchSampler(lengths, 8, seed=1)
+    means = [lengths[sampler.batch(k)].mean() for k in range(50)]
+    assert abs(np.corrcoef(means, range(50))[0, 1]) < 0.4
+    next_epoch = [lengths[sampler.batch(k)].mean() for k in range(50, 100)]
+    assert abs(np.corrcoef(means, next_epoch)[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_out_the_same_global_batch(world_size):
+    lengths = lengths_of(64)
+    batch = BatchSampler(lengths, 16, seed=1).batch(3)
+    dealt = [deal(batch, lengths, rank, world_size, 3) for rank in range(world_size)]
+    assert sorted(row for rank in dealt for micro in rank for row in micro) == sorted(batch)
+    assert len({len(rank) for rank in dealt}) == 1
+    assert all(len(micro) <= 3 for rank in dealt for micro in rank)
+
+
+def test_ranks_get_like_work():
+    lengths = lengths_of(64)
+    work = [sum(lengths[row] for m in deal(range(64), lengths, rank, 2, 4) for row in m) for rank in (0, 1)]
+    assert max(work) < 1.05 * min(work)
+
+
+def test_a_batch_that_ranks_cannot_share_is_an_error():
+    with pytest.raises(UserError, match="batch size 10 is not a multiple of the 4 processes"):
+        deal(range(10), range(10), 0, 4, 1)
+    with pytest.raises(UserError, match="micro-batch size is 0"):
+        deal(range(10), range(10), 0, 2, 0)
+
+
+def test_nothing_to_sample_from_is_an_error():
+    with pytest.raises(UserError, match="no rows"):
+        BatchSampler([], 2, seed=1)
+    with pytest.raises(UserError, match="no rows"):
+        BatchSampler([3, 4], 2, seed=1, weights_per_row=[0, 0])
+    with pytest.raises(UserError, match="weights must be"):
+        BatchSampler([3, 4], 2, seed=1, weights_per_row=[-1, 1])
+    with pytest.raises(UserError, match="batch_size 0"):
+        BatchSampler([3, 4], 0, seed=1)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Usage: tools/install.sh VENV TORCH...
+# Makes the virtual environment VENV if it is missing and installs coati and all it needs into it.
+# TORCH... is what pip gets to install torch: it comes first, and nothing after it may replace it.
+set -euo pipefail
+
+venv=$1
+shift
+cd "$(dirname "$0")/.."
+
+find_python() {
+    # Run each one: a version manager leaves commands on PATH that exist but do not start.
+    local check='import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+    for python in python3.11 python3.12 python3.10 python3 python; do
+        if "$python" -c "$check" >/dev/null 2>&1; then
+            echo "$python"
+            return
+        fi
+    done
+    echo "No Python 3.10, 3.11 or 3.12 with the venv module was found: install one (Debian: apt-get install" \
+        "python3-venv) and run make again." >&2
+    return 1
+}
+
+if ! "$venv/bin/python" -c "import pip" >/dev/null 2>&1; then
+    python=$(find_python)
+    echo "Making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv"
+fi
+
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --progress-bar off)
+echo "Installing torch ($*)"
+"${pip[@]}" "$@"
+"$venv/bin/python" -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' >"$venv/torch.txt"
+echo "Installing the other packages (a few minutes)"
+"${pip[@]}" --constraint "$venv/torch.txt" --requirement requirements.txt --editable .
+"${pip[@]}" --no-deps --requirement requirements-colossalai.txt
