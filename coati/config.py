@@ -12,8 +12,8 @@ Config = TypeVar("Config")
 
 
 def option(default, help: str):
-    """A dataclass field that carries its own help text."""
-    if isinstance(default, list):
+    """A dataclass field that carries its own help text; a tuple stands for the default of a list."""
+    if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 

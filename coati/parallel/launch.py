@@ -80,7 +80,8 @@ def launch(seed: int = 42) -> Runtime:
     notes = accelerator.install()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     colossalai.launch(rank, world_size, host, port, local_rank=local_rank, seed=seed, verbose=False)
-    logging.getLogger("colossalai").setLevel(logging.WARNING)  # after colossalai set its own level
+    colossalai.logging.get_dist_logger()  # sets its level when it is first asked for
+    logging.getLogger("colossalai").setLevel(logging.WARNING)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     runtime = Runtime(rank, world_size, local_rank, device, Communicator(rank, world_size, device), notes)
     _listen_for_stop(runtime)

@@ -27,6 +27,20 @@ from coati.trainers.schedule import learning_rate_at
 FINAL_MODEL = "model"
 
 
+@dataclasses.dataclass(frozen=True)
+class LossPart:
+    """A term of the loss on this rank's micro-batches.
+
+    Attributes:
+        count: what the term is divided by, of one micro-batch (tokens, pairs, ...).
+        loss: the share of the global term and of its metrics, given a micro-batch and the global count.
+    """
+
+    micro_batches: Sequence[Any]
+    count: Callable[[Any], Tensor]
+    loss: Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]]
+
+
 class Trainer:
     """The loop. An algorithm fills in `build`, `train_step` and `evaluate`.
 
@@ -149,27 +163,17 @@ class Trainer:
 
     # --- helpers for algorithms
 
-    def optimise(
-        self,
-        engine: Engine,
-        micro_batches: Sequence[Any],
-        count: Callable[[Any], Tensor],
-        loss: Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]],
-        learning_rate: float,
-    ) -> dict[str, float]:
-        """One optimiser step over this rank's micro-batches; the denominator is global.
-
-        Args:
-            count: what the loss is divided by, of one micro-batch (tokens, pairs, ...).
-            loss: the share of the global loss, and of its metrics.
-        """
-        denominator = max(self.communicator.sum(float(sum(count(b) for b in micro_batches))).item(), 1.0)
-        shares = []
-        for i, batch in enumerate(micro_batches):
-            with engine.accumulate(last=i == len(micro_batches) - 1):
-                share, metrics = loss(batch, denominator)
-                engine.backward(share)
-            shares.append(metrics)
+    def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
+        """One optimiser step. Each part of the loss is divided by its own global count, over all ranks."""
+        shares, last = [], (len(parts) - 1, len(parts[-1].micro_batches) - 1)
+        for p, part in enumerate(parts):
+            count = float(sum(part.count(batch) for batch in part.micro_batches))
+            denominator = max(self.communicator.sum(count).item(), 1.0)
+            for i, batch in enumerate(part.micro_batches):
+                with engine.accumulate(last=(p, i) == last):
+                    share, metrics = part.loss(batch, denominator)
+                    engine.backward(share)
+                shares.append(metrics)
         return {**self.communicator.sum_metrics(shares), "grad_norm": engine.step(learning_rate)}
 
     def learning_rate(self, peak: float) -> float:
@@ -268,7 +272,7 @@ class Trainer:
             engine.load_optimizer(folder / name)
         if not self.checkpoints.restore_random_state(folder):
             self.runtime.say(
-                f"{folder} was written by {stored['world_size']} processes and there are {self.runtime.world_size} now: "
+                f"{folder} was written by {stored['world_size']} processes, now there are {self.runtime.world_size}: "
                 "weights, optimiser and data order go on exactly, sampling and dropout start from new random states"
             )
             seed_everything(self.config.seed + 1 + self.runtime.rank + 1000 * self.step)

@@ -22,7 +22,7 @@ class ModelConfig:
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights")
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter")
     lora_dropout: float = option(0.0, "dropout before the adapter")
-    lora_target_modules: list[str] = option(["all-linear"], "names of the layers that get adapters")
+    lora_target_modules: list[str] = option(("all-linear",), "names of the layers that get adapters")
     merge_lora: bool = option(True, "the final export has the adapters merged into the weights")
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coati.data import deal
 from coati.models.base import BaseModel
-from coati.trainers.base import Trainer
+from coati.trainers.base import LossPart, Trainer
 
 
 class SupervisedTrainer(Trainer):
@@ -46,7 +46,7 @@ class SupervisedTrainer(Trainer):
         dealt = deal(rows, self.data.lengths, self.runtime.rank, self.runtime.world_size, c.micro_batch_size)
         micro_batches = [self.load(self.data, index) for index in dealt]
         rate = self.learning_rate(c.learning_rate)
-        metrics = self.optimise(self.engines["model"], micro_batches, self.count, self.loss, rate)
+        metrics = self.optimise(self.engines["model"], [LossPart(micro_batches, self.count, self.loss)], rate)
         tokens = self.communicator.sum(sum(int(b.attention_mask.sum()) for b in micro_batches))
         return {**metrics, "learning_rate": rate, "epoch": self.batches.epoch(step + 1)}, int(tokens)
 

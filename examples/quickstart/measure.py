@@ -7,7 +7,22 @@ from one that fools it.
 import re
 from collections.abc import Sequence
 
-TOPICS = frozenset(["order", "delivery", "refund", "exchange", "repair", "warranty", "invoice", "discount", "voucher", "manual", "stock", "hours"])
+TOPICS = frozenset(
+    [
+        "order",
+        "delivery",
+        "refund",
+        "exchange",
+        "repair",
+        "warranty",
+        "invoice",
+        "discount",
+        "voucher",
+        "manual",
+        "stock",
+        "hours",
+    ]
+)
 POLITE = re.compile(r"\b(thank you|please|sorry|happy to help|glad|with pleasure|welcome|lovely day)\b")
 RUDE = re.compile(
     r"\b(not my problem|who cares|you again|silly|waste|read the page yourself"

@@ -107,11 +107,12 @@ def test_wandb_ids_of_two_runs_differ(tmp_path):
     assert read_run(tmp_path / "a")["wandb_id"] != read_run(tmp_path / "b")["wandb_id"]
 
 
-def test_tensorboard_holds_the_resumed_curve_and_the_samples(resumed_run):
-    """PITFALL 11 and PITFALL 33: the purged steps are replaced, 70000 stays 70000, samples are texts."""
+def test_tensorboard_holds_the_resumed_curve_once(resumed_run):
+    """PITFALL 11: 70000 stays 70000; of the killed session only the steps up to the resumed one remain."""
     events = EventAccumulator(str(resumed_run / "tensorboard")).Reload()
-    curve = {event.step: event.value for event in events.Scalars("reward/mean")}
-    assert curve == {1: 70001.0, 2: 70002.0, 3: 70003.0, 4: 4.0, 5: 5.0, 6: 6.0}
+    curve = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert curve == [(1, 70001.0), (2, 70002.0), (3, 70003.0), (4, 4.0), (5, 5.0), (6, 6.0)]
+    assert [event.step for event in events.Scalars("kl")] == [1, 2, 3]
 
 
 def test_tensorboard_shows_samples_as_text(tmp_path):

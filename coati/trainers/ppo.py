@@ -1,0 +1,415 @@
+"""Proximal policy optimisation from a reward (Schulman et al., 1707.06347; for language: Ziegler et al., 1909.08593,
+and InstructGPT, 2203.02155).
+
+One iteration:
+    1. the policy answers a batch of prompts
+    2. the rewards score each whole answer; the score falls on its last token, minus a KL penalty on every token
+    3. the critic's values and the rewards give advantages (GAE), whitened over the global batch
+    4. policy and critic take a few steps on their clipped losses
+
+Departures from the papers: the order of minibatches is drawn anew each epoch but their members stay, so that a run's
+minibatches don't depend on the number of processes; dropout is off, so that a policy's ratio to itself is 1.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coati.config import option
+from coati.data import BatchSampler, collate_prompts, collate_sft, deal
+from coati.errors import UserError
+from coati.losses import (
+    adapt_kl_coefficient,
+    clip_scores,
+    cross_entropy,
+    gae,
+    kl_divergence,
+    masked_sums,
+    moments,
+    penalise_missing_eos,
+    policy_loss,
+    response_targets,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
+from coati.losses.masking import keep
+from coati.models import Actor, Critic, RewardModel
+from coati.models.base import disable_dropout
+from coati.models.lora import is_adapter
+from coati.parallel import Engine
+from coati.rewards import ModelReward, RunningMoments, load_rewards
+from coati.rollout import Experience, GenerationConfig, Rollout, generate
+from coati.rollout.experience import stack_rows
+from coati.trainers.base import LossPart, Trainer
+from coati.trainers.config import TrainerConfig
+from coati.trainers.sampling import eos_ids
+
+
+@dataclass
+class PPOConfig(TrainerConfig, GenerationConfig):
+    """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
+
+    critic_model: str | None = option(None, "where the critic starts; the reward model, else --model, if not given")
+    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic")
+    critic_warmup: int = option(0, "iterations in which only the critic learns")
+    reward_model: str | None = option(None, "folder of a reward model that uses the policy's tokenizer")
+    reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
+    reward_functions: list[str] = option((), "FILE.py:function or module:function, called with prompts and responses")
+    reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
+    reward_clip: float | None = option(None, "scores are clamped to +- this")
+    normalise_reward: bool = option(False, "scores are normalised by their running mean and standard deviation")
+    missing_eos_penalty: float | None = option(None, "taken off the score of an answer that does not end by itself")
+    kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model")
+    kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold")
+    kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL a token, see docs/ppo.md")
+    kl_stop: float | None = option(None, "ends an iteration's updates when the policy has moved this far, nats a token")
+    gamma: float = option(1.0, "discount a token")
+    gae_lambda: float = option(0.95, "GAE's trade of bias and variance")
+    whiten_advantages: bool = option(True, "advantages get mean 0 and standard deviation 1 over the global batch")
+    ppo_epochs: int = option(2, "passes over an iteration's answers")
+    minibatches: int = option(1, "optimiser steps a pass")
+    clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this")
+    clip_high: float = option(0.2, "and from above at 1 + this")
+    dual_clip: float | None = option(None, "bound on the objective of bad actions, as a multiple of the advantage")
+    value_clip: float | None = option(0.2, "how far a value may move in an iteration before it stops learning")
+    ptx_data: list[str] = option((), "SFT data mixed into the policy's loss, so that it keeps what it knew")
+    ptx_coefficient: float = option(0.0, "weight of that loss")
+    generation_batch_size: int = option(64, "answers drawn at a time on one process")
+    max_rollout_kl: float = option(0.1, "stop when sampling and training disagree by more than this, nats a token")
+
+    def check(self, world_size: int):
+        super().check(world_size)
+        unit = self.minibatches * world_size
+        if self.batch_size % unit:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of {unit} "
+                f"({self.minibatches} minibatches x {world_size} processes)"
+            )
+        if self.num_beams > 1:
+            raise UserError("PPO learns from samples: leave num_beams at 1")
+        if bool(self.ptx_data) != (self.ptx_coefficient > 0):
+            raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
+
+
+class PPOTrainer(Trainer):
+    """Trains an `Actor` and a `Critic`."""
+
+    algorithm = "ppo"
+    headline = ("reward", True)
+
+    def train_step(self, step: int) -> tuple[dict[str, float], int]:
+        """One iteration."""
+        self.times: dict[str, float] = {}
+        prompts = self.take_prompts(step)
+        with self.timed("generate"):
+            rollout = self.answer(prompts)
+        with self.timed("score"):
+            scores, reward_metrics = self.score(prompts, rollout)
+        with self.timed("evaluate"):
+            experience, experience_metrics = self.experience(rollout, scores)
+        with self.timed("learn"):
+            update_metrics = self.learn(experience, step)
+        metrics = reward_metrics | experience_metrics | update_metrics | self.times
+        if self.config.kl_target is not None:
+            self.kl_coefficient = adapt_kl_coefficient(
+                self.kl_coefficient,
+                metrics["kl"],
+                self.config.kl_target,
+                self.config.kl_horizon,
+                self.config.batch_size,
+            )
+        tokens = self.communicator.sum(int(rollout.attention_mask.sum()))
+        return metrics, int(tokens)
+
+    # --- 1. the policy answers
+
+    def take_prompts(self, step: int) -> list:
+        """This rank's prompts, minibatch after minibatch."""
+        world, rank, c = self.runtime.world_size, self.runtime.rank, self.config
+        rows = self.batches.batch(step)
+        return [self.data[i] for m in range(c.minibatches) for i in rows[m :: c.minibatches][rank::world]]
+
+    @torch.no_grad()
+    def answer(self, prompts: list) -> Rollout:
+        """One answer a prompt, drawn with all weights at hand."""
+        size, rollouts = self.config.generation_batch_size, []
+        with self.actor.full() as model:
+            for start in range(0, len(prompts), size):
+                batch = collate_prompts(prompts[start : start + size], self.pad_id).to(self.runtime.device)
+                ends = dict(eos_ids=eos_ids(self.tokenizer, model), pad_id=self.pad_id)
+                rollouts.append(generate(model, batch.input_ids, batch.attention_mask, self.config, **ends))
+        return Rollout(
+            stack_rows([r.input_ids for r in rollouts], self.pad_id),
+            stack_rows([r.attention_mask for r in rollouts], False),
+            stack_rows([r.response_mask for r in rollouts], False),
+            stack_rows([r.log_probs for r in rollouts]),
+            torch.cat([r.finished for r in rollouts]),
+        )
+
+    # --- 2. the rewards score
+
+    def score(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Scores `[batch]` as the policy will see them, and what they were made of."""
+        c = self.config
+        raw, parts, _ = self.judge(prompts, rollout)
+        everything = torch.ones_like(raw, dtype=torch.bool)
+        scores = raw
+        if c.normalise_reward:
+            self.score_moments.update(self.communicator.sum(masked_sums(raw, everything)))
+            scores = self.score_moments.normalise(scores)
+        scores = clip_scores(scores.to(self.runtime.device), c.reward_clip)
+        scores = penalise_missing_eos(scores, rollout.finished, c.missing_eos_penalty)
+        mean, std = moments(self.communicator.sum(masked_sums(raw, everything)))
+        shares = {f"reward/{name}": part.mean() / self.runtime.world_size for name, part in parts.items()}
+        shares["response_length"] = rollout.response_mask.sum() / c.batch_size
+        shares["finished"] = rollout.finished.sum() / c.batch_size
+        return scores, {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
+
+    def judge(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+        """The weighted sum of all rewards `[batch]`, each reward by itself, and the answers' texts."""
+        responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+        responses = [text.strip() for text in responses]
+        columns = {name: [p.columns.get(name) for p in prompts] for p in prompts for name in p.columns}
+        ids = dict(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
+        total, parts = self.rewards.score([p.text for p in prompts], responses, **columns, **ids)
+        return total, parts, responses
+
+    # --- 3. advantages
+
+    @torch.no_grad()
+    def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
+        """Log-probs, values, rewards, advantages and returns of every response token."""
+        c, mask = self.config, rollout.response_mask
+        log_probs, reference, values = self.forward_passes(rollout)
+        kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
+        rewards = shape_rewards(scores, kl, mask, self.kl_coefficient)
+        advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
+        metrics = self.diagnose(rollout, log_probs, kl, values, returns)
+        if c.whiten_advantages:
+            advantages = whiten(advantages, mask, *self.global_moments(advantages, mask))
+        experience = Experience(
+            rollout.input_ids,
+            rollout.attention_mask,
+            mask,
+            log_probs,
+            reference,
+            values,
+            rewards,
+            advantages,
+            returns,
+            scores,
+        )
+        return experience, metrics
+
+    def forward_passes(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`."""
+        columns: list[tuple[Tensor, ...]] = []
+        size = self.config.micro_batch_size
+        for ids, mask in zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True):
+            log_probs = self.actor(ids, mask, temperature=self.temperature)
+            columns.append((log_probs, self.reference_log_probs(ids, mask, log_probs), self.values(ids, mask)))
+        return tuple(torch.cat(column) for column in zip(*columns, strict=True))
+
+    def reference_log_probs(self, ids: Tensor, mask: Tensor, log_probs: Tensor) -> Tensor:
+        if self.kl_coefficient == 0 and self.config.kl_target is None:
+            return log_probs
+        if self.reference is None:
+            return self.actor(ids, mask, temperature=self.temperature, adapter=False)
+        return self.reference(ids, mask, temperature=self.temperature)
+
+    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The critic's estimate before each token: what it says after the token to the left."""
+        return torch.nn.functional.pad(self.critic(ids, mask)[:, :-1], (1, 0))
+
+    def diagnose(self, rollout: Rollout, log_probs, kl, values, returns) -> dict[str, float]:
+        """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
+        mask = rollout.response_mask
+        tokens = self.communicator.sum(mask.sum()).item()
+        mismatch = kl_divergence(rollout.log_probs, log_probs, mask, "k3").sum() / tokens
+        shares = {"kl": kl.sum() / self.config.batch_size, "kl_per_token": kl.sum() / tokens, "rollout_kl": mismatch}
+        metrics = self.communicator.sum_metrics([shares])
+        if metrics["rollout_kl"] > self.config.max_rollout_kl:
+            raise UserError(
+                f"the log-probs at sampling and in training differ by {metrics['rollout_kl']:.3g} nats a token (limit "
+                f"{self.config.max_rollout_kl}, --max_rollout_kl): weights not handed over, another temperature, or a "
+                "precision too low"
+            )
+        _, error = self.global_moments(returns - values, mask)
+        mean, spread = self.global_moments(returns, mask)
+        explained = 1 - (error / spread) ** 2 if spread > 0 else 0.0
+        return metrics | {"return": mean, "explained_variance": explained, "kl_coefficient": self.kl_coefficient}
+
+    def global_moments(self, x: Tensor, mask: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation over all ranks' response tokens."""
+        return moments(self.communicator.sum(masked_sums(x, mask)))
+
+    # --- 4. policy and critic learn
+
+    def learn(self, experience: Experience, step: int) -> dict[str, float]:
+        """`ppo_epochs` passes of `minibatches` steps; stops early when the policy has moved `kl_stop` nats a token."""
+        c, updates = self.config, []
+        policy_rate, critic_rate = self.learning_rate(c.learning_rate), self.learning_rate(c.critic_learning_rate)
+        for epoch in range(c.ppo_epochs):
+            for m in np.random.default_rng([c.seed, step, epoch]).permutation(c.minibatches):
+                batches = self.minibatch(experience, m)
+                update = self.update_critic(batches, critic_rate)
+                if step >= c.critic_warmup:
+                    update |= self.update_policy(batches, policy_rate, step)
+                updates.append(update)
+            if c.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > c.kl_stop:
+                break
+        names = updates[-1].keys()
+        metrics = {name: sum(update[name] for update in updates) / len(updates) for name in names}
+        return metrics | {"updates": len(updates), "learning_rate": policy_rate, "critic_learning_rate": critic_rate}
+
+    def minibatch(self, experience: Experience, m: int) -> list[Experience]:
+        """This rank's micro-batches of minibatch `m`, rows of like length together."""
+        size = len(experience) // self.config.minibatches
+        lengths = experience.attention_mask.sum(1).tolist()
+        rows = range(m * size, (m + 1) * size)
+        return [experience.rows(index) for index in deal(rows, lengths, 0, 1, self.config.micro_batch_size)]
+
+    def update_policy(self, batches: list[Experience], rate: float, step: int) -> dict[str, float]:
+        parts = [LossPart(batches, count_response_tokens, self.policy_share)]
+        if self.ptx_data is not None:
+            parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
+        metrics = self.optimise(self.actor, parts, rate)
+        return {**metrics, "policy_grad_norm": metrics.pop("grad_norm")}
+
+    def update_critic(self, batches: list[Experience], rate: float) -> dict[str, float]:
+        metrics = self.optimise(self.critic, [LossPart(batches, count_response_tokens, self.value_share)], rate)
+        return {**metrics, "critic_grad_norm": metrics.pop("grad_norm")}
+
+    def policy_share(self, batch: Experience, denominator: float):
+        c, mask = self.config, batch.response_mask
+        log_probs, entropy = self.actor(
+            batch.input_ids, batch.attention_mask, temperature=self.temperature, with_entropy=True
+        )
+        clips = dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
+        loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
+        return loss, metrics | {"entropy": keep(entropy, mask).sum() / denominator}
+
+    def value_share(self, batch: Experience, denominator: float):
+        values = self.values(batch.input_ids, batch.attention_mask)
+        old, returns, mask = batch.values, batch.returns, batch.response_mask
+        return value_loss(values, old, returns, mask, denominator, clip=self.config.value_clip)
+
+    def ptx_share(self, batch, denominator: float):
+        log_probs = self.actor(batch.input_ids, batch.attention_mask)
+        loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
+        return self.config.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
+
+    def ptx_batches(self, step: int) -> list:
+        """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has answers."""
+        c, data = self.config, self.ptx_data
+        rows = self.ptx_sampler.batch(step)
+        dealt = deal(rows, data.lengths, self.runtime.rank, self.runtime.world_size, c.micro_batch_size)
+        return [collate_sft([data[i] for i in index], self.pad_id).to(self.runtime.device) for index in dealt]
+
+    # --- evaluation and state
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Mean reward, length and share of finished answers on the evaluation prompts, and the texts.
+
+        Every evaluation starts from the same random state, which the training's own is kept apart from.
+        """
+        if self.eval_data is None:
+            return {}, []
+        # every rank answers equally many prompts; the copies that fill up are left out
+        filled = list(range(len(self.eval_data))) + [0] * (-len(self.eval_data) % self.runtime.world_size)
+        mine = list(enumerate(filled))[self.runtime.rank :: self.runtime.world_size]
+        prompts = [self.eval_data[i] for _, i in mine]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed + self.runtime.rank)
+            rollout = self.answer(prompts)
+        total, parts, responses = self.judge(prompts, rollout)
+        lengths, finished = rollout.response_mask.sum(1).tolist(), rollout.finished.tolist()
+        rows = []
+        for i, (place, _) in enumerate(mine):
+            row = {"prompt": prompts[i].text, "response": responses[i], "reward": total[i].item()}
+            row |= {f"reward/{name}": part[i].item() for name, part in parts.items()}
+            rows.append(row | {"response_length": lengths[i], "finished": float(finished[i]), "place": place})
+        rows = sorted((r for part in self.communicator.gather(rows) for r in part), key=lambda r: r.pop("place"))
+        rows = rows[: len(self.eval_data)]
+        names = [name for name in rows[0] if name not in ("prompt", "response")]
+        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        return metrics, rows[: self.config.samples]
+
+    def state(self):
+        return {"kl_coefficient": self.kl_coefficient, "score_moments": asdict(self.score_moments)}
+
+    def load_state(self, state):
+        self.kl_coefficient = state["kl_coefficient"]
+        self.score_moments = RunningMoments(**state["score_moments"])
+
+    @contextmanager
+    def timed(self, name: str):
+        started = time.monotonic()
+        yield
+        self.times[f"seconds/{name}"] = time.monotonic() - started
+
+    # --- the four models
+
+    def build(self):
+        c = self.config
+        self.data = self.dataset(c.train_data, "prompt", c.train_weights)
+        self.eval_data = self.dataset(c.eval_data, "prompt")
+        self.batches = self.sampler(self.data)
+        self.ptx_data = self.dataset(c.ptx_data, "sft")
+        if self.ptx_data is not None:
+            self.ptx_sampler = BatchSampler(self.ptx_data.lengths, c.batch_size // c.minibatches, c.seed)
+        self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
+        self.temperature = c.temperature if c.temperature > 0 else 1.0
+
+        actor = self.model(Actor, self.source("actor") or c.model, lora=c.lora)
+        critic_start = c.critic_model or c.reward_model or c.model
+        critic = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
+        for model in (actor, critic):
+            disable_dropout(model)
+        rows = c.batch_size // c.minibatches // self.runtime.world_size
+        accumulates = rows > c.micro_batch_size
+        self.actor = self.engine(actor, accumulates=accumulates or self.ptx_data is not None)
+        self.critic = self.engine(critic, accumulates=accumulates)
+        self.engines = {"actor": self.actor, "critic": self.critic}
+        self.reference = self.load_reference()
+        model_reward = self.load_reward_model() if c.reward_model else None
+        self.rewards = load_rewards(c.reward_functions, c.reward_function_weights, model_reward, c.reward_model_weight)
+
+    def load_reference(self) -> Engine | None:
+        """A frozen copy of the policy that the run started from; None if there is no KL penalty, or where the actor
+        without its adapter is that policy."""
+        c = self.config
+        if c.kl_coefficient == 0 and c.kl_target is None:
+            return None
+        if c.lora is not None and not (c.model and is_adapter(c.model)):
+            return None
+        return Engine(self.model(Actor, c.model), c, self.runtime)
+
+    def load_reward_model(self) -> ModelReward:
+        from transformers import AutoTokenizer
+
+        c = self.config
+        theirs = AutoTokenizer.from_pretrained(c.reward_model)
+        if theirs.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
+                "policy's tokenizer, or score texts through --reward_functions"
+            )
+        engine = Engine(self.model(RewardModel, c.reward_model), c, self.runtime)
+        return ModelReward(engine.full, self.runtime.device, c.micro_batch_size)
+
+
+def count_response_tokens(batch: Experience) -> Tensor:
+    return batch.response_mask.sum()
+
+
+def count_targets(batch) -> Tensor:
+    return response_targets(batch.loss_mask).sum()
