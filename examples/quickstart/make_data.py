@@ -20,6 +20,7 @@ import yaml
 
 SIZES = {
     "sft": 6000,
+    "sft_eval": 200,
     "preference_train": 4000,
     "preference_eval": 500,
     "prompts_train": 2000,
@@ -51,9 +52,10 @@ class Shop:
         ask = self.rng.choice(self.book["topics"][topic]["asks"])
         return topic, self.fill(f"{greeting} {ask}".strip())
 
-    def reply(self, topic: str, tone: str) -> str:
-        """A reply about `topic` in `tone` ("polite" or "rude"), which shows before or after the answer."""
-        answer = self.rng.choice(self.book["topics"][topic]["answers"])
+    def reply(self, topic: str | None, tone: str) -> str:
+        """A reply in `tone` ("polite" or "rude"), which shows before or after the answer; small talk if no topic."""
+        answers = self.book["topics"][topic]["answers"] if topic else self.book["small_talk"]
+        answer = self.rng.choice(answers)
         if self.rng.random() < 0.5:
             text = f"{self.rng.choice(self.book[tone + '_openers'])} {answer}"
         else:
@@ -64,9 +66,8 @@ class Shop:
         return self.reply(topic, "polite")
 
     def bad_reply(self, topic: str) -> str:
-        """A reply that is rude, off topic, or both, with equal chances."""
-        other = self.rng.choice([name for name in self.book["topics"] if name != topic])
-        return self.reply(*self.rng.choice([(topic, "rude"), (other, "polite"), (other, "rude")]))
+        """A reply that is rude (two in four), off topic, or both (one in four each)."""
+        return self.reply(*self.rng.choice([(topic, "rude"), (topic, "rude"), (None, "polite"), (None, "rude")]))
 
     def messages(self, count: int) -> Iterator[tuple[str, str]]:
         """`count` messages, no two of them alike, with their topics."""
@@ -144,6 +145,7 @@ def make_data(out: str | Path, seed: int = 0) -> dict[str, Path]:
 
     rows = {
         "sft": list(train.sft(SIZES["sft"])),
+        "sft_eval": evaluation.sft(SIZES["sft_eval"]),
         "preference_train": train.preferences(SIZES["preference_train"]),
         "preference_eval": evaluation.preferences(SIZES["preference_eval"]),
         "prompts_train": train.prompts(SIZES["prompts_train"]),
