@@ -69,6 +69,11 @@ class Shop:
         """A reply that is rude (two in four), off topic, or both (one in four each)."""
         return self.reply(*self.rng.choice([(topic, "rude"), (topic, "rude"), (None, "polite"), (None, "rude")]))
 
+    def rejected_reply(self, topic: str) -> str:
+        """A bad reply, or (one in three) a polite one about another topic."""
+        other = self.rng.choice([name for name in self.book["topics"] if name != topic])
+        return self.reply(other, "polite") if self.rng.random() < 1 / 3 else self.bad_reply(topic)
+
     def messages(self, count: int) -> Iterator[tuple[str, str]]:
         """`count` messages, no two of them alike, with their topics."""
         seen = set()
@@ -85,7 +90,7 @@ class Shop:
 
     def preferences(self, count: int) -> Iterator[dict]:
         for topic, text in self.messages(count):
-            yield {"prompt": text, "chosen": self.good_reply(topic), "rejected": self.bad_reply(topic)}
+            yield {"prompt": text, "chosen": self.good_reply(topic), "rejected": self.rejected_reply(topic)}
 
     def prompts(self, count: int) -> Iterator[dict]:
         for _, text in self.messages(count):

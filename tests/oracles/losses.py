@@ -1,0 +1,139 @@
+"""The losses as slow loops over python floats, written from the papers' equations.
+
+Per-token arguments are lists of rows `[batch][seq]`; entries whose mask is False are never looked at.
+"""
+
+import math
+
+
+def _tokens(mask):
+    """(row, column) of every True entry."""
+    return [(b, t) for b, row in enumerate(mask) for t, counts in enumerate(row) if counts]
+
+
+def _log_softmax(logits):
+    top = max(logits)
+    log_total = top + math.log(math.fsum(math.exp(x - top) for x in logits))
+    return [x - log_total for x in logits]
+
+
+def _log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
+
+
+def token_log_probs(logits, input_ids, temperature=1.0):
+    """log p(token t | tokens < t) from the logits at t - 1; 0 for the first token."""
+    rows = []
+    for row_logits, ids in zip(logits, input_ids, strict=True):
+        row = [0.0]
+        for t in range(1, len(ids)):
+            row.append(_log_softmax([x / temperature for x in row_logits[t - 1]])[ids[t]])
+        rows.append(row)
+    return rows
+
+
+def token_entropy(logits, temperature=1.0):
+    """-sum p log p of the distribution that token t was drawn from; 0 log 0 is 0."""
+    rows = []
+    for row_logits in logits:
+        row = [0.0]
+        for t in range(1, len(row_logits)):
+            log_p = _log_softmax([x / temperature for x in row_logits[t - 1]])
+            row.append(-math.fsum(math.exp(x) * x for x in log_p if x != -math.inf))
+        rows.append(row)
+    return rows
+
+
+def cross_entropy(log_probs, mask, denominator):
+    return math.fsum(-log_probs[b][t] for b, t in _tokens(mask)) / denominator
+
+
+def pairwise_reward_loss(chosen, rejected, denominator, margin=None, label_smoothing=0.0, centering=0.0):
+    """InstructGPT eq. 1 with Llama 2's margin; a share of the labels taken to be wrong; Eisenstein's centring."""
+    losses, right = [], []
+    for i, (good, bad) in enumerate(zip(chosen, rejected, strict=True)):
+        x = good - bad - (0.0 if margin is None else margin[i])
+        loss = -(1 - label_smoothing) * _log_sigmoid(x) - label_smoothing * _log_sigmoid(-x)
+        losses.append(loss + centering * (good + bad) ** 2)
+        right.append(1.0 if good > bad else 0.5 if good == bad else 0.0)
+    metrics = {
+        "loss": math.fsum(losses) / denominator,
+        "accuracy": math.fsum(right) / denominator,
+        "margin": math.fsum(g - b for g, b in zip(chosen, rejected, strict=True)) / denominator,
+        "reward_chosen": math.fsum(chosen) / denominator,
+        "reward_rejected": math.fsum(rejected) / denominator,
+    }
+    return metrics["loss"], metrics
+
+
+def policy_loss(log_probs, old, advantages, mask, denominator, clip_low=0.2, clip_high=0.2, dual_clip=None):
+    """PPO eq. 7; with dual_clip, Ye et al. eq. 5. The ratio's exponent is bounded by 60, as the docstrings say."""
+    objectives, clipped, ratios, kls = [], [], [], []
+    for b, t in _tokens(mask):
+        log_ratio = min(max(log_probs[b][t] - old[b][t], -60.0), 60.0)
+        ratio, advantage = math.exp(log_ratio), advantages[b][t]
+        bounded = min(max(ratio, 1 - clip_low), 1 + clip_high)
+        objective = min(ratio * advantage, bounded * advantage)
+        if dual_clip is not None and advantage < 0:
+            objective = max(objective, dual_clip * advantage)
+        objectives.append(objective)
+        clipped.append(1.0 if bounded * advantage < ratio * advantage else 0.0)
+        ratios.append(ratio)
+        kls.append(ratio - 1 - log_ratio)
+    metrics = {
+        "policy_loss": -math.fsum(objectives) / denominator,
+        "clip_fraction": math.fsum(clipped) / denominator,
+        "ratio": math.fsum(ratios) / denominator,
+        "approximate_kl": math.fsum(kls) / denominator,
+    }
+    return metrics["policy_loss"], metrics
+
+
+def value_loss(values, old_values, returns, mask, denominator, clip=0.2):
+    """PPO2: half of max((V - R)^2, (V_old + clamp(V - V_old) - R)^2). A token counts as clipped if clamping moved
+    its value and the clamped error is the larger one."""
+    losses, clipped = [], []
+    for b, t in _tokens(mask):
+        value, old, target = values[b][t], old_values[b][t], returns[b][t]
+        error, was_clipped = (value - target) ** 2, 0.0
+        if clip is not None and abs(value - old) > clip:
+            bounded_error = (old + math.copysign(clip, value - old) - target) ** 2
+            if bounded_error > error:
+                error, was_clipped = bounded_error, 1.0
+        losses.append(0.5 * error)
+        clipped.append(was_clipped)
+    loss = math.fsum(losses) / denominator
+    return loss, {"value_loss": loss, "value_clip_fraction": math.fsum(clipped) / denominator}
+
+
+def kl_divergence(log_probs, reference, mask, estimator):
+    rows = [[0.0] * len(row) for row in mask]
+    for b, t in _tokens(mask):
+        x = min(max(log_probs[b][t] - reference[b][t], -60.0), 60.0)
+        rows[b][t] = {"k1": x, "k2": x * x / 2, "k3": math.expm1(-x) + x}[estimator]
+    return rows
+
+
+def adapt_kl_coefficient(coefficient, kl, target, horizon, samples):
+    """Ziegler et al., section 2.2: the proportional error is clipped to +-0.2, and K_beta is samples / horizon."""
+    error = (kl - target) / target
+    error = 0.2 if error > 0.2 else -0.2 if error < -0.2 else error
+    return coefficient + coefficient * error * samples / horizon
+
+
+def shape_rewards(scores, kl, mask, coefficient):
+    """InstructGPT eq. 2, token by token: the KL penalty everywhere, the score on the response's last token."""
+    rows = [[0.0] * len(row) for row in mask]
+    for b, t in _tokens(mask):
+        rows[b][t] = -coefficient * kl[b][t]
+    for b, row in enumerate(mask):
+        response = [t for t, counts in enumerate(row) if counts]
+        if response:
+            rows[b][response[-1]] += scores[b]
+    return rows
+
+
+def penalise_missing_eos(scores, finished, penalty):
+    if penalty is None:
+        return list(scores)
+    return [score if done else score - penalty for score, done in zip(scores, finished, strict=True)]
