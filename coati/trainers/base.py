@@ -58,6 +58,8 @@ class Trainer:
         self.config, self.runtime, self.communicator = config, runtime, runtime.communicator
         config.check(runtime.world_size)
         check_plugin(config, lora=config.lora_rank > 0)
+        if config.lora_rank > 0 and config.model is None:
+            raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
         self.resumed_from = self._find_resume()

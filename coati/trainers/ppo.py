@@ -360,6 +360,8 @@ class PPOTrainer(Trainer):
 
     def build(self):
         c = self.config
+        if c.model is None:
+            raise UserError("PPO starts from a policy that can answer: give --model FOLDER (train_sft.py makes one)")
         self.data = self.dataset(c.train_data, "prompt", c.train_weights)
         self.eval_data = self.dataset(c.eval_data, "prompt")
         self.batches = self.sampler(self.data)

@@ -1,0 +1,36 @@
+"""`coati doctor` and `coati report`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from coati.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `coati` command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="coati", description="SFT, reward models and RLHF on Colossal-AI.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="versions, devices, and which plugins can run here")
+    report = commands.add_parser("report", help="one HTML page of curves, samples and settings")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
+    )
+    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "doctor":
+            from coati.doctor import diagnose
+
+            return diagnose()
+        from coati.tracking import write_report
+
+        print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What several folders of tests share: a tiny world of data, tokenizer and model, and one process group."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "red blue green lamp chair clock order refund late soon thank please happy help sorry never".split()
+
+
+def sentence(seed: int, length: int) -> str:
+    """Words that depend on the numbers only."""
+    return " ".join(WORDS[(seed * 7 + i * i * 3 + i) % len(WORDS)] for i in range(length))
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> dict[str, str]:
+    """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
+
+    Rows differ in length, so that padding and bucketing have something to do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    import torch
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from coati.models import Actor
+
+    root = tmp_path_factory.mktemp("world")
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    tokenizer.save_pretrained(root / "tokenizer")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    config.save_pretrained(root / "model")
+    torch.manual_seed(7)
+    Actor(config=config).save_pretrained(root / "policy")
+    tokenizer.save_pretrained(root / "policy")
+    world = {"tokenizer": str(root / "tokenizer"), "model_config": str(root / "model" / "config.json")}
+    world["policy"], world["cache"] = str(root / "policy"), str(root / "cache")
+    for name, start, count in (("", 0, 40), ("_eval", 40, 11)):
+        numbers = range(start, start + count)
+        asks = {i: sentence(i, 2 + i % 6) for i in numbers}
+        world["sft" + name] = write_rows(
+            root / f"sft{name}.jsonl",
+            [{"prompt": asks[i], "completion": sentence(i + 1, 1 + i % 5)} for i in numbers],
+        )
+        world["pairs" + name] = write_rows(
+            root / f"pairs{name}.jsonl",
+            [
+                {"prompt": asks[i], "chosen": "thank you " + sentence(i, 2), "rejected": "never " + sentence(i + 2, 1)}
+                for i in numbers
+            ],
+        )
+        world["prompts" + name] = write_rows(root / f"prompts{name}.jsonl", [{"prompt": asks[i]} for i in numbers])
+    (root / "rewards.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [len(r) / 10 - 1 for r in responses]\n\n\n"
+        "def broken(prompts, responses, **columns):\n    return [float('nan')] * len(responses)\n"
+    )
+    world["rewards"] = str(root / "rewards.py")
+    return world
+
+
+def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
+    """Settings of a tiny run of `sft`, `reward` or `ppo`, as keywords of its config class."""
+    data = {"sft": "sft", "reward": "pairs", "ppo": "prompts"}[algorithm]
+    settings = dict(
+        model_config=world["model_config"],
+        tokenizer=world["tokenizer"],
+        cache_dir=world["cache"],
+        train_data=[world[data]],
+        eval_data=[world[data + "_eval"]],
+        steps=4,
+        batch_size=8,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+        max_length=96,
+        progress="off",
+        samples=4,
+    )
+    if algorithm != "reward":
+        settings |= dict(max_new_tokens=8)
+    if algorithm == "ppo":
+        # greedy answers don't depend on which process draws them, so curves can be compared
+        settings |= dict(temperature=0.0, reward_functions=[world["rewards"] + ":length"], critic_learning_rate=1e-2)
+        settings |= dict(ppo_epochs=2, minibatches=2, learning_rate=3e-3, model=world["policy"], model_config=None)
+    return settings | changes
+
+
+def trainer_classes(algorithm: str):
+    """(config class, trainer class)."""
+    if algorithm == "sft":
+        from coati.trainers.sft import SFTConfig, SFTTrainer
+
+        return SFTConfig, SFTTrainer
+    if algorithm == "reward":
+        from coati.trainers.reward import RewardConfig, RewardTrainer
+
+        return RewardConfig, RewardTrainer
+    from coati.trainers.ppo import PPOConfig, PPOTrainer
+
+    return PPOConfig, PPOTrainer
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """A process group of this process alone."""
+    from coati.parallel import launch
+    from coati.parallel.launch import shutdown
+
+    yield launch(0)
+    shutdown()

@@ -1,0 +1,88 @@
+"""Log-probs, entropy and cross-entropy against the oracle."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs
+from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
+from tests.oracles import losses as oracle
+
+
+@st.composite
+def language(draw):
+    """Logits `[batch, seq, vocab]`, some of them -inf, and token ids that have a probability above 0."""
+    dtype = draw(dtypes)
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(2, 7)))
+    logits = draw(numbers(shape, draw(st.sampled_from([1.0, 50.0, 1000.0])), dtype))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    ids = torch.randint(shape[-1], shape[:2], generator=generator)
+    if draw(st.booleans()):
+        banned = torch.rand(shape, generator=generator) < 0.4
+        banned[:, :-1].scatter_(-1, ids[:, 1:, None], False)
+        banned[:, -1] = False
+        logits = logits.masked_fill(banned, -torch.inf)
+    return logits, ids, draw(st.sampled_from([1.0, 0.5, 2.0, 0.1]))
+
+
+@quick
+@given(language())
+def test_log_probs_and_entropy_equal_the_oracle(case):
+    logits, ids, temperature = case
+    finite = logits[logits.isfinite()].abs().max().item() / temperature
+    log_probs, entropy = token_log_probs(logits, ids, temperature), token_entropy(logits, temperature)
+    assert log_probs.dtype == entropy.dtype == logits.dtype
+    assert_close(log_probs, oracle.token_log_probs(logits.tolist(), ids.tolist(), temperature), scale=finite)
+    assert_close(entropy, oracle.token_entropy(logits.tolist(), temperature), scale=1.0 + finite)
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_cross_entropy_equals_the_oracle_whatever_stands_under_the_mask(mask, data, dtype):
+    """PITFALL 7: a masked NaN or infinity reaches neither the loss nor a gradient."""
+    log_probs = poison(-data.draw(numbers(mask.shape, 100.0, dtype)).abs(), mask).requires_grad_()
+    loss, metrics = cross_entropy(log_probs, mask, 7)
+    assert_close(loss, oracle.cross_entropy(log_probs.tolist(), mask.tolist(), 7))
+    assert torch.equal(metrics["loss"], loss.detach())
+    assert not metrics["loss"].requires_grad
+    loss.backward()
+    assert torch.equal(log_probs.grad, torch.where(mask, -1 / 7, 0.0).to(dtype))
+
+
+def test_gradients_of_log_probs_and_entropy_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(5, (2, 4))
+    assert torch.autograd.gradcheck(lambda x: token_log_probs(x, ids, 0.7), logits)
+    assert torch.autograd.gradcheck(lambda x: token_entropy(x, 0.7), logits)
+
+
+@pytest.mark.parametrize("function", ["log_probs", "entropy"])
+def test_a_forbidden_token_gives_no_nan_gradient(function):
+    """A logit of -inf is how generation forbids a token: its probability is 0, and so is its gradient."""
+    logits = torch.tensor([[[0.0, 1.0, -torch.inf], [0.0, 0.0, 0.0]]], requires_grad=True)
+    result = token_log_probs(logits, torch.tensor([[0, 1]])) if function == "log_probs" else token_entropy(logits)
+    result.sum().backward()
+    assert logits.grad.isfinite().all(), logits.grad
+    assert logits.grad[0, 0, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    """PITFALL 11: nothing is lost, or becomes infinite, by way of a 16-bit intermediate."""
+    torch.manual_seed(0)
+    logits, ids = (torch.randn(2, 5, 300) * 20).to(dtype), torch.randint(300, (2, 5))
+    assert token_log_probs(logits, ids).dtype == torch.float32
+    assert torch.equal(token_log_probs(logits, ids, 0.7), token_log_probs(logits.float(), ids, 0.7))
+    assert torch.equal(token_entropy(logits, 0.7), token_entropy(logits.float(), 0.7))
+    log_probs = torch.full((1, 2000), -70.0, dtype=dtype)
+    loss, _ = cross_entropy(log_probs, torch.ones(1, 2000, dtype=torch.bool), 1)
+    assert loss.dtype == torch.float32
+    assert loss == 140_000
+
+
+def test_the_first_token_is_never_a_target():
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    assert response_targets(mask).tolist() == [[False, True, False], [False, False, True]]
+    assert mask[0, 0], "the argument itself stays as it was"

@@ -1,0 +1,193 @@
+"""PPO's two losses and the KL against the oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coati.losses import adapt_kl_coefficient, kl_divergence, policy_loss, value_loss
+from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
+from tests.oracles import losses as oracle
+
+clips = st.fixed_dictionaries(
+    {
+        "clip_low": st.sampled_from([0.2, 0.05, 1.0]),
+        "clip_high": st.sampled_from([0.2, 0.28, 3.0]),
+        "dual_clip": st.sampled_from([None, 3.0, 1.5]),
+    }
+)
+
+
+def size_of_terms(function, mask, *rest):
+    """The sum of the absolute values of every token's own metrics: what rounding errors are measured against."""
+    tokens = [(b, t) for b, row in enumerate(mask) for t, counts in enumerate(row) if counts]
+    alone = [[[(b, t) == token for t in range(len(row))] for b, row in enumerate(mask)] for token in tokens]
+    return math.fsum(abs(v) for m in alone for v in function(m, *rest)[1].values())
+
+
+def policy_case(data, mask, dtype):
+    """Old log-probs, new ones up to 50 nats away, advantages up to 100."""
+    old = -data.draw(numbers(mask.shape, 50.0, dtype)).abs()
+    log_probs = old + data.draw(numbers(mask.shape, 50.0, dtype))
+    return log_probs, old, data.draw(numbers(mask.shape, 100.0, dtype))
+
+
+@quick
+@given(masks(), st.data(), dtypes, clips)
+def test_policy_loss_equals_the_oracle(mask, data, dtype, options):
+    """PITFALL 7: masked entries are NaN and infinities in every argument."""
+    case = policy_case(data, mask, dtype)
+    log_probs, old, advantages = (poison(x, mask) for x in case)
+    log_probs.requires_grad_()
+    loss, metrics = policy_loss(log_probs, old, advantages, mask, 5.0, **options)
+    lists = [x.tolist() for x in case]
+    expected, expected_metrics = oracle.policy_loss(*lists, mask.tolist(), 5.0, **options)
+    # a difference of log-probs near 50 is itself rounded, which the exponential magnifies by the difference
+    rtol = 1e-9 if dtype == torch.float64 else 1e-5
+    scale = size_of_terms(lambda m: oracle.policy_loss(*lists, m, 5.0, **options), mask.tolist())
+    assert_close(loss, expected, scale, rtol)
+    assert_metrics(metrics, expected_metrics, scale, rtol)
+    loss.backward()
+    assert log_probs.grad.isfinite().all()
+    assert (log_probs.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_policy_gradient_is_that_of_finite_differences_away_from_the_corners(dual_clip):
+    torch.manual_seed(0)
+    mask = torch.rand(3, 8) < 0.7
+    old, advantages = -torch.rand(3, 8, dtype=torch.float64) * 5, torch.randn(3, 8, dtype=torch.float64)
+    shifts = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6, 2.0, 0.05, -2.0], dtype=torch.float64)
+    log_probs = (old + shifts).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantages, mask, 9, dual_clip=dual_clip)[0], log_probs
+    )
+
+
+def test_policy_gradient_at_ratio_one_is_the_policy_gradient():
+    """On fresh data PPO's gradient is REINFORCE's: -A / N for each token's log-prob."""
+    old = torch.tensor([[-1.0, -2.0, -3.0]])
+    advantages, mask = torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[True, True, False]])
+    log_probs = old.clone().requires_grad_()
+    loss, metrics = policy_loss(log_probs, old, advantages, mask, 2)
+    loss.backward()
+    assert log_probs.grad.tolist() == [[-1.0, 0.5, 0.0]]
+    assert {name: float(x) for name, x in metrics.items()} == {
+        "policy_loss": -0.5,
+        "clip_fraction": 0.0,
+        "ratio": 1.0,
+        "approximate_kl": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "dual_clip", "learns"),
+    [
+        (0.5, 1.0, None, False),  # good and already likelier: clipped
+        (-0.5, 1.0, None, True),
+        (-0.5, -1.0, None, False),  # bad and already less likely: clipped
+        (0.5, -1.0, None, True),
+        (2.0, -1.0, 3.0, False),  # bad and far likelier: the dual clip bounds it
+        (1.0, -1.0, 3.0, True),
+    ],
+)
+def test_which_tokens_learn(log_ratio, advantage, dual_clip, learns):
+    log_probs = torch.tensor([[log_ratio]], requires_grad=True)
+    one = torch.ones(1, 1)
+    policy_loss(log_probs, 0 * one, advantage * one, one.bool(), 1, dual_clip=dual_clip)[0].backward()
+    assert bool(log_probs.grad != 0) == learns
+
+
+@pytest.mark.parametrize("distance", [50.0, 500.0, 1e6])
+def test_policies_far_apart_stay_finite(distance):
+    """Log-ratios beyond float32's exponential are bounded, in the loss, its metrics and its gradient."""
+    old = torch.tensor([[-distance, 0.0]])
+    log_probs = torch.tensor([[0.0, -distance]], requires_grad=True)
+    loss, metrics = policy_loss(log_probs, old, torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2).bool(), 2)
+    loss.backward()
+    assert all(x.isfinite() for x in [loss, *metrics.values()])
+    assert log_probs.grad.isfinite().all()
+    for estimator in ("k1", "k2", "k3"):
+        assert kl_divergence(log_probs, old, torch.ones(1, 2).bool(), estimator).isfinite().all()
+
+
+@quick
+@given(masks(), st.data(), dtypes, st.sampled_from([None, 0.2, 5.0]))
+def test_value_loss_equals_the_oracle(mask, data, dtype, clip):
+    """PITFALL 7: masked entries are NaN and infinities in every argument."""
+    case = [data.draw(numbers(mask.shape, 100.0, dtype)) for _ in range(3)]
+    values, old, returns = (poison(x, mask) for x in case)
+    values.requires_grad_()
+    loss, metrics = value_loss(values, old, returns, mask, 3.0, clip=clip)
+    lists = [x.tolist() for x in case]
+    expected, _ = oracle.value_loss(*lists, mask.tolist(), 3.0, clip)
+    assert_close(loss, expected)
+    assert torch.equal(metrics["value_loss"], loss.detach())
+    loss.backward()
+    assert values.grad.isfinite().all()
+    assert (values.grad[~mask] == 0).all()
+
+
+def test_value_clip_fraction_counts_the_clipped_tokens_only():
+    """A value that moved less than `clip` is not clipped, though old + (new - old) may differ from new by a rounding."""
+    torch.manual_seed(0)
+    old, returns = torch.randn(50, 20), torch.randn(50, 20)
+    values, mask = old + 0.3 * torch.randn(50, 20), torch.rand(50, 20) < 0.8
+    _, metrics = value_loss(values, old, returns, mask, mask.sum(), clip=0.2)
+    _, expected = oracle.value_loss(values.tolist(), old.tolist(), returns.tolist(), mask.tolist(), int(mask.sum()))
+    assert_metrics(metrics, expected, 1.0)
+
+
+def test_value_gradient_is_that_of_finite_differences_away_from_the_corners():
+    torch.manual_seed(0)
+    old, returns = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    values = (old + torch.tensor([0.1, -0.1, 0.4, -0.4, 1.0, 0.0])).requires_grad_()
+    mask = torch.rand(2, 6) < 0.8
+    for clip in (None, 0.2):
+        assert torch.autograd.gradcheck(lambda x, c=clip: value_loss(x, old, returns, mask, 5, clip=c)[0], values)
+
+
+@quick
+@given(masks(), st.data(), dtypes, st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_equals_the_oracle(mask, data, dtype, estimator):
+    """PITFALL 3: the sign is that of log p - log q, and padding counts as 0. PITFALL 7: masked NaN stays away."""
+    log_probs, reference, _ = policy_case(data, mask, dtype)
+    poisoned = poison(log_probs, mask).requires_grad_()
+    result = kl_divergence(poisoned, poison(reference, mask), mask, estimator)
+    expected = torch.tensor(
+        oracle.kl_divergence(log_probs.tolist(), reference.tolist(), mask.tolist(), estimator), dtype=torch.float64
+    )
+    # k3 near 0 is the difference of nearly equal numbers, each of the size of the log-ratio
+    x = torch.where(mask, (log_probs - reference).double(), 0.0).abs()
+    error = (result.double() - expected).abs()
+    assert (error <= (1e-9 if dtype == torch.float64 else 1e-5) * (expected.abs() + x)).all(), error
+    result.sum().backward()
+    assert poisoned.grad.isfinite().all()
+    assert (poisoned.grad[~mask] == 0).all()
+
+
+def test_kl_estimates_have_the_right_expectation():
+    """k1 and k3 are unbiased under the sampling policy, k3 is never negative; k1's sign is that of KL(policy || ref)."""
+    p, q = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    mask, exact = torch.ones(1, 3, dtype=torch.bool), float((p * (p / q).log()).sum())
+    for estimator in ("k1", "k3"):
+        estimate = kl_divergence(p.log()[None], q.log()[None], mask, estimator)
+        assert float((p * estimate[0]).sum()) == pytest.approx(exact, rel=1e-12)
+    assert (kl_divergence(p.log()[None], q.log()[None], mask, "k3") >= 0).all()
+
+
+def test_an_unknown_kl_estimator_is_named():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="k9.*k1, k2 or k3"):
+        kl_divergence(one, one, one.bool(), "k9")
+
+
+@quick
+@given(
+    st.floats(1e-6, 10), st.floats(-100, 100), st.floats(1e-3, 100), st.floats(100, 1e6), st.integers(1, 100)
+)
+def test_adaptive_kl_coefficient_equals_the_oracle(coefficient, kl, target, horizon, samples):
+    case = (coefficient, kl, target, horizon, samples)
+    assert adapt_kl_coefficient(*case) == pytest.approx(oracle.adapt_kl_coefficient(*case), rel=1e-9)

@@ -1,0 +1,91 @@
+"""The reward-model loss, and from scores to token rewards, against the oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coati.losses import clip_scores, pairwise_reward_loss, penalise_missing_eos, shape_rewards
+from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
+from tests.oracles import losses as oracle
+
+
+@quick
+@given(
+    st.integers(1, 6), st.data(), dtypes, st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.01])
+)
+def test_pairwise_loss_equals_the_oracle(batch, data, dtype, with_margin, smoothing, centering):
+    """PITFALL 10: rewards of +-100 give a finite loss and gradient."""
+    chosen, rejected = (data.draw(numbers((batch,), 100.0, dtype)) for _ in range(2))
+    margin = data.draw(numbers((batch,), 3.0, dtype)).abs() if with_margin else None
+    leaf = chosen.clone().requires_grad_()
+    options = dict(label_smoothing=smoothing, centering=centering)
+    loss, metrics = pairwise_reward_loss(leaf, rejected, 3.0, margin=margin, **options)
+    margins = None if margin is None else margin.tolist()
+    expected, expected_metrics = oracle.pairwise_reward_loss(
+        chosen.tolist(), rejected.tolist(), 3.0, margin=margins, **options
+    )
+    # rewards are subtracted: errors are relative to their size, not to that of the difference
+    scale = (chosen.abs() + rejected.abs()).sum().item() * (1 + (0 if margin is None else margin.sum().item()))
+    assert_close(loss, expected, scale)
+    assert_metrics(metrics, expected_metrics, scale)
+    loss.backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_a_hopeless_pair_costs_its_margin_and_not_infinity():
+    """PITFALL 10: log(1 + exp(-x)) written out is inf at x = -100."""
+    rejected = torch.tensor([200.0], requires_grad=True)
+    loss, _ = pairwise_reward_loss(torch.tensor([-200.0]), rejected, 1)
+    loss.backward()
+    assert (loss.item(), rejected.grad.item()) == (400.0, 1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"centering": 0.1}])
+def test_pairwise_gradient_is_that_of_finite_differences(options):
+    torch.manual_seed(0)
+    chosen, rejected, margin = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(
+        lambda a, b: pairwise_reward_loss(a, b, 5, margin=margin.detach(), **options)[0], (chosen, rejected)
+    )
+
+
+def test_equal_rewards_are_half_right():
+    one = torch.ones(4)
+    loss, metrics = pairwise_reward_loss(one, one, 4)
+    assert float(metrics["accuracy"]) == 0.5
+    assert float(loss) == pytest.approx(math.log(2))
+
+
+@quick
+@given(masks(), st.data(), dtypes, st.sampled_from([0.0, 0.05, 2.0]))
+def test_shaped_rewards_equal_the_oracle(mask, data, dtype, coefficient):
+    """PITFALL 1: the score falls on the last response token only. PITFALL 7: masked NaN stays away."""
+    kl = data.draw(numbers(mask.shape, 50.0, dtype))
+    scores = data.draw(numbers(mask.shape[:1], 100.0, dtype))
+    result = shape_rewards(scores, poison(kl, mask), mask, coefficient)
+    expected = oracle.shape_rewards(scores.tolist(), kl.tolist(), mask.tolist(), coefficient)
+    assert_close(result, expected, scale=(scores.abs().max() + kl.abs().max()).item())
+
+
+def test_the_score_falls_on_the_last_response_token_of_short_and_empty_responses():
+    """PITFALL 1, PITFALL 5: never on every token, never on padding, and a row without a response gets nothing."""
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    rewards = shape_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(4, 4), mask, 0.1)
+    assert (rewards + 0.0).tolist() == [[0, 0, 0, 1], [0, 0, 2, 0], [0, 3, 0, 0], [0, 0, 0, 0]]
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(-100, 100), st.booleans()), min_size=1, max_size=6), st.sampled_from([None, 1.5]))
+def test_missing_eos_penalty_equals_the_oracle(rows, penalty):
+    scores, finished = map(list, zip(*rows, strict=True))
+    result = penalise_missing_eos(torch.tensor(scores, dtype=torch.float64), torch.tensor(finished), penalty)
+    assert result.tolist() == oracle.penalise_missing_eos(scores, finished, penalty)
+
+
+def test_scores_are_clipped_on_both_sides():
+    scores = torch.tensor([-100.0, -0.5, 0.0, 100.0])
+    assert clip_scores(scores, 2.0).tolist() == [-2.0, -0.5, 0.0, 2.0]
+    assert clip_scores(scores, None) is scores
