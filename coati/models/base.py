@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -166,7 +167,27 @@ def _load(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
     source = base_of_adapter(pretrained) if is_adapter(pretrained) else str(pretrained)
     if config is not None:
         kwargs = {**kwargs, "config": config}
+    with (
+        _quiet_transformers()
+    ):  # its report calls the head that we leave out "unexpected", and errors are ours to raise
+        try:
+            model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
+        )
+    return model
+
+
+@contextmanager
+def _quiet_transformers():
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        return auto.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

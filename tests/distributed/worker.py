@@ -1,0 +1,62 @@
+"""Run by torchrun: a list of tiny trainings in one process group, results to a JSON file.
+
+    torchrun --nproc_per_node 2 tests/distributed/worker.py JOBS.json RESULTS.json
+
+A job is {"name", "algorithm", "settings"}. Starting Python with torch, transformers and colossalai takes 10 s on a slow
+core, so jobs share the processes.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def run(job: dict, runtime) -> dict:
+    """Metrics of every step and a fingerprint of the final weights."""
+    import torch
+
+    from tests.conftest import trainer_classes
+
+    config_class, trainer_class = trainer_classes(job["algorithm"])
+    trainer = trainer_class(config_class(**job["settings"]), runtime)
+    steps = []
+    train_step = trainer.train_step
+
+    def recorded(step):
+        metrics, tokens = train_step(step)
+        steps.append({k: v for k, v in metrics.items() if not k.startswith("seconds/")} | {"tokens": tokens})
+        return metrics, tokens
+
+    trainer.train_step = recorded
+    trainer.train()
+    norms = {}
+    for name, engine in trainer.engines.items():
+        for key, tensor in sorted(engine.state_dict().items()):
+            projection = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64)
+            flat = tensor.double().flatten()
+            norms[f"{name}.{key}"] = [flat.norm().item(), (flat * projection).sum().item()]
+    return {"steps": steps, "weights": norms}
+
+
+def main():
+    from coati.parallel import launch
+    from coati.parallel.launch import shutdown
+
+    runtime = launch(0)
+    results = {}
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            results[job["name"]] = run(job, runtime)
+        except Exception:
+            traceback.print_exc()
+            raise
+    if runtime.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
