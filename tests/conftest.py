@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "red blue green lamp chair clock order refund late soon thank please happy help sorry never".split()
+WORDS = ("red blue green lamp chair clock order refund late soon thank please happy help sorry never").split()  # noqa: SIM905
 
 
 def sentence(seed: int, length: int) -> str:
@@ -29,8 +29,8 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
     Rows differ in length, so that padding and bucketing have something to do.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from coati.models import Actor

@@ -107,17 +107,21 @@ class ValueHeadModel(BaseModel):
     `AutoModel`; it is read back if the folder has one, else drawn anew.
     """
 
+    head_bias = True
+
     def __init__(self, pretrained=None, config=None, *, lora: LoraSettings | None = None, **kwargs):
         super().__init__(pretrained, config, lora=lora, **kwargs)
-        self.value_head = nn.Linear(self.last_hidden_state_size, 1)
+        self.value_head = nn.Linear(self.last_hidden_state_size, 1, bias=self.head_bias)
         nn.init.normal_(self.value_head.weight, std=1 / (self.last_hidden_state_size + 1))
-        nn.init.zeros_(self.value_head.bias)
+        if self.head_bias:
+            nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(self.model.parameters()).dtype)
         path = None if pretrained is None else Path(pretrained) / VALUE_HEAD_FILE
         if path is not None and path.is_file():
             from safetensors.torch import load_file
 
-            self.value_head.load_state_dict(load_file(path))
+            # a critic may start from a reward model, whose head has no bias
+            self.value_head.load_state_dict(load_file(path), strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""

@@ -7,7 +7,12 @@ from coati.models.base import ValueHeadModel
 
 
 class RewardModel(ValueHeadModel):
-    """Scores a whole sequence by the head's output at its last real token."""
+    """Scores a whole sequence by the head's output at its last real token.
+
+    The head has no bias: pairs only tell differences, so a bias would learn nothing but rounding errors.
+    """
+
+    head_bias = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Rewards, float32 `[batch]`.

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.distributed
 FP32_PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload")
 PLUGINS = (*FP32_PLUGINS, "gemini")
 ALGORITHMS = ("sft", "reward", "ppo")
+BF16 = dict(precision="bf16", learning_rate=1e-3)  # a small rate, or Adam makes much of rounding
 BEFORE = 3  # steps before the checkpoint that is resumed
 
 
@@ -56,10 +57,13 @@ def two_processes(tiny_world, folder):
     jobs = []
     for algorithm in ALGORITHMS:
         for plugin in PLUGINS:
-            whole = job(f"{plugin}-{algorithm}", algorithm, tiny_world, folder, plugin=plugin)
+            changes = dict(plugin=plugin) | (BF16 if plugin == "gemini" else {})
+            whole = job(f"{plugin}-{algorithm}", algorithm, tiny_world, folder, **changes)
             checkpoint = folder / whole["name"] / "checkpoints" / f"step-{BEFORE:08d}"
-            again = dict(plugin=plugin, resume=str(checkpoint))
-            jobs += [whole, job(f"{plugin}-{algorithm}-resumed", algorithm, tiny_world, folder, **again)]
+            changes |= dict(resume=str(checkpoint))
+            jobs += [whole, job(f"{plugin}-{algorithm}-resumed", algorithm, tiny_world, folder, **changes)]
+        bf16 = dict(plugin="zero2") | BF16
+        jobs.append(job(f"zero2-bf16-{algorithm}", algorithm, tiny_world, folder, **bf16))
     jobs.append(job("lora", "sft", tiny_world, folder, plugin="zero2", lora_rank=2, model=tiny_world["policy"]))
     return run_jobs(jobs, folder / "two", 2)
 
@@ -71,21 +75,22 @@ def curve(result: dict) -> list[float]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("plugin", FP32_PLUGINS)
 def test_a_plugin_on_two_processes_gives_the_single_process_curve(plugin, algorithm, one_process, two_processes):
-    """PITFALL 9, 12, 28, 35: global denominators, common decisions, and all of it on a CPU.
-
-    gemini computes in bf16 (8 bits of mantissa): its losses may differ by 2 %.
-    """
+    """PITFALL 9, 12, 28, 35: global denominators, common decisions, and all of it on a CPU."""
     expected, found = one_process[f"one-{algorithm}"], two_processes[f"{plugin}-{algorithm}"]
-    if plugin == "gemini":
-        assert curve(found)[0] == pytest.approx(curve(expected)[0], abs=2e-2)
-        if algorithm != "ppo":  # greedy answers of another precision are other answers
-            assert curve(found) == pytest.approx(curve(expected), rel=2e-2, abs=2e-2)
-        return
     assert curve(found) == pytest.approx(curve(expected), rel=1e-4, abs=1e-5)
     for name, numbers in expected["weights"].items():
         assert found["weights"][name] == pytest.approx(numbers, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("algorithm", ("sft", "reward"))
+def test_gemini_gives_the_curve_of_zero2_in_bf16(algorithm, two_processes):
+    """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy answers of PPO would differ.)"""
+    expected, found = two_processes[f"zero2-bf16-{algorithm}"], two_processes[f"gemini-{algorithm}"]
+    assert curve(found) == pytest.approx(curve(expected), rel=1e-2, abs=1e-2)
+    norms = [[step["grad_norm"] for step in result["steps"]] for result in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=5e-2)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -130,11 +130,16 @@ def test_value_loss_equals_the_oracle(mask, data, dtype, clip):
     assert (values.grad[~mask] == 0).all()
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="coati/losses/value.py compares the errors of `values` and `old + (values - old)`, which differ by a "
+    "rounding: 1 to 2 % of tokens that moved less than the clip are counted; compare (values - old).abs() > clip too",
+)
 def test_value_clip_fraction_counts_the_clipped_tokens_only():
     """A value that moved less than `clip` is not clipped, though old + (new - old) may differ from new by a rounding."""
     torch.manual_seed(0)
-    old, returns = torch.randn(50, 20), torch.randn(50, 20)
-    values, mask = old + 0.3 * torch.randn(50, 20), torch.rand(50, 20) < 0.8
+    old, values, returns = 0.05 * torch.randn(50, 20), 0.05 * torch.randn(50, 20), torch.randn(50, 20)
+    mask = torch.rand(50, 20) < 0.8
     _, metrics = value_loss(values, old, returns, mask, mask.sum(), clip=0.2)
     _, expected = oracle.value_loss(values.tolist(), old.tolist(), returns.tolist(), mask.tolist(), int(mask.sum()))
     assert_metrics(metrics, expected, 1.0)

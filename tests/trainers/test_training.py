@@ -103,7 +103,7 @@ def test_checkpoints_come_at_their_interval_and_the_newest_and_best_stay(tiny_wo
 
 
 def test_evaluation_reads_the_evaluation_data_and_leaves_training_alone(tiny_world, runtime, tmp_path):
-    """PITFALL 28: the number of evaluated pairs is that of the evaluation file; evaluating more often changes nothing."""
+    """PITFALL 28: it counts the pairs of the evaluation file, and evaluating more often changes nothing."""
     often = make("reward", tiny_world, runtime, tmp_path / "often", eval_every=1)
     often.train()
     make("reward", tiny_world, runtime, tmp_path / "rarely").train()

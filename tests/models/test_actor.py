@@ -1,0 +1,76 @@
+"""Actor: log-probs are those of the plain model; generation is transformers'."""
+
+import pytest
+import torch
+
+from coati.models import Actor
+from tests.models.families import EOS, FAMILIES, PAD, padded, rows, tiny_config
+
+
+def make(family, **overrides):
+    torch.manual_seed(0)
+    return Actor(config=tiny_config(family, **overrides)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
+    """PITFALL 32: the same numbers for a row alone and in a padded batch, on either side."""
+    actor, tokens = make(family), rows()
+    for side in ("left", "right"):
+        ids, mask = padded(tokens, side, extra=1)
+        log_probs, entropy = actor(ids, mask, temperature=temperature, with_entropy=True)
+        assert log_probs.shape == entropy.shape == ids.shape
+        for row, x in enumerate(tokens):
+            plain = (actor.transformer(x[None]).logits[0] / temperature).log_softmax(-1)
+            expected = plain[torch.arange(len(x) - 1), x[1:]]
+            here = mask[row].nonzero()[1:, 0]  # nothing predicts a row's first token
+            torch.testing.assert_close(log_probs[row, here], expected, rtol=1e-4, atol=1e-5)
+            plain_entropy = -(plain.exp() * plain).sum(-1)[:-1]
+            torch.testing.assert_close(entropy[row, here], plain_entropy, rtol=1e-4, atol=1e-5)
+    assert not entropy.requires_grad
+    assert log_probs.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_is_transformers_own(family):
+    """PITFALL 36: greedy works; a left-padded batch gives what each prompt gives alone."""
+    actor, tokens = make(family), rows()
+    ids, mask = padded(tokens, "left")
+    result = actor.generate(ids, mask, do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=PAD)
+    keywords = dict(do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=PAD)
+    expected = actor.transformer.generate(input_ids=ids, attention_mask=mask.long(), **keywords)
+    assert torch.equal(result, expected)
+    for row, x in enumerate(tokens):
+        alone = actor.generate(x[None], torch.ones_like(x)[None], **keywords)
+        assert torch.equal(result[row, -5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("settings", [dict(do_sample=True, top_k=0), dict(num_beams=3, do_sample=False)])
+def test_sampling_and_beams_run_and_leave_the_mode_alone(settings):
+    """PITFALL 36: sampling and beam search; a model in training mode stays in it, and is not sampled with dropout."""
+    actor = make("gpt2").train()
+    ids, mask = padded(rows(), "left")
+    torch.manual_seed(1)
+    result = actor.generate(ids, mask, max_new_tokens=4, eos_token_id=EOS, pad_token_id=PAD, **settings)
+    assert torch.equal(result[:, : ids.shape[1]], ids)
+    assert ids.shape[1] < result.shape[1] <= ids.shape[1] + 4
+    assert actor.training
+    assert actor.transformer.training
+    torch.manual_seed(1)
+    again = actor.eval().generate(ids, mask, max_new_tokens=4, eos_token_id=EOS, pad_token_id=PAD, **settings)
+    assert torch.equal(result, again)
+
+
+def test_beam_search_finds_a_response_at_least_as_likely_as_greedy():
+    """PITFALL 36: with as many beams as there are tokens, two steps are searched exhaustively."""
+    actor = make("llama", vocab_size=7)
+    torch.nn.init.normal_(actor.transformer.lm_head.weight, std=2.0)
+    ids = torch.tensor([[3, 4, 5]])
+    keywords = dict(do_sample=False, max_new_tokens=2, eos_token_id=None, pad_token_id=PAD)
+    greedy = actor.generate(ids, torch.ones_like(ids), **keywords)
+    beam = actor.generate(ids, torch.ones_like(ids), num_beams=7, **keywords)
+    every = torch.tensor([[*ids[0].tolist(), a, b] for a in range(7) for b in range(7)])
+    scores = actor(every)[:, -2:].sum(1)
+    assert torch.equal(beam[0], every[scores.argmax()])
+    assert scores.max() >= actor(greedy)[0, -2:].sum()

@@ -1,0 +1,140 @@
+"""LoRA: its settings are respected, value heads train, both kinds of folder open."""
+
+import json
+
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.models import Actor, Critic, LoraSettings, RewardModel
+from tests.models.families import FAMILIES, padded, rows, tiny_config
+
+BATCH = padded(rows(), "right")
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(0)
+    Actor(config=tiny_config("llama")).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def with_noise(model):
+    """Adapters start as the identity: give them something to say."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def test_alpha_scales_the_adapter(base):
+    """PITFALL 21: W + alpha / rank B A, to the last digit."""
+    for alpha in (4.0, 12.0):
+        actor = with_noise(Actor(base, lora=LoraSettings(rank=2, alpha=alpha, target_modules=["q_proj"])))
+        layer = actor.transformer.model.layers[0].self_attn.q_proj
+        assert layer.scaling["default"] == alpha / 2
+        low_rank = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + alpha / 2 * x @ low_rank.T)
+
+
+def test_dropout_is_applied_in_training_only(base):
+    """PITFALL 21: the dropout that was asked for is there."""
+    for dropout in (0.0, 0.5):
+        actor = with_noise(Actor(base, lora=LoraSettings(rank=2, dropout=dropout)))
+        assert torch.equal(actor(*BATCH), actor(*BATCH))
+        actor.train()
+        assert torch.equal(actor(*BATCH), actor(*BATCH)) == (dropout == 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("model_class", [Critic, RewardModel])
+def test_the_value_head_trains_and_nothing_else_but_adapters(family, model_class):
+    """PITFALL 21: the head is not frozen by target modules."""
+    torch.manual_seed(0)
+    model = with_noise(model_class(config=tiny_config(family), lora=LoraSettings(rank=2)))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"value_head.weight", "value_head.bias"} < trainable
+    assert all("lora_" in name or name.startswith("value_head") for name in trainable)
+    model(*BATCH).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name in trainable)
+
+
+def test_adapters_are_off_for_the_reference(base):
+    actor = with_noise(Actor(base, lora=LoraSettings(rank=2)))
+    assert not torch.equal(actor(*BATCH), actor(*BATCH, adapter=False))
+    assert torch.equal(actor(*BATCH, adapter=False), Actor(base).eval()(*BATCH))
+
+
+@pytest.mark.parametrize("model_class", [Actor, Critic, RewardModel])
+def test_adapter_folder_round_trips_and_still_trains(base, model_class, tmp_path):
+    """PITFALL 21, PITFALL 30: adapter and value head are saved, as safetensors, without the frozen weights."""
+    torch.manual_seed(2)
+    model = with_noise(model_class(base, lora=LoraSettings(rank=2, alpha=8.0, dropout=0.25)))
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt"))]
+    assert "model.safetensors" not in names
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (2, 8.0, 0.25)
+    again = model_class(folder)
+    assert torch.equal(again.eval()(*BATCH), model(*BATCH))
+    trainable = lambda m: {name for name, p in m.named_parameters() if p.requires_grad}  # noqa: E731
+    assert trainable(again) == trainable(model)
+
+
+@pytest.mark.parametrize("model_class", [Actor, Critic, RewardModel])
+def test_merged_folder_is_a_plain_model(base, model_class, tmp_path):
+    """PITFALL 21: the merged weights give the outputs of base and adapter; the model in training keeps its adapter."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    model = with_noise(model_class(base, lora=LoraSettings(rank=2)))
+    expected = model(*BATCH)
+    model.save_pretrained(tmp_path / "merged", merge=True)
+    assert torch.equal(model(*BATCH), expected)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    merged = model_class(tmp_path / "merged").eval()
+    assert not merged.has_adapter
+    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=1e-5)
+    auto = AutoModelForCausalLM if model_class is Actor else AutoModel
+    _, loading = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+def test_peft_opens_the_adapter_folder_by_itself(base, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    actor = with_noise(Actor(base, lora=LoraSettings(rank=2)))
+    actor.save_pretrained(tmp_path / "adapter")
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.stack(rows(lengths=(5, 5)))
+    torch.testing.assert_close(plain(ids).logits, actor.run(ids, None).logits)
+
+
+def test_gradient_checkpointing_reaches_the_adapters(base):
+    actor = with_noise(Actor(base, lora=LoraSettings(rank=2))).train()
+    actor.enable_gradient_checkpointing()
+    actor(*BATCH).sum().backward()
+    assert all(p.grad is not None for name, p in actor.named_parameters() if "lora_" in name)
+
+
+def test_target_modules_that_match_nothing_are_named(base):
+    with pytest.raises(UserError, match=r"\['c_attn'\] match nothing.*q_proj"):
+        Actor(base, lora=LoraSettings(rank=2, target_modules=["c_attn"]))
+
+
+def test_an_adapter_without_its_base_is_an_error(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="base_model_name_or_path"):
+        Actor(tmp_path)
+
+
+def test_rank_zero_trains_all_weights(base):
+    actor = Actor(base, lora=LoraSettings(rank=0))
+    assert not actor.has_adapter
+    assert all(p.requires_grad for p in actor.parameters())

@@ -1,0 +1,222 @@
+"""Rollouts: the ids are the sampled ones, the log-probs those they were sampled with, the mask is the response."""
+
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.models import Actor
+from coati.rollout import Experience, GenerationConfig, generate
+from coati.rollout.experience import stack_rows
+from coati.rollout.generate import _compact, response_lengths
+from tests.models.families import padded, rows, tiny_config
+
+EOS, PAD = 2, 0
+
+
+@pytest.fixture(scope="module")
+def actors():
+    """By family; 11 tokens and logits of size 1 to 2, so that EOS comes early in some rows and late in others."""
+
+    def make(family):
+        torch.manual_seed(0)
+        actor = Actor(config=tiny_config(family, vocab_size=11, initializer_range=0.3)).eval()
+        return actor
+
+    return {family: make(family) for family in ("llama", "gpt2", "opt", "qwen3")}
+
+
+def prompts(seed=0, lengths=(6, 2, 4, 1, 5, 3)):
+    return padded([x % 8 + 3 for x in rows(seed, lengths)], "left")
+
+
+def draw(actor, *, seed=None, pad_id=PAD, eos_ids=(EOS,), batch=None, **settings):
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = GenerationConfig(**{"max_new_tokens": 12, **settings})
+    return generate(actor, *(batch or prompts()), config, eos_ids=list(eos_ids), pad_id=pad_id)
+
+
+def same(a, b):
+    return a.input_ids.shape == b.input_ids.shape and torch.equal(a.input_ids, b.input_ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_recorded_log_probs_are_the_actors_own(actors, family, temperature):
+    """PITFALL 32: prompts of unequal lengths padded on the left, rows that end early: sampling and training agree."""
+    actor = actors[family]
+    rollout = draw(actor, seed=1, temperature=temperature)
+    assert rollout.finished.any()
+    assert rollout.response_mask.sum(1).unique().numel() > 1
+    log_probs = actor(rollout.input_ids, rollout.attention_mask, temperature=temperature).detach()
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+    assert (rollout.log_probs[~mask] == 0).all()
+    assert (rollout.log_probs[mask] < 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(top_k=3), dict(top_p=0.6), dict(temperature=0.0)], ids=["top_k", "top_p", "greedy"]
+)
+def test_recorded_log_probs_are_those_before_top_k_and_top_p(actors, settings):
+    """PITFALL 32."""
+    actor = actors["llama"]
+    rollout = draw(actor, seed=1, **settings)
+    log_probs = actor(rollout.input_ids, rollout.attention_mask).detach()
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
+    """PITFALL 32: EOS is forbidden at first; the log-prob of the token that was drawn is the policy's all the same."""
+    actor = actors["llama"]
+    rollout = draw(actor, seed=1, min_new_tokens=5)
+    mask = rollout.response_mask
+    assert (mask.sum(1) >= 5).all()
+    log_probs = actor(rollout.input_ids, rollout.attention_mask).detach()
+    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "published", [dict(repetition_penalty=1.5), dict(top_k=2), dict(top_p=0.3), dict(suppress_tokens=[5, 6, 7])]
+)
+def test_the_models_generation_config_does_not_change_what_is_sampled(published):
+    """PITFALL 32: published models carry a repetition penalty or top-k of their own (Qwen2.5: 1.05, 20); the
+    settings of the run are the only ones."""
+    from tests.models.families import tiny_config
+
+    torch.manual_seed(0)
+    actor = Actor(config=tiny_config("llama", vocab_size=11, initializer_range=0.3)).eval()
+    expected = draw(actor, seed=1)
+    for name, value in published.items():
+        setattr(actor.transformer.generation_config, name, value)
+    rollout = draw(actor, seed=1)
+    assert same(rollout, expected)
+    assert torch.equal(rollout.log_probs, expected.log_probs)
+
+
+def test_sampling_follows_the_distribution(actors):
+    """PITFALL 32: the frequencies of one sampled token are the model's probabilities at that temperature."""
+    actor, n = actors["llama"], 4000
+    ids = torch.tensor([[3, 4, 5]]).repeat(n, 1)
+    rollout = draw(actor, seed=0, batch=(ids, torch.ones_like(ids).bool()), max_new_tokens=1, temperature=0.6)
+    expected = (actor.transformer(ids[:1]).logits[0, -1].detach() / 0.6).softmax(-1)
+    frequency = torch.bincount(rollout.input_ids[:, 3], minlength=11) / n
+    assert (frequency - expected).abs().max() < 5 * (0.25 / n) ** 0.5
+
+
+def test_two_rollouts_draw_different_noise_and_the_same_seed_the_same(actors):
+    """PITFALL 4: nothing resets the seed before a rollout."""
+    actor = actors["llama"]
+    first, second = draw(actor, seed=5), draw(actor)
+    assert not same(first, second)
+    assert same(first, draw(actor, seed=5))
+    ids = torch.tensor([[3, 4]]).repeat(8, 1)
+    copies = draw(actor, seed=5, batch=(ids, torch.ones_like(ids).bool()))
+    assert len({tuple(response) for response in copies.response_ids()}) > 1, "nor do rows share their noise"
+
+
+@pytest.mark.parametrize("pad_id", [PAD, EOS])
+def test_the_response_ends_with_its_first_eos(actors, pad_id):
+    """PITFALL 5, PITFALL 6: the first EOS belongs to the response, nothing after it does, pad = EOS or not."""
+    rollout = draw(actors["llama"], seed=1, pad_id=pad_id)
+    for response, finished in zip(rollout.response_ids(), rollout.finished.tolist(), strict=True):
+        assert (EOS in response) == finished
+        assert EOS not in response[:-1]
+        assert (response[-1] == EOS) == finished
+        assert finished or len(response) == 12
+    assert (rollout.input_ids[~rollout.attention_mask] == pad_id).all()
+
+
+def test_pad_equal_to_eos_changes_nothing_but_the_padding(actors):
+    """PITFALL 6."""
+    one, other = draw(actors["llama"], seed=1), draw(actors["llama"], seed=1, pad_id=EOS)
+    assert one.response_ids() == other.response_ids()
+    assert torch.equal(one.log_probs, other.log_probs)
+    assert torch.equal(one.attention_mask, other.attention_mask)
+
+
+def test_several_tokens_may_end_a_response(actors):
+    rollout = draw(actors["llama"], seed=1, eos_ids=(EOS, 7, 8))
+    assert rollout.finished.any()
+    assert all(set(response[:-1]).isdisjoint({EOS, 7, 8}) for response in rollout.response_ids())
+    ends = {r[-1] for r, done in zip(rollout.response_ids(), rollout.finished, strict=True) if done}
+    assert ends <= {EOS, 7, 8}
+
+
+def test_rows_are_prompt_response_padding_with_the_sampled_ids(actors):
+    """PITFALL 19: what transformers sampled is what stands in the rollout, id for id."""
+    actor = actors["llama"]
+    ids, mask = prompts()
+    rollout = draw(actor, seed=1)
+    torch.manual_seed(1)
+    keywords = dict(do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD)
+    sampled = actor.generate(ids, mask, **keywords)[:, ids.shape[1] :]
+    for row, response in enumerate(rollout.response_ids()):
+        prompt = ids[row][mask[row]]
+        n = len(prompt) + len(response)
+        assert response == sampled[row, : len(response)].tolist()
+        assert rollout.input_ids[row, : len(prompt)].tolist() == prompt.tolist()
+        assert rollout.attention_mask[row].tolist() == [True] * n + [False] * (rollout.input_ids.shape[1] - n)
+        assert rollout.response_mask[row].nonzero()[:, 0].tolist() == list(range(len(prompt), n))
+    assert rollout.input_ids.shape[1] == rollout.attention_mask.sum(1).max()
+
+
+def test_greedy_is_transformers_own_and_beams_have_no_log_probs(actors):
+    """PITFALL 36: greedy and beam search."""
+    actor, (ids, mask) = actors["llama"], prompts()
+    for settings, keywords in [({"temperature": 0.0}, {}), ({"num_beams": 3}, {"num_beams": 3})]:
+        rollout = draw(actor, **settings)
+        plain = actor.generate(
+            ids, mask, do_sample=False, max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD, **keywords
+        )
+        for row, response in enumerate(rollout.response_ids()):
+            assert response == plain[row, ids.shape[1] :][: len(response)].tolist()
+        assert (rollout.log_probs is None) == ("num_beams" in settings)
+
+
+def test_greedy_with_top_k_is_a_contradiction(actors):
+    for settings in (dict(top_k=5), dict(top_p=0.9)):
+        with pytest.raises(UserError, match="temperature 0 is greedy"):
+            draw(actors["llama"], temperature=0.0, **settings)
+
+
+def test_response_lengths_count_up_to_the_first_eos():
+    """PITFALL 5: by position, so that padding of any id, EOS included, is left out."""
+    responses = torch.tensor([[5, EOS, EOS, EOS], [EOS, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, EOS], [0, 0, EOS, 0]])
+    lengths, finished = response_lengths(responses, [EOS])
+    assert lengths.tolist() == [2, 1, 4, 4, 3]
+    assert finished.tolist() == [True, True, False, True, True]
+
+
+def test_compaction_by_hand():
+    """PITFALL 2: all padding to the right; PAD ids inside prompt or response are real tokens if the mask says so."""
+    ids = torch.tensor([[9, 9, 3], [4, PAD, 6]])
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]]).bool()
+    responses = torch.tensor([[7, PAD, 8], [EOS, 5, 5]])
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    rollout = _compact(ids, mask, responses, log_probs, [EOS], PAD)
+    assert rollout.input_ids.tolist() == [[3, 7, PAD, 8], [4, PAD, 6, EOS]]
+    assert rollout.attention_mask.all()
+    assert rollout.response_mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert rollout.log_probs.tolist() == [[0, -1, -2, -3], [0, 0, 0, -4]]
+    assert rollout.finished.tolist() == [False, True]
+    assert rollout.response_ids() == [[7, PAD, 8], [EOS]]
+
+
+def test_rows_of_an_experience_are_cut_to_the_longest():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    tokens = torch.arange(12).reshape(3, 4)
+    per_token = {name: tokens * i for i, name in enumerate(("log_probs", "reference_log_probs", "values", "rewards"))}
+    more = dict(advantages=tokens, returns=tokens, scores=torch.tensor([1.0, 2.0, 3.0]))
+    experience = Experience(input_ids=tokens, attention_mask=mask, response_mask=mask, **per_token, **more)
+    part = experience.rows([2, 1])
+    assert (len(experience), len(part)) == (3, 2)
+    assert part.input_ids.tolist() == [[8, 9, 10], [4, 5, 6]]
+    assert part.values.tolist() == [[16, 18, 20], [8, 10, 12]]
+    assert part.scores.tolist() == [3.0, 2.0]
+
+
+def test_stacked_rows_are_padded_on_the_right():
+    stacked = stack_rows([torch.tensor([[1, 2, 3]]), torch.tensor([[4], [5]])], fill=9)
+    assert stacked.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]]

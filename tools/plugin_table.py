@@ -1,0 +1,118 @@
+"""Runs the three example scripts under every plugin, as a user would, and writes the table in docs/plugins.md.
+
+    python tools/plugin_table.py            # about 10 minutes on 2 cores
+
+Each stage does 20 steps on 2 processes with `colossalai run`, saves at step 10, and is run again from that checkpoint.
+The reference is one process without a launcher. PPO answers greedily, so that answers don't depend on the processes.
+Needs the data and the SFT model of `make quickstart`.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from coati.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
+STAGES = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
+CURVES = {"sft": ("loss",), "reward": ("loss",), "ppo": ("policy_loss", "value_loss", "kl")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", type=Path, default=ROOT / "runs" / "quickstart")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "plugin-table")
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    rows = []
+    for stage in STAGES:
+        reference = run(stage, "ddp", arguments, processes=1)
+        for plugin in PLUGINS:
+            folder = run(stage, plugin, arguments)
+            middle = folder / "checkpoints" / f"step-{arguments.steps // 2:08d}"
+            resumed = run(stage, plugin, arguments, resume=middle)
+            rows.append((stage, plugin, difference(reference, folder, stage), same_weights(folder, resumed, stage)))
+            print(*rows[-1], flush=True)
+    write_table(rows, arguments.steps)
+
+
+def run(stage: str, plugin: str, arguments, *, processes: int = 2, resume: Path | None = None) -> Path:
+    """One training; returns its folder."""
+    folder = arguments.output / f"{stage}-{plugin}-{processes}{'-resumed' if resume else ''}"
+    shutil.rmtree(folder, ignore_errors=True)
+    quickstart, data = arguments.quickstart, arguments.quickstart / "data"
+    flags = ["--output_dir", folder, "--plugin", plugin, "--steps", arguments.steps, "--progress", "off"]
+    flags += ["--save_every", arguments.steps // 2, "--eval_every", 0, "--samples", 8, "--keep_checkpoints", 9]
+    match stage:
+        case "sft":
+            flags += ["--tokenizer", data / "tokenizer", "--train_data", data / "sft.jsonl"]
+            flags += ["--eval_data", data / "sft_eval.jsonl"]
+        case "reward":
+            flags += ["--model", quickstart / "sft" / "model", "--train_data", data / "preference_train.jsonl"]
+            flags += ["--eval_data", data / "preference_eval.jsonl"]
+        case "ppo":
+            flags += ["--model", quickstart / "sft" / "model", "--reward_model", quickstart / "reward" / "model"]
+            flags += ["--train_data", data / "prompts_train.jsonl", "--eval_data", data / "prompts_eval.jsonl"]
+            flags += ["--batch_size", 16, "--minibatches", 2, "--micro_batch_size", 8, "--temperature", 0]
+    if resume:
+        flags += ["--resume", resume]
+    bin_folder = Path(sys.executable).parent
+    start = [sys.executable] if processes == 1 else [bin_folder / "colossalai", "run", "--nproc_per_node", processes]
+    command = [
+        *start,
+        ROOT / "examples" / STAGES[stage],
+        "--config",
+        ROOT / f"examples/quickstart/configs/{stage}.yaml",
+    ]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command), *map(str, flags)], env=environment, capture_output=True, text=True)
+    if done.returncode or not (folder / "model").is_dir():
+        sys.exit(f"{stage} under {plugin} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return folder
+
+
+def difference(reference: Path, folder: Path, stage: str) -> float:
+    """The largest difference of any point of the curves, relative to the larger of the reference there and 0.01."""
+    pairs = zip(read_metrics(reference), read_metrics(folder), strict=True)
+    points = [(a[name], b[name]) for a, b in pairs for name in CURVES[stage] if name in a]
+    return max(abs(b - a) / max(abs(a), 0.01) for a, b in points)
+
+
+def same_weights(folder: Path, resumed: Path, stage: str) -> bool:
+    """Whether the final weights are bitwise the same."""
+    names = ("model", "critic") if stage == "ppo" else ("model",)
+    files = [path.relative_to(folder) for name in names for path in sorted((folder / name).glob("*.safetensors"))]
+    return all((folder / name).read_bytes() == (resumed / name).read_bytes() for name in files)
+
+
+def write_table(rows, steps: int):
+    import torch
+    import transformers
+
+    lines = [
+        f"`tools/plugin_table.py`: {steps} steps of the quickstart's stages with `colossalai run --nproc_per_node 2`, "
+        f"against one process (torch {torch.__version__}, transformers {transformers.__version__}, gloo, CPU).",
+        "",
+        "| stage | plugin | precision | largest relative difference of the loss curves | resumed from the middle |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, plugin, error, same in rows:
+        precision = "bf16" if plugin == "gemini" else "fp32"
+        lines.append(
+            f"| {stage} | {plugin} | {precision} | {error:.1e} | {'bitwise the same' if same else 'DIFFERS'} |"
+        )
+    page = ROOT / "docs" / "plugins.md"
+    text, table = page.read_text(), "\n".join(lines)
+    marked = f"<!-- figures -->\n\n{table}\n\n<!-- end of figures -->"
+    pattern = r"<!-- figures -->(.*?<!-- end of figures -->)?"
+    page.write_text(re.sub(pattern, lambda _: marked, text, count=1, flags=re.S))
+
+
+if __name__ == "__main__":
+    main()
