@@ -1,0 +1,35 @@
+"""How the multi-stage examples start their stages: each is one of the example scripts under `colossalai run`."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
+
+
+def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], processes: int):
+    """Runs one stage to its end (going on from its newest checkpoint, if there is one) or exits with a message."""
+    words = []
+    for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    launcher = [str(Path(sys.executable).parent / "colossalai"), "run", "--nproc_per_node", str(processes)]
+    launcher += ["--master_port", str(29500 + os.getpid() % 1000)]
+    # colossalai run hands its arguments to a shell once more
+    script = [str(ROOT / "examples" / SCRIPTS[algorithm]), "--config", *map(shlex.quote, [str(config), *words])]
+    run([*launcher, *script])
+    if not (output / "model").is_dir():
+        sys.exit(f"error: the stage in {output} did not finish; its output is above")
+
+
+def run(command: list[str]):
+    """Runs a command in the repository's root and exits with its status if it fails."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment)
+    if done.returncode:
+        sys.exit(done.returncode)
