@@ -190,9 +190,7 @@ def test_an_unknown_kl_estimator_is_named():
 
 
 @quick
-@given(
-    st.floats(1e-6, 10), st.floats(-100, 100), st.floats(1e-3, 100), st.floats(100, 1e6), st.integers(1, 100)
-)
+@given(st.floats(1e-6, 10), st.floats(-100, 100), st.floats(1e-3, 100), st.floats(100, 1e6), st.integers(1, 100))
 def test_adaptive_kl_coefficient_equals_the_oracle(coefficient, kl, target, horizon, samples):
     case = (coefficient, kl, target, horizon, samples)
     assert adapt_kl_coefficient(*case) == pytest.approx(oracle.adapt_kl_coefficient(*case), rel=1e-9)

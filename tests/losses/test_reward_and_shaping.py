@@ -13,9 +13,7 @@ from tests.oracles import losses as oracle
 
 
 @quick
-@given(
-    st.integers(1, 6), st.data(), dtypes, st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.01])
-)
+@given(st.integers(1, 6), st.data(), dtypes, st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.01]))
 def test_pairwise_loss_equals_the_oracle(batch, data, dtype, with_margin, smoothing, centering):
     """PITFALL 10: rewards of +-100 give a finite loss and gradient."""
     chosen, rejected = (data.draw(numbers((batch,), 100.0, dtype)) for _ in range(2))

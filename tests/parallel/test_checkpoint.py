@@ -1,0 +1,240 @@
+"""Checkpoints that are whole or not there, in one process without a process group."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest, write_json
+from coati.parallel.communication import Communicator
+from coati.parallel.launch import Runtime, random_state, restore_random_state, seed_everything
+
+
+def alone(rank: int = 0, world_size: int = 1) -> Runtime:
+    device = torch.device("cpu")
+    return Runtime(rank, world_size, rank, device, Communicator(0, 1, device))
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", alone())
+
+
+def write(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "weights.bin").write_bytes(b"0123456789")
+    (folder / "state.json").write_text("{}")
+
+
+def interrupted(folder):
+    write(folder)
+    raise KeyboardInterrupt
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_a_saved_checkpoint_is_whole_and_found(checkpoints):
+    folder = checkpoints.save(7, write, metric=0.5)
+    assert folder == checkpoints.newest() == checkpoints.best() == checkpoints.find("auto")
+    assert checkpoints.find(str(folder)) == folder
+    assert incomplete(folder) is None
+    manifest = read_manifest(folder)
+    assert (manifest["step"], manifest["metric"]) == (7, 0.5)
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    assert manifest["files"] == {name: size for name, size in sizes.items() if name != MANIFEST}
+    assert manifest["files"]["model/weights.bin"] == 10
+
+
+def test_no_checkpoint_at_all(checkpoints):
+    assert checkpoints.newest() is checkpoints.best() is checkpoints.find("auto") is None
+
+
+def test_an_interrupted_save_is_never_taken_and_is_cleared_by_the_next(checkpoints):
+    """PITFALL 26: what a kill in the middle of a save leaves does not look whole."""
+    first = checkpoints.save(1, write)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(2, interrupted)
+    assert names(checkpoints) == ["step-00000001", "step-00000002.partial"]
+    assert checkpoints.newest() == checkpoints.find("auto") == first
+    with pytest.raises(UserError, match="step-00000002.partial is not a complete checkpoint"):
+        checkpoints.find(str(checkpoints.folder / "step-00000002.partial"))
+    checkpoints.save(3, write)
+    assert names(checkpoints) == ["step-00000001", "step-00000003"]
+
+
+def test_a_partial_folder_with_a_whole_manifest_is_not_taken_either(checkpoints):
+    """PITFALL 26: killed between writing the manifest and the rename."""
+    folder = checkpoints.save(1, write)
+    folder.rename(folder.with_suffix(".partial"))
+    assert incomplete(folder.with_suffix(".partial"))
+    assert checkpoints.newest() is None
+
+
+def delete_file(folder):
+    (folder / "model" / "weights.bin").unlink()
+
+
+def shorten_file(folder):
+    (folder / "model" / "weights.bin").write_bytes(b"0123")
+
+
+def delete_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def damage_with(content: bytes):
+    return lambda folder: (folder / MANIFEST).write_bytes(content)
+
+
+NOT_A_MAPPING = pytest.mark.xfail(
+    strict=True,
+    reason="coati/parallel/checkpoint.py incomplete(): TypeError or UnicodeDecodeError instead of `manifest.json is damaged`",
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (delete_file, "model/weights.bin is missing"),
+        (shorten_file, "model/weights.bin has 4 bytes instead of 10"),
+        (delete_manifest, "manifest.json is missing: the save was interrupted"),
+        (damage_with(b""), "manifest.json is damaged"),
+        (damage_with(b'{"step": 2, "files": {'), "manifest.json is damaged"),
+        (damage_with(b'{"step": 2}'), "manifest.json is damaged"),
+        (damage_with(b"\0" * 40), "manifest.json is damaged"),
+        pytest.param(damage_with(b"[]"), "manifest.json is damaged", marks=NOT_A_MAPPING),
+        pytest.param(damage_with(b"\xff\xfe\xff"), "manifest.json is damaged", marks=NOT_A_MAPPING),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, reason):
+    """PITFALL 26: `--resume auto` takes the newest whole one, `--resume PATH` says what is wrong."""
+    whole, broken = checkpoints.save(1, write), checkpoints.save(2, write)
+    damage(broken)
+    assert incomplete(broken) == reason
+    assert checkpoints.newest() == whole
+    with pytest.raises(UserError, match="not a complete checkpoint") as error:
+        checkpoints.find(str(broken))
+    assert reason in str(error.value)
+    assert str(broken) in str(error.value)
+
+
+def test_resuming_from_a_missing_path_is_an_error(checkpoints):
+    with pytest.raises(UserError, match="no such folder.*--resume auto"):
+        checkpoints.find(str(checkpoints.folder / "step-00000009"))
+
+
+def test_the_newest_two_and_the_best_stay(checkpoints):
+    """PITFALL 37: old checkpoints go, the best one never."""
+    for step, metric in enumerate([0.1, 0.9, 0.3, 0.2, 0.4], start=1):
+        checkpoints.save(step, write, metric)
+    assert names(checkpoints) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert checkpoints.best().name == "step-00000002"
+    assert checkpoints.newest().name == "step-00000005"
+    checkpoints.save(6, write, 0.95)
+    assert names(checkpoints) == ["step-00000005", "step-00000006"]
+
+
+def test_without_metrics_the_newest_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, alone(), keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, write)
+    assert names(checkpoints) == ["step-00000003"]
+    assert checkpoints.best() is None
+
+
+def test_steps_are_in_numeric_order(checkpoints):
+    for step in (9, 10, 100):
+        checkpoints.save(step, write)
+    assert checkpoints.newest().name == "step-00000100"
+
+
+def test_a_step_that_is_saved_again_is_replaced(checkpoints):
+    checkpoints.save(1, write)
+    folder = checkpoints.save(1, lambda f: (f / "other.bin").write_bytes(b"1"))
+    assert "other.bin" in read_manifest(folder)["files"]
+    assert not (folder / "state.json").exists()
+
+
+def test_a_metric_that_is_nan_is_never_the_best(checkpoints):
+    """PITFALL 7: NaN compares as neither larger nor smaller."""
+    checkpoints.save(1, write, float("nan"))
+    good = checkpoints.save(2, write, 0.5)
+    assert checkpoints.best() == good
+
+
+def draw():
+    return (
+        [random.random(), random.gauss(0, 1)],
+        np.random.rand(3).tolist() + np.random.randn(2).tolist(),
+        torch.rand(3).tolist() + torch.randn(20).tolist() + torch.randn(3).tolist(),
+    )
+
+
+@pytest.fixture
+def own_random_state():
+    """The test may do with all generators what it likes."""
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+def test_random_states_come_back_bit_by_bit(checkpoints, own_random_state):
+    """PITFALL 25, PITFALL 26: python's, numpy's and torch's generators go on as if nothing had happened."""
+    seed_everything(5)
+    _ = [random.random() for _ in range(700)], np.random.rand(701), torch.rand(702)
+    folder = checkpoints.save(1, write)
+    expected = draw()
+    seed_everything(6)
+    assert draw() != expected
+    assert checkpoints.restore_random_state(folder)
+    assert draw() == expected
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="coati/parallel/launch.py: the Gaussian half that python and numpy keep aside is lost on restoring but not on "
+    "saving, so an uninterrupted run uses it and a resumed one does not; store it, or drop it when saving as well",
+)
+@pytest.mark.parametrize("generator", ["python", "numpy"])
+def test_random_states_come_back_in_the_middle_of_a_gaussian_pair(generator, own_random_state):
+    """PITFALL 25: after an odd number of Gaussian draws, too."""
+    gauss = {"python": lambda: random.gauss(0, 1), "numpy": np.random.randn}[generator]
+    seed_everything(5)
+    gauss()
+    state = random_state()
+    expected = [gauss() for _ in range(3)]
+    restore_random_state(state)
+    assert [gauss() for _ in range(3)] == expected
+
+
+def test_another_number_of_ranks_has_no_random_state_to_restore(checkpoints, own_random_state):
+    """PITFALL 4: a rank never takes the state of another one."""
+    folder = checkpoints.save(1, write)
+    before = random_state()
+    for runtime in (alone(0, 2), alone(1, 2)):
+        assert not Checkpoints(checkpoints.folder, runtime).restore_random_state(folder)
+    assert all(torch.equal(x, before[name]) for name, x in random_state().items())
+
+
+def test_the_random_state_is_no_pickle(checkpoints):
+    """PITFALL 30."""
+    from safetensors.torch import load_file
+
+    folder = checkpoints.save(1, write)
+    assert {"python", "numpy", "torch"} <= load_file(folder / "random-0-of-1.safetensors").keys()
+
+
+def test_json_is_written_aside_and_renamed(tmp_path):
+    """PITFALL 26: a value that can't be written leaves the old file as it was."""
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,56 @@
+"""What documentation claims is executed: the doctests of coati, and every example's settings."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+from coati.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+WITH_DOCTEST = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "coati").rglob("*.py"))
+    if ">>> " in path.read_text()
+]
+SETTINGS = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+def test_the_worked_example_of_the_losses_is_among_them():
+    """PITFALL 9: the doctest that shows the mean of means to be another number."""
+    assert "coati.losses" in WITH_DOCTEST
+
+
+@pytest.mark.parametrize("name", WITH_DOCTEST)
+def test_doctests(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def config_class(path: Path):
+    """By the file's name: sft*.yaml, reward*.yaml, ppo*.yaml."""
+    if path.stem.startswith("sft"):
+        from coati.trainers.sft import SFTConfig
+
+        return SFTConfig
+    if path.stem.startswith(("reward", "rm")):
+        from coati.trainers.reward import RewardConfig
+
+        return RewardConfig
+    if path.stem.startswith("ppo"):
+        from coati.trainers.ppo import PPOConfig
+
+        return PPOConfig
+    return None
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_example_settings_parse_and_fit_together(path):
+    """Keys are fields, values have the right types, and sizes fit on the number of processes that the file is for."""
+    made_for = config_class(path)
+    if made_for is None:
+        pytest.skip("no settings of a trainer")
+    config = parse_config(made_for, ["--config", str(path)])
+    config.check(world_size=8 if "8gpu" in path.stem else 2 if "quickstart" in path.parts else 1)
