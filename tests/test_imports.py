@@ -93,7 +93,7 @@ def test_no_function_is_longer_than_80_lines():
 
 def test_the_framework_stays_under_5000_lines():
     lines = sum(len(p.read_text().splitlines()) for p in FILES)
-    assert lines < 5000 if not (ROOT / "coati" / "trainers" / "dpo.py").exists() else lines < 10_000
+    assert lines < 5000, f"coati/ has {lines} lines"
 
 
 def test_importing_coati_pulls_in_neither_torch_nor_transformers():
@@ -117,7 +117,7 @@ def calls(path: Path):
         if isinstance(node, ast.Call):
             function = node.func
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-            owner = getattr(getattr(function, "value", None), "id", "")
+            owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
             yield node, owner, name
 
 

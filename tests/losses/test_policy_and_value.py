@@ -136,7 +136,7 @@ def test_value_loss_equals_the_oracle(mask, data, dtype, clip):
     "rounding: 1 to 2 % of tokens that moved less than the clip are counted; compare (values - old).abs() > clip too",
 )
 def test_value_clip_fraction_counts_the_clipped_tokens_only():
-    """A value that moved less than `clip` is not clipped, though old + (new - old) may differ from new by a rounding."""
+    """A value that moved less than `clip` is not clipped, though old + (new - old) may be new up to a rounding."""
     torch.manual_seed(0)
     old, values, returns = 0.05 * torch.randn(50, 20), 0.05 * torch.randn(50, 20), torch.randn(50, 20)
     mask = torch.rand(50, 20) < 0.8
@@ -174,7 +174,7 @@ def test_kl_equals_the_oracle(mask, data, dtype, estimator):
 
 
 def test_kl_estimates_have_the_right_expectation():
-    """k1 and k3 are unbiased under the sampling policy, k3 is never negative; k1's sign is that of KL(policy || ref)."""
+    """k1 and k3 are unbiased under the sampling policy, and k3 is never negative."""
     p, q = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
     mask, exact = torch.ones(1, 3, dtype=torch.bool), float((p * (p / q).log()).sum())
     for estimator in ("k1", "k3"):
@@ -185,7 +185,7 @@ def test_kl_estimates_have_the_right_expectation():
 
 def test_an_unknown_kl_estimator_is_named():
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="k9.*k1, k2 or k3"):
+    with pytest.raises(ValueError, match=r"k9.*k1, k2 or k3"):
         kl_divergence(one, one, one.bool(), "k9")
 
 

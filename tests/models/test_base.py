@@ -105,7 +105,7 @@ def test_keywords_reach_from_pretrained_and_from_config(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 @pytest.mark.parametrize("name", CLASSES)
 def test_flash_attention_without_cuda_is_one_clear_error(name):
-    with pytest.raises(UserError, match="flash_attention_2 needs CUDA.*sdpa"):
+    with pytest.raises(UserError, match=r"flash_attention_2 needs CUDA.*sdpa"):
         CLASSES[name](config=tiny_config("llama"), attn_implementation="flash_attention_2")
 
 
@@ -165,8 +165,8 @@ def test_resized_embeddings_keep_the_old_rows_and_are_saved(family, name, tmp_pa
 
 OPT_DROPOUT = pytest.mark.xfail(
     strict=True,
-    reason="coati/models/base.py disable_dropout knows nn.Dropout and two attribute names; OPT keeps the probability in "
-    "the float `dropout` (decoder and layers), which stays at 0.1",
+    reason="coati/models/base.py disable_dropout knows nn.Dropout and two attribute names; OPT keeps the probability "
+    "in the float `dropout` of decoder and layers, which stays at 0.1 (and `layerdrop`)",
 )
 
 

@@ -87,8 +87,8 @@ def test_a_trained_head_round_trips(model_class, tmp_path):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/models/base.py loads the head with strict=False: a file without `weight` leaves a random head and says "
-    "nothing; only a missing or unexpected `bias` should pass",
+    reason="coati/models/base.py loads the head with strict=False: a file without `weight` leaves a random head and "
+    "says nothing; only a missing or unexpected `bias` should pass",
 )
 def test_a_head_file_without_weights_is_an_error(tmp_path):
     """PITFALL 26: a damaged folder is never taken for a whole one."""

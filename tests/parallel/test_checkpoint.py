@@ -61,7 +61,7 @@ def test_an_interrupted_save_is_never_taken_and_is_cleared_by_the_next(checkpoin
         checkpoints.save(2, interrupted)
     assert names(checkpoints) == ["step-00000001", "step-00000002.partial"]
     assert checkpoints.newest() == checkpoints.find("auto") == first
-    with pytest.raises(UserError, match="step-00000002.partial is not a complete checkpoint"):
+    with pytest.raises(UserError, match=r"step-00000002\.partial is not a complete checkpoint"):
         checkpoints.find(str(checkpoints.folder / "step-00000002.partial"))
     checkpoints.save(3, write)
     assert names(checkpoints) == ["step-00000001", "step-00000003"]
@@ -93,7 +93,7 @@ def damage_with(content: bytes):
 
 NOT_A_MAPPING = pytest.mark.xfail(
     strict=True,
-    reason="coati/parallel/checkpoint.py incomplete(): TypeError or UnicodeDecodeError instead of `manifest.json is damaged`",
+    reason="coati/parallel/checkpoint.py incomplete() raises TypeError or UnicodeDecodeError: catch them as damage",
 )
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, reas
 
 
 def test_resuming_from_a_missing_path_is_an_error(checkpoints):
-    with pytest.raises(UserError, match="no such folder.*--resume auto"):
+    with pytest.raises(UserError, match=r"no such folder.*--resume auto"):
         checkpoints.find(str(checkpoints.folder / "step-00000009"))
 
 
@@ -160,6 +160,11 @@ def test_a_step_that_is_saved_again_is_replaced(checkpoints):
     assert not (folder / "state.json").exists()
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="coati/parallel/checkpoint.py best(): max() keeps a NaN that comes first, so the checkpoint of a run that went "
+    "wrong is kept as the best; leave non-finite metrics out",
+)
 def test_a_metric_that_is_nan_is_never_the_best(checkpoints):
     """PITFALL 7: NaN compares as neither larger nor smaller."""
     checkpoints.save(1, write, float("nan"))
@@ -199,8 +204,8 @@ def test_random_states_come_back_bit_by_bit(checkpoints, own_random_state):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/parallel/launch.py: the Gaussian half that python and numpy keep aside is lost on restoring but not on "
-    "saving, so an uninterrupted run uses it and a resumed one does not; store it, or drop it when saving as well",
+    reason="coati/parallel/launch.py: the Gaussian half that python and numpy keep aside is lost on restoring but not "
+    "on saving, so an uninterrupted run uses it and a resumed one does not; store it, or drop it when saving as well",
 )
 @pytest.mark.parametrize("generator", ["python", "numpy"])
 def test_random_states_come_back_in_the_middle_of_a_gaussian_pair(generator, own_random_state):

@@ -11,8 +11,8 @@ from tests.models.families import padded, rows, tiny_config
 
 LOADER = pytest.mark.xfail(
     strict=True,
-    reason="coati/rewards/function.py catches the AttributeErrors of importing the file and of `function.__name__` too, and "
-    "reports each as `FILE has no 'name'`; it also runs the file without putting the module in sys.modules",
+    reason="coati/rewards/function.py catches the AttributeErrors of importing the file and of `function.__name__` "
+    "too, and reports each as `FILE has no 'name'`; it also runs the file without an entry in sys.modules",
 )
 RESPONSES = ["good", "a longer answer", ""]
 
@@ -82,7 +82,7 @@ def test_a_reward_file_may_define_a_dataclass(write_module):
     """`dataclass` looks its module up in sys.modules when annotations are strings."""
     path = write_module(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Rule:\n"
-        "    weight: float = 2.0\n\ndef rule(prompts, responses, **columns):\n    return [Rule().weight] * len(responses)\n"
+        "    weight: float = 2.0\n\ndef rule(prompts, responses, **c):\n    return [Rule().weight] * len(responses)\n"
     )
     assert load_function(f"{path}:rule").score([], RESPONSES) == [2.0] * 3
 
@@ -107,8 +107,8 @@ def test_the_weighted_sum_and_its_parts():
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/rewards/base.py keys `parts` by the function's name: the second function named `reward` overwrites the "
-    "first in the metrics (the total is right)",
+    reason="coati/rewards/base.py keys `parts` by the function's name: the second function named `reward` overwrites "
+    "the first in the metrics (the total is right)",
 )
 def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
     """Each in its own file, each called `reward`, as users call them."""
@@ -140,7 +140,7 @@ def test_the_wrong_number_of_scores_is_named(scores):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/rewards/base.py: torch.as_tensor raises a bare TypeError or ValueError (a function that forgot `return`)",
+    reason="coati/rewards/base.py: torch.as_tensor raises a bare TypeError or ValueError (a forgotten `return`)",
 )
 @pytest.mark.parametrize("scores", [None, [None, 1.0, 2.0], ["1", "2", "3"]])
 def test_scores_that_are_no_numbers_at_all_are_named(scores):
@@ -153,7 +153,7 @@ def test_rewards_of_a_run():
     model = FunctionReward(lambda prompts, responses, **c: [1.0] * len(responses), "model")
     rewards = load_rewards([], None, model, 3.0)
     assert rewards.score([], RESPONSES)[0].tolist() == [3.0] * 3
-    with pytest.raises(UserError, match="no reward.*--reward_model"):
+    with pytest.raises(UserError, match=r"no reward.*--reward_model"):
         load_rewards([], None, None, 1.0)
     with pytest.raises(UserError, match="2 entries for 1 reward functions"):
         load_rewards(["math:sqrt"], [1.0, 2.0], None, 1.0)

@@ -68,8 +68,8 @@ def test_recorded_log_probs_are_those_before_top_k_and_top_p(actors, settings):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/rollout/generate.py: the recorder runs after transformers' MinNewTokens processor, so its log-probs are "
-    "renormalised without EOS and PPO's rollout_kl sees a difference that is none; record before all processors",
+    reason="coati/rollout/generate.py: the recorder runs after transformers' MinNewTokens processor, so its log-probs "
+    "are renormalised without EOS and PPO's rollout_kl sees a difference that is none; record before all processors",
 )
 def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     """PITFALL 32: EOS is forbidden at first; the log-prob of the token that was drawn is the policy's all the same."""
@@ -84,8 +84,8 @@ def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
 PUBLISHED = pytest.mark.xfail(
     strict=True,
     reason="coati/rollout/generate.py passes keywords over the model's own generation_config, so whatever it does not "
-    "name (repetition_penalty, suppress_tokens, no_repeat_ngram_size, min_p ...) still shapes the samples: pass a fresh "
-    "transformers.GenerationConfig instead",
+    "name (repetition_penalty, suppress_tokens, no_repeat_ngram_size, min_p ...) still shapes the samples: give a "
+    "fresh transformers.GenerationConfig instead",
 )
 
 

@@ -1,5 +1,7 @@
 """Learning rates against the oracle, step by step."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_warm_up_starts_above_zero_and_reaches_the_peak():
 def test_rates_fall_towards_the_final_rate_and_never_below(schedule):
     rates = [learning_rate_at(step, 1000, 1.0, schedule, 0.0, 0.1) for step in range(1001)]
     assert rates[0] == 1.0
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] == pytest.approx(0.1)
 
 
@@ -64,5 +66,5 @@ def test_rates_fall_towards_the_final_rate_and_never_below(schedule):
     ],
 )
 def test_an_unknown_schedule_is_named_from_the_first_step_on(step):
-    with pytest.raises(ValueError, match="'cosin'.*constant, linear or cosine"):
+    with pytest.raises(ValueError, match=r"'cosin'.*constant, linear or cosine"):
         learning_rate_at(step, 10, 1.0, "cosin", 0.5, 0.1)

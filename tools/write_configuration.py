@@ -1,0 +1,83 @@
+"""Writes docs/configuration.md from the config classes: `python tools/write_configuration.py`.
+
+A test holds that the committed page is what this writes.
+"""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+INTRODUCTION = """\
+# Settings
+
+<!-- Written by tools/write_configuration.py: change the help texts in the code, then run it. -->
+
+Each setting is a key of the YAML file and a flag: `learning_rate: 1.0e-5` or `--learning_rate 1e-5`. A flag wins over the
+file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
+true-or-false settings take `true` or `false`. Write small numbers with a point, `1.0e-5`: to YAML `1e-5` is a text, which
+is read as a number here all the same.
+
+The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and of
+reward models, `train_ppo.py` those of all runs, of generation and of PPO.
+"""
+
+
+def page() -> str:
+    from coati.data.config import DataConfig
+    from coati.parallel.plugins import PluginConfig
+    from coati.rollout import GenerationConfig
+    from coati.tracking.config import TrackingConfig
+    from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig
+    from coati.trainers.ppo import PPOConfig
+    from coati.trainers.reward import RewardConfig
+
+    common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
+    sections = [
+        ("All runs: model", ModelConfig, set()),
+        ("All runs: length, speed, files", RunConfig, set()),
+        ("All runs: data", DataConfig, set()),
+        ("All runs: plugin and precision", PluginConfig, set()),
+        ("All runs: logs", TrackingConfig, set()),
+        ("Generation (SFT's samples, PPO's answers)", GenerationConfig, set()),
+        ("Reward models", RewardConfig, common),
+        ("PPO", PPOConfig, common),
+    ]
+    return INTRODUCTION + "".join(_section(*section) for section in sections)
+
+
+def _section(title: str, config_class, left_out: set[str]) -> str:
+    rows = [field for field in dataclasses.fields(config_class) if field.name not in left_out]
+    types = typing.get_type_hints(config_class)
+    lines = "".join(f"| `{f.name}` | {_type(types[f.name])} | {_default(f)} | {_help(f)} |\n" for f in rows)
+    return f"\n## {title}\n\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n{lines}"
+
+
+def _type(hint) -> str:
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if typing.get_origin(hint) is list:
+        return f"list of {_type(arguments[0])}"
+    if arguments:
+        return _type(arguments[0])
+    return {str: "text", bool: "true/false", int: "whole number", float: "number"}[hint]
+
+
+def _default(field) -> str:
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = field.default_factory()
+    if default is None or default == []:
+        return "none"
+    words = default if isinstance(default, list) else [default]
+    return " ".join(f"`{str(word).lower() if isinstance(word, bool) else word}`" for word in words)
+
+
+def _help(field) -> str:
+    return field.metadata["help"].replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
