@@ -15,8 +15,7 @@ INTRODUCTION = """\
 
 Each setting is a key of the YAML file and a flag: `learning_rate: 1.0e-5` or `--learning_rate 1e-5`. A flag wins over the
 file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
-true-or-false settings take `true` or `false`. Write small numbers with a point, `1.0e-5`: to YAML `1e-5` is a text, which
-is read as a number here all the same.
+true-or-false settings take `true` or `false`. A key without a value (`null`, an empty list) leaves the default.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and of
 reward models, `train_ppo.py` those of all runs, of generation and of PPO.

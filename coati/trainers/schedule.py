@@ -12,7 +12,7 @@ def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup: 
     Raises:
         ValueError: unknown schedule.
     """
-    warmup_steps = math.ceil(warmup * total)
+    warmup_steps = math.ceil(round(warmup * total, 9))  # 0.07 * 100 is a hair more than 7
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total - warmup_steps, 1)

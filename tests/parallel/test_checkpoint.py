@@ -162,8 +162,8 @@ def test_a_step_that_is_saved_again_is_replaced(checkpoints):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/parallel/checkpoint.py best(): max() keeps a NaN that comes first, so the checkpoint of a run that went "
-    "wrong is kept as the best; leave non-finite metrics out",
+    reason="coati/parallel/checkpoint.py best(): max() keeps a NaN that comes first, so the checkpoint of a run that "
+    "went wrong is kept as the best; leave non-finite metrics out",
 )
 def test_a_metric_that_is_nan_is_never_the_best(checkpoints):
     """PITFALL 7: NaN compares as neither larger nor smaller."""

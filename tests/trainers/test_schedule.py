@@ -29,8 +29,8 @@ def test_every_step_equals_the_oracle(total, schedule, warmup, final_rate):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="coati/trainers/schedule.py: ceil(0.07 * 100) is 8, as 0.07 * 100 is 7.000000000000001; 29 of the 100 "
-    "two-digit shares of 100 steps are one too long: round to, say, 9 digits before ceil",
+    reason="coati/trainers/schedule.py: ceil(0.07 * 100) is 8, as 0.07 * 100 is 7.000000000000001 (5 of the 99 "
+    "two-digit shares of 100 steps are one step too long): round to 9 digits or so before ceil",
 )
 def test_warm_up_lasts_the_share_of_steps_that_was_asked_for():
     for percent in range(1, 100):

@@ -323,3 +323,11 @@ def test_rewards_in_a_file_of_rows_are_handed_their_columns(tiny_world, runtime,
 def test_examples_are_thin():
     for path in (ROOT / "examples").glob("train_*.py"):
         assert len(path.read_text().splitlines()) < 80
+
+
+def test_a_run_without_a_kl_penalty_has_no_reference(tiny_world, runtime, tmp_path):
+    """PITFALL 29: nothing is made of, or asked of, a reference that isn't there."""
+    trainer = make("ppo", tiny_world, runtime, tmp_path, kl_coefficient=0.0, steps=2)
+    assert trainer.reference is None
+    trainer.train()
+    assert all(row["kl"] == 0 for row in read_metrics(tmp_path) if "kl" in row)

@@ -1,0 +1,91 @@
+"""Every known bug of the systems we replace has a test that names it: "PITFALL n" in the test's docstring.
+
+python tests/test_pitfalls.py    # writes docs/pitfalls.md
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "pitfalls.md"
+
+PITFALLS = {
+    1: "the sequence reward is added to every response token",
+    2: "critic values sliced for the other padding side",
+    3: "logged KL has the wrong sign and averages over padding",
+    4: "the seed is reset before every rollout",
+    5: "reward placed on, or read at, a PAD token",
+    6: "pad token = EOS hides the real EOS",
+    7: "a masked NaN poisons the loss",
+    8: "advantages explode when the standard deviation is tiny",
+    9: "a mean of micro-batch means",
+    10: "log(1 + exp(-x)) written out",
+    11: "metrics pass through float16",
+    12: "adaptive decisions taken per rank",
+    13: "the trained actor becomes the reference on resume",
+    14: "assistant spans found by text search",
+    15: "everything padded to max_length",
+    16: "a prompt tokenised alone is no prefix of prompt and answer",
+    17: "truncation removes the EOS or all labels",
+    18: "double BOS",
+    19: "retokenising a decoded response",
+    20: "bad rows crash hours in, or vanish",
+    21: "LoRA's alpha and dropout ignored; the value head frozen",
+    22: "a slow tokenizer asked for, or none",
+    23: "checkpoints without config.json",
+    24: "saves only after the epoch",
+    25: "resume loses the sampler, the shuffle, random and KL state",
+    26: "an interrupted save looks whole",
+    27: "the learning-rate schedule never steps",
+    28: "evaluation reads the training data",
+    29: "a run without a reference crashes on the absent reference",
+    30: "untrusted pickles, trust_remote_code",
+    31: "a dead worker leaves the others waiting",
+    32: "rollout and training log-probs differ unseen",
+    33: "nobody can see the samples",
+    34: "dependencies that exclude each other; a compile at import",
+    35: "CUDA-only code",
+    36: "generate can only sample",
+    37: "host memory grows",
+}
+
+
+def named_tests() -> dict[int, list[str]]:
+    """Pitfall number -> tests whose docstring names it."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for group in re.findall(r"PITFALLS? (\d+(?:(?:, | and )\d+)*)", ast.get_docstring(node) or ""):
+                    for number in re.findall(r"\d+", group):
+                        found.setdefault(int(number), []).append(f"{path.relative_to(ROOT)}::{node.name}")
+    return found
+
+
+def page() -> str:
+    lines = [
+        "# Known bugs, and the tests that we don't have them",
+        "",
+        "Written by `python tests/test_pitfalls.py`. Each was seen or reported in ColossalChat, TRL, OpenRLHF or verl.",
+        "",
+        "| | bug | tests |",
+        "|---|---|---|",
+    ]
+    for number, tests in sorted(named_tests().items()):
+        names = "<br>".join(f"`{name}`" for name in tests)
+        lines.append(f"| {number} | {PITFALLS.get(number, '')} | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_every_pitfall_has_a_test_that_names_it():
+    missing = sorted(PITFALLS.keys() - named_tests().keys())
+    assert not missing, f"no test names pitfall {missing}"
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text() == page(), "run: python tests/test_pitfalls.py"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
