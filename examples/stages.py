@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,19 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
     for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     launcher = [str(Path(sys.executable).parent / "colossalai"), "run", "--nproc_per_node", str(processes)]
-    launcher += ["--master_port", str(29500 + os.getpid() % 1000)]
+    launcher += ["--master_port", str(free_port())]
     # colossalai run hands its arguments to a shell once more
     script = [str(ROOT / "examples" / SCRIPTS[algorithm]), "--config", *map(shlex.quote, [str(config), *words])]
     run([*launcher, *script])
     if not (output / "model").is_dir():
         sys.exit(f"error: the stage in {output} did not finish; its output is above")
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that several runs fit on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(command: list[str]):

@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.tracking import read_metrics
+from examples.stages import SCRIPTS, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
-STAGES = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
 CURVES = {"sft": ("loss",), "reward": ("loss",), "ppo": ("value_loss", "reward", "explained_variance")}
 
 
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     rows = []
-    for stage in STAGES:
+    for stage in SCRIPTS:
         reference = run(stage, "ddp", arguments, processes=1)
         for plugin in PLUGINS:
             folder = run(stage, plugin, arguments)
@@ -67,10 +67,11 @@ def run(stage: str, plugin: str, arguments, *, processes: int = 2, resume: Path 
     if resume:
         flags += ["--resume", resume]
     bin_folder = Path(sys.executable).parent
-    start = [sys.executable] if processes == 1 else [bin_folder / "colossalai", "run", "--nproc_per_node", processes]
+    launcher = [bin_folder / "colossalai", "run", "--nproc_per_node", processes, "--master_port", free_port()]
+    start = [sys.executable] if processes == 1 else launcher
     command = [
         *start,
-        ROOT / "examples" / STAGES[stage],
+        ROOT / "examples" / SCRIPTS[stage],
         "--config",
         ROOT / f"examples/quickstart/configs/{stage}.yaml",
     ]

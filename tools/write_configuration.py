@@ -13,12 +13,12 @@ INTRODUCTION = """\
 
 <!-- Written by tools/write_configuration.py: change the help texts in the code, then run it. -->
 
-Each setting is a key of the YAML file and a flag: `learning_rate: 1.0e-5` or `--learning_rate 1e-5`. A flag wins over the
-file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
-true-or-false settings take `true` or `false`. A key without a value (`null`, an empty list) leaves the default.
+Each setting is a key of the YAML file and a flag: `learning_rate: 1.0e-5` or `--learning_rate 1e-5`. A flag wins over
+the file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
+true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list.
 
-The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and of
-reward models, `train_ppo.py` those of all runs, of generation and of PPO.
+The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
+of reward models, `train_ppo.py` those of all runs, of generation and of PPO.
 """
 
 

@@ -28,8 +28,8 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logits = logits[:, :-1]
     log_probs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
     # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
-    contributions = torch.where(log_probs == -torch.inf, 0.0, log_probs.exp() * log_probs)
-    return torch.nn.functional.pad(-contributions.sum(-1), (1, 0))
+    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return torch.nn.functional.pad(-(log_probs.exp() * finite).sum(-1), (1, 0))
 
 
 def response_targets(loss_mask: Tensor) -> Tensor:

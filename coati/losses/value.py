@@ -31,7 +31,8 @@ def value_loss(
     if clip is not None:
         near = old_values + (values - old_values).clamp(-clip, clip)
         clipped = (near - returns).square()
-        clipped_share = (clipped > squared).to(values.dtype).sum() / denominator
+        moved = (values - old_values).abs() > clip
+        clipped_share = (moved & (clipped > squared)).to(values.dtype).sum() / denominator
         squared = torch.maximum(squared, clipped)
     loss = 0.5 * squared.sum() / denominator
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped_share}

@@ -121,7 +121,9 @@ class ValueHeadModel(BaseModel):
             from safetensors.torch import load_file
 
             # a critic may start from a reward model, whose head has no bias
-            self.value_head.load_state_dict(load_file(path), strict=False)
+            wrong = self.value_head.load_state_dict(load_file(path), strict=False)
+            if problems := [key for key in wrong.missing_keys + wrong.unexpected_keys if key != "bias"]:
+                raise UserError(f"{path} doesn't hold a value head of this model: {problems[0]}")
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""
@@ -157,8 +159,9 @@ def disable_dropout(module: nn.Module):
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(part, name, None), float):
+        # some models keep the probability as a number: attention_dropout, dropout, layerdrop, ...
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
 
 

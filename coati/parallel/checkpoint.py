@@ -5,6 +5,7 @@ folder without a manifest, or whose files don't match it, is never loaded.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class Checkpoints:
     def best(self) -> Path | None:
         """The complete checkpoint with the highest metric."""
         scored = [(read_manifest(folder)["metric"], folder) for folder in self._complete()]
-        scored = [(metric, folder) for metric, folder in scored if metric is not None]
+        scored = [(metric, folder) for metric, folder in scored if metric is not None and math.isfinite(metric)]
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
     def find(self, resume: str) -> Path | None:
@@ -118,8 +119,8 @@ def incomplete(folder: Path) -> str | None:
     if folder.suffix == ".partial" or not (folder / MANIFEST).exists():
         return f"{MANIFEST} is missing: the save was interrupted"
     try:
-        files = read_manifest(folder)["files"]
-    except (json.JSONDecodeError, KeyError):
+        files = dict(read_manifest(folder)["files"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     for name, size in files.items():
         if not (folder / name).exists():

@@ -108,7 +108,9 @@ def random_state() -> dict[str, torch.Tensor]:
     numpy = np.random.get_state()
     state = {
         "python": torch.tensor([python[0], *python[1]], dtype=torch.int64),
-        "numpy": torch.cat([torch.from_numpy(numpy[1].astype(np.int64)), torch.tensor([numpy[2]])]),
+        "numpy": torch.cat([torch.from_numpy(numpy[1].astype(np.int64)), torch.tensor(numpy[2:4])]),
+        # Gaussians come in pairs; python and numpy keep the second one for the next call
+        "gaussian": torch.tensor([python[2] is not None, python[2] or 0.0, numpy[4]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -117,11 +119,12 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: dict[str, torch.Tensor]):
-    """The inverse of `random_state` (Gaussian halves that Python and numpy keep aside are dropped by both)."""
+    """The inverse of `random_state`."""
+    has_kept, kept_by_python, kept_by_numpy = state["gaussian"].tolist()
     version, *python = state["python"].tolist()
-    random.setstate((version, tuple(python), None))
-    *keys, position = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
+    random.setstate((version, tuple(python), kept_by_python if has_kept else None))
+    *keys, position, has_gaussian = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gaussian, kept_by_numpy))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -26,6 +26,9 @@ class WeightedRewards:
 
     def __init__(self, rewards: list[tuple[Reward, float]]):
         self.rewards = rewards
+        names = [reward.name for reward, _ in rewards]
+        # two functions are often both called `reward`: the second is `reward_2`
+        self.names = [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
 
     def score(self, prompts: list[str], responses: list[str], **columns) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, float32 `[batch]` on the CPU, and each reward's own scores by name.
@@ -35,20 +38,26 @@ class WeightedRewards:
                 first response concerned.
         """
         total, parts = torch.zeros(len(responses)), {}
-        for reward, weight in self.rewards:
-            scores = torch.as_tensor(reward.score(prompts, responses, **columns), dtype=torch.float32).cpu()
+        for name, (reward, weight) in zip(self.names, self.rewards, strict=True):
+            raw = reward.score(prompts, responses, **columns)
+            try:
+                scores = torch.as_tensor(raw, dtype=torch.float32).cpu()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"reward {name!r} gave {str(raw)[:80]}: it must return one number a response ({error})"
+                ) from error
             if scores.shape != (len(responses),):
                 raise UserError(
-                    f"reward {reward.name!r} gave shape {list(scores.shape)} for {len(responses)} responses: "
+                    f"reward {name!r} gave shape {list(scores.shape)} for {len(responses)} responses: "
                     "it must return one number a response"
                 )
             if not scores.isfinite().all():
                 worst = int((~scores.isfinite()).nonzero()[0, 0])
                 raise UserError(
-                    f"reward {reward.name!r} gave {scores[worst].item()} for the response {responses[worst][:80]!r}: "
+                    f"reward {name!r} gave {scores[worst].item()} for the response {responses[worst][:80]!r}: "
                     "a reward must be finite"
                 )
-            parts[reward.name] = scores
+            parts[name] = scores
             total += weight * scores
         return total, parts
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,17 +30,18 @@ def load_function(place: str) -> FunctionReward:
         raise UserError(f"reward function {place!r}: write it as FILE.py:function or module:function")
     try:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        return FunctionReward(getattr(module, name))
-    except (ImportError, FileNotFoundError) as error:
-        raise UserError(f"reward function {place!r}: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"reward function {place!r}: {source} has no {name!r}") from error
+    except Exception as error:  # the user's own code may fail in any way
+        raise UserError(f"reward function {place!r}: importing {source} failed: {error!r}") from error
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"reward function {place!r}: {source} has no {name!r}, or it isn't a function")
+    return FunctionReward(function, name)
 
 
 def _import_file(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"coati_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)
     return module

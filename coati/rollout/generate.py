@@ -3,6 +3,7 @@
 The engine knows token ids only: prompts in; ids, log-probs and finish reasons out. It is transformers' `generate`.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,28 +87,47 @@ def generate(
     """
     if config.temperature == 0 and config.num_beams == 1 and (config.top_k or config.top_p < 1):
         raise UserError("temperature 0 is greedy: leave out top_k and top_p, or raise the temperature")
+    from transformers import MinNewTokensLengthLogitsProcessor
+
     sampling = config.temperature > 0 and config.num_beams == 1
     recorder = _RecordLogProbs(config.temperature if sampling else 1.0)
+    processors = [recorder] if config.num_beams == 1 else []
+    if config.min_new_tokens:  # after the recorder: it keeps the policy's own distribution
+        width, device = prompts.shape[1], prompts.device
+        processors.append(MinNewTokensLengthLogitsProcessor(width, config.min_new_tokens, eos_ids, device=device))
     keywords = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p) if sampling else {}
-    sequences = model.generate(
-        prompts,
-        prompt_mask.long(),
-        do_sample=sampling,
-        num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens or None,
-        eos_token_id=eos_ids,
-        pad_token_id=pad_id,
-        logits_processor=[recorder] if config.num_beams == 1 else None,
-        use_cache=True,
-        **keywords,
-    )
+    with _nothing_but_our_settings(model.transformer):
+        sequences = model.generate(
+            prompts,
+            prompt_mask.long(),
+            do_sample=sampling,
+            num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=eos_ids,
+            pad_token_id=pad_id,
+            logits_processor=processors,
+            **keywords,
+        )
     responses = sequences[:, prompts.shape[1] :]
     log_probs = None
     if config.num_beams == 1:
         recorder.take(sequences)
         log_probs = torch.cat(recorder.columns, dim=1)
     return _compact(prompts, prompt_mask.bool(), responses, log_probs, eos_ids, pad_id)
+
+
+@contextmanager
+def _nothing_but_our_settings(transformer):
+    """transformers fills what we don't name from the checkpoint's generation_config.json; a repetition penalty from
+    there would sample from another distribution than the one that is trained."""
+    from transformers import GenerationConfig as Defaults
+
+    published = transformer.generation_config
+    transformer.generation_config = Defaults()
+    try:
+        yield
+    finally:
+        transformer.generation_config = published
 
 
 def response_lengths(responses: Tensor, eos_ids: list[int]) -> tuple[Tensor, Tensor]:

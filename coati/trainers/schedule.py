@@ -12,6 +12,8 @@ def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup: 
     Raises:
         ValueError: unknown schedule.
     """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"unknown schedule {schedule!r}: choose constant, linear or cosine")
     warmup_steps = math.ceil(round(warmup * total, 9))  # 0.07 * 100 is a hair more than 7
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -21,8 +23,6 @@ def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup: 
             share = 1.0
         case "linear":
             share = 1 - progress
-        case "cosine":
-            share = (1 + math.cos(math.pi * progress)) / 2
         case _:
-            raise ValueError(f"unknown schedule {schedule!r}: choose constant, linear or cosine")
+            share = (1 + math.cos(math.pi * progress)) / 2
     return peak * (final_rate + (1 - final_rate) * share)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from coati.tracking import read_metrics
+from examples.stages import SCRIPTS, free_port
 from tests.conftest import ROOT, settings_for
 
 pytestmark = pytest.mark.distributed
-SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
 BIN = Path(sys.executable).parent
 
 
@@ -30,7 +30,7 @@ def start(algorithm: str, settings: dict, processes: int, folder: Path) -> subpr
     script = [str(ROOT / "examples" / SCRIPTS[algorithm]), "--config", str(config)]
     launcher = [sys.executable]
     if processes > 1:
-        port = str(20000 + os.getpid() % 20000)
+        port = str(free_port())
         launcher = [str(BIN / "colossalai"), "run", "--nproc_per_node", str(processes), "--master_port", port]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PATH=f"{BIN}:{os.environ['PATH']}")
     with open(folder / "log.txt", "ab") as log:

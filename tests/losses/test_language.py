@@ -59,14 +59,7 @@ def test_gradients_of_log_probs_and_entropy_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: token_entropy(x, 0.7), logits)
 
 
-NAN_ENTROPY_GRADIENT = pytest.mark.xfail(
-    strict=True,
-    reason="coati/losses/language.py token_entropy: `torch.where` after exp(x) * x keeps the value finite but the "
-    "gradient of the branch not taken is 0 * -inf; replace the -inf log-probs before the product",
-)
-
-
-@pytest.mark.parametrize("function", ["log_probs", pytest.param("entropy", marks=NAN_ENTROPY_GRADIENT)])
+@pytest.mark.parametrize("function", ["log_probs", pytest.param("entropy")])
 def test_a_forbidden_token_gives_no_nan_gradient(function):
     """A logit of -inf is how generation forbids a token: its probability is 0, and so is its gradient."""
     logits = torch.tensor([[[0.0, 1.0, -torch.inf], [0.0, 0.0, 0.0]]], requires_grad=True)

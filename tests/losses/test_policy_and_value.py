@@ -123,18 +123,15 @@ def test_value_loss_equals_the_oracle(mask, data, dtype, clip):
     loss, metrics = value_loss(values, old, returns, mask, 3.0, clip=clip)
     lists = [x.tolist() for x in case]
     expected, _ = oracle.value_loss(*lists, mask.tolist(), 3.0, clip)
-    assert_close(loss, expected)
+    # values of a size are subtracted, so a square near 0 is known to some 1e-8 of that size squared
+    largest = max(x.abs().max().item() for x in case) + (clip or 0.0)
+    assert_close(loss, expected, scale=1e-3 * largest**2)
     assert torch.equal(metrics["value_loss"], loss.detach())
     loss.backward()
     assert values.grad.isfinite().all()
     assert (values.grad[~mask] == 0).all()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/losses/value.py compares the errors of `values` and `old + (values - old)`, which differ by a "
-    "rounding: 1 to 2 % of tokens that moved less than the clip are counted; compare (values - old).abs() > clip too",
-)
 def test_value_clip_fraction_counts_the_clipped_tokens_only():
     """A value that moved less than `clip` is not clipped, though old + (new - old) may be new up to a rounding."""
     torch.manual_seed(0)

@@ -163,14 +163,7 @@ def test_resized_embeddings_keep_the_old_rows_and_are_saved(family, name, tmp_pa
     assert outputs(again, *padded(rows() + [torch.tensor([VOCABULARY + 4])], "right")).isfinite().all()
 
 
-OPT_DROPOUT = pytest.mark.xfail(
-    strict=True,
-    reason="coati/models/base.py disable_dropout knows nn.Dropout and two attribute names; OPT keeps the probability "
-    "in the float `dropout` of decoder and layers, which stays at 0.1 (and `layerdrop`)",
-)
-
-
-@pytest.mark.parametrize("family", [pytest.param("opt", marks=OPT_DROPOUT), *(f for f in FAMILIES if f != "opt")])
+@pytest.mark.parametrize("family", [pytest.param("opt"), *(f for f in FAMILIES if f != "opt")])
 def test_disable_dropout_makes_two_forwards_in_training_mode_equal(family):
     """PITFALL 32: with dropout on, log-probs at sampling and in training differ."""
     torch.manual_seed(0)

@@ -85,11 +85,6 @@ def test_a_trained_head_round_trips(model_class, tmp_path):
         assert torch.equal(again.value_head.get_parameter(name), parameter)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/models/base.py loads the head with strict=False: a file without `weight` leaves a random head and "
-    "says nothing; only a missing or unexpected `bias` should pass",
-)
 def test_a_head_file_without_weights_is_an_error(tmp_path):
     """PITFALL 26: a damaged folder is never taken for a whole one."""
     from safetensors.torch import save_file

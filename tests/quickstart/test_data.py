@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
 
-from make_data import SIZES, make_data  # noqa: E402
-from measure import is_good, measure, topics_of  # noqa: E402
+from make_data import SIZES, make_data
+from measure import is_good, measure, topics_of
 
 
 @pytest.fixture(scope="module")

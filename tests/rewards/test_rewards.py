@@ -9,11 +9,6 @@ from coati.errors import UserError
 from coati.rewards import FunctionReward, ModelReward, RunningMoments, WeightedRewards, load_function, load_rewards
 from tests.models.families import padded, rows, tiny_config
 
-LOADER = pytest.mark.xfail(
-    strict=True,
-    reason="coati/rewards/function.py catches the AttributeErrors of importing the file and of `function.__name__` "
-    "too, and reports each as `FILE has no 'name'`; it also runs the file without an entry in sys.modules",
-)
 RESPONSES = ["good", "a longer answer", ""]
 
 
@@ -68,7 +63,6 @@ def test_a_file_without_the_function_is_named(write_module):
         load_function(f"{path}:length")
 
 
-@LOADER
 def test_the_mistake_inside_a_reward_file_is_not_reported_as_a_missing_function(write_module):
     """A file that raises AttributeError while it is imported has a mistake of its own, which the user must see."""
     path = write_module("import math\nscale = math.no_such_name\ndef length(prompts, responses, **c):\n    return []\n")
@@ -77,7 +71,6 @@ def test_the_mistake_inside_a_reward_file_is_not_reported_as_a_missing_function(
     assert "no_such_name" in str(error.value)
 
 
-@LOADER
 def test_a_reward_file_may_define_a_dataclass(write_module):
     """`dataclass` looks its module up in sys.modules when annotations are strings."""
     path = write_module(
@@ -87,7 +80,6 @@ def test_a_reward_file_may_define_a_dataclass(write_module):
     assert load_function(f"{path}:rule").score([], RESPONSES) == [2.0] * 3
 
 
-@LOADER
 def test_a_callable_without_a_name_is_a_reward_too(write_module):
     path = write_module(
         "import functools\ndef scaled(prompts, responses, scale, **columns):\n    return [scale] * len(responses)\n"
@@ -105,11 +97,6 @@ def test_the_weighted_sum_and_its_parts():
     assert {name: x.tolist() for name, x in parts.items()} == {"short": [-4, -15, 0], "polite": [1, 0, 2]}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/rewards/base.py keys `parts` by the function's name: the second function named `reward` overwrites "
-    "the first in the metrics (the total is right)",
-)
 def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
     """Each in its own file, each called `reward`, as users call them."""
     places = []
@@ -138,10 +125,6 @@ def test_the_wrong_number_of_scores_is_named(scores):
         WeightedRewards([(reward, 1.0)]).score([], RESPONSES)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/rewards/base.py: torch.as_tensor raises a bare TypeError or ValueError (a forgotten `return`)",
-)
 @pytest.mark.parametrize("scores", [None, [None, 1.0, 2.0], ["1", "2", "3"]])
 def test_scores_that_are_no_numbers_at_all_are_named(scores):
     reward = FunctionReward(lambda prompts, responses, **c: scores, "odd")

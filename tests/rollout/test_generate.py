@@ -66,11 +66,6 @@ def test_recorded_log_probs_are_those_before_top_k_and_top_p(actors, settings):
     torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/rollout/generate.py: the recorder runs after transformers' MinNewTokens processor, so its log-probs "
-    "are renormalised without EOS and PPO's rollout_kl sees a difference that is none; record before all processors",
-)
 def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     """PITFALL 32: EOS is forbidden at first; the log-prob of the token that was drawn is the policy's all the same."""
     actor = actors["llama"]
@@ -81,22 +76,14 @@ def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
-PUBLISHED = pytest.mark.xfail(
-    strict=True,
-    reason="coati/rollout/generate.py passes keywords over the model's own generation_config, so whatever it does not "
-    "name (repetition_penalty, suppress_tokens, no_repeat_ngram_size, min_p ...) still shapes the samples: give a "
-    "fresh transformers.GenerationConfig instead",
-)
-
-
 @pytest.mark.parametrize(
     "published",
     [
         dict(top_k=2),
         dict(top_p=0.3),
         dict(temperature=0.2),
-        pytest.param(dict(repetition_penalty=1.5), marks=PUBLISHED),
-        pytest.param(dict(suppress_tokens=[5, 6, 7]), marks=PUBLISHED),
+        pytest.param(dict(repetition_penalty=1.5)),
+        pytest.param(dict(suppress_tokens=[5, 6, 7])),
     ],
 )
 def test_the_models_generation_config_does_not_change_what_is_sampled(published):

@@ -27,11 +27,6 @@ def test_every_step_equals_the_oracle(total, schedule, warmup, final_rate):
         assert 0 <= rate <= 3e-4 * (1 + 1e-12)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coati/trainers/schedule.py: ceil(0.07 * 100) is 8, as 0.07 * 100 is 7.000000000000001 (5 of the 99 "
-    "two-digit shares of 100 steps are one step too long): round to 9 digits or so before ceil",
-)
 def test_warm_up_lasts_the_share_of_steps_that_was_asked_for():
     for percent in range(1, 100):
         warmup = f"0.{percent:02d}"
@@ -56,13 +51,7 @@ def test_rates_fall_towards_the_final_rate_and_never_below(schedule):
     "step",
     [
         5,
-        pytest.param(
-            0,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="coati/trainers/schedule.py looks at the name after the warm-up only, against its Raises",
-            ),
-        ),
+        pytest.param(0),
     ],
 )
 def test_an_unknown_schedule_is_named_from_the_first_step_on(step):

@@ -1,0 +1,317 @@
+"""What the README and the docs say is executed: their commands, examples, formats, errors, metrics and links."""
+
+import ast
+import dataclasses
+import doctest
+import os
+import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from coati.config import parse_config
+from coati.errors import UserError
+from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
+# What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
+SMALL = "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 96 --max_prompt_length 64 --warmup 0"
+SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --wandb disabled --eos_token <eos>"
+SMALL_OF = {
+    "sft": "--max_new_tokens 4",
+    "reward": "",
+    "ppo": "--max_new_tokens 4 --ppo_epochs 1 --critic_warmup 1 --max_rollout_kl 9",  # untrained weights round coarsely
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page whose info string is `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command line of the pages, each once."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip() and not line.startswith("#")))
+
+
+def words_of(command: str) -> list[str]:
+    """A command's words without the variables in front of it."""
+    words = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    return words
+
+
+def is_training(command: str) -> bool:
+    return any(script in command for script in ALGORITHM_OF) and "--help" not in command
+
+
+def short(command: str) -> str:
+    """A test's name for a command."""
+    config = re.search(r"(\w+)\.yaml", command)
+    return config.group(1) + (" resumed" if "--resume" in command else "") if config else command[:40]
+
+
+TRAINING = [command for command in commands() if is_training(command)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_world) -> dict[str, str]:
+    """The tiny world, with prompts that carry an answer for rewards by rule, and a root for documented paths."""
+    root = tmp_path_factory.mktemp("documented")
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)]
+    prompts = write_rows(root / "prompts.jsonl", rows)
+    return tiny_world | {"prompts": prompts, "prompts_eval": prompts, "root": str(root)}
+
+
+def parse_training(command: str) -> tuple[str, int, list[str]]:
+    """(algorithm, processes, the script's arguments) of a documented training command."""
+    words = words_of(command)
+    start = next(i for i, word in enumerate(words) if word.startswith("examples/train_"))
+    launcher = words[:start]
+    processes = 1
+    if launcher != ["python"]:
+        assert launcher[:3] == ["colossalai", "run", "--nproc_per_node"]
+        processes = int(launcher[3])
+    return ALGORITHM_OF[Path(words[start]).name], processes, words[start + 1 :]
+
+
+def small_arguments(algorithm: str, arguments: list[str], place: dict[str, str]) -> list[str]:
+    """The documented arguments, and after them (the last one wins) what makes the run small and its paths exist."""
+    config = parse_config(trainer_classes(algorithm)[0], arguments)
+    tiny = settings_for(algorithm, place)
+    paths = ["--output_dir", f"{place['root']}/{config.output_dir}", "--cache_dir", place["cache"]]
+    paths += ["--train_data", *tiny["train_data"], "--eval_data", *tiny["eval_data"], "--tokenizer", place["tokenizer"]]
+    paths += ["--model_config", place["model_config"]] if config.model_config else ["--model", place["policy"]]
+    if getattr(config, "reward_model", None):
+        paths += ["--reward_model", place["policy"]]
+    return [*arguments, *SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=short)
+def test_training_command_runs(command, place, runtime, monkeypatch):
+    """Two steps on tiny data in this process, under the documented plugin, to the end: a model is written."""
+    monkeypatch.chdir(ROOT)
+    algorithm, processes, arguments = parse_training(command)
+    config_class, trainer_class = trainer_classes(algorithm)
+    parse_config(config_class, arguments).check(processes)
+    config = parse_config(config_class, small_arguments(algorithm, arguments, place))
+    trainer_class(config, runtime).train()
+    assert (Path(config.output_dir) / "model" / "config.json").is_file()
+
+
+@pytest.mark.distributed
+def test_first_training_command_runs_on_two_processes(place):
+    """As it is typed, through `colossalai run`; the others differ from it in settings only."""
+    algorithm, processes, arguments = parse_training(TRAINING[0])
+    arguments = small_arguments(algorithm, arguments, place | {"root": place["root"] + "/two"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    programs = Path(sys.executable).parent
+    launcher = [str(programs / "colossalai"), "run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [*launcher, "examples/train_sft.py", *map(shlex.quote, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"{processes} x" in done.stdout
+    output = parse_config(trainer_classes(algorithm)[0], arguments).output_dir
+    assert (Path(output) / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not is_training(c)], ids=short)
+def test_other_command_works(command, place, runtime, monkeypatch, capsys):
+    """Cheap commands are run; of those that install or serve, what they name must be there."""
+    monkeypatch.chdir(ROOT)
+    match words_of(command):
+        case ["make", *targets]:
+            done = subprocess.run(["make", "-n", *targets], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        case ["coati", "doctor"]:
+            from coati.cli import main
+
+            assert main(["doctor"]) == 0
+            assert "zero2-offload" in capsys.readouterr().out
+        case ["coati", "report", folder]:
+            check_report(folder, place, runtime)
+        case ["python", script, "--help"]:
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(script, run_name="__main__")
+            assert "--kl_coefficient" in capsys.readouterr().out
+        case ["source", path]:
+            assert path == ".venv/bin/activate" and "VENV := .venv\n" in (ROOT / "Makefile").read_text()
+        case ["tensorboard", "--logdir", _]:
+            from tensorboard.main import run_main
+
+            assert callable(run_main)
+        case ["pip", "install", *rest]:
+            files = [ROOT / name for flag, name in pairwise(rest) if flag == "-r"]
+            assert all(file.is_file() for file in files)
+            assert files or ("-e" in rest and '"dev": [' in (ROOT / "setup.py").read_text())
+        case [python, "-m", "pytest", path]:
+            assert python == ".venv/bin/python" and (ROOT / path).is_file()
+        case _:
+            pytest.fail(f"no check for the documented command {command!r}")
+
+
+def check_report(folder: str, place, runtime):
+    from coati.cli import main
+
+    target = Path(place["root"]) / folder
+    config_class, trainer_class = trainer_classes("sft")
+    settings = settings_for("sft", place, steps=1, output_dir=str(target / "for-the-report"))
+    trainer_class(config_class(**settings), runtime).train()
+    assert main(["report", str(target)]) == 0
+    assert "for-the-report" in (target / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ">>> " in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
+def test_examples_of_a_page_give_what_they_say(page):
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_reward_examples_give_what_they_say():
+    namespace = runpy.run_path(str(ROOT / "examples" / "rewards.py"))
+    for name in ("brevity", "final_number"):
+        [test] = doctest.DocTestFinder().find(namespace[name], name, globs=dict(namespace))
+        assert doctest.DocTestRunner().run(test) == (0, 1)
+
+
+def test_python_blocks_run(place, runtime, monkeypatch):
+    """Blocks without prompts are whole scripts; they run with paths of the tiny world and two steps."""
+    import coati.parallel
+
+    monkeypatch.setattr(coati.parallel, "launch", lambda: runtime)
+    found = [block for page in PAGES for block in blocks(page, "python") if ">>> " not in block]
+    output = f"{place['root']}/python"
+    real = {
+        "runs/quickstart/sft/model": place["policy"],
+        "runs/quickstart/data/sft.jsonl": place["sft"],
+        "runs/demo/python": output,
+        "steps=20": f"steps=2, batch_size=4, cache_dir={place['cache']!r}",
+    }
+    for block in found:
+        for documented, replacement in real.items():
+            assert documented in block
+            block = block.replace(documented, replacement)
+        exec(compile(block, "README.md", "exec"), {})
+    assert len(found) == 1 and (Path(output) / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+def test_documented_formats_parse(kind):
+    import json
+
+    from coati.data import parse_record
+
+    [block] = blocks(ROOT / "docs" / "data.md", f"jsonl {kind}")
+    assert all(parse_record(json.loads(line), kind) for line in block.splitlines())
+
+
+def test_every_setting_and_metric_of_ppo_is_explained(place, runtime, tmp_path):
+    from coati.rollout import GenerationConfig
+    from coati.tracking import read_metrics
+    from coati.trainers.config import TrainerConfig
+
+    config_class, trainer_class = trainer_classes("ppo")
+    changes = dict(steps=1, ptx_data=[place["sft"]], ptx_coefficient=0.1, output_dir=str(tmp_path / "run"))
+    trainer_class(config_class(**settings_for("ppo", place, **changes)), runtime).train()
+    logged = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step", "time"}
+    logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
+    settings = {field.name for c in (config_class, GenerationConfig) for field in dataclasses.fields(c)}
+    settings -= {field.name for field in dataclasses.fields(TrainerConfig)}
+    text = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+    assert sorted(name for name in logged | settings if not re.search(f"`(--)?{re.escape(name)}`", text)) == []
+
+
+def test_settings_page_is_current():
+    script = runpy.run_path(str(ROOT / "tools" / "write_configuration.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run tools/write_configuration.py"
+
+
+@cache
+def texts_in_code() -> list[str]:
+    """Every text in coati's code; those of an f-string are one, with {} for its values."""
+    texts = []
+    for path in sorted((ROOT / "coati").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def explained_errors() -> list[str]:
+    """The errors that docs/troubleshooting.md begins its paragraphs with."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        error for head in re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE) for error in re.findall("`(.+?)`", head)
+    ]
+    of_others = {"colossalai: command not found", "torchrun", "address already in use", "colossalai run"}
+    return [error for error in quoted if error not in of_others]
+
+
+@pytest.mark.parametrize("error", explained_errors())
+def test_an_explained_error_exists(error):
+    pieces = [piece.strip() for piece in error.split("…")]
+    assert any(all(piece in text for piece in pieces) for text in texts_in_code())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(plugin="zero3"),
+        dict(plugin="gemini", precision="fp32"),
+        dict(plugin="gemini", precision="bf16", gemini_placement="auto"),
+        dict(precision="fp16"),
+        dict(shard_fraction=2.0),
+    ],
+    ids=str,
+)
+def test_a_refused_combination_says_what_the_page_says(settings, monkeypatch):
+    from coati.parallel import PluginConfig, check_plugin
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as refusal:
+        check_plugin(PluginConfig(**settings))
+    assert f"`{refusal.value}`" in (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    dead = []
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
