@@ -167,12 +167,7 @@ def test_an_empty_list_empties_the_list(parse):
     assert parse("names: []\n").names == []
 
 
-EQUALS = pytest.mark.xfail(
-    strict=True, reason="coati/config.py looks for the word `--names` only, so the file's [] wins over `--names=q`"
-)
-
-
-@pytest.mark.parametrize("flags", [["--names", "q"], pytest.param(["--names=q"], marks=EQUALS)])
+@pytest.mark.parametrize("flags", [["--names", "q"], ["--names=q"]])
 def test_a_flag_wins_over_an_empty_list_in_the_file(parse, flags):
     assert parse("names: []\n", *flags).names == ["q"]
 

@@ -204,4 +204,4 @@ def _from_row(row: dict[str, Any]) -> Sample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
     sides = [TokenSequence(*side) for side in zip(row["input_ids"], row["loss_masks"], strict=True)]
-    return sides[0] if len(sides) == 1 else PreferenceSample(*sides, row["margin"])
+    return sides[0] if len(sides) == 1 else PreferenceSample(sides[0], sides[1], row["margin"])

@@ -174,7 +174,7 @@ class _TorchAdamExtension(_Extension):
 def install() -> list[str]:
     """Prepares Colossal-AI for this machine, once a process. Returns one line for each substitution worth knowing."""
     if not hasattr(dist, "is_hccl_available"):
-        dist.is_hccl_available = lambda: False  # colossalai's pipeline asks for it; only Huawei's torch has it
+        setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010 - colossalai's pipeline asks for it; only Huawei's torch has it
     _mend_gemini()
     if torch.cuda.is_available():
         return [line for loader in (FusedOptimizerLoader, CPUAdamLoader) if (line := _compile_or_replace(loader))]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class Engine:
     ):
         self.module, self.config, self.runtime = module, config, runtime
         self.precision = resolve_precision(config)
-        self.optimizer = None
+        self.model: Any  # colossalai's wrappers have methods of their own
+        self.optimizer: Any = None
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
         if optimizer is None:
             module.requires_grad_(False).eval()
@@ -103,8 +105,9 @@ class Engine:
         """Optimiser state in shards that any number of ranks can load, and this rank's fp32 master weights."""
         from safetensors.torch import save_file
 
-        self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
-        self.runtime.communicator.barrier()
+        if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
+            self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
+            self.runtime.communicator.barrier()
         if master := self._master_weights():
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
             save_file(tensors, folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors")
@@ -114,7 +117,8 @@ class Engine:
         they start from the low-precision weights, as after any load."""
         from safetensors.torch import load_file
 
-        self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
+        if (folder / "optimizer").is_dir():
+            self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
         path = folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
         if path.exists():
             stored = load_file(path)

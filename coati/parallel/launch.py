@@ -9,6 +9,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Runtime:
         device: where models live.
         communicator: collective operations.
         notes: lines worth showing once at the start.
-        stop_requested: set by SIGTERM or SIGINT, and when the launcher has gone; trainers look at it after each step.
+        stop_requested: the signal that asked for a stop (SIGTERM or SIGINT); trainers look at it after each step.
     """
 
     rank: int
@@ -105,7 +106,7 @@ def seed_everything(seed: int):
 def random_state() -> dict[str, torch.Tensor]:
     """All generators of this process as tensors, so that they are stored without pickle."""
     python = random.getstate()
-    numpy = np.random.get_state()
+    numpy: Any = np.random.get_state()
     state = {
         "python": torch.tensor([python[0], *python[1]], dtype=torch.int64),
         "numpy": torch.cat([torch.from_numpy(numpy[1].astype(np.int64)), torch.tensor(numpy[2:4])]),
@@ -158,7 +159,7 @@ def _place() -> tuple[int, int, int]:
     elif len(given) < len(names):
         missing = ", ".join(name for name in names if name not in given)
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
-    return tuple(int(os.environ[name]) for name in names[:3])
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
 def _quiet_other_ranks(runtime: Runtime):

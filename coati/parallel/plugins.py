@@ -8,7 +8,8 @@ import torch
 from coati.config import option
 from coati.errors import UserError
 
-PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
+# Name -> whose optimiser checkpoints it shares
+PLUGINS = {"ddp": "ddp", "zero1": "zero", "zero2": "zero", "zero2-offload": "zero", "gemini": "gemini"}
 
 
 @dataclass

@@ -40,7 +40,7 @@ def load_function(place: str) -> FunctionReward:
 def _import_file(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"coati_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"coati_reward_{path.stem}_{abs(hash(str(path.resolve())))}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)

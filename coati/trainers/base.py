@@ -20,6 +20,7 @@ from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, resolve_p
 from coati.parallel.checkpoint import write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything
+from coati.parallel.plugins import PLUGINS
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.config import TrainerConfig
 from coati.trainers.schedule import learning_rate_at
@@ -260,7 +261,8 @@ class Trainer:
                 engine.save_optimizer(folder / name)
             if self.runtime.is_main:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
-                write_json(folder / "trainer.json", state | {"world_size": self.runtime.world_size})
+                state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
+                write_json(folder / "trainer.json", state)
 
         self.checkpoints.save(self.step, write, score)
 
@@ -268,6 +270,11 @@ class Trainer:
         stored = json.loads((folder / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+        if PLUGINS[stored["plugin"]] != PLUGINS[self.config.plugin]:
+            raise UserError(
+                f"{folder} was written under {stored['plugin']}, whose optimiser state {self.config.plugin} can't read: resume "
+                f"with --plugin {stored['plugin']}, or start a new run from its weights (--model {folder / next(iter(self.engines)) / 'model'})"
+            )
         self.step = stored["step"]
         self.load_state(stored["state"])
         for name, engine in self.engines.items():

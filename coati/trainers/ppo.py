@@ -78,7 +78,7 @@ class PPOConfig(TrainerConfig, GenerationConfig):
     clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this")
     clip_high: float = option(0.2, "and from above at 1 + this")
     dual_clip: float | None = option(None, "bound on the objective of bad actions, as a multiple of the advantage")
-    value_clip: float | None = option(0.2, "how far a value may move in an iteration before it stops learning")
+    value_clip: float = option(0.2, "how far a value may move in an iteration before it stops learning; 0 for no limit")
     ptx_data: list[str] = option((), "SFT data mixed into the policy's loss, so that it keeps what it knew")
     ptx_coefficient: float = option(0.0, "weight of that loss")
     generation_batch_size: int = option(64, "answers drawn at a time on one process")
@@ -281,11 +281,11 @@ class PPOTrainer(Trainer):
         if self.ptx_data is not None:
             parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
         metrics = self.optimise(self.actor, parts, rate)
-        return {**metrics, "policy_grad_norm": metrics.pop("grad_norm")}
+        return {"policy_grad_norm": metrics.pop("grad_norm"), **metrics}
 
     def update_critic(self, batches: list[Experience], rate: float) -> dict[str, float]:
         metrics = self.optimise(self.critic, [LossPart(batches, count_response_tokens, self.value_share)], rate)
-        return {**metrics, "critic_grad_norm": metrics.pop("grad_norm")}
+        return {"critic_grad_norm": metrics.pop("grad_norm"), **metrics}
 
     def policy_share(self, batch: Experience, denominator: float):
         c, mask = self.config, batch.response_mask
@@ -299,7 +299,7 @@ class PPOTrainer(Trainer):
     def value_share(self, batch: Experience, denominator: float):
         values = self.values(batch.input_ids, batch.attention_mask)
         old, returns, mask = batch.values, batch.returns, batch.response_mask
-        return value_loss(values, old, returns, mask, denominator, clip=self.config.value_clip)
+        return value_loss(values, old, returns, mask, denominator, clip=self.config.value_clip or None)
 
     def ptx_share(self, batch, denominator: float):
         log_probs = self.actor(batch.input_ids, batch.attention_mask)

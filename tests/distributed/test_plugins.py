@@ -64,6 +64,10 @@ def two_processes(tiny_world, folder):
             jobs += [whole, job(f"{plugin}-{algorithm}-resumed", algorithm, tiny_world, folder, **changes)]
         bf16 = dict(plugin="zero2") | BF16
         jobs.append(job(f"zero2-bf16-{algorithm}", algorithm, tiny_world, folder, **bf16))
+    warmup = dict(plugin="zero2", critic_warmup=BEFORE + 1)
+    jobs.append(job("warmup", "ppo", tiny_world, folder, **warmup))
+    checkpoint = folder / "warmup" / "checkpoints" / f"step-{BEFORE:08d}"
+    jobs.append(job("warmup-resumed", "ppo", tiny_world, folder, **warmup, resume=str(checkpoint)))
     jobs.append(job("lora", "sft", tiny_world, folder, plugin="zero2", lora_rank=2, model=tiny_world["policy"]))
     return run_jobs(jobs, folder / "two", 2)
 
@@ -103,6 +107,13 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(plugin, algorithm, two_p
         paths = [folder / f"{plugin}-{algorithm}{end}" / model / "model.safetensors" for end in ("", "-resumed")]
         expected, found = (load_file(path) for path in paths)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_stopped_in_the_critics_warm_up_resumes(two_processes):
+    """Its actor's optimiser has no state yet."""
+    assert curve(two_processes["warmup"])[-len(curve(two_processes["warmup-resumed"])) :] == curve(
+        two_processes["warmup-resumed"]
+    )
 
 
 def test_lora_trains_under_zero(two_processes, folder):
