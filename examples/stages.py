@@ -13,6 +13,9 @@ SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"
 
 def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], processes: int):
     """Runs one stage to its end (going on from its newest checkpoint, if there is one) or exits with a message."""
+    if (output / "model").is_dir():
+        print(f"{output} is finished already", flush=True)
+        return
     words = []
     for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

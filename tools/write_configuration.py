@@ -4,8 +4,11 @@ A test holds that the committed page is what this writes.
 """
 
 import dataclasses
+import sys
 import typing
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\

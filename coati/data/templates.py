@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import cast
 from pathlib import Path
+from typing import Any
 
 from coati.data.records import Messages
 from coati.errors import UserError
@@ -132,10 +132,11 @@ def answer_spans(tokenizer, messages: Messages, first: int = 0) -> tuple[str, li
 def _tagged_spans(tokenizer, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return texts[0], cast("list[list[tuple[int, int]]]", spans)[0]
+    texts, spans = rendered
+    return texts[0], spans[0]

@@ -271,9 +271,10 @@ class Trainer:
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
         if PLUGINS[stored["plugin"]] != PLUGINS[self.config.plugin]:
+            weights = folder / next(iter(self.engines)) / "model"
             raise UserError(
-                f"{folder} was written under {stored['plugin']}, whose optimiser state {self.config.plugin} can't read: resume "
-                f"with --plugin {stored['plugin']}, or start a new run from its weights (--model {folder / next(iter(self.engines)) / 'model'})"
+                f"{folder} was written under {stored['plugin']}, whose optimiser state {self.config.plugin} can't read: "
+                f"resume with --plugin {stored['plugin']}, or start a new run from its weights (--model {weights})"
             )
         self.step = stored["step"]
         self.load_state(stored["state"])

@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(tiny_world, runtime, tmp_p
 def test_a_checkpoint_of_another_plugin_is_refused_with_the_way_out(tiny_world, runtime, tmp_path):
     make("sft", tiny_world, runtime, tmp_path / "ddp", steps=1).train()
     resume = str(tmp_path / "ddp" / "checkpoints" / "step-00000001")
-    with pytest.raises(UserError, match="written under ddp.*--plugin ddp"):
+    with pytest.raises(UserError, match=r"written under ddp.*--plugin ddp"):
         make("sft", tiny_world, runtime, tmp_path / "zero", plugin="zero2", resume=resume)
 
 
