@@ -273,8 +273,8 @@ class Trainer:
         if PLUGINS[stored["plugin"]] != PLUGINS[self.config.plugin]:
             weights = folder / next(iter(self.engines)) / "model"
             raise UserError(
-                f"{folder} was written under {stored['plugin']}, whose optimiser state {self.config.plugin} can't read: "
-                f"resume with --plugin {stored['plugin']}, or start a new run from its weights (--model {weights})"
+                f"{folder} was written under {stored['plugin']}, whose optimiser states {self.config.plugin} can't "
+                f"read: resume with --plugin {stored['plugin']}, or start a new run from its weights (--model {weights})"
             )
         self.step = stored["step"]
         self.load_state(stored["state"])
