@@ -274,7 +274,7 @@ class Trainer:
             weights = folder / next(iter(self.engines)) / "model"
             raise UserError(
                 f"{folder} was written under {stored['plugin']}, whose optimiser states {self.config.plugin} can't "
-                f"read: resume with --plugin {stored['plugin']}, or start a new run from its weights (--model {weights})"
+                f"read: resume with --plugin {stored['plugin']}, or start a new run with --model {weights}"
             )
         self.step = stored["step"]
         self.load_state(stored["state"])
