@@ -41,11 +41,9 @@ def workers(config: str) -> list[psutil.Process]:
     """The training processes themselves, not their launchers: `python .../train_x.py --config FILE`."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        scripts = [Path(word).name for word in (process.info["cmdline"] or []) if word.endswith((".py", "colossalai"))]
-        launched = any(
-            word in (process.info["cmdline"] or []) for word in ("--nproc_per_node", "torch.distributed.run")
-        )
-        if config in (process.info["cmdline"] or []) and not launched and scripts[0] in SCRIPTS.values():
+        words = process.info["cmdline"] or []
+        # colossalai run, the shell it starts and torchrun all carry --nproc_per_node
+        if config in words and not any("nproc_per_node" in word for word in words):
             found.append(process)
     return found
 
