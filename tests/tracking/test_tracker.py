@@ -191,6 +191,8 @@ def test_an_absent_library_is_named_with_its_remedy(tmp_path, monkeypatch, modul
 
 
 def test_only_rank_0_records(tmp_path, monkeypatch, capsys):
+    # other tests of this process may have started a process group, which would be asked first
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "1")
     tracker = make_tracker(tmp_path / "run", TrackingConfig(), algorithm="sft", settings={})
     assert isinstance(tracker, NullTracker)
