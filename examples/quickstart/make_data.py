@@ -53,8 +53,13 @@ class Shop:
         return topic, self.fill(f"{greeting} {ask}".strip())
 
     def reply(self, topic: str | None, tone: str) -> str:
-        """A reply in `tone` ("polite" or "rude"), which shows before or after the answer; small talk if no topic."""
-        answers = self.book["topics"][topic]["answers"] if topic else self.book["small_talk"]
+        """A reply in `tone` ("polite" or "rude"), which shows before or after the answer.
+
+        Without a topic the answer is small talk or an empty politeness: a reward model that has never seen
+        "We are happy to help. We are happy to help." rejected takes it for the best reply of all.
+        """
+        empty = self.book["small_talk"] + self.book["polite_openers"] + self.book["polite_closers"]
+        answers = self.book["topics"][topic]["answers"] if topic else empty
         answer = self.rng.choice(answers)
         if self.rng.random() < 0.5:
             text = f"{self.rng.choice(self.book[tone + '_openers'])} {answer}"
