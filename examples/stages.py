@@ -1,6 +1,7 @@
 """How the multi-stage examples start their stages: each is one of the example scripts under `colossalai run`."""
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -26,6 +27,13 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
     run([*launcher, *script])
     if not (output / "model").is_dir():
         sys.exit(f"error: the stage in {output} did not finish; its output is above")
+
+
+def fill_figures(page: Path, table: str):
+    """Puts a table in place of what stands between a page's marks."""
+    marked = f"<!-- figures -->\n\n{table}\n\n<!-- end of figures -->"
+    pattern = r"<!-- figures -->(.*?<!-- end of figures -->)?"
+    page.write_text(re.sub(pattern, lambda _: marked, page.read_text(), count=1, flags=re.S))
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ Needs the data and the models of `make quickstart`. Runs that are already in --o
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.tracking import read_metrics
-from examples.stages import SCRIPTS, free_port
+from examples.stages import SCRIPTS, fill_figures, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
@@ -115,11 +114,7 @@ def write_table(rows, steps: int):
         lines.append(
             f"| {stage} | {plugin} | {precision} | {error:.1e} | {'bitwise the same' if same else 'DIFFERS'} |"
         )
-    page = ROOT / "docs" / "plugins.md"
-    text, table = page.read_text(), "\n".join(lines)
-    marked = f"<!-- figures -->\n\n{table}\n\n<!-- end of figures -->"
-    pattern = r"<!-- figures -->(.*?<!-- end of figures -->)?"
-    page.write_text(re.sub(pattern, lambda _: marked, text, count=1, flags=re.S))
+    fill_figures(ROOT / "docs" / "plugins.md", "\n".join(lines))
 
 
 if __name__ == "__main__":

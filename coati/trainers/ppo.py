@@ -176,7 +176,8 @@ class PPOTrainer(Trainer):
         """The weighted sum of all rewards `[batch]`, each reward by itself, and the answers' texts."""
         responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         responses = [text.strip() for text in responses]
-        columns = {name: [p.columns.get(name) for p in prompts] for p in prompts for name in p.columns}
+        names = dict.fromkeys(name for p in prompts for name in p.columns)
+        columns = {name: [p.columns.get(name) for p in prompts] for name in names}
         ids = dict(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
         total, parts = self.rewards.score([p.text for p in prompts], responses, **columns, **ids)
         return total, parts, responses

@@ -9,7 +9,6 @@ of 3 M parameters that has read 5 MB writes no sense.
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from coati.tracking import read_metrics, write_report  # noqa: E402
-from examples.stages import train  # noqa: E402
+from examples.stages import fill_figures, train  # noqa: E402
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
@@ -118,11 +117,8 @@ def write_table(output: Path, seconds: float):
     )
     kl = [row["kl"] for row in rows["ppo_hh"] if "kl" in row]
     lines.append(f"| | KL to the SFT model, nats an answer | {kl[0]:.2f} | {kl[-1]:.2f} (most: {max(kl):.2f}) |")
-    page, table = ROOT / "docs" / "real-data.md", "\n".join(lines)
-    marked = f"<!-- figures -->\n\n{table}\n\n<!-- end of figures -->"
-    pattern = r"<!-- figures -->(.*?<!-- end of figures -->)?"
-    page.write_text(re.sub(pattern, lambda _: marked, page.read_text(), count=1, flags=re.S))
-    print(table)
+    fill_figures(ROOT / "docs" / "real-data.md", "\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
