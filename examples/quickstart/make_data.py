@@ -21,7 +21,7 @@ import yaml
 SIZES = {
     "sft": 6000,
     "sft_eval": 200,
-    "preference_train": 4000,
+    "preference_train": 6000,
     "preference_eval": 500,
     "prompts_train": 2000,
     "prompts_eval": 200,
@@ -74,10 +74,31 @@ class Shop:
         """A reply that is rude (two in four), off topic, or both (one in four each)."""
         return self.reply(*self.rng.choice([(topic, "rude"), (topic, "rude"), (None, "polite"), (None, "rude")]))
 
+    def curt_reply(self, topic: str) -> str:
+        """One or two answers, without a polite word."""
+        answers = self.book["topics"][topic]["answers"]
+        return self.fill(" ".join(self.rng.choices(answers, k=self.rng.choice([1, 2]))))
+
+    def broken_reply(self, topic: str) -> str:
+        """A good reply that lost a few letters, as a small model's replies do."""
+        text = self.good_reply(topic)
+        start, length = self.rng.randrange(len(text) - 8), self.rng.randint(2, 8)
+        return text[:start] + text[start + length :]
+
     def rejected_reply(self, topic: str) -> str:
-        """A bad reply, or (one in three) a polite one about another topic."""
+        """A bad reply, a polite one about another topic, a curt one or a broken one.
+
+        What the reward model has never seen rejected, PPO finds: replies like the last two once scored best.
+        """
         other = self.rng.choice([name for name in self.book["topics"] if name != topic])
-        return self.reply(other, "polite") if self.rng.random() < 1 / 3 else self.bad_reply(topic)
+        kinds = [
+            (3, lambda: self.bad_reply(topic)),
+            (3, lambda: self.good_reply(other)),
+            (1, lambda: self.curt_reply(topic)),
+            (1, lambda: self.broken_reply(topic)),
+        ]
+        weights, replies = zip(*kinds, strict=True)
+        return self.rng.choices(replies, weights)[0]()
 
     def messages(self, count: int) -> Iterator[tuple[str, str]]:
         """`count` messages, no two of them alike, with their topics."""
