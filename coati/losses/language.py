@@ -6,30 +6,51 @@ from torch import Tensor
 from coati.losses.masking import keep
 
 
+def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-prob of a given token at every position.
+
+    Args:
+        logits: `[batch, seq, vocab]`, any float dtype.
+        next_ids: `[batch, seq]` int64, the token that position `t` is asked about.
+        temperature: logits are divided by it: the distribution that sampling at this temperature draws from.
+
+    Returns:
+        `[batch, seq]`, float32 (float64 for float64 logits).
+    """
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the distribution at every position, in nats, `[batch, seq]`."""
+    log_probs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
+    # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
+    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return -(log_probs.exp() * finite).sum(-1)
+
+
+def align(x: Tensor) -> Tensor:
+    """From what position `t` says about the next token to what was said about token `t`: `[batch, seq]`, column 0 is
+    0, and the last position's word is dropped."""
+    return torch.nn.functional.pad(x[:, :-1], (1, 0))
+
+
 def token_log_probs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-prob of every token under the model that saw the tokens before it.
 
     Args:
-        logits: `[batch, seq, vocab]`, any float dtype; position `t` predicts token `t + 1`.
+        logits: `[batch, seq, vocab]`; position `t` predicts token `t + 1`.
         input_ids: `[batch, seq]` int64.
-        temperature: logits are divided by it: the distribution that sampling at this temperature draws from.
 
     Returns:
-        `[batch, seq]`, float32 (float64 for float64 logits), aligned with the tokens; column 0 is 0.
+        `[batch, seq]`, aligned with the tokens; column 0 is 0.
     """
-    logits = logits[:, :-1]
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    chosen = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return torch.nn.functional.pad(chosen - logits.logsumexp(-1), (1, 0))
+    return align(next_log_probs(logits, input_ids.roll(-1, dims=1), temperature))
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy, in nats, of the distribution each token was drawn from: `[batch, seq]`, column 0 is 0."""
-    logits = logits[:, :-1]
-    log_probs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
-    # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
-    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-    return torch.nn.functional.pad(-(log_probs.exp() * finite).sum(-1), (1, 0))
+    return align(entropy(logits, temperature))
 
 
 def response_targets(loss_mask: Tensor) -> Tensor:

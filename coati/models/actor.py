@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coati.losses import token_entropy, token_log_probs
+from coati.losses.language import align
 from coati.models.base import BaseModel
 
 
@@ -35,11 +35,13 @@ class Actor(BaseModel):
         else:
             with self.model.disable_adapter():
                 logits = self.run(input_ids, attention_mask).logits
-        log_probs = token_log_probs(logits, input_ids, temperature)
+        seq, layout = input_ids.shape[1], self.layout
+        next_ids = layout.split(input_ids.roll(-1, dims=1))
+        log_probs = align(layout.gather(layout.log_probs(logits, next_ids, temperature))[:, :seq])
         if not with_entropy:
             return log_probs
         with torch.no_grad():
-            return log_probs, token_entropy(logits, temperature)
+            return log_probs, align(layout.gather(layout.entropy(logits, temperature))[:, :seq])
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:

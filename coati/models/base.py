@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.layout import Layout
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -27,6 +28,7 @@ class BaseModel(nn.Module):
         model: the transformers model (inside a PeftModel if there are adapters).
         config: its config.
         last_hidden_state_size: width of the last hidden states, which value heads read.
+        layout: how sequence and vocabulary lie over processes; sharded models get another.
 
     Raises:
         ValueError: neither `pretrained` nor `config`; a folder without a model; FlashAttention-2 without CUDA.
@@ -49,6 +51,7 @@ class BaseModel(nn.Module):
             self.model = load_adapter(self.model, pretrained)
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
+        self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self._takes_positions = "position_ids" in forward
 
@@ -72,12 +75,14 @@ class BaseModel(nn.Module):
             self.model.enable_input_require_grads()
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None):
-        """The transformers model's output. Padding may stand on either side: positions count real tokens."""
-        inputs = {"input_ids": input_ids, "use_cache": False}
+        """The transformers model's output, of this process's part of the sequence. Padding may stand on either side:
+        positions count real tokens."""
+        layout = self.layout
+        inputs = {"input_ids": layout.split(input_ids), "use_cache": False}
         if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask.long()
+            inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self._takes_positions:
-                inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                inputs["position_ids"] = layout.split((attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.model(**inputs)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, merge: bool = False):
@@ -128,7 +133,8 @@ class ValueHeadModel(BaseModel):
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""
         hidden = self.run(input_ids, attention_mask).last_hidden_state
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        return self.layout.gather(values)[:, : input_ids.shape[1]]
 
     def save_pretrained(self, folder, state_dict=None, merge: bool = False):
         """As `BaseModel.save_pretrained`, with the head."""

@@ -13,7 +13,7 @@ if importlib.util.find_spec("colossalai") is None:
 
 from coati.parallel.checkpoint import Checkpoints  # noqa: E402
 from coati.parallel.communication import Communicator  # noqa: E402
-from coati.parallel.engine import Engine  # noqa: E402
+from coati.parallel.engine import Engine, make_engine  # noqa: E402
 from coati.parallel.launch import Runtime, launch  # noqa: E402
 from coati.parallel.plugins import PluginConfig, check_plugin, resolve_precision  # noqa: E402
 
@@ -26,5 +26,6 @@ __all__ = [
     "Runtime",
     "check_plugin",
     "launch",
+    "make_engine",
     "resolve_precision",
 ]

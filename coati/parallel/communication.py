@@ -8,21 +8,30 @@ from torch import Tensor
 
 
 class Communicator:
-    """Sums and agreements over all ranks. With one process every call is the identity."""
+    """Sums and agreements over ranks that see different data. With one process every call is the identity.
 
-    def __init__(self, rank: int, world_size: int, device: torch.device):
-        self.rank, self.world_size, self.device = rank, world_size, device
+    Ranks that share one model's work (tensor, pipeline, sequence parallel) see the same data: they have the same `rank`
+    here, of `world_size`, and each of them belongs to its own group of data-parallel ranks.
+    """
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    def __init__(self, rank: int, world_size: int, device: torch.device, group=None):
+        self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
+
+    def sharing(self, processes: int) -> "Communicator":
+        """The communicator of a run in which so many neighbouring processes share one model's work."""
+        if processes == 1:
+            return self
+        groups = [dist.new_group(range(i, self.world_size, processes)) for i in range(processes)]
+        return Communicator(
+            self.rank // processes, self.world_size // processes, self.device, groups[self.rank % processes]
+        )
 
     def sum(self, x: Tensor | float | int) -> Tensor:
-        """Sum over ranks, in float64 for numbers and in the tensor's own dtype for tensors."""
+        """Sum over data-parallel ranks, in float64 for numbers and in the tensor's own dtype for tensors."""
         x = x.detach().clone() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
         x = x.to(self.device)
         if self.world_size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def sum_metrics(self, shares: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -39,25 +48,29 @@ class Communicator:
         return dict(zip(names, summed.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one: decisions are taken together, or ranks wait for ever."""
-        return bool(self.sum(float(flag)).item() > 0)
+        """True on every rank of the run if it is true on one: decisions are taken together, or ranks wait for ever."""
+        x = torch.tensor(float(flag), device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(x)
+        return x.item() > 0
 
     def gather(self, obj) -> list:
-        """Every rank's object, in the order of ranks, on all ranks."""
+        """Every data-parallel rank's object, in the order of ranks, on all ranks."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, obj)
+        dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
     def broadcast(self, obj):
-        """Rank 0's object."""
-        if self.world_size == 1:
+        """The object of the run's rank 0."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             return obj
         box = [obj]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self):
-        if self.world_size > 1:
+        """Of all ranks of the run."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()

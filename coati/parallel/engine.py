@@ -1,6 +1,6 @@
 """One model under one plugin: the handful of operations that trainers need."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,28 @@ from torch import Tensor, nn
 from coati.parallel.launch import Runtime
 from coati.parallel.plugins import PluginConfig, make_booster, resolve_precision
 
+LossOf = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_engine(module: nn.Module, config: PluginConfig, runtime: Runtime, *, generates: bool = False, **settings):
+    """An `Engine` of the kind that the config asks for.
+
+    Args:
+        generates: whether `full()` will be used (under pipeline parallelism that takes a copy of the model).
+    """
+    if config.model_parallel_size == 1:
+        return Engine(module, config, runtime, **settings)
+    from coati.parallel.hybrid import HybridEngine
+
+    return HybridEngine(module, config, runtime, generates=generates, **settings)
 
 
 class Engine:
     """A model (and its AdamW) sharded by a plugin.
 
-    Losses handed to `backward` are shares of a global loss: their sum over micro-batches and ranks is the loss. The
-    plugins average gradients over ranks, so `backward` multiplies by the world size to turn that into a sum.
+    Losses that `learn` is given are shares of a global loss: their sum over micro-batches and ranks is the loss. The
+    plugins average gradients over ranks, so shares are multiplied by their number to turn that into a sum.
 
     Args:
         module: the model, created alike on every rank.
@@ -37,13 +51,14 @@ class Engine:
         accumulates: bool = True,
     ):
         self.module, self.config, self.runtime = module, config, runtime
+        self.gradient_ranks = runtime.world_size
         self.precision = resolve_precision(config)
         self.model: Any  # colossalai's wrappers have methods of their own
         self.optimizer: Any = None
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
         if optimizer is None:
             module.requires_grad_(False).eval()
-        if optimizer is None and config.plugin != "gemini":
+        if optimizer is None and config.plugin != "gemini" and config.model_parallel_size == 1:
             # a replica needs no wrapper; under ddp, autocast takes care of the precision
             self.model = module.to(runtime.device, None if config.plugin == "ddp" else DTYPES[self.precision])
         else:
@@ -52,26 +67,42 @@ class Engine:
             self.model, self.optimizer, *_ = self.booster.boost(module, unboosted)
         self._restore_buffers(buffers)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, **inputs):
         """The module's forward, through the plugin. Under Gemini every rank must call it equally often."""
         with self._autocast():
-            return self.model(*args, **kwargs)
+            return self.model(**inputs)
 
-    def backward(self, loss: Tensor):
-        """Adds the gradients of this share of the global loss."""
-        self.booster.backward(loss * self.runtime.world_size, self.optimizer)
+    def forward_all(self, inputs: Sequence[dict[str, Any]]) -> list:
+        """The outputs for several micro-batches, without gradient."""
+        with torch.no_grad():
+            return [self(**one) for one in inputs]
 
-    @contextmanager
-    def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: gradients travel with the last one only, where that helps."""
-        with nullcontext() if last or not self.booster.plugin.support_no_sync() else self._no_sync():
-            yield
+    def learn(self, tasks: Sequence[tuple[dict[str, Any], LossOf]]) -> list[dict[str, Tensor]]:
+        """Adds up the gradients of the micro-batches' shares of the loss.
+
+        Args:
+            tasks: for each micro-batch the inputs of the model, and what gives the share of the loss and of the metrics
+                from the model's output.
+
+        Returns:
+            The metrics of each micro-batch.
+        """
+        metrics = []
+        for i, (inputs, loss_of) in enumerate(tasks):
+            last = i == len(tasks) - 1
+            # gradients travel with the last micro-batch only, where that helps
+            with nullcontext() if last or not self.booster.plugin.support_no_sync() else self._no_sync():
+                share, of_this = loss_of(self(**inputs))
+                self.booster.backward(share * self.gradient_ranks, self.optimizer)
+            metrics.append(of_this)
+        return metrics
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates, clears the gradients; returns the gradients' global L2 norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
-        norm = self._clip() if self.config.plugin == "ddp" else None
+        plain = self.config.plugin == "ddp" and self.config.model_parallel_size == 1
+        norm = self._clip() if plain else None
         self.optimizer.step()
         self.optimizer.zero_grad()
         if norm is None:
@@ -136,7 +167,7 @@ class Engine:
         return [tensor for group in groups.values() for tensor in group]
 
     def _autocast(self):
-        if self.config.plugin != "ddp" or self.precision == "fp32":
+        if self.config.plugin != "ddp" or self.precision == "fp32" or self.config.model_parallel_size > 1:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
 

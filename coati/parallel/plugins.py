@@ -20,12 +20,20 @@ class PluginConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 on CUDA and under gemini, fp32 elsewhere"
     )
+    tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)")
+    pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)")
+    sequence_parallel: int = option(1, "processes that share each sequence (with ddp, zero1, zero2)")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
     gemini_placement: Literal["static", "auto"] = option("static", "auto moves chunks by CUDA's memory statistics")
     shard_fraction: float = option(1.0, "gemini, static: share of the parameters that is sharded (0: as zero2)")
     offload_optimizer_fraction: float = option(0.0, "gemini, static: share of the optimiser states kept on the host")
     offload_parameter_fraction: float = option(0.0, "gemini, static: share of the parameters kept on the host")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that work on one micro-batch together."""
+        return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
 
 
 def resolve_precision(config: PluginConfig) -> str:
@@ -35,7 +43,7 @@ def resolve_precision(config: PluginConfig) -> str:
     return "bf16" if config.plugin == "gemini" or torch.cuda.is_available() else "fp32"
 
 
-def check_plugin(config: PluginConfig, *, lora: bool = False):
+def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | None = None):
     """Refuses what Colossal-AI can't do, before any work.
 
     Raises:
@@ -44,6 +52,7 @@ def check_plugin(config: PluginConfig, *, lora: bool = False):
     precision, cuda = resolve_precision(config), torch.cuda.is_available()
     if config.plugin not in PLUGINS:
         raise UserError(f"unknown plugin {config.plugin!r}: choose one of {', '.join(PLUGINS)}")
+    _check_sizes(config, lora, world_size)
     if config.plugin == "gemini":
         if lora:
             raise UserError(
@@ -60,6 +69,29 @@ def check_plugin(config: PluginConfig, *, lora: bool = False):
             raise UserError(f"{name} is {getattr(config, name)}: it must lie between 0 and 1")
 
 
+def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
+    """Tensor, pipeline and sequence parallelism: what goes with what."""
+    sizes = {f"{kind}_parallel": getattr(config, f"{kind}_parallel") for kind in ("tensor", "pipeline", "sequence")}
+    used = [f"{name} {size}" for name, size in sizes.items() if size != 1]
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}: it must be at least 1")
+    if not used:
+        return
+    if world_size is not None and world_size % config.model_parallel_size:
+        raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
+    if config.plugin in ("gemini", "zero2-offload"):
+        raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
+    if lora and sizes["tensor_parallel"] * sizes["pipeline_parallel"] > 1:
+        raise UserError(f"LoRA adapters can't be split by {used[0]}: use --plugin zero2 alone, or --lora_rank 0")
+    if sizes["pipeline_parallel"] > 1 and config.plugin == "zero2":
+        raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
+    if sizes["sequence_parallel"] > 1 and len(used) > 1:
+        raise UserError(
+            f"sequence_parallel doesn't combine with {used[0]}: use one of them, with --plugin zero1 or zero2"
+        )
+
+
 def make_booster(config: PluginConfig, *, accumulates: bool):
     """A Colossal-AI booster for one model.
 
@@ -69,11 +101,30 @@ def make_booster(config: PluginConfig, *, accumulates: bool):
     from colossalai.booster import Booster
 
     precision = resolve_precision(config)
+    if config.model_parallel_size > 1:
+        return Booster(plugin=_hybrid(config, precision))
     if config.plugin == "ddp":
         return Booster(plugin=_ddp(), mixed_precision="fp16" if precision == "fp16" else None)
     if config.plugin == "gemini":
         return Booster(plugin=_gemini(config, precision, accumulates))
     return Booster(plugin=_zero(config, precision))
+
+
+def _hybrid(config: PluginConfig, precision: str):
+    from coati.parallel.hybrid import HybridPlugin
+
+    split = dict(tp_size=config.tensor_parallel, pp_size=config.pipeline_parallel)
+    if config.sequence_parallel > 1:
+        split |= dict(sp_size=config.sequence_parallel, enable_sequence_parallelism=True)
+        split |= dict(sequence_parallelism_mode="all_to_all")
+    return HybridPlugin(
+        **split,
+        zero_stage={"ddp": 0, "zero1": 1, "zero2": 2}[config.plugin],
+        precision=precision,
+        max_norm=config.max_grad_norm,
+        overlap_communication=torch.cuda.is_available(),
+        broadcast_buffers=False,
+    )
 
 
 def _ddp():

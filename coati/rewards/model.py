@@ -1,34 +1,33 @@
 """A reward model that shares the policy's tokenizer: it reads the sampled ids, so nothing is tokenised twice."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ModelReward:
     """Scores with a `coati.models.RewardModel`.
 
     Args:
-        open_model: gives the model with all its weights (`Engine.full`, or `lambda: nullcontext(model)`); the model is
-            called as `model(input_ids, attention_mask)` and gives `[batch]`.
+        forward_all: gives the rewards `[batch]` of each of several micro-batches, which are keywords of the model's
+            forward (`Engine.forward_all`).
         micro_batch_size: rows a forward pass.
     """
 
     def __init__(
         self,
-        open_model: Callable[[], AbstractContextManager[nn.Module]],
+        forward_all: Callable[[Sequence[dict]], list[Tensor]],
         device: torch.device,
         micro_batch_size: int,
         name: str = "reward_model",
     ):
-        self.open_model, self.device, self.micro_batch_size, self.name = open_model, device, micro_batch_size, name
+        self.forward_all, self.device, self.micro_batch_size, self.name = forward_all, device, micro_batch_size, name
 
     @torch.no_grad()
     def score(self, prompts, responses, *, input_ids: Tensor, attention_mask: Tensor, **columns) -> Tensor:
         """Rewards of whole sequences (prompt and response), `[batch]`."""
         size = self.micro_batch_size
         rows = zip(input_ids.to(self.device).split(size), attention_mask.to(self.device).split(size), strict=True)
-        with self.open_model() as model:
-            return torch.cat([model(ids, mask).float() for ids, mask in rows])
+        batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
+        return torch.cat([rewards.float() for rewards in self.forward_all(batches)])

@@ -1,6 +1,7 @@
 """What every run does whatever the algorithm: steps, evaluation, logs, checkpoints, resuming, stopping."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from torch import Tensor
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
 from coati.errors import UserError
 from coati.models.base import BaseModel
-from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, resolve_precision
+from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything
@@ -34,12 +35,19 @@ class LossPart:
 
     Attributes:
         count: what the term is divided by, of one micro-batch (tokens, pairs, ...).
-        loss: the share of the global term and of its metrics, given a micro-batch and the global count.
+        loss: the share of the global term and of its metrics, given the model's output for a micro-batch, the
+            micro-batch and the global count.
+        options: keywords of the model's forward, beside token ids and mask.
     """
 
     micro_batches: Sequence[Any]
     count: Callable[[Any], Tensor]
-    loss: Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]]
+    loss: Callable[[Any, Any, float], tuple[Tensor, dict[str, Tensor]]]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def model_inputs(batch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
 class Trainer:
@@ -56,9 +64,10 @@ class Trainer:
     headline: tuple[str, bool]
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
-        self.config, self.runtime, self.communicator = config, runtime, runtime.communicator
-        config.check(runtime.world_size)
-        check_plugin(config, lora=config.lora_rank > 0)
+        self.config, self.runtime = config, runtime
+        check_plugin(config, lora=config.lora_rank > 0, world_size=runtime.world_size)
+        self.communicator = runtime.communicator.sharing(config.model_parallel_size)
+        config.check(self.communicator.world_size)
         if config.lora_rank > 0 and config.model is None:
             raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
         self.output = Path(config.output_dir)
@@ -69,7 +78,8 @@ class Trainer:
         self.tokenizer = self._load_tokenizer()
         seed_everything(config.seed)  # models are created alike on every rank
         self.build()
-        seed_everything(config.seed + 1 + runtime.rank)  # from here on every rank draws its own
+        # from here on ranks draw their own, but for those that share one model's work
+        seed_everything(config.seed + 1 + self.communicator.rank)
         if self.resumed_from:
             self._restore(self.resumed_from)
 
@@ -168,16 +178,15 @@ class Trainer:
 
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Each part of the loss is divided by its own global count, over all ranks."""
-        shares, last = [], (len(parts) - 1, len(parts[-1].micro_batches) - 1)
-        for p, part in enumerate(parts):
+        tasks = []
+        for part in parts:
             count = float(sum(part.count(batch) for batch in part.micro_batches))
             denominator = max(self.communicator.sum(count).item(), 1.0)
-            for i, batch in enumerate(part.micro_batches):
-                with engine.accumulate(last=(p, i) == last):
-                    share, metrics = part.loss(batch, denominator)
-                    engine.backward(share)
-                shares.append(metrics)
-        return {**self.communicator.sum_metrics(shares), "grad_norm": engine.step(learning_rate)}
+            for batch in part.micro_batches:
+                loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
+                tasks.append((model_inputs(batch) | part.options, loss_of))
+        metrics = self.communicator.sum_metrics(engine.learn(tasks))
+        return {**metrics, "grad_norm": engine.step(learning_rate)}
 
     def learning_rate(self, peak: float) -> float:
         """The learning rate of the step being done: a function of the step alone, so nothing of it is stored."""
@@ -220,10 +229,10 @@ class Trainer:
             model.enable_gradient_checkpointing()
         return model
 
-    def engine(self, model: BaseModel, *, accumulates: bool) -> Engine:
+    def engine(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
         """A trained model under the configured plugin."""
-        settings = {"weight_decay": self.config.weight_decay}
-        return Engine(model, self.config, self.runtime, optimizer=settings, accumulates=accumulates)
+        settings = dict(optimizer={"weight_decay": self.config.weight_decay}, accumulates=accumulates)
+        return make_engine(model, self.config, self.runtime, generates=generates, **settings)
 
     def source(self, name: str) -> Path | None:
         """The folder of a trained model in the checkpoint that the run resumes from."""
@@ -285,7 +294,7 @@ class Trainer:
                 f"{folder} was written by {stored['world_size']} processes, now there are {self.runtime.world_size}: "
                 "weights, optimiser and data order go on exactly, sampling and dropout start from new random states"
             )
-            seed_everything(self.config.seed + 1 + self.runtime.rank + 1000 * self.step)
+            seed_everything(self.config.seed + 1 + self.communicator.rank + 1000 * self.step)
 
     def _save_model(self, engine: Engine, folder: Path, merge: bool = False):
         state = engine.state_dict()

@@ -42,7 +42,7 @@ from coati.losses.masking import keep
 from coati.models import Actor, Critic, RewardModel
 from coati.models.base import disable_dropout
 from coati.models.lora import is_adapter
-from coati.parallel import Engine
+from coati.parallel import Engine, make_engine
 from coati.rewards import ModelReward, RunningMoments, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import stack_rows
@@ -132,7 +132,7 @@ class PPOTrainer(Trainer):
 
     def take_prompts(self, step: int) -> list:
         """This rank's prompts, minibatch after minibatch."""
-        world, rank, c = self.runtime.world_size, self.runtime.rank, self.config
+        world, rank, c = self.communicator.world_size, self.communicator.rank, self.config
         rows = self.batches.batch(step)
         return [self.data[i] for m in range(c.minibatches) for i in rows[m :: c.minibatches][rank::world]]
 
@@ -167,7 +167,7 @@ class PPOTrainer(Trainer):
         scores = clip_scores(scores.to(self.runtime.device), c.reward_clip)
         scores = penalise_missing_eos(scores, rollout.finished, c.missing_eos_penalty)
         mean, std = moments(self.communicator.sum(masked_sums(raw, everything)))
-        shares = {f"reward/{name}": part.mean() / self.runtime.world_size for name, part in parts.items()}
+        shares = {f"reward/{name}": part.mean() / self.communicator.world_size for name, part in parts.items()}
         shares["response_length"] = rollout.response_mask.sum() / c.batch_size
         shares["finished"] = rollout.finished.sum() / c.batch_size
         return scores, {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
@@ -211,23 +211,18 @@ class PPOTrainer(Trainer):
 
     def forward_passes(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`."""
-        columns: list[tuple[Tensor, ...]] = []
         size = self.config.micro_batch_size
-        for ids, mask in zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True):
-            log_probs = self.actor(ids, mask, temperature=self.temperature)
-            columns.append((log_probs, self.reference_log_probs(ids, mask, log_probs), self.values(ids, mask)))
-        return tuple(torch.cat(column) for column in zip(*columns, strict=True))
+        rows = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
+        batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
+        log_probs = torch.cat(self.actor.forward_all([b | {"temperature": self.temperature} for b in batches]))
+        values = torch.cat([before_token(v) for v in self.critic.forward_all(batches)])
+        return log_probs, self.reference_log_probs(batches, log_probs), values
 
-    def reference_log_probs(self, ids: Tensor, mask: Tensor, log_probs: Tensor) -> Tensor:
+    def reference_log_probs(self, batches: list[dict], log_probs: Tensor) -> Tensor:
         if self.kl_coefficient == 0 and self.config.kl_target is None:
             return log_probs
-        if self.reference is None:
-            return self.actor(ids, mask, temperature=self.temperature, adapter=False)
-        return self.reference(ids, mask, temperature=self.temperature)
-
-    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The critic's estimate before each token: what it says after the token to the left."""
-        return torch.nn.functional.pad(self.critic(ids, mask)[:, :-1], (1, 0))
+        options = {"temperature": self.temperature} | ({} if self.reference else {"adapter": False})
+        return torch.cat((self.reference or self.actor).forward_all([b | options for b in batches]))
 
     def diagnose(self, rollout: Rollout, log_probs, kl, values, returns) -> dict[str, float]:
         """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
@@ -278,7 +273,8 @@ class PPOTrainer(Trainer):
         return [experience.rows(index) for index in deal(rows, lengths, 0, 1, self.config.micro_batch_size)]
 
     def update_policy(self, batches: list[Experience], rate: float, step: int) -> dict[str, float]:
-        parts = [LossPart(batches, count_response_tokens, self.policy_share)]
+        options = {"temperature": self.temperature, "with_entropy": True}
+        parts = [LossPart(batches, count_response_tokens, self.policy_share, options)]
         if self.ptx_data is not None:
             parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
         metrics = self.optimise(self.actor, parts, rate)
@@ -288,22 +284,17 @@ class PPOTrainer(Trainer):
         metrics = self.optimise(self.critic, [LossPart(batches, count_response_tokens, self.value_share)], rate)
         return {"critic_grad_norm": metrics.pop("grad_norm"), **metrics}
 
-    def policy_share(self, batch: Experience, denominator: float):
-        c, mask = self.config, batch.response_mask
-        log_probs, entropy = self.actor(
-            batch.input_ids, batch.attention_mask, temperature=self.temperature, with_entropy=True
-        )
+    def policy_share(self, output, batch: Experience, denominator: float):
+        c, mask, (log_probs, entropy) = self.config, batch.response_mask, output
         clips = dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
         loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
         return loss, metrics | {"entropy": keep(entropy, mask).sum() / denominator}
 
-    def value_share(self, batch: Experience, denominator: float):
-        values = self.values(batch.input_ids, batch.attention_mask)
+    def value_share(self, output, batch: Experience, denominator: float):
         old, returns, mask = batch.values, batch.returns, batch.response_mask
-        return value_loss(values, old, returns, mask, denominator, clip=self.config.value_clip or None)
+        return value_loss(before_token(output), old, returns, mask, denominator, clip=self.config.value_clip or None)
 
-    def ptx_share(self, batch, denominator: float):
-        log_probs = self.actor(batch.input_ids, batch.attention_mask)
+    def ptx_share(self, log_probs, batch, denominator: float):
         loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
         return self.config.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
 
@@ -311,7 +302,7 @@ class PPOTrainer(Trainer):
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has answers."""
         c, data = self.config, self.ptx_data
         rows = self.ptx_sampler.batch(step)
-        dealt = deal(rows, data.lengths, self.runtime.rank, self.runtime.world_size, c.micro_batch_size)
+        dealt = deal(rows, data.lengths, self.communicator.rank, self.communicator.world_size, c.micro_batch_size)
         return [collate_sft([data[i] for i in index], self.pad_id).to(self.runtime.device) for index in dealt]
 
     # --- evaluation and state
@@ -325,11 +316,11 @@ class PPOTrainer(Trainer):
         if self.eval_data is None:
             return {}, []
         # every rank answers equally many prompts; the copies that fill up are left out
-        filled = list(range(len(self.eval_data))) + [0] * (-len(self.eval_data) % self.runtime.world_size)
-        mine = list(enumerate(filled))[self.runtime.rank :: self.runtime.world_size]
+        filled = list(range(len(self.eval_data))) + [0] * (-len(self.eval_data) % self.communicator.world_size)
+        mine = list(enumerate(filled))[self.communicator.rank :: self.communicator.world_size]
         prompts = [self.eval_data[i] for _, i in mine]
         with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed + self.runtime.rank)
+            torch.manual_seed(self.config.seed + self.communicator.rank)
             rollout = self.answer(prompts)
         total, parts, responses = self.judge(prompts, rollout)
         lengths, finished = rollout.response_mask.sum(1).tolist(), rollout.finished.tolist()
@@ -377,9 +368,9 @@ class PPOTrainer(Trainer):
         critic = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
         for model in (actor, critic):
             disable_dropout(model)
-        rows = c.batch_size // c.minibatches // self.runtime.world_size
+        rows = c.batch_size // c.minibatches // self.communicator.world_size
         accumulates = rows > c.micro_batch_size
-        self.actor = self.engine(actor, accumulates=accumulates or self.ptx_data is not None)
+        self.actor = self.engine(actor, accumulates=accumulates or self.ptx_data is not None, generates=True)
         self.critic = self.engine(critic, accumulates=accumulates)
         self.engines = {"actor": self.actor, "critic": self.critic}
         self.reference = self.load_reference()
@@ -394,7 +385,7 @@ class PPOTrainer(Trainer):
             return None
         if c.lora is not None and not (c.model and is_adapter(c.model)):
             return None
-        return Engine(self.model(Actor, c.model), c, self.runtime)
+        return make_engine(self.model(Actor, c.model), c, self.runtime)
 
     def load_reward_model(self) -> ModelReward:
         from transformers import AutoTokenizer
@@ -406,8 +397,13 @@ class PPOTrainer(Trainer):
                 f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
                 "policy's tokenizer, or score texts through --reward_functions"
             )
-        engine = Engine(self.model(RewardModel, c.reward_model), c, self.runtime)
-        return ModelReward(engine.full, self.runtime.device, c.micro_batch_size)
+        engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
+        return ModelReward(engine.forward_all, self.runtime.device, c.micro_batch_size)
+
+
+def before_token(values: Tensor) -> Tensor:
+    """The critic's estimate before each token: what it says after the token to the left, `[batch, seq]`."""
+    return torch.nn.functional.pad(values[:, :-1], (1, 0))
 
 
 def count_response_tokens(batch: Experience) -> Tensor:

@@ -38,26 +38,21 @@ class RewardTrainer(SupervisedTrainer):
     def count(self, batch):
         return torch.tensor(len(batch.margin))
 
-    def loss(self, batch, denominator):
-        chosen, rejected = self._rewards(batch)
+    def loss(self, rewards, batch, denominator):
+        chosen, rejected = rewards.chunk(2)
         c = self.config
         margin = batch.margin if c.use_margin else None
         options = dict(margin=margin, label_smoothing=c.label_smoothing, centering=c.centering)
         return pairwise_reward_loss(chosen, rejected, denominator, **options)
-
-    def _rewards(self, batch):
-        return self.engines["model"](batch.input_ids, batch.attention_mask).chunk(2)
 
     @torch.no_grad()
     def evaluate(self):
         """Accuracy on held-out pairs with its 95 % interval, loss, margin, and scored pairs."""
         if self.eval_data is None:
             return {}, []
-        model = self.engines["model"].model
-        model.eval()
         shares, samples = [], []
-        for batch, real, index in self.eval_batches():
-            chosen, rejected = (r[real] for r in self._rewards(batch))
+        for rewards, _, real, index in self.eval_outputs():
+            chosen, rejected = (r[real] for r in rewards.chunk(2))
             _, share = pairwise_reward_loss(chosen, rejected, 1.0)
             shares.append({**share, "pairs": real.sum()})
             samples += [
@@ -65,7 +60,6 @@ class RewardTrainer(SupervisedTrainer):
                 for i, c, r in zip(index, chosen.tolist(), rejected.tolist(), strict=False)
                 if i < self.config.samples
             ]
-        model.train()
         sums = self.communicator.sum_metrics(shares)
         pairs = sums.pop("pairs")
         metrics = {name: total / pairs for name, total in sums.items()}

@@ -29,6 +29,7 @@ class SFTTrainer(SupervisedTrainer):
 
     algorithm, kind, model_class = "sft", "sft", Actor
     headline = ("loss", False)
+    generates = True
 
     def collate(self, samples):
         return collate_sft(samples, self.pad_id)
@@ -36,8 +37,7 @@ class SFTTrainer(SupervisedTrainer):
     def count(self, batch):
         return response_targets(batch.loss_mask).sum()
 
-    def loss(self, batch, denominator):
-        log_probs = self.engines["model"](batch.input_ids, batch.attention_mask)
+    def loss(self, log_probs, batch, denominator):
         return cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
 
     @torch.no_grad()
@@ -45,16 +45,12 @@ class SFTTrainer(SupervisedTrainer):
         """Loss a token and perplexity on the evaluation data, and sampled answers to its first prompts."""
         if self.eval_data is None:
             return {}, []
-        model = self.engines["model"].model
-        model.eval()
         shares = []
-        for batch, real, _ in self.eval_batches():
+        for log_probs, batch, real, _ in self.eval_outputs():
             targets = response_targets(batch.loss_mask) & real[:, None]
-            log_probs = self.engines["model"](batch.input_ids, batch.attention_mask)
             total, _ = cross_entropy(log_probs, targets, 1.0)
             shares.append({"total": total, "tokens": targets.sum()})
         samples = self._samples()
-        model.train()
         sums = self.communicator.sum_metrics(shares)
         loss = sums["total"] / max(sums["tokens"], 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700))}, samples

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coati.data import deal
 from coati.models.base import BaseModel
-from coati.trainers.base import LossPart, Trainer
+from coati.trainers.base import LossPart, Trainer, model_inputs
 
 
 class SupervisedTrainer(Trainer):
@@ -19,6 +19,7 @@ class SupervisedTrainer(Trainer):
 
     kind: str
     model_class: type[BaseModel]
+    generates = False
 
     def build(self):
         c = self.config
@@ -26,8 +27,9 @@ class SupervisedTrainer(Trainer):
         self.eval_data = self.dataset(c.eval_data, self.kind)
         self.batches = self.sampler(self.data)
         model = self.model(self.model_class, self.source("model") or c.model, lora=c.lora)
-        rows = c.batch_size // self.runtime.world_size
-        self.engines = {"model": self.engine(model, accumulates=rows > c.micro_batch_size)}
+        rows = c.batch_size // self.communicator.world_size
+        accumulates = rows > c.micro_batch_size
+        self.engines = {"model": self.engine(model, accumulates=accumulates, generates=self.generates)}
 
     def collate(self, samples: list) -> Any:
         """A batch from samples."""
@@ -43,7 +45,7 @@ class SupervisedTrainer(Trainer):
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
         c, rows = self.config, self.batches.batch(step)
-        dealt = deal(rows, self.data.lengths, self.runtime.rank, self.runtime.world_size, c.micro_batch_size)
+        dealt = deal(rows, self.data.lengths, self.communicator.rank, self.communicator.world_size, c.micro_batch_size)
         micro_batches = [self.load(self.data, index) for index in dealt]
         rate = self.learning_rate(c.learning_rate)
         metrics = self.optimise(self.engines["model"], [LossPart(micro_batches, self.count, self.loss)], rate)
@@ -55,19 +57,24 @@ class SupervisedTrainer(Trainer):
         return self.collate([data[i] for i in index]).to(self.runtime.device)
 
     @torch.no_grad()
-    def eval_batches(self) -> Iterator[tuple[Any, Tensor, list[int]]]:
-        """This rank's share of the evaluation data: batches, which of their rows are real (bool `[batch]`), the rows.
+    def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
+        """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real
+        (bool `[batch]`), their numbers.
 
         Every rank gets the same number of batches, for plugins that communicate in the forward pass; missing rows are
         filled with copies that are not real.
         """
-        size, world = self.config.micro_batch_size, self.runtime.world_size
+        size, world = self.config.micro_batch_size, self.communicator.world_size
         order = sorted(range(len(self.eval_data)), key=lambda i: int(self.eval_data.lengths[i]))
         filler = -len(order) % (size * world)
         rows = [(i, True) for i in order] + [(order[-1], False)] * filler
-        mine = rows[self.runtime.rank :: world]
-        for start in range(0, len(mine), size):
-            chunk = mine[start : start + size]
-            index = [i for i, _ in chunk]
+        mine = rows[self.communicator.rank :: world]
+        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        batches = [self.load(self.eval_data, [i for i, _ in chunk]) for chunk in chunks]
+        engine = self.engines["model"]
+        engine.model.eval()
+        outputs = engine.forward_all([model_inputs(batch) for batch in batches])
+        engine.model.train()
+        for output, batch, chunk in zip(outputs, batches, chunks, strict=True):
             real = torch.tensor([kept for _, kept in chunk], device=self.runtime.device)
-            yield self.load(self.eval_data, index), real, index
+            yield output, batch, real, [i for i, _ in chunk]

@@ -1,0 +1,29 @@
+"""How a model's tensors lie over processes."""
+
+from torch import Tensor
+
+from coati.losses.language import entropy, next_log_probs
+
+
+class Layout:
+    """Every process holds the whole sequence and the whole vocabulary. Sharded layouts (coati.parallel) override."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """This process's columns of `[batch, seq]`, which is filled up (False, 0) to a length that divides."""
+        return x
+
+    def fill(self, x: Tensor) -> Tensor:
+        """`[batch, seq]` filled up to a length that divides."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The inverse of `split`, with gradients: `[batch, seq]`, filled up."""
+        return x
+
+    def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
+        """Log-probs of `next_ids` `[batch, seq]` under `logits` `[batch, seq, vocab]`, at each position."""
+        return next_log_probs(logits, next_ids, temperature)
+
+    def entropy(self, logits: Tensor, temperature: float) -> Tensor:
+        """Entropy in nats at each position, `[batch, seq]`; no gradient."""
+        return entropy(logits, temperature)

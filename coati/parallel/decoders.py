@@ -1,0 +1,119 @@
+"""Where the parts of a decoder are: what tensor and pipeline parallel must know of an architecture.
+
+A new architecture needs an entry in `DECODERS`, not code: see docs/add-an-architecture.md.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from coati.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Paths within the module that holds the layers, and within one layer.
+
+    Attributes:
+        layers: the list of layers.
+        embedding: the token embedding.
+        positions: modules whose output is added to the embedding.
+        entrance: other modules that the embedding passes before the first layer (dropout, projections).
+        column: linear layers of one layer whose outputs are split over ranks (their inputs are whole).
+        row: linear layers whose inputs are split (their outputs are sums over ranks).
+        fused: those of `column` that hold several projections in one weight, and how many.
+        per_head: modules whose weights every rank holds, but each uses on its own heads only.
+        counts: attributes of a layer that count what is split (heads, widths).
+    """
+
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    positions: tuple[str, ...] = ()
+    entrance: tuple[str, ...] = ()
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    fused: tuple[tuple[str, int], ...] = ()
+    per_head: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+
+
+LLAMA = Decoder(
+    column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+    row=("self_attn.o_proj", "mlp.down_proj"),
+)
+DECODERS = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": replace(LLAMA, per_head=("self_attn.q_norm", "self_attn.k_norm")),
+    "gemma": LLAMA,
+    "phi": Decoder(
+        entrance=("embed_dropout",),
+        column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+        row=("self_attn.dense", "mlp.fc2"),
+        per_head=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    "gpt2": Decoder(
+        layers="h",
+        embedding="wte",
+        positions=("wpe",),
+        entrance=("drop",),
+        column=("attn.c_attn", "mlp.c_fc"),
+        row=("attn.c_proj", "mlp.c_proj"),
+        fused=(("attn.c_attn", 3),),
+        counts=("attn.split_size",),
+    ),
+    "opt": Decoder(
+        positions=("embed_positions",),
+        entrance=("project_in",),
+        column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"),
+        row=("self_attn.out_proj", "fc2"),
+        counts=("self_attn.num_heads",),
+    ),
+}
+
+
+def find_decoder(module: nn.Module) -> tuple[nn.Module, Decoder]:
+    """The part of a model that holds its layers, and its description. Any head may be around it.
+
+    Raises:
+        UserError: an architecture that isn't in the table.
+    """
+    types = {}
+    for part in module.modules():
+        kind = getattr(getattr(part, "config", None), "model_type", None)
+        types[kind] = None
+        entry = DECODERS.get(kind)
+        if entry is not None and isinstance(getattr(part, entry.layers, None), nn.ModuleList):
+            return part, entry
+    found = ", ".join(str(kind) for kind in types if kind)
+    raise UserError(
+        f"tensor and pipeline parallel know {', '.join(DECODERS)}, not {found}: use --plugin zero2 or gemini, or add "
+        "its description (docs/add-an-architecture.md)"
+    )
+
+
+def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int):
+    """Whether a model's layers and heads divide among so many ranks.
+
+    Raises:
+        UserError: they don't; it names the numbers.
+    """
+    part, entry = find_decoder(module)
+    config, depth = part.config, len(getattr(part, entry.layers))
+    if depth < pipeline_parallel:
+        raise UserError(f"the model has {depth} layers: pipeline_parallel {pipeline_parallel} leaves stages empty")
+    if pipeline_parallel > 1 and getattr(config, "layerdrop", 0.0):
+        raise UserError("layerdrop skips whole layers at random, which pipeline stages can't: set layerdrop to 0")
+    for name, count in head_counts(config).items():
+        if count % tensor_parallel:
+            raise UserError(f"the model has {count} {name}: they don't divide among tensor_parallel {tensor_parallel}")
+
+
+def head_counts(config) -> dict[str, int]:
+    """What must divide: heads, key-value heads, the feed-forward width."""
+    heads = config.num_attention_heads
+    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    return {"attention heads": heads, "key-value heads": key_value_heads, "feed-forward columns": width}

@@ -1,0 +1,230 @@
+"""Colossal-AI's hybrid parallel plugin, with our policy and our micro-batches, and the engine on top of it."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin import HybridParallelPlugin
+from colossalai.booster.plugin.hybrid_parallel_plugin import (
+    HybridParallelAMPOptimizer,
+    HybridParallelModule,
+    HybridParallelNaiveOptimizer,
+    HybridParallelZeroOptimizer,
+    get_param_info,
+)
+from colossalai.checkpoint_io import HybridParallelCheckpointIO
+from torch import nn
+from torch.nn.functional import pad
+
+from coati.parallel.engine import DTYPES, Engine
+from coati.parallel.pipeline import MicroBatches
+from coati.parallel.plugins import PluginConfig
+from coati.parallel.policy import DecoderPolicy, split_tensors, transformer_of
+from coati.parallel.sequence import ATTENTION
+from coati.parallel.tensor import gather, shard_of
+
+
+class HybridPlugin(HybridParallelPlugin):
+    """Tensor, pipeline and sequence parallel with ZeRO around them.
+
+    `configure` is Colossal-AI's without its refusal of ZeRO in fp32 (its optimiser handles that as the plain ZeRO
+    plugin does) and without a DDP wrapper around models that don't train.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(custom_policy=DecoderPolicy(), num_microbatches=1, **settings)
+        if self.stage_manager is not None:
+            self.scheduler = MicroBatches(self.stage_manager, self.pp_group)
+
+    def support_no_sync(self):
+        return self.zero_stage != 2
+
+    def supported_devices(self):
+        return ["cuda", "npu", "cpu"]
+
+    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
+        param_info = get_param_info(optimizer)
+        model = HybridParallelModule(
+            model,
+            precision=self.precision,
+            shard_config=self.shard_config,
+            dp_group=self.mixed_dp_group,
+            tp_group=self.tp_group,
+            sp_group=self.sp_group,
+            use_ddp=optimizer is not None and self.pp_size == 1 and self.zero_stage == 0 and self.dp_size > 1,
+            ddp_config=self.ddp_config,
+            custom_policy=self.custom_policy,
+        )
+        if optimizer is not None:
+            optimizer = self._distribute(optimizer, model, param_info)
+            model.update_master_params = optimizer.update_master_params
+        return model, optimizer, criterion, dataloader, lr_scheduler
+
+    def get_checkpoint_io(self):
+        return LayoutFreeStates(
+            self.mixed_dp_group, self.pp_group, self.tp_group, self.sp_group, self.zero_stage, False
+        )
+
+    def _distribute(self, optimizer, model, param_info):
+        groups = dict(tp_process_group=self.tp_group, pp_process_group=self.pp_group)
+        common = dict(use_pipeline=self.pp_size > 1, param_info=param_info, **groups)
+        if self.zero_stage > 0:
+            common |= dict(dp_process_group=self.mixed_dp_group, clip_grad_norm=self.max_norm)
+            return HybridParallelZeroOptimizer(optimizer, model, **common, **self.zero_config, **self.amp_config)
+        if self.precision == "fp32":
+            return HybridParallelNaiveOptimizer(optimizer, model, max_norm=self.max_norm, **common)
+        common |= dict(precision=self.precision, max_norm=self.max_norm, **self.amp_config)
+        return HybridParallelAMPOptimizer(optimizer, model, **common)
+
+
+class LayoutFreeStates(HybridParallelCheckpointIO):
+    """Optimiser states stored whole, whatever the layout. Colossal-AI guesses from the shapes alone how a weight was
+    split, which is wrong for fused projections."""
+
+    def load_states_into_optimizer(self, optimizer, state_dict, id_map):
+        working = optimizer.get_master_to_working_map()
+        for number, state in state_dict.items():
+            parameter = id_map.get(int(number))
+            if parameter is None:  # another stage's
+                continue
+            shard = shard_of(parameter if working is None else working[id(parameter)])
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and name != "step":
+                    value = value if shard is None else shard.take(value)
+                    if self.use_zero:
+                        value = pad(value.flatten(), (0, -value.numel() % self.global_dp_size))
+                        value = value.chunk(self.global_dp_size)[self.dp_rank].clone()
+                    state[name] = value.to(parameter.device, parameter.dtype)
+            optimizer.optim.state[parameter] = state
+
+
+def _gather_state(state, param, original_shape, dp_group, tp_group, use_zero, inplace, device="cpu", **_):
+    """The whole state of one parameter, on the host."""
+    whole = dict(state)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and name != "step":
+            if use_zero:
+                value = torch.cat(gather(value, dp_group)).flatten()[: param.numel()].view_as(param)
+            shard = shard_of(param)
+            whole[name] = (value if shard is None else shard.gather(value)).detach().to(device, copy=True)
+    return whole
+
+
+# Colossal-AI calls it by the name of its own class
+HybridParallelCheckpointIO.gather_from_sharded_optimizer_state = staticmethod(_gather_state)
+
+
+class HybridEngine(Engine):
+    """A model split by tensor, pipeline or sequence parallelism."""
+
+    def __init__(self, module: nn.Module, config: PluginConfig, runtime, *, generates: bool = False, **settings):
+        if config.pipeline_parallel > 1 and generates:
+            self.replica = copy.deepcopy(module).requires_grad_(False)
+        super().__init__(module, config, runtime, **settings)
+        self.plugin = self.booster.plugin
+        self.pipelined = config.pipeline_parallel > 1
+        self.gradient_ranks = dist.get_world_size(self.plugin.mixed_dp_group)
+        if self.pipelined and generates:
+            self._prepare_replica()
+
+    def forward_all(self, inputs):
+        if not self.pipelined:
+            return super().forward_all(inputs)
+        return _to(self.plugin.scheduler.forward_all(self.model, inputs), self.runtime.device)
+
+    def learn(self, tasks):
+        if not self.pipelined:
+            return super().learn(tasks)
+        schedule = self.plugin.scheduler
+        scaled = [(inputs, self._scaled(loss_of)) for inputs, loss_of in tasks]
+        self.booster.execute_pipeline(iter(scaled), self.model, schedule.criterion, self.optimizer, return_loss=False)
+        return schedule.from_last_stage(schedule.metrics)
+
+    def _scaled(self, loss_of):
+        def scaled(output):
+            loss, metrics = loss_of(output)
+            return loss * self.gradient_ranks, metrics
+
+        return scaled
+
+    @contextmanager
+    def full(self):
+        """The plain module: under pipeline parallelism a copy with the layers of all stages, whose weights are fetched
+        now; under tensor parallelism every rank of the group must generate the same."""
+        if self.pipelined:
+            self._fetch_weights()
+        module = self.replica if self.pipelined else self.module
+        with _whole_sequence(module), _whole_vocabulary(module):
+            yield module
+
+    def _prepare_replica(self):
+        """Splits the copy as the model is split, but for stages; learns which stage holds which weight."""
+        if self.config.tensor_parallel > 1:
+            split_tensors(self.replica, self.plugin.tp_group)
+        self.replica.to(self.runtime.device, DTYPES[self.precision]).eval()
+        names = [None] * self.config.pipeline_parallel
+        dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
+        self.owners = {name: stage for stage, held in enumerate(names) for name in held}
+
+    @torch.no_grad()
+    def _fetch_weights(self):
+        group, mine = self.plugin.pp_group, dict(self.module.named_parameters())
+        for name, parameter in self.replica.named_parameters():
+            if name in mine:
+                parameter.copy_(mine[name])
+            dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)
+
+    def state_dict(self):
+        """The whole state on rank 0: slices joined, stages put together."""
+        if self.runtime.rank >= self.config.model_parallel_size:  # another replica
+            return {}
+        state = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            shard = shard_of(tensor)
+            state[name] = (tensor if shard is None else shard.gather(tensor)).detach().cpu()
+        if self.pipelined:
+            stages = [None] * self.config.pipeline_parallel if dist.get_rank(self.plugin.pp_group) == 0 else None
+            first = dist.get_global_rank(self.plugin.pp_group, 0)
+            dist.gather_object(state, stages, dst=first, group=self.plugin.pp_group)
+            state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+        return state if self.runtime.is_main else {}
+
+    def _master_weights(self):
+        if self.precision == "fp32":
+            return []
+        if self.plugin.zero_stage > 0:
+            return super()._master_weights()
+        return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
+
+
+@contextmanager
+def _whole_sequence(module):
+    """Plain attention instead of the one over stretches."""
+    config = transformer_of(module).config
+    attention = config._attn_implementation
+    if attention == ATTENTION:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+
+
+@contextmanager
+def _whole_vocabulary(module):
+    """All logits on every rank, or each would sample from its own range."""
+    heads = [part for part in module.modules() if hasattr(part, "gives_all")]
+    for head in heads:
+        head.gives_all = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.gives_all = False
+
+
+def _to(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(_to(part, device) for part in value)

@@ -1,0 +1,72 @@
+"""Our Shardformer policy: Colossal-AI's built-in ones import names that transformers 5 dropped."""
+
+from colossalai.shardformer.policies.base_policy import Policy
+from torch import nn
+
+from coati.parallel.decoders import check_splits, find_decoder
+from coati.parallel.pipeline import cut_stage, tied_weights
+from coati.parallel.sequence import SplitSequence, use_split_attention
+from coati.parallel.tensor import SplitVocabulary, split_embedding, split_head, split_layers
+
+
+class DecoderPolicy(Policy):
+    """Splits any decoder of `DECODERS`, bare or with a head, for `HybridParallelPlugin(custom_policy=...)`.
+
+    A `layout` attribute of the model (as `coati.models` have) is set to where sequence and vocabulary lie.
+    """
+
+    def config_sanity_check(self):
+        c, manager = self.shard_config, self.pipeline_stage_manager
+        if c.enable_tensor_parallelism or manager is not None:
+            check_splits(self.model, c.tensor_parallel_size, manager.num_stages if manager else 1)
+
+    def preprocess(self) -> nn.Module:
+        """All of the work: the module descriptions of Shardformer can't split what transformers 5 looks like."""
+        c, model, manager = self.shard_config, self.model, self.pipeline_stage_manager
+        self.shared_parameters = []
+        if manager is not None:
+            part, entry = find_decoder(model)
+            self.shared_parameters = tied_weights(model, part, entry, manager)
+            cut_stage(model, part, entry, manager)
+        if c.enable_tensor_parallelism:
+            split_tensors(model, c.tensor_parallel_process_group)
+        if c.enable_sequence_parallelism:
+            group = c.sequence_parallel_process_group
+            use_split_attention(transformer_of(model), group)
+            model.layout = SplitSequence(group)
+        return model
+
+    def module_policy(self):
+        return {}
+
+    def postprocess(self) -> nn.Module:
+        return self.model
+
+    def get_held_layers(self) -> list[nn.Module]:
+        """Everything that `cut_stage` has left."""
+        return list(self.model.modules())
+
+    def get_shared_params(self):
+        return self.shared_parameters
+
+
+def split_tensors(model: nn.Module, group):
+    """Tensor parallelism for whichever layers, embedding and output head the model (or stage) holds."""
+    from transformers import PreTrainedModel
+
+    part, entry = find_decoder(model)
+    layers = [layer for layer in getattr(part, entry.layers) if any(True for _ in layer.parameters())]
+    split_layers(layers, entry, group)
+    if isinstance(getattr(part, entry.embedding), nn.Embedding):
+        split_embedding(getattr(part, entry.embedding), group)
+    head = next((m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if isinstance(head, nn.Linear):
+        split_head(head, group)
+        model.layout = SplitVocabulary(group)
+
+
+def transformer_of(model: nn.Module):
+    """The outermost transformers model."""
+    from transformers import PreTrainedModel
+
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))

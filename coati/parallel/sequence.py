@@ -1,0 +1,113 @@
+"""Sequence parallelism (DeepSpeed-Ulysses, 2309.14509): every rank holds a stretch of each sequence; for attention,
+two all-to-all exchanges turn stretches of all heads into all of the sequence for some heads, and back.
+
+It enters transformers through its registry of attention functions, so that no model's code is touched.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from coati.errors import UserError
+from coati.models.layout import Layout
+
+ATTENTION = "coati_ulysses"
+
+
+class SplitSequence(Layout):
+    """The layout of `[batch, seq / ranks]`."""
+
+    def __init__(self, group):
+        self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+    def split(self, x: Tensor) -> Tensor:
+        return self.fill(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
+
+    def fill(self, x: Tensor) -> Tensor:
+        return pad(x, (0, -x.shape[1] % self.ranks))
+
+    def gather(self, x: Tensor) -> Tensor:
+        return _Gather.apply(x, self.group)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' columns; each gets back the gradient of its own (every rank has the same, whole, loss)."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        pieces = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(pieces, x.contiguous(), group=group)
+        return torch.cat(pieces, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(dist.get_world_size(ctx.group), dim=1)[dist.get_rank(ctx.group)], None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all: cuts along one dimension, joins along another."""
+
+    @staticmethod
+    def forward(ctx, x, cut, join, group):
+        ctx.cut, ctx.join, ctx.group = cut, join, group
+        sent = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), cut)]
+        received = [torch.empty_like(piece) for piece in sent]
+        dist.all_to_all(received, sent, group=group)
+        return torch.cat(received, join)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Exchange.apply(gradient, ctx.join, ctx.cut, ctx.group), None, None, None
+
+
+def use_split_attention(transformer, group):
+    """Makes a transformers model attend over the stretches of all ranks.
+
+    Raises:
+        UserError: its heads don't divide, or it takes no positions.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config, ranks = transformer.config, dist.get_world_size(group)
+    if config.num_attention_heads % ranks:
+        raise UserError(
+            f"the model has {config.num_attention_heads} attention heads: they don't divide among sequence_parallel "
+            f"{ranks}"
+        )
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **_):
+        """Queries, keys and values: `[batch, heads, seq / ranks, head_dim]`; the mask is of padding, `[batch, seq]`."""
+        if key.shape[1] % ranks:  # fewer key-value heads than ranks: each is needed on several
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        query, key, value = (_Exchange.apply(x, 1, 2, group) for x in (query, key, value))
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        mask = causal_mask(attention_mask, query.shape[2], sliding_window, query.device)
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+        )
+        return _Exchange.apply(out, 2, 1, group).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, attention_mask=None, **kwargs: attention_mask)
+    transformer.config._attn_implementation = ATTENTION
+
+
+def causal_mask(real: Tensor | None, seq: int, window: int | None, device) -> Tensor | None:
+    """Who may attend to whom, bool `[batch or 1, 1, seq, seq]`; None for plain causal attention.
+
+    Args:
+        real: bool `[batch, seq]`, False on padding.
+        window: how far back a token sees.
+    """
+    if window is None and (real is None or bool(real.all())):
+        return None
+    positions = torch.arange(seq, device=device)
+    distance = positions[:, None] - positions[None, :]
+    allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    allowed = allowed[None, None]
+    if real is not None:
+        # padding attends to itself: a row that attends to nothing is not a number
+        allowed = allowed & (real.bool()[:, None, None, :] | (distance == 0))
+    return allowed

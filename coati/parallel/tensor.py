@@ -1,0 +1,270 @@
+"""Tensor parallelism: the weights of linear layers and embeddings split over a group of ranks (Megatron-LM,
+1909.08053, section 3; vocabulary-parallel losses: its section 3, "output embedding").
+
+Colossal-AI's own layers are not used: in 0.5.0 the fused ones gather through `.cuda()`, which a CPU lacks, and an
+embedding that is replaced loses the factor that gemma multiplies it by. Here a module keeps its class and its name;
+only its weight is cut and its forward gets a collective call.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from coati.models.layout import Layout
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one a rank.
+
+    Attributes:
+        size: of the whole parameter along `dim`; zeros fill up what doesn't divide.
+    """
+
+    dim: int
+    size: int
+    parts: int
+    group: Any
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's slice."""
+        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        missing = -whole.shape[self.dim] % (self.parts * ranks)
+        if missing:
+            filler = list(whole.shape)
+            filler[self.dim] = missing
+            whole = torch.cat([whole, whole.new_zeros(filler)], self.dim)
+        blocks = whole.chunk(self.parts, self.dim)
+        return torch.cat([block.chunk(ranks, self.dim)[rank] for block in blocks], self.dim).clone()
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole parameter (or what is laid out like it) on every rank of the group."""
+        blocks = zip(*(piece.chunk(self.parts, self.dim) for piece in gather(local, self.group)), strict=True)
+        whole = torch.cat([torch.cat(block, self.dim) for block in blocks], self.dim)
+        return whole.narrow(self.dim, 0, self.size)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How a parameter is split; None if every rank holds all of it."""
+    return getattr(parameter, "dist_layout", None)
+
+
+def split_layers(layers: nn.ModuleList, entry, group):
+    """Splits every layer's projections over the group, in place."""
+    ranks, parts = dist.get_world_size(group), dict(entry.fused)
+    for layer in layers:
+        for name in entry.column:
+            split_column(layer.get_submodule(name), group, parts.get(name, 1))
+        for name in entry.row:
+            split_row(layer.get_submodule(name), group)
+        for name in entry.counts:
+            owner, _, attribute = name.rpartition(".")
+            module = layer.get_submodule(owner)
+            setattr(module, attribute, getattr(module, attribute) // ranks)
+        for name in entry.per_head:
+            if _has(layer, name):
+                sum_gradients(layer.get_submodule(name), group)
+
+
+def split_column(linear: nn.Module, group, parts: int = 1):
+    """Each rank computes a slice of the outputs."""
+    _split(linear, "weight", _dims(linear)[0], parts, group)
+    if linear.bias is not None:
+        _split(linear, "bias", 0, parts, group)
+    if hasattr(linear, "nf"):  # transformers' Conv1D shapes its output by this
+        linear.nf = linear.weight.shape[1]
+    linear.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
+
+
+def split_row(linear: nn.Module, group):
+    """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once."""
+    out, into = _dims(linear)
+    _split(linear, "weight", into, 1, group)
+
+    def forward(x: Tensor) -> Tensor:
+        y = sum_over_ranks(x @ (linear.weight.T if out == 0 else linear.weight), group)
+        return y if linear.bias is None else y + linear.bias
+
+    linear.forward = forward
+
+
+def split_embedding(embedding: nn.Embedding, group):
+    """Each rank holds a range of the vocabulary; the others' tokens give zeros, and the sum is right."""
+    _split(embedding, "weight", 0, 1, group)
+    rows, rank, lookup = embedding.weight.shape[0], dist.get_rank(group), embedding.forward
+    if embedding.padding_idx is not None:
+        local = embedding.padding_idx - rank * rows
+        embedding.padding_idx = local if 0 <= local < rows else None
+
+    def forward(input_ids: Tensor) -> Tensor:
+        local = input_ids - rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        found = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
+        return sum_over_ranks(found, group)
+
+    embedding.forward = forward
+
+
+def split_head(head: nn.Linear, group):
+    """Each rank gives the logits of a range of the vocabulary; all of them where `head.gives_all` is set.
+
+    Columns that only fill up the vocabulary get -inf.
+    """
+    size = head.weight.shape[0] if shard_of(head.weight) is None else shard_of(head.weight).size
+    split_column(head, group)
+    columns, rank, head.gives_all = head.weight.shape[0], dist.get_rank(group), False
+
+    def give(module, inputs, logits: Tensor) -> Tensor:
+        if size < (rank + 1) * columns:
+            filler = torch.arange(rank * columns, (rank + 1) * columns, device=logits.device) >= size
+            logits = logits.masked_fill(filler, -torch.inf)
+        return torch.cat(gather(logits, group), -1)[..., :size] if head.gives_all else logits
+
+    head.register_forward_hook(give)
+
+
+def sum_gradients(module: nn.Module, group):
+    """For weights that every rank holds but uses on its own heads: their gradient is the sum over ranks."""
+
+    def add(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(add)
+
+
+class SplitVocabulary(Layout):
+    """The layout of logits `[batch, seq, vocab / ranks]`: log-probs and entropy without gathering them."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
+        return _LogProbs.apply(_scaled(logits, temperature), next_ids, self.group)
+
+    def entropy(self, logits: Tensor, temperature: float) -> Tensor:
+        log_probs = _scaled(logits, temperature) - _log_partition(_scaled(logits, temperature), self.group)[..., None]
+        terms = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+        return -_summed(terms.sum(-1), self.group)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-prob of the chosen token where every rank holds a range of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx, logits, next_ids, group):
+        partition = _log_partition(logits, group)
+        local = next_ids - dist.get_rank(group) * logits.shape[-1]
+        here = (local >= 0) & (local < logits.shape[-1])
+        local = local.clamp(0, logits.shape[-1] - 1)[..., None]
+        chosen = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
+        ctx.save_for_backward(logits, partition, local, here)
+        return _summed(chosen, group) - partition
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, partition, local, here = ctx.saved_tensors
+        probabilities = (logits - partition[..., None]).exp()
+        result = probabilities.mul_(-gradient[..., None])
+        result.scatter_add_(-1, local, (gradient * here)[..., None])
+        return result, None, None
+
+
+def _log_partition(logits: Tensor, group) -> Tensor:
+    top = logits.amax(-1)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    return top + _summed((logits - top[..., None]).exp().sum(-1), group).log()
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+class _Copy(torch.autograd.Function):
+    """Megatron's f: the same input for all ranks; their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _summed(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """Megatron's g: the sum of all ranks' outputs; each gets its gradient whole."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+_last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
+
+
+def copy_to_ranks(x: Tensor, group) -> Tensor:
+    """`x`, with gradients summed over ranks. Query, key and value read one tensor: they share one such copy, so that
+    its gradient travels once."""
+    if group in _last_copy:
+        source, copied = (reference() for reference in _last_copy[group])
+        if source is x and copied is not None and copied.requires_grad == (x.requires_grad and torch.is_grad_enabled()):
+            return copied
+    copied = _Copy.apply(x, group)
+    _last_copy[group] = (weakref.ref(x), weakref.ref(copied))
+    return copied
+
+
+def sum_over_ranks(x: Tensor, group) -> Tensor:
+    return _Sum.apply(x, group)
+
+
+def gather(x: Tensor, group) -> list[Tensor]:
+    """Every rank's tensor, in the order of ranks; no gradient."""
+    x = x.detach().contiguous()
+    pieces = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, x, group=group)
+    return pieces
+
+
+def _summed(x: Tensor, group) -> Tensor:
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _split(module: nn.Module, name: str, dim: int, parts: int, group):
+    """Cuts a parameter in place; one that is tied to another may have been cut already.
+
+    The name `dist_layout` is what Colossal-AI's optimisers know a split parameter by, when they add up norms.
+    """
+    parameter = getattr(module, name)
+    if shard_of(parameter) is None:
+        shard = Shard(dim, parameter.shape[dim], parts, group)
+        parameter.data = shard.take(parameter.data)
+        parameter.dist_layout = shard
+
+
+def _dims(linear: nn.Module) -> tuple[int, int]:
+    """The dimensions of a weight that its outputs and inputs lie along; transformers' Conv1D has them swapped."""
+    return (0, 1) if isinstance(linear, nn.Linear) else (1, 0)
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    try:
+        layer.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,96 @@
+"""Tiny models of several architectures, and runs of several layouts in one process group."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT, settings_for
+
+LAYOUTS = {
+    "zero1": dict(plugin="zero1"),
+    "tp2": dict(tensor_parallel=2),
+    "pp2": dict(pipeline_parallel=2),
+    "sp2": dict(sequence_parallel=2),
+    "tp2 x pp2": dict(tensor_parallel=2, pipeline_parallel=2),
+    "tp2 x zero1": dict(tensor_parallel=2, plugin="zero1"),
+    "pp2 x zero1": dict(pipeline_parallel=2, plugin="zero1"),
+    "sp2 x zero1": dict(sequence_parallel=2, plugin="zero1"),
+}
+
+
+def family_config(family: str, tokenizer_size: int):
+    """Three layers (an odd number for two stages), an odd vocabulary, grouped queries where there are any, no dropout."""
+    import transformers
+
+    common = dict(vocab_size=tokenizer_size + 1, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    grouped = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    grouped |= dict(num_key_value_heads=2, max_position_embeddings=128)
+    match family:
+        case "gpt2":
+            sizes = dict(n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=64)
+            return transformers.GPT2Config(**common, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        case "opt":
+            sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4)
+            sizes |= dict(word_embed_proj_dim=16, max_position_embeddings=128)
+            return transformers.OPTConfig(**common, **sizes, dropout=0.0, attention_dropout=0.0)
+        case "phi":
+            return transformers.PhiConfig(**common, **{**grouped, "num_key_value_heads": 4})
+        case "qwen2":
+            window = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+            return transformers.Qwen2Config(**common, **grouped, **window, tie_word_embeddings=True)
+        case "qwen3":
+            return transformers.Qwen3Config(**common, **grouped, head_dim=8, tie_word_embeddings=True)
+        case "gemma":
+            return transformers.GemmaConfig(**common, **grouped, head_dim=8)
+        case "mistral":
+            return transformers.MistralConfig(**common, **grouped, sliding_window=6)
+        case "llama":
+            return transformers.LlamaConfig(**common, **grouped, tie_word_embeddings=False)
+    raise ValueError(family)
+
+
+def make_family(family: str, world: dict[str, str], folder: Path) -> dict[str, str]:
+    """The tiny world with a policy and a reward model of this architecture."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from coati.models import Actor, RewardModel
+
+    tokenizer = AutoTokenizer.from_pretrained(world["tokenizer"])
+    config = family_config(family, len(tokenizer))
+    torch.manual_seed(3)
+    paths = {}
+    for name, model in (("policy", Actor(config=config)), ("judge", RewardModel(config=config))):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # larger than the usual start, or all losses would be the loss of knowing nothing
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        paths[name] = str(folder / f"{family}-{name}")
+        model.save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    return world | paths
+
+
+def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
+    """Five steps, or one iteration of PPO with a reward model."""
+    settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
+    settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
+    if algorithm == "ppo":
+        settings |= dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3) | changes
+    return {"name": name, "algorithm": algorithm, "settings": settings}
+
+
+def run_jobs(jobs: list[dict], folder: Path, processes: int) -> dict:
+    """Runs `worker.py` under torchrun; the results by job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes)]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    files = [str(folder / "jobs.json"), str(folder / "results.json")]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run([*launcher, worker, *files], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "results.json").read_text())
