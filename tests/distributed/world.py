@@ -70,7 +70,8 @@ def make_family(family: str, world: dict[str, str], folder: Path) -> dict[str, s
         paths[name] = str(folder / f"{family}-{name}")
         model.save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
-    return world | paths
+    # loaded from beside the model, as its type may choose another class of tokenizer
+    return world | paths | {"tokenizer": paths["policy"]}
 
 
 def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
