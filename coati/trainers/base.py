@@ -21,7 +21,6 @@ from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engi
 from coati.parallel.checkpoint import write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything
-from coati.parallel.plugins import PLUGINS
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.config import TrainerConfig
 from coati.trainers.schedule import learning_rate_at
@@ -279,12 +278,6 @@ class Trainer:
         stored = json.loads((folder / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
-        if PLUGINS[stored["plugin"]] != PLUGINS[self.config.plugin]:
-            weights = folder / next(iter(self.engines)) / "model"
-            raise UserError(
-                f"{folder} was written under {stored['plugin']}, whose optimiser states {self.config.plugin} can't "
-                f"read: resume with --plugin {stored['plugin']}, or start a new run with --model {weights}"
-            )
         self.step = stored["step"]
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
