@@ -16,6 +16,7 @@ from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.zero.gemini.chunk import ChunkManager
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
 
@@ -185,11 +186,12 @@ def install() -> list[str]:
 
 
 def _mend_gemini():
-    """Two defects of Gemini 0.5.0.
+    """Three defects of Gemini 0.5.0.
 
     With gradient accumulation, a chunk that every rank holds whole has its earlier gradients multiplied by the number
     of ranks, and then summed over the ranks: on two ranks the first micro-batch counts twice. Dividing beforehand
-    restores the sum. And its destructor fails at interpreter exit, when torch is half gone, with a page of noise.
+    restores the sum. Its destructor fails at interpreter exit, when torch is half gone, with a page of noise. And it
+    takes no checkpoint in which Adam's step is a number, as the other plugins write it.
     """
     if getattr(ChunkManager, "mended_by_coati", False):
         return
@@ -204,6 +206,12 @@ def _mend_gemini():
         if not sys.is_finalizing():
             destroy(self)
 
+    load = GeminiOptimizer.load_single_param_states
+
+    def load_numbers_too(self, param_id, saved_states):
+        return load(self, param_id, {name: torch.as_tensor(value) for name, value in saved_states.items()})
+
+    GeminiOptimizer.load_single_param_states = load_numbers_too
     ChunkManager.rearrange_accumulated_grad_chunk = rearrange_counting_once
     GeminiDDP.__del__ = destroy_unless_exiting
     ChunkManager.mended_by_coati = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.parallel.launch import Runtime
-from coati.parallel.plugins import PluginConfig, make_booster, resolve_precision
+from coati.parallel.plugins import PLUGINS, PluginConfig, make_booster, resolve_precision
 
 LossOf = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,7 +133,7 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
     def save_optimizer(self, folder: Path):
-        """Optimiser state in shards that any number of ranks can load, and this rank's fp32 master weights."""
+        """Optimiser state in shards that any layout can load, and this rank's fp32 master weights."""
         from safetensors.torch import save_file
 
         if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
@@ -141,20 +141,37 @@ class Engine:
             self.runtime.communicator.barrier()
         if master := self._master_weights():
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
-            save_file(tensors, folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors")
+            save_file(tensors, folder / self._master_name())
 
     def load_optimizer(self, folder: Path):
-        """The inverse of `save_optimizer`. Master weights are only read back by the same number of ranks; otherwise
-        they start from the low-precision weights, as after any load."""
+        """The inverse of `save_optimizer`. Master weights are only read back under the same layout; otherwise they
+        start from the low-precision weights, as after any load."""
         from safetensors.torch import load_file
 
         if (folder / "optimizer").is_dir():
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
-        path = folder / f"master-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
+            for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(settings)  # the stored ones are those of another class of optimiser, and older
+            self._count_steps_alike()
+        path = folder / self._master_name()
         if path.exists():
             stored = load_file(path)
             for i, tensor in enumerate(self._master_weights()):
                 tensor.data.copy_(stored[str(i)])
+
+    def _count_steps_alike(self):
+        """torch's AdamW counts steps in a tensor, Colossal-AI's in a number."""
+        for state in self.optimizer.optim.state.values():
+            if "step" in state:
+                number = float(state["step"])
+                is_torch = isinstance(self.optimizer.optim, torch.optim.AdamW)
+                state["step"] = torch.tensor(number) if is_torch else int(number)
+
+    def _master_name(self) -> str:
+        c, runtime = self.config, self.runtime
+        layout = f"{PLUGINS[c.plugin]}-{c.tensor_parallel}-{c.pipeline_parallel}-{c.sequence_parallel}"
+        return f"master-{layout}-{runtime.rank}-of-{runtime.world_size}.safetensors"
 
     def _master_weights(self) -> list[Tensor]:
         """This rank's fp32 copies of low-precision weights, in a fixed order."""

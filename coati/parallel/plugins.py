@@ -8,7 +8,7 @@ import torch
 from coati.config import option
 from coati.errors import UserError
 
-# Name -> whose optimiser checkpoints it shares
+# Name -> how it lays out its fp32 master weights
 PLUGINS = {"ddp": "ddp", "zero1": "zero", "zero2": "zero", "zero2-offload": "zero", "gemini": "gemini"}
 
 
@@ -82,8 +82,8 @@ def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
         raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
     if config.plugin in ("gemini", "zero2-offload"):
         raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
-    if lora and sizes["tensor_parallel"] * sizes["pipeline_parallel"] > 1:
-        raise UserError(f"LoRA adapters can't be split by {used[0]}: use --plugin zero2 alone, or --lora_rank 0")
+    if lora:
+        raise UserError(f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or --lora_rank 0")
     if sizes["pipeline_parallel"] > 1 and config.plugin == "zero2":
         raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
     if sizes["sequence_parallel"] > 1 and len(used) > 1:

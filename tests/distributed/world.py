@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def family_config(family: str, tokenizer_size: int):
-    """Three layers (an odd number for two stages), an odd vocabulary, grouped queries where there are any, no dropout."""
+    """Three layers (an odd number for two stages), an odd vocabulary, grouped queries if there are any, no dropout."""
     import transformers
 
     common = dict(vocab_size=tokenizer_size + 1, bos_token_id=0, eos_token_id=1, pad_token_id=2)
