@@ -110,14 +110,21 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _end_after(chain: list[psutil.Process], left_behind: list[int]):
-    """Has a shell of its own session end those processes once our parent, torchrun, is done with its own."""
-    if not left_behind:
-        return
-    wait = 'while kill -0 "$0"; do sleep 0.2; done; sleep 1; kill "$@"'
-    words = ["sh", "-c", wait, *map(str, [chain[0].pid, *left_behind])]
-    nowhere = subprocess.DEVNULL  # the launcher waits until nobody can write to its pipes any more
-    subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    """Has a process of its own session end those once our parent, torchrun, is done with its workers."""
+    if left_behind:
+        words = [sys.executable, __file__, *map(str, [chain[0].pid, *left_behind])]
+        nowhere = subprocess.DEVNULL  # the launcher waits until nobody can write to its pipes any more
+        subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def _nothing_to_save(number, frame):
     """Marks the time before `launch`; the watch ends the process."""
+
+
+if __name__ == "__main__":
+    torchrun, *others = map(int, sys.argv[1:])
+    while psutil.pid_exists(torchrun) and _lives(psutil.Process(torchrun)):
+        time.sleep(0.2)
+    time.sleep(1)  # for the last lines of output to get through
+    for pid in filter(psutil.pid_exists, others):
+        os.kill(pid, signal.SIGTERM)
