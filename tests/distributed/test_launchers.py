@@ -1,6 +1,6 @@
 """Whatever happens to a run, all its processes end within 30 seconds, with the status that docs/launching.md promises.
 
-    COATI_FIGURES=1 python -m pytest tests/distributed/test_launchers.py   # writes what was seen into that page
+COATI_FIGURES=seen.json python -m pytest tests/distributed/test_launchers.py tests/slurm   # and writes that page's table
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coati.parallel.checkpoint import incomplete
@@ -29,37 +30,43 @@ EVENTS = {
     "sigterm": "SIGTERM to the launcher",
     "sigkill": "SIGKILL to the launcher",
 }
-SAVES = ("ctrl-c", "sigterm", "sigkill")  # and the others must not
+SAVES = ("ctrl-c", "sigterm", "sigkill")
+NAMES = {
+    "colossalai": "`colossalai run`",
+    "torchrun": "`torchrun`",
+    "coati": "`coati run`",
+    "srun": "`srun`",
+    "none": "`python`",
+}
 
 # What the starting command returns. Negative: ended by that signal, which a shell shows as 128 + its number.
 STATUS = {
     "colossalai": {"killed": 1, "exception": 1, "ctrl-c": 1, "ctrl-c twice": 1, "sigterm": -15, "sigkill": -9},
     "torchrun": {"killed": 1, "exception": 1, "ctrl-c": 1, "ctrl-c twice": 1, "sigterm": 1, "sigkill": -9},
     "coati": {"killed": 137, "exception": 1, "ctrl-c": 0, "ctrl-c twice": 130, "sigterm": 0, "sigkill": -9},
-    "none": {"exception": 1, "ctrl-c": 0, "ctrl-c twice": 130, "sigterm": 0, "sigkill": -9},
+    "none": {"exception": 1, "ctrl-c": 0, "sigterm": 0, "sigkill": -9},
 }
-QUICK = {("colossalai", event) for event in EVENTS} | {("coati", "killed"), ("coati", "sigterm"), ("none", "ctrl-c")}
+QUICK = {("colossalai", event) for event in EVENTS} | {("coati", "ctrl-c"), ("coati", "sigterm")}
 CASES = [(name, event) for name, statuses in STATUS.items() for event in statuses]
-seen: dict[tuple[str, str], str] = {}
 
 
-def strike(event: str, process: subprocess.Popen, folder: Path):
-    ranks = workers(folder) or [process]
+def strike(event: str, process: subprocess.Popen, ranks: list[psutil.Process]):
     match event:
         case "killed":
-            ranks[-1].send_signal(signal.SIGKILL)
+            ranks[-1].kill()
         case "exception":
             ranks[-1].send_signal(signal.SIGUSR1)
         case "ctrl-c":
             os.killpg(process.pid, signal.SIGINT)
         case "ctrl-c twice":
-            for worker in ranks[:1]:  # so that the first one can't end the run
-                worker.suspend()
+            ranks[0].suspend()  # the others now sit in a collective call
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(1)
             os.killpg(process.pid, signal.SIGINT)
-            for worker in ranks[:1]:
-                worker.resume()
+            _, alive = psutil.wait_procs(ranks[1:], timeout=10)
+            if ranks[0].is_running():
+                ranks[0].resume()
+            assert not alive
         case "sigterm":
             process.terminate()
         case "sigkill":
@@ -78,44 +85,51 @@ def seconds_until_gone(process: subprocess.Popen, folder: Path) -> float:
     raise AssertionError(f"after {LIMIT} s: {left}\n{(folder / 'log.txt').read_text()[-3000:]}")
 
 
+def check_the_end(name: str, event: str, status: int, tiny_world: dict[str, str], folder: Path, **environment):
+    """Starts a run without end, lets the event happen, and looks at what is left."""
+    output = folder / "run"
+    settings = settings_for("reward", tiny_world, output_dir=str(output), steps=10**6, eval_every=0, tensorboard=False)
+    settings["save_every"] = 0  # a checkpoint is then the one that was asked for
+    process = start(name, SCRIPT, settings, folder, 1 if name == "none" else 2, **environment)
+    wait_for_step(output, 3, folder, lambda: process.poll() is None)
+    strike(event, process, workers(folder))
+    seconds = seconds_until_gone(process, folder)
+    log = (folder / "log.txt").read_text()
+    assert process.returncode == status, log[-3000:]
+    saved = len([path for path in (output / "checkpoints").glob("step*") if not incomplete(path)])
+    if event != "ctrl-c twice":  # which may come too late to keep a small model from being saved
+        assert saved == (event in SAVES and (name, event) != ("none", "sigkill")), log[-3000:]
+        assert (json.loads((output / "run.json").read_text())["status"] == "interrupted") == bool(saved)
+    if event == "exception":
+        assert log.count("RuntimeError: the test asked for this error") == 1
+    shown = 128 - status if status < 0 else status
+    record(name, event, f"{'saved, ' if saved else ''}{shown}, {seconds:.0f} s")
+
+
+def record(name: str, event: str, cell: str):
+    """Adds what was seen to the file that COATI_FIGURES names and to the page."""
+    if not os.environ.get("COATI_FIGURES"):
+        return
+    store = Path(os.environ["COATI_FIGURES"])
+    seen = json.loads(store.read_text()) if store.exists() else {}
+    seen[f"{name} {event}"] = cell
+    store.write_text(json.dumps(seen))
+    rows = ["| | " + " | ".join(NAMES.values()) + " |", "|---" * (len(NAMES) + 1) + "|"]
+    for event, title in EVENTS.items():
+        rows.append(f"| {title} | " + " | ".join(seen.get(f"{name} {event}", "") for name in NAMES) + " |")
+    fill_figures(ROOT / "docs" / "launching.md", "\n".join(rows))
+
+
 @pytest.mark.parametrize(
     ("name", "event"), [pytest.param(*c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES]
 )
 def test_all_processes_end_with_the_promised_status(name, event, tiny_world, tmp_path):
-    output = tmp_path / "run"
-    settings = settings_for("reward", tiny_world, output_dir=str(output), steps=10**6, eval_every=0, tensorboard=False)
-    process = start(name, SCRIPT, settings, tmp_path, processes=1 if name == "none" else 2)
-    wait_for_step(output, 3, process, tmp_path)
-    strike(event, process, tmp_path)
-    seconds = seconds_until_gone(process, tmp_path)
-    log = (tmp_path / "log.txt").read_text()
-    assert process.returncode == STATUS[name][event], log[-3000:]
-    saved = [path for path in (output / "checkpoints").glob("step*") if not incomplete(path)]
-    alone_and_killed = (name, event) == ("none", "sigkill")
-    assert len(saved) == (event in SAVES and not alone_and_killed), log[-3000:]
-    if event in SAVES and not alone_and_killed:
-        assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
-    if event == "exception":
-        assert log.count("RuntimeError: the test asked for this error") == 1
-    shown = 128 - process.returncode if process.returncode < 0 else process.returncode
-    seen[name, event] = f"{'saved, ' if saved else ''}{shown}, {seconds:.0f} s"
+    check_the_end(name, event, STATUS[name][event], tiny_world, tmp_path)
 
 
 def test_coati_run_passes_arguments_on_and_shows_one_line_for_a_mistake(tmp_path):
-    word = "a b'c\"$HOME;|<|im_end|>"
-    command = [*launcher("coati", 2), str(SCRIPT), "--chat_template", word, "--no_such_option", word]
+    name = "a b'c\"$HOME;|<|im_end|>.yaml"
+    command = [*launcher("coati", 2), str(SCRIPT), "--config", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures():
-    """Writes the table once all cases have been seen."""
-    yield
-    if os.environ.get("COATI_FIGURES") and len(seen) == len(CASES):
-        names = {"colossalai": "`colossalai run`", "torchrun": "`torchrun`", "coati": "`coati run`", "none": "`python`"}
-        rows = ["| | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
-        for event, title in EVENTS.items():
-            rows.append(f"| {title} | " + " | ".join(seen.get((name, event), "") for name in names) + " |")
-        fill_figures(ROOT / "docs" / "launching.md", "\n".join(rows))
+    assert len(done.stderr.splitlines()) == 1 and f"--config {name}" in done.stderr, done.stderr

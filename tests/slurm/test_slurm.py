@@ -1,10 +1,6 @@
 """The example jobs on a SLURM cluster of two nodes that this machine plays; `make test-slurm` runs it."""
 
-import json
-import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,9 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 from coati.tracking import read_metrics
+from examples.stages import free_port
 from tests.conftest import ROOT, settings_for
-from tests.distributed.runs import BIN, MARK, free_port, processes_of, start, wait_for_step, workers
-from tests.distributed.test_launchers import SCRIPT, seconds_until_gone
+from tests.distributed.runs import BIN, wait_for_step
+from tests.distributed.test_launchers import check_the_end
 from tests.slurm.cluster import cluster, missing
 
 pytestmark = [
@@ -44,31 +41,42 @@ def run(command: list[str], environment: dict[str, str], **options) -> subproces
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **options)
 
 
-def submit(name: str, folder: Path, world: dict[str, str], slurm: dict[str, str], **changes) -> subprocess.Popen:
-    """sbatch --wait of an example with a tiny model; its log is FOLDER/log.txt, its run FOLDER/run."""
-    settings = settings_for("reward", world, steps=STEPS, save_every=0, tensorboard=False, eval_every=0) | changes
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "output_dir"}))
+def submit(name: str, folder: Path, world: dict[str, str], slurm: dict[str, str], *options) -> str:
+    """Submits an example with a tiny model; returns the job's number. Its log is FOLDER/log.txt, its run FOLDER/run."""
+    settings = settings_for("reward", world, steps=STEPS, save_every=0, tensorboard=False, eval_every=0)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     job = dict(CONFIG=str(folder / "config.yaml"), OUTPUT=str(folder / "run"), MASTER_PORT=str(free_port()))
-    job |= {MARK: str(folder), "GPUS": "2" if name == "one_node" else "1"}
-    script = ROOT / "examples" / "slurm" / f"{name}.sbatch"
-    command = ["sbatch", "--wait", "--parsable", "--output", str(folder / "log.txt"), str(script)]
-    return subprocess.Popen(command, cwd=ROOT, env=slurm | job, stdout=subprocess.PIPE, text=True)
+    job |= {"GPUS": "2" if name == "one_node" else "1"}
+    script = f"examples/slurm/{name}.sbatch"
+    command = ["sbatch", "--parsable", "--output", str(folder / "log.txt"), *options, script]
+    return run(command, slurm | job, check=True).stdout.strip()
 
 
-def job_id(submitted: subprocess.Popen) -> str:
-    return submitted.stdout.readline().strip()
+def state(job: str, slurm: dict[str, str]) -> str:
+    """PENDING, RUNNING, COMPLETED, ... A job that waits for its time to begin, as requeued ones do, begins now."""
+    shown = run(["scontrol", "show", "job", job], slurm, check=True).stdout
+    if "Reason=BeginTime" in shown:
+        run(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
+    return re.search(r"JobState=(\w+)", shown)[1]
 
 
-def finish(submitted: subprocess.Popen, folder: Path):
-    assert submitted.wait(timeout=200) == 0, (folder / "log.txt").read_text()[-3000:]
+def wait_until_complete(job: str, folder: Path, slurm: dict[str, str]):
+    deadline = time.monotonic() + 200
+    while (now := state(job, slurm)) in (
+        "PENDING",
+        "RUNNING",
+        "COMPLETING",
+        "REQUEUED",
+    ) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert now == "COMPLETED", now + (folder / "log.txt").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(slurm, tiny_world, tmp_path_factory) -> Path:
-    """The run that train_rm.sbatch makes when it is left alone, on both nodes."""
+    """What train_rm.sbatch makes when it is left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(submit("train_rm", folder, tiny_world, slurm), folder)
+    submit("train_rm", folder, tiny_world, slurm, "--wait")
     return folder
 
 
@@ -85,24 +93,26 @@ def test_a_job_trains_on_both_nodes(uninterrupted):
 
 @pytest.mark.parametrize("name", ["torchrun", "one_node"])
 def test_the_other_jobs_give_the_same_weights(name, uninterrupted, slurm, tiny_world, tmp_path):
-    submitted = submit(name, tmp_path, tiny_world, slurm)
-    finish(submitted, tmp_path)
+    wait_until_complete(submit(name, tmp_path, tiny_world, slurm), tmp_path, slurm)
     assert same_weights(uninterrupted, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["scancel --signal=TERM", "scontrol requeue"])
 def test_a_requeued_job_ends_with_the_uninterrupted_weights(how, uninterrupted, slurm, tiny_world, tmp_path):
     """`scancel --signal=TERM` stands for --signal before the time limit, `scontrol requeue` for preemption."""
-    submitted = submit("train_rm", tmp_path, tiny_world, slurm)
-    job = job_id(submitted)
-    wait_for_step(tmp_path / "run", STEPS // 6, submitted, tmp_path)
+    job = submit("train_rm", tmp_path, tiny_world, slurm)
+    wait_for_step(tmp_path / "run", STEPS // 6, tmp_path, lambda: state(job, slurm) in ("PENDING", "RUNNING"))
     run([*how.split(), job], slurm, check=True)
-    deadline = time.monotonic() + 100
-    while "from step" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
-        if re.search(r"Reason=BeginTime", run(["scontrol", "show", "job", job], slurm).stdout):
-            run(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)  # a requeued job waits two minutes
-        time.sleep(1)
-    finish(submitted, tmp_path)
+    wait_until_complete(job, tmp_path, slurm)
     log = (tmp_path / "log.txt").read_text()
-    assert "SIGTERM received: saved step" in log
+    assert "SIGTERM received: saved step" in log and "from step" in log
     assert same_weights(uninterrupted, tmp_path)
+
+
+# What srun returns: 143 for any process that fails, since it ends the others by SIGTERM.
+STATUS = {"killed": 137, "exception": 143, "ctrl-c": 0, "sigterm": 0, "sigkill": -9}
+
+
+@pytest.mark.parametrize("event", STATUS)
+def test_all_processes_of_srun_end_with_the_promised_status(event, slurm, tiny_world, tmp_path):
+    check_the_end("srun", event, STATUS[event], tiny_world, tmp_path, **slurm)
