@@ -25,7 +25,15 @@ def launcher(name: str, processes: int) -> list[str]:
         "colossalai": [str(BIN / "colossalai"), "run", *count, "--master_port", str(free_port())],
         "torchrun": [str(BIN / "torchrun"), *count, "--master_port", str(free_port())],
         "coati": [sys.executable, "-m", "coati.cli", "run", *count],
-        "srun": ["srun", "--nodes", str(processes), "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable],
+        "srun": [
+            "srun",
+            "--disable-status",
+            "--nodes",
+            str(processes),
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=1",
+            sys.executable,
+        ],
         "none": [sys.executable],
     }[name]
 

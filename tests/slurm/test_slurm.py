@@ -109,8 +109,7 @@ def test_a_requeued_job_ends_with_the_uninterrupted_weights(how, uninterrupted, 
     assert same_weights(uninterrupted, tmp_path)
 
 
-# What srun returns: 143 for any process that fails, since it ends the others by SIGTERM.
-STATUS = {"killed": 137, "exception": 143, "ctrl-c": 0, "sigterm": 0, "sigkill": -9}
+STATUS = {"killed": 137, "exception": 1, "ctrl-c": 0, "ctrl-c twice": 130, "sigterm": 137, "sigkill": -9}
 
 
 @pytest.mark.parametrize("event", STATUS)
