@@ -26,7 +26,7 @@ test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or S
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh
-	$(PYTEST) -m slurm
+	$(PYTEST) -m "slurm and not slow"
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

@@ -1,6 +1,6 @@
 """Whatever happens to a run, all its processes end within 30 seconds, with the status that docs/launching.md promises.
 
-COATI_FIGURES=seen.json python -m pytest tests/distributed/test_launchers.py tests/slurm   # and writes that page's table
+With COATI_FIGURES=seen.json they, and tests/slurm, write what they see into that file and the page's table.
 """
 
 import json

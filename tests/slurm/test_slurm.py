@@ -112,6 +112,6 @@ def test_a_requeued_job_ends_with_the_uninterrupted_weights(how, uninterrupted, 
 STATUS = {"killed": 137, "exception": 1, "ctrl-c": 0, "ctrl-c twice": 130, "sigterm": 137, "sigkill": -9}
 
 
-@pytest.mark.parametrize("event", STATUS)
+@pytest.mark.parametrize("event", [pytest.param(e, marks=pytest.mark.slow if "twice" in e else []) for e in STATUS])
 def test_all_processes_of_srun_end_with_the_promised_status(event, slurm, tiny_world, tmp_path):
     check_the_end("srun", event, STATUS[event], tiny_world, tmp_path, **slurm)
