@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "run":
             from coati.run import run as start
 
+            if arguments.nproc_per_node < 1 or not arguments.script:
+                raise UserError("say what to start: coati run --nproc_per_node 2 SCRIPT.py --config FILE.yaml")
             return start(arguments.nproc_per_node, arguments.script)
         from coati.tracking import write_report
 

@@ -16,7 +16,7 @@ import pytest
 from coati.parallel.checkpoint import incomplete
 from examples.stages import fill_figures
 from tests.conftest import ROOT, settings_for
-from tests.distributed.runs import launcher, processes_of, start, wait_for_step, workers
+from tests.distributed.runs import BIN, launcher, processes_of, start, wait_for_step, workers
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("train_rm_or_raise.py")
@@ -128,9 +128,17 @@ def test_all_processes_end_with_the_promised_status(name, event, tiny_world, tmp
     check_the_end(name, event, STATUS[name][event], tiny_world, tmp_path)
 
 
-def test_coati_run_passes_arguments_on_and_shows_one_line_for_a_mistake(tmp_path):
-    name = "a b'c\"$HOME;|<|im_end|>.yaml"
-    command = [*launcher("coati", 2), str(SCRIPT), "--config", name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and f"--config {name}" in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("launcher_name", "word", "status"),
+    [("coati", "a b'c\"$HOME;|<|im_end|>", 2), ("colossalai", "'a b;|<|im_end|>'", 1)],
+)
+def test_arguments_arrive_and_a_mistake_is_one_line(launcher_name, word, status, tmp_path):
+    """For `colossalai run` with the second pair of quotes that docs/launching.md asks for."""
+    command = [*launcher(launcher_name, 2), str(SCRIPT), "--config", word]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), PATH=f"{BIN}:{os.environ['PATH']}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == status
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert len(ours) == 1 and f"--config {word.strip(chr(39))}:" in ours[0], done.stderr
+    if launcher_name == "coati":
+        assert done.stderr.splitlines() == ours

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from coati.errors import UserError
@@ -115,3 +116,27 @@ def test_only_launchers_and_shells_between_them_are_watched(tmp_path):
 
 def test_nobody_is_watched_without_a_launcher():
     assert launchers() == []
+
+
+STUBBORN = """
+import os, signal, time
+from coati.watch import watch_launcher
+watch_launcher()
+signal.signal(signal.SIGTERM, lambda *_: None)  # as after `launch`, with a step that never ends
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_cannot_save_ends_once_its_launcher_is_gone(tmp_path):
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {STUBBORN!r}])\n")
+    environment = dict(os.environ, COATI_SECONDS_TO_SAVE="2")
+    launcher = subprocess.Popen(
+        [sys.executable, str(torchrun)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    worker = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    gone, _ = psutil.wait_procs([worker], timeout=10)
+    assert gone == [worker]
+    assert "the launcher is gone" in launcher.communicate()[1]
