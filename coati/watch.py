@@ -107,6 +107,8 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, but there
+        return True
 
 
 def _end_after(chain: list[psutil.Process], left_behind: list[int]):

@@ -1,5 +1,6 @@
 """The entry point of the example scripts: parse, launch, train; errors in words."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -45,6 +46,7 @@ def main(load_trainer, description: str):
 
 def _end(status: int):
     """Without the clean-up at exit, in which a rank waits for others that sit in a collective call."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read our output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

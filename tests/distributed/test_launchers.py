@@ -62,7 +62,7 @@ def strike(event: str, process: subprocess.Popen, ranks: list[psutil.Process]):
         case "ctrl-c twice":
             ranks[0].suspend()  # the others now sit in a collective call
             os.killpg(process.pid, signal.SIGINT)
-            time.sleep(1)
+            time.sleep(3)  # torchrun then has seen the first one, on a busy machine too
             os.killpg(process.pid, signal.SIGINT)
             _, alive = psutil.wait_procs(ranks[1:], timeout=10)
             if ranks[0].is_running():
@@ -81,8 +81,6 @@ def seconds_until_gone(process: subprocess.Popen, folder: Path) -> float:
             return time.monotonic() - started
         time.sleep(0.1)
     left = [(p.pid, p.status(), p.cmdline()) for p in processes_of(folder)]
-    for survivor in processes_of(folder):
-        survivor.kill()
     raise AssertionError(f"after {LIMIT} s: {left}\n{(folder / 'log.txt').read_text()[-3000:]}")
 
 
@@ -92,9 +90,13 @@ def check_the_end(name: str, event: str, status: int, tiny_world: dict[str, str]
     settings = settings_for("reward", tiny_world, output_dir=str(output), steps=10**6, eval_every=0, tensorboard=False)
     settings["save_every"] = 0  # a checkpoint is then the one that was asked for
     process = start(name, SCRIPT, settings, folder, 1 if name == "none" else 2, **environment)
-    wait_for_step(output, 3, folder, lambda: process.poll() is None)
-    strike(event, process, workers(folder))
-    seconds = seconds_until_gone(process, folder)
+    try:
+        wait_for_step(output, 3, folder, lambda: process.poll() is None)
+        strike(event, process, workers(folder))
+        seconds = seconds_until_gone(process, folder)
+    finally:
+        for survivor in processes_of(folder):
+            survivor.kill()
     log = (folder / "log.txt").read_text()
     assert process.returncode == status, log[-3000:]
     saved = len([path for path in (output / "checkpoints").glob("step*") if not incomplete(path)])
