@@ -18,6 +18,7 @@ import psutil
 
 SECONDS_TO_SAVE = "COATI_SECONDS_TO_SAVE"  # once the launcher is gone
 POLL = 0.5
+STOPS = (signal.SIGINT, signal.SIGTERM)
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _watching = threading.Event()
 
@@ -28,14 +29,14 @@ def watch_launcher():
     - A launcher goes away: SIGTERM to ourselves, which asks for a checkpoint; exit status 1 if that takes over 8 s
       (or what COATI_SECONDS_TO_SAVE says).
     - SIGINT or SIGTERM before `launch`: the process ends at once, there is nothing to save.
-    - SIGINT for the second time, or the launcher gone after a first one: it ends at once.
+    - After SIGINT another signal, or no launcher: it ends at once.
     """
     if _watching.is_set():
         return
     _watching.set()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, _nothing_to_save)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # signals arrive there without the main thread
     chain = launchers()
@@ -82,17 +83,18 @@ def _left_behind(chain: list[psutil.Process]) -> list[int]:
 
 
 def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
-    interrupts = 0
+    interrupted = False
     while all(map(_lives, chain)):
         if not select.select([signals], [], [], POLL)[0]:
             continue
-        for number in os.read(signals, 64):
-            interrupts += number == signal.SIGINT
-            if interrupts == 1:
+        for number in filter(STOPS.__contains__, os.read(signals, 64)):
+            if number == signal.SIGINT and not interrupted:
                 _end_after(chain, left_behind)
-            if interrupts > 1 or signal.getsignal(number) is _nothing_to_save:
+            # torchrun makes SIGTERM of the second Ctrl-C
+            if interrupted or signal.getsignal(number) is _nothing_to_save:
                 os._exit(128 + number)
-    if interrupts:  # the second Ctrl-C ended the launcher, which didn't pass it on
+            interrupted = number == signal.SIGINT
+    if interrupted:  # the second Ctrl-C ended the launcher, which didn't pass it on
         os._exit(128 + signal.SIGINT)
     _end_after(chain, left_behind)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -97,10 +97,17 @@ def test_the_other_jobs_give_the_same_weights(name, uninterrupted, slurm, tiny_w
     assert same_weights(uninterrupted, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["scancel --signal=TERM", "scontrol requeue"])
-def test_a_requeued_job_ends_with_the_uninterrupted_weights(how, uninterrupted, slurm, tiny_world, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("train_rm", "scancel --signal=TERM"),
+        ("train_rm", "scontrol requeue"),
+        pytest.param("torchrun", "scancel --signal=TERM", marks=pytest.mark.slow),
+    ],
+)
+def test_a_requeued_job_ends_with_the_uninterrupted_weights(name, how, uninterrupted, slurm, tiny_world, tmp_path):
     """`scancel --signal=TERM` stands for --signal before the time limit, `scontrol requeue` for preemption."""
-    job = submit("train_rm", tmp_path, tiny_world, slurm)
+    job = submit(name, tmp_path, tiny_world, slurm)
     wait_for_step(tmp_path / "run", STEPS // 6, tmp_path, lambda: state(job, slurm) in ("PENDING", "RUNNING"))
     run([*how.split(), job], slurm, check=True)
     wait_until_complete(job, tmp_path, slurm)
