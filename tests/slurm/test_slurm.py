@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=missing() or ""),
 ]
 STEPS = 60
+GOING = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +63,7 @@ def state(job: str, slurm: dict[str, str]) -> str:
 
 def wait_until_complete(job: str, folder: Path, slurm: dict[str, str]):
     deadline = time.monotonic() + 200
-    while (now := state(job, slurm)) in (
-        "PENDING",
-        "RUNNING",
-        "COMPLETING",
-        "REQUEUED",
-    ) and time.monotonic() < deadline:
+    while (now := state(job, slurm)) in GOING and time.monotonic() < deadline:
         time.sleep(0.5)
     assert now == "COMPLETED", now + (folder / "log.txt").read_text()[-3000:]
 
@@ -76,7 +72,8 @@ def wait_until_complete(job: str, folder: Path, slurm: dict[str, str]):
 def uninterrupted(slurm, tiny_world, tmp_path_factory) -> Path:
     """What train_rm.sbatch makes when it is left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    submit("train_rm", folder, tiny_world, slurm, "--wait")
+    job = submit("train_rm", folder, tiny_world, slurm, "--wait")
+    assert "NodeList=n[1-2]" in run(["scontrol", "show", "job", job], slurm).stdout
     return folder
 
 
@@ -108,7 +105,7 @@ def test_the_other_jobs_give_the_same_weights(name, uninterrupted, slurm, tiny_w
 def test_a_requeued_job_ends_with_the_uninterrupted_weights(name, how, uninterrupted, slurm, tiny_world, tmp_path):
     """`scancel --signal=TERM` stands for --signal before the time limit, `scontrol requeue` for preemption."""
     job = submit(name, tmp_path, tiny_world, slurm)
-    wait_for_step(tmp_path / "run", STEPS // 6, tmp_path, lambda: state(job, slurm) in ("PENDING", "RUNNING"))
+    wait_for_step(tmp_path / "run", STEPS // 6, tmp_path, lambda: state(job, slurm) in GOING)
     run([*how.split(), job], slurm, check=True)
     wait_until_complete(job, tmp_path, slurm)
     log = (tmp_path / "log.txt").read_text()
