@@ -39,6 +39,7 @@ def watch_launcher():
     for number in STOPS:
         signal.signal(number, _nothing_to_save)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # signals arrive there without the main thread
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # those of a child don't count
     chain = launchers()
     threading.Thread(target=_watch, args=(chain, _left_behind(chain), reader), daemon=True).start()
 
@@ -84,7 +85,7 @@ def _left_behind(chain: list[psutil.Process]) -> list[int]:
 
 def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
     interrupted = False
-    while all(map(_lives, chain)):
+    while all(map(lives, chain)):
         if not select.select([signals], [], [], POLL)[0]:
             continue
         for number in filter(STOPS.__contains__, os.read(signals, 64)):
@@ -104,7 +105,8 @@ def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
     os._exit(1)
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and waits for its parent to notice does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -127,7 +129,7 @@ def _nothing_to_save(number, frame):
 
 if __name__ == "__main__":
     torchrun, *others = map(int, sys.argv[1:])
-    while psutil.pid_exists(torchrun) and _lives(psutil.Process(torchrun)):
+    while psutil.pid_exists(torchrun) and lives(psutil.Process(torchrun)):
         time.sleep(0.2)
     time.sleep(1)  # for the last lines of output to get through
     for pid in filter(psutil.pid_exists, others):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from coati.parallel.checkpoint import incomplete
+from coati.watch import lives
 from examples.stages import fill_figures
 from tests.conftest import ROOT, settings_for
 from tests.distributed.runs import BIN, launcher, processes_of, start, wait_for_step, workers
@@ -64,10 +65,13 @@ def strike(event: str, process: subprocess.Popen, ranks: list[psutil.Process]):
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(3)  # torchrun then has seen the first one, on a busy machine too
             os.killpg(process.pid, signal.SIGINT)
-            _, alive = psutil.wait_procs(ranks[1:], timeout=10)
-            if ranks[0].is_running():
+            deadline = time.monotonic() + 10
+            while any(map(lives, ranks[1:])) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            hang = list(filter(lives, ranks[1:]))
+            if lives(ranks[0]):
                 ranks[0].resume()
-            assert not alive
+            assert not hang
         case "sigterm":
             process.terminate()
         case "sigkill":

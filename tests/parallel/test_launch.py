@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -140,3 +142,23 @@ def test_a_process_that_cannot_save_ends_once_its_launcher_is_gone(tmp_path):
     gone, _ = psutil.wait_procs([worker], timeout=10)
     assert gone == [worker]
     assert "the launcher is gone" in launcher.communicate()[1]
+
+
+FORKS = """
+import os, signal, time
+from coati.watch import watch_launcher
+watch_launcher()
+signal.signal(signal.SIGINT, lambda *_: None)  # as after `launch`
+child = os.fork()
+time.sleep(2)
+if child:
+    os.waitpid(child, 0)
+    print("lives")
+"""
+
+
+def test_a_ctrl_c_that_reaches_forked_children_too_counts_once():
+    process = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGINT)
+    assert (process.communicate()[0], process.returncode) == ("lives\n", 0)
