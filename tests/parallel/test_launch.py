@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -150,6 +149,8 @@ from coati.watch import watch_launcher
 watch_launcher()
 signal.signal(signal.SIGINT, lambda *_: None)  # as after `launch`
 child = os.fork()
+if child:
+    print("forked", flush=True)
 time.sleep(2)
 if child:
     os.waitpid(child, 0)
@@ -159,6 +160,6 @@ if child:
 
 def test_a_ctrl_c_that_reaches_forked_children_too_counts_once():
     process = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    time.sleep(1.5)
+    assert process.stdout.readline() == "forked\n"
     os.killpg(process.pid, signal.SIGINT)
     assert (process.communicate()[0], process.returncode) == ("lives\n", 0)
