@@ -177,9 +177,9 @@ def _place_in_step() -> dict[str, str]:
     # srun may have given each task one GPU of its own, which is number 0 there
     local_rank = "0" if torch.cuda.device_count() == 1 else slurm["LOCALID"]
     # below the ports that Linux hands out; steps of a job, and jobs on a node, get different ones
-    port = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
+    free = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
     address = os.environ.get("MASTER_ADDR", _first_host(slurm["STEP_NODELIST"]))
-    port = os.environ.get("MASTER_PORT", str(port))
+    port = os.environ.get("MASTER_PORT", str(free))
     return dict(zip(PLACE, [slurm["PROCID"], slurm["STEP_NUM_TASKS"], local_rank, address, port], strict=True))
 
 
