@@ -91,8 +91,9 @@ def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
         for number in filter(STOPS.__contains__, os.read(signals, 64)):
             if number == signal.SIGINT and not interrupted:
                 _end_after(chain, left_behind)
-            # torchrun makes SIGTERM of the second Ctrl-C
-            if interrupted or signal.getsignal(number) is _nothing_to_save:
+            if interrupted:  # a second Ctrl-C, of which torchrun makes SIGTERM
+                os._exit(128 + signal.SIGINT)
+            if signal.getsignal(number) is _nothing_to_save:
                 os._exit(128 + number)
             interrupted = number == signal.SIGINT
     if interrupted:  # the second Ctrl-C ended the launcher, which didn't pass it on
