@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install quickstart test test-all lint format typecheck clean
+.PHONY: help install quickstart test test-slurm test-all lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -21,8 +21,12 @@ install: $(READY)  ## Make .venv with everything (again when the requirements ch
 quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two CPU processes
 	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
 
-test: $(READY)  ## Run the tests, without the slow ones and those for a GPU
-	$(PYTEST) -m "not slow and not gpu"
+test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or SLURM
+	$(PYTEST) -m "not slow and not gpu and not slurm"
+
+test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
+	tools/install_slurm.sh
+	$(PYTEST) -m "slurm and not slow"
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

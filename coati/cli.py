@@ -1,4 +1,4 @@
-"""`coati doctor` and `coati report`."""
+"""`coati doctor`, `coati report` and `coati run`."""
 
 import argparse
 import sys
@@ -17,12 +17,21 @@ def main(argv: list[str] | None = None) -> int:
         "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
     )
     report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+    run = commands.add_parser("run", help="start a script on every GPU of this machine")
+    run.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
+    run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py ...", help="the script and its arguments")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "doctor":
             from coati.doctor import diagnose
 
             return diagnose()
+        if arguments.command == "run":
+            from coati.run import run as start
+
+            if arguments.nproc_per_node < 1 or not arguments.script:
+                raise UserError("say what to start: coati run --nproc_per_node 2 SCRIPT.py --config FILE.yaml")
+            return start(arguments.nproc_per_node, arguments.script)
         from coati.tracking import write_report
 
         print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html"))

@@ -25,7 +25,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         argv: the command line, `sys.argv[1:]` if None.
 
     Raises:
-        UserError: the file is missing, isn't a mapping, or has a key that is no field.
+        UserError: the file is missing, isn't a mapping, or has a key that is no field; a flag is unknown.
         SystemExit: `--help`, or a value of the wrong type (argparse's message names the flag).
     """
     from transformers import HfArgumentParser
@@ -35,7 +35,9 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; each key is the name of a flag below")
     path, rest = _take_config_path(argv)
     flags, emptied = _as_flags(path, config_class) if path else ([], [])
-    (config,) = parser.parse_args_into_dataclasses(args=flags + rest)[:1]
+    config, *_, unknown = parser.parse_args_into_dataclasses(args=flags + rest, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no flag of this script: --help lists them")
     for name in emptied:  # argparse has no flag for an empty list
         if not any(word.split("=")[0] == f"--{name}" for word in rest):
             setattr(config, name, [])

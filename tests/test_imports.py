@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "data": {"losses", "models"},
     "rewards": {"losses", "models"},
     "rollout": {"losses", "models", "rewards"},
-    "parallel": set(),
+    "parallel": {"watch"},
     "tracking": set(),
-    "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking"},
+    "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch"},
 }
 
 

@@ -1,8 +1,9 @@
-"""Starting a process of a run: under `colossalai run`, torchrun, or plain `python`."""
+"""Starting a process of a run: under `colossalai run`, torchrun, srun, `coati run`, or plain `python`."""
 
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from coati.errors import UserError
 from coati.parallel.communication import Communicator
+from coati.watch import watch_launcher
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Runtime:
 
 
 def launch(seed: int = 42) -> Runtime:
-    """Joins the process group that the launcher prepared, or makes one of a single process.
+    """Joins the process group that the launcher prepared, or makes one of a single process. From the main thread only.
 
     Every rank gets the same random state, so that models are created alike; trainers call `seed_everything` with the
     rank afterwards.
@@ -72,6 +74,7 @@ def launch(seed: int = 42) -> Runtime:
     Raises:
         UserError: a launcher's variables are set only in part.
     """
+    watch_launcher()
     quiet_colossalai()
     import colossalai
 
@@ -147,19 +150,43 @@ def quiet_colossalai():
         warnings.filterwarnings("ignore", message=pattern)
 
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def _place() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the environment; alone if no launcher set any of them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if "RANK" not in given:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    elif len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
+    """Rank, world size and local rank: from the environment, else from srun; alone if nothing started several of us."""
+    given = [name for name in PLACE if name in os.environ]
+    if "RANK" in given and len(given) < len(PLACE):
+        missing = ", ".join(name for name in PLACE if name not in given)
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
+    if "RANK" not in given:
+        os.environ.update(_place_in_step() if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else _place_alone())
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _place_alone() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return dict(zip(PLACE, ["0", "1", "0", "127.0.0.1", str(port)], strict=True))
+
+
+def _place_in_step() -> dict[str, str]:
+    """A task of `srun python ...`. MASTER_ADDR and MASTER_PORT stay as they are if the user has set them."""
+    slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST")}
+    # srun may have given each task one GPU of its own, which is number 0 there
+    local_rank = "0" if torch.cuda.device_count() == 1 else slurm["LOCALID"]
+    # below the ports that Linux hands out; steps of a job, and jobs on a node, get different ones
+    free = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
+    address = os.environ.get("MASTER_ADDR", _first_host(slurm["STEP_NODELIST"]))
+    port = os.environ.get("MASTER_PORT", str(free))
+    return dict(zip(PLACE, [slurm["PROCID"], slurm["STEP_NUM_TASKS"], local_rank, address, port], strict=True))
+
+
+def _first_host(hosts: str) -> str:
+    """The first name of SLURM's host list: "n[01-03,7]-ib,m1" -> "n01-ib"."""
+    first = re.match(r"(\[[^]]*\]|[^,[])*", hosts)
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]) if first else hosts
 
 
 def _quiet_other_ranks(runtime: Runtime):

@@ -1,22 +1,29 @@
 """The entry point of the example scripts: parse, launch, train; errors in words."""
 
+import contextlib
 import os
 import sys
+import traceback
 
 from coati.config import parse_config
 from coati.errors import UserError
+from coati.watch import watch_launcher
 
 
 def main(load_trainer, description: str):
     """Runs one training script.
 
+    Exit status: 0 for a finished run or one that saved when it was asked to stop, 2 for a mistake of the user's, 1 for
+    any other error. No rank waits for the others once it has failed.
+
     Args:
         load_trainer: returns `(config class, trainer class)`; called late, since importing torch takes seconds and the
             user should see a line first.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if is_main and "--help" not in sys.argv and "-h" not in sys.argv:
         print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
+    watch_launcher()
     runtime = None
     try:
         config_class, trainer_class = load_trainer()
@@ -29,10 +36,17 @@ def main(load_trainer, description: str):
         shutdown()
     except UserError as error:
         if runtime.first_to_fail() if runtime else is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
-        os._exit(2)  # without waiting for ranks that sit in a collective call
+            print(f"error: {error}", file=sys.stderr)
+        _end(2)
     except Exception:
-        if runtime is None or runtime.first_to_fail():
-            raise
-        os._exit(1)  # another rank failed first and said why; this is only its echo
+        if runtime is None or runtime.first_to_fail():  # another rank's error is only the echo of the first
+            traceback.print_exc()
+        _end(1)
+
+
+def _end(status: int):
+    """Without the clean-up at exit, in which a rank waits for others that sit in a collective call."""
+    with contextlib.suppress(OSError):  # whoever read our output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

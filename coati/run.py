@@ -1,0 +1,66 @@
+"""`coati run`: one process a GPU of this machine. A short launcher that passes signals on and says what failed.
+
+It does what torchrun can't be told to do from a worker: arguments go to the script as they are, every run has a port of
+its own, a failure is one line, and Ctrl-C or SIGTERM ends with the workers' own exit status, 0 once they have saved.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+SECONDS_TO_END = 10  # for the other processes once one has failed; the reason is then on its way out
+
+
+def run(processes: int, command: list[str]) -> int:
+    """Starts the script `processes` times and waits; returns the exit status of the first to fail, or 0.
+
+    Args:
+        command: a Python script and its arguments.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers: list[subprocess.Popen] = []
+    asked: list[int] = []
+
+    def pass_on(number, frame):
+        asked.append(number)
+        _send(workers, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    for rank in map(str, range(processes)):
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        # in a session of its own: a terminal's Ctrl-C arrives once, through us
+        workers.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
+    for number in asked:  # came before the last one had started
+        _send(workers, number)
+    return _wait(workers)
+
+
+def _wait(workers: list[subprocess.Popen]) -> int:
+    while all(worker.poll() in (None, 0) for worker in workers):
+        if all(worker.returncode == 0 for worker in workers):
+            return 0
+        time.sleep(0.1)
+    rank, failed = next((i, worker) for i, worker in enumerate(workers) if worker.returncode)
+    status = failed.returncode
+    if status < 0:
+        print(f"error: process {rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
+    _send(workers, signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_END
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(0.1)
+    _send(workers, signal.SIGKILL)
+    return status if status > 0 else 128 - status
+
+
+def _send(workers: list[subprocess.Popen], number: int):
+    """To the whole group of each living worker, its data loaders included."""
+    for worker in workers:
+        if worker.poll() is None:
+            os.killpg(worker.pid, number)

@@ -1,0 +1,94 @@
+"""Starting a run with each launcher, finding its processes, and waiting for its steps."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import yaml
+
+from examples.stages import SCRIPTS, free_port
+from tests.conftest import ROOT
+
+BIN = Path(sys.executable).parent
+MARK = "COATI_TEST_RUN"  # in the environment of all that a run starts
+
+
+def launcher(name: str, processes: int) -> list[str]:
+    """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process a node), or `none`."""
+    count = ["--nproc_per_node", str(processes)]
+    return {
+        "colossalai": [str(BIN / "colossalai"), "run", *count, "--master_port", str(free_port())],
+        "torchrun": [str(BIN / "torchrun"), *count, "--master_port", str(free_port())],
+        "coati": [sys.executable, "-m", "coati.cli", "run", *count],
+        "srun": [
+            "srun",
+            "--disable-status",
+            "--nodes",
+            str(processes),
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=1",
+            sys.executable,
+        ],
+        "none": [sys.executable],
+    }[name]
+
+
+def start(
+    name: str, script: str | Path, settings: dict, folder: Path, processes: int = 2, **environment
+) -> subprocess.Popen:
+    """A run in a session of its own, as a terminal would have it; its output goes to FOLDER/log.txt.
+
+    Args:
+        script: `sft`, `reward` or `ppo` for the example scripts, or a file.
+        environment: more variables.
+    """
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    script = ROOT / "examples" / SCRIPTS[script] if script in SCRIPTS else script
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: str(folder)}
+    command = [*launcher(name, processes), str(script), "--config", str(config)]
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Everything that a run started and that still lives."""
+    return [process for process in psutil.process_iter() if _environment(process).get(MARK) == str(folder)]
+
+
+def workers(folder: Path) -> list[psutil.Process]:
+    """The training processes, not their launchers, in the order of ranks."""
+    config = str(folder / "config.yaml")
+    ranks = {}
+    for process in processes_of(folder):
+        words, environment = process.cmdline(), _environment(process)
+        launches = process.name() == "srun" or any("nproc_per_node" in word for word in words)
+        if config in words and not launches:
+            ranks[int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))] = process
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # gone, a zombie, or not ours
+        return {}
+
+
+def wait_for_step(output: Path, step: int, folder: Path, lives: Callable[[], bool]):
+    """Returns once metrics.jsonl has the step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if output.joinpath("metrics.jsonl").exists():
+            lines = output.joinpath("metrics.jsonl").read_text().splitlines()
+            if any(json.loads(line)["step"] >= step for line in lines[-3:-1]):
+                return
+        assert lives(), (folder / "log.txt").read_text()[-3000:]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came: {(folder / 'log.txt').read_text()[-3000:]}")

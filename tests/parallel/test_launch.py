@@ -1,0 +1,165 @@
+"""Where a process finds its place in the run, and whom it watches."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from coati.errors import UserError
+from coati.watch import launchers
+
+place = importlib.import_module("coati.parallel.launch")  # coati.parallel.launch is the function
+
+STEP = dict(
+    SLURM_JOB_ID="7",
+    SLURM_STEP_ID="0",
+    SLURM_PROCID="5",
+    SLURM_LOCALID="1",
+    SLURM_STEP_NUM_TASKS="8",
+    SLURM_STEP_NODELIST="gpu[03-04],x1",
+)
+
+
+def placed(monkeypatch, **environment) -> dict[str, str]:
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in place.PLACE:
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in place.PLACE:  # so that monkeypatch takes back what is written below
+        monkeypatch.setenv(name, environment.get(name, ""))
+        if name not in environment:
+            os.environ.pop(name)
+    place._place()
+    return {name: os.environ[name] for name in place.PLACE}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node7", "node7"),
+        ("a1,b2", "a1"),
+        ("n[1-2]", "n1"),
+        ("n[001-016,020],m[1-2]", "n001"),
+        ("n[7,9-12]", "n7"),
+        ("rack[1-2]node[3-4]-ib,z", "rack1node3-ib"),
+    ],
+)
+def test_the_first_host_of_slurms_list(hosts, first):
+    assert place._first_host(hosts) == first
+
+
+def test_a_task_of_srun_finds_its_place(monkeypatch):
+    found = placed(monkeypatch, **STEP)
+    assert found == dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu03", MASTER_PORT="10112")
+
+
+def test_steps_and_jobs_get_different_ports_below_those_of_linux(monkeypatch):
+    ports = [
+        int(placed(monkeypatch, **STEP | dict(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step)))["MASTER_PORT"])
+        for job in (7, 8, 9_999_999)
+        for step in (0, 1, 15)
+    ]
+    assert len(set(ports)) == len(ports)
+    assert min(ports) >= 10000
+    assert max(ports) < 32768
+
+
+def test_a_task_with_one_gpu_of_its_own_uses_it(monkeypatch):
+    monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 1)
+    assert placed(monkeypatch, **STEP)["LOCAL_RANK"] == "0"
+
+
+def test_address_and_port_of_the_user_win(monkeypatch):
+    found = placed(monkeypatch, **STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT="4000")
+    assert (found["RANK"], found["MASTER_ADDR"], found["MASTER_PORT"]) == ("5", "10.0.0.1", "4000")
+
+
+def test_torchrun_inside_slurm_wins(monkeypatch):
+    mine = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="h", MASTER_PORT="1")
+    assert placed(monkeypatch, **STEP, **mine) == mine
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_plain_python_inside_a_slurm_job_is_one_process(step, monkeypatch):
+    """A batch script and a shell of salloc have SLURM_PROCID and SLURM_NTASKS too."""
+    batch = dict(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="8", SLURM_NODELIST="n[1-2]")
+    found = placed(monkeypatch, **batch, **step)
+    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+
+
+def test_a_launchers_variables_in_part_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK is not"):
+        placed(monkeypatch, RANK="0", MASTER_ADDR="h", MASTER_PORT="1")
+
+
+PRINT_CHAIN = "from coati.watch import launchers; print(*[p.pid for p in launchers()])"
+
+
+def test_only_launchers_and_shells_between_them_are_watched(tmp_path):
+    """A shell script stands for the user's, above a launcher, above a shell that it starts, above us."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(
+        "import subprocess, os, sys\n"
+        "print(os.getpid(), flush=True)\n"
+        f"subprocess.run(['sh', '-c', sys.executable + ' -c \"{PRINT_CHAIN}\"; true'])\n"
+    )
+    script = tmp_path / "mine.sh"
+    script.write_text(f"{sys.executable} {torchrun}\ntrue\n")
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=True)
+    launcher, chain = done.stdout.splitlines()
+    assert chain.split()[1:] == [launcher]  # the shell between, then the launcher, and nothing above
+
+
+def test_nobody_is_watched_without_a_launcher():
+    assert launchers() == []
+
+
+STUBBORN = """
+import os, signal, time
+from coati.watch import watch_launcher
+watch_launcher()
+signal.signal(signal.SIGTERM, lambda *_: None)  # as after `launch`, with a step that never ends
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_cannot_save_ends_once_its_launcher_is_gone(tmp_path):
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {STUBBORN!r}])\n")
+    environment = dict(os.environ, COATI_SECONDS_TO_SAVE="2")
+    launcher = subprocess.Popen(
+        [sys.executable, str(torchrun)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    worker = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    gone, _ = psutil.wait_procs([worker], timeout=10)
+    assert gone == [worker]
+    assert "the launcher is gone" in launcher.communicate()[1]
+
+
+FORKS = """
+import os, signal, time
+from coati.watch import watch_launcher
+watch_launcher()
+signal.signal(signal.SIGINT, lambda *_: None)  # as after `launch`
+child = os.fork()
+if child:
+    print("forked", flush=True)
+time.sleep(2)
+if child:
+    os.waitpid(child, 0)
+    print("lives")
+"""
+
+
+def test_a_ctrl_c_that_reaches_forked_children_too_counts_once():
+    process = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "forked\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert (process.communicate()[0], process.returncode) == ("lives\n", 0)
