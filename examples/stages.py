@@ -29,10 +29,10 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
         sys.exit(f"error: the stage in {output} did not finish; its output is above")
 
 
-def fill_figures(page: Path, table: str):
+def fill_figures(page: Path, table: str, mark: str = "figures"):
     """Puts a table in place of what stands between a page's marks."""
-    marked = f"<!-- figures -->\n\n{table}\n\n<!-- end of figures -->"
-    pattern = r"<!-- figures -->(.*?<!-- end of figures -->)?"
+    marked = f"<!-- {mark} -->\n\n{table}\n\n<!-- end of {mark} -->"
+    pattern = rf"<!-- {mark} -->(.*?<!-- end of {mark} -->)?"
     page.write_text(re.sub(pattern, lambda _: marked, page.read_text(), count=1, flags=re.S))
 
 

@@ -25,6 +25,10 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> dict[str, str]:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(root: Path) -> dict[str, str]:
     """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
@@ -35,7 +39,6 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
     from coati.models import Actor
 
-    root = tmp_path_factory.mktemp("world")
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,16 +1,13 @@
 """Every plugin on two processes against one process: the same losses, the same weights, exact resume."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, settings_for
+from tests.conftest import settings_for
+from tests.distributed.world import run_jobs
 
 pytestmark = pytest.mark.distributed
 FP32_PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload")
@@ -18,22 +15,6 @@ PLUGINS = (*FP32_PLUGINS, "gemini")
 ALGORITHMS = ("sft", "reward", "ppo")
 BF16 = dict(precision="bf16", learning_rate=1e-3)  # a small rate, or Adam makes much of rounding
 BEFORE = 3  # steps before the checkpoint that is resumed
-
-
-def run_jobs(jobs: list[dict], folder: Path, processes: int) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    worker = [
-        str(ROOT / "tests" / "distributed" / "worker.py"),
-        str(folder / "jobs.json"),
-        str(folder / "results.json"),
-    ]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([*launcher, *worker], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:

@@ -1,0 +1,66 @@
+"""Runs SFT, a reward model and PPO of every architecture under every layout, and writes the table in docs/plugins.md.
+
+    python tools/layout_table.py            # about 10 minutes on 2 cores
+
+The models and runs are those of tests/distributed/world.py; 4 processes share the cores where a layout needs them.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from coati.parallel.decoders import DECODERS
+from examples.stages import ROOT, fill_figures
+from tests.conftest import make_world
+from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
+
+ALGORITHMS = ("sft", "reward", "ppo")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = make_world(folder)
+        worlds = {family: make_family(family, world, folder) for family in DECODERS}
+        expected = run("one", worlds, folder, 1)
+        rows = []
+        for layout, settings in LAYOUTS.items():
+            found = run(layout, worlds, folder, 4 if len(settings) > 1 else 2)
+            rows.append([layout] + [worst(found, expected, layout, family) for family in worlds])
+            print(*rows[-1], flush=True)
+    write_table(list(worlds), rows)
+
+
+def run(layout: str, worlds: dict, folder: Path, processes: int) -> dict:
+    settings = LAYOUTS.get(layout, {})
+    pairs = [(family, algorithm) for family in worlds for algorithm in ALGORITHMS]
+    jobs = [family_job(f"{layout}-{f}-{a}", a, worlds[f], folder / "runs", **settings) for f, a in pairs]
+    return run_jobs(jobs, folder / layout, processes)
+
+
+def worst(found: dict, expected: dict, layout: str, family: str) -> float:
+    """The largest difference of any logged number (of at least 0.1: small ones are differences of larger ones)."""
+    errors = []
+    for algorithm in ALGORITHMS:
+        pairs = zip(found[f"{layout}-{family}-{algorithm}"]["steps"], expected[f"one-{family}-{algorithm}"]["steps"])
+        errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for a, b in pairs for name in b]
+    return max(errors)
+
+
+def write_table(families: list[str], rows: list[list]):
+    lines = [
+        "`tools/layout_table.py`: the largest relative difference of any logged number of the three runs.",
+        "",
+        f"| layout | processes | {' | '.join(families)} |",
+        "|" + "---|" * (len(families) + 2),
+    ]
+    for layout, *errors in rows:
+        processes = 4 if len(LAYOUTS[layout]) > 1 else 2
+        lines.append(f"| {layout} | {processes} | {' | '.join(f'{error:.0e}' for error in errors)} |")
+    fill_figures(ROOT / "docs" / "plugins.md", "\n".join(lines), "layouts")
+
+
+if __name__ == "__main__":
+    main()
