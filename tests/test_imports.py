@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": {"losses", "models"},
     "rewards": {"losses", "models"},
     "rollout": {"losses", "models", "rewards"},
-    "parallel": {"watch"},
+    "parallel": {"models", "watch"},
     "tracking": set(),
     "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch"},
 }

@@ -44,7 +44,8 @@ def worst(found: dict, expected: dict, layout: str, family: str) -> float:
     """The largest difference of any logged number (of at least 0.1: small ones are differences of larger ones)."""
     errors = []
     for algorithm in ALGORITHMS:
-        pairs = zip(found[f"{layout}-{family}-{algorithm}"]["steps"], expected[f"one-{family}-{algorithm}"]["steps"])
+        mine, theirs = found[f"{layout}-{family}-{algorithm}"], expected[f"one-{family}-{algorithm}"]
+        pairs = zip(mine["steps"], theirs["steps"], strict=True)
         errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for a, b in pairs for name in b]
     return max(errors)
 
