@@ -119,6 +119,9 @@ class HybridEngine(Engine):
     """A model split by tensor, pipeline or sequence parallelism."""
 
     def __init__(self, module: nn.Module, config: PluginConfig, runtime, *, generates: bool = False, **settings):
+        first_names: dict[int, str] = {}
+        names = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
+        self.tied = {name: first_names.setdefault(number, name) for name, number in names}
         if config.pipeline_parallel > 1 and generates:
             self.replica = copy.deepcopy(module).requires_grad_(False)
         super().__init__(module, config, runtime, **settings)
@@ -188,7 +191,8 @@ class HybridEngine(Engine):
             first = dist.get_global_rank(self.plugin.pp_group, 0)
             dist.gather_object(state, stages, dst=first, group=self.plugin.pp_group)
             state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
-        return state if self.runtime.is_main else {}
+        # tied weights are one tensor again, which is stored once
+        return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
 
     def _master_weights(self):
         if self.precision == "fp32":
