@@ -32,8 +32,8 @@ class HybridPlugin(HybridParallelPlugin):
     plugin does) and without a DDP wrapper around models that don't train.
     """
 
-    def __init__(self, **settings):
-        super().__init__(custom_policy=DecoderPolicy(), num_microbatches=1, **settings)
+    def __init__(self, split_sequence: bool = False, **settings):
+        super().__init__(custom_policy=DecoderPolicy(split_sequence), num_microbatches=1, **settings)
         if self.stage_manager is not None:
             self.scheduler = MicroBatches(self.stage_manager, self.pp_group)
 
@@ -204,15 +204,19 @@ class HybridEngine(Engine):
 
 @contextmanager
 def _whole_sequence(module):
-    """Plain attention instead of the one over stretches."""
-    config = transformer_of(module).config
+    """Every rank works on whole sequences, with plain attention."""
+    config, sequence = transformer_of(module).config, getattr(module.layout, "sequence", None)
     attention = config._attn_implementation
-    if attention == ATTENTION:
+    if attention.startswith(ATTENTION):
         config._attn_implementation = "sdpa"
+    if sequence:
+        sequence.on = False
     try:
         yield
     finally:
         config._attn_implementation = attention
+        if sequence:
+            sequence.on = True
 
 
 @contextmanager

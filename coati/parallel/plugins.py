@@ -23,6 +23,9 @@ class PluginConfig:
     tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)")
     pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)")
     sequence_parallel: int = option(1, "processes that share each sequence (with ddp, zero1, zero2)")
+    split_sequence: bool = option(
+        False, "with tensor_parallel: each process holds a part of the sequence between layers"
+    )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
     gemini_placement: Literal["static", "auto"] = option("static", "auto moves chunks by CUDA's memory statistics")
@@ -76,6 +79,10 @@ def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{name} is {size}: it must be at least 1")
+    if config.split_sequence and (sizes["tensor_parallel"] == 1 or len(used) > 1):
+        raise UserError(
+            "split_sequence splits what tensor_parallel alone leaves whole: use it with tensor_parallel only"
+        )
     if not used:
         return
     if world_size is not None and world_size % config.model_parallel_size:
@@ -119,6 +126,7 @@ def _hybrid(config: PluginConfig, precision: str):
         split |= dict(sequence_parallelism_mode="all_to_all")
     return HybridPlugin(
         **split,
+        split_sequence=config.split_sequence,
         zero_stage={"ddp": 0, "zero1": 1, "zero2": 2}[config.plugin],
         precision=precision,
         max_norm=config.max_grad_norm,

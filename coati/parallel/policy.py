@@ -5,15 +5,31 @@ from torch import nn
 
 from coati.parallel.decoders import check_splits, find_decoder
 from coati.parallel.pipeline import cut_stage, tied_weights
-from coati.parallel.sequence import SplitSequence, use_split_attention
-from coati.parallel.tensor import SplitVocabulary, split_embedding, split_head, split_layers
+from coati.parallel.sequence import FilledSequence, SplitSequence, use_split_attention
+from coati.parallel.tensor import (
+    SequenceSplit,
+    SplitVocabulary,
+    shard_of,
+    split_embedding,
+    split_head,
+    split_layers,
+    sum_gradient,
+    sum_over_ranks,
+)
 
 
 class DecoderPolicy(Policy):
     """Splits any decoder of `DECODERS`, bare or with a head, for `HybridParallelPlugin(custom_policy=...)`.
 
     A `layout` attribute of the model (as `coati.models` have) is set to where sequence and vocabulary lie.
+
+    Args:
+        split_sequence: with tensor parallelism, split the sequence between its layers too.
     """
+
+    def __init__(self, split_sequence: bool = False):
+        super().__init__()
+        self.split_sequence = split_sequence
 
     def config_sanity_check(self):
         c, manager = self.shard_config, self.pipeline_stage_manager
@@ -29,7 +45,7 @@ class DecoderPolicy(Policy):
             self.shared_parameters = tied_weights(model, part, entry, manager)
             cut_stage(model, part, entry, manager)
         if c.enable_tensor_parallelism:
-            split_tensors(model, c.tensor_parallel_process_group)
+            split_tensors(model, c.tensor_parallel_process_group, self.split_sequence)
         if c.enable_sequence_parallelism:
             group = c.sequence_parallel_process_group
             use_split_attention(transformer_of(model), group)
@@ -50,19 +66,36 @@ class DecoderPolicy(Policy):
         return self.shared_parameters
 
 
-def split_tensors(model: nn.Module, group):
+def split_tensors(model: nn.Module, group, split_sequence: bool = False):
     """Tensor parallelism for whichever layers, embedding and output head the model (or stage) holds."""
     from transformers import PreTrainedModel
 
+    sequence = SequenceSplit(group) if split_sequence else None
+
     part, entry = find_decoder(model)
     layers = [layer for layer in getattr(part, entry.layers) if any(True for _ in layer.parameters())]
-    split_layers(layers, entry, group)
+    split_layers(layers, entry, group, sequence)
     if isinstance(getattr(part, entry.embedding), nn.Embedding):
-        split_embedding(getattr(part, entry.embedding), group)
+        split_embedding(getattr(part, entry.embedding), group, sequence.total if sequence else sum_over_ranks)
     head = next((m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if isinstance(head, nn.Linear):
-        split_head(head, group)
+        split_head(head, group, sequence)
         model.layout = SplitVocabulary(group)
+    if sequence:
+        _split_between_layers(model, part, entry, sequence)
+
+
+def _split_between_layers(model: nn.Module, part: nn.Module, entry, sequence: SequenceSplit):
+    """What every rank holds whole sees a stretch of the sequence only, so that gradients are sums over ranks."""
+    for name in entry.positions:
+        getattr(part, name).register_forward_hook(sequence.take)
+    for parameter in model.parameters():
+        if shard_of(parameter) is None and parameter.requires_grad:
+            sum_gradient(parameter, sequence.group)
+    use_split_attention(transformer_of(model), None)
+    layout = FilledSequence(sequence, has_head=isinstance(model.layout, SplitVocabulary))
+    layout.log_probs, layout.entropy = model.layout.log_probs, model.layout.entropy
+    model.layout = layout
 
 
 def transformer_of(model: nn.Module):

@@ -31,6 +31,21 @@ class SplitSequence(Layout):
         return _Gather.apply(x, self.group)
 
 
+class FilledSequence(SplitSequence):
+    """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers it
+    again (Megatron's sequence parallelism)."""
+
+    def __init__(self, sequence, has_head: bool):
+        super().__init__(sequence.group)
+        self.sequence, self.has_head = sequence, has_head
+
+    def split(self, x: Tensor) -> Tensor:
+        return self.fill(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x if self.has_head else super().gather(x)
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' columns; each gets back the gradient of its own (every rank has the same, whole, loss)."""
 
@@ -63,14 +78,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def use_split_attention(transformer, group):
-    """Makes a transformers model attend over the stretches of all ranks.
+    """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that it
+    is given, whatever length the model takes it to have.
 
     Raises:
         UserError: its heads don't divide, or it takes no positions.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    config, ranks = transformer.config, dist.get_world_size(group)
+    config, ranks = transformer.config, 1 if group is None else dist.get_world_size(group)
     if config.num_attention_heads % ranks:
         raise UserError(
             f"the model has {config.num_attention_heads} attention heads: they don't divide among sequence_parallel "
@@ -81,17 +97,20 @@ def use_split_attention(transformer, group):
         """Queries, keys and values: `[batch, heads, seq / ranks, head_dim]`; the mask is of padding, `[batch, seq]`."""
         if key.shape[1] % ranks:  # fewer key-value heads than ranks: each is needed on several
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        query, key, value = (_Exchange.apply(x, 1, 2, group) for x in (query, key, value))
+        if group is not None:
+            query, key, value = (_Exchange.apply(x, 1, 2, group) for x in (query, key, value))
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         mask = causal_mask(attention_mask, query.shape[2], sliding_window, query.device)
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
         )
-        return _Exchange.apply(out, 2, 1, group).transpose(1, 2).contiguous(), None
+        out = out if group is None else _Exchange.apply(out, 2, 1, group)
+        return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *args, attention_mask=None, **kwargs: attention_mask)
-    transformer.config._attn_implementation = ATTENTION
+    name = f"{ATTENTION}_{ranks}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *args, attention_mask=None, **kwargs: attention_mask)
+    transformer.config._attn_implementation = name
 
 
 def causal_mask(real: Tensor | None, seq: int, window: int | None, device) -> Tensor | None:

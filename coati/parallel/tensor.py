@@ -7,6 +7,7 @@ only its weight is cut and its forward gets a collective call.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,46 +54,79 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "dist_layout", None)
 
 
-def split_layers(layers: nn.ModuleList, entry, group):
-    """Splits every layer's projections over the group, in place."""
+class SequenceSplit:
+    """Whether the model splits the sequence between its layers now; generation, a token at a time, can't."""
+
+    def __init__(self, group):
+        self.group, self.on = group, True
+
+    def total(self, x: Tensor, group) -> Tensor:
+        """The sum over ranks: this rank's stretch of it, or all."""
+        return _SumAndScatter.apply(x, group) if self.on else sum_over_ranks(x, group)
+
+    def gather_input(self, module, inputs, keywords):
+        """A hook that gives a module the whole sequence."""
+        if not self.on:
+            return None
+        if inputs:
+            return (_GatherSequence.apply(inputs[0], self.group), *inputs[1:]), keywords
+        return inputs, keywords | {"hidden_states": _GatherSequence.apply(keywords["hidden_states"], self.group)}
+
+    def take(self, module, inputs, output: Tensor) -> Tensor:
+        """A hook: of what every rank computes for the whole sequence (position embeddings), this rank's stretch."""
+        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        return output.chunk(ranks, dim=-2)[rank] if self.on else output
+
+
+def split_layers(layers, entry, group, sequence: SequenceSplit | None = None):
+    """Splits every layer's projections over the group, in place; with `sequence` also what lies between them (Megatron's
+    sequence parallelism, 2205.05198, section 4.2.2): norms and residuals hold a stretch of each sequence, which is
+    gathered before a column-split projection and scattered with the sum after a row-split one."""
     ranks, parts = dist.get_world_size(group), dict(entry.fused)
     for layer in layers:
         for name in entry.column:
-            split_column(layer.get_submodule(name), group, parts.get(name, 1))
+            split_column(layer.get_submodule(name), group, parts.get(name, 1), copy=sequence is None)
         for name in entry.row:
-            split_row(layer.get_submodule(name), group)
+            split_row(layer.get_submodule(name), group, sequence.total if sequence else sum_over_ranks)
+        if sequence:  # attention shapes its heads by its input: it is gathered before, not in each projection
+            for block in {name.rpartition(".")[0] or name for name in entry.column}:
+                layer.get_submodule(block).register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
         for name in entry.counts:
             owner, _, attribute = name.rpartition(".")
             module = layer.get_submodule(owner)
             setattr(module, attribute, getattr(module, attribute) // ranks)
         for name in entry.per_head:
-            if _has(layer, name):
-                sum_gradients(layer.get_submodule(name), group)
+            # with `sequence` the gradients of all whole weights are summed, these among them
+            if _has(layer, name) and not sequence:
+                for parameter in layer.get_submodule(name).parameters():
+                    if parameter.requires_grad:
+                        sum_gradient(parameter, group)
 
 
-def split_column(linear: nn.Module, group, parts: int = 1):
-    """Each rank computes a slice of the outputs."""
+def split_column(linear: nn.Module, group, parts: int = 1, copy: bool = True):
+    """Each rank computes a slice of the outputs. Without `copy` the input's gradients are summed elsewhere."""
     _split(linear, "weight", _dims(linear)[0], parts, group)
     if linear.bias is not None:
         _split(linear, "bias", 0, parts, group)
     if hasattr(linear, "nf"):  # transformers' Conv1D shapes its output by this
         linear.nf = linear.weight.shape[1]
-    linear.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
+    if copy:
+        linear.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
 
 
-def split_row(linear: nn.Module, group):
+def split_row(linear: nn.Module, group, total: Callable):
     """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once."""
     out, into = _dims(linear)
     _split(linear, "weight", into, 1, group)
 
     def forward(x: Tensor) -> Tensor:
-        y = sum_over_ranks(x @ (linear.weight.T if out == 0 else linear.weight), group)
+        y = total(x @ (linear.weight.T if out == 0 else linear.weight), group)
         return y if linear.bias is None else y + linear.bias
 
     linear.forward = forward
 
 
-def split_embedding(embedding: nn.Embedding, group):
+def split_embedding(embedding: nn.Embedding, group, total: Callable):
     """Each rank holds a range of the vocabulary; the others' tokens give zeros, and the sum is right."""
     _split(embedding, "weight", 0, 1, group)
     rows, rank, lookup = embedding.weight.shape[0], dist.get_rank(group), embedding.forward
@@ -104,18 +138,20 @@ def split_embedding(embedding: nn.Embedding, group):
         local = input_ids - rank * rows
         elsewhere = (local < 0) | (local >= rows)
         found = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
-        return sum_over_ranks(found, group)
+        return total(found, group)
 
     embedding.forward = forward
 
 
-def split_head(head: nn.Linear, group):
+def split_head(head: nn.Linear, group, sequence: SequenceSplit | None = None):
     """Each rank gives the logits of a range of the vocabulary; all of them where `head.gives_all` is set.
 
     Columns that only fill up the vocabulary get -inf.
     """
     size = head.weight.shape[0] if shard_of(head.weight) is None else shard_of(head.weight).size
-    split_column(head, group)
+    split_column(head, group, copy=sequence is None)
+    if sequence:
+        head.register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
     columns, rank, head.gives_all = head.weight.shape[0], dist.get_rank(group), False
 
     def give(module, inputs, logits: Tensor) -> Tensor:
@@ -127,17 +163,9 @@ def split_head(head: nn.Linear, group):
     head.register_forward_hook(give)
 
 
-def sum_gradients(module: nn.Module, group):
-    """For weights that every rank holds but uses on its own heads: their gradient is the sum over ranks."""
-
-    def add(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=group)
-        return gradient
-
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(add)
+def sum_gradient(parameter: nn.Parameter, group):
+    """For a weight that every rank holds but uses on its own heads or stretches: its gradient is the sum over ranks."""
+    parameter.register_hook(lambda gradient: _summed(gradient, group))
 
 
 class SplitVocabulary(Layout):
@@ -229,6 +257,39 @@ def copy_to_ranks(x: Tensor, group) -> Tensor:
 
 def sum_over_ranks(x: Tensor, group) -> Tensor:
     return _Sum.apply(x, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All ranks' stretches `[..., seq / ranks, width]`; the gradient's sum is scattered."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return torch.cat(gather(x, group), dim=-2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _scattered_sum(gradient, ctx.group), None
+
+
+class _SumAndScatter(torch.autograd.Function):
+    """This rank's stretch of the sum of all ranks' outputs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _scattered_sum(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.cat(gather(gradient, ctx.group), dim=-2), None
+
+
+def _scattered_sum(x: Tensor, group) -> Tensor:
+    pieces = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), dim=-2)]
+    mine = torch.empty_like(pieces[0])
+    dist.reduce_scatter(mine, pieces, group=group)
+    return mine
 
 
 def gather(x: Tensor, group) -> list[Tensor]:

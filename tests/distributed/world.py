@@ -11,6 +11,7 @@ from tests.conftest import ROOT, settings_for
 LAYOUTS = {
     "zero1": dict(plugin="zero1"),
     "tp2": dict(tensor_parallel=2),
+    "tp2, split_sequence": dict(tensor_parallel=2, split_sequence=True),
     "pp2": dict(pipeline_parallel=2),
     "sp2": dict(sequence_parallel=2),
     "tp2 x pp2": dict(tensor_parallel=2, pipeline_parallel=2),
