@@ -26,7 +26,7 @@ def main():
         worlds = {family: make_family(family, world, folder) for family in DECODERS}
         expected = run("one", worlds, folder, 1)
         rows = []
-        for layout, settings in LAYOUTS.items():
+        for layout in LAYOUTS:
             found = run(layout, worlds, folder, 4 if " x " in layout else 2)
             rows.append([layout] + [worst(found, expected, layout, family) for family in worlds])
             print(*rows[-1], flush=True)

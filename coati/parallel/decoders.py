@@ -24,6 +24,7 @@ class Decoder:
         fused: those of `column` that hold several projections in one weight, and how many.
         per_head: modules whose weights every rank holds, but each uses on its own heads only.
         counts: attributes of a layer that count what is split (heads, widths).
+        splits_sequence: the code between layers works on a part of the sequence (it shapes nothing by its length).
     """
 
     layers: str = "layers"
@@ -35,6 +36,7 @@ class Decoder:
     fused: tuple[tuple[str, int], ...] = ()
     per_head: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    splits_sequence: bool = True
 
 
 LLAMA = Decoder(
@@ -62,6 +64,7 @@ DECODERS = {
         row=("attn.c_proj", "mlp.c_proj"),
         fused=(("attn.c_attn", 3),),
         counts=("attn.split_size",),
+        splits_sequence=False,
     ),
     "opt": Decoder(
         positions=("embed_positions",),
@@ -93,7 +96,7 @@ def find_decoder(module: nn.Module) -> tuple[nn.Module, Decoder]:
     )
 
 
-def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int):
+def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int, split_sequence: bool = False):
     """Whether a model's layers and heads divide among so many ranks.
 
     Raises:
@@ -105,6 +108,8 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
         raise UserError(f"the model has {depth} layers: pipeline_parallel {pipeline_parallel} leaves stages empty")
     if pipeline_parallel > 1 and getattr(config, "layerdrop", 0.0):
         raise UserError("layerdrop skips whole layers at random, which pipeline stages can't: set layerdrop to 0")
+    if split_sequence and not entry.splits_sequence:
+        raise UserError(f"{config.model_type}'s code can't split the sequence between layers: leave out split_sequence")
     for name, count in head_counts(config).items():
         if count % tensor_parallel:
             raise UserError(f"the model has {count} {name}: they don't divide among tensor_parallel {tensor_parallel}")

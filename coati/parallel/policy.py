@@ -34,7 +34,7 @@ class DecoderPolicy(Policy):
     def config_sanity_check(self):
         c, manager = self.shard_config, self.pipeline_stage_manager
         if c.enable_tensor_parallelism or manager is not None:
-            check_splits(self.model, c.tensor_parallel_size, manager.num_stages if manager else 1)
+            check_splits(self.model, c.tensor_parallel_size, manager.num_stages if manager else 1, self.split_sequence)
 
     def preprocess(self) -> nn.Module:
         """All of the work: the module descriptions of Shardformer can't split what transformers 5 looks like."""

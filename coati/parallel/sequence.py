@@ -32,8 +32,8 @@ class SplitSequence(Layout):
 
 
 class FilledSequence(SplitSequence):
-    """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers it
-    again (Megatron's sequence parallelism)."""
+    """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers
+    it again (Megatron's sequence parallelism)."""
 
     def __init__(self, sequence, has_head: bool):
         super().__init__(sequence.group)
@@ -78,8 +78,8 @@ class _Exchange(torch.autograd.Function):
 
 
 def use_split_attention(transformer, group):
-    """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that it
-    is given, whatever length the model takes it to have.
+    """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that
+    it is given, whatever length the model takes it to have.
 
     Raises:
         UserError: its heads don't divide, or it takes no positions.

@@ -79,9 +79,9 @@ class SequenceSplit:
 
 
 def split_layers(layers, entry, group, sequence: SequenceSplit | None = None):
-    """Splits every layer's projections over the group, in place; with `sequence` also what lies between them (Megatron's
-    sequence parallelism, 2205.05198, section 4.2.2): norms and residuals hold a stretch of each sequence, which is
-    gathered before a column-split projection and scattered with the sum after a row-split one."""
+    """Splits every layer's projections over the group, in place; with `sequence` also what lies between them
+    (Megatron's sequence parallelism, 2205.05198, section 4.2.2): norms and residuals hold a stretch of each sequence,
+    which is gathered before a column-split projection and scattered with the sum after a row-split one."""
     ranks, parts = dist.get_world_size(group), dict(entry.fused)
     for layer in layers:
         for name in entry.column:
