@@ -16,7 +16,7 @@ from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
 ALGORITHMS = ("sft", "reward", "ppo")
-TWO = ("zero1", "tp2", "pp2", "sp2")
+TWO = ("zero1", "tp2", "tp2, split_sequence", "pp2", "sp2")
 FOUR = ("tp2 x pp2", "tp2 x zero1")
 SAVED = {
     "ddp": dict(plugin="ddp"),
@@ -38,12 +38,20 @@ def worlds(tiny_world, folder) -> dict[str, dict]:
     return {family: make_family(family, tiny_world, folder) for family in FAMILIES}
 
 
+def runs(layout: str, family: str) -> bool:
+    return not ("split_sequence" in layout and family == "gpt2")  # refused, see test_decoders.py
+
+
+PAIRS = [(layout, family) for layout in TWO for family in FAMILIES if runs(layout, family)]
+
+
 def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
     return [
         family_job(f"{layout}-{family}-{algorithm}", algorithm, worlds[family], folder, **LAYOUTS.get(layout, {}))
         for layout in layouts
         for family in families
         for algorithm in ALGORITHMS
+        if runs(layout, family)
     ]
 
 
@@ -76,8 +84,7 @@ def assert_same(found: dict, expected: dict):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
 
@@ -89,8 +96,7 @@ def test_four_processes_give_the_single_process_run(layout, family, algorithm, o
     assert_same(four_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_greedy_answers_are_the_single_process_ones(layout, family, folder, one_process, two_processes):
     """PITFALL: tensor-parallel logits are a range of the vocabulary, and a token sampled from it is silently wrong."""
     for algorithm in ("sft", "ppo"):

@@ -1,0 +1,84 @@
+"""What the three sizes of model parallelism accept, and how they refuse the rest."""
+
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.models import Actor, Critic, RewardModel
+from coati.parallel import PluginConfig, check_plugin
+from coati.parallel.decoders import DECODERS, check_splits, find_decoder
+from coati.parallel.sequence import causal_mask
+from tests.distributed.world import family_config
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("model_class", (Actor, Critic, RewardModel))
+def test_every_entry_finds_its_layers_and_projections(model_class, family):
+    """Bare, with a language-model head, with our heads; no projection is left out or counted twice."""
+    part, entry = find_decoder(model_class(config=family_config(family, 60)))
+    layers = getattr(part, entry.layers)
+    assert len(layers) == 3
+    named = {name for name, m in layers[0].named_modules() if getattr(m, "weight", None) is not None}
+    matrices = {name for name in named if layers[0].get_submodule(name).weight.ndim == 2}
+    assert sorted(matrices) == sorted(entry.column + entry.row)
+    whole = {name for name, p in part.named_parameters() if not name.startswith(entry.layers)}
+    known = {entry.embedding, *entry.positions, *entry.entrance}
+    after = {name for name in whole if name.partition(".")[0] not in known}
+    assert all("norm" in name or "ln_f" in name or name.startswith("project_out") for name in after)
+
+
+def test_a_classifier_is_found_too():
+    from transformers import AutoModelForSequenceClassification
+
+    part, _ = find_decoder(AutoModelForSequenceClassification.from_config(family_config("llama", 60)))
+    assert type(part).__name__ == "LlamaModel"
+
+
+def test_an_unknown_architecture_is_refused_with_a_way_out():
+    from transformers import BloomConfig
+
+    with pytest.raises(UserError, match=r"know llama, .*, not bloom: use --plugin zero2.*add-an-architecture"):
+        find_decoder(Actor(config=BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("llama", (4, 1), "2 key-value heads: they don't divide among tensor_parallel 4"),
+        ("gpt2", (3, 1), "4 attention heads: they don't divide among tensor_parallel 3"),
+        ("llama", (1, 4), "3 layers: pipeline_parallel 4 leaves stages empty"),
+        ("gpt2", (2, 1, True), "gpt2's code can't split the sequence"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_numbers(family, sizes, message):
+    with pytest.raises(UserError, match=message):
+        check_splits(Actor(config=family_config(family, 60)), *sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (
+            dict(plugin="gemini", precision="bf16", tensor_parallel=2),
+            {},
+            "gemini doesn't combine .* use --plugin zero1",
+        ),
+        (dict(plugin="zero2", pipeline_parallel=2), {}, "once a micro-batch .* use --plugin zero1"),
+        (dict(tensor_parallel=2, sequence_parallel=2), {}, "sequence_parallel doesn't combine with tensor_parallel 2"),
+        (dict(tensor_parallel=2), dict(lora=True), "LoRA adapters don't combine with tensor_parallel 2"),
+        (dict(tensor_parallel=2, pipeline_parallel=2), dict(world_size=6), "needs a multiple of 4 processes: 6"),
+        (dict(pipeline_parallel=0), {}, "pipeline_parallel is 0: it must be at least 1"),
+        (dict(split_sequence=True), {}, "use it with tensor_parallel only"),
+    ],
+)
+def test_combinations_are_refused_in_a_line(settings, options, message):
+    with pytest.raises(UserError, match=message):
+        check_plugin(PluginConfig(**settings), **options)
+
+
+def test_the_causal_mask_knows_padding_and_windows():
+    real = torch.tensor([[False, True, True, True]])
+    mask = causal_mask(real, 4, 2, real.device)[0, 0]
+    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert mask.int().tolist() == expected
+    assert causal_mask(torch.ones(2, 3), 3, None, real.device) is None
