@@ -81,6 +81,8 @@ def plan(workload: Workload) -> Plan:
     phases: dict[str, Counter[Item]] = {}
     for name, items in moments.items():
         phase = name.split(":")[0]
+        if phase == "start":  # part of every other
+            continue
         if items.total() > phases.get(phase, Counter()).total():
             phases[phase] = items
     return Plan(phases)
@@ -214,33 +216,28 @@ class _DryRun:
     def evaluate(self, replica: Replica, rows: int, seq: int, phase: str):
         """A forward pass."""
         self.live.moment(phase)
-        whole = phase == "score"
-        with self.live, replica.computing(whole=whole):
+        with self.live, replica.computing(whole=phase == "score"):
             replica.module(*self.inputs(rows, seq))
 
     @torch.no_grad()
     def generate(self, replica: Replica, rows: int, prompt: int, new: int, phase: str):
         """The prompt's forward pass, and the last token's with a full cache."""
-        from transformers import DynamicCache
-
         module, live = replica.module.transformer, self.live
         training = [part for part in module.modules() if part.training]
         module.eval()
         live.moment(f"{phase}: prompt")
         with live, replica.computing(whole=True):
-            ids, mask = self.inputs(rows, prompt)
-            output = module(ids, attention_mask=mask.long(), use_cache=True, logits_to_keep=1)
+            ids, mask = torch.zeros(2, rows, prompt, dtype=torch.long)  # whole, also under sequence parallelism
+            cache = _counted_cache(live, replica.name)
+            output = module(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
             _draw(output.logits[:, -1])
-            filled = output.past_key_values
-        del output
+            filled = [(layer.keys, layer.values) for layer in cache.layers]
+        del output, cache
         live.moment(f"{phase}: last token")
         with live, replica.computing(whole=True):
-            cache = DynamicCache()
-            for i, layer in enumerate(filled.layers):
-                longer = [_longer(kept, prompt + new - 1) for kept in (layer.keys, layer.values)]
-                live.hold(longer, (replica.name, "KV cache"))
-                cache.update(*longer, i)
-            del filled
+            cache = _counted_cache(live, replica.name)
+            for i in range(len(filled)):
+                cache.update(*(_longer(kept, prompt + new - 1) for kept in filled.pop(0)), i)
             mask = torch.ones(rows, prompt + new, dtype=torch.long)
             output = module(ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
             _draw(output.logits[:, -1])
@@ -258,6 +255,18 @@ def _make_fake(module: nn.Module):
             setattr(part, name, twins[id(p)])
         for name, b in part.named_buffers(recurse=False):
             setattr(part, name, torch.empty(b.shape, dtype=b.dtype))
+
+
+def _counted_cache(live: LiveMemory, name: str):
+    from transformers import DynamicCache
+
+    class Counted(DynamicCache):
+        def update(self, *arguments, **keywords):
+            kept = super().update(*arguments, **keywords)
+            live.hold(kept, (name, "KV cache"))
+            return kept
+
+    return Counted()
 
 
 def _longer(kept: torch.Tensor, seq: int) -> torch.Tensor:
