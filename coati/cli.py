@@ -1,4 +1,4 @@
-"""`coati doctor`, `coati report` and `coati run`."""
+"""`coati doctor`, `coati plan`, `coati report` and `coati run`."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="coati", description="SFT, reward models and RLHF on Colossal-AI.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="versions, devices, and which plugins can run here")
+    commands.add_parser("plan", help="memory of a run on every rank, before it is started")
     report = commands.add_parser("report", help="one HTML page of curves, samples and settings")
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
@@ -20,8 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="start a script on every GPU of this machine")
     run.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
     run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py ...", help="the script and its arguments")
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["plan"]:  # its flags are those of the training scripts
+            from coati.planner import main as plan
+
+            return plan(argv[1:])
+        arguments = parser.parse_args(argv)
         if arguments.command == "doctor":
             from coati.doctor import diagnose
 

@@ -1,0 +1,80 @@
+"""Which tensors live at once, and what each is for."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Item = tuple[str, str]  # a model and what it keeps: ("actor", "gradients")
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of every tensor that an operation makes, from its birth to its death.
+
+    Entered inside a `FakeTensorMode`, it follows a model of any size: such tensors have shapes but no data.
+
+    Attributes:
+        moments: name of a moment -> bytes of every item when most was live in it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.moments: dict[str, Counter[Item]] = {}
+        self._known: dict[int, tuple[Item, int]] = {}  # a storage -> what it is for, and its bytes
+        self._now: Counter[Item] = Counter()
+        self._moment, self._model, self._vocabulary = "start", "run", 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
+                self.hold([tensor], (self._model, "logits" if wide else "activations"))
+        return result
+
+    def hold(self, tensors: Iterable[Tensor], item: Item, share: float = 1.0):
+        """Says what tensors are for, and which share of them this rank has."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known:
+                self._forget(key)
+            else:
+                weakref.finalize(storage, self._forget, key)
+            self._known[key] = (item, round(storage.nbytes() * share))
+            self._now[item] += self._known[key][1]
+        self._note_peak()
+
+    def make(self, nbytes: float, item: Item) -> Tensor:
+        """A block of memory of which only the size is known."""
+        block = torch.empty(int(nbytes), dtype=torch.uint8)
+        self.hold([block], item)
+        return block
+
+    @contextmanager
+    def of(self, model: str, vocabulary: int) -> Iterator[None]:
+        """What is made inside belongs to this model."""
+        before = self._model, self._vocabulary
+        self._model, self._vocabulary = model, vocabulary
+        try:
+            yield
+        finally:
+            self._model, self._vocabulary = before
+
+    def moment(self, name: str):
+        """From here on the peak counts for this moment of the run."""
+        self._moment = name
+        self._note_peak()
+
+    def _forget(self, key: int):
+        item, nbytes = self._known.pop(key)
+        self._now[item] -= nbytes
+
+    def _note_peak(self):
+        if self._now.total() > self.moments.get(self._moment, Counter()).total():
+            self.moments[self._moment] = Counter(self._now)

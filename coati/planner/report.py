@@ -1,0 +1,190 @@
+"""From a configuration to a table: what fills a GPU, whether it fits, and the change that helps most."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from coati.config import _read, _take_config_path, parse_config
+from coati.errors import UserError
+
+ALGORITHMS = ("sft", "reward", "ppo")
+KINDS = ("parameters", "gradients", "optimiser states", "activations", "logits", "KV cache", "communication")
+USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
+MIB, GIB = 2**20, 2**30
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plan; returns 0 if the run fits, else 1.
+
+    Raises:
+        UserError: settings that contradict each other, or a model whose config.json is not on this machine.
+    """
+    parser = argparse.ArgumentParser(
+        prog="coati plan",
+        description="Memory of one rank of a run, without loading weights or starting anything. Takes every flag of "
+        "the training script besides these, and `--config FILE.yaml`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default: 1)")
+    parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, help="if the settings don't tell")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will use")
+    known, rest = parser.parse_known_args(argv)
+    if known.gpus < 1:
+        raise UserError(f"--gpus is {known.gpus}: give at least 1")
+    from coati.planner.dry_run import plan
+
+    workload = read_workload(rest, known.algorithm, known.gpus, known.device == "cuda")
+    found = plan(workload)
+    print(table(workload, found))
+    fits = found.peak.total() <= USABLE * known.memory * GIB
+    print(verdict(found, known.memory, fits) + advice(workload, found))
+    return 0 if fits else 1
+
+
+def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: bool):
+    """The settings of a training script as something to plan.
+
+    Raises:
+        UserError: as `main`.
+    """
+    from coati.planner.dry_run import Workload
+
+    classes = config_classes()
+    algorithm = algorithm or _tell_algorithm(argv, classes)
+    config = parse_config(classes[algorithm], argv)
+    if config.precision == "auto":
+        config.precision = "bf16" if on_gpu or config.plugin == "gemini" else "fp32"
+    if on_gpu:  # as large, and this machine need not have a GPU
+        config.precision = config.precision.replace("fp16", "bf16")
+        config.gemini_placement = "static"
+        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "sdpa")
+    return Workload(algorithm, config, _shapes(config, algorithm), gpus, on_gpu)
+
+
+def table(workload, found) -> str:
+    """GiB of every model and kind of memory at the worst instant, the largest one marked, and the phases' peaks."""
+    c, peak = workload.config, found.peak
+    models = [m for m in dict.fromkeys(model for model, _ in peak) if sum(peak[m, kind] for kind in KINDS) > MIB]
+    kinds = [kind for kind in KINDS if sum(peak[m, kind] for m in models) >= 0.005 * GIB]
+    largest = max(peak, key=peak.__getitem__)
+    device = "GPU" if workload.on_gpu else "CPU process"
+    rows = [["GiB a rank", *kinds, "sum"]]
+    for model in models:
+        cells = [f"{peak[model, kind] / GIB:.2f}" + ("*" if (model, kind) == largest else " ") for kind in kinds]
+        rows.append([model, *cells, f"{sum(peak[model, kind] for kind in KINDS) / GIB:.2f} "])
+    sums = [sum(peak[m, kind] for m in models) for kind in kinds]
+    rows.append(["sum", *(f"{n / GIB:.2f} " for n in (*sums, peak.total()))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    head = [workload.algorithm, f"{c.plugin} {c.precision}", f"{workload.gpus} x {device}"]
+    lines = [" · ".join([*head, f"micro-batch {c.micro_batch_size}"])]
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    peaks = " · ".join(f"{name} {items.total() / GIB:.2f}" for name, items in found.phases.items())
+    return "\n".join([*lines, f"* the largest item. Peaks of the phases: {peaks}"])
+
+
+def verdict(found, memory: float, fits: bool) -> str:
+    """One sentence."""
+    need = found.peak.total() / GIB
+    share = f"{need:.1f} GiB at the peak ({found.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"
+    return ("fits: " if fits else "does not fit: ") + share
+
+
+def advice(workload, found) -> str:
+    """The one change that saves most, as the end of a sentence; empty if none saves a hundredth."""
+    from coati.planner.dry_run import Plan, plan
+
+    best: tuple[int, str, Plan | None] = (found.peak.total() // 100, "", None)
+    for change in _changes(workload):
+        try:
+            other = plan(dataclasses.replace(workload, config=dataclasses.replace(workload.config, **change)))
+        except UserError:  # a change that can't be made is no advice
+            continue
+        saved = found.peak.total() - other.peak.total()
+        words = ", ".join(f"{name} {str(value).lower()}" for name, value in change.items())
+        best = max(best, (saved, words, other), key=lambda entry: entry[0])
+    return f"; {best[1]} saves {best[0] / GIB:.1f} GiB" if best[1] else ""
+
+
+def _changes(workload) -> list[dict]:
+    c = workload.config
+    changes = []
+    if not c.gradient_checkpointing:
+        changes.append({"gradient_checkpointing": True})
+    for name in ("micro_batch_size", "generation_batch_size"):
+        if getattr(c, name, 1) > 1:
+            changes.append({name: getattr(c, name) // 2})
+    if c.precision == "fp32":
+        changes.append({"precision": "bf16"})
+    if workload.gpus > 1 and c.plugin in ("ddp", "zero1"):
+        changes.append({"plugin": "zero2"})
+    if c.plugin in ("ddp", "zero1", "zero2"):
+        changes.append({"plugin": "zero2-offload"})
+    if workload.gpus > 1 and c.plugin != "gemini" and c.lora_rank == 0 and c.model_parallel_size == 1:
+        changes.append({"plugin": "gemini", "precision": "bf16" if c.precision == "fp32" else c.precision})
+    if c.plugin == "gemini" and c.offload_optimizer_fraction < 1:
+        changes.append({"offload_optimizer_fraction": 1.0})
+    if c.plugin in ("ddp", "zero1", "zero2") and workload.gpus % (2 * c.model_parallel_size) == 0:
+        changes.append({"tensor_parallel": 2 * c.tensor_parallel})
+    return changes
+
+
+def config_classes() -> dict[str, type]:
+    """The settings of every algorithm."""
+    from coati.trainers.ppo import PPOConfig
+    from coati.trainers.reward import RewardConfig
+    from coati.trainers.sft import SFTConfig
+
+    return {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+
+
+def _tell_algorithm(argv: list[str], classes: dict[str, type]) -> str:
+    """The algorithm whose settings alone have a name that is used."""
+    path, rest = _take_config_path(argv)
+    used = set(_read(path)) if path else set()
+    used |= {word[2:].split("=")[0] for word in rest if word.startswith("--")}
+    fields = {name: {f.name for f in dataclasses.fields(c)} for name, c in classes.items()}
+    used &= set().union(*fields.values())  # parse_config finds the misspelt ones
+    fitting = [name for name in ALGORITHMS if used <= fields[name]]
+    if not used & {"reward_model", "reward_functions"}:  # PPO needs one of them
+        fitting = [name for name in fitting if name != "ppo"]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise UserError("the settings don't tell the algorithm: add --algorithm sft, reward or ppo")
+
+
+def _shapes(config, algorithm: str) -> dict:
+    """The transformers config of every model of the run."""
+    start = config.model_config or config.model
+    if start is None:
+        raise UserError("give --model FOLDER, or --model_config FILE with the config.json of its shape")
+    own = _shape(start, "--model_config" if config.model_config else "--model")
+
+    def shape(name: str):
+        source = getattr(config, name)
+        made_later = config.model_config and source and not Path(source).exists()
+        return own if made_later else source and _shape(source, f"--{name}")
+
+    if algorithm != "ppo":
+        return {"model": own}
+    scorer = shape("reward_model")
+    shapes = {"actor": own, "critic": shape("critic_model") or scorer or own}
+    if (config.kl_coefficient != 0 or config.kl_target is not None) and config.lora_rank == 0:
+        shapes["reference"] = own
+    return shapes | ({"reward model": scorer} if scorer else {})
+
+
+def _shape(source: str, flag: str):
+    from transformers import AutoConfig
+
+    from coati.models.lora import base_of_adapter, is_adapter
+
+    try:
+        folder = base_of_adapter(source) if is_adapter(source) else source
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {source}: no config.json of this model on this machine; name a file of that kind by --model_config"
+        ) from error

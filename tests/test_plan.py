@@ -1,0 +1,158 @@
+"""The memory planner: its arithmetic, its words, and real runs beside it (docs/memory.md has more of those)."""
+
+import json
+from collections import Counter
+
+import pytest
+from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+from coati.cli import main
+from coati.errors import UserError
+from coati.planner.dry_run import Workload, plan
+from coati.planner.report import read_workload, verdict
+from coati.trainers.ppo import PPOConfig
+from coati.trainers.sft import SFTConfig
+
+# Attention narrow enough to be a small part, and a vocabulary that is no other width
+SHAPE = dict(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+LLAMA = LlamaConfig(**SHAPE, num_hidden_layers=4)
+WEIGHTS = 2 * 1000 * 64 + 64 + 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 * 64)
+
+
+def sft(gpus: int = 1, shape=LLAMA, on_gpu: bool = True, **settings):
+    settings = {"precision": "bf16", "plugin": "zero2", "max_length": 128, "micro_batch_size": 4, **settings}
+    return plan(Workload("sft", SFTConfig(**settings), {"model": shape}, gpus, on_gpu))
+
+
+def kinds(found, moment: str | None = None) -> Counter:
+    total = Counter()
+    for (_, kind), nbytes in found.phases[moment or found.worst].items():
+        total[kind] += nbytes
+    return total
+
+
+def test_zero_divides_the_optimiser_states_by_the_ranks():
+    one, four = kinds(sft(1)), kinds(sft(4))
+    assert one["optimiser states"] == 12 * WEIGHTS
+    assert four["optimiser states"] == 3 * WEIGHTS
+    assert one["parameters"] == pytest.approx(2 * WEIGHTS, rel=0.01)  # and a few buffers
+    assert four["parameters"] == one["parameters"]
+
+
+def test_ddp_keeps_float32_weights_and_buckets():
+    found = kinds(sft(4, plugin="ddp"))
+    assert found["parameters"] == pytest.approx(4 * WEIGHTS, rel=0.01)
+    assert found["optimiser states"] >= 8 * WEIGHTS
+    assert found["communication"] == 4 * WEIGHTS
+
+
+def test_offloading_leaves_no_states_on_the_gpu():
+    assert kinds(sft(plugin="zero2-offload"))["optimiser states"] == 0
+    assert kinds(sft(plugin="zero2-offload", on_gpu=False))["optimiser states"] == 12 * WEIGHTS
+
+
+def test_precision_halves_activations_but_not_the_float32_logits():
+    low, high = kinds(sft()), kinds(sft(precision="fp32"))
+    assert high["activations"] > 1.5 * low["activations"]
+    logits = 4 * 128 * 1000
+    assert low["logits"] >= (2 + 4) * logits, "bf16 logits and their float32 copy"
+
+
+def test_checkpointing_saves_most_activations():
+    assert kinds(sft(gradient_checkpointing=True))["activations"] < 0.5 * kinds(sft())["activations"]
+
+
+def test_lora_has_states_of_its_adapters_only():
+    found = kinds(sft(lora_rank=4))
+    assert 0 < found["optimiser states"] < 12 * WEIGHTS / 5
+    assert found["parameters"] > 2 * WEIGHTS
+
+
+def test_gemini_shards_what_is_trained_and_large():
+    large = LlamaConfig(**SHAPE | {"hidden_size": 1024, "vocab_size": 32000}, num_hidden_layers=4)
+    one, eight = kinds(sft(1, large, plugin="gemini")), kinds(sft(8, large, plugin="gemini"))
+    assert eight["parameters"] < 0.2 * one["parameters"]
+    assert kinds(sft(8, plugin="gemini"))["parameters"] == kinds(sft(1, plugin="gemini"))["parameters"]
+
+
+def test_deep_models_are_continued_in_a_straight_line():
+    def deep(layers):
+        return sft(4, LlamaConfig(**SHAPE, num_hidden_layers=layers)).peak.total()
+
+    sizes = [deep(layers) for layers in (8, 10, 12)]  # 8 layers are gone through one by one
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], abs=8) and sizes[1] > sizes[0]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sequence"])
+def test_splitting_a_batch_over_ranks_halves_the_logits(kind):
+    whole, half = kinds(sft(2, plugin="zero1")), kinds(sft(2, plugin="zero1", **{f"{kind}_parallel": 2}))
+    assert half["logits"] == pytest.approx(whole["logits"] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GPT2Config(n_embd=64, n_layer=2, n_head=4),
+        OPTConfig(hidden_size=64, word_embed_proj_dim=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128),
+    ],
+)
+def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
+    config = PPOConfig(precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16)
+    models = ("actor", "critic", "reference", "reward model")
+    found = plan(Workload("ppo", config, dict.fromkeys(models, shape), 2))
+    assert {"generate", "score", "evaluate", "learn"} <= set(found.phases)
+    assert set(models) <= {model for (model, kind), n in found.peak.items() if n and kind == "parameters"}
+    assert kinds(found, "generate")["KV cache"] > 0
+    assert found.peak.total() == max(phase.total() for phase in found.phases.values())
+
+
+def test_the_command_prints_a_table_a_verdict_and_the_best_change(tmp_path, capsys):
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(LLAMA.to_dict()))
+    argv = ["plan", "--algorithm", "sft", "--model_config", str(shape), "--gpus", "2", "--plugin", "ddp"]
+    assert main([*argv, "--memory", "80"]) == 0
+    output = capsys.readouterr().out
+    assert "ddp bf16 · 2 x GPU" in output and output.count("*") == 2
+    assert "fits: " in output and "saves" in output.splitlines()[-1]
+
+
+def test_a_run_that_does_not_fit_is_told_so():
+    found = sft()
+    assert verdict(found, 0.001, fits=False).startswith("does not fit: ")
+    assert f"({found.worst})" in verdict(found, 80, fits=True)
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="--model FOLDER"):
+        read_workload([], "sft", 1, True)
+    with pytest.raises(UserError, match="this model on this machine"):
+        read_workload(["--model", str(tmp_path)], "sft", 1, True)
+    with pytest.raises(UserError, match="--algorithm"):
+        read_workload(["--model", str(tmp_path)], None, 1, True)
+    with pytest.raises(UserError, match="multiple of 4"):
+        sft(6, tensor_parallel=4, plugin="zero1")
+    with pytest.raises(UserError, match="unknown plugin"):
+        sft(plugin="zero9")
+
+
+def test_the_settings_tell_the_algorithm(tmp_path):
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(LLAMA.to_dict()))
+    (tmp_path / "ppo.yaml").write_text(f"model: {tmp_path}\nreward_functions: [rules.py:f]\n")
+    argv = ["--config", str(tmp_path / "ppo.yaml"), "--model_config", str(shape)]
+    workload = read_workload(argv, None, 1, True)
+    assert workload.algorithm == "ppo" and set(workload.shapes) == {"actor", "critic", "reference"}
+    assert read_workload(["--model_config", str(shape), "--centering", "1"], None, 1, True).algorithm == "reward"
+
+
+def test_plans_are_within_15_percent_of_real_peaks():
+    from tools.measure_memory import SMALL, Case, compare
+
+    small = SMALL | {"num_hidden_layers": 2, "hidden_size": 128}
+    cases = [
+        Case("sft", 2, small, {"plugin": "zero2", "gradient_checkpointing": True}),
+        Case("reward", 2, small, {"plugin": "gemini"}),
+        Case("ppo", 2, small, {"plugin": "ddp"}),
+    ]
+    for case, planned, measured in compare(cases):
+        assert planned == pytest.approx(measured, rel=0.15), case

@@ -1,0 +1,332 @@
+"""Writes the tables of docs/memory.md: plans beside measured peaks, and what fits where.
+
+    python tools/measure_memory.py            # both tables, half an hour on two cores
+    python tools/measure_memory.py measure    # or one of them
+    python tools/measure_memory.py fit
+
+Each case is a real run of two steps. Its peak is that of torch's own allocator, which reports
+every block it hands out and takes back to the profiler: exact, unlike the resident memory of a process.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+MIB = 2**20
+STEPS = 2  # from the second one on there are optimiser states
+SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, vocab_size=4000)
+LARGE = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=9, num_attention_heads=8, vocab_size=8000)
+LENGTHS = dict(max_length=256, max_prompt_length=128, max_new_tokens=64)
+
+
+SHAPES = {  # Llama 2 7B and 13B, Llama 3 70B
+    "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "13B": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    | dict(num_key_value_heads=8, vocab_size=128256),
+}
+LEAN = dict(gradient_checkpointing=True)
+RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains something else
+    ("zero2", dict(plugin="zero2")),
+    ("zero2, checkpointing", dict(plugin="zero2", **LEAN)),
+    ("gemini, checkpointing", dict(plugin="gemini", **LEAN)),
+    ("zero1, tensor_parallel 8, checkpointing", dict(plugin="zero1", tensor_parallel=8, **LEAN)),
+    ("zero2, checkpointing, micro-batch 1", dict(plugin="zero2", micro_batch_size=1, **LEAN)),
+    ("zero2-offload, checkpointing, micro-batch 1", dict(plugin="zero2-offload", micro_batch_size=1, **LEAN)),
+    (
+        "gemini, optimiser on the host, checkpointing, micro-batch 1",
+        dict(plugin="gemini", offload_optimizer_fraction=1.0, micro_batch_size=1, **LEAN),
+    ),
+    ("zero2, LoRA, checkpointing, micro-batch 1", dict(plugin="zero2", lora_rank=32, micro_batch_size=1, **LEAN)),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `settings` are flags of the training script."""
+
+    algorithm: str
+    processes: int = 1
+    size: dict = field(default_factory=lambda: SMALL)
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        parts = [f"{name} {str(value).lower()}" for name, value in self.settings.items() if name != "plugin"]
+        return ", ".join(parts) or "-"
+
+
+def _cases() -> list[Case]:
+    lean, many = {"gradient_checkpointing": True}, {"batch_size": 32}  # many: several micro-batches a step
+    half = {"precision": "bf16"}
+    cases = []
+    for algorithm in ("sft", "reward", "ppo"):
+        for plugin in ("ddp", "zero2", "gemini"):
+            cases.append(Case(algorithm, 1, SMALL, {"plugin": plugin}))
+            cases.append(Case(algorithm, 2, SMALL, {"plugin": plugin, **lean}))
+    cases.append(Case("sft", 1, SMALL, {"plugin": "zero2", **lean}))
+    cases.append(Case("sft", 1, SMALL, {"plugin": "ddp", **half}))
+    cases.append(Case("sft", 2, SMALL, {"plugin": "zero1", **half}))
+    cases.append(Case("sft", 2, SMALL, {"plugin": "zero2", **half, **many}))
+    cases.append(Case("ppo", 2, SMALL, {"plugin": "zero2", **half, **many}))
+    cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **lean}))
+    cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **many, **lean}))
+    for kind in ("tensor", "pipeline", "sequence"):
+        for algorithm in ("sft", "ppo"):
+            cases.append(Case(algorithm, 2, SMALL, {"plugin": "zero1", f"{kind}_parallel": 2, **many}))
+    return cases
+
+
+def write_world(folder: Path, size: dict):
+    """A tokenizer of one token a word, models with random weights, and rows of nearly the greatest length."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from coati.models import Actor, RewardModel
+
+    folder.mkdir(parents=True)
+    words = ["<bos>", "<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(size["vocab_size"] - 4))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    config = LlamaConfig(**size, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config.save_pretrained(folder / "shape")
+    torch.manual_seed(0)
+    for name, model_class in (("policy", Actor), ("scorer", RewardModel)):
+        model_class(config=config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    def text(start: int, count: int) -> str:
+        return " ".join(f"w{(start * 31 + i) % 1000}" for i in range(count))
+
+    rows = {"sft": [], "preference": [], "prompts": []}
+    for i in range(96):
+        prompt, answer = text(i, 140 if i % 2 else 110), text(i + 1, 120)
+        rows["sft"].append({"prompt": prompt, "completion": answer})
+        rows["preference"].append({"prompt": prompt, "chosen": answer, "rejected": text(i + 2, 119)})
+        rows["prompts"].append({"prompt": prompt})
+    for kind, kept in rows.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def world(folder: Path, size: dict) -> dict[str, str]:
+    """Paths of what `write_world` made for a size of model."""
+    root = folder / str(size["hidden_size"])
+    names = ("policy", "scorer", "cache", "sft.jsonl", "preference.jsonl", "prompts.jsonl")
+    return {name.split(".")[0]: str(root / name) for name in names}
+
+
+def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
+    """The command line of the case's training script."""
+    data = {"sft": "sft", "reward": "preference", "ppo": "prompts"}[case.algorithm]
+    settings = dict(train_data=world[data], model=world["policy"], output_dir=output, cache_dir=world["cache"])
+    settings |= dict(
+        batch_size=8 * case.processes, micro_batch_size=8, steps=STEPS, progress="off", too_long="truncate_prompt"
+    )
+    if case.algorithm == "reward":
+        settings |= dict(batch_size=4 * case.processes, micro_batch_size=4)
+    if case.algorithm == "ppo":
+        settings |= dict(reward_model=world["scorer"], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0)
+    names = LENGTHS if case.algorithm == "ppo" else {"max_length": LENGTHS["max_length"]}
+    settings |= names | case.settings
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def measure(cases: list[Case], folder: Path) -> list[float]:
+    """Peak bytes of real runs on their fullest rank. All cases have the same number of processes and share them."""
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={cases[0].processes}", __file__, "worker", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command} failed:\n{done.stdout[-4000:]}")
+    ranks = [json.loads(path.read_text()) for path in folder.glob("peaks-*.json")]
+    return [max(peaks) for peaks in zip(*ranks, strict=True)]
+
+
+def planned(case: Case, folder: Path) -> float:
+    """Peak bytes by the planner."""
+    from coati.planner.dry_run import plan
+    from coati.planner.report import read_workload
+
+    argv = flags(case, world(folder, case.size), "unused")
+    return plan(read_workload(argv, case.algorithm, case.processes, on_gpu=False)).peak.total()
+
+
+def work(folder: Path):
+    """One rank of real runs, under the profiler; writes this rank's peaks."""
+    import torch
+
+    import coati.models.base as base
+    from coati.parallel import launch
+    from coati.parallel.launch import shutdown
+
+    load = base._load
+
+    def load_into_memory(*arguments):  # weights of a file are mapped, which the allocator does not see
+        model = load(*arguments)
+        for p in model.parameters():
+            p.data = p.data.clone()
+        return model
+
+    base._load = load_into_memory
+    runtime = launch()
+    cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
+    if not torch.cuda.is_available():
+        keep_shards_in_place()
+    peaks = [_peak_of_run(case, folder, runtime, f"{folder}/run-{i}") for i, case in enumerate(cases)]
+    (folder / f"peaks-{runtime.rank}.json").write_text(json.dumps(peaks))
+    shutdown()
+
+
+def keep_shards_in_place():
+    """On CPU ranks Gemini takes its shards for offloaded ones, and asserts when it wants them back. Models of less than
+    32M parameters don't show it: they are not sharded."""
+    from colossalai.zero.gemini.chunk import Chunk, ChunkManager
+
+    close = Chunk.close_chunk
+
+    def close_in_place(chunk):
+        close(chunk)
+        if not chunk.keep_gathered:
+            chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
+
+    Chunk.close_chunk = close_in_place
+    ChunkManager.move_chunk = lambda *arguments, **keywords: None
+
+
+def _peak_of_run(case: Case, folder: Path, runtime, output: str) -> float:
+    import torch
+
+    from coati.config import parse_config
+    from coati.planner.report import config_classes
+    from coati.trainers.ppo import PPOTrainer
+    from coati.trainers.reward import RewardTrainer
+    from coati.trainers.sft import SFTTrainer
+
+    trainer_class = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[case.algorithm]
+    config = parse_config(config_classes()[case.algorithm], flags(case, world(folder, case.size), output))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = trainer_class(config, runtime)
+        for engine in trainer.engines.values():
+            engine.module.train()  # a model from a folder comes in evaluation mode
+        with torch.profiler.record_function("models are built"):
+            gc.collect()
+        for step in range(STEPS):
+            trainer.train_step(step)
+            trainer.step += 1
+        del trainer, engine
+        gc.collect()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    began = next(event.start_ns() for event in events if event.name() == "models are built")
+    now = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now) if event.start_ns() > began else peak
+    return peak
+
+
+def compare(cases: list[Case]) -> Iterator[tuple[Case, float, float]]:
+    """Every case with its planned and its measured peak in bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for width, size in {case.size["hidden_size"]: case.size for case in cases}.items():
+            write_world(folder / str(width), size)
+        for processes in sorted({case.processes for case in cases}):
+            group = [case for case in cases if case.processes == processes]
+            for case, measured in zip(group, measure(group, folder), strict=True):
+                yield case, planned(case, folder), measured
+
+
+def figures(rows: list[tuple[Case, float, float]]) -> str:
+    """The table of plans beside measurements."""
+    lines = ["| run | plugin | processes | other settings | planned, MiB | measured, MiB | ratio |", "|---" * 7 + "|"]
+    for case, plan, measured in rows:
+        size = " (33M)" if case.size == LARGE else ""
+        cells = [case.algorithm + size, case.settings["plugin"], case.processes, case.name]
+        lines.append(
+            "| "
+            + " | ".join(map(str, [*cells, f"{plan / MIB:.0f}", f"{measured / MIB:.0f}", f"{plan / measured:.2f}"]))
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def fitting(algorithm: str, shape, gpus: int) -> str:
+    """The first of `RUNGS` that fits."""
+
+    from coati.errors import UserError
+    from coati.planner.dry_run import Workload, plan
+    from coati.planner.report import USABLE, config_classes
+
+    names = {"sft": ("model",), "ppo": ("actor", "critic", "reference", "reward model")}[algorithm]
+    shared = dict(precision="bf16", batch_size=256, max_length=2048, max_prompt_length=1024, max_new_tokens=512)
+    for words, settings in RUNGS:
+        config = config_classes()[algorithm](**{**shared, "micro_batch_size": 4, **settings})
+        if algorithm == "ppo":
+            config.generation_batch_size = 16
+        shapes = dict.fromkeys(names, shape)
+        if algorithm == "ppo" and config.lora_rank:
+            shapes.pop("reference")
+        try:
+            peak = plan(Workload(algorithm, config, shapes, gpus)).peak.total() / 2**30
+        except UserError:  # this rung takes more processes
+            continue
+        if peak <= USABLE * 80:
+            return f"{words}: {peak:.0f} GiB"
+    return "does not fit"
+
+
+def fit_table() -> str:
+    from transformers import LlamaConfig
+
+    lines = ["| model | run | 1 GPU | 8 GPUs | 64 GPUs |", "|---" * 5 + "|"]
+    for name, sizes in SHAPES.items():
+        for algorithm in ("sft", "ppo"):
+            cells = [fitting(algorithm, LlamaConfig(**sizes), gpus) for gpus in (1, 8, 64)]
+            lines.append("| " + " | ".join([name, algorithm, *cells]) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def write(table: str, number: int):
+    """Puts a table into its place in docs/memory.md."""
+    page = ROOT / "docs" / "memory.md"
+    mark, end = f"<!-- table {number} -->", f"<!-- end of table {number} -->"
+    before, _, rest = page.read_text().partition(mark)
+    _, _, after = rest.partition(end)
+    partial = page.with_suffix(".partial")
+    partial.write_text(f"{before}{mark}\n\n{table}\n\n{end}{after}")
+    partial.replace(page)
+
+
+def main(which: list[str]):
+    if "measure" in which:
+        rows = list(compare(_cases()))
+        print(figures(rows), flush=True)
+        write(figures(rows), 1)
+        if far := [case for case, plan, measured in rows if abs(plan / measured - 1) > 0.15]:
+            sys.exit(f"more than 15 % off: {far}")
+    if "fit" in which:
+        write(fit_table(), 2)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        work(Path(sys.argv[2]))
+    else:
+        main(sys.argv[1:] or ["measure", "fit"])
