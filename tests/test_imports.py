@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "rollout": {"losses", "models", "rewards"},
     "parallel": {"models", "watch"},
     "tracking": set(),
+    "planner": {"losses", "models", "rollout", "parallel", "trainers"},
     "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch"},
 }
 
