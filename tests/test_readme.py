@@ -152,6 +152,11 @@ def test_other_command_works(command, place, runtime, monkeypatch, capsys):
 
             assert main(["doctor"]) == 0
             assert "zero2-offload" in capsys.readouterr().out
+        case ["coati", "plan", *arguments]:
+            from coati.cli import main
+
+            assert main(["plan", *arguments, "--model", place["policy"]]) == 0
+            assert "fits" in capsys.readouterr().out
         case ["coati", "report", folder]:
             check_report(folder, place, runtime)
         case ["python", script, "--help"]:
