@@ -4,6 +4,7 @@ A new architecture needs an entry in `DECODERS`, not code: see docs/add-an-archi
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -76,17 +77,17 @@ DECODERS = {
 }
 
 
-def find_decoder(module: nn.Module) -> tuple[nn.Module, Decoder]:
+def find_decoder(module: nn.Module) -> tuple[Any, Decoder]:
     """The part of a model that holds its layers, and its description. Any head may be around it.
 
     Raises:
         UserError: an architecture that isn't in the table.
     """
-    types = {}
+    types: dict[str | None, None] = {}
     for part in module.modules():
         kind = getattr(getattr(part, "config", None), "model_type", None)
         types[kind] = None
-        entry = DECODERS.get(kind)
+        entry = DECODERS.get(str(kind))
         if entry is not None and isinstance(getattr(part, entry.layers, None), nn.ModuleList):
             return part, entry
     found = ", ".join(str(kind) for kind in types if kind)
@@ -106,7 +107,7 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
     config, depth = part.config, len(getattr(part, entry.layers))
     if depth < pipeline_parallel:
         raise UserError(f"the model has {depth} layers: pipeline_parallel {pipeline_parallel} leaves stages empty")
-    if pipeline_parallel > 1 and getattr(config, "layerdrop", 0.0):
+    if pipeline_parallel > 1 and getattr(config, "layerdrop", None):
         raise UserError("layerdrop skips whole layers at random, which pipeline stages can't: set layerdrop to 0")
     if split_sequence and not entry.splits_sequence:
         raise UserError(f"{config.model_type}'s code can't split the sequence between layers: leave out split_sequence")

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,7 +167,7 @@ class HybridEngine(Engine):
         if self.config.tensor_parallel > 1:
             split_tensors(self.replica, self.plugin.tp_group)
         self.replica.to(self.runtime.device, DTYPES[self.precision]).eval()
-        names = [None] * self.config.pipeline_parallel
+        names: list[Any] = [None] * self.config.pipeline_parallel
         dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
         self.owners = {name: stage for stage, held in enumerate(names) for name in held}
 
@@ -187,7 +188,8 @@ class HybridEngine(Engine):
             shard = shard_of(tensor)
             state[name] = (tensor if shard is None else shard.gather(tensor)).detach().cpu()
         if self.pipelined:
-            stages = [None] * self.config.pipeline_parallel if dist.get_rank(self.plugin.pp_group) == 0 else None
+            at_first = dist.get_rank(self.plugin.pp_group) == 0
+            stages: Any = [None] * self.config.pipeline_parallel if at_first else None
             first = dist.get_global_rank(self.plugin.pp_group, 0)
             dist.gather_object(state, stages, dst=first, group=self.plugin.pp_group)
             state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}

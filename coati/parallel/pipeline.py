@@ -117,7 +117,7 @@ class MicroBatches(OneForwardOneBackwardSchedule):
         """Takes `(inputs, loss of output)` pairs."""
         self.waiting = list(data_iter)
         self.num_microbatches = len(self.waiting)
-        self.metrics: list[dict[str, Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
 
     def load_micro_batch(self) -> dict[str, Any]:
         inputs, self.loss_of = self.waiting.pop(0)

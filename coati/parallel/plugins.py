@@ -1,7 +1,7 @@
 """From one word (`zero2`, `gemini`, ...) to a configured Colossal-AI plugin, or one line that says why not."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -120,7 +120,7 @@ def make_booster(config: PluginConfig, *, accumulates: bool):
 def _hybrid(config: PluginConfig, precision: str):
     from coati.parallel.hybrid import HybridPlugin
 
-    split = dict(tp_size=config.tensor_parallel, pp_size=config.pipeline_parallel)
+    split: dict[str, Any] = dict(tp_size=config.tensor_parallel, pp_size=config.pipeline_parallel)
     if config.sequence_parallel > 1:
         split |= dict(sp_size=config.sequence_parallel, enable_sequence_parallelism=True)
         split |= dict(sequence_parallelism_mode="all_to_all")

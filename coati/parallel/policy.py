@@ -1,5 +1,7 @@
 """Our Shardformer policy: Colossal-AI's built-in ones import names that transformers 5 dropped."""
 
+from typing import Any
+
 from colossalai.shardformer.policies.base_policy import Policy
 from torch import nn
 
@@ -66,7 +68,7 @@ class DecoderPolicy(Policy):
         return self.shared_parameters
 
 
-def split_tensors(model: nn.Module, group, split_sequence: bool = False):
+def split_tensors(model: Any, group, split_sequence: bool = False):
     """Tensor parallelism for whichever layers, embedding and output head the model (or stage) holds."""
     from transformers import PreTrainedModel
 
@@ -85,7 +87,7 @@ def split_tensors(model: nn.Module, group, split_sequence: bool = False):
         _split_between_layers(model, part, entry, sequence)
 
 
-def _split_between_layers(model: nn.Module, part: nn.Module, entry, sequence: SequenceSplit):
+def _split_between_layers(model: Any, part: Any, entry, sequence: SequenceSplit):
     """What every rank holds whole sees a stretch of the sequence only, so that gradients are sums over ranks."""
     for name in entry.positions:
         getattr(part, name).register_forward_hook(sequence.take)
@@ -93,9 +95,8 @@ def _split_between_layers(model: nn.Module, part: nn.Module, entry, sequence: Se
         if shard_of(parameter) is None and parameter.requires_grad:
             sum_gradient(parameter, sequence.group)
     use_split_attention(transformer_of(model), None)
-    layout = FilledSequence(sequence, has_head=isinstance(model.layout, SplitVocabulary))
-    layout.log_probs, layout.entropy = model.layout.log_probs, model.layout.entropy
-    model.layout = layout
+    vocabulary = model.layout if isinstance(model.layout, SplitVocabulary) else None
+    model.layout = FilledSequence(sequence, vocabulary)
 
 
 def transformer_of(model: nn.Module):

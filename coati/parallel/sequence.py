@@ -35,15 +35,22 @@ class FilledSequence(SplitSequence):
     """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers
     it again (Megatron's sequence parallelism)."""
 
-    def __init__(self, sequence, has_head: bool):
+    def __init__(self, sequence, vocabulary: Layout | None):
         super().__init__(sequence.group)
-        self.sequence, self.has_head = sequence, has_head
+        self.sequence, self.has_head = sequence, vocabulary is not None
+        self.vocabulary = vocabulary or Layout()
 
     def split(self, x: Tensor) -> Tensor:
         return self.fill(x)
 
     def gather(self, x: Tensor) -> Tensor:
         return x if self.has_head else super().gather(x)
+
+    def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
+        return self.vocabulary.log_probs(logits, next_ids, temperature)
+
+    def entropy(self, logits: Tensor, temperature: float) -> Tensor:
+        return self.vocabulary.entropy(logits, temperature)
 
 
 class _Gather(torch.autograd.Function):

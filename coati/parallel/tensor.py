@@ -103,7 +103,7 @@ def split_layers(layers, entry, group, sequence: SequenceSplit | None = None):
                         sum_gradient(parameter, group)
 
 
-def split_column(linear: nn.Module, group, parts: int = 1, copy: bool = True):
+def split_column(linear: Any, group, parts: int = 1, copy: bool = True):
     """Each rank computes a slice of the outputs. Without `copy` the input's gradients are summed elsewhere."""
     _split(linear, "weight", _dims(linear)[0], parts, group)
     if linear.bias is not None:
@@ -114,7 +114,7 @@ def split_column(linear: nn.Module, group, parts: int = 1, copy: bool = True):
         linear.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
 
 
-def split_row(linear: nn.Module, group, total: Callable):
+def split_row(linear: Any, group, total: Callable):
     """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once."""
     out, into = _dims(linear)
     _split(linear, "weight", into, 1, group)
@@ -126,7 +126,7 @@ def split_row(linear: nn.Module, group, total: Callable):
     linear.forward = forward
 
 
-def split_embedding(embedding: nn.Embedding, group, total: Callable):
+def split_embedding(embedding: Any, group, total: Callable):
     """Each rank holds a range of the vocabulary; the others' tokens give zeros, and the sum is right."""
     _split(embedding, "weight", 0, 1, group)
     rows, rank, lookup = embedding.weight.shape[0], dist.get_rank(group), embedding.forward
@@ -143,12 +143,13 @@ def split_embedding(embedding: nn.Embedding, group, total: Callable):
     embedding.forward = forward
 
 
-def split_head(head: nn.Linear, group, sequence: SequenceSplit | None = None):
+def split_head(head: Any, group, sequence: SequenceSplit | None = None):
     """Each rank gives the logits of a range of the vocabulary; all of them where `head.gives_all` is set.
 
     Columns that only fill up the vocabulary get -inf.
     """
-    size = head.weight.shape[0] if shard_of(head.weight) is None else shard_of(head.weight).size
+    tied = shard_of(head.weight)
+    size = tied.size if tied else head.weight.shape[0]
     split_column(head, group, copy=sequence is None)
     if sequence:
         head.register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
