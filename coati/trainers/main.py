@@ -3,11 +3,14 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 
 from coati.config import parse_config
 from coati.errors import UserError
 from coati.watch import watch_launcher
+
+SECONDS_FOR_RANK_0 = 10
 
 
 def main(load_trainer, description: str):
@@ -35,7 +38,10 @@ def main(load_trainer, description: str):
         trainer_class(config, runtime).train()
         shutdown()
     except UserError as error:
-        if runtime.first_to_fail() if runtime else is_main:
+        if runtime is None and not is_main:
+            # rank 0 says the same now, if it can: until then no launcher may see that a process has failed
+            time.sleep(SECONDS_FOR_RANK_0)
+        if runtime is None or runtime.first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         _end(2)
     except Exception:
