@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is an error at once, not after a minute of attempts
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("red blue green lamp chair clock order refund late soon thank please happy help sorry never").split()  # noqa: SIM905

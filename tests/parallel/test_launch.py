@@ -148,9 +148,13 @@ import os, signal, time
 from coati.watch import watch_launcher
 watch_launcher()
 signal.signal(signal.SIGINT, lambda *_: None)  # as after `launch`
+reader, writer = os.pipe()
 child = os.fork()
 if child:
+    os.read(reader, 1)
     print("forked", flush=True)
+else:
+    os.write(writer, b".")
 time.sleep(2)
 if child:
     os.waitpid(child, 0)

