@@ -32,7 +32,7 @@ def test_files_have_their_sizes_and_a_seed_gives_the_same_bytes(data, tmp_path):
 
 
 def test_every_chosen_reply_is_good_and_hardly_a_rejected_one(data):
-    """One rejected reply in eight has lost a few letters, which the measure only sees if they are those it looks for."""
+    """One rejected reply in eight has lost a few letters, which the measure sees only if it looks for them."""
     for name in ("preference_train", "preference_eval"):
         pairs = rows(data[name])
         assert all(is_good(row["prompt"], row["chosen"]) for row in pairs)
