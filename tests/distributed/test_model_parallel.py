@@ -15,6 +15,7 @@ from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
+OTHERS = ("mistral", "qwen2", "gemma", "phi")
 ALGORITHMS = ("sft", "reward", "ppo")
 TWO = ("zero1", "tp2", "tp2, split_sequence", "pp2", "sp2")
 FOUR = ("tp2 x pp2", "tp2 x zero1")
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def worlds(tiny_world, folder) -> dict[str, dict]:
-    return {family: make_family(family, tiny_world, folder) for family in FAMILIES}
+    return {family: make_family(family, tiny_world, folder) for family in FAMILIES + OTHERS}
 
 
 def runs(layout: str, family: str) -> bool:
@@ -87,6 +88,20 @@ def assert_same(found: dict, expected: dict):
 @pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+
+
+@pytest.fixture(scope="module")
+def others(worlds, folder):
+    one = run_jobs(jobs(worlds, folder, ["one"], OTHERS), folder / "others-one", 1)
+    return one | run_jobs(jobs(worlds, folder, TWO, OTHERS), folder / "others-two", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("layout", TWO)
+def test_the_other_architectures_do_too(layout, family, algorithm, others):
+    assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
