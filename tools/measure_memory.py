@@ -276,7 +276,7 @@ def figures(rows: list[tuple[Case, float, float]]) -> str:
     """The table of plans beside measurements."""
     lines = ["| run | plugin | processes | other settings | planned, MiB | measured, MiB | ratio |", "|---" * 7 + "|"]
     for case, plan, measured in rows:
-        size = " (33M)" if case.size == LARGE else ""
+        size = " (37M)" if case.size == LARGE else ""
         cells = [case.algorithm + size, case.settings["plugin"], case.processes, case.name]
         lines.append(
             "| "
