@@ -45,6 +45,10 @@ RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains somethi
         "gemini, optimiser on the host, checkpointing, micro-batch 1",
         dict(plugin="gemini", offload_optimizer_fraction=1.0, micro_batch_size=1, **LEAN),
     ),
+    (
+        "zero1, tensor_parallel 8, pipeline_parallel 4, checkpointing, micro-batch 1",
+        dict(plugin="zero1", tensor_parallel=8, pipeline_parallel=4, micro_batch_size=1, **LEAN),
+    ),
     ("zero2, LoRA, checkpointing, micro-batch 1", dict(plugin="zero2", lora_rank=32, micro_batch_size=1, **LEAN)),
 ]
 
