@@ -1,7 +1,7 @@
 """Writes the table of layouts in docs/plugins.md from the results of tests/distributed/test_model_parallel.py.
 
-    python tools/layout_table.py                     # runs the tests first: about 10 minutes on 2 cores
-    python tools/layout_table.py --results FOLDER    # of a run that is over: PYTEST'S BASETEMP/layouts0
+python tools/layout_table.py                     # runs the tests first: about 10 minutes on 2 cores
+python tools/layout_table.py --results FOLDER    # of a run that is over: PYTEST'S BASETEMP/layouts0
 """
 
 import argparse

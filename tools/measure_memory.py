@@ -172,7 +172,6 @@ def planned(case: Case, folder: Path) -> float:
 
 def work(folder: Path):
     """One rank of real runs, under the profiler; writes this rank's peaks."""
-    import torch
 
     import coati.models.base as base
     from coati.parallel import launch
@@ -189,27 +188,9 @@ def work(folder: Path):
     base._load = load_into_memory
     runtime = launch()
     cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
-    if not torch.cuda.is_available():
-        keep_shards_in_place()
     peaks = [_peak_of_run(case, folder, runtime, f"{folder}/run-{i}") for i, case in enumerate(cases)]
     (folder / f"peaks-{runtime.rank}.json").write_text(json.dumps(peaks))
     shutdown()
-
-
-def keep_shards_in_place():
-    """On CPU ranks Gemini takes its shards for offloaded ones, and asserts when it wants them back. Models of less than
-    32M parameters don't show it: they are not sharded."""
-    from colossalai.zero.gemini.chunk import Chunk, ChunkManager
-
-    close = Chunk.close_chunk
-
-    def close_in_place(chunk):
-        close(chunk)
-        if not chunk.keep_gathered:
-            chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
-
-    Chunk.close_chunk = close_in_place
-    ChunkManager.move_chunk = lambda *arguments, **keywords: None
 
 
 def _peak_of_run(case: Case, folder: Path, runtime, output: str) -> float:

@@ -14,7 +14,7 @@ from colossalai.accelerator import set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
-from colossalai.zero.gemini.chunk import ChunkManager
+from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
@@ -182,6 +182,7 @@ def install() -> list[str]:
     set_accelerator(HostAccelerator())
     LowLevelZeroOptimizer._sanity_checks = lambda self: None  # it asserts cuda or npu, and nothing else that we rely on
     _register(CPUAdamLoader)
+    _keep_gemini_shards_in_place()
     return []
 
 
@@ -215,6 +216,22 @@ def _mend_gemini():
     ChunkManager.rearrange_accumulated_grad_chunk = rearrange_counting_once
     GeminiDDP.__del__ = destroy_unless_exiting
     ChunkManager.mended_by_coati = True
+
+
+def _keep_gemini_shards_in_place():
+    """On CPU ranks Gemini takes its shards for offloaded ones, and asserts when it wants them back. Models of less than
+    32M parameters don't show it: they are not sharded."""
+    if getattr(Chunk, "mended_by_coati", False):
+        return
+    close = Chunk.close_chunk
+
+    def close_in_place(chunk):
+        close(chunk)
+        if not chunk.keep_gathered:
+            chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
+
+    Chunk.close_chunk, Chunk.mended_by_coati = close_in_place, True
+    ChunkManager.move_chunk = lambda *arguments, **keywords: None  # there is one place
 
 
 def _compile_or_replace(loader) -> str | None:

@@ -58,6 +58,8 @@ class Engine:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
         if optimizer is None:
             module.requires_grad_(False).eval()
+        else:
+            module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
         if optimizer is None and config.plugin != "gemini" and config.model_parallel_size == 1:
             # a replica needs no wrapper; under ddp, autocast takes care of the precision
             self.model = module.to(runtime.device, None if config.plugin == "ddp" else DTYPES[self.precision])
