@@ -6,6 +6,11 @@ from torch import Tensor
 from coati.losses.masking import keep
 
 
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits of the distribution that sampling at this temperature draws from: float32, or float64 if they were."""
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
 def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-prob of a given token at every position.
 
@@ -17,13 +22,13 @@ def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -
     Returns:
         `[batch, seq]`, float32 (float64 for float64 logits).
     """
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logits = at_temperature(logits, temperature)
     return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the distribution at every position, in nats, `[batch, seq]`."""
-    log_probs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
+    log_probs = at_temperature(logits, temperature).log_softmax(-1)
     # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
     finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
     return -(log_probs.exp() * finite).sum(-1)

@@ -179,7 +179,8 @@ class SplitVocabulary(Layout):
         return _LogProbs.apply(_scaled(logits, temperature), next_ids, self.group)
 
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
-        log_probs = _scaled(logits, temperature) - _log_partition(_scaled(logits, temperature), self.group)[..., None]
+        logits = _scaled(logits, temperature)
+        log_probs = logits - _log_partition(logits, self.group)[..., None]
         terms = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)
         return -_summed(terms.sum(-1), self.group)
 

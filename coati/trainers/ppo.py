@@ -38,6 +38,7 @@ from coati.losses import (
     value_loss,
     whiten,
 )
+from coati.losses.language import align
 from coati.losses.masking import keep
 from coati.models import Actor, Critic, RewardModel
 from coati.models.base import disable_dropout
@@ -403,7 +404,7 @@ class PPOTrainer(Trainer):
 
 def before_token(values: Tensor) -> Tensor:
     """The critic's estimate before each token: what it says after the token to the left, `[batch, seq]`."""
-    return torch.nn.functional.pad(values[:, :-1], (1, 0))
+    return align(values)
 
 
 def count_response_tokens(batch: Experience) -> Tensor:
