@@ -57,6 +57,7 @@ def state(job: str, slurm: dict[str, str]) -> str:
     """PENDING, RUNNING, COMPLETED, ... A job that waits for its time to begin, as requeued ones do, begins now."""
     shown = run(["scontrol", "show", "job", job], slurm, check=True).stdout
     if "Reason=BeginTime" in shown:
+        time.sleep(2)  # slurmd refuses a job that starts in the second in which it ended ("credential revoked")
         run(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
     return re.search(r"JobState=(\w+)", shown)[1]
 
