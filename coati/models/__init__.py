@@ -4,6 +4,24 @@ from coati.models.actor import Actor
 from coati.models.base import BaseModel
 from coati.models.critic import Critic
 from coati.models.lora import LoraSettings
+from coati.models.reference import create_reference_model
 from coati.models.reward_model import RewardModel
+from coati.models.value_head import ValueHead
+from coati.models.wrapper import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PreTrainedModelWrapper,
+)
 
-__all__ = ["Actor", "BaseModel", "Critic", "LoraSettings", "RewardModel"]
+__all__ = [
+    "Actor",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "BaseModel",
+    "Critic",
+    "LoraSettings",
+    "PreTrainedModelWrapper",
+    "RewardModel",
+    "ValueHead",
+    "create_reference_model",
+]

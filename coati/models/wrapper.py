@@ -1,0 +1,397 @@
+"""Language models with a value head, under TRL's names and with TRL's checkpoints. TRL dropped its own in 1.13."""
+
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coati.errors import UserError
+from coati.models.base import _load as load_transformer
+from coati.models.lora import base_of_adapter
+from coati.models.value_head import ValueHead
+
+HEAD = "v_head.summary."
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
+
+logger = logging.getLogger(__name__)
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A transformers language model, or peft's wrapping of one, and a value head on its last hidden states.
+
+    What is not defined here is the wrapped model's: `config`, `device`, `generate`, `prepare_inputs_for_generation`,
+    `gradient_checkpointing_enable`, `enable_input_require_grads` and so on.
+
+    Args:
+        pretrained_model: the model to wrap. With adapters its base weights are frozen; the head always trains.
+        score_module, supports_rm_adapter, rm_adapter_name: the linear layer and the name of a reward adapter.
+        **head: `ValueHead`'s keywords.
+
+    Raises:
+        UserError: not a language model of this class's kind, no language-model head, prompt or prefix tuning.
+    """
+
+    auto_class = ""
+    is_encoder_decoder = False
+    supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
+
+    def __init__(
+        self,
+        pretrained_model: nn.Module,
+        score_module: nn.Linear | None = None,
+        supports_rm_adapter: bool = False,
+        rm_adapter_name: str | None = None,
+        **head,
+    ):
+        super().__init__()
+        base = check_language_model(pretrained_model, self.auto_class, self.is_encoder_decoder)
+        self.pretrained_model = pretrained_model
+        self.is_peft_model = base is not pretrained_model
+        self.v_head = ValueHead(base.config, **head).to(base.get_output_embeddings().weight.device)
+        self.supports_rm_adapter, self.rm_adapter_name = supports_rm_adapter, rm_adapter_name
+        if score_module is not None:
+            self.score = score_module
+        self.register_state_dict_post_hook(_hide_prefix)
+        self.register_load_state_dict_pre_hook(_restore_prefix)
+        self.train(base.training)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("pretrained_model"), name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        peft_config=None,
+        is_trainable: bool = False,
+        reward_adapter: str | None = None,
+        reward_adapter_name: str = "reward_adapter",
+        **kwargs,
+    ):
+        """The model in a folder, of a hub name, or given as an object; in eval mode like transformers' own.
+
+        Args:
+            pretrained_model_name_or_path: a folder (full model, or adapter) or name, whose head is read if there is
+                one and drawn anew, with a warning, if not; or a model.
+            peft_config: adds a new adapter.
+            is_trainable: whether the adapter of an adapter folder trains.
+            reward_adapter: folder or name of an adapter with a `score` layer, for `compute_reward_score`.
+            **kwargs: `ValueHead`'s keywords; the rest goes to transformers' `from_pretrained`.
+
+        Raises:
+            UserError: neither path nor model, a checkpoint that doesn't fit, an unsuitable adapter.
+        """
+        if reward_adapter is not None and not isinstance(reward_adapter, str):
+            raise UserError(f"reward_adapter is a {type(reward_adapter).__name__}: give a folder or a hub name")
+        model, source = pretrained_model_name_or_path, None
+        head = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        kbit = {name: kwargs.pop(name) for name in KBIT_OPTIONS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if isinstance(model, (str, Path)):
+            source = str(model)
+            model = _load_base(cls.auto_class, source, is_trainable, hub, kwargs)
+        if peft_config is not None:
+            model = _add_adapter(model, peft_config, kbit)
+        rewards = {}
+        if reward_adapter is not None:
+            score = cls.add_and_load_reward_modeling_adapter(
+                model, reward_adapter, reward_adapter_name, kwargs.get("token")
+            )
+            rewards = dict(score_module=score, supports_rm_adapter=True, rm_adapter_name=reward_adapter_name)
+        wrapper = cls(model, **rewards, **head)
+        if source is not None:
+            wrapper._read_head(source, hub)
+        return wrapper
+
+    def _read_head(self, source: str, hub: dict):
+        if (state := load_head(source, **hub)) is None:
+            logger.warning("%s has no value head (%s*): a new one is drawn", source, HEAD)
+            return
+        try:
+            self.v_head.load_state_dict({key.removeprefix("v_head."): value for key, value in state.items()})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the value head in {source} doesn't fit {type(self.config).__name__}: {reason}") from error
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs,
+    ) -> tuple:
+        """`(logits, loss, values)`, and the key-value cache after them if asked for.
+
+        Args:
+            input_ids: `[batch, seq]`; of an encoder-decoder the encoder's.
+            past_key_values: cache of the tokens before `input_ids`.
+            attention_mask: `[batch, past + seq]`, 0 on padding.
+            **kwargs: the wrapped model's: labels, position_ids, decoder_input_ids, ...
+
+        Returns:
+            logits: float32 `[batch, seq, vocab]`.
+            loss: scalar; None without labels.
+            values: `[batch, seq]` in the head's dtype, which is float32 unless the wrapper was moved to another. Of an
+                encoder-decoder, `seq` is the decoder's.
+        """
+        kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
+        output, hidden = self._run(
+            input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        values = self.v_head(hidden).squeeze(-1).to(output.logits.device)
+        result = (output.logits.float(), output.loss, values)
+        return (*result, output.past_key_values) if return_past_key_values else result
+
+    def _run(self, **inputs):
+        """The wrapped model's output and the last hidden states, `[batch, seq, hidden]`."""
+        output = self.pretrained_model(**{**inputs, "output_hidden_states": True, "return_dict": True})
+        return output, (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
+
+    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs):
+        """A folder that this class, TRL and plain transformers (or peft) open.
+
+        The head stands among the model's weights; of a model with adapters, in a `model.safetensors` of its own beside
+        the adapter. A reward adapter is not saved with the policy's.
+
+        Args:
+            state_dict: what `state_dict()` gives, if the weights aren't in the module itself.
+            **kwargs: the wrapped model's `save_pretrained` keywords: max_shard_size, is_main_process, ...
+        """
+        folder = str(save_directory)
+        if not self.is_peft_model:
+            return self.pretrained_model.save_pretrained(folder, state_dict=state_dict or self.state_dict(), **kwargs)
+        from safetensors.torch import save_file
+
+        names = [name for name in self.peft_config if name != self.rm_adapter_name]
+        options = {"selected_adapters": names, **kwargs}
+        if state_dict is not None:
+            options["state_dict"] = state_dict
+        self.pretrained_model.save_pretrained(folder, **options)
+        if kwargs.get("is_main_process", True):
+            state = state_dict or self.state_dict()
+            head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
+            save_file(head, Path(folder) / WEIGHT_FILES[0], metadata={"format": "pt"})
+
+    def push_to_hub(self, *args, **kwargs):
+        """transformers' `push_to_hub` of what `save_pretrained` writes."""
+        from transformers.utils import PushToHubMixin
+
+        return PushToHubMixin.push_to_hub(self, *args, **kwargs)
+
+    @classmethod
+    def add_and_load_reward_modeling_adapter(
+        cls,
+        pretrained_model: nn.Module,
+        adapter_model_id: str,
+        adapter_name: str = "reward_model_adapter",
+        token: str | bool | None = None,
+    ) -> nn.Linear:
+        """Adds a frozen reward adapter to a peft model, whose active adapter, modes and gradients stay as they are.
+
+        Returns:
+            its `score` layer, frozen, float32: hidden states to `[batch, seq, labels]`.
+
+        Raises:
+            UserError: no peft model, or an adapter without `score` weights.
+        """
+        from peft import PeftModel
+        from peft.utils.save_and_load import load_peft_weights
+
+        if not isinstance(pretrained_model, PeftModel):
+            raise UserError("a reward adapter needs a model with a peft adapter: give peft_config as well")
+        state = load_peft_weights(adapter_model_id, device="cpu", token=token)
+        parts = {key.rpartition(".")[2]: value for key, value in state.items() if _is_score(key)}
+        if "weight" not in parts:
+            raise UserError(
+                f"the adapter {adapter_model_id} has no score layer: train it on AutoModelForSequenceClassification "
+                "with modules_to_save=['score']"
+            )
+        with _kept(pretrained_model):
+            pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+        labels, width = parts["weight"].shape
+        score = nn.Linear(width, labels, bias="bias" in parts, device=pretrained_model.device, dtype=torch.float32)
+        score.load_state_dict(parts)
+        return score.requires_grad_(False)
+
+    @torch.no_grad()
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """Scores after each token under the reward adapter, float32 `[batch, seq, labels]`, without dropout.
+
+        The adapter that was active, train or eval mode, and what trains are as before afterwards, also if it raises.
+
+        Args:
+            input_ids: `[batch, seq]`.
+            attention_mask: `[batch, seq]`, 0 on padding.
+
+        Raises:
+            UserError: there is no reward adapter.
+        """
+        if not self.supports_rm_adapter:
+            raise UserError("this model has no reward adapter: load it with reward_adapter=FOLDER")
+        with _kept(self.pretrained_model):
+            self.pretrained_model.set_adapter(self.rm_adapter_name, inference_mode=True)
+            self.pretrained_model.eval()
+            _, hidden = self._run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        return self.score(hidden.to(self.score.weight))
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A causal language model with a value head."""
+
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder with a value head on the decoder's last hidden states."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    is_encoder_decoder = True
+
+
+def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
+    """The tensors `v_head.summary.*` of a checkpoint (safetensors or bin, in one file or several), on the CPU.
+
+    Args:
+        source: folder or hub name.
+        **hub_kwargs: token, revision, cache_dir, subfolder, ...
+
+    Returns:
+        name -> tensor, or None if the checkpoint has no head.
+    """
+    from transformers.utils import cached_file
+
+    for name in WEIGHT_FILES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        files = [] if found is None else [found]
+        if found is not None and name.endswith(".json"):
+            shards = json.loads(Path(found).read_text())["weight_map"]
+            wanted = sorted({shard for key, shard in shards.items() if key.startswith(HEAD)})
+            files = [cached_file(source, shard, **hub_kwargs) for shard in wanted]
+        if head := {key: value for file in files for key, value in _read_head_of_file(file).items()}:
+            return head
+    return None
+
+
+def _read_head_of_file(file: str) -> dict[str, Tensor]:
+    if not file.endswith(".safetensors"):
+        from transformers.modeling_utils import load_state_dict
+
+        return {key: value for key, value in load_state_dict(file).items() if key.startswith(HEAD)}
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(HEAD)}  # noqa: SIM118
+
+
+def check_language_model(model, auto_class: str, is_encoder_decoder: bool) -> nn.Module:
+    """The transformers model itself, inside any adapter.
+
+    Raises:
+        UserError: as `PreTrainedModelWrapper` says.
+    """
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise UserError(f"a value head goes on a transformers model or its folder or name, not on {type(model)}")
+    base = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        for config in model.peft_config.values():
+            _check_adapter(config)
+    name = type(base).__name__
+    if base.get_output_embeddings() is None or bool(base.config.is_encoder_decoder) != is_encoder_decoder:
+        raise UserError(f"{name} is no language model with a language-model head that {auto_class} would load")
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise UserError(
+            f"weights of {name} are offloaded: a value head needs a device_map that fits without offloading"
+        )
+    return base
+
+
+def _check_adapter(config):
+    from peft import PeftConfig
+
+    if not isinstance(config, PeftConfig):
+        raise UserError(f"peft_config is a {type(config).__name__}: give a peft config such as LoraConfig")
+    if config.is_prompt_learning:
+        raise UserError(f"{type(config).__name__}: prompt and prefix tuning don't work with a value head; use LoRA")
+
+
+def _load_base(auto_class: str, source: str, is_trainable: bool, hub: dict, kwargs: dict) -> nn.Module:
+    """The model of a folder or name, inside its adapter if it is an adapter's."""
+    from peft import PeftModel
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    found = find_adapter_config_file(source, **hub)
+    if found is None:
+        return load_transformer(auto_class, source, config, kwargs)
+    for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
+        kwargs.pop(name, None)
+    base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
+    return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **hub)
+
+
+def _add_adapter(model: nn.Module, peft_config, kbit: dict) -> nn.Module:
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    _check_adapter(peft_config)
+    if isinstance(model, PeftModel):
+        logger.warning("peft_config is ignored: the model has an adapter already")
+        return model
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, **kbit)
+    return get_peft_model(model, peft_config)
+
+
+def _is_score(key: str) -> bool:
+    """`base_model.model.score.weight`, and with `modules_to_save.` before the last word in older peft."""
+    *_, owner, last = key.replace(".modules_to_save", "").split(".")
+    return owner == "score" and last in ("weight", "bias")
+
+
+@contextmanager
+def _kept(model: nn.Module):
+    """Puts a peft model's active adapter, train or eval modes, and what requires gradients back afterwards."""
+    top, active = model.active_adapter, model.active_adapters
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(active)
+        model.active_adapter = top
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+def _hide_prefix(module: nn.Module, state: dict, prefix: str, metadata):
+    """The wrapped model's weights under their own names, as TRL and transformers have them."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + key.removeprefix(prefix).removeprefix("pretrained_model.")] = state.pop(key)
+
+
+def _restore_prefix(module: nn.Module, state: dict, prefix: str, *unused):
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.partition(".")[0] not in module._modules:
+            state[f"{prefix}pretrained_model.{name}"] = state.pop(key)
