@@ -19,7 +19,8 @@ class BaseModel(nn.Module):
     """Wraps the transformer (without a head) that `AutoModel` makes.
 
     Args:
-        pretrained: folder or name of a checkpoint; a folder with a LoRA adapter loads its base model and the adapter.
+        pretrained: folder or name of a checkpoint, or a transformers model; a folder with a LoRA adapter loads its base
+            model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
         **kwargs: handed to `from_pretrained` (or `from_config`): dtype, attn_implementation, revision, ...
@@ -37,7 +38,12 @@ class BaseModel(nn.Module):
     auto_class = "AutoModel"
 
     def __init__(
-        self, pretrained: str | Path | None = None, config=None, *, lora: LoraSettings | None = None, **kwargs
+        self,
+        pretrained: str | Path | nn.Module | None = None,
+        config=None,
+        *,
+        lora: LoraSettings | None = None,
+        **kwargs,
     ):
         super().__init__()
         if pretrained is None and config is None:
@@ -47,7 +53,7 @@ class BaseModel(nn.Module):
         self.model = _load(self.auto_class, pretrained, config, kwargs)
         self.config = self.model.config
         self.last_hidden_state_size = hidden_size(self.config)
-        if pretrained is not None and is_adapter(pretrained):
+        if isinstance(pretrained, str | Path) and is_adapter(pretrained):
             self.model = load_adapter(self.model, pretrained)
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
@@ -95,14 +101,16 @@ class BaseModel(nn.Module):
         """
         state = self.state_dict() if state_dict is None else state_dict
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(str(folder))
+            merged = copy.deepcopy(self.model).merge_and_unload()
+            merged.save_pretrained(str(folder), state_dict=merged.state_dict() | head)
         elif self.has_adapter:
             adapters = {k: v for k, v in inner.items() if "lora_" in k}
             self.model.save_pretrained(str(folder), state_dict=adapters, save_embedding_layers=False)
             self.config.save_pretrained(str(folder))
         else:
-            self.transformer.save_pretrained(str(folder), state_dict=inner)
+            self.transformer.save_pretrained(str(folder), state_dict=inner | head)
 
 
 class ValueHeadModel(BaseModel):
@@ -174,6 +182,8 @@ def disable_dropout(module: nn.Module):
 def _load(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
     import transformers
 
+    if isinstance(pretrained, nn.Module):
+        return pretrained
     auto = getattr(transformers, auto_class)
     if pretrained is None:
         return auto.from_config(config, **kwargs)

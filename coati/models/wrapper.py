@@ -175,17 +175,13 @@ class PreTrainedModelWrapper(nn.Module):
         folder = str(save_directory)
         if not self.is_peft_model:
             return self.pretrained_model.save_pretrained(folder, state_dict=state_dict or self.state_dict(), **kwargs)
-        from safetensors.torch import save_file
-
         names = [name for name in self.peft_config if name != self.rm_adapter_name]
         options = {"selected_adapters": names, **kwargs}
         if state_dict is not None:
             options["state_dict"] = state_dict
         self.pretrained_model.save_pretrained(folder, **options)
         if kwargs.get("is_main_process", True):
-            state = state_dict or self.state_dict()
-            head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
-            save_file(head, Path(folder) / WEIGHT_FILES[0], metadata={"format": "pt"})
+            save_head(folder, state_dict or self.state_dict())
 
     def push_to_hub(self, *args, **kwargs):
         """transformers' `push_to_hub` of what `save_pretrained` writes."""
@@ -285,6 +281,14 @@ def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
         if head := {key: value for file in files for key, value in _read_head_of_file(file).items()}:
             return head
     return None
+
+
+def save_head(folder: str | Path, state: dict[str, Tensor]):
+    """Writes the head of a wrapper's state beside its adapter."""
+    from safetensors.torch import save_file
+
+    head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
+    save_file(head, Path(folder) / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
 def _read_head_of_file(file: str) -> dict[str, Tensor]:

@@ -62,7 +62,9 @@ class WeightedRewards:
         return total, parts
 
 
-def load_rewards(functions: list[str], function_weights: list[float] | None, model: Reward | None, model_weight: float):
+def load_rewards(
+    functions: list[str], function_weights: list[float] | None, model: Reward | None, model_weight: float, more=()
+):
     """The rewards of a run: an optional reward model and python functions.
 
     Raises:
@@ -73,7 +75,7 @@ def load_rewards(functions: list[str], function_weights: list[float] | None, mod
     weights = [1.0] * len(functions) if function_weights is None else function_weights
     if len(weights) != len(functions):
         raise UserError(f"reward_function_weights has {len(weights)} entries for {len(functions)} reward functions")
-    rewards = [] if model is None else [(model, model_weight)]
+    rewards = [(reward, 1.0) for reward in more] + ([] if model is None else [(model, model_weight)])
     rewards += [(load_function(name), weight) for name, weight in zip(functions, weights, strict=True)]
     if not rewards:
         raise UserError("no reward: give --reward_model FOLDER or --reward_functions FILE.py:function")

@@ -11,6 +11,7 @@ Departures from the papers: the order of minibatches is drawn anew each epoch bu
 minibatches don't depend on the number of processes; dropout is off, so that a policy's ratio to itself is 1.
 """
 
+import copy
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from coati.config import option
 from coati.data import BatchSampler, collate_prompts, collate_sft, deal
@@ -40,16 +42,16 @@ from coati.losses import (
 )
 from coati.losses.language import align
 from coati.losses.masking import keep
-from coati.models import Actor, Critic, RewardModel
+from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.base import disable_dropout
 from coati.models.lora import is_adapter
-from coati.parallel import Engine, make_engine
+from coati.parallel import Engine, Runtime, make_engine
 from coati.rewards import ModelReward, RunningMoments, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import stack_rows
+from coati.rollout.prompts import eos_ids
 from coati.trainers.base import LossPart, Trainer
 from coati.trainers.config import TrainerConfig
-from coati.trainers.sampling import eos_ids
 
 
 @dataclass
@@ -79,6 +81,8 @@ class PPOConfig(TrainerConfig, GenerationConfig):
     clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this")
     clip_high: float = option(0.2, "and from above at 1 + this")
     dual_clip: float | None = option(None, "bound on the objective of bad actions, as a multiple of the advantage")
+    shared_trunk: bool = option(False, "policy and critic are two heads of one model: one forward pass gives both")
+    value_coefficient: float = option(0.1, "weight of the value loss beside the policy's, with shared_trunk")
     value_clip: float = option(0.2, "how far a value may move in an iteration before it stops learning; 0 for no limit")
     ptx_data: list[str] = option((), "SFT data mixed into the policy's loss, so that it keeps what it knew")
     ptx_coefficient: float = option(0.0, "weight of that loss")
@@ -97,13 +101,31 @@ class PPOConfig(TrainerConfig, GenerationConfig):
             raise UserError("PPO learns from samples: leave num_beams at 1")
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
             raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
+        if self.shared_trunk and self.model_parallel_size > 1:
+            raise UserError(
+                "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
+                "sequence parallelism, or shared_trunk"
+            )
+        if self.shared_trunk and self.critic_model:
+            raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
 
 
 class PPOTrainer(Trainer):
-    """Trains an `Actor` and a `Critic`."""
+    """Trains an `Actor` and a `Critic`, or with `shared_trunk` an `ActorCritic`.
+
+    Args:
+        policy: a model to train instead of `config.model`: an `AutoModelForCausalLMWithValueHead`, with `shared_trunk`.
+        rewards: rewards of weight 1 beside those that `config` names.
+    """
 
     algorithm = "ppo"
     headline = ("reward", True)
+
+    def __init__(self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, rewards=()):
+        if policy is not None and not config.shared_trunk:
+            raise UserError("a value-head model is policy and critic at once: set shared_trunk")
+        self.policy, self.given_rewards = policy, rewards
+        super().__init__(config, runtime)
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
         """One iteration."""
@@ -215,15 +237,20 @@ class PPOTrainer(Trainer):
         size = self.config.micro_batch_size
         rows = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
         batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-        log_probs = torch.cat(self.actor.forward_all([b | {"temperature": self.temperature} for b in batches]))
-        values = torch.cat([before_token(v) for v in self.critic.forward_all(batches)])
-        return log_probs, self.reference_log_probs(batches, log_probs), values
+        outputs = self.actor.forward_all([b | {"temperature": self.temperature} for b in batches])
+        if self.config.shared_trunk:
+            outputs, values = zip(*outputs, strict=True)
+        else:
+            values = self.critic.forward_all(batches)
+        log_probs = torch.cat(outputs)
+        return log_probs, self.reference_log_probs(batches, log_probs), torch.cat([before_token(v) for v in values])
 
     def reference_log_probs(self, batches: list[dict], log_probs: Tensor) -> Tensor:
         if self.kl_coefficient == 0 and self.config.kl_target is None:
             return log_probs
         options = {"temperature": self.temperature} | ({} if self.reference else {"adapter": False})
-        return torch.cat((self.reference or self.actor).forward_all([b | options for b in batches]))
+        outputs = (self.reference or self.actor).forward_all([b | options for b in batches])
+        return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
 
     def diagnose(self, rollout: Rollout, log_probs, kl, values, returns) -> dict[str, float]:
         """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
@@ -256,8 +283,8 @@ class PPOTrainer(Trainer):
         for epoch in range(c.ppo_epochs):
             for m in np.random.default_rng([c.seed, step, epoch]).permutation(c.minibatches):
                 batches = self.minibatch(experience, m)
-                update = self.update_critic(batches, critic_rate)
-                if step >= c.critic_warmup:
+                update = {} if c.shared_trunk else self.update_critic(batches, critic_rate)
+                if step >= c.critic_warmup or c.shared_trunk:
                     update |= self.update_policy(batches, policy_rate, step)
                 updates.append(update)
             if c.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > c.kl_stop:
@@ -274,9 +301,14 @@ class PPOTrainer(Trainer):
         return [experience.rows(index) for index in deal(rows, lengths, 0, 1, self.config.micro_batch_size)]
 
     def update_policy(self, batches: list[Experience], rate: float, step: int) -> dict[str, float]:
+        """One step of the policy, and of the value head if they share a trunk."""
         options = {"temperature": self.temperature, "with_entropy": True}
-        parts = [LossPart(batches, count_response_tokens, self.policy_share, options)]
-        if self.ptx_data is not None:
+        warming = step < self.config.critic_warmup
+        if self.config.shared_trunk:
+            options["value_only"] = warming
+        share = self.warmup_share if warming else self.shared_share if self.config.shared_trunk else self.policy_share
+        parts = [LossPart(batches, count_response_tokens, share, options)]
+        if self.ptx_data is not None and not warming:
             parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
         metrics = self.optimise(self.actor, parts, rate)
         return {"policy_grad_norm": metrics.pop("grad_norm"), **metrics}
@@ -291,13 +323,28 @@ class PPOTrainer(Trainer):
         loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
         return loss, metrics | {"entropy": keep(entropy, mask).sum() / denominator}
 
+    def shared_share(self, output, batch: Experience, denominator: float):
+        """The policy's loss plus `value_coefficient` times the critic's."""
+        *of_policy, values = output
+        loss, metrics = self.policy_share(of_policy, batch, denominator)
+        value_loss_share, value_metrics = self.value_share(values, batch, denominator)
+        return loss + self.config.value_coefficient * value_loss_share, metrics | value_metrics
+
+    def warmup_share(self, output, batch: Experience, denominator: float):
+        """The critic's loss alone. Every weight gets a gradient, if of 0: DDP waits for all of them."""
+        log_probs, _, values = output
+        loss, metrics = self.value_share(values, batch, denominator)
+        return self.config.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
+
     def value_share(self, output, batch: Experience, denominator: float):
         old, returns, mask = batch.values, batch.returns, batch.response_mask
         return value_loss(before_token(output), old, returns, mask, denominator, clip=self.config.value_clip or None)
 
-    def ptx_share(self, log_probs, batch, denominator: float):
+    def ptx_share(self, output, batch, denominator: float):
+        log_probs, *values = output if self.config.shared_trunk else (output,)
         loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
-        return self.config.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
+        unused = sum(0.0 * v.sum() for v in values)  # DDP waits for every weight's gradient
+        return self.config.ptx_coefficient * loss + unused, {"ptx_loss": loss.detach()}
 
     def ptx_batches(self, step: int) -> list:
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has answers."""
@@ -353,7 +400,7 @@ class PPOTrainer(Trainer):
 
     def build(self):
         c = self.config
-        if c.model is None:
+        if c.model is None and self.policy is None:
             raise UserError("PPO starts from a policy that can answer: give --model FOLDER (train_sft.py makes one)")
         self.data = self.dataset(c.train_data, "prompt", c.train_weights)
         self.eval_data = self.dataset(c.eval_data, "prompt")
@@ -364,19 +411,31 @@ class PPOTrainer(Trainer):
         self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
         self.temperature = c.temperature if c.temperature > 0 else 1.0
 
-        actor = self.model(Actor, self.source("actor") or c.model, lora=c.lora)
-        critic_start = c.critic_model or c.reward_model or c.model
-        critic = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
-        for model in (actor, critic):
-            disable_dropout(model)
-        rows = c.batch_size // c.minibatches // self.communicator.world_size
-        accumulates = rows > c.micro_batch_size
-        self.actor = self.engine(actor, accumulates=accumulates or self.ptx_data is not None, generates=True)
-        self.critic = self.engine(critic, accumulates=accumulates)
-        self.engines = {"actor": self.actor, "critic": self.critic}
+        self.engines = self.load_policy_and_critic()
+        self.actor, self.critic = self.engines["actor"], self.engines.get("critic")
         self.reference = self.load_reference()
         model_reward = self.load_reward_model() if c.reward_model else None
-        self.rewards = load_rewards(c.reward_functions, c.reward_function_weights, model_reward, c.reward_model_weight)
+        self.rewards = load_rewards(
+            c.reward_functions, c.reward_function_weights, model_reward, c.reward_model_weight, self.given_rewards
+        )
+
+    def load_policy_and_critic(self) -> dict[str, Engine]:
+        c = self.config
+        rows = c.batch_size // c.minibatches // self.communicator.world_size
+        if c.shared_trunk:
+            models = dict(actor=self.model(ActorCritic, self.source("actor") or self.policy or c.model, lora=c.lora))
+        else:
+            critic_start = c.critic_model or c.reward_model or c.model
+            models = dict(actor=self.model(Actor, self.source("actor") or c.model, lora=c.lora))
+            models["critic"] = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
+        for model in models.values():
+            disable_dropout(model)
+        accumulates = dict(actor=rows > c.micro_batch_size or self.ptx_data is not None)
+        accumulates["critic"] = rows > c.micro_batch_size
+        return {
+            name: self.engine(model, accumulates=accumulates[name], generates=name == "actor")
+            for name, model in models.items()
+        }
 
     def load_reference(self) -> Engine | None:
         """A frozen copy of the policy that the run started from; None if there is no KL penalty, or where the actor
@@ -386,7 +445,8 @@ class PPOTrainer(Trainer):
             return None
         if c.lora is not None and not (c.model and is_adapter(c.model)):
             return None
-        return make_engine(self.model(Actor, c.model), c, self.runtime)
+        start = c.model if self.policy is None else copy.deepcopy(self.policy.pretrained_model)
+        return make_engine(self.model(Actor, start), c, self.runtime)
 
     def load_reward_model(self) -> ModelReward:
         from transformers import AutoTokenizer
