@@ -1,5 +1,5 @@
 """PPO on the quickstart's task in three ways: policy and critic apart, on one trunk, and as LoRA adapters whose
-reference is the policy with its adapter off. Run it after the quickstart, whose SFT model, reward model and PPO run it takes.
+reference is the policy with its adapter off. Run it after the quickstart, whose models and PPO run it takes.
 
     python examples/quickstart/trunks.py
 
