@@ -140,8 +140,8 @@ class ValueHeadModel(BaseModel):
                 raise UserError(f"{path} doesn't hold a value head of this model: {problems[0]}")
 
     def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
-        is_whole = pretrained is not None and not is_adapter(pretrained)
-        if not is_whole or (stored := stored_classifier(pretrained)) is None:
+        is_place = isinstance(pretrained, str | Path) and not is_adapter(pretrained)
+        if not is_place or (stored := stored_classifier(pretrained)) is None:
             return super()._load_transformer(pretrained, config, kwargs)
         if config is not None:
             config = copy.deepcopy(config)
@@ -192,6 +192,11 @@ def disable_dropout(module: nn.Module):
 
 
 def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
+    """What transformers' `auto_class` makes of a checkpoint (of an adapter folder: of its base), a config or both.
+
+    Raises:
+        UserError: it can't be loaded, or lacks weights.
+    """
     import transformers
 
     auto = getattr(transformers, auto_class)
@@ -200,9 +205,7 @@ def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Mo
     source = base_of_adapter(pretrained) if is_adapter(pretrained) else str(pretrained)
     if config is not None:
         kwargs = {**kwargs, "config": config}
-    with (
-        quiet_transformers()
-    ):  # its report calls the head that we leave out "unexpected", and errors are ours to raise
+    with quiet_transformers():  # its report calls the head that we leave out "unexpected", and errors are ours to raise
         try:
             model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
         except (OSError, ValueError) as error:
@@ -216,6 +219,7 @@ def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Mo
 
 @contextmanager
 def quiet_transformers():
+    """Transformers logs errors only."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

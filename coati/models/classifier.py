@@ -48,14 +48,14 @@ def score_weight(classifier: nn.Module) -> Tensor:
     """The head's weight, `[1, hidden]`.
 
     Raises:
-        UserError: its logit is not one linear layer without bias on the last hidden states.
+        UserError: its logits are not those of one linear layer without bias on the last hidden states.
     """
     parts = {name for name, part in classifier.named_children() if next(part.parameters(), None) is not None}
     linear = reads_last_token(classifier) and classifier.score.bias is None
     if not linear or parts != {classifier.base_model_prefix, "score"}:
         raise UserError(
-            f"{type(classifier).__name__} has another head than one linear layer `score` at the last token, as a "
-            "RewardModel has it: score with it as it is (--reward_classifiers, SequenceClassifierReward)"
+            f"{type(classifier).__name__} has another head than a RewardModel's one linear layer `score` at the last "
+            "token: its checkpoints can score as they are (--reward_classifiers, SequenceClassifierReward)"
         )
     return classifier.score.weight
 
