@@ -83,17 +83,16 @@ class WeightedRewards:
 
 def _checked(name: str, raw, responses: list[str], mask: Tensor | None = None) -> Tensor:
     """A reward's scores as float32: `[batch]`, or with a response mask `[batch, seq]`, 0 outside it."""
-    shape, unit = ((len(responses),), "response") if mask is None else (mask.shape, "token of input_ids")
+    shape, must = (len(responses),), "it must return one number a response"
+    if mask is not None:
+        shape, must = mask.shape, "it must return one number a token of input_ids"
     try:
         scores = torch.as_tensor(raw, dtype=torch.float32).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"reward {name!r} gave {str(raw)[:80]}: it must return one number a {unit} ({error})"
-        ) from error
+        raise UserError(f"reward {name!r} gave {str(raw)[:80]}: {must} ({error})") from error
     if scores.shape != shape:
         raise UserError(
-            f"reward {name!r} gave shape {list(scores.shape)} for {len(responses)} responses: "
-            f"it must return one number a {unit}, {list(shape)}"
+            f"reward {name!r} gave shape {list(scores.shape)} for {len(responses)} responses: {must}, {list(shape)}"
         )
     if mask is not None:
         scores = torch.where(mask, scores, 0.0)

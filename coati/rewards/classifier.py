@@ -158,8 +158,8 @@ class SequenceClassifierReward:
             pad_token = tokenizer.pad_token or (tokenizer.eos_token if self.at_last_token else None)
         if pad_token is None:
             raise UserError(
-                f"{where} has no pad token{' and no EOS' if self.at_last_token else ''}: name a token of its vocabulary "
-                "to pad with (pad_token=, --reward_classifier_pad_token)"
+                f"{where} has no pad token{' and no EOS' if self.at_last_token else ''}: name a token of its "
+                "vocabulary to pad with (pad_token=, --reward_classifier_pad_token)"
             )
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"{where} has no token {pad_token!r} to pad with (--reward_classifier_pad_token)")

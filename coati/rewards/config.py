@@ -26,11 +26,13 @@ class ScoringConfig:
     reward_classifier_weights: list[float] | None = option(None, "one weight a classifier; 1 each if not given")
     reward_classifier_tokenizer: str | None = option(None, "their tokenizer, if it isn't in their folders")
     reward_classifier_label: str | None = option(None, "name or index of the label whose logit is the reward")
-    reward_classifier_output: Literal["logit", "log_prob", "probability"] = option("logit", "what is read of that label")
+    reward_classifier_output: Literal["logit", "log_prob", "probability"] = option("logit", "what is read of it")
     reward_classifier_template: str = option(
         PLAIN, "the text that is scored; chat for the tokenizer's chat template, pair for a pair of texts"
     )
-    reward_classifier_max_length: int | None = option(None, "tokens of that text; all that the model reads if not given")
+    reward_classifier_max_length: int | None = option(
+        None, "of that text, in tokens; all that the model reads if not given"
+    )
     reward_classifier_truncation_side: Literal["left", "right"] = option("left", "the side that longer texts lose")
     reward_classifier_padding_side: Literal["left", "right"] | None = option(
         None, "the side that is padded; right for decoders, the tokenizer's own for encoders, if not given"

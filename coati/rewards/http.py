@@ -76,8 +76,8 @@ class HTTPReward:
                 logger.warning(f"reward URL {self.url}: {cause}; try {attempt + 2} in {pause:g} s")
                 time.sleep(pause)
         raise UserError(
-            f"reward URL {self.url} failed {self.retries + 1} times, the last with: {cause}; start the server, or allow "
-            f"more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
+            f"reward URL {self.url} failed {self.retries + 1} times, the last with: {cause}; start the server, or "
+            f"allow more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
         ) from cause
 
     def _read(self, reply: bytes, count: int) -> list[float]:
@@ -88,7 +88,7 @@ class HTTPReward:
             good = False
         if not good:
             raise UserError(
-                f"reward URL {self.url} replied {reply[:80]!r}: it must reply {{\"rewards\": [...]}} with one number "
+                f'reward URL {self.url} replied {reply[:80]!r}: it must reply {{"rewards": [...]}} with one number '
                 f"for each of {count} responses"
             )
         return rewards

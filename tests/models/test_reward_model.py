@@ -8,7 +8,7 @@ import torch
 from coati.errors import UserError
 from coati.models import Critic, LoraSettings, RewardModel
 from tests.models.decoders import DECODERS, decoder_config
-from tests.models.families import SHARED, padded, rows, tiny_config
+from tests.models.families import GROUPED, SHARED, padded, rows, tiny_config
 
 
 def reward_model(config, **options) -> RewardModel:
@@ -44,7 +44,9 @@ def test_ours_open_in_plain_transformers_and_theirs_in_ours(name, tmp_path):
     ids, mask = padded(rows(), "right", extra=1)
     expected = model(ids, mask)
     assert expected.std() > 1e-3
-    torch.testing.assert_close(opened(tmp_path / "ours")(ids, attention_mask=mask).logits[:, 0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        opened(tmp_path / "ours")(ids, attention_mask=mask).logits[:, 0], expected, rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(RewardModel(tmp_path / "ours").eval()(ids, mask), expected, rtol=0, atol=1e-6)
 
     theirs = classifier(decoder_config(name, num_labels=1))
@@ -148,6 +150,6 @@ def test_another_kind_of_head_is_named(name, tmp_path):
 def test_an_architecture_without_classifier_is_named(tmp_path):
     import transformers
 
-    config = transformers.CohereConfig(**SHARED, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    config = transformers.CohereConfig(**SHARED, **GROUPED)
     with pytest.raises(UserError, match="no sequence classifier of cohere models"):
         reward_model(config).save_pretrained(tmp_path, as_sequence_classifier=True)

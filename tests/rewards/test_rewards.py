@@ -220,8 +220,8 @@ def test_rewards_of_a_run():
 
 def test_a_file_may_hold_a_whole_reward(write_module):
     path = write_module(
-        "class Tokens:\n    name = 'first'\n    def score(self, prompts, responses, **columns):\n        return [7.0] * "
-        "len(responses)\nreward = Tokens()\n"
+        "class Tokens:\n    name = 'first'\n    def score(self, prompts, responses, **columns):\n"
+        "        return [7.0] * len(responses)\nreward = Tokens()\n"
     )
     assert load_function(f"{path}:reward").name == "first"
     rewards = load_rewards(ScoringConfig(reward_functions=[f"{path}:reward"]))
