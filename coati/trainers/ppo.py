@@ -46,7 +46,7 @@ from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.base import disable_dropout
 from coati.models.lora import is_adapter
 from coati.parallel import Engine, Runtime, make_engine
-from coati.rewards import ModelReward, RunningMoments, load_rewards
+from coati.rewards import ModelReward, RunningMoments, Scores, ScoringConfig, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import stack_rows
 from coati.rollout.prompts import eos_ids
@@ -55,19 +55,12 @@ from coati.trainers.config import TrainerConfig
 
 
 @dataclass
-class PPOConfig(TrainerConfig, GenerationConfig):
+class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
     """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
 
     critic_model: str | None = option(None, "where the critic starts; the reward model, else --model, if not given")
     critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic")
     critic_warmup: int = option(0, "iterations in which only the critic learns")
-    reward_model: str | None = option(None, "folder of a reward model that uses the policy's tokenizer")
-    reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
-    reward_functions: list[str] = option((), "FILE.py:function or module:function, called with prompts and responses")
-    reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
-    reward_clip: float | None = option(None, "scores are clamped to +- this")
-    normalise_reward: bool = option(False, "scores are normalised by their running mean and standard deviation")
-    missing_eos_penalty: float | None = option(None, "taken off the score of an answer that does not end by itself")
     kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model")
     kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold")
     kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves")
@@ -134,9 +127,9 @@ class PPOTrainer(Trainer):
         with self.timed("generate"):
             rollout = self.answer(prompts)
         with self.timed("score"):
-            scores, reward_metrics = self.score(prompts, rollout)
+            scores, token_rewards, reward_metrics = self.score(prompts, rollout)
         with self.timed("evaluate"):
-            experience, experience_metrics = self.experience(rollout, scores)
+            experience, experience_metrics = self.experience(rollout, scores, token_rewards)
         with self.timed("learn"):
             update_metrics = self.learn(experience, step)
         metrics = reward_metrics | experience_metrics | update_metrics | self.times
@@ -178,42 +171,48 @@ class PPOTrainer(Trainer):
 
     # --- 2. the rewards score
 
-    def score(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """Scores `[batch]` as the policy will see them, and what they were made of."""
-        c = self.config
-        raw, parts, _ = self.judge(prompts, rollout)
-        everything = torch.ones_like(raw, dtype=torch.bool)
-        scores = raw
+    def score(self, prompts: list, rollout: Rollout) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """Scores of whole answers `[batch]` as the policy will see them, rewards of tokens `[batch, seq]` if there are
+        any, and what they were made of."""
+        c, world = self.config, self.communicator.world_size
+        scored, _ = self.judge(prompts, rollout)
+        scores, everything = scored.sequence, torch.ones_like(scored.sequence, dtype=torch.bool)
         if c.normalise_reward:
-            self.score_moments.update(self.communicator.sum(masked_sums(raw, everything)))
+            self.score_moments.update(self.communicator.sum(masked_sums(scores, everything)))
             scores = self.score_moments.normalise(scores)
         scores = clip_scores(scores.to(self.runtime.device), c.reward_clip)
         scores = penalise_missing_eos(scores, rollout.finished, c.missing_eos_penalty)
-        mean, std = moments(self.communicator.sum(masked_sums(raw, everything)))
-        shares = {f"reward/{name}": part.mean() / self.communicator.world_size for name, part in parts.items()}
+        token_rewards = None if scored.per_token is None else scored.per_token.to(self.runtime.device)
+        mean, std = moments(self.communicator.sum(masked_sums(scored.total, everything)))
+        shares = {f"reward/{name}": part.mean() / world for name, part in scored.parts.items()}
         shares["response_length"] = rollout.response_mask.sum() / c.batch_size
         shares["finished"] = rollout.finished.sum() / c.batch_size
-        return scores, {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
+        metrics = {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
+        metrics |= {f"seconds/reward/{name}": seconds for name, seconds in scored.seconds.items()}
+        return scores, token_rewards, metrics
 
-    def judge(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-        """The weighted sum of all rewards `[batch]`, each reward by itself, and the answers' texts."""
+    def judge(self, prompts: list, rollout: Rollout) -> tuple[Scores, list[str]]:
+        """What all rewards give, and the answers' texts."""
         responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         responses = [text.strip() for text in responses]
         names = dict.fromkeys(name for p in prompts for name in p.columns)
         columns = {name: [p.columns.get(name) for p in prompts] for name in names}
-        ids = dict(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
-        total, parts = self.rewards.score([p.text for p in prompts], responses, **columns, **ids)
-        return total, parts, responses
+        for name in ("input_ids", "attention_mask", "response_mask"):
+            columns[name] = getattr(rollout, name)
+        return self.rewards.score([p.text for p in prompts], responses, **columns), responses
 
     # --- 3. advantages
 
     @torch.no_grad()
-    def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, rollout: Rollout, scores: Tensor, token_rewards: Tensor | None = None
+    ) -> tuple[Experience, dict[str, float]]:
         """Log-probs, values, rewards, advantages and returns of every response token."""
         c, mask = self.config, rollout.response_mask
         log_probs, reference, values = self.forward_passes(rollout)
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient)
+        rewards = rewards if token_rewards is None else rewards + token_rewards
         advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
         metrics = self.diagnose(rollout, log_probs, kl, values, returns)
         if c.whiten_advantages:
@@ -370,12 +369,12 @@ class PPOTrainer(Trainer):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed + self.communicator.rank)
             rollout = self.answer(prompts)
-        total, parts, responses = self.judge(prompts, rollout)
+        scored, responses = self.judge(prompts, rollout)
         lengths, finished = rollout.response_mask.sum(1).tolist(), rollout.finished.tolist()
         rows = []
         for i, (place, _) in enumerate(mine):
-            row = {"prompt": prompts[i].text, "response": responses[i], "reward": total[i].item()}
-            row |= {f"reward/{name}": part[i].item() for name, part in parts.items()}
+            row = {"prompt": prompts[i].text, "response": responses[i], "reward": scored.total[i].item()}
+            row |= {f"reward/{name}": part[i].item() for name, part in scored.parts.items()}
             rows.append(row | {"response_length": lengths[i], "finished": float(finished[i]), "place": place})
         rows = sorted((r for part in self.communicator.gather(rows) for r in part), key=lambda r: r.pop("place"))
         rows = rows[: len(self.eval_data)]
@@ -415,9 +414,7 @@ class PPOTrainer(Trainer):
         self.actor, self.critic = self.engines["actor"], self.engines.get("critic")
         self.reference = self.load_reference()
         model_reward = self.load_reward_model() if c.reward_model else None
-        self.rewards = load_rewards(
-            c.reward_functions, c.reward_function_weights, model_reward, c.reward_model_weight, self.given_rewards
-        )
+        self.rewards = load_rewards(c, model_reward, self.runtime.device, self.given_rewards)
 
     def load_policy_and_critic(self) -> dict[str, Engine]:
         c = self.config
@@ -456,7 +453,7 @@ class PPOTrainer(Trainer):
         if theirs.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
-                "policy's tokenizer, or score texts through --reward_functions"
+                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
             )
         engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
         return ModelReward(engine.forward_all, self.runtime.device, c.micro_batch_size)
