@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.base import _load as load_transformer
+from coati.models.base import load_transformer
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
 
