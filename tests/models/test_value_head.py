@@ -119,7 +119,6 @@ def test_a_saved_model_comes_back_whole_and_opens_in_plain_transformers(family, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_stays_float32_under_a_bf16_model(family, tmp_path):
-    """PITFALL 11."""
     make(family).save_pretrained(tmp_path)
     model, batch = value_head_class(family).from_pretrained(tmp_path, dtype=torch.bfloat16), batch_of(family)
     assert model.dtype == torch.bfloat16
@@ -392,7 +391,7 @@ def with_adapter(family: str, source=None, **settings):
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "t5"])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_adapter_and_head_round_trip_beside_each_other(family, is_trainable, tmp_path):
-    """PITFALL 21: the head always trains, and "all-linear" leaves it alone."""
+    """The head always trains, and "all-linear" leaves it alone."""
     language_model(family).save_pretrained(tmp_path / "base")
     model, batch = with_adapter(family, tmp_path / "base"), batch_of(family)
     assert not [name for name, _ in model.v_head.named_parameters() if "lora" in name]
