@@ -62,15 +62,15 @@ def exchanged(tmp_path_factory):
     done = {}
 
     def run(release: str) -> Path:
-        python = ROOT / RELEASES[release] / "bin" / "python"
-        if not python.exists():
+        venv = ROOT / RELEASES[release]
+        if not (venv / ".ready").exists():
             pytest.skip(f"TRL {release} is not in {RELEASES[release]}: run `make trl`")
         if release not in done:
             root = done[release] = tmp_path_factory.mktemp(f"trl-{release}")
             for case in CASES:
                 family, _, lora = case.partition("-")
                 write_case(root / case, family, bool(lora), release)
-            command = [str(python), str(ROOT / "tests/models/trl_exchange.py"), str(root)]
+            command = [str(venv / "bin" / "python"), str(ROOT / "tests/models/trl_exchange.py"), str(root)]
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             assert ended.returncode == 0, ended.stderr[-4000:]

@@ -446,6 +446,34 @@ def test_the_adapter_and_the_head_learn(tmp_path):
         assert (parameter.grad is not None) == ("lora_" in name or "v_head" in name), name
 
 
+def test_adapters_on_four_bit_weights_are_prepared_for_training(tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    language_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    loaded = {}
+    for checkpointing in (False, True):
+        loaded[checkpointing] = model = AutoModelForCausalLMWithValueHead.from_pretrained(
+            tmp_path, quantization_config=bits, peft_config=lora(), use_gradient_checkpointing=checkpointing
+        )
+        assert model.is_gradient_checkpointing == checkpointing
+        assert model.v_head.summary.weight.dtype == torch.float32
+        assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32}
+    logits, _, values = loaded[False](**batch_of("llama"))
+    (logits.square().mean() + values.square().mean()).backward()
+    trainable = [p for p in loaded[False].parameters() if p.requires_grad]
+    assert trainable and all(p.grad is not None for p in trainable)
+
+
+def test_weights_off_the_devices_are_an_error(tmp_path):
+    """A device map that only says where all weights are is none: TRL refuses {"": "cpu"} as well."""
+    make("llama").save_pretrained(tmp_path)
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    assert load(tmp_path, device_map={"": "cpu"}).device == torch.device("cpu")
+    with pytest.raises(UserError, match="weights of LlamaForCausalLM are offloaded"):
+        load(tmp_path, device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path / "rest")
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_prompt_and_prefix_tuning_are_errors(kind):
     import peft
