@@ -247,7 +247,7 @@ def test_every_setting_and_metric_of_ppo_is_explained(place, runtime, tmp_path):
     logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
     settings = {field.name for c in (config_class, GenerationConfig) for field in dataclasses.fields(c)}
     settings -= {field.name for field in dataclasses.fields(TrainerConfig)}
-    text = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("ppo.md", "rewards.md"))
     assert sorted(name for name in logged | settings if not re.search(f"`(--)?{re.escape(name)}`", text)) == []
 
 

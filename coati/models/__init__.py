@@ -1,6 +1,7 @@
 """The models of RLHF, each an nn.Module around a transformers model."""
 
 from coati.models.actor import Actor
+from coati.models.actor_critic import ActorCritic
 from coati.models.base import BaseModel
 from coati.models.critic import Critic
 from coati.models.lora import LoraSettings
@@ -15,6 +16,7 @@ from coati.models.wrapper import (
 
 __all__ = [
     "Actor",
+    "ActorCritic",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseModel",

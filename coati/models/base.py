@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.classifier import score_weight, stored_classifier
 from coati.models.layout import Layout
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
 
@@ -19,7 +20,8 @@ class BaseModel(nn.Module):
     """Wraps the transformer (without a head) that `AutoModel` makes.
 
     Args:
-        pretrained: folder or name of a checkpoint; a folder with a LoRA adapter loads its base model and the adapter.
+        pretrained: folder or name of a checkpoint, or a transformers model; a folder with a LoRA adapter loads its base
+            model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
         **kwargs: handed to `from_pretrained` (or `from_config`): dtype, attn_implementation, revision, ...
@@ -37,23 +39,31 @@ class BaseModel(nn.Module):
     auto_class = "AutoModel"
 
     def __init__(
-        self, pretrained: str | Path | None = None, config=None, *, lora: LoraSettings | None = None, **kwargs
+        self,
+        pretrained: str | Path | nn.Module | None = None,
+        config=None,
+        *,
+        lora: LoraSettings | None = None,
+        **kwargs,
     ):
         super().__init__()
         if pretrained is None and config is None:
             raise UserError(f"{type(self).__name__} needs a pretrained path, a config, or both")
         if kwargs.get("attn_implementation") == "flash_attention_2" and not torch.cuda.is_available():
             raise UserError("flash_attention_2 needs CUDA: use attn_implementation sdpa on this machine")
-        self.model = _load(self.auto_class, pretrained, config, kwargs)
+        self.model = self._load_transformer(pretrained, config, kwargs)
         self.config = self.model.config
         self.last_hidden_state_size = hidden_size(self.config)
-        if pretrained is not None and is_adapter(pretrained):
+        if isinstance(pretrained, str | Path) and is_adapter(pretrained):
             self.model = load_adapter(self.model, pretrained)
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self._takes_positions = "position_ids" in forward
+
+    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
+        return load_transformer(self.auto_class, pretrained, config, kwargs)
 
     @property
     def has_adapter(self) -> bool:
@@ -95,24 +105,28 @@ class BaseModel(nn.Module):
         """
         state = self.state_dict() if state_dict is None else state_dict
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(str(folder))
+            merged = copy.deepcopy(self.model).merge_and_unload()
+            merged.save_pretrained(str(folder), state_dict=merged.state_dict() | head)
         elif self.has_adapter:
             adapters = {k: v for k, v in inner.items() if "lora_" in k}
             self.model.save_pretrained(str(folder), state_dict=adapters, save_embedding_layers=False)
             self.config.save_pretrained(str(folder))
         else:
-            self.transformer.save_pretrained(str(folder), state_dict=inner)
+            self.transformer.save_pretrained(str(folder), state_dict=inner | head)
 
 
 class ValueHeadModel(BaseModel):
     """A transformer with a linear head of one output on the last hidden states. The head is never frozen by LoRA.
 
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
-    `AutoModel`; it is read back if the folder has one, else drawn anew.
+    `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
+    head, where that is a linear layer at the last token. Otherwise the head is drawn anew.
     """
 
     head_bias = True
+    _stored_score: Tensor | None = None
 
     def __init__(self, pretrained=None, config=None, *, lora: LoraSettings | None = None, **kwargs):
         super().__init__(pretrained, config, lora=lora, **kwargs)
@@ -122,13 +136,27 @@ class ValueHeadModel(BaseModel):
             nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(self.model.parameters()).dtype)
         path = None if pretrained is None else Path(pretrained) / VALUE_HEAD_FILE
-        if path is not None and path.is_file():
+        if self._stored_score is not None:
+            self.value_head.weight.data.copy_(self._stored_score)
+            del self._stored_score
+        elif path is not None and path.is_file():
             from safetensors.torch import load_file
 
             # a critic may start from a reward model, whose head has no bias
             wrong = self.value_head.load_state_dict(load_file(path), strict=False)
             if problems := [key for key in wrong.missing_keys + wrong.unexpected_keys if key != "bias"]:
                 raise UserError(f"{path} doesn't hold a value head of this model: {problems[0]}")
+
+    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
+        is_place = isinstance(pretrained, str | Path) and not is_adapter(pretrained)
+        if not is_place or (stored := stored_classifier(pretrained)) is None:
+            return super()._load_transformer(pretrained, config, kwargs)
+        if config is not None:
+            config = copy.deepcopy(config)
+            config.num_labels = stored.num_labels
+        classifier = load_transformer("AutoModelForSequenceClassification", pretrained, config, kwargs)
+        self._stored_score = score_weight(classifier).detach()
+        return classifier.base_model
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""
@@ -171,18 +199,23 @@ def disable_dropout(module: nn.Module):
                 setattr(part, name, 0.0)
 
 
-def _load(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
+def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
+    """What transformers' `auto_class` makes of a checkpoint (of an adapter folder: of its base), a config or both.
+
+    Raises:
+        UserError: it can't be loaded, or lacks weights.
+    """
     import transformers
 
+    if isinstance(pretrained, nn.Module):
+        return pretrained
     auto = getattr(transformers, auto_class)
     if pretrained is None:
         return auto.from_config(config, **kwargs)
     source = base_of_adapter(pretrained) if is_adapter(pretrained) else str(pretrained)
     if config is not None:
         kwargs = {**kwargs, "config": config}
-    with (
-        _quiet_transformers()
-    ):  # its report calls the head that we leave out "unexpected", and errors are ours to raise
+    with quiet_transformers():  # its report calls the head that we leave out "unexpected", and errors are ours to raise
         try:
             options = {"ignore_mismatched_sizes": True, **kwargs}  # ours to report, by name
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
@@ -199,7 +232,8 @@ def _load(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
 
 
 @contextmanager
-def _quiet_transformers():
+def quiet_transformers():
+    """Transformers logs errors only."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -1,9 +1,13 @@
 """The reward model."""
 
+import copy
+
 import torch
 from torch import Tensor
 
+from coati.errors import UserError
 from coati.models.base import ValueHeadModel
+from coati.models.classifier import at_last_token, save_classifier
 
 
 class RewardModel(ValueHeadModel):
@@ -25,13 +29,39 @@ class RewardModel(ValueHeadModel):
         """
         if attention_mask is None:
             attention_mask = self._mask_from_padding(input_ids)
-        values = self.token_values(input_ids, attention_mask)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (attention_mask.long() * positions).argmax(dim=1)
-        return values.gather(1, last[:, None]).squeeze(1)
+        return at_last_token(self.token_values(input_ids, attention_mask), attention_mask)
 
     def _mask_from_padding(self, input_ids: Tensor) -> Tensor:
         pad, eos = getattr(self.config, "pad_token_id", None), getattr(self.config, "eos_token_id", None)
         if pad is None or pad == eos or (isinstance(eos, list) and pad in eos):
             return torch.ones_like(input_ids, dtype=torch.bool)
         return input_ids != pad
+
+    def save_pretrained(
+        self,
+        folder,
+        state_dict=None,
+        merge: bool = False,
+        as_sequence_classifier: bool = False,
+        pad_token_id: int | None = None,
+    ):
+        """As `ValueHeadModel.save_pretrained`, or a folder that plain `AutoModelForSequenceClassification` opens.
+
+        Args:
+            as_sequence_classifier: one file with the head as `score`; adapters must be merged.
+            pad_token_id: written to such a folder's config.json if the config has none: transformers scores batches
+                above one only with it. It takes every such token for padding, EOS included if they are the same.
+
+        Raises:
+            UserError: transformers has no classifier of this architecture with one linear head at the last token.
+        """
+        if not as_sequence_classifier:
+            return super().save_pretrained(folder, state_dict, merge)
+        if self.has_adapter and not merge:
+            raise UserError("a sequence classifier is stored whole: merge its adapters (merge=True)")
+        state = self.state_dict() if state_dict is None else state_dict
+        if self.has_adapter:
+            trunk = copy.deepcopy(self.model).merge_and_unload().state_dict()
+        else:
+            trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        save_classifier(folder, self.config, trunk, state["value_head.weight"], pad_token_id)

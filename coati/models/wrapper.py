@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.base import _load as load_transformer
+from coati.models.base import load_transformer
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
 
@@ -173,13 +173,10 @@ class PreTrainedModelWrapper(nn.Module):
         if not self.is_peft_model:
             self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
             return
-        from safetensors.torch import save_file
-
         names = [name for name in self.peft_config if name != self.rm_adapter_name]
         self.pretrained_model.save_pretrained(folder, **{"state_dict": state, "selected_adapters": names, **kwargs})
         if kwargs.get("is_main_process", True):
-            head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
-            save_file(head, Path(folder) / SAFE, metadata={"format": "pt"})
+            save_head(folder, state)
 
     def push_to_hub(self, *args, **kwargs):
         """transformers' `push_to_hub` of what `save_pretrained` writes."""
@@ -279,6 +276,14 @@ def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
         if head := {key: value for file in files for key, value in _read_head_of_file(file).items()}:
             return head
     return None
+
+
+def save_head(folder: str | Path, state: dict[str, Tensor]):
+    """Writes the head of a wrapper's state beside its adapter."""
+    from safetensors.torch import save_file
+
+    head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
+    save_file(head, Path(folder) / SAFE, metadata={"format": "pt"})
 
 
 def _read_head_of_file(file: str) -> dict[str, Tensor]:

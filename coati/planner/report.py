@@ -148,7 +148,7 @@ def _tell_algorithm(argv: list[str], classes: dict[str, type]) -> str:
     fields = {name: {f.name for f in dataclasses.fields(c)} for name, c in classes.items()}
     used &= set().union(*fields.values())  # parse_config finds the misspelt ones
     fitting = [name for name in ALGORITHMS if used <= fields[name]]
-    if not used & {"reward_model", "reward_functions"}:  # PPO needs one of them
+    if not used & {"reward_model", "reward_functions", "reward_classifiers", "reward_urls"}:  # PPO needs one of them
         fitting = [name for name in fitting if name != "ppo"]
     if len(fitting) == 1:
         return fitting[0]

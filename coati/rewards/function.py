@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.errors import UserError
+from coati.rewards.base import Reward
 
 
 class FunctionReward:
@@ -19,8 +20,9 @@ class FunctionReward:
         return self.function(prompts, responses, **columns)
 
 
-def load_function(place: str) -> FunctionReward:
-    """The function at `path/to/file.py:name` or `package.module:name`.
+def load_function(place: str) -> Reward:
+    """The function at `path/to/file.py:name` or `package.module:name`; an object with `name` and `score` is a reward
+    already.
 
     Raises:
         UserError: no such file, module or function.
@@ -32,7 +34,10 @@ def load_function(place: str) -> FunctionReward:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:  # the user's own code may fail in any way
         raise UserError(f"reward function {place!r}: importing {source} failed: {error!r}") from error
-    if not callable(function := getattr(module, name, None)):
+    function = getattr(module, name, None)
+    if hasattr(function, "score") and hasattr(function, "name"):
+        return function
+    if not callable(function):
         raise UserError(f"reward function {place!r}: {source} has no {name!r}, or it isn't a function")
     return FunctionReward(function, name)
 

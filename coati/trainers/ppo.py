@@ -11,6 +11,7 @@ Departures from the papers: the order of minibatches is drawn anew each epoch bu
 minibatches don't depend on the number of processes; dropout is off, so that a policy's ratio to itself is 1.
 """
 
+import copy
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from coati.config import option
 from coati.data import BatchSampler, collate_prompts, collate_sft, deal
@@ -40,32 +42,25 @@ from coati.losses import (
 )
 from coati.losses.language import align
 from coati.losses.masking import keep
-from coati.models import Actor, Critic, RewardModel
+from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.base import disable_dropout
 from coati.models.lora import is_adapter
-from coati.parallel import Engine, make_engine
-from coati.rewards import ModelReward, RunningMoments, load_rewards
+from coati.parallel import Engine, Runtime, make_engine
+from coati.rewards import ModelReward, RunningMoments, Scores, ScoringConfig, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import stack_rows
+from coati.rollout.prompts import eos_ids
 from coati.trainers.base import LossPart, Trainer
 from coati.trainers.config import TrainerConfig
-from coati.trainers.sampling import eos_ids
 
 
 @dataclass
-class PPOConfig(TrainerConfig, GenerationConfig):
+class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
     """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
 
     critic_model: str | None = option(None, "where the critic starts; the reward model, else --model, if not given")
     critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic")
     critic_warmup: int = option(0, "iterations in which only the critic learns")
-    reward_model: str | None = option(None, "folder of a reward model that uses the policy's tokenizer")
-    reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
-    reward_functions: list[str] = option((), "FILE.py:function or module:function, called with prompts and responses")
-    reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
-    reward_clip: float | None = option(None, "scores are clamped to +- this")
-    normalise_reward: bool = option(False, "scores are normalised by their running mean and standard deviation")
-    missing_eos_penalty: float | None = option(None, "taken off the score of an answer that does not end by itself")
     kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model")
     kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold")
     kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves")
@@ -79,6 +74,8 @@ class PPOConfig(TrainerConfig, GenerationConfig):
     clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this")
     clip_high: float = option(0.2, "and from above at 1 + this")
     dual_clip: float | None = option(None, "bound on the objective of bad actions, as a multiple of the advantage")
+    shared_trunk: bool = option(False, "policy and critic are two heads of one model: one forward pass gives both")
+    value_coefficient: float = option(0.1, "weight of the value loss beside the policy's, with shared_trunk")
     value_clip: float = option(0.2, "how far a value may move in an iteration before it stops learning; 0 for no limit")
     ptx_data: list[str] = option((), "SFT data mixed into the policy's loss, so that it keeps what it knew")
     ptx_coefficient: float = option(0.0, "weight of that loss")
@@ -97,13 +94,31 @@ class PPOConfig(TrainerConfig, GenerationConfig):
             raise UserError("PPO learns from samples: leave num_beams at 1")
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
             raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
+        if self.shared_trunk and self.model_parallel_size > 1:
+            raise UserError(
+                "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
+                "sequence parallelism, or shared_trunk"
+            )
+        if self.shared_trunk and self.critic_model:
+            raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
 
 
 class PPOTrainer(Trainer):
-    """Trains an `Actor` and a `Critic`."""
+    """Trains an `Actor` and a `Critic`, or with `shared_trunk` an `ActorCritic`.
+
+    Args:
+        policy: a model to train instead of `config.model`: an `AutoModelForCausalLMWithValueHead`, with `shared_trunk`.
+        rewards: rewards of weight 1 beside those that `config` names.
+    """
 
     algorithm = "ppo"
     headline = ("reward", True)
+
+    def __init__(self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, rewards=()):
+        if policy is not None and not config.shared_trunk:
+            raise UserError("a value-head model is policy and critic at once: set shared_trunk")
+        self.policy, self.given_rewards = policy, rewards
+        super().__init__(config, runtime)
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
         """One iteration."""
@@ -112,9 +127,9 @@ class PPOTrainer(Trainer):
         with self.timed("generate"):
             rollout = self.answer(prompts)
         with self.timed("score"):
-            scores, reward_metrics = self.score(prompts, rollout)
+            scores, token_rewards, reward_metrics = self.score(prompts, rollout)
         with self.timed("evaluate"):
-            experience, experience_metrics = self.experience(rollout, scores)
+            experience, experience_metrics = self.experience(rollout, scores, token_rewards)
         with self.timed("learn"):
             update_metrics = self.learn(experience, step)
         metrics = reward_metrics | experience_metrics | update_metrics | self.times
@@ -156,42 +171,48 @@ class PPOTrainer(Trainer):
 
     # --- 2. the rewards score
 
-    def score(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """Scores `[batch]` as the policy will see them, and what they were made of."""
-        c = self.config
-        raw, parts, _ = self.judge(prompts, rollout)
-        everything = torch.ones_like(raw, dtype=torch.bool)
-        scores = raw
+    def score(self, prompts: list, rollout: Rollout) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """Scores of whole answers `[batch]` as the policy will see them, rewards of tokens `[batch, seq]` if there are
+        any, and what they were made of."""
+        c, world = self.config, self.communicator.world_size
+        scored, _ = self.judge(prompts, rollout)
+        scores, everything = scored.sequence, torch.ones_like(scored.sequence, dtype=torch.bool)
         if c.normalise_reward:
-            self.score_moments.update(self.communicator.sum(masked_sums(raw, everything)))
+            self.score_moments.update(self.communicator.sum(masked_sums(scores, everything)))
             scores = self.score_moments.normalise(scores)
         scores = clip_scores(scores.to(self.runtime.device), c.reward_clip)
         scores = penalise_missing_eos(scores, rollout.finished, c.missing_eos_penalty)
-        mean, std = moments(self.communicator.sum(masked_sums(raw, everything)))
-        shares = {f"reward/{name}": part.mean() / self.communicator.world_size for name, part in parts.items()}
+        token_rewards = None if scored.per_token is None else scored.per_token.to(self.runtime.device)
+        mean, std = moments(self.communicator.sum(masked_sums(scored.total, everything)))
+        shares = {f"reward/{name}": part.mean() / world for name, part in scored.parts.items()}
         shares["response_length"] = rollout.response_mask.sum() / c.batch_size
         shares["finished"] = rollout.finished.sum() / c.batch_size
-        return scores, {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
+        metrics = {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
+        metrics |= {f"seconds/reward/{name}": seconds for name, seconds in scored.seconds.items()}
+        return scores, token_rewards, metrics
 
-    def judge(self, prompts: list, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-        """The weighted sum of all rewards `[batch]`, each reward by itself, and the answers' texts."""
+    def judge(self, prompts: list, rollout: Rollout) -> tuple[Scores, list[str]]:
+        """What all rewards give, and the answers' texts."""
         responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         responses = [text.strip() for text in responses]
         names = dict.fromkeys(name for p in prompts for name in p.columns)
         columns = {name: [p.columns.get(name) for p in prompts] for name in names}
-        ids = dict(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
-        total, parts = self.rewards.score([p.text for p in prompts], responses, **columns, **ids)
-        return total, parts, responses
+        for name in ("input_ids", "attention_mask", "response_mask"):
+            columns[name] = getattr(rollout, name)
+        return self.rewards.score([p.text for p in prompts], responses, **columns), responses
 
     # --- 3. advantages
 
     @torch.no_grad()
-    def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, rollout: Rollout, scores: Tensor, token_rewards: Tensor | None = None
+    ) -> tuple[Experience, dict[str, float]]:
         """Log-probs, values, rewards, advantages and returns of every response token."""
         c, mask = self.config, rollout.response_mask
         log_probs, reference, values = self.forward_passes(rollout)
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient)
+        rewards = rewards if token_rewards is None else rewards + token_rewards
         advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
         metrics = self.diagnose(rollout, log_probs, kl, values, returns)
         if c.whiten_advantages:
@@ -215,15 +236,20 @@ class PPOTrainer(Trainer):
         size = self.config.micro_batch_size
         rows = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
         batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-        log_probs = torch.cat(self.actor.forward_all([b | {"temperature": self.temperature} for b in batches]))
-        values = torch.cat([before_token(v) for v in self.critic.forward_all(batches)])
-        return log_probs, self.reference_log_probs(batches, log_probs), values
+        outputs = self.actor.forward_all([b | {"temperature": self.temperature} for b in batches])
+        if self.config.shared_trunk:
+            outputs, values = zip(*outputs, strict=True)
+        else:
+            values = self.critic.forward_all(batches)
+        log_probs = torch.cat(outputs)
+        return log_probs, self.reference_log_probs(batches, log_probs), torch.cat([before_token(v) for v in values])
 
     def reference_log_probs(self, batches: list[dict], log_probs: Tensor) -> Tensor:
         if self.kl_coefficient == 0 and self.config.kl_target is None:
             return log_probs
         options = {"temperature": self.temperature} | ({} if self.reference else {"adapter": False})
-        return torch.cat((self.reference or self.actor).forward_all([b | options for b in batches]))
+        outputs = (self.reference or self.actor).forward_all([b | options for b in batches])
+        return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
 
     def diagnose(self, rollout: Rollout, log_probs, kl, values, returns) -> dict[str, float]:
         """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
@@ -256,8 +282,8 @@ class PPOTrainer(Trainer):
         for epoch in range(c.ppo_epochs):
             for m in np.random.default_rng([c.seed, step, epoch]).permutation(c.minibatches):
                 batches = self.minibatch(experience, m)
-                update = self.update_critic(batches, critic_rate)
-                if step >= c.critic_warmup:
+                update = {} if c.shared_trunk else self.update_critic(batches, critic_rate)
+                if step >= c.critic_warmup or c.shared_trunk:
                     update |= self.update_policy(batches, policy_rate, step)
                 updates.append(update)
             if c.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > c.kl_stop:
@@ -274,9 +300,14 @@ class PPOTrainer(Trainer):
         return [experience.rows(index) for index in deal(rows, lengths, 0, 1, self.config.micro_batch_size)]
 
     def update_policy(self, batches: list[Experience], rate: float, step: int) -> dict[str, float]:
+        """One step of the policy, and of the value head if they share a trunk."""
         options = {"temperature": self.temperature, "with_entropy": True}
-        parts = [LossPart(batches, count_response_tokens, self.policy_share, options)]
-        if self.ptx_data is not None:
+        warming = step < self.config.critic_warmup
+        if self.config.shared_trunk:
+            options["value_only"] = warming
+        share = self.warmup_share if warming else self.shared_share if self.config.shared_trunk else self.policy_share
+        parts = [LossPart(batches, count_response_tokens, share, options)]
+        if self.ptx_data is not None and not warming:
             parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
         metrics = self.optimise(self.actor, parts, rate)
         return {"policy_grad_norm": metrics.pop("grad_norm"), **metrics}
@@ -291,13 +322,28 @@ class PPOTrainer(Trainer):
         loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
         return loss, metrics | {"entropy": keep(entropy, mask).sum() / denominator}
 
+    def shared_share(self, output, batch: Experience, denominator: float):
+        """The policy's loss plus `value_coefficient` times the critic's."""
+        *of_policy, values = output
+        loss, metrics = self.policy_share(of_policy, batch, denominator)
+        value_loss_share, value_metrics = self.value_share(values, batch, denominator)
+        return loss + self.config.value_coefficient * value_loss_share, metrics | value_metrics
+
+    def warmup_share(self, output, batch: Experience, denominator: float):
+        """The critic's loss alone. Every weight gets a gradient, if of 0: DDP waits for all of them."""
+        log_probs, _, values = output
+        loss, metrics = self.value_share(values, batch, denominator)
+        return self.config.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
+
     def value_share(self, output, batch: Experience, denominator: float):
         old, returns, mask = batch.values, batch.returns, batch.response_mask
         return value_loss(before_token(output), old, returns, mask, denominator, clip=self.config.value_clip or None)
 
-    def ptx_share(self, log_probs, batch, denominator: float):
+    def ptx_share(self, output, batch, denominator: float):
+        log_probs, *values = output if self.config.shared_trunk else (output,)
         loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
-        return self.config.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
+        unused = sum(0.0 * v.sum() for v in values)  # DDP waits for every weight's gradient
+        return self.config.ptx_coefficient * loss + unused, {"ptx_loss": loss.detach()}
 
     def ptx_batches(self, step: int) -> list:
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has answers."""
@@ -323,12 +369,12 @@ class PPOTrainer(Trainer):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed + self.communicator.rank)
             rollout = self.answer(prompts)
-        total, parts, responses = self.judge(prompts, rollout)
+        scored, responses = self.judge(prompts, rollout)
         lengths, finished = rollout.response_mask.sum(1).tolist(), rollout.finished.tolist()
         rows = []
         for i, (place, _) in enumerate(mine):
-            row = {"prompt": prompts[i].text, "response": responses[i], "reward": total[i].item()}
-            row |= {f"reward/{name}": part[i].item() for name, part in parts.items()}
+            row = {"prompt": prompts[i].text, "response": responses[i], "reward": scored.total[i].item()}
+            row |= {f"reward/{name}": part[i].item() for name, part in scored.parts.items()}
             rows.append(row | {"response_length": lengths[i], "finished": float(finished[i]), "place": place})
         rows = sorted((r for part in self.communicator.gather(rows) for r in part), key=lambda r: r.pop("place"))
         rows = rows[: len(self.eval_data)]
@@ -353,7 +399,7 @@ class PPOTrainer(Trainer):
 
     def build(self):
         c = self.config
-        if c.model is None:
+        if c.model is None and self.policy is None:
             raise UserError("PPO starts from a policy that can answer: give --model FOLDER (train_sft.py makes one)")
         self.data = self.dataset(c.train_data, "prompt", c.train_weights)
         self.eval_data = self.dataset(c.eval_data, "prompt")
@@ -364,19 +410,29 @@ class PPOTrainer(Trainer):
         self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
         self.temperature = c.temperature if c.temperature > 0 else 1.0
 
-        actor = self.model(Actor, self.source("actor") or c.model, lora=c.lora)
-        critic_start = c.critic_model or c.reward_model or c.model
-        critic = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
-        for model in (actor, critic):
-            disable_dropout(model)
-        rows = c.batch_size // c.minibatches // self.communicator.world_size
-        accumulates = rows > c.micro_batch_size
-        self.actor = self.engine(actor, accumulates=accumulates or self.ptx_data is not None, generates=True)
-        self.critic = self.engine(critic, accumulates=accumulates)
-        self.engines = {"actor": self.actor, "critic": self.critic}
+        self.engines = self.load_policy_and_critic()
+        self.actor, self.critic = self.engines["actor"], self.engines.get("critic")
         self.reference = self.load_reference()
         model_reward = self.load_reward_model() if c.reward_model else None
-        self.rewards = load_rewards(c.reward_functions, c.reward_function_weights, model_reward, c.reward_model_weight)
+        self.rewards = load_rewards(c, model_reward, self.runtime.device, self.given_rewards)
+
+    def load_policy_and_critic(self) -> dict[str, Engine]:
+        c = self.config
+        rows = c.batch_size // c.minibatches // self.communicator.world_size
+        if c.shared_trunk:
+            models = dict(actor=self.model(ActorCritic, self.source("actor") or self.policy or c.model, lora=c.lora))
+        else:
+            critic_start = c.critic_model or c.reward_model or c.model
+            models = dict(actor=self.model(Actor, self.source("actor") or c.model, lora=c.lora))
+            models["critic"] = self.model(Critic, self.source("critic") or critic_start, lora=c.lora)
+        for model in models.values():
+            disable_dropout(model)
+        accumulates = dict(actor=rows > c.micro_batch_size or self.ptx_data is not None)
+        accumulates["critic"] = rows > c.micro_batch_size
+        return {
+            name: self.engine(model, accumulates=accumulates[name], generates=name == "actor")
+            for name, model in models.items()
+        }
 
     def load_reference(self) -> Engine | None:
         """A frozen copy of the policy that the run started from; None if there is no KL penalty, or where the actor
@@ -386,7 +442,8 @@ class PPOTrainer(Trainer):
             return None
         if c.lora is not None and not (c.model and is_adapter(c.model)):
             return None
-        return make_engine(self.model(Actor, c.model), c, self.runtime)
+        start = c.model if self.policy is None else copy.deepcopy(self.policy.pretrained_model)
+        return make_engine(self.model(Actor, start), c, self.runtime)
 
     def load_reward_model(self) -> ModelReward:
         from transformers import AutoTokenizer
@@ -396,7 +453,7 @@ class PPOTrainer(Trainer):
         if theirs.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
-                "policy's tokenizer, or score texts through --reward_functions"
+                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
             )
         engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
         return ModelReward(engine.forward_all, self.runtime.device, c.micro_batch_size)

@@ -14,8 +14,8 @@ from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
 from coati.rollout import GenerationConfig, generate
+from coati.rollout.prompts import eos_ids, pad_left
 from coati.trainers.config import TrainerConfig
-from coati.trainers.sampling import eos_ids, pad_left
 from coati.trainers.supervised import SupervisedTrainer
 
 

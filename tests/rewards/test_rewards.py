@@ -1,10 +1,21 @@
 """Rewards: functions are found, wrong scores are named, weights are applied, models are asked with the sampled ids."""
 
+import time
+
 import pytest
 import torch
 
 from coati.errors import UserError
-from coati.rewards import FunctionReward, ModelReward, RunningMoments, WeightedRewards, load_function, load_rewards
+from coati.rewards import (
+    AdapterReward,
+    FunctionReward,
+    ModelReward,
+    RunningMoments,
+    ScoringConfig,
+    WeightedRewards,
+    load_function,
+    load_rewards,
+)
 from tests.models.families import padded, rows, tiny_config
 
 RESPONSES = ["good", "a longer answer", ""]
@@ -89,10 +100,21 @@ def test_a_callable_without_a_name_is_a_reward_too(write_module):
 def test_the_weighted_sum_and_its_parts():
     short = FunctionReward(lambda prompts, responses, **c: [-len(r) for r in responses], "short")
     polite = FunctionReward(lambda prompts, responses, **c: torch.tensor([1.0, 0.0, 2.0]), "polite")
-    total, parts = WeightedRewards([(short, 0.5), (polite, 2.0)]).score([], RESPONSES)
-    assert total.dtype == torch.float32
-    assert total.tolist() == [0.0, -7.5, 4.0]
-    assert {name: x.tolist() for name, x in parts.items()} == {"short": [-4, -15, 0], "polite": [1, 0, 2]}
+    scores = WeightedRewards([(short, 0.5), (polite, 2.0)]).score([], RESPONSES)
+    assert scores.total.dtype == torch.float32
+    assert scores.total.tolist() == [0.0, -7.5, 4.0]
+    assert {name: x.tolist() for name, x in scores.parts.items()} == {"short": [-4, -15, 0], "polite": [1, 0, 2]}
+    assert scores.per_token is None
+
+
+def test_each_reward_is_timed():
+    def slow(prompts, responses, **columns):
+        time.sleep(0.05)
+        return [0.0] * len(responses)
+
+    quick = FunctionReward(lambda prompts, responses, **c: [0.0] * len(responses), "quick")
+    seconds = WeightedRewards([(FunctionReward(slow), 1.0), (quick, 1.0)]).score([], RESPONSES).seconds
+    assert seconds["slow"] >= 0.05 > seconds["quick"] >= 0
 
 
 def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
@@ -103,9 +125,10 @@ def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
             f"def reward(prompts, responses, **c):\n    return [{i}.0] * len(responses)\n"
         )
         places.append(f"{tmp_path}/r{i}.py:reward")
-    total, parts = load_rewards(places, [1.0, 10.0], None, 1.0).score([], RESPONSES)
-    assert total.tolist() == [21.0] * 3
-    assert sorted(x[0].item() for x in parts.values()) == [1.0, 2.0]
+    config = ScoringConfig(reward_functions=places, reward_function_weights=[1.0, 10.0])
+    scores = load_rewards(config).score([], RESPONSES)
+    assert scores.total.tolist() == [21.0] * 3
+    assert sorted(x[0].item() for x in scores.parts.values()) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -130,14 +153,94 @@ def test_scores_that_are_no_numbers_at_all_are_named(scores):
         WeightedRewards([(reward, 1.0)]).score([], RESPONSES)
 
 
+class TokenIds:
+    """A reward of tokens: a tenth of the id, and NaN outside the response."""
+
+    name = "ids"
+
+    def score(self, prompts, responses, **columns):
+        raise AssertionError("the reward of tokens is asked")
+
+    def score_tokens(self, prompts, responses, *, input_ids, response_mask, **columns):
+        return torch.where(response_mask, input_ids / 10, float("nan"))
+
+
+IDS = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9]])
+MASK = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+COLUMNS = dict(input_ids=IDS, response_mask=MASK)
+
+
+def test_rewards_of_tokens_stay_on_their_tokens():
+    ones = FunctionReward(lambda prompts, responses, **c: [1.0] * len(responses), "ones")
+    scores = WeightedRewards([(TokenIds(), 2.0), (ones, 0.5), (TokenIds(), 1.0)]).score([], RESPONSES, **COLUMNS)
+    expected = torch.where(MASK, IDS, 0) * 0.3
+    torch.testing.assert_close(scores.per_token, expected)
+    assert scores.sequence.tolist() == [0.5] * 3
+    torch.testing.assert_close(scores.total, 0.5 + expected.sum(1))
+    torch.testing.assert_close(scores.parts["ids"], torch.tensor([0.5, 0.5, 1.7]))
+    assert scores.parts["ids_2"].equal(scores.parts["ids"])
+
+
+def test_a_reward_of_tokens_without_the_sampled_ids_is_asked_for_whole_responses():
+    reward = TokenIds()
+    reward.score = lambda prompts, responses, **c: [3.0] * len(responses)
+    scores = WeightedRewards([(reward, 1.0)]).score([], RESPONSES)
+    assert scores.sequence.tolist() == [3.0] * 3 and scores.per_token is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (torch.zeros(3), r"'ids' gave shape \[3\] for 3 responses.*a token of input_ids, \[3, 4\]"),
+        (torch.zeros(3, 3), r"'ids' gave shape \[3, 3\]"),
+        ("no numbers", "'ids' gave no numbers"),
+        (torch.where(MASK, torch.inf, 0.0), "'ids' gave inf for the response 'good'"),
+    ],
+)
+def test_wrong_rewards_of_tokens_are_named(given, says):
+    reward = TokenIds()
+    reward.score_tokens = lambda *texts, **columns: given
+    with pytest.raises(UserError, match=says):
+        WeightedRewards([(reward, 1.0)]).score([], RESPONSES, **COLUMNS)
+
+
 def test_rewards_of_a_run():
     model = FunctionReward(lambda prompts, responses, **c: [1.0] * len(responses), "model")
-    rewards = load_rewards([], None, model, 3.0)
-    assert rewards.score([], RESPONSES)[0].tolist() == [3.0] * 3
+    rewards = load_rewards(ScoringConfig(reward_model_weight=3.0), model, given=[model])
+    assert rewards.score([], RESPONSES).total.tolist() == [4.0] * 3
     with pytest.raises(UserError, match=r"no reward.*--reward_model"):
-        load_rewards([], None, None, 1.0)
-    with pytest.raises(UserError, match="2 entries for 1 reward functions"):
-        load_rewards(["math:sqrt"], [1.0, 2.0], None, 1.0)
+        load_rewards(ScoringConfig())
+    for kind, source in (("function", "math:sqrt"), ("classifier", "nowhere"), ("url", "http://localhost")):
+        settings = {f"reward_{kind}s": [source], f"reward_{kind}_weights": [1.0, 2.0]}
+        with pytest.raises(UserError, match=f"reward_{kind}_weights has 2 entries for 1 reward {kind}s"):
+            load_rewards(ScoringConfig(**settings))
+    with pytest.raises(UserError, match="reward_batch_size"):
+        load_rewards(ScoringConfig(reward_batch_size=0), model)
+
+
+def test_a_file_may_hold_a_whole_reward(write_module):
+    path = write_module(
+        "class Tokens:\n    name = 'first'\n    def score(self, prompts, responses, **columns):\n"
+        "        return [7.0] * len(responses)\nreward = Tokens()\n"
+    )
+    assert load_function(f"{path}:reward").name == "first"
+    rewards = load_rewards(ScoringConfig(reward_functions=[f"{path}:reward"]))
+    assert rewards.score([], RESPONSES).parts["first"].tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("trailing", [(), (1,)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reward_adapter_is_read_at_the_last_sampled_token(side, trailing):
+    class Adapted(torch.nn.Linear):
+        def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
+            assert len(input_ids) <= 2
+            return (input_ids * 10 + attention_mask.cumsum(1)).reshape(*input_ids.shape, *trailing).bfloat16()
+
+    tokens = rows()
+    ids, mask = padded(tokens, side, extra=1)
+    scores = AdapterReward(Adapted(1, 1), micro_batch_size=2).score([], RESPONSES, input_ids=ids, attention_mask=mask)
+    expected = torch.stack([(x[-1] * 10 + len(x)).bfloat16().float() for x in tokens])
+    assert scores.dtype == torch.float32 and scores.equal(expected)
 
 
 def test_a_reward_model_reads_the_sampled_ids_in_micro_batches():

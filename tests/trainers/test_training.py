@@ -142,7 +142,7 @@ def test_rewards_stand_on_the_last_response_token_and_kl_on_all(tiny_world, runt
     trainer.reference.module.model.lm_head.weight.data.mul_(0.5)  # now the reference differs from the policy
     prompts = trainer.take_prompts(0)
     rollout = trainer.answer(prompts)
-    scores, _ = trainer.score(prompts, rollout)
+    scores, *_ = trainer.score(prompts, rollout)
     experience, metrics = trainer.experience(rollout, scores)
     mask = experience.response_mask
     assert metrics["kl"] > 0

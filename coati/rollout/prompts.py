@@ -1,4 +1,4 @@
-"""Small things that every trainer needs which lets its model speak."""
+"""Token ids around generation: what ends a response, and prompts that end together."""
 
 import torch
 from torch import Tensor

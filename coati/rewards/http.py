@@ -1,0 +1,102 @@
+"""A reward behind an HTTP endpoint."""
+
+import json
+import logging
+import time
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+from torch import Tensor
+
+from coati.errors import UserError
+
+logger = logging.getLogger(__name__)
+BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
+
+
+class HTTPReward:
+    """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
+    number a response. `columns` holds the data's other fields; what JSON can't hold, such as token ids, is left out.
+
+    Args:
+        timeout: seconds that the endpoint may be silent.
+        retries: further tries after no answer in time, no connection, or a status of 408, 425, 429 or 500 and above.
+        wait: seconds before the first retry; twice as long before each of the next.
+        batch_size: responses a request.
+        headers: HTTP headers, for a key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        retries: int = 3,
+        wait: float = 1.0,
+        batch_size: int = 64,
+        headers: dict[str, str] | None = None,
+        name: str | None = None,
+    ):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"reward URL {url!r}: it must start with http:// or https:// and name a host")
+        self.url, self.timeout, self.retries, self.wait, self.batch_size = url, timeout, retries, wait, batch_size
+        self.headers, self.name = {"Content-Type": "application/json"} | (headers or {}), name or parts.hostname
+
+    def score(self, prompts: list[str], responses: list[str], **columns) -> Tensor:
+        """Rewards, float32 `[batch]`.
+
+        Raises:
+            UserError: the endpoint fails in all tries, or refuses the request, or replies with anything else than one
+                number a response.
+        """
+        columns = {name: values for name, values in columns.items() if _fits_json(values)}
+        rewards: list[float] = []
+        for start in range(0, len(responses), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            asked = {"prompts": prompts[rows], "responses": responses[rows]}
+            asked["columns"] = {name: values[rows] for name, values in columns.items()}
+            rewards += self._read(self._post(json.dumps(asked).encode()), len(asked["responses"]))
+        return torch.tensor(rewards, dtype=torch.float32)
+
+    def _post(self, body: bytes) -> bytes:
+        for attempt in range(self.retries + 1):
+            try:
+                with urlopen(Request(self.url, body, self.headers), timeout=self.timeout) as reply:
+                    return reply.read()
+            except (OSError, HTTPException) as error:
+                if isinstance(error, HTTPError) and error.code < 500 and error.code not in BUSY:
+                    raise UserError(f"reward URL {self.url} refused the request: {error}") from error
+                cause = error
+            if attempt < self.retries:
+                pause = self.wait * 2**attempt
+                logger.warning(f"reward URL {self.url}: {cause}; try {attempt + 2} in {pause:g} s")
+                time.sleep(pause)
+        raise UserError(
+            f"reward URL {self.url} failed {self.retries + 1} times, the last with: {cause}; start the server, or "
+            f"allow more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
+        ) from cause
+
+    def _read(self, reply: bytes, count: int) -> list[float]:
+        try:
+            rewards = json.loads(reply)["rewards"]
+            good = len(rewards) == count and all(type(reward) in (int, float) for reward in rewards)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(
+                f'reward URL {self.url} replied {reply[:80]!r}: it must reply {{"rewards": [...]}} with one number '
+                f"for each of {count} responses"
+            )
+        return rewards
+
+
+def _fits_json(values) -> bool:
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""PPO on the quickstart's task in three ways: policy and critic apart, on one trunk, and as LoRA adapters whose
+reference is the policy with its adapter off. Run it after the quickstart, whose models and PPO run it takes.
+
+    python examples/quickstart/trunks.py
+
+Draws docs/trunks.svg and writes the table in docs/ppo.md. A quarter of an hour on two cores.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from measure import measure  # noqa: E402
+
+from coati.tracking import read_metrics, read_samples  # noqa: E402
+from coati.tracking.charts import HEIGHT, WIDTH, Line, line_chart  # noqa: E402
+from coati.tracking.style import STYLE  # noqa: E402
+from examples.stages import fill_figures, train  # noqa: E402
+
+WAYS = {
+    "policy and critic apart": {},
+    "shared trunk": dict(shared_trunk="true"),
+    "LoRA, reference with the adapter off": dict(lora_rank=16, lora_alpha=32, learning_rate=2e-3),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", type=Path, default=ROOT / "runs" / "quickstart", help="a finished quickstart")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "trunks", help="where the other runs go")
+    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    arguments = parser.parse_args()
+    start, output = arguments.quickstart.resolve(), arguments.output.resolve()
+    if not (start / "summary.json").is_file():
+        sys.exit(f"error: {start} holds no finished quickstart: run `make quickstart`, or name one with --quickstart")
+    rows = {
+        name: start / "data" / f"prompts_{end}.jsonl" for name, end in (("train_data", "train"), ("eval_data", "eval"))
+    }
+    common = {"seed": 0, "cache_dir": start / "cache", **rows}
+    common |= {"model": start / "sft" / "model", "reward_model": start / "reward" / "model"}
+    folders = {}
+    for name, changes in WAYS.items():
+        folders[name] = start / "ppo" if not changes else output / name.split(",")[0].replace(" ", "-").lower()
+        train("ppo", HERE / "configs" / "ppo.yaml", folders[name], common | changes, arguments.processes)
+    (ROOT / "docs" / "trunks.svg").write_text(draw(folders))
+    fill_figures(ROOT / "docs" / "ppo.md", table(folders), "trunks")
+
+
+def draw(folders: dict[str, Path]) -> str:
+    """Reward on the held-out prompts (dots) and on each iteration's own, by iteration."""
+    lines = []
+    for colour, (name, folder) in enumerate(folders.items()):
+        for metric in ("reward", "eval/reward"):
+            points = [(row["step"], row[metric]) for row in read_metrics(folder) if metric in row]
+            lines.append(Line(name, colour, points, dashed=metric != "reward"))
+    chart = line_chart(lines).split(">", 1)[1]
+    legend = "".join(
+        f'<line class="curve c{i}" x1="{WIDTH + 12}" x2="{WIDTH + 32}" y1="{24 + 18 * i}" y2="{24 + 18 * i}"/>'
+        f'<text x="{WIDTH + 38}" y="{28 + 18 * i}">{name}</text>'
+        for i, name in enumerate(folders)
+    )
+    box = f'viewBox="0 0 {WIDTH + 220} {HEIGHT}" width="{2 * WIDTH + 440}"'
+    title = f'<text x="{WIDTH + 12}" y="{28 + 18 * len(folders)}">dots: on 200 held-out prompts</text>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}><style>{STYLE}</style>{legend}{title}{chart}\n'
+
+
+def table(folders: dict[str, Path]) -> str:
+    lines = ["| | reward before | after | polite and on topic | seconds evaluating and learning, an iteration |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, folder in folders.items():
+        metrics, samples = read_metrics(folder), read_samples(folder)
+        rewards = [row["eval/reward"] for row in metrics if "eval/reward" in row]
+        last = [row for row in samples if row["step"] == samples[-1]["step"]]
+        good = measure([row["prompt"] for row in last], [row["response"] for row in last])
+        rows = [row for row in metrics if "seconds/learn" in row]
+        seconds = sum(row["seconds/learn"] + row["seconds/evaluate"] for row in rows) / len(rows)
+        lines.append(f"| {name} | {rewards[0]:.2f} | {rewards[-1]:.2f} | {good:.3f} | {seconds:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Rewards of every kind in a PPO run."""
+
+import threading
+
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.tracking import read_metrics
+from tests.conftest import settings_for, trainer_classes
+from tests.rewards.test_classifier import decoder, gpt2_tokenizer
+from tests.rewards.test_http import Server
+
+RULES = """
+class Tokens:
+    name = "even"
+
+    def score(self, prompts, responses, **columns):
+        raise AssertionError
+
+    def score_tokens(self, prompts, responses, *, input_ids, **columns):
+        return (input_ids % 2 == 0).float() + input_ids / 1000
+
+even = Tokens()
+"""
+
+
+def make(tiny_world, runtime, folder, **changes):
+    config_class, trainer_class = trainer_classes("ppo")
+    return trainer_class(config_class(**settings_for("ppo", tiny_world, output_dir=str(folder), **changes)), runtime)
+
+
+def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
+    """Each is logged and timed under its name, in training and evaluation."""
+    decoder().save_pretrained(tmp_path / "judge")
+    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    (tmp_path / "rules.py").write_text(RULES)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        changes = dict(reward_classifiers=[str(tmp_path / "judge")], reward_classifier_weights=[0.5], steps=1)
+        changes |= dict(reward_urls=[f"http://127.0.0.1:{server.server_port}/"], reward_url_weights=[0.1])
+        places = [tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even"]
+        changes |= dict(reward_functions=places, reward_function_weights=[1.0, 2.0], reward_batch_size=3)
+        make(tiny_world, runtime, tmp_path / "run", **changes).train()
+        server.shutdown()
+    assert max(len(asked["responses"]) for asked in server.asked) == 3
+    weights = {"length": 1.0, "even": 2.0, "judge": 0.5, "127.0.0.1": 0.1}
+    trained = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
+    evaluated = [row for row in read_metrics(tmp_path / "run") if "eval/reward" in row]
+    for row, prefix in ((trained[0], ""), (evaluated[0], "eval/")):
+        total = sum(weight * row[f"{prefix}reward/{name}"] for name, weight in weights.items())
+        assert row[f"{prefix}reward"] == pytest.approx(total, rel=1e-5)
+    assert all(trained[0][f"seconds/reward/{name}"] > 0 for name in weights)
+    assert sum(trained[0][f"seconds/reward/{name}"] for name in weights) <= trained[0]["seconds/score"]
+
+
+def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path):
+    """Normalising and clipping leave it alone: they are for the scores of whole answers."""
+    (tmp_path / "rules.py").write_text(RULES)
+    places = [f"{tmp_path}/rules.py:even", tiny_world["rewards"] + ":length"]
+    changes = dict(reward_functions=places, reward_function_weights=[3.0, 1.0], temperature=1.0)
+    changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalise_reward=True)
+    trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
+    prompts = trainer.take_prompts(0)
+    rollout = trainer.answer(prompts)
+    scores, token_rewards, metrics = trainer.score(prompts, rollout)
+    experience, _ = trainer.experience(rollout, scores, token_rewards)
+    assert scores.abs().max() == 0.25
+    ids, mask = rollout.input_ids, rollout.response_mask
+    expected = torch.where(mask, 3.0 * ((ids % 2 == 0).float() + ids / 1000), 0.0)
+    assert metrics["reward/even"] == pytest.approx(expected.sum(1).mean().item() / 3, rel=1e-5)
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    expected[torch.arange(len(ids)), last] += scores
+    torch.testing.assert_close(experience.rewards, expected)
+
+
+def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_world, runtime, tmp_path):
+    from coati.models import RewardModel
+    from tests.models.families import tiny_config
+
+    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "judge")
+    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match=r"another vocabulary than the policy.*--reward_classifiers"):
+        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "judge"))
+
+
+def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_path):
+    """With the policy's tokenizer it scores the sampled ids, and the critic starts from it."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    from tests.rewards.test_classifier import make as make_classifier
+
+    config = LlamaConfig.from_pretrained(tiny_world["policy"], num_labels=1)
+    classifier = make_classifier(config)
+    classifier.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
+    changes = dict(reward_model=str(tmp_path / "judge"), reward_functions=[])
+    trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
+    assert trainer.critic.module.value_head.weight.equal(classifier.score.weight)
+    prompts = trainer.take_prompts(0)
+    rollout = trainer.answer(prompts)
+    scored, _ = trainer.judge(prompts, rollout)
+    with torch.no_grad():
+        expected = [
+            classifier.eval()(ids[mask][None]).logits[0, 0]
+            for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
+        ]
+    torch.testing.assert_close(scored.total, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_the_documented_settings_parse(tmp_path):
+    from coati.config import parse_config
+    from coati.trainers.ppo import PPOConfig
+    from tests.test_readme import ROOT, blocks
+
+    [block] = blocks(ROOT / "docs" / "rewards.md", "yaml")
+    (tmp_path / "ppo.yaml").write_text(block)
+    config = parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")])
+    assert config.reward_classifier_pad_token == "<|endoftext|>" and config.reward_classifier_padding_side == "right"
+    assert config.reward_classifiers and config.reward_classifier_max_length == 256

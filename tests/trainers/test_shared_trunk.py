@@ -1,0 +1,96 @@
+"""PPO with policy and critic on one trunk."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from coati.errors import UserError
+from coati.models import ActorCritic, AutoModelForCausalLMWithValueHead
+from coati.tracking import read_metrics
+from coati.trainers.ppo import PPOConfig, PPOTrainer
+from tests.conftest import settings_for
+
+
+def make(world, runtime, output, *, policy=None, rewards=(), **changes) -> PPOTrainer:
+    settings = settings_for("ppo", world, output_dir=str(output), shared_trunk=True, **changes)
+    return PPOTrainer(PPOConfig(**settings), runtime, policy=policy, rewards=rewards)
+
+
+def test_it_learns_and_leaves_a_value_head_folder(tiny_world, runtime, tmp_path):
+    make(tiny_world, runtime, tmp_path, steps=8).train()
+    rewards = [row["eval/reward"] for row in read_metrics(tmp_path) if "eval/reward" in row]
+    assert rewards[-1] > rewards[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "model"))
+    assert torch.equal(model.v_head.summary.weight, ActorCritic(tmp_path / "model").v_head.summary.weight)
+
+
+def test_in_the_warm_up_only_the_head_moves(tiny_world, runtime, tmp_path):
+    trainer = make(tiny_world, runtime, tmp_path, steps=1, critic_warmup=1)
+    before = {name: p.detach().clone() for name, p in trainer.actor.module.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.actor.module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"v_head.summary.weight", "v_head.summary.bias"}
+
+
+def test_one_gradient_is_the_sum_of_both_losses(tiny_world, runtime, tmp_path):
+    """The trunk's gradient with value coefficient c is the policy's alone plus c times the value loss's alone."""
+
+    def gradient(name, **changes):
+        trainer = make(tiny_world, runtime, tmp_path / name, ppo_epochs=1, minibatches=1, **changes)
+        gradients = {}
+        step, trainer.actor.step = trainer.actor.step, lambda rate: keep() or step(rate)
+
+        def keep():
+            gradients.update({n: p.grad.clone() for n, p in trainer.actor.module.named_parameters()})
+
+        trainer.train_step(0)
+        return gradients
+
+    policy, both = gradient("policy", value_coefficient=0.0), gradient("both", value_coefficient=0.5)
+    more = gradient("more", value_coefficient=1.0)
+    for name in both:
+        torch.testing.assert_close(both[name] - policy[name], (more[name] - policy[name]) / 2, rtol=1e-3, atol=1e-6)
+    assert any((both[name] - policy[name]).abs().max() > 1e-4 for name in both if "layers" in name)
+
+
+def test_text_of_the_pre_training_mix_is_learnt_beside_it(tiny_world, runtime, tmp_path):
+    make(tiny_world, runtime, tmp_path, steps=2, ptx_data=[tiny_world["sft"]], ptx_coefficient=0.5).train()
+    assert all(row["ptx_loss"] > 0 for row in read_metrics(tmp_path) if "policy_loss" in row)
+
+
+def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runtime, tmp_path):
+    class Short:
+        name = "short"
+
+        def score(self, prompts, responses, **columns):
+            return torch.tensor([-float(len(r)) for r in responses])
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_world["policy"])
+    policy, head = AutoModelForCausalLMWithValueHead(base), "v_head.summary.weight"
+    before = policy.state_dict()[head].clone()
+    changes = dict(model=None, reward_functions=[], steps=2)
+    trainer = make(tiny_world, runtime, tmp_path, policy=policy, rewards=[Short()], **changes)
+    trainer.train()
+    assert not torch.equal(policy.state_dict()[head], before)
+    assert trainer.reference.module.model is not base
+    first = next(row for row in read_metrics(tmp_path) if "kl" in row)
+    assert first["kl"] == 0 and "reward/short" in first
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(tensor_parallel=2), "shared_trunk runs under ddp"),
+        (dict(critic_model="somewhere"), "no critic_model"),
+    ],
+)
+def test_what_it_cannot_do_is_said_at_the_start(changes, words, tiny_world):
+    config = PPOConfig(**settings_for("ppo", tiny_world, output_dir="unused", shared_trunk=True, **changes))
+    with pytest.raises(UserError, match=words):
+        config.check(world_size=1)
+
+
+def test_a_value_head_model_without_a_shared_trunk_is_refused(tiny_world, runtime, tmp_path):
+    with pytest.raises(UserError, match="set shared_trunk"):
+        PPOTrainer(PPOConfig(**settings_for("ppo", tiny_world, output_dir=str(tmp_path))), runtime, policy=object())
