@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install quickstart test test-slurm test-all lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-all lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -27,6 +27,9 @@ test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or S
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh
 	$(PYTEST) -m "slurm and not slow"
+
+trl: $(READY)  ## Make .venv-trl and .venv-trl-0.11 (5 minutes), with which tests exchange checkpoints
+	tools/install_trl.sh $(PY) $(TORCH)
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

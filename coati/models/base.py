@@ -217,9 +217,13 @@ def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Mo
         kwargs = {**kwargs, "config": config}
     with quiet_transformers():  # its report calls the head that we leave out "unexpected", and errors are ours to raise
         try:
-            model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
+            options = {"ignore_mismatched_sizes": True, **kwargs}  # ours to report, by name
+            model, info = auto.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
+    if wrong := sorted(info["mismatched_keys"]):
+        name, theirs, ours = wrong[0]
+        raise UserError(f"the weights in {source} don't fit its config: {name} is {list(theirs)}, not {list(ours)}")
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"

@@ -14,12 +14,8 @@ from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
 
 HEAD = "v_head.summary."
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+SAFE, BIN = "model.safetensors", "pytorch_model.bin"
+WEIGHT_FILES = (SAFE, f"{SAFE}.index.json", BIN, f"{BIN}.index.json")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
@@ -173,15 +169,14 @@ class PreTrainedModelWrapper(nn.Module):
             **kwargs: the wrapped model's `save_pretrained` keywords: max_shard_size, is_main_process, ...
         """
         folder = str(save_directory)
+        state = self.state_dict() if state_dict is None else dict(state_dict)
         if not self.is_peft_model:
-            return self.pretrained_model.save_pretrained(folder, state_dict=state_dict or self.state_dict(), **kwargs)
+            self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
+            return
         names = [name for name in self.peft_config if name != self.rm_adapter_name]
-        options = {"selected_adapters": names, **kwargs}
-        if state_dict is not None:
-            options["state_dict"] = state_dict
-        self.pretrained_model.save_pretrained(folder, **options)
+        self.pretrained_model.save_pretrained(folder, **{"state_dict": state, "selected_adapters": names, **kwargs})
         if kwargs.get("is_main_process", True):
-            save_head(folder, state_dict or self.state_dict())
+            save_head(folder, state)
 
     def push_to_hub(self, *args, **kwargs):
         """transformers' `push_to_hub` of what `save_pretrained` writes."""
@@ -288,7 +283,7 @@ def save_head(folder: str | Path, state: dict[str, Tensor]):
     from safetensors.torch import save_file
 
     head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
-    save_file(head, Path(folder) / WEIGHT_FILES[0], metadata={"format": "pt"})
+    save_file(head, Path(folder) / SAFE, metadata={"format": "pt"})
 
 
 def _read_head_of_file(file: str) -> dict[str, Tensor]:
