@@ -391,7 +391,13 @@ class PPOTrainer(Trainer):
         from transformers import AutoTokenizer
 
         c = self.config
-        theirs = AutoTokenizer.from_pretrained(c.reward_model)
+        try:
+            theirs = AutoTokenizer.from_pretrained(c.reward_model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the reward model in {c.reward_model} has no tokenizer beside it: copy the policy's there, or give "
+                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
+            ) from error
         if theirs.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
