@@ -233,6 +233,17 @@ def test_a_pair_of_texts_gets_the_tokenizers_separator():
     torch.testing.assert_close(reward.score(prompts, responses), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_chat_template_writes_its_special_tokens_itself():
+    """PITFALL 18: the tokenizer adds no second [CLS]."""
+    tokenizer = copy.deepcopy(word_tokenizer())
+    tokenizer.chat_template = "[CLS]{% for m in messages %}{{ m.content }} {% endfor %}"
+    reward = SequenceClassifierReward(encoder(), tokenizer, template="chat")
+    ids = tokenizer.convert_tokens_to_ids(["[CLS]", "thank", "you", "late"])
+    expected = reward.model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(reward.score(["thank you"], ["late"]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_checkpoint_brings_its_tokenizer_and_another_may_be_named(tmp_path):
     model = decoder()
     model.save_pretrained(tmp_path / "whole")
