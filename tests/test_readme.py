@@ -204,25 +204,36 @@ def test_reward_examples_give_what_they_say():
         assert doctest.DocTestRunner().run(test) == (0, 1)
 
 
-def test_python_blocks_run(place, runtime, monkeypatch):
+SCRIPTS = {page.name: block for page in PAGES for block in blocks(page, "python") if ">>> " not in block}
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_python_blocks_run(page, place, runtime, tmp_path, monkeypatch):
     """Blocks without prompts are whole scripts; they run with paths of the tiny world and two steps."""
     import coati.parallel
+    from coati.models import RewardModel
 
     monkeypatch.setattr(coati.parallel, "launch", lambda: runtime)
-    found = [block for page in PAGES for block in blocks(page, "python") if ">>> " not in block]
-    output = f"{place['root']}/python"
+    RewardModel(place["policy"]).save_pretrained(tmp_path / "judge")
     real = {
         "runs/quickstart/sft/model": place["policy"],
+        "runs/quickstart/reward/model": str(tmp_path / "judge"),
         "runs/quickstart/data/sft.jsonl": place["sft"],
-        "runs/demo/python": output,
+        "runs/quickstart/data/prompts_train.jsonl": place["prompts"],
+        "runs/demo": str(tmp_path),
         "steps=20": f"steps=2, batch_size=4, cache_dir={place['cache']!r}",
+        "steps=1,": f"steps=1, cache_dir={place['cache']!r},",
     }
-    for block in found:
-        for documented, replacement in real.items():
-            assert documented in block
-            block = block.replace(documented, replacement)
-        exec(compile(block, "README.md", "exec"), {})
-    assert len(found) == 1 and (Path(output) / "model" / "config.json").is_file()
+    block = SCRIPTS[page]
+    for documented, replacement in real.items():
+        block = block.replace(documented, replacement)
+    assert "runs/" not in block
+    exec(compile(block, page, "exec"), {})
+    assert list(tmp_path.glob("*/model/config.json"))
+
+
+def test_there_are_scripts_for_training_and_for_value_heads():
+    assert set(SCRIPTS) == {"README.md", "value-heads.md"}
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])

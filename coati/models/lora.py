@@ -45,6 +45,12 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
+def is_untrained_adapter(model: nn.Module) -> bool:
+    """Whether the model's trainable adapter changes nothing yet: B is 0 until the first step."""
+    second = [p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
+    return bool(second) and not any(p.any() for p in second)
+
+
 def base_of_adapter(folder: str | Path) -> str:
     """The model that an adapter folder was trained on.
 

@@ -44,7 +44,7 @@ from coati.losses.language import align
 from coati.losses.masking import keep
 from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.base import disable_dropout
-from coati.models.lora import is_adapter
+from coati.models.lora import is_adapter, is_untrained_adapter
 from coati.parallel import Engine, Runtime, make_engine
 from coati.rewards import ModelReward, RunningMoments, Scores, ScoringConfig, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
@@ -442,6 +442,8 @@ class PPOTrainer(Trainer):
             return None
         if c.lora is not None and not (c.model and is_adapter(c.model)):
             return None
+        if self.policy is not None and is_untrained_adapter(self.policy.pretrained_model):
+            return None
         start = c.model if self.policy is None else copy.deepcopy(self.policy.pretrained_model)
         return make_engine(self.model(Actor, start), c, self.runtime)
 
@@ -449,7 +451,13 @@ class PPOTrainer(Trainer):
         from transformers import AutoTokenizer
 
         c = self.config
-        theirs = AutoTokenizer.from_pretrained(c.reward_model)
+        try:
+            theirs = AutoTokenizer.from_pretrained(c.reward_model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the reward model in {c.reward_model} has no tokenizer beside it: copy the policy's there, or give "
+                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
+            ) from error
         if theirs.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "

@@ -71,6 +71,9 @@ def encoder(name: str = "Bert", **changes):
     import transformers
 
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    if name == "Bart":
+        sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48)
+        sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, eos_token_id=3, decoder_start_token_id=3)
     sizes |= dict(vocab_size=len(word_tokenizer()), max_position_embeddings=40, pad_token_id=0)
     return make(getattr(transformers, f"{name}Config")(**sizes, **{"num_labels": 1, **changes}))
 
@@ -143,7 +146,7 @@ def test_decoders_are_read_at_the_last_token(name, side):
     torch.testing.assert_close(scores, alone(reward.model, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "Bart"])
 @torch.no_grad()
 def test_encoders_are_read_as_they_read_themselves(name):
     reward = SequenceClassifierReward(encoder(name), word_tokenizer(), batch_size=2)

@@ -82,6 +82,9 @@ def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_wor
     gpt2_tokenizer().save_pretrained(tmp_path / "judge")
     with pytest.raises(UserError, match=r"another vocabulary than the policy.*--reward_classifiers"):
         make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "judge"))
+    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"no tokenizer beside it.*--reward_classifier_tokenizer"):
+        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "bare"))
 
 
 def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_path):

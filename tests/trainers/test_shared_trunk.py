@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from coati.errors import UserError
 from coati.models import ActorCritic, AutoModelForCausalLMWithValueHead
+from coati.rewards import AdapterReward
 from coati.tracking import read_metrics
 from coati.trainers.ppo import PPOConfig, PPOTrainer
 from tests.conftest import settings_for
@@ -76,6 +77,27 @@ def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runti
     assert trainer.reference.module.model is not base
     first = next(row for row in read_metrics(tmp_path) if "kl" in row)
     assert first["kl"] == 0 and "reward/short" in first
+
+
+def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world, runtime, tmp_path):
+    """One set of base weights: the policy's adapter, a value head, a reward adapter; the reference with all off."""
+    from peft import LoraConfig, get_peft_model
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_world["policy"], num_labels=1)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    get_peft_model(classifier, lora).save_pretrained(tmp_path / "reward")
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = dict(peft_config=lora, reward_adapter=str(tmp_path / "reward"))
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_world["policy"], **options)
+    changes = dict(model=None, reward_functions=[], steps=2)
+    trainer = make(tiny_world, runtime, tmp_path / "run", policy=policy, rewards=[AdapterReward(policy)], **changes)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert trainer.reference is None
+    assert moved and all(".default." in name or name.startswith("v_head") for name in moved)
+    rows = [row for row in read_metrics(tmp_path / "run") if "kl" in row]
+    assert rows[0]["kl"] == 0 and rows[1]["kl"] != 0
 
 
 @pytest.mark.parametrize(
