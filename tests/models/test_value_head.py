@@ -520,7 +520,8 @@ def reward_adapter(tmp_path):
 def snapshot(model):
     """What computing a score must leave alone."""
     modes = {name: module.training for name, module in model.named_modules()}
-    return model.active_adapters, modes, {name: p.requires_grad for name, p in model.named_parameters()}
+    adapters = (model.active_adapter, model.active_adapters)
+    return adapters, modes, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -534,7 +535,7 @@ def test_reward_scores_are_the_classifiers_and_the_policy_stays_as_it_was(reward
     before = snapshot(model.pretrained_model)
     scores = model.compute_reward_score(**batch)
     assert snapshot(model.pretrained_model) == before
-    assert before[0] == ["default"]
+    assert before[0] == ("default", ["default"])
     assert (scores.shape, scores.dtype, scores.requires_grad) == ((2, 6, 1), torch.float32, False)
     last = batch["attention_mask"].sum(1) - 1
     torch.testing.assert_close(scores[torch.arange(2), last], classifier(**batch).logits)
