@@ -39,6 +39,7 @@ def main():
         train(algorithm, HERE / f"{name}.yaml", output / name, common | flags, arguments.processes)
 
     tasks = [data / "t0_sft" / "train.jsonl", data / "self_instruct" / "seed_tasks.jsonl"]
+    tasks += [data / "gsm8k" / "train.jsonl", output / "hh_answers.jsonl"]
     stage("sft", "sft", train_data=tasks, eval_data=data / "t0_sft" / "test.jsonl", tokenizer=output / "tokenizer")
     common["model"] = output / "sft" / "model"
     pairs = {"train_data": output / "gsm8k_train.jsonl", "eval_data": output / "gsm8k_test.jsonl"}
@@ -59,6 +60,10 @@ def prepare(data: Path, output: Path):
         texts += [row["question"] + row["answer"] for row in read(data / "gsm8k" / "train.jsonl")[:2000]]
         train_tokenizer(texts).save_pretrained(output / "tokenizer")
     solutions = read(data / "gsm8k" / "model_solutions.jsonl")
+    # the better answers of the dialogues are demonstrations too
+    dialogues = [row["chosen"].rpartition("\n\nAssistant:") for row in read(data / "hh_rlhf" / "train.jsonl")]
+    lines = [json.dumps({"prompt": a + b, "completion": c.strip()}) + "\n" for a, b, c in dialogues if c.strip()]
+    (output / "hh_answers.jsonl").write_text("".join(lines))
     # questions, not pairs, are split: no test question was trained on
     for name, rows in (("train", solutions[:800]), ("test", solutions[800:])):
         lines = [json.dumps(pair) + "\n" for row in rows for pair in pairs_of(row)]

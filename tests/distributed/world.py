@@ -9,7 +9,11 @@ from pathlib import Path
 from tests.conftest import ROOT, settings_for
 
 LAYOUTS = {
+    "ddp": dict(plugin="ddp"),
     "zero1": dict(plugin="zero1"),
+    "zero2": dict(plugin="zero2"),
+    "zero2-offload": dict(plugin="zero2-offload"),
+    "gemini, bf16": dict(plugin="gemini", precision="bf16"),
     "tp2": dict(tensor_parallel=2),
     "tp2, split_sequence": dict(tensor_parallel=2, split_sequence=True),
     "pp2": dict(pipeline_parallel=2),
