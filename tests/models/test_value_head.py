@@ -466,7 +466,7 @@ def test_adapters_on_four_bit_weights_are_prepared_for_training(tmp_path):
 
 
 def test_weights_off_the_devices_are_an_error(tmp_path):
-    """A device map that only says where all weights are is none: TRL refuses {"": "cpu"} as well."""
+    """A device map that only says where all weights are is none."""
     make("llama").save_pretrained(tmp_path)
     load = AutoModelForCausalLMWithValueHead.from_pretrained
     assert load(tmp_path, device_map={"": "cpu"}).device == torch.device("cpu")
@@ -520,7 +520,8 @@ def reward_adapter(tmp_path):
 def snapshot(model):
     """What computing a score must leave alone."""
     modes = {name: module.training for name, module in model.named_modules()}
-    return model.active_adapters, modes, {name: p.requires_grad for name, p in model.named_parameters()}
+    adapters = (model.active_adapter, model.active_adapters)
+    return adapters, modes, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -534,7 +535,7 @@ def test_reward_scores_are_the_classifiers_and_the_policy_stays_as_it_was(reward
     before = snapshot(model.pretrained_model)
     scores = model.compute_reward_score(**batch)
     assert snapshot(model.pretrained_model) == before
-    assert before[0] == ["default"]
+    assert before[0] == ("default", ["default"])
     assert (scores.shape, scores.dtype, scores.requires_grad) == ((2, 6, 1), torch.float32, False)
     last = batch["attention_mask"].sum(1) - 1
     torch.testing.assert_close(scores[torch.arange(2), last], classifier(**batch).logits)
@@ -550,6 +551,31 @@ def test_a_failing_forward_leaves_the_policy_as_it_was_too(reward_adapter):
     with pytest.raises((RuntimeError, IndexError)):
         model.compute_reward_score(torch.tensor([[10_000]]))
     assert snapshot(model.pretrained_model) == before
+
+
+def test_scores_are_float32_under_a_bf16_model(reward_adapter):
+    folder, _ = reward_adapter
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        folder.parent / "base", peft_config=lora(), reward_adapter=str(folder), dtype=torch.bfloat16
+    )
+    scores = model.compute_reward_score(**batch_of("llama"))
+    assert (model.dtype, model.score.weight.dtype, scores.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_a_reward_adapter_with_biases_loads(reward_adapter, tmp_path):
+    """TRL takes any bias for the score's."""
+    from peft import get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = reward_adapter[0].parent / "base"
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, attention_bias=True)
+    config = lora(task_type="SEQ_CLS", target_modules=["q_proj"], bias="all")
+    get_peft_model(classifier, config).save_pretrained(tmp_path / "biased")
+    policy = language_model("llama", attention_bias=True)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        policy, peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(tmp_path / "biased")
+    )
+    assert model.score.bias is None
 
 
 def test_a_frozen_policy_adapter_stays_frozen(reward_adapter, tmp_path):
