@@ -207,13 +207,20 @@ class Engine:
 
 
 def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
-    """AdamW over the trainable weights; vectors (biases, norms) are not decayed."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    """AdamW over the trainable weights; vectors (biases, norms) are not decayed; a weight's `lr_factor`, if it has one,
+    multiplies its learning rate."""
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in module.parameters():
+        if p.requires_grad:
+            kinds.setdefault((p.ndim >= 2, getattr(p, "lr_factor", 1.0)), []).append(p)
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.get("weight_decay", 0.0)},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": kinds[kind],
+            "weight_decay": settings.get("weight_decay", 0.0) if kind[0] else 0.0,
+            "lr_factor": kind[1],
+        }
+        for kind in sorted(kinds, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     keywords = dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))
     if config.plugin == "ddp":
         return torch.optim.AdamW(groups, **keywords)

@@ -99,6 +99,8 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
                 "sequence parallelism, or shared_trunk"
             )
+        if self.shared_trunk and self.learning_rate <= 0:
+            raise UserError("shared_trunk needs a learning_rate above 0: the value head's is a multiple of it")
         if self.shared_trunk and self.critic_model:
             raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
 
@@ -421,6 +423,8 @@ class PPOTrainer(Trainer):
         rows = c.batch_size // c.minibatches // self.communicator.world_size
         if c.shared_trunk:
             models = dict(actor=self.model(ActorCritic, self.source("actor") or self.policy or c.model, lora=c.lora))
+            for parameter in models["actor"].v_head.parameters():
+                parameter.lr_factor = c.critic_learning_rate / c.learning_rate
         else:
             critic_start = c.critic_model or c.reward_model or c.model
             models = dict(actor=self.model(Actor, self.source("actor") or c.model, lora=c.lora))

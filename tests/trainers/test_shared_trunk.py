@@ -34,6 +34,18 @@ def test_in_the_warm_up_only_the_head_moves(tiny_world, runtime, tmp_path):
     assert moved == {"v_head.summary.weight", "v_head.summary.bias"}
 
 
+def test_the_head_learns_at_the_critic_s_rate(tiny_world, runtime, tmp_path):
+    """Adam's first step moves every weight by its learning rate, whatever the gradient."""
+    rates = dict(learning_rate=1e-3, critic_learning_rate=5e-3, warmup="0", schedule="constant")
+    trainer = make(tiny_world, runtime, tmp_path, steps=1, ppo_epochs=1, minibatches=1, **rates)
+    before = {name: p.detach().clone() for name, p in trainer.actor.module.named_parameters()}
+    trainer.train_step(0)
+    moves = {name: (p - before[name]).abs().max().item() for name, p in trainer.actor.module.named_parameters()}
+    assert moves.pop("v_head.summary.weight") == pytest.approx(5e-3, rel=1e-2)
+    assert moves.pop("v_head.summary.bias") == pytest.approx(5e-3, rel=1e-2)
+    assert max(moves.values()) == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_one_gradient_is_the_sum_of_both_losses(tiny_world, runtime, tmp_path):
     """The trunk's gradient with value coefficient c is the policy's alone plus c times the value loss's alone."""
 
@@ -105,6 +117,7 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     [
         (dict(tensor_parallel=2), "shared_trunk runs under ddp"),
         (dict(critic_model="somewhere"), "no critic_model"),
+        (dict(learning_rate=0.0), "learning_rate above 0"),
     ],
 )
 def test_what_it_cannot_do_is_said_at_the_start(changes, words, tiny_world):
