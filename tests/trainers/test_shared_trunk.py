@@ -36,7 +36,7 @@ def test_in_the_warm_up_only_the_head_moves(tiny_world, runtime, tmp_path):
 
 def test_the_head_learns_at_the_critic_s_rate(tiny_world, runtime, tmp_path):
     """Adam's first step moves every weight by its learning rate, whatever the gradient."""
-    rates = dict(learning_rate=1e-3, critic_learning_rate=5e-3, warmup="0", schedule="constant")
+    rates = dict(learning_rate=1e-3, critic_learning_rate=5e-3, warmup=0.0, schedule="constant")
     trainer = make(tiny_world, runtime, tmp_path, steps=1, ppo_epochs=1, minibatches=1, **rates)
     before = {name: p.detach().clone() for name, p in trainer.actor.module.named_parameters()}
     trainer.train_step(0)
