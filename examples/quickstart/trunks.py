@@ -21,10 +21,12 @@ from coati.tracking.charts import HEIGHT, WIDTH, Line, line_chart  # noqa: E402
 from coati.tracking.style import STYLE  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 
-WAYS = {
+WAYS: dict[str, dict] = {
     "policy and critic apart": {},
-    "shared trunk": dict(shared_trunk="true"),
-    "LoRA, reference with the adapter off": dict(lora_rank=16, lora_alpha=32, learning_rate=2e-3),
+    "shared trunk": dict(shared_trunk="true", critic_warmup=3, critic_learning_rate=1e-2, value_coefficient=0.02),
+    "LoRA, reference with the adapter off": dict(
+        lora_rank=32, lora_alpha=32, learning_rate=1.5e-3, critic_learning_rate=4e-3, steps=64, eval_every=16
+    ),
 }
 
 
