@@ -1,4 +1,4 @@
-"""What holds of every public function: it has an oracle, its gradient is right, finite arguments give finite results."""
+"""Every public function has an oracle, the right gradient, and finite results from finite arguments."""
 
 import ast
 from pathlib import Path
