@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/distributed/worker.py JOBS.json RESULTS.json
 
-A job is {"name", "algorithm", "settings"}, or has "variations": see `tests/trainers/steps.py`. Starting Python with torch,
+A job is {"name", "algorithm", "settings"}, or one of `tests/trainers/steps.py`. Starting Python with torch,
 transformers and colossalai takes 10 s on a slow core, so jobs share the processes.
 """
 
