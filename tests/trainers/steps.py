@@ -13,13 +13,14 @@ from torch.nn.functional import pad
 
 from tests.conftest import settings_for, trainer_classes
 
-# name: the algorithm, and settings that exercise more of its loss. A new trainer joins here.
+# name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
+# gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
 TRAINERS = {
-    "sft": ("sft", {}),
-    "reward": ("reward", dict(label_smoothing=0.1, centering=0.01)),
-    "ppo": ("ppo", dict(missing_eos_penalty=0.5)),
-    "ppo, shared trunk": ("ppo", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
-    "ppo, text mixed in": ("ppo", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
+    "sft": ("sft", "gpt2", {}),
+    "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
+    "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
+    "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
+    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
 }
 BATCH = 8
 FILLER = 7  # what padding holds: a word of the vocabulary, so that nothing may depend on the id of padding
@@ -43,11 +44,16 @@ class Variation:
     bucketed: bool = True
 
 
-def make_trainer(name: str, world: dict[str, str], runtime, folder):
-    """At a learning rate of 0, so that the same trainer can do the same step over and over."""
-    algorithm, changes = TRAINERS[name]
+def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder):
+    """At a learning rate of 0, so that the same trainer can do the same step over and over.
+
+    Args:
+        families: by architecture, what `make_family` gives.
+    """
+    algorithm, family, changes = TRAINERS[name]
+    world = families[family]
     settings = settings_for(algorithm, world, output_dir=str(folder), batch_size=BATCH, **changes)
-    settings |= dict(learning_rate=0.0, max_grad_norm=0.0)
+    settings |= dict(learning_rate=0.0, max_grad_norm=0.0, model=world["policy"], model_config=None)
     if algorithm == "ppo":
         settings |= dict(critic_learning_rate=0.0, ppo_epochs=1, minibatches=1)
     if "ptx_coefficient" in changes:
@@ -61,12 +67,11 @@ def make_trainer(name: str, world: dict[str, str], runtime, folder):
 
 @torch.no_grad()
 def end_some_answers(trainer):
-    """Makes EOS likelier than the word that answers hold most, so that they end at different places or not at all.
-
-    The reference stays as it was, so there is a KL.
-    """
-    rollout = trainer.answer([trainer.data[i] for i in range(BATCH)])
-    word = rollout.input_ids[rollout.response_mask].mode().values
+    """Makes EOS likelier than a word that about half of the answers hold, so that these end there and others later or
+    not at all. The reference stays as it was, so there is a KL."""
+    answers = trainer.answer([trainer.data[i] for i in range(BATCH)]).response_ids()
+    words = sorted({word for answer in answers for word in answer[3:]})
+    word = min(words, key=lambda w: abs(sum(w in answer for answer in answers) - BATCH / 2))
     outputs = trainer.actor.module.transformer.get_output_embeddings().weight
     outputs[trainer.tokenizer.eos_token_id] = 1.1 * outputs[word]
 
@@ -92,8 +97,8 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
 
 
 def run_job(job: dict, runtime) -> list[dict[str, float]]:
-    """The step of `job["trainer"]` in each of `job["variations"]`: the metrics; gradients go to numbered files."""
-    trainer, metrics = make_trainer(job["trainer"], job["world"], runtime, job["folder"]), []
+    """The step of `job["name"]` in each of `job["variations"]`: the metrics; gradients go to numbered files."""
+    trainer, metrics = make_trainer(job["name"], job["families"], runtime, job["folder"]), []
     for i, variation in enumerate(job["variations"]):
         found, gradients = run_step(trainer, Variation(**variation))
         metrics.append(found)

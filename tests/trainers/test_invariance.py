@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.distributed.world import run_jobs
+from tests.distributed.world import make_family, run_jobs
 from tests.trainers.steps import BATCH, TRAINERS, Variation, gradient_file, make_trainer, run_step
 
 RTOL = 1e-5
@@ -35,21 +35,25 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("invariance")
 
 
+@pytest.fixture(scope="module")
+def families(tiny_world, folder):
+    return {family: make_family(family, tiny_world, folder) for family in ("gpt2", "llama")}
+
+
 @pytest.fixture(scope="module", params=sorted(TRAINERS))
-def case(request, tiny_world, runtime, folder):
+def case(request, families, runtime, folder):
     """The name, a trainer, and its step's metrics and gradients as they are."""
-    trainer = make_trainer(request.param, tiny_world, runtime, folder / "one" / request.param)
+    trainer = make_trainer(request.param, families, runtime, folder / "one" / request.param)
     return request.param, trainer, run_step(trainer, Variation())
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_world, folder):
+def two_ranks(families, folder):
     """By trainer: metrics and gradients of two processes in two variations."""
     jobs = [
         {
             "name": name,
-            "trainer": name,
-            "world": tiny_world,
+            "families": families,
             "folder": str(folder / "two" / name),
             "variations": [dataclasses.asdict(v) for v in (Variation(), MIXED)],
         }
