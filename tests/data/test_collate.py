@@ -34,14 +34,25 @@ def test_an_eos_that_equals_pad_stays_visible_and_a_label():
 def test_width_can_be_a_multiple():
     assert collate_sft([SHORT, LONG], PAD, multiple_of=4).input_ids.shape == (2, 8)
     assert collate_sft([SHORT], PAD, multiple_of=4).input_ids.shape == (1, 4)
+    pairs = [PreferenceSample(SHORT, LONG, 1.5)]
+    assert collate_preference(pairs, PAD, multiple_of=5).input_ids.shape == (2, 10)
+    assert collate_prompts([PromptSample([5], "a", {})], PAD, multiple_of=3).input_ids.shape == (1, 3)
+
+
+def test_width_is_that_of_the_longest_row_if_nothing_else_is_said():
+    odd = TokenSequence([5, 6, EOS], [False, True, True])
+    assert collate_sft([odd], PAD).input_ids.shape == (1, 3)
+    assert collate_preference([PreferenceSample(odd, odd, 0.0)], PAD).input_ids.shape == (2, 3)
+    assert collate_prompts([PromptSample([5, 6, 7], "a", {})], PAD).input_ids.shape == (1, 3)
 
 
 def test_preference_rows_are_all_chosen_then_all_rejected():
     samples = [PreferenceSample(SHORT, LONG, 1.5), PreferenceSample(SHORT, SHORT, 0.0)]
-    batch = collate_preference(samples, PAD)
+    batch = collate_preference(samples, pad_id=9)
     lengths = batch.attention_mask.sum(dim=1).tolist()
     assert lengths == [4, 4, 6, 4] and batch.input_ids.shape == (4, 6)
-    assert batch.input_ids[2].tolist() == LONG.input_ids
+    assert batch.input_ids.tolist() == [[*SHORT.input_ids, 9, 9]] * 2 + [LONG.input_ids, [*SHORT.input_ids, 9, 9]]
+    assert batch.loss_mask[:3].tolist() == [[*SHORT.loss_mask, False, False]] * 2 + [LONG.loss_mask]
     assert batch.margin.tolist() == [1.5, 0.0] and batch.margin.dtype == torch.float32
 
 

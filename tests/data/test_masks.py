@@ -182,6 +182,7 @@ def test_pairs_share_the_prompt_and_label_their_answers_only(name, tokenizer_for
     assert labels(pair.chosen, tokenizer) == answers_text(name, ["yes sir"], tokenizer.eos_token)
     assert labels(pair.rejected, tokenizer) == answers_text(name, ["no"], tokenizer.eos_token)
     assert pair.margin == 2.0
+    assert len(pair) == len(pair.chosen) > len(pair.rejected)
 
 
 def test_a_pair_that_the_template_makes_equal_is_refused(tokenizer_for):
@@ -202,6 +203,44 @@ def test_a_long_row_is_dropped_or_loses_the_left_of_its_prompt(tokenizer_for):
     assert len(cut) == limit
     assert cut.input_ids == whole.input_ids[:1] + whole.input_ids[21:]
     assert labels(cut, tokenizer) == labels(whole, tokenizer)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate_prompt"])
+def test_a_row_of_just_the_longest_length_stays_whole(too_long, tokenizer_for):
+    """And one token more is too long, or loses one token."""
+    tokenizer = tokenizer_for("llama3")
+    row, prompt = SFTRecord([user("hello"), assistant("one")]), PromptRecord([user("hello you")])
+    for record, limit in ((row, "max_length"), (prompt, "max_prompt_length")):
+        whole = tokenise(record, tokenizer, CONFIG)
+        assert tokenise(record, tokenizer, DataConfig(**{limit: len(whole)}, too_long=too_long)) == whole
+        shorter = DataConfig(**{limit: len(whole) - 1}, too_long=too_long)
+        if too_long == "drop":
+            with pytest.raises(TooLong, match=f"longer than --{limit} {len(whole) - 1} tokens"):
+                tokenise(record, tokenizer, shorter)
+        else:
+            cut = tokenise(record, tokenizer, shorter)
+            assert cut.input_ids == whole.input_ids[:1] + whole.input_ids[2:]
+
+
+def test_without_a_bos_a_row_is_cut_from_its_first_token_on(tokenizer_for):
+    """The tokenizer has a BOS, but this template doesn't write it."""
+    tokenizer = tokenizer_for("chatml")
+    row, prompt = SFTRecord([user("x y z " * 9), assistant("one")]), PromptRecord([user("x y z " * 9)], {"level": 1})
+    for record in (row, prompt):
+        whole = tokenise(record, tokenizer, CONFIG)
+        limits = dict(max_length=len(whole) - 3, max_prompt_length=len(whole) - 3)
+        cut = tokenise(record, tokenizer, DataConfig(**limits, too_long="truncate_prompt"))
+        assert cut.input_ids == whole.input_ids[3:]
+    assert cut.text == tokenizer.decode(cut.input_ids)
+    assert cut.columns == {"level": 1}
+
+
+def test_a_limit_that_bos_alone_fills_leaves_no_prompt(tokenizer_for):
+    config = DataConfig(max_prompt_length=1, too_long="truncate_prompt")
+    with pytest.raises(TooLong, match="--max_prompt_length 1 leaves no room"):
+        tokenise(PromptRecord([user("hello")]), tokenizer_for("llama3"), config)
+    # no BOS to keep: the last token is what there is room for
+    assert len(tokenise(PromptRecord([user("hello")]), tokenizer_for("chatml"), config)) == 1
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml"])

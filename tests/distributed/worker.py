@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/distributed/worker.py JOBS.json RESULTS.json
 
-A job is {"name", "algorithm", "settings"}. Starting Python with torch, transformers and colossalai takes 10 s on a slow
-core, so jobs share the processes.
+A job is {"name", "algorithm", "settings"}, or one of `tests/trainers/steps.py`. Starting Python with torch,
+transformers and colossalai takes 10 s on a slow core, so jobs share the processes.
 """
 
 import json
@@ -14,11 +14,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def run(job: dict, runtime) -> dict:
+def run(job: dict, runtime):
     """Metrics of every step and a fingerprint of the final weights."""
     import torch
 
     from tests.conftest import trainer_classes
+    from tests.trainers.steps import run_job
+
+    if "variations" in job:
+        return run_job(job, runtime)
 
     config_class, trainer_class = trainer_classes(job["algorithm"])
     trainer = trainer_class(config_class(**job["settings"]), runtime)

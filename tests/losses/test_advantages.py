@@ -42,8 +42,19 @@ def test_whitening_equals_the_oracle(mask, data, dtype, shift):
     result = whiten(poison(x, mask), mask, *moments(masked_sums(poison(x, mask), mask)), shift=shift)
     expected = oracle.whiten(x.tolist(), mask.tolist(), shift)
     # the standard deviation comes from sums of squares, whose rounding is relative to the largest entry
-    _, std = oracle.mean_and_std(oracle.unmasked(x.tolist(), mask.tolist()))
+    _, std = oracle.moments(oracle.unmasked(x.tolist(), mask.tolist()))
     assert_close(result, expected, scale=x.abs().max().item() * (1 + 1 / max(std, 1e-3)))
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_masked_sums_equal_the_oracle(mask, data, dtype):
+    """PITFALL 7, PITFALL 11: masked NaN stays away, and float32 entries are added up in float64."""
+    x = data.draw(numbers(mask.shape, 100.0, dtype))
+    sums = masked_sums(poison(x, mask), mask)
+    assert sums.dtype == torch.float64
+    size = x.double().abs().sum().item()
+    assert_close(sums, oracle.masked_sums(x.tolist(), mask.tolist()), scale=1e-3 * (size + size**2))
 
 
 @quick
@@ -53,7 +64,7 @@ def test_moments_from_any_split_are_those_of_the_whole(mask, data, parts):
     x = data.draw(numbers(mask.shape, 100.0, torch.float64))
     pieces = zip(x.tensor_split(parts), mask.tensor_split(parts), strict=True)
     result = moments(torch.stack([masked_sums(a, m) for a, m in pieces]).sum(0))
-    expected = oracle.mean_and_std(oracle.unmasked(x.tolist(), mask.tolist()))
+    expected = oracle.moments(oracle.unmasked(x.tolist(), mask.tolist()))
     # the square root magnifies the rounding of a difference of squares, 1e-16 of the largest square
     assert result == pytest.approx(expected, rel=1e-9, abs=1e-7 * x.abs().max().item() + 1e-300)
 
@@ -81,7 +92,7 @@ def test_running_moments_are_those_of_the_concatenation(batches):
         x = torch.tensor(batch, dtype=torch.float64)
         running.update(masked_sums(x, torch.ones_like(x, dtype=torch.bool)))
     everything = [x for batch in batches for x in batch]
-    mean, std = oracle.mean_and_std(everything)
+    mean, std = oracle.moments(everything)
     size = max([abs(x) for x in everything], default=0.0)
     assert running.count == len(everything)
     assert running.mean == pytest.approx(mean, rel=1e-9, abs=1e-12 * size)

@@ -83,6 +83,13 @@ def test_missing_eos_penalty_equals_the_oracle(rows, penalty):
     assert result.tolist() == oracle.penalise_missing_eos(scores, finished, penalty)
 
 
+@quick
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.sampled_from([None, 0.0, 1.5, 1e-6]))
+def test_clipped_scores_equal_the_oracle(scores, limit):
+    result = clip_scores(torch.tensor(scores, dtype=torch.float64), limit)
+    assert result.tolist() == oracle.clip_scores(scores, limit)
+
+
 def test_scores_are_clipped_on_both_sides():
     scores = torch.tensor([-100.0, -0.5, 0.0, 100.0])
     assert clip_scores(scores, 2.0).tolist() == [-2.0, -0.5, 0.0, 2.0]

@@ -30,7 +30,13 @@ def returns_to_go(rewards, mask, gamma):
     return result
 
 
-def mean_and_std(numbers):
+def masked_sums(x, mask):
+    """(count, sum, sum of squares) of the unmasked entries."""
+    numbers = unmasked(x, mask)
+    return [float(len(numbers)), math.fsum(numbers), math.fsum(n * n for n in numbers)]
+
+
+def moments(numbers):
     """Population statistics in two passes; (0, 0) for none."""
     if not numbers:
         return 0.0, 0.0
@@ -44,7 +50,7 @@ def unmasked(x, mask):
 
 def whiten(x, mask, shift=True, min_std=1e-3):
     """(x - mean) / std over the unmasked entries; `shift` False puts the mean back."""
-    mean, std = mean_and_std(unmasked(x, mask))
+    mean, std = moments(unmasked(x, mask))
     result = [[0.0] * len(row) for row in mask]
     for b, row in enumerate(mask):
         for t in _response(row):

@@ -44,6 +44,11 @@ def token_entropy(logits, temperature=1.0):
     return rows
 
 
+def response_targets(mask):
+    """A token is a target if the loss wants it and a token stands before it."""
+    return [[t > 0 and counts for t, counts in enumerate(row)] for row in mask]
+
+
 def cross_entropy(log_probs, mask, denominator):
     return math.fsum(-log_probs[b][t] for b, t in _tokens(mask)) / denominator
 
@@ -137,3 +142,9 @@ def penalise_missing_eos(scores, finished, penalty):
     if penalty is None:
         return list(scores)
     return [score if done else score - penalty for score, done in zip(scores, finished, strict=True)]
+
+
+def clip_scores(scores, limit):
+    if limit is None:
+        return list(scores)
+    return [-limit if score < -limit else limit if score > limit else score for score in scores]

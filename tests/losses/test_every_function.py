@@ -1,0 +1,146 @@
+"""Every public function has an oracle, the right gradient, and finite results from finite arguments."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coati.losses
+from coati.losses import (
+    clip_scores,
+    cross_entropy,
+    gae,
+    kl_divergence,
+    masked_sums,
+    moments,
+    pairwise_reward_loss,
+    penalise_missing_eos,
+    policy_loss,
+    returns_to_go,
+    shape_rewards,
+    token_entropy,
+    token_log_probs,
+    value_loss,
+    whiten,
+)
+from tests.losses.draw import dtypes, masks, numbers, poison, quick
+from tests.oracles import advantages, losses
+
+FOLDER = Path(__file__).parent
+
+# Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
+# of responses are a column. `mask` is bool `[batch, seq]`.
+PER_TOKEN = {
+    "clip_scores": (1, lambda x, mask: clip_scores(x[0][:, 0], 1.5)),
+    "cross_entropy": (1, lambda x, mask: cross_entropy(x[0], mask, 7)[0]),
+    "gae": (2, lambda x, mask: torch.stack(gae(*x, mask, 0.9, 0.95))),
+    "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
+    "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
+    "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
+    "penalise_missing_eos": (1, lambda x, mask: penalise_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
+    "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
+    "returns_to_go": (1, lambda x, mask: returns_to_go(x[0], mask, 0.9)),
+    "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
+    "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
+    "whiten": (1, lambda x, mask: whitened(x[0], mask)),
+}
+# And each of logits `[batch, seq, vocab]`.
+OF_LOGITS = {
+    "token_entropy": lambda logits, ids: token_entropy(logits, 0.7),
+    "token_log_probs": lambda logits, ids: token_log_probs(logits, ids, 0.7),
+}
+# From floats to floats, or from bool to bool.
+NO_GRADIENT = {"adapt_kl_coefficient", "moments", "response_targets"}
+# The scores of whole responses have no mask: what stands in them counts.
+UNMASKED = {"clip_scores", "pairwise_reward_loss", "penalise_missing_eos", "shape_rewards"}
+
+
+def pair(x, **options):
+    return pairwise_reward_loss(x[0][:, 0], x[1][:, 0], 7, margin=x[2][:, 0], **options)[0]
+
+
+def whitened(x, mask):
+    """With the statistics of the entries themselves, which are numbers and have no gradient."""
+    return whiten(x, mask, *moments(masked_sums(x.detach(), mask)))
+
+
+def compared_with_an_oracle() -> set[str]:
+    """Functions F for which a test in this folder calls both F and an oracle of that name."""
+    found = set()
+    for path in FOLDER.glob("test_*.py"):
+        for test in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+                called = [node.func for node in ast.walk(test) if isinstance(node, ast.Call)]
+                ours = {f.id for f in called if isinstance(f, ast.Name)}
+                theirs = {f.attr for f in called if isinstance(f, ast.Attribute) and ast.unparse(f.value) == "oracle"}
+                found |= ours & theirs
+    return found
+
+
+def test_every_public_function_is_compared_with_an_oracle():
+    public = set(coati.losses.__all__)
+    missing = {name for name in public if not (hasattr(losses, name) or hasattr(advantages, name))}
+    assert not missing, f"write tests/oracles for {sorted(missing)}"
+    assert not public - compared_with_an_oracle(), "an oracle that no test calls beside the function"
+
+
+def test_every_public_function_is_in_these_tables():
+    assert {*PER_TOKEN, *OF_LOGITS, *NO_GRADIENT} == set(coati.losses.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(PER_TOKEN))
+def test_gradients_are_those_of_finite_differences(name):
+    """In all arguments, with holes in the mask and an empty row; drawn away from the corners of clips."""
+    count, function = PER_TOKEN[name]
+    generator = torch.Generator().manual_seed(5)
+    x = [torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(count)]
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    if name == "whiten":  # its statistics must stay where they are while an entry is moved
+        mean, std = moments(masked_sums(x[0].detach(), mask))
+        function = lambda x, mask: whiten(x[0], mask, mean, std)  # noqa: E731
+    assert torch.autograd.gradcheck(lambda *x: function(x, mask), x)
+
+
+@pytest.mark.parametrize("name", sorted(OF_LOGITS))
+def test_gradients_of_logits_are_those_of_finite_differences(name):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    ids = torch.randint(5, (2, 4), generator=generator)
+    assert torch.autograd.gradcheck(lambda x: OF_LOGITS[name](x, ids), logits)
+
+
+@quick
+@given(st.sampled_from(sorted(PER_TOKEN)), masks(), st.data(), dtypes, st.sampled_from([50.0, 1e4, 1e6]))
+def test_finite_arguments_give_finite_results_and_gradients(name, mask, data, dtype, limit):
+    """PITFALL 7, PITFALL 10: as large as they may be, spread by 1e-6 of that, or all masked; and NaN under the mask."""
+    count, function = PER_TOKEN[name]
+    x = [data.draw(numbers(mask.shape, limit, dtype)) for _ in range(count)]
+    x = [(a if name in UNMASKED else poison(a, mask)).requires_grad_() for a in x]
+    result = function(x, mask)
+    assert result.isfinite().all(), result
+    result.sum().backward()
+    for a in x:
+        assert a.grad is None or a.grad.isfinite().all(), a.grad
+
+
+@quick
+@given(st.sampled_from(sorted(OF_LOGITS)), st.data(), dtypes, st.sampled_from([1.0, 50.0, 1e4, 1e30]))
+def test_any_logits_give_finite_gradients(name, data, dtype, limit):
+    """PITFALL 10: with forbidden tokens too, all but one at some positions. A token of probability 0 may have log-prob
+    -inf, but what it is replaced with under a mask leaves a gradient of 0, not NaN."""
+    logits = data.draw(numbers((2, 4, 5), limit, dtype))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    ids = torch.randint(5, (2, 4), generator=generator)
+    banned = torch.rand(logits.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 0.9]))
+    banned[..., 0] &= ~banned.all(-1)  # a distribution has a token left
+    logits = logits.masked_fill(banned, -torch.inf).requires_grad_()
+    result = OF_LOGITS[name](logits, ids)
+    possible = result.detach() > -torch.inf
+    assert possible.all() or name == "token_log_probs"
+    assert not result.isnan().any() and (result < torch.inf).all()
+    cross_entropy(result, possible, 3)[0].backward()
+    assert logits.grad.isfinite().all(), logits.grad
+    assert (logits.grad[banned] == 0).all()

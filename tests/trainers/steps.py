@@ -1,0 +1,177 @@
+"""One real optimiser step of a trainer in many ways that must not matter, and what it gave: metrics and gradients."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from tests.conftest import settings_for, trainer_classes
+
+# name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
+# gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
+TRAINERS = {
+    "sft": ("sft", "gpt2", {}),
+    "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
+    "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
+    "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
+    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
+}
+BATCH = 8
+FILLER = 7  # what padding holds: a word of the vocabulary, so that nothing may depend on the id of padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Variation:
+    """What may change in a step and must not matter.
+
+    Attributes:
+        order: the batch's rows, permuted.
+        left, right: columns of padding added to every batch of tensors that the trainer makes.
+        micro_batch_size: rows of one forward and backward pass.
+        bucketed: rows of like length share a micro-batch, as they do by default.
+    """
+
+    order: tuple[int, ...] = tuple(range(BATCH))
+    left: int = 0
+    right: int = 0
+    micro_batch_size: int = BATCH
+    bucketed: bool = True
+
+
+def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder):
+    """At a learning rate of 0, so that the same trainer can do the same step over and over.
+
+    Args:
+        families: by architecture, what `make_family` gives.
+    """
+    algorithm, family, changes = TRAINERS[name]
+    world = families[family]
+    settings = settings_for(algorithm, world, output_dir=str(folder), batch_size=BATCH, **changes)
+    settings |= dict(learning_rate=0.0, max_grad_norm=0.0, model=world["policy"], model_config=None)
+    if algorithm == "ppo":
+        settings |= dict(critic_learning_rate=0.0, ppo_epochs=1, minibatches=1)
+    if "ptx_coefficient" in changes:
+        settings["ptx_data"] = [world["sft"]]
+    config_class, trainer_class = trainer_classes(algorithm)
+    trainer = trainer_class(config_class(**settings), runtime)
+    if algorithm == "ppo":
+        end_some_answers(trainer)
+    return trainer
+
+
+@torch.no_grad()
+def end_some_answers(trainer):
+    """Makes EOS likelier than a word that about half of the answers hold, so that these end there and others later or
+    not at all. The reference stays as it was, so there is a KL."""
+    answers = trainer.answer([trainer.data[i] for i in range(BATCH)]).response_ids()
+    words = sorted({word for answer in answers for word in answer[3:]})
+    word = min(words, key=lambda w: abs(sum(w in answer for answer in answers) - BATCH / 2))
+    outputs = trainer.actor.module.transformer.get_output_embeddings().weight
+    outputs[trainer.tokenizer.eos_token_id] = 1.1 * outputs[word]
+
+
+def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The metrics of the trainer's real step, and the gradients as the optimiser gets them, `engine.parameter`."""
+    gradients: dict[str, torch.Tensor] = {}
+    state = trainer.state()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(trainer.config, "micro_batch_size", variation.micro_batch_size)
+        _permute(trainer, variation, patch)
+        _repad_and_deal(trainer, variation, patch)
+        for name, engine in trainer.engines.items():
+            _record(name, engine, gradients, patch)
+        if hasattr(trainer, "learn"):
+            # as after some updates: ratios are not 1 and some tokens are clipped
+            learn = trainer.learn
+            patch.setattr(trainer, "learn", lambda *a: (stack.enter_context(moved(trainer)), learn(*a))[1])
+        metrics, tokens = trainer.train_step(step)
+    trainer.load_state(state)
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("seconds/")}
+    return metrics | {"tokens": tokens}, gradients
+
+
+def run_job(job: dict, runtime) -> list[dict[str, float]]:
+    """The step of `job["name"]` in each of `job["variations"]`: the metrics; gradients go to numbered files."""
+    trainer, metrics = make_trainer(job["name"], job["families"], runtime, job["folder"]), []
+    for i, variation in enumerate(job["variations"]):
+        found, gradients = run_step(trainer, Variation(**variation))
+        metrics.append(found)
+        if runtime.is_main:
+            save_file(gradients, gradient_file(job["folder"], i))
+    return metrics
+
+
+def gradient_file(folder: str, number: int) -> Path:
+    return Path(folder) / f"{number}.safetensors"
+
+
+@contextmanager
+def moved(trainer) -> Iterator[None]:
+    """The trained models a little way from where they were, and back at the end; alike on every rank."""
+    generator = torch.Generator().manual_seed(11)
+    parameters = [p for engine in trainer.engines.values() for p in engine.module.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p += 0.03 * torch.randn(p.shape, generator=generator)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, before, strict=True):
+                p.copy_(old)
+
+
+def _record(name: str, engine, gradients: dict, patch):
+    step = engine.step
+
+    def recording(rate: float) -> float:
+        for key, p in engine.module.named_parameters():
+            if p.grad is not None:
+                gradients[f"{name}.{key}"] = p.grad.detach().clone()
+        return step(rate)
+
+    patch.setattr(engine, "step", recording)
+
+
+def _permute(trainer, variation: Variation, patch):
+    for sampler in ("batches", "ptx_sampler"):
+        if hasattr(trainer, sampler):
+            batch = getattr(trainer, sampler).batch
+            permuted = lambda k, batch=batch: [batch(k)[i] for i in variation.order]  # noqa: E731
+            patch.setattr(getattr(trainer, sampler), "batch", permuted)
+
+
+def _repad_and_deal(trainer, variation: Variation, patch):
+    """Wraps `collate_*` and `deal` wherever the trainer's modules hold them, and what makes PPO's tensors."""
+    for module in {importlib.import_module(c.__module__) for c in type(trainer).__mro__ if c is not object}:
+        for name, function in list(vars(module).items()):
+            if name == "collate_prompts":  # answers are appended on the right
+                sides = dataclasses.replace(variation, right=0)
+                patch.setattr(module, name, lambda *a, f=function, s=sides: padded(f(*a), s))
+            elif name.startswith("collate_"):
+                patch.setattr(module, name, lambda *a, f=function: padded(f(*a), variation))
+            elif name == "deal" and not variation.bucketed:
+                patch.setattr(module, name, lambda rows, _, *a, f=function: f(rows, dict.fromkeys(rows, 0), *a))
+    if hasattr(trainer, "answer"):
+        answer, minibatch = trainer.answer, trainer.minibatch
+        # a rollout's padding is on the right by contract
+        patch.setattr(trainer, "answer", lambda *a: padded(answer(*a), dataclasses.replace(variation, left=0)))
+        patch.setattr(trainer, "minibatch", lambda *a: [padded(b, variation) for b in minibatch(*a)])
+
+
+def padded(batch, variation: Variation):
+    """`batch`, a dataclass of tensors, with more columns: another token, False and NaN."""
+    wider, sides = {}, (variation.left, variation.right)
+    for field in dataclasses.fields(batch):
+        x = getattr(batch, field.name)
+        if isinstance(x, torch.Tensor) and x.ndim == 2:
+            fill = False if x.dtype == torch.bool else torch.nan if x.is_floating_point() else FILLER
+            wider[field.name] = pad(x, sides, value=fill)
+    return dataclasses.replace(batch, **wider)
