@@ -1,0 +1,107 @@
+"""Draws the pictures of docs/reading-the-curves.md from real runs of PPO: a healthy one and four that fall ill.
+
+    python tools/draw_curves.py             # some minutes on one core
+
+The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward is the share of polite words in its
+answer. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from coati.tracking import read_metrics  # noqa: E402
+from coati.tracking.charts import Line  # noqa: E402
+from examples.drawing import figure  # noqa: E402
+
+POLITE = {"please", "thank", "happy", "help"}
+HEALTHY = dict(steps=60, batch_size=32, micro_batch_size=32, max_new_tokens=16, temperature=1.0, seed=1)
+HEALTHY |= dict(learning_rate=3e-3, critic_learning_rate=1e-2, kl_coefficient=0.05, ppo_epochs=2, minibatches=2)
+HEALTHY |= dict(reward_functions=[f"{__file__}:polite", f"{__file__}:words"], reward_function_weights=[1.0, 0.0])
+# Of each run: its name in the legend, what makes it ill, and the curves that tell
+RUNS = {
+    "healthy": ("healthy", {}, "reward kl entropy explained_variance clip_fraction response_length"),
+    "kl-blow-up": (
+        "learning rate 10 times as high, hardly any KL penalty",
+        dict(learning_rate=3e-2, kl_coefficient=0.001),
+        "kl approximate_kl reward",
+    ),
+    "value-collapse": (
+        "the critic's learning rate 50 times as high",
+        dict(critic_learning_rate=0.5),
+        "explained_variance value_loss reward",
+    ),
+    "length-bias": (
+        "each word is worth 0.2 too",
+        dict(reward_function_weights=[1.0, 0.2]),
+        "reward reward/polite response_length",
+    ),
+    "dead-entropy": (
+        "hardly any KL penalty, 8 answers an iteration",
+        dict(kl_coefficient=0.001, batch_size=8, learning_rate=1e-2),
+        "entropy reward_std reward",
+    ),
+}
+
+
+def polite(prompts, responses, **columns):
+    """The share of polite words; 0 for an empty answer."""
+    return [sum(word in POLITE for word in r.split()) / max(len(r.split()), 1) for r in responses]
+
+
+def words(prompts, responses, **columns):
+    return [len(r.split()) for r in responses]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "curves", help="where the runs go")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="where the pictures go")
+    arguments = parser.parse_args()
+    train_all(arguments.output.resolve())
+    for name, (label, _, metrics) in RUNS.items():
+        folders = {label: arguments.output / name}
+        if name != "healthy":
+            folders = {"healthy": arguments.output / "healthy", **folders}
+        picture = figure({metric: lines(folders, metric) for metric in metrics.split()}, list(folders))
+        (arguments.pictures / f"curves-{name}.svg").write_text(picture)
+
+
+def lines(folders: dict[str, Path], metric: str) -> list[Line]:
+    curves = {
+        label: [(row["step"], row[metric]) for row in read_metrics(folder) if metric in row]
+        for label, folder in folders.items()
+    }
+    return [Line(label, colour, points) for colour, (label, points) in enumerate(curves.items())]
+
+
+def train_all(output: Path):
+    """SFT, then the runs of PPO that aren't there yet, all in this process."""
+    from coati.parallel import launch
+    from coati.parallel.launch import shutdown
+    from tests.conftest import make_world, settings_for, trainer_classes
+
+    runtime = launch(0)
+
+    def train(algorithm: str, folder: Path, **changes):
+        if (folder / "model").is_dir():
+            return
+        config_class, trainer_class = trainer_classes(algorithm)
+        settings = settings_for(algorithm, world, output_dir=str(folder), eval_data=[], **changes)
+        trainer_class(config_class(**settings), runtime).train()
+
+    (output / "world").mkdir(parents=True, exist_ok=True)
+    world = make_world(output / "world")
+    train("sft", output / "sft", steps=120, batch_size=16, micro_batch_size=16)
+    for name, (_, changes, _) in RUNS.items():
+        train("ppo", output / name, model=str(output / "sft" / "model"), **HEALTHY | changes)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
