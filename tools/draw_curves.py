@@ -2,8 +2,8 @@
 
     python tools/draw_curves.py             # some minutes on one core
 
-The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward is the share of polite words in its
-answer. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
+The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward asks for four polite words, each once, and
+nothing else. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from coati.tracking.charts import Line  # noqa: E402
 from examples.drawing import figure  # noqa: E402
 
 POLITE = {"please", "thank", "happy", "help"}
-HEALTHY = dict(steps=60, batch_size=32, micro_batch_size=32, max_new_tokens=16, temperature=1.0, seed=1)
-HEALTHY |= dict(learning_rate=3e-3, critic_learning_rate=1e-2, kl_coefficient=0.05, ppo_epochs=2, minibatches=2)
+HEALTHY = dict(steps=50, batch_size=32, micro_batch_size=32, max_new_tokens=16, temperature=1.0, seed=1)
+HEALTHY |= dict(learning_rate=2e-3, critic_learning_rate=5e-3, kl_coefficient=0.02, ppo_epochs=2, minibatches=2)
 HEALTHY |= dict(reward_functions=[f"{__file__}:polite", f"{__file__}:words"], reward_function_weights=[1.0, 0.0])
 # Of each run: its name in the legend, what makes it ill, and the curves that tell
 RUNS = {
     "healthy": ("healthy", {}, "reward kl entropy explained_variance clip_fraction response_length"),
     "kl-blow-up": (
-        "learning rate 10 times as high, hardly any KL penalty",
-        dict(learning_rate=3e-2, kl_coefficient=0.001),
+        "the policy's learning rate 15 times as high",
+        dict(learning_rate=3e-2),
         "kl approximate_kl reward",
     ),
     "value-collapse": (
-        "the critic's learning rate 50 times as high",
+        "the critic's learning rate 100 times as high",
         dict(critic_learning_rate=0.5),
         "explained_variance value_loss reward",
     ),
@@ -42,16 +42,16 @@ RUNS = {
         "reward reward/polite response_length",
     ),
     "dead-entropy": (
-        "hardly any KL penalty, 8 answers an iteration",
-        dict(kl_coefficient=0.001, batch_size=8, learning_rate=1e-2),
+        "8 answers an iteration, hardly any KL penalty, learning rate 5 times as high",
+        dict(batch_size=8, kl_coefficient=0.001, learning_rate=1e-2),
         "entropy reward_std reward",
     ),
 }
 
 
 def polite(prompts, responses, **columns):
-    """The share of polite words; 0 for an empty answer."""
-    return [sum(word in POLITE for word in r.split()) / max(len(r.split()), 1) for r in responses]
+    """1 for the four polite words, each once; repetition and other words are worth nothing and take up room."""
+    return [len(POLITE & set(r.split())) / max(len(r.split()), len(POLITE)) for r in responses]
 
 
 def words(prompts, responses, **columns):
