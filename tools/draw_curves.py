@@ -2,11 +2,12 @@
 
     python tools/draw_curves.py             # some minutes on one core
 
-The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward asks for four polite words, each once, and
-nothing else. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
+The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward asks for four polite words, each once,
+and nothing else. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,12 +24,14 @@ POLITE = {"please", "thank", "happy", "help"}
 HEALTHY = dict(steps=50, batch_size=32, micro_batch_size=32, max_new_tokens=16, temperature=1.0, seed=1)
 HEALTHY |= dict(learning_rate=2e-3, critic_learning_rate=5e-3, kl_coefficient=0.02, ppo_epochs=2, minibatches=2)
 HEALTHY |= dict(reward_functions=[f"{__file__}:polite", f"{__file__}:words"], reward_function_weights=[1.0, 0.0])
+# What lies outside is drawn at the edge: an untrained critic's first figures would flatten all others
+LIMITS = {"explained_variance": (-1.0, 1.0), "value_loss": (0.0, 0.1)}
 # Of each run: its name in the legend, what makes it ill, and the curves that tell
 RUNS = {
     "healthy": ("healthy", {}, "reward kl entropy explained_variance clip_fraction response_length"),
     "kl-blow-up": (
-        "the policy's learning rate 15 times as high",
-        dict(learning_rate=3e-2),
+        "the policy's learning rate 5 times as high, hardly any KL penalty",
+        dict(learning_rate=1e-2, kl_coefficient=1e-4),
         "kl approximate_kl reward",
     ),
     "value-collapse": (
@@ -42,8 +45,8 @@ RUNS = {
         "reward reward/polite response_length",
     ),
     "dead-entropy": (
-        "8 answers an iteration, hardly any KL penalty, learning rate 5 times as high",
-        dict(batch_size=8, kl_coefficient=0.001, learning_rate=1e-2),
+        "the policy's learning rate 15 times as high",
+        dict(learning_rate=3e-2),
         "entropy reward_std reward",
     ),
 }
@@ -68,16 +71,22 @@ def main():
         folders = {label: arguments.output / name}
         if name != "healthy":
             folders = {"healthy": arguments.output / "healthy", **folders}
-        picture = figure({metric: lines(folders, metric) for metric in metrics.split()}, list(folders))
-        (arguments.pictures / f"curves-{name}.svg").write_text(picture)
+        charts = {title(metric): lines(folders, metric) for metric in metrics.split()}
+        (arguments.pictures / f"curves-{name}.svg").write_text(figure(charts, list(folders)))
+
+
+def title(metric: str) -> str:
+    return metric + (", cut at {:g} and {:g}".format(*LIMITS[metric]) if metric in LIMITS else "")
 
 
 def lines(folders: dict[str, Path], metric: str) -> list[Line]:
-    curves = {
-        label: [(row["step"], row[metric]) for row in read_metrics(folder) if metric in row]
-        for label, folder in folders.items()
-    }
-    return [Line(label, colour, points) for colour, (label, points) in enumerate(curves.items())]
+    """A run's curve each, in the order of its colours."""
+    low, high = LIMITS.get(metric, (-math.inf, math.inf))
+    curves = []
+    for colour, (label, folder) in enumerate(folders.items()):
+        points = [(row["step"], min(max(row[metric], low), high)) for row in read_metrics(folder) if metric in row]
+        curves.append(Line(label, colour, points))
+    return curves
 
 
 def train_all(output: Path):

@@ -187,7 +187,8 @@ class Trainer:
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)
         if engine.skipped:
-            self._count_skipped(engine.skipped, f"{bad[0]} is {metrics[bad[0]]}" if bad else "the gradient is not finite")
+            reason = f"{bad[0]} is {metrics[bad[0]]}" if bad else "the gradient is not finite"
+            self._count_skipped(engine.skipped, reason)
         return {**metrics, "grad_norm": norm}
 
     def _count_skipped(self, in_a_row: int, reason: str):
