@@ -3,7 +3,8 @@
     python tools/draw_curves.py             # some minutes on one core
 
 The policy is a Llama of 0.03M parameters that has seen a little SFT; the reward asks for four polite words, each once,
-and nothing else. Each illness is one or two settings away from health. Runs that are already in --output are not repeated.
+and nothing else. Each illness is a setting or a few away from health. Runs that are already in --output are not
+repeated.
 """
 
 import argparse
@@ -30,8 +31,8 @@ LIMITS = {"explained_variance": (-1.0, 1.0), "value_loss": (0.0, 0.1)}
 RUNS = {
     "healthy": ("healthy", {}, "reward kl entropy explained_variance clip_fraction response_length"),
     "kl-blow-up": (
-        "the policy's learning rate 5 times as high, hardly any KL penalty",
-        dict(learning_rate=1e-2, kl_coefficient=1e-4),
+        "the policy's learning rate 10 times as high, hardly any clipping and KL penalty",
+        dict(learning_rate=2e-2, kl_coefficient=1e-4, clip_low=0.9, clip_high=9.0, steps=24),
         "kl approximate_kl reward",
     ),
     "value-collapse": (

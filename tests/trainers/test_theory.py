@@ -1,8 +1,8 @@
 """PPO against theory: E[r] - beta KL(pi || pi_ref) is greatest for pi*(y) proportional to pi_ref(y) exp(r(y) / beta).
 
 Answers of one or two tokens from a vocabulary of 8 are few enough to enumerate, so pi_ref, pi* and the trained policy
-are known exactly. Nothing in the trainer is replaced: tokens are sampled, EOS (and the pad token, which may be sampled too)
-ends or does not end an answer, the critic learns, advantages are whitened, ratios are clipped.
+are known exactly. Nothing in the trainer is replaced: tokens are sampled (the pad token may be one), EOS ends an answer
+or the limit does, the critic learns, advantages are whitened, ratios are clipped.
 """
 
 import math
