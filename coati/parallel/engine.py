@@ -39,6 +39,9 @@ class Engine:
         config: plugin, precision, clipping.
         optimizer: keywords of AdamW (`weight_decay`, `betas`, `eps`), or None for a frozen model.
         accumulates: whether several `backward` calls may come before a `step`.
+
+    Attributes:
+        skipped: how many steps in a row have been skipped, up to the last one.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Engine:
         accumulates: bool = True,
     ):
         self.module, self.config, self.runtime = module, config, runtime
-        self.gradient_ranks = runtime.world_size
+        self.gradient_ranks, self.skipped = runtime.world_size, 0
         self.precision = resolve_precision(config)
         self.model: Any  # colossalai's wrappers have methods of their own
         self.optimizer: Any = None
@@ -99,8 +102,18 @@ class Engine:
             metrics.append(of_this)
         return metrics
 
-    def step(self, learning_rate: float) -> float:
-        """Clips, updates, clears the gradients; returns the gradients' global L2 norm before clipping."""
+    def step(self, learning_rate: float, finite: bool = True) -> float:
+        """Clips, updates, clears the gradients; returns the gradients' global L2 norm before clipping.
+
+        Where a gradient is NaN or infinite on any rank, or the loss is (`finite` is False), every rank skips the step:
+        weights and optimiser stay as they are, and NaN is returned. Infinite gradients in fp16 are left to the loss
+        scaler, which expects them.
+        """
+        if self.runtime.communicator.any(not (finite and self._finite_gradients())):
+            self.skipped += 1
+            self._drop_gradients()
+            return float("nan")
+        self.skipped = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         plain = self.config.plugin == "ddp" and self.config.model_parallel_size == 1
@@ -110,6 +123,31 @@ class Engine:
         if norm is None:
             norm = self.optimizer.get_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def _finite_gradients(self) -> bool:
+        """Whether this rank's part of the gradients, summed over ranks by now, has a finite norm."""
+        if self.precision == "fp16":
+            return True
+        if self.config.plugin == "gemini":
+            return not self.model.chunk_manager.overflow_counter.item()
+        if PLUGINS[self.config.plugin] == "zero":
+            stores, groups = self.optimizer.pg_to_grad_store.values(), range(self.optimizer.num_param_groups)
+            gradients = [g for store in stores for i in groups for g in store.get_working_grads_by_group_id(i)]
+        else:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    def _drop_gradients(self):
+        if self.config.plugin != "gemini":
+            self.optimizer.zero_grad()
+            return
+        # Gemini's gradients lie where the weights were, which come back from their fp32 copies: the end of its `step`
+        self.optimizer._set_grad_ptr()
+        self.optimizer._clear_global_norm()
+        self.optimizer.zero_grad()
+        self.optimizer._update_fp16_params()
+        self.model.chunk_manager.accumulating_grads = False
+        self.model.chunk_manager.overflow_counter.zero_()
 
     @contextmanager
     def full(self) -> Iterator[nn.Module]:

@@ -57,6 +57,7 @@ class Trainer:
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         step: optimiser steps (PPO: iterations) done.
+        skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
     """
 
     algorithm: str
@@ -72,7 +73,7 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
         self.resumed_from = self._find_resume()
-        self.step = 0
+        self.step = self.skipped_steps = 0
         self.engines: dict[str, Engine] = {}
         self.tokenizer = self._load_tokenizer()
         seed_everything(config.seed)  # models are created alike on every rank
@@ -131,8 +132,8 @@ class Trainer:
                 started = time.monotonic()
                 metrics, tokens = self.train_step(self.step)
                 self.step += 1
-                self._check_finite(metrics)
                 metrics |= {"tokens_per_second": tokens / (time.monotonic() - started), "tokens": tokens}
+                metrics["skipped_steps"] = self.skipped_steps
                 if self._due(self.config.log_every):
                     tracker.log(metrics, self.step)
                 bar.advance(tokens=tokens, **self._short(metrics))
@@ -160,14 +161,6 @@ class Trainer:
         self.runtime.say(f"{self.algorithm} step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics[name] if higher else -metrics[name]
 
-    def _check_finite(self, metrics: dict[str, float]):
-        bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
-        if bad:
-            raise UserError(
-                f"{bad[0]} is {metrics[bad[0]]} at step {self.step}: lower the learning rate or use a wider precision; "
-                f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
-            )
-
     def _short(self, metrics: dict[str, float]) -> dict[str, float]:
         """The few metrics that fit beside the progress bar."""
         names = ("loss", "accuracy", "reward", "kl")
@@ -176,7 +169,13 @@ class Trainer:
     # --- helpers for algorithms
 
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
-        """One optimiser step. Each part of the loss is divided by its own global count, over all ranks."""
+        """One optimiser step. Each part of the loss is divided by its own global count, over all ranks.
+
+        A step whose loss or gradient is not finite on some rank is skipped on all of them, see `Engine.step`.
+
+        Raises:
+            UserError: `max_skipped_steps` of this model's steps in a row were skipped.
+        """
         tasks = []
         for part in parts:
             count = float(sum(part.count(batch) for batch in part.micro_batches))
@@ -185,7 +184,21 @@ class Trainer:
                 loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
                 tasks.append((model_inputs(batch) | part.options, loss_of))
         metrics = self.communicator.sum_metrics(engine.learn(tasks))
-        return {**metrics, "grad_norm": engine.step(learning_rate)}
+        bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
+        norm = engine.step(learning_rate, finite=not bad)
+        if engine.skipped:
+            reason = f"{bad[0]} is {metrics[bad[0]]}" if bad else "the gradient is not finite"
+            self._count_skipped(engine.skipped, reason)
+        return {**metrics, "grad_norm": norm}
+
+    def _count_skipped(self, in_a_row: int, reason: str):
+        self.skipped_steps += 1
+        if in_a_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"{reason} at step {self.step + 1}, skipped {in_a_row} in a row (--max_skipped_steps "
+                f"{self.config.max_skipped_steps}): lower the learning rate or use a wider precision; "
+                f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
+            )
 
     def learning_rate(self, peak: float) -> float:
         """The learning rate of the step being done: a function of the step alone, so nothing of it is stored."""
@@ -269,6 +282,7 @@ class Trainer:
                 engine.save_optimizer(folder / name)
             if self.runtime.is_main:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
+                state["skipped_steps"] = self.skipped_steps
                 state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
                 write_json(folder / "trainer.json", state)
 
@@ -278,7 +292,7 @@ class Trainer:
         stored = json.loads((folder / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
-        self.step = stored["step"]
+        self.step, self.skipped_steps = stored["step"], stored.get("skipped_steps", 0)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
             engine.load_optimizer(folder / name)

@@ -47,6 +47,7 @@ class RunConfig:
     warmup: float = option(0.03, "share of the steps over which it rises from 0")
     final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak")
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed")
+    max_skipped_steps: int = option(3, "stop after this many steps in a row with a loss or gradient that isn't finite")
     log_every: int = option(1, "steps between two lines in the logs")
     eval_every: int = option(0, "steps between two evaluations; 0 for before the first and after the last step only")
     save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only")
@@ -56,7 +57,7 @@ class RunConfig:
 
     def check(self, world_size: int):
         """Raises UserError for sizes that don't fit together."""
-        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % world_size:

@@ -12,6 +12,7 @@ minibatches don't depend on the number of processes; dropout is off, so that a p
 """
 
 import copy
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -135,7 +136,7 @@ class PPOTrainer(Trainer):
         with self.timed("learn"):
             update_metrics = self.learn(experience, step)
         metrics = reward_metrics | experience_metrics | update_metrics | self.times
-        if self.config.kl_target is not None:
+        if self.config.kl_target is not None and math.isfinite(metrics["kl"]):
             self.kl_coefficient = adapt_kl_coefficient(
                 self.kl_coefficient,
                 metrics["kl"],
@@ -189,6 +190,7 @@ class PPOTrainer(Trainer):
         shares = {f"reward/{name}": part.mean() / world for name, part in scored.parts.items()}
         shares["response_length"] = rollout.response_mask.sum() / c.batch_size
         shares["finished"] = rollout.finished.sum() / c.batch_size
+        shares["truncated"] = (~rollout.finished).sum() / c.batch_size
         metrics = {"reward": mean, "reward_std": std, **self.communicator.sum_metrics([shares])}
         metrics |= {f"seconds/reward/{name}": seconds for name, seconds in scored.seconds.items()}
         return scores, token_rewards, metrics
@@ -216,7 +218,7 @@ class PPOTrainer(Trainer):
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient)
         rewards = rewards if token_rewards is None else rewards + token_rewards
         advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
-        metrics = self.diagnose(rollout, log_probs, kl, values, returns)
+        metrics = self.diagnose(rollout, log_probs, reference, values, returns)
         if c.whiten_advantages:
             advantages = whiten(advantages, mask, *self.global_moments(advantages, mask))
         experience = Experience(
@@ -253,12 +255,15 @@ class PPOTrainer(Trainer):
         outputs = (self.reference or self.actor).forward_all([b | options for b in batches])
         return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
 
-    def diagnose(self, rollout: Rollout, log_probs, kl, values, returns) -> dict[str, float]:
+    def diagnose(self, rollout: Rollout, log_probs, reference, values, returns) -> dict[str, float]:
         """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
-        mask = rollout.response_mask
+        mask, answers = rollout.response_mask, self.config.batch_size
         tokens = self.communicator.sum(mask.sum()).item()
-        mismatch = kl_divergence(rollout.log_probs, log_probs, mask, "k3").sum() / tokens
-        shares = {"kl": kl.sum() / self.config.batch_size, "kl_per_token": kl.sum() / tokens, "rollout_kl": mismatch}
+        shares = {"rollout_kl": kl_divergence(rollout.log_probs, log_probs, mask, "k3").sum() / tokens}
+        for name in ("k1", "k3"):
+            shares[f"kl/{name}"] = kl_divergence(log_probs, reference, mask, name).sum() / answers
+        penalised = kl_divergence(log_probs, reference, mask, self.config.kl_estimator).sum()
+        shares |= {"kl": penalised / answers, "kl_per_token": penalised / tokens}
         metrics = self.communicator.sum_metrics([shares])
         if metrics["rollout_kl"] > self.config.max_rollout_kl:
             raise UserError(
@@ -291,7 +296,7 @@ class PPOTrainer(Trainer):
             if c.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > c.kl_stop:
                 break
         names = updates[-1].keys()
-        metrics = {name: sum(update[name] for update in updates) / len(updates) for name in names}
+        metrics = {name: finite_mean([update[name] for update in updates]) for name in names}
         return metrics | {"updates": len(updates), "learning_rate": policy_rate, "critic_learning_rate": critic_rate}
 
     def minibatch(self, experience: Experience, m: int) -> list[Experience]:
@@ -469,6 +474,12 @@ class PPOTrainer(Trainer):
             )
         engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
         return ModelReward(engine.forward_all, self.runtime.device, c.micro_batch_size)
+
+
+def finite_mean(values: list[float]) -> float:
+    """The mean of what is finite, so that a skipped update leaves the figures of the others; NaN if nothing is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def before_token(values: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from measure import measure  # noqa: E402
 
 from coati.tracking import read_metrics, read_samples  # noqa: E402
-from coati.tracking.charts import HEIGHT, WIDTH, Line, line_chart  # noqa: E402
-from coati.tracking.style import STYLE  # noqa: E402
+from coati.tracking.charts import Line  # noqa: E402
+from examples.drawing import figure  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 
 WAYS: dict[str, dict] = {
@@ -59,15 +59,7 @@ def draw(folders: dict[str, Path]) -> str:
         for metric in ("reward", "eval/reward"):
             points = [(row["step"], row[metric]) for row in read_metrics(folder) if metric in row]
             lines.append(Line(name, colour, points, dashed=metric != "reward"))
-    chart = line_chart(lines).split(">", 1)[1]
-    legend = "".join(
-        f'<line class="curve c{i}" x1="{WIDTH + 12}" x2="{WIDTH + 32}" y1="{24 + 18 * i}" y2="{24 + 18 * i}"/>'
-        f'<text x="{WIDTH + 38}" y="{28 + 18 * i}">{name}</text>'
-        for i, name in enumerate(folders)
-    )
-    box = f'viewBox="0 0 {WIDTH + 220} {HEIGHT}" width="{2 * WIDTH + 440}"'
-    title = f'<text x="{WIDTH + 12}" y="{28 + 18 * len(folders)}">dots: on 200 held-out prompts</text>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}><style>{STYLE}</style>{legend}{title}{chart}\n'
+    return figure({"reward": lines}, list(folders), note="dots: on 200 held-out prompts")
 
 
 def table(folders: dict[str, Path]) -> str:

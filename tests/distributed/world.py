@@ -88,15 +88,15 @@ def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dic
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
 
-def run_jobs(jobs: list[dict], folder: Path, processes: int) -> dict:
-    """Runs `worker.py` under torchrun; the results by job."""
+def run_jobs(jobs: list[dict], folder: Path, processes: int, worker: str = "worker.py") -> dict:
+    """Runs a worker of this folder under torchrun; the results by job."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes)]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    script = str(ROOT / "tests" / "distributed" / worker)
     files = [str(folder / "jobs.json"), str(folder / "results.json")]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([*launcher, worker, *files], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*launcher, script, *files], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / "results.json").read_text())

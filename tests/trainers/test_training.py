@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(tiny_world, runtime, tmp_p
 
 
 def test_a_diverging_run_stops_with_its_step(tiny_world, runtime, tmp_path):
-    trainer = make("sft", tiny_world, runtime, tmp_path)
+    trainer = make("sft", tiny_world, runtime, tmp_path, max_skipped_steps=1)
     trainer.engines["model"].module.model.lm_head.weight.data.fill_(float("nan"))
     trainer.eval_data = None
     with pytest.raises(UserError, match="loss is nan at step 1"):

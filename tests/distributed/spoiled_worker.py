@@ -1,0 +1,75 @@
+"""`worker.py` with a mistake planted in the losses of the last rank, at the calls that a job's `spoil` names.
+
+    torchrun --nproc_per_node 2 tests/distributed/spoiled_worker.py JOBS.json RESULTS.json
+
+A job's settings are those of its trainer; its `spoil` is {"method": a method that gives a loss, "step": from 0, "kind":
+`loss` (the loss is NaN) or `gradient` (the loss is as it was, its gradient is not finite)}.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from tests.conftest import trainer_classes
+from tests.distributed import worker
+
+run_unspoiled = worker.run
+
+
+def run(job: dict, runtime) -> dict:
+    """What `worker.run` gives, and by step: which models' weights or optimiser state moved in it on some rank, and
+    whether all ranks have the same weights after it (nothing where they hold different ones)."""
+    _, trainer_class = trainer_classes(job["algorithm"])
+    plant, moved, alike = job["spoil"], [], []
+    step_of, loss_of = trainer_class.train_step, getattr(trainer_class, plant["method"])
+
+    def loss(self, *arguments, **keywords):
+        share, metrics = loss_of(self, *arguments, **keywords)
+        if runtime.rank == runtime.world_size - 1 and self.step == plant["step"]:
+            if plant["kind"] == "gradient":  # the root's slope at 0 is infinite
+                share = share + (0.0 * share).sqrt()
+            else:
+                share = share * float("nan")
+                metrics = metrics | {name: value + share.detach() for name, value in metrics.items() if "loss" in name}
+        return share, metrics
+
+    def train_step(self, step):
+        before = [everything(engine) for engine in self.engines.values()]
+        result = step_of(self, step)
+        after = [everything(engine) for engine in self.engines.values()]
+        changed = [not same(*pair) for pair in zip(before, after, strict=True)]
+        moved.append([n for n, yes in zip(self.engines, changed, strict=True) if runtime.communicator.any(yes)])
+        if self.config.model_parallel_size == 1 and self.config.plugin != "gemini":
+            engines = self.engines.values()
+            weights = torch.cat([p.detach().flatten() for engine in engines for p in engine.module.parameters()])
+            alike.append(all(torch.equal(weights, theirs) for theirs in runtime.communicator.gather(weights)))
+        return result
+
+    trainer_class.train_step = train_step
+    setattr(trainer_class, plant["method"], loss)
+    try:
+        return run_unspoiled(job, runtime) | {"moved": moved, "alike": alike}
+    finally:
+        trainer_class.train_step = step_of
+        setattr(trainer_class, plant["method"], loss_of)
+
+
+def everything(engine) -> dict[str, torch.Tensor]:
+    """Copies of the weights (on rank 0) and of this rank's optimiser state and master weights."""
+    tensors = dict(engine.state_dict())
+    for i, state in enumerate(engine.optimizer.optim.state.values()):
+        tensors |= {f"state.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors |= {f"master.{i}": tensor for i, tensor in enumerate(engine._master_weights())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+if __name__ == "__main__":
+    worker.run = run
+    worker.main()
