@@ -36,9 +36,9 @@ def watch_launcher():
     _watching.set()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in STOPS:
-        signal.signal(number, _nothing_to_save)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # signals arrive there without the main thread
+    for number in STOPS:  # after it, or a signal in between would be lost
+        signal.signal(number, _nothing_to_save)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # those of a child don't count
     chain = launchers()
     threading.Thread(target=_watch, args=(chain, _left_behind(chain), reader), daemon=True).start()

@@ -1,12 +1,14 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is written into `step-N.partial`, listed with the size of every file in `manifest.json`, and renamed. A
-folder without a manifest, or whose files don't match it, is never loaded.
+folder without a manifest, or whose files don't match it, is never loaded. What is removed becomes `.partial` first.
 """
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from coati.errors import UserError
 from coati.parallel.launch import Runtime, random_state, restore_random_state
 
 MANIFEST = "manifest.json"
+NAME = "step-" + "[0-9]" * 8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Checkpoints:
@@ -36,22 +40,31 @@ class Checkpoints:
         """
         target = self.folder / f"step-{step:08d}"
         partial = target.with_suffix(".partial")
+        try:
+            self._write(partial, write)
+            if self.runtime.is_main:
+                _write_manifest(partial, step, metric)
+                if target.exists():
+                    _remove(target)
+                os.replace(partial, target)
+                _sync(self.folder)
+        except Exception:
+            if self.runtime.is_main:  # room for the logs, if the disk is full
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.runtime.is_main:
-            for leftover in self.folder.glob("*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        self.runtime.communicator.barrier()
-        write(partial)
-        self._save_random_state(partial)
-        self.runtime.communicator.barrier()
-        if self.runtime.is_main:
-            _write_manifest(partial, step, metric)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(partial, target)
             self._remove_old()
         self.runtime.communicator.barrier()
         return target
+
+    def set_aside_after(self, step: int):
+        """Renames the checkpoints of later steps, which a run that goes on from `step` leaves behind: `auto` must not
+        find them, and they are not the newest."""
+        for folder in self.folder.glob(NAME) if self.runtime.is_main else ():
+            if int(folder.name.removeprefix("step-")) > step:
+                aside = folder.with_suffix(".previous")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -90,6 +103,16 @@ class Checkpoints:
         restore_random_state(load_file(path))
         return True
 
+    def _write(self, partial: Path, write: Callable[[Path], None]):
+        if self.runtime.is_main:
+            for leftover in self.folder.glob("*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        self.runtime.communicator.barrier()
+        write(partial)
+        self._save_random_state(partial)
+        self.runtime.communicator.barrier()
+
     def _save_random_state(self, folder: Path):
         from safetensors.torch import save_file
 
@@ -99,13 +122,13 @@ class Checkpoints:
         return f"random-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
 
     def _complete(self) -> list[Path]:
-        return [folder for folder in sorted(self.folder.glob("step-*")) if incomplete(folder) is None]
+        return [folder for folder in sorted(self.folder.glob(NAME)) if incomplete(folder) is None]
 
     def _remove_old(self):
         best = self.best()
         for folder in self._complete()[: -self.keep]:
             if folder != best:
-                shutil.rmtree(folder)
+                _remove(folder)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -137,9 +160,36 @@ def write_json(path: Path, value):
     os.replace(partial, path)
 
 
+def no_room(error: BaseException) -> str | None:
+    """Why the disk took no more, if that is what an error of Python, safetensors, tokenizers or torch says."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
+        number = int(found[1])
+    if number in FULL:
+        return os.strerror(number)
+    if re.search(r"inline_container\.cc|PytorchStreamWriter", str(error)):  # torch.save
+        return "torch.save could not finish a file"
+    return None
+
+
 def _write_manifest(folder: Path, step: int, metric: float | None):
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    for name in files:  # on disk before the rename makes them count
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
     write_json(folder / MANIFEST, {"step": step, "metric": metric, "files": files})
+    for path in (folder, *folder.rglob("*")):  # on disk before the rename makes them count
+        _sync(path)
+
+
+def _sync(path: Path):
+    """A file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _remove(folder: Path):
+    """A kill in the middle leaves a partial folder, which the next save clears."""
+    doomed = folder.with_suffix(".removed.partial")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,5 +1,6 @@
 """What every run does whatever the algorithm: steps, evaluation, logs, checkpoints, resuming, stopping."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_to
 from coati.errors import UserError
 from coati.models.base import BaseModel
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
-from coati.parallel.checkpoint import write_json
+from coati.parallel.checkpoint import no_room, write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything
 from coati.tracking import make_tracker, progress_bar
@@ -112,17 +113,25 @@ class Trainer:
         """Runs to the end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
         self._announce()
         settings = dataclasses.asdict(self.config)
+        self.checkpoints.set_aside_after(self.step)
         resume_step = self.step if self.resumed_from else None
         tracker = make_tracker(
             self.output, self.config, algorithm=self.algorithm, settings=settings, resume_step=resume_step
         )
-        status = "failed"
         try:
             status = self._loop(tracker)
             if status == "finished":
                 self._export()
-        finally:
             tracker.finish(status)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                tracker.finish("failed")
+            if reason := no_room(error):
+                raise UserError(
+                    f"{self.output} can't be written at step {self.step} ({reason}): make room there, then go on with "
+                    f"--resume auto; the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
+                ) from error
+            raise
 
     def _loop(self, tracker) -> str:
         if self.step == 0:

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import torch
 import yaml
 
+from coati.parallel.checkpoint import NAME, incomplete
+from coati.tracking import read_metrics, read_samples
 from examples.stages import SCRIPTS, free_port
 from tests.conftest import ROOT
 
@@ -92,3 +95,38 @@ def wait_for_step(output: Path, step: int, folder: Path, lives: Callable[[], boo
         assert lives(), (folder / "log.txt").read_text()[-3000:]
         time.sleep(0.02)
     raise AssertionError(f"step {step} never came: {(folder / 'log.txt').read_text()[-3000:]}")
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """Oldest first."""
+    return [folder for folder in sorted((output / "checkpoints").glob(NAME)) if incomplete(folder) is None]
+
+
+def assert_same_end(expected: Path, found: Path):
+    """The newest checkpoints are the same files, byte for byte: weights, optimiser states, every rank's random states,
+    the KL controller, the running reward statistics, the best metric. So are the finished models."""
+    pairs = [(whole_checkpoints(expected)[-1], whole_checkpoints(found)[-1])]
+    pairs += [(folder, found / folder.name) for name in ("model", "critic") if (folder := expected / name).is_dir()]
+    for theirs, mine in pairs:
+        assert theirs.name == mine.name
+        names = [
+            {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (theirs, mine)
+        ]
+        assert names[0] == names[1] != set()
+        assert [name for name in sorted(names[0]) if _contents(theirs / name) != _contents(mine / name)] == []
+
+
+def _contents(path: Path):
+    """The bytes; of the optimiser's settings their values, which Colossal-AI stores in the order of their arrival."""
+    return torch.load(path) if path.name.endswith("optim_group.bin") else path.read_bytes()
+
+
+def log_of(output: Path, after: int = -1) -> list[dict]:
+    """The metrics and samples of the steps after this one, without what a clock says."""
+    rows = [*read_metrics(output), *read_samples(output)]
+    clocks = ("time", "tokens_per_second")
+    return [
+        {name: value for name, value in row.items() if name not in clocks and not name.startswith("seconds/")}
+        for row in rows
+        if row["step"] > after
+    ]

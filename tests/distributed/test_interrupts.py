@@ -6,14 +6,12 @@ import signal
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from coati.tracking import read_metrics
 from tests.conftest import settings_for
-from tests.distributed.runs import start, wait_for_step, workers
+from tests.distributed.runs import assert_same_end, log_of, start, wait_for_step, workers
 
 pytestmark = pytest.mark.distributed
+GRACE = 30  # seconds that torchrun and SLURM give after SIGTERM
 
 
 @pytest.mark.parametrize(("algorithm", "processes"), [("sft", 2), ("reward", 1), ("ppo", 2)])
@@ -34,26 +32,21 @@ def test_sigterm_then_kill_then_resume_gives_the_uninterrupted_weights(algorithm
     wait_for_step(output, steps // 8, tmp_path, lambda: first.poll() is None)
     for worker in workers(tmp_path):
         worker.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=60) == 0
+    assert first.wait(timeout=GRACE) == 0
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
     assert "SIGTERM received: saved step" in (tmp_path / "log.txt").read_text()
 
     second = start(launcher, algorithm, settings, tmp_path, processes)
     wait_for_step(output, steps // 2, tmp_path, lambda: second.poll() is None)
     os.kill(workers(tmp_path)[0].pid, signal.SIGKILL)
-    assert second.wait(timeout=60) != 0
-    deadline = time.monotonic() + 30
+    assert second.wait(timeout=GRACE) != 0
+    deadline = time.monotonic() + GRACE
     while workers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not workers(tmp_path)
 
     third = start(launcher, algorithm, settings, tmp_path, processes)
     assert third.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    for name in ("model", "critic") if algorithm == "ppo" else ("model",):
-        expected = load_file(tmp_path / "whole" / name / "model.safetensors")
-        found = load_file(output / name / "model.safetensors")
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
-    logs = [
-        [row.get("loss", row.get("policy_loss")) for row in read_metrics(run)] for run in (tmp_path / "whole", output)
-    ]
-    assert logs[0] == logs[1] and len(logs[0]) == steps + 1
+    assert_same_end(tmp_path / "whole", output)
+    assert log_of(tmp_path / "whole") == log_of(output)
+    assert {row["step"] for row in log_of(output)} == set(range(steps + 1))

@@ -6,6 +6,7 @@ A job is {"name", "algorithm", "settings"}, or one of `tests/trainers/steps.py`.
 transformers and colossalai takes 10 s on a slow core, so jobs share the processes.
 """
 
+import hashlib
 import json
 import sys
 import traceback
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def run(job: dict, runtime):
-    """Metrics of every step and a fingerprint of the final weights."""
+    """Metrics of every step, a fingerprint of the final weights, and one of every iteration's answers on each rank."""
     import torch
 
     from tests.conftest import trainer_classes
@@ -35,6 +36,7 @@ def run(job: dict, runtime):
         return metrics, tokens
 
     trainer.train_step = recorded
+    rollouts = record_rollouts(trainer) if job["algorithm"] == "ppo" else []
     trainer.train()
     norms = {}
     for name, engine in trainer.engines.items():
@@ -42,25 +44,39 @@ def run(job: dict, runtime):
             projection = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64)
             flat = tensor.double().flatten()
             norms[f"{name}.{key}"] = [flat.norm().item(), (flat * projection).sum().item()]
-    return {"steps": steps, "weights": norms}
+    return {"steps": steps, "weights": norms, "rollouts": runtime.communicator.gather(rollouts)}
 
 
-def main():
+def record_rollouts(trainer) -> list[str]:
+    """A list that gets a hash of each iteration's tokens and log-probs, to the last bit."""
+    seen, experience = [], trainer.experience
+
+    def recorded(rollout, *scores):
+        parts = [getattr(rollout, name).numpy().tobytes() for name in ("input_ids", "response_mask", "log_probs")]
+        seen.append(hashlib.sha256(b"".join(parts)).hexdigest())
+        return experience(rollout, *scores)
+
+    trainer.experience = recorded
+    return seen
+
+
+def work(jobs: str, file: str):
+    """All jobs of one file, one after the other."""
     from coati.parallel import launch
     from coati.parallel.launch import shutdown
 
     runtime = launch(0)
     results = {}
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(jobs).read_text()):
         try:
             results[job["name"]] = run(job, runtime)
         except Exception:
             traceback.print_exc()
             raise
     if runtime.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        Path(file).write_text(json.dumps(results))
     shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    work(*sys.argv[1:])

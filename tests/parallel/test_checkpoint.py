@@ -1,14 +1,21 @@
 """Checkpoints that are whole or not there, in one process without a process group."""
 
+import errno
 import json
+import os
 import random
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from coati.errors import UserError
-from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest, write_json
+from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, no_room, read_manifest, write_json
 from coati.parallel.communication import Communicator
 from coati.parallel.launch import Runtime, random_state, restore_random_state, seed_everything
 
@@ -159,6 +166,113 @@ def test_a_metric_that_is_nan_is_never_the_best(checkpoints):
     checkpoints.save(1, write, float("nan"))
     good = checkpoints.save(2, write, 0.5)
     assert checkpoints.best() == good
+
+
+def killed_before(operation: int, folder: Path, action) -> bool:
+    """Runs the action in a process that gets SIGKILL before its n-th operation on files below the folder; False if it
+    came to the end before."""
+    pid = os.fork()
+    if pid == 0:
+        left = operation
+
+        def count(event, arguments):
+            nonlocal left
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                left -= event.startswith("shutil") or str(folder) in str(arguments) or "dir_fd" in str(arguments)
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize(("step", "allowed"), [(4, {3, 4}), (3, {2, 3})], ids=["a new step", "a step again"])
+def test_killed_before_any_operation_on_files_a_save_leaves_whole_ones(checkpoints, tmp_path, step, allowed):
+    """PITFALL 26: every single one of them, the removal of old checkpoints included."""
+    for number, metric in ((1, 0.9), (2, 0.1), (3, 0.2)):
+        checkpoints.save(number, write, metric)
+    for operation in range(200):
+        copy = Checkpoints(tmp_path / "copy", alone())
+        shutil.copytree(checkpoints.folder, copy.folder)
+        killed = killed_before(operation, copy.folder, lambda copy=copy: copy.save(step, write, 0.3))
+        newest = copy.newest()
+        assert read_manifest(newest)["step"] in allowed and incomplete(newest) is None
+        assert copy.best().name == "step-00000001"
+        assert all(incomplete(folder) for folder in copy.folder.glob("*.partial"))
+        if not killed:
+            break
+        copy.save(5, write, 0.4)
+        copy.save(6, write, 0.4)
+        assert names(copy) == ["step-00000001", "step-00000005", "step-00000006"]
+        shutil.rmtree(copy.folder)
+    assert 15 < operation < 199 and read_manifest(newest)["step"] == step
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints):
+    """Or `auto` would go back to them, and what the run saves now would be removed as the oldest."""
+    for step in (1, 2, 3, 4):
+        checkpoints.keep = 9
+        checkpoints.save(step, write, step / 10)
+    checkpoints.keep = 2
+    checkpoints.set_aside_after(2)
+    assert checkpoints.newest().name == checkpoints.best().name == "step-00000002"
+    checkpoints.save(3, write)
+    assert names(checkpoints) == ["step-00000002", "step-00000003", "step-00000003.previous", "step-00000004.previous"]
+    aside = checkpoints.folder / "step-00000004.previous"
+    assert checkpoints.find(str(aside)) == aside
+    checkpoints.set_aside_after(2)
+    assert checkpoints.newest().name == "step-00000002"
+
+
+def full(folder):
+    write(folder)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_save_that_fails_leaves_nothing_behind(checkpoints):
+    """A full disk has room for the logs again."""
+    first = checkpoints.save(1, write)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, full)
+    assert names(checkpoints) == ["step-00000001"] and checkpoints.newest() == first
+
+
+def by_torch(path):
+    torch.save(torch.zeros(10**5), path)
+
+
+def by_safetensors(path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(10**5)}, path)
+
+
+def by_python(path):
+    path.write_text("x" * 10**5)
+
+
+@pytest.mark.parametrize("write_much", [by_torch, by_safetensors, by_python])
+def test_every_librarys_error_when_there_is_no_room_is_known_as_one(write_much, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, before[1]))
+    try:
+        with pytest.raises(Exception) as error:
+            write_much(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert no_room(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Connection closed by peer"), FileNotFoundError(errno.ENOENT, "x"), ValueError("os error")]
+)
+def test_other_errors_are_not(error):
+    assert no_room(error) is None
 
 
 def draw():
