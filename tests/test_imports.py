@@ -93,15 +93,15 @@ def test_no_function_is_longer_than_80_lines():
 
 
 def test_the_framework_stays_small():
-    """Lines that aren't blank, docstrings included: 5,000 for SFT, reward models and PPO under every plugin, and 300
-    for the settings of rewards and the shared trunk. What splits one model over processes, starts and watches them,
+    """Lines that aren't blank, docstrings included: 5,000 for SFT, reward models and PPO under every plugin, and 500
+    for the settings of rewards, the shared trunk and the guards of a run's health. What splits one model over processes, starts and watches them,
     and plans their memory comes on top, and so do TRL's classes and rewards from elsewhere."""
     more = {"decoders", "hybrid", "layout", "pipeline", "planner", "policy", "run", "sequence", "tensor", "watch"}
     more |= {"actor_critic", "reference", "value_head", "wrapper"}
     more |= {"adapter", "best_of", "classifier", "http"}
     lines = {p: sum(bool(line.strip()) for line in p.read_text().splitlines()) for p in FILES}
     core = sum(n for p, n in lines.items() if p.stem not in more and p.parent.name not in more)
-    assert core < 5300, f"coati/ has {core} lines without {', '.join(sorted(more))}"
+    assert core < 5500, f"coati/ has {core} lines without {', '.join(sorted(more))}"
     assert sum(lines.values()) < 8500, f"coati/ has {sum(lines.values())} lines"
 
 
