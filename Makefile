@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install quickstart test test-slurm trl test-all lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-all mutation lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -33,6 +33,9 @@ trl: $(READY)  ## Make .venv-trl and .venv-trl-0.11 (5 minutes), with which test
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)
+
+mutation: $(READY)  ## Change the losses and masks in small ways and list what no test notices (docs/mutation.md)
+	$(PY) tools/mutate.py
 
 lint: $(READY)  ## Check style and formatting
 	$(VENV)/bin/ruff check .
