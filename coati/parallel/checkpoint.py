@@ -167,7 +167,7 @@ def no_room(error: BaseException) -> str | None:
         number = int(found[1])
     if number in FULL:
         return os.strerror(number)
-    if re.search(r"inline_container\.cc|PytorchStreamWriter", str(error)):  # torch.save
+    if re.search(r"inline_container\.cc|PytorchStreamWriter|iostream error", str(error)):  # torch.save
         return "torch.save could not finish a file"
     return None
 

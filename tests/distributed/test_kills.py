@@ -286,7 +286,8 @@ def test_without_room_the_run_says_so_keeps_its_checkpoint_and_goes_on_later(kin
         for word in (f"{output} can't be written at step 3", "make room there", "--resume auto", "step-00000002"):
             assert word in errors[0]
         assert steps_saved(output) == ["step-00000001", "step-00000002"]
-        assert read_run(output)["status"] == "failed"
+        # with not a byte left the word can't be written either
+        assert read_run(output)["status"] == ("failed" if fraction > 0 else "running")
         (disk / "others").unlink(missing_ok=True)
         run_to_the_end("sft", changes, tmp_path / "again")
         assert went_on_from(output) == 2

@@ -268,6 +268,11 @@ def test_every_librarys_error_when_there_is_no_room_is_known_as_one(write_much, 
     assert no_room(error.value)
 
 
+def test_so_is_torchs_other_one():
+    """It comes when a small file is cut."""
+    assert no_room(RuntimeError("basic_ios::clear: iostream error"))
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("Connection closed by peer"), FileNotFoundError(errno.ENOENT, "x"), ValueError("os error")]
 )
