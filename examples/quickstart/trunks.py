@@ -63,16 +63,14 @@ def draw(folders: dict[str, Path]) -> str:
 
 
 def table(folders: dict[str, Path]) -> str:
-    lines = ["| | reward before | after | polite and on topic | seconds evaluating and learning, an iteration |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = ["| | reward before | after | polite and on topic |"]
+    lines += ["|---|---|---|---|"]
     for name, folder in folders.items():
         metrics, samples = read_metrics(folder), read_samples(folder)
         rewards = [row["eval/reward"] for row in metrics if "eval/reward" in row]
         last = [row for row in samples if row["step"] == samples[-1]["step"]]
         good = measure([row["prompt"] for row in last], [row["response"] for row in last])
-        rows = [row for row in metrics if "seconds/learn" in row]
-        seconds = sum(row["seconds/learn"] + row["seconds/evaluate"] for row in rows) / len(rows)
-        lines.append(f"| {name} | {rewards[0]:.2f} | {rewards[-1]:.2f} | {good:.3f} | {seconds:.2f} |")
+        lines.append(f"| {name} | {rewards[0]:.2f} | {rewards[-1]:.2f} | {good:.3f} |")
     return "\n".join(lines)
 
 
