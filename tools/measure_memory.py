@@ -177,7 +177,7 @@ def work(folder: Path):
     from coati.parallel import launch
     from coati.parallel.launch import shutdown
 
-    load = base._load
+    load = base.load_transformer
 
     def load_into_memory(*arguments):  # weights of a file are mapped, which the allocator does not see
         model = load(*arguments)
@@ -185,7 +185,7 @@ def work(folder: Path):
             p.data = p.data.clone()
         return model
 
-    base._load = load_into_memory
+    base.load_transformer = load_into_memory
     runtime = launch()
     cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
     peaks = [_peak_of_run(case, folder, runtime, f"{folder}/run-{i}") for i, case in enumerate(cases)]

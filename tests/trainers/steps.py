@@ -131,11 +131,11 @@ def moved(trainer) -> Iterator[None]:
 def _record(name: str, engine, gradients: dict, patch):
     step = engine.step
 
-    def recording(rate: float) -> float:
+    def recording(rate: float, **options) -> float:
         for key, p in engine.module.named_parameters():
             if p.grad is not None:
                 gradients[f"{name}.{key}"] = p.grad.detach().clone()
-        return step(rate)
+        return step(rate, **options)
 
     patch.setattr(engine, "step", recording)
 

@@ -52,7 +52,7 @@ def test_one_gradient_is_the_sum_of_both_losses(tiny_world, runtime, tmp_path):
     def gradient(name, **changes):
         trainer = make(tiny_world, runtime, tmp_path / name, ppo_epochs=1, minibatches=1, **changes)
         gradients = {}
-        step, trainer.actor.step = trainer.actor.step, lambda rate: keep() or step(rate)
+        step, trainer.actor.step = trainer.actor.step, lambda rate, **options: keep() or step(rate, **options)
 
         def keep():
             gradients.update({n: p.grad.clone() for n, p in trainer.actor.module.named_parameters()})
