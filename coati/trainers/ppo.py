@@ -100,7 +100,7 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
                 "sequence parallelism, or shared_trunk"
             )
-        if self.shared_trunk and self.learning_rate <= 0:
+        if self.shared_trunk and self.learning_rate <= 0 < self.critic_learning_rate:
             raise UserError("shared_trunk needs a learning_rate above 0: the value head's is a multiple of it")
         if self.shared_trunk and self.critic_model:
             raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
@@ -429,7 +429,7 @@ class PPOTrainer(Trainer):
         if c.shared_trunk:
             models = dict(actor=self.model(ActorCritic, self.source("actor") or self.policy or c.model, lora=c.lora))
             for parameter in models["actor"].v_head.parameters():
-                parameter.lr_factor = c.critic_learning_rate / c.learning_rate
+                parameter.lr_factor = c.critic_learning_rate / (c.learning_rate or 1.0)
         else:
             critic_start = c.critic_model or c.reward_model or c.model
             models = dict(actor=self.model(Actor, self.source("actor") or c.model, lora=c.lora))

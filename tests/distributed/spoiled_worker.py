@@ -72,4 +72,4 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 if __name__ == "__main__":
     worker.run = run
-    worker.main()
+    worker.work(*sys.argv[1:])

