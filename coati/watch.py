@@ -18,6 +18,7 @@ import psutil
 
 SECONDS_TO_SAVE = "COATI_SECONDS_TO_SAVE"  # once the launcher is gone
 POLL = 0.5
+SECONDS_WITHOUT_WORKERS = 10.0
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _watching = threading.Event()
@@ -117,11 +118,29 @@ def lives(process: psutil.Process) -> bool:
 
 
 def _end_after(chain: list[psutil.Process], left_behind: list[int]):
-    """Has a process of its own session end those once our parent, torchrun, is done with its workers."""
+    """Has a process of its own session end those once our parent, torchrun, is done with its workers.
+
+    Interrupted a second time while it shuts down, torchrun now and then runs on for ever without any worker.
+    """
     if left_behind:
         words = [sys.executable, __file__, *map(str, [chain[0].pid, *left_behind])]
         nowhere = subprocess.DEVNULL  # the launcher waits until nobody can write to its pipes any more
         subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+
+
+def clean_up(torchrun: int, *others: int):
+    """Waits until torchrun has ended, or has had no worker for 10 s and is killed; then sends SIGTERM to the others."""
+    idle_since = time.monotonic()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while lives(process := psutil.Process(torchrun)):
+            if any(map(lives, process.children())):
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > SECONDS_WITHOUT_WORKERS:
+                process.kill()
+            time.sleep(0.2)
+    time.sleep(1)  # for the last lines of output to get through
+    for pid in filter(psutil.pid_exists, others):
+        os.kill(pid, signal.SIGTERM)
 
 
 def _nothing_to_save(number, frame):
@@ -129,9 +148,4 @@ def _nothing_to_save(number, frame):
 
 
 if __name__ == "__main__":
-    torchrun, *others = map(int, sys.argv[1:])
-    while psutil.pid_exists(torchrun) and lives(psutil.Process(torchrun)):
-        time.sleep(0.2)
-    time.sleep(1)  # for the last lines of output to get through
-    for pid in filter(psutil.pid_exists, others):
-        os.kill(pid, signal.SIGTERM)
+    clean_up(*map(int, sys.argv[1:]))

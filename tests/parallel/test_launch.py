@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 
+from coati import watch
 from coati.errors import UserError
 from coati.watch import launchers
 
@@ -95,6 +96,17 @@ def test_plain_python_inside_a_slurm_job_is_one_process(step, monkeypatch):
 def test_a_launchers_variables_in_part_are_refused(monkeypatch):
     with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK is not"):
         placed(monkeypatch, RANK="0", MASTER_ADDR="h", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_launcher_that_hangs_without_workers_is_ended(works, monkeypatch):
+    monkeypatch.setattr(watch, "SECONDS_WITHOUT_WORKERS", 1.0)
+    worker = "subprocess.run(['sleep', '5'])" if works else "time.sleep(5)"
+    hanging = subprocess.Popen([sys.executable, "-c", f"import subprocess, time; {worker}"])
+    waiting = subprocess.Popen(["sleep", "60"])
+    watch.clean_up(hanging.pid, waiting.pid)
+    assert hanging.wait(5) == (0 if works else -signal.SIGKILL)
+    assert waiting.wait(5) == -signal.SIGTERM
 
 
 PRINT_CHAIN = "from coati.watch import launchers; print(*[p.pid for p in launchers()])"
