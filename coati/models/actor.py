@@ -43,6 +43,20 @@ class Actor(BaseModel):
         with torch.no_grad():
             return log_probs, align(layout.gather(layout.entropy(logits, temperature))[:, :seq])
 
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
+        """Logits of the token after the last one, `[batch, vocabulary]`, with a transformers cache.
+
+        Args:
+            input_ids, position_ids: `[batch, new]`, what the cache does not hold yet.
+            attention_mask: bool `[batch, cached and new]`, False on padding.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        if self._takes_positions:
+            inputs["position_ids"] = position_ids
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = 1
+        return self.model(**inputs).logits[:, -1]
+
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """transformers' `generate` (greedy, sampling, beam): prompts `[batch, seq]` left-padded, returns prompt and

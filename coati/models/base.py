@@ -60,7 +60,7 @@ class BaseModel(nn.Module):
             self.model = add_lora(self.model, lora)
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
-        self._takes_positions = "position_ids" in forward
+        self._takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
 
     def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
         return load_transformer(self.auto_class, pretrained, config, kwargs)

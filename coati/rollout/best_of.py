@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from coati.errors import UserError
-from coati.rollout.generate import GenerationConfig, Rollout, generate
-from coati.rollout.prompts import eos_ids, pad_left
+from coati.rollout.config import GenerationConfig
+from coati.rollout.generate import Rollout, generate
+from coati.rollout.prompts import eos_ids
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ def _answer(actor, texts: list[str], tokenizer, config: GenerationConfig) -> Rol
     if not all(rows):
         raise UserError("best-of-n: a prompt is empty")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = pad_left(rows, pad, next(actor.parameters()).device)
-    return generate(actor, ids, mask, config, eos_ids=eos_ids(tokenizer, actor), pad_id=pad)
+    return generate(actor, rows, config, eos_ids=eos_ids(tokenizer, actor), pad_id=pad, tokenizer=tokenizer)
 
 
 def _checked(raw, reward, rows: int) -> list[float]:

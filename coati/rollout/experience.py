@@ -42,9 +42,3 @@ class Experience:
         seq = int(self.attention_mask[index].sum(1).max())
         cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
         return replace(self, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
-
-
-def stack_rows(tensors: list[Tensor], fill: float = 0) -> Tensor:
-    """Batches of different lengths under one another, `[sum of batches, longest seq]`, padded on the right."""
-    longest = max(x.shape[1] for x in tensors)
-    return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=fill) for x in tensors])

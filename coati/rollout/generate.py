@@ -1,28 +1,17 @@
-"""Sampled responses with the log-probs they were sampled with.
+"""Sampled responses with the log-probs they were sampled with."""
 
-The engine knows token ids only: prompts in; ids, log-probs and finish reasons out. It is transformers' `generate`.
-"""
-
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from coati.config import option
-from coati.errors import UserError
+from coati.rollout.config import GenerationConfig
+from coati.rollout.engine import Completion, Request, RolloutEngine
+from coati.rollout.prompts import pad_left
 
-
-@dataclass
-class GenerationConfig:
-    """How responses are drawn."""
-
-    max_new_tokens: int = option(128, "longest response, in tokens")
-    min_new_tokens: int = option(0, "shortest response, in tokens")
-    temperature: float = option(1.0, "of sampling; 0 for greedy")
-    top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all")
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability")
-    num_beams: int = option(1, "beam search with that many beams instead of sampling")
+KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +23,9 @@ class Rollout:
         attention_mask: bool `[batch, seq]`, True on prompt and response.
         response_mask: bool `[batch, seq]`, True on response tokens, EOS included.
         log_probs: float32 `[batch, seq]`, of the response tokens at sampling (at the sampling temperature, before
-            top-k and top-p); 0 elsewhere. None under beam search.
-        finished: bool `[batch]`, the response ended with EOS.
+            top-k and the like); 0 elsewhere. None where transformers generated: beam search, and models without keys
+            and values.
+        finished: bool `[batch]`, the response ended by itself, not at the longest length.
     """
 
     input_ids: Tensor
@@ -48,72 +38,107 @@ class Rollout:
         """The sampled ids of each response."""
         return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
 
-
-class _RecordLogProbs:
-    """A logits processor that keeps the log-prob of every sampled token, one step's logits at a time.
-
-    transformers can return all scores, but that is [batch, new tokens, vocabulary] of memory.
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-        self.previous: Tensor | None = None
-        self.columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.take(input_ids)
-        self.previous = (scores.float() / self.temperature).log_softmax(-1)
-        return scores
-
-    def take(self, input_ids: Tensor):
-        """Looks up the last token of `input_ids` in the distribution it was drawn from."""
-        if self.previous is not None:
-            self.columns.append(self.previous.gather(1, input_ids[:, -1:]))
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], completions: list[Completion], pad_id: int, device) -> "Rollout":
+        """Rows of given prompts and completions."""
+        seq = max(len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True))
+        input_ids = torch.full((len(prompts), seq), pad_id)
+        attention_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        response_mask, log_probs = torch.zeros_like(attention_mask), torch.zeros(input_ids.shape)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            start, end = len(prompt), len(prompt) + len(completion.ids)
+            input_ids[i, :end] = torch.tensor([*prompt, *completion.ids])
+            attention_mask[i, :end] = response_mask[i, start:end] = True
+            if completion.log_probs is not None:
+                log_probs[i, start:end] = torch.tensor(completion.log_probs)
+        sampled = all(completion.log_probs is not None for completion in completions)
+        finished = torch.tensor([completion.finish_reason != "length" for completion in completions])
+        tensors = (input_ids, attention_mask, response_mask, log_probs if sampled else None, finished)
+        return cls(*(None if x is None else x.to(device) for x in tensors))
 
 
 def generate(
-    model, prompts: Tensor, prompt_mask: Tensor, config: GenerationConfig, *, eos_ids: list[int], pad_id: int
+    model,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    eos_ids: list[int],
+    pad_id: int,
+    seeds: Sequence | None = None,
+    tokenizer=None,
+    batch_size: int = 64,
 ) -> Rollout:
     """Draws one response a prompt.
 
     Args:
         model: an `Actor` with all its weights at hand (`Engine.full()`).
-        prompts: int64 `[batch, prompt]`, padded on the left.
-        prompt_mask: bool `[batch, prompt]`.
+        prompts: token ids.
         eos_ids: tokens that end a response.
+        seeds: one for each response: an int or several; drawn from torch's generator if not given.
+        tokenizer: for `config.stop`.
+        batch_size: rows generated together.
 
     Raises:
-        UserError: settings that contradict each other.
+        UserError: settings that contradict each other, or an empty prompt.
     """
-    if config.temperature == 0 and config.num_beams == 1 and (config.top_k or config.top_p < 1):
-        raise UserError("temperature 0 is greedy: leave out top_k and top_p, or raise the temperature")
-    from transformers import MinNewTokensLengthLogitsProcessor
+    config.check_generation()
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    if config.num_beams > 1 or not has_keys_and_values(model):
+        completions = _by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer)
+    else:
+        stop = _stop(tokenizer, config.stop) if config.stop else None
+        engine = RolloutEngine(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
+        completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)])
+    return Rollout.of(prompts, completions, pad_id, next(model.parameters()).device)
 
+
+def has_keys_and_values(model) -> bool:
+    """Whether every layer attends to keys and values, as `RolloutEngine` needs; not so in Mamba and its hybrids."""
+    transformer = model.transformer
+    kinds = getattr(transformer.config, "layer_types", None) or ()
+    return not transformer._is_stateful and set(kinds) <= KEYS_AND_VALUES
+
+
+def _stop(tokenizer, texts: Sequence[str]):
+    """Says which responses now hold one of the texts, from their ids; asked after every token."""
+    # a token has a byte or more; the few before it may change how the first ones are written
+    reach = max(len(text.encode()) for text in texts) + 4
+
+    def stopped(responses: list[list[int]]) -> list[bool]:
+        ends = tokenizer.batch_decode([ids[-reach:] for ids in responses])
+        return [any(text in end for text in texts) for end in ends]
+
+    return stopped
+
+
+def _by_transformers(model, prompts, config: GenerationConfig, eos_ids, pad_id, tokenizer) -> list[Completion]:
     sampling = config.temperature > 0 and config.num_beams == 1
-    recorder = _RecordLogProbs(config.temperature if sampling else 1.0)
-    processors = [recorder] if config.num_beams == 1 else []
-    if config.min_new_tokens:  # after the recorder: it keeps the policy's own distribution
-        width, device = prompts.shape[1], prompts.device
-        processors.append(MinNewTokensLengthLogitsProcessor(width, config.min_new_tokens, eos_ids, device=device))
     keywords = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p) if sampling else {}
+    if sampling and config.min_p:
+        keywords["min_p"] = config.min_p
+    if config.stop:
+        keywords |= dict(stop_strings=list(config.stop), tokenizer=tokenizer)
+    ids, mask = pad_left(prompts, pad_id, next(model.parameters()).device)
     with _nothing_but_our_settings(model.transformer):
         sequences = model.generate(
-            prompts,
-            prompt_mask.long(),
+            ids,
+            mask.long(),
             do_sample=sampling,
             num_beams=config.num_beams,
             max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens or None,
+            repetition_penalty=config.repetition_penalty,
             eos_token_id=eos_ids,
             pad_token_id=pad_id,
-            logits_processor=processors,
             **keywords,
         )
-    responses = sequences[:, prompts.shape[1] :]
-    log_probs = None
-    if config.num_beams == 1:
-        recorder.take(sequences)
-        log_probs = torch.cat(recorder.columns, dim=1)
-    return _compact(prompts, prompt_mask.bool(), responses, log_probs, eos_ids, pad_id)
+    responses = sequences[:, ids.shape[1] :]
+    lengths, finished = response_lengths(responses, eos_ids)
+    return [
+        Completion(row[:n].tolist(), None, "eos" if end else "length")
+        for row, n, end in zip(responses, lengths.tolist(), finished.tolist(), strict=True)
+    ]
 
 
 @contextmanager
@@ -140,23 +165,3 @@ def response_lengths(responses: Tensor, eos_ids: list[int]) -> tuple[Tensor, Ten
     finished = is_eos.any(dim=1)
     first = is_eos.long().argmax(dim=1) + 1
     return torch.where(finished, first, responses.shape[1]), finished
-
-
-def _compact(prompts, prompt_mask, responses, log_probs, eos_ids, pad_id) -> Rollout:
-    """Moves all padding to the right: absolute positions are then the same in rollout and training."""
-    lengths, finished = response_lengths(responses, eos_ids)
-    prompt_lengths = prompt_mask.sum(1)
-    seq = int((prompt_lengths + lengths).max())
-    shape = (len(prompts), seq)
-    device = prompts.device
-    input_ids = torch.full(shape, pad_id, dtype=torch.long, device=device)
-    placed = torch.zeros(shape, device=device)
-    for row, (p, n) in enumerate(zip(prompt_lengths.tolist(), lengths.tolist(), strict=True)):
-        input_ids[row, :p] = prompts[row][prompt_mask[row]]
-        input_ids[row, p : p + n] = responses[row, :n]
-        if log_probs is not None:
-            placed[row, p : p + n] = log_probs[row, :n]
-    positions = torch.arange(seq, device=device)[None]
-    attention_mask = positions < (prompt_lengths + lengths)[:, None]
-    response_mask = attention_mask & (positions >= prompt_lengths[:, None])
-    return Rollout(input_ids, attention_mask, response_mask, None if log_probs is None else placed, finished)

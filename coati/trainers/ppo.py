@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from coati.config import option
-from coati.data import BatchSampler, collate_prompts, collate_sft, deal
+from coati.data import BatchSampler, collate_sft, deal
 from coati.errors import UserError
 from coati.losses import (
     adapt_kl_coefficient,
@@ -49,7 +49,7 @@ from coati.models.lora import is_adapter, is_untrained_adapter
 from coati.parallel import Engine, Runtime, make_engine
 from coati.rewards import ModelReward, RunningMoments, Scores, ScoringConfig, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
-from coati.rollout.experience import stack_rows
+from coati.rollout.generate import has_keys_and_values
 from coati.rollout.prompts import eos_ids
 from coati.trainers.base import LossPart, Trainer
 from coati.trainers.config import TrainerConfig
@@ -85,6 +85,7 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
 
     def check(self, world_size: int):
         super().check(world_size)
+        self.check_generation()
         unit = self.minibatches * world_size
         if self.batch_size % unit:
             raise UserError(
@@ -128,7 +129,7 @@ class PPOTrainer(Trainer):
         self.times: dict[str, float] = {}
         prompts = self.take_prompts(step)
         with self.timed("generate"):
-            rollout = self.answer(prompts)
+            rollout = self.answer(prompts, self.seeds(step))
         with self.timed("score"):
             scores, token_rewards, reward_metrics = self.score(prompts, rollout)
         with self.timed("evaluate"):
@@ -151,26 +152,32 @@ class PPOTrainer(Trainer):
 
     def take_prompts(self, step: int) -> list:
         """This rank's prompts, minibatch after minibatch."""
-        world, rank, c = self.communicator.world_size, self.communicator.rank, self.config
-        rows = self.batches.batch(step)
-        return [self.data[i] for m in range(c.minibatches) for i in rows[m :: c.minibatches][rank::world]]
+        return [self.data[row] for row, _ in self.rows(step)]
 
-    @torch.no_grad()
-    def answer(self, prompts: list) -> Rollout:
+    def seeds(self, step: int) -> list[list[int]]:
+        """Seeds of the answers: of the run, the iteration and the prompt, whatever the number of processes."""
+        return [[self.config.seed, step, row, repeat] for row, repeat in self.rows(step)]
+
+    def rows(self, step: int) -> list[tuple[int, int]]:
+        """This rank's rows of the data, each with how often the batch held it before."""
+        world, rank, c = self.communicator.world_size, self.communicator.rank, self.config
+        batch = self.batches.batch(step)
+        rows = [(row, batch[:place].count(row)) for place, row in enumerate(batch)]
+        return [row for m in range(c.minibatches) for row in rows[m :: c.minibatches][rank::world]]
+
+    def answer(self, prompts: list, seeds: list | None = None) -> Rollout:
         """One answer a prompt, drawn with all weights at hand."""
-        size, rollouts = self.config.generation_batch_size, []
         with self.actor.full() as model:
-            for start in range(0, len(prompts), size):
-                batch = collate_prompts(prompts[start : start + size], self.pad_id).to(self.runtime.device)
-                ends = dict(eos_ids=eos_ids(self.tokenizer, model), pad_id=self.pad_id)
-                rollouts.append(generate(model, batch.input_ids, batch.attention_mask, self.config, **ends))
-        return Rollout(
-            stack_rows([r.input_ids for r in rollouts], self.pad_id),
-            stack_rows([r.attention_mask for r in rollouts], False),
-            stack_rows([r.response_mask for r in rollouts], False),
-            stack_rows([r.log_probs for r in rollouts]),
-            torch.cat([r.finished for r in rollouts]),
-        )
+            return generate(
+                model,
+                [prompt.input_ids for prompt in prompts],
+                self.config,
+                eos_ids=eos_ids(self.tokenizer, model),
+                pad_id=self.pad_id,
+                seeds=seeds,
+                tokenizer=self.tokenizer,
+                batch_size=self.config.generation_batch_size,
+            )
 
     # --- 2. the rewards score
 
@@ -363,19 +370,14 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self):
-        """Mean reward, length and share of finished answers on the evaluation prompts, and the texts.
-
-        Every evaluation starts from the same random state, which the training's own is kept apart from.
-        """
+        """Mean reward, length and share of finished answers on the evaluation prompts, and the texts."""
         if self.eval_data is None:
             return {}, []
         # every rank answers equally many prompts; the copies that fill up are left out
         filled = list(range(len(self.eval_data))) + [0] * (-len(self.eval_data) % self.communicator.world_size)
         mine = list(enumerate(filled))[self.communicator.rank :: self.communicator.world_size]
         prompts = [self.eval_data[i] for _, i in mine]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed + self.communicator.rank)
-            rollout = self.answer(prompts)
+        rollout = self.answer(prompts, [[self.config.seed, place] for place, _ in mine])  # at every evaluation
         scored, responses = self.judge(prompts, rollout)
         lengths, finished = rollout.response_mask.sum(1).tolist(), rollout.finished.tolist()
         rows = []
@@ -419,6 +421,9 @@ class PPOTrainer(Trainer):
 
         self.engines = self.load_policy_and_critic()
         self.actor, self.critic = self.engines["actor"], self.engines.get("critic")
+        if not has_keys_and_values(self.actor.module):
+            kind = self.actor.module.config.model_type
+            raise UserError(f"PPO needs a policy whose layers all keep keys and values; {kind} has others")
         self.reference = self.load_reference()
         model_reward = self.load_reward_model() if c.reward_model else None
         self.rewards = load_rewards(c, model_reward, self.runtime.device, self.given_rewards)

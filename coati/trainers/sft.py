@@ -14,7 +14,7 @@ from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
 from coati.rollout import GenerationConfig, generate
-from coati.rollout.prompts import eos_ids, pad_left
+from coati.rollout.prompts import eos_ids
 from coati.trainers.config import TrainerConfig
 from coati.trainers.supervised import SupervisedTrainer
 
@@ -22,6 +22,10 @@ from coati.trainers.supervised import SupervisedTrainer
 @dataclass
 class SFTConfig(TrainerConfig, GenerationConfig):
     """Settings of an SFT run; the generation settings are those of the sample answers."""
+
+    def check(self, world_size: int):
+        super().check(world_size)
+        self.check_generation()
 
 
 class SFTTrainer(SupervisedTrainer):
@@ -56,15 +60,14 @@ class SFTTrainer(SupervisedTrainer):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700))}, samples
 
     def _samples(self) -> list[dict]:
-        """Answers to the first evaluation prompts, drawn from the same random state at every evaluation."""
+        """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
         rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
         prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
         engine = self.engines["model"]
-        with engine.full() as model, torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            ids, mask = pad_left(prompts, self.pad_id, self.runtime.device)
-            ends = eos_ids(self.tokenizer, model)
-            rollout = generate(model, ids, mask, self.config, eos_ids=ends, pad_id=self.pad_id)
+        seeds = [[self.config.seed, place] for place in range(len(prompts))]
+        with engine.full() as model:
+            ends = dict(eos_ids=eos_ids(self.tokenizer, model), pad_id=self.pad_id)
+            rollout = generate(model, prompts, self.config, seeds=seeds, tokenizer=self.tokenizer, **ends)
         answers = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         return [{"prompt": p, "response": a.strip()} for p, a in zip(texts, answers, strict=True)]

@@ -30,6 +30,15 @@ def tiny_config(family: str, **overrides):
         return transformers.Qwen3Config(**{**SHARED, **GROUPED, "head_dim": 8, **overrides})
     if family == "mistral":
         return transformers.MistralConfig(**{**SHARED, **GROUPED, "sliding_window": None, **overrides})
+    if family == "gemma2":
+        return transformers.Gemma2Config(**{**SHARED, **GROUPED, "head_dim": 8, **overrides})
+    if family == "bloom":  # no positions: ALiBi
+        return transformers.BloomConfig(**{**SHARED, "hidden_size": 32, "n_layer": 2, "n_head": 4, **overrides})
+    if family == "falcon":
+        settings = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        return transformers.FalconConfig(**{**SHARED, **settings, **overrides})
+    if family == "mamba":
+        return transformers.MambaConfig(**{**SHARED, "hidden_size": 32, "num_hidden_layers": 2, **overrides})
     return transformers.LlamaConfig(**{**SHARED, **GROUPED, **overrides})
 
 

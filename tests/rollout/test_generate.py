@@ -5,9 +5,8 @@ import torch
 
 from coati.errors import UserError
 from coati.models import Actor
-from coati.rollout import Experience, GenerationConfig, generate
-from coati.rollout.experience import stack_rows
-from coati.rollout.generate import _compact, response_lengths
+from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
+from coati.rollout.generate import response_lengths
 from tests.models.families import padded, rows, tiny_config
 
 EOS, PAD = 2, 0
@@ -25,14 +24,14 @@ def actors():
 
 
 def prompts(seed=0, lengths=(6, 2, 4, 1, 5, 3)):
-    return padded([x % 8 + 3 for x in rows(seed, lengths)], "left")
+    return [(x % 8 + 3).tolist() for x in rows(seed, lengths)]
 
 
 def draw(actor, *, seed=None, pad_id=PAD, eos_ids=(EOS,), batch=None, **settings):
     if seed is not None:
         torch.manual_seed(seed)
     config = GenerationConfig(**{"max_new_tokens": 12, **settings})
-    return generate(actor, *(batch or prompts()), config, eos_ids=list(eos_ids), pad_id=pad_id)
+    return generate(actor, batch or prompts(), config, eos_ids=list(eos_ids), pad_id=pad_id)
 
 
 def same(a, b):
@@ -103,7 +102,7 @@ def test_sampling_follows_the_distribution(actors):
     """PITFALL 32: the frequencies of one sampled token are the model's probabilities at that temperature."""
     actor, n = actors["llama"], 4000
     ids = torch.tensor([[3, 4, 5]]).repeat(n, 1)
-    rollout = draw(actor, seed=0, batch=(ids, torch.ones_like(ids).bool()), max_new_tokens=1, temperature=0.6)
+    rollout = draw(actor, seed=0, batch=ids.tolist(), max_new_tokens=1, temperature=0.6)
     expected = (actor.transformer(ids[:1]).logits[0, -1].detach() / 0.6).softmax(-1)
     frequency = torch.bincount(rollout.input_ids[:, 3], minlength=11) / n
     assert (frequency - expected).abs().max() < 5 * (0.25 / n) ** 0.5
@@ -115,8 +114,7 @@ def test_two_rollouts_draw_different_noise_and_the_same_seed_the_same(actors):
     first, second = draw(actor, seed=5), draw(actor)
     assert not same(first, second)
     assert same(first, draw(actor, seed=5))
-    ids = torch.tensor([[3, 4]]).repeat(8, 1)
-    copies = draw(actor, seed=5, batch=(ids, torch.ones_like(ids).bool()))
+    copies = draw(actor, seed=5, batch=[[3, 4]] * 8)
     assert len({tuple(response) for response in copies.response_ids()}) > 1, "nor do rows share their noise"
 
 
@@ -148,39 +146,30 @@ def test_several_tokens_may_end_a_response(actors):
     assert ends <= {EOS, 7, 8}
 
 
-def test_rows_are_prompt_response_padding_with_the_sampled_ids(actors):
-    """PITFALL 19: what transformers sampled is what stands in the rollout, id for id."""
-    actor = actors["llama"]
-    ids, mask = prompts()
-    rollout = draw(actor, seed=1)
-    torch.manual_seed(1)
-    keywords = dict(do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD)
-    sampled = actor.generate(ids, mask, **keywords)[:, ids.shape[1] :]
-    for row, response in enumerate(rollout.response_ids()):
-        prompt = ids[row][mask[row]]
+def test_rows_are_prompt_response_padding(actors):
+    """PITFALL 19: the sampled ids are the ones that stand in the rollout."""
+    rollout = draw(actors["llama"], seed=1)
+    for row, (prompt, response) in enumerate(zip(prompts(), rollout.response_ids(), strict=True)):
         n = len(prompt) + len(response)
-        assert response == sampled[row, : len(response)].tolist()
-        assert rollout.input_ids[row, : len(prompt)].tolist() == prompt.tolist()
+        assert rollout.input_ids[row, :n].tolist() == prompt + response
         assert rollout.attention_mask[row].tolist() == [True] * n + [False] * (rollout.input_ids.shape[1] - n)
         assert rollout.response_mask[row].nonzero()[:, 0].tolist() == list(range(len(prompt), n))
     assert rollout.input_ids.shape[1] == rollout.attention_mask.sum(1).max()
 
 
-def test_greedy_is_transformers_own_and_beams_have_no_log_probs(actors):
-    """PITFALL 36: greedy and beam search."""
-    actor, (ids, mask) = actors["llama"], prompts()
-    for settings, keywords in [({"temperature": 0.0}, {}), ({"num_beams": 3}, {"num_beams": 3})]:
-        rollout = draw(actor, **settings)
-        plain = actor.generate(
-            ids, mask, do_sample=False, max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD, **keywords
-        )
-        for row, response in enumerate(rollout.response_ids()):
-            assert response == plain[row, ids.shape[1] :][: len(response)].tolist()
-        assert (rollout.log_probs is None) == ("num_beams" in settings)
+def test_beams_are_transformers_own_and_have_no_log_probs(actors):
+    """PITFALL 36: beam search."""
+    actor, (ids, mask) = actors["llama"], padded([torch.tensor(p) for p in prompts()], "left")
+    rollout = draw(actor, num_beams=3)
+    keywords = dict(max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD)
+    plain = actor.generate(ids, mask, do_sample=False, num_beams=3, **keywords)
+    for row, response in enumerate(rollout.response_ids()):
+        assert response == plain[row, ids.shape[1] :][: len(response)].tolist()
+    assert rollout.log_probs is None
 
 
 def test_greedy_with_top_k_is_a_contradiction(actors):
-    for settings in (dict(top_k=5), dict(top_p=0.9)):
+    for settings in (dict(top_k=5), dict(top_p=0.9), dict(min_p=0.1)):
         with pytest.raises(UserError, match="temperature 0 is greedy"):
             draw(actors["llama"], temperature=0.0, **settings)
 
@@ -193,13 +182,10 @@ def test_response_lengths_count_up_to_the_first_eos():
     assert finished.tolist() == [True, True, False, True, True]
 
 
-def test_compaction_by_hand():
-    """PITFALL 2: all padding to the right; PAD ids inside prompt or response are real tokens if the mask says so."""
-    ids = torch.tensor([[9, 9, 3], [4, PAD, 6]])
-    mask = torch.tensor([[0, 0, 1], [1, 1, 1]]).bool()
-    responses = torch.tensor([[7, PAD, 8], [EOS, 5, 5]])
-    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    rollout = _compact(ids, mask, responses, log_probs, [EOS], PAD)
+def test_a_rollout_by_hand():
+    """PITFALL 2: all padding to the right; PAD ids inside prompt or response are real tokens."""
+    completions = [Completion([7, PAD, 8], [-1.0, -2.0, -3.0], "length"), Completion([EOS], [-4.0], "eos")]
+    rollout = Rollout.of([[3], [4, PAD, 6]], completions, PAD, torch.device("cpu"))
     assert rollout.input_ids.tolist() == [[3, 7, PAD, 8], [4, PAD, 6, EOS]]
     assert rollout.attention_mask.all()
     assert rollout.response_mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
@@ -219,8 +205,3 @@ def test_rows_of_an_experience_are_cut_to_the_longest():
     assert part.input_ids.tolist() == [[8, 9, 10], [4, 5, 6]]
     assert part.values.tolist() == [[16, 18, 20], [8, 10, 12]]
     assert part.scores.tolist() == [3.0, 2.0]
-
-
-def test_stacked_rows_are_padded_on_the_right():
-    stacked = stack_rows([torch.tensor([[1, 2, 3]]), torch.tensor([[4], [5]])], fill=9)
-    assert stacked.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]]

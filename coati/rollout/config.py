@@ -1,0 +1,28 @@
+"""How responses are drawn."""
+
+from dataclasses import dataclass
+
+from coati.config import option
+from coati.errors import UserError
+
+
+@dataclass
+class GenerationConfig:
+    """How responses are drawn."""
+
+    max_new_tokens: int = option(128, "longest response, in tokens")
+    min_new_tokens: int = option(0, "shortest response, in tokens")
+    temperature: float = option(1.0, "of sampling; 0 for greedy")
+    top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all")
+    top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability")
+    min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest one's probability")
+    repetition_penalty: float = option(1.0, "makes tokens that are there already less likely; 1 for no difference")
+    stop: list[str] = option((), "texts that end a response, beside EOS")
+    num_beams: int = option(1, "beam search with that many beams instead of sampling")
+
+    def check_generation(self):
+        """Raises a UserError for settings that contradict each other."""
+        if self.temperature == 0 and self.num_beams == 1 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise UserError("temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")

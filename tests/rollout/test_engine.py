@@ -1,0 +1,170 @@
+"""The rollout engine: transformers' tokens, whatever the neighbours, the slots and the order of arrival."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
+
+from coati.errors import UserError
+from coati.models import Actor
+from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
+from coati.rollout.sampling import Sampler, draw
+from tests.models.families import padded, tiny_config
+
+EOS, PAD, VOCABULARY = 2, 0, 50
+FAMILIES = ("llama", "qwen3", "gpt2", "opt", "mistral", "bloom", "gemma2", "falcon")
+
+
+@pytest.fixture(scope="module")
+def actors():
+    """By family; Mistral's and Gemma's windows are shorter than the rows."""
+
+    def make(family):
+        torch.manual_seed(0)
+        window = dict(sliding_window=9) if family in ("mistral", "gemma2") else {}
+        options = dict(vocab_size=VOCABULARY, initializer_range=0.2)
+        return Actor(config=tiny_config(family, **options, **window)).eval()
+
+    made = {}
+    return lambda family: made.setdefault(family, made.get(family) or make(family))
+
+
+def some_prompts(count, longest=12, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(3, VOCABULARY, random.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def complete(actor, requests, slots=256, eos_ids=(EOS,), stop=None, **options):
+    config = GenerationConfig(**{"max_new_tokens": 20, **options})
+    return RolloutEngine(actor, config, eos_ids=list(eos_ids), slots=slots, stop=stop).generate(requests)
+
+
+def transformers_own(actor, prompts, **options):
+    """Greedy answers of `transformers.generate`, cut after the first EOS."""
+    ids, mask = padded([torch.tensor(p) for p in prompts], "left")
+    keywords = dict(max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD, **options)
+    answers = actor.generate(ids, mask.long(), do_sample=False, **keywords)[:, ids.shape[1] :].tolist()
+    return [answer[: answer.index(EOS) + 1] if EOS in answer else answer for answer in answers]
+
+
+@pytest.mark.parametrize("slots", [7, 256])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_transformers_own_token_for_token(actors, family, slots):
+    """PITFALL 36: 200 prompts; with 7 slots they come and go, and the columns move to the left many times."""
+    actor, prompts = actors(family), some_prompts(200)
+    found = complete(actor, [Request(p) for p in prompts], slots, temperature=0.0)
+    assert [c.ids for c in found] == transformers_own(actor, prompts)
+    reasons = {c.finish_reason for c in found}
+    assert all((c.ids[-1] == EOS) == (c.finish_reason == "eos") for c in found) and reasons <= {"eos", "length"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_the_models_own(actors, family):
+    """PITFALL 32: of rows that came and went, by a forward pass over each whole row."""
+    actor, prompts = actors(family), some_prompts(30)
+    found = complete(actor, [Request(p, i) for i, p in enumerate(prompts)], 5, temperature=0.8, eos_ids=(EOS, 7, 9))
+    assert len({len(c.ids) for c in found}) > 3
+    for prompt, completion in zip(prompts, found, strict=True):
+        expected = actor(torch.tensor([prompt + completion.ids]), temperature=0.8)[0, len(prompt) :]
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@given(st.data())
+@settings(max_examples=10, deadline=None)
+def test_a_sample_depends_on_its_prompt_and_seed_only(actors, data):
+    """Any subset, in any order, with any number of slots."""
+    actor, prompts = actors("llama"), some_prompts(24)
+    requests = [Request(p, [3, i], max_new_tokens=i % 9 + 1) for i, p in enumerate(prompts)]
+    alone = [complete(actor, [request])[0] for request in requests]
+    chosen = data.draw(st.lists(st.sampled_from(range(24)), min_size=1, max_size=40))
+    found = complete(actor, [requests[i] for i in chosen], data.draw(st.integers(1, 12)))
+    for i, completion in zip(chosen, found, strict=True):
+        assert (completion.ids, completion.finish_reason) == (alone[i].ids, alone[i].finish_reason)
+        assert completion.log_probs == pytest.approx(alone[i].log_probs, abs=1e-5)
+        assert len(completion.ids) <= i % 9 + 1
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(actors, monkeypatch):
+    actor, read = actors("llama"), []
+    forward = type(actor).next_logits
+    monkeypatch.setattr(type(actor), "next_logits", lambda *a: read.append(a[1].shape) or forward(*a))
+    found = complete(actor, [Request([5, 6, 7], i) for i in range(40)], max_new_tokens=3, eos_ids=())
+    assert read[0] == (1, 3) and len(read) == 3
+    assert len({tuple(c.ids) for c in found}) > 20
+
+
+def test_cost_follows_the_sum_of_lengths(actors, monkeypatch):
+    """One long answer beside many short ones: rows that have ended are not computed any more."""
+    actor, rows = actors("llama"), []
+    forward = type(actor).next_logits
+    monkeypatch.setattr(type(actor), "next_logits", lambda *a: rows.append(a[1].shape[0]) or forward(*a))
+    limits = [100] + [2] * 63
+    complete(actor, [Request([5 + i % 9], i, n) for i, n in enumerate(limits)], 16, max_new_tokens=100, eos_ids=())
+    prompts = 9  # read once each; they give the first token of every answer
+    assert sum(rows) == prompts + sum(limits) - len(limits) and max(rows) <= 16
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_texts_end_a_response(tiny_world, actors, temperature):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world["tokenizer"])
+    torch.manual_seed(0)
+    actor = Actor(config=tiny_config("llama", vocab_size=len(tokenizer), initializer_range=0.2)).eval()
+    options = dict(max_new_tokens=30, temperature=temperature)
+    prompts, seeds = [[5, 6], [9, 8, 7], [11]], [1, 2, 3]
+    common = dict(eos_ids=[tokenizer.eos_token_id], pad_id=PAD, seeds=seeds, tokenizer=tokenizer)
+    free = generate(actor, prompts, GenerationConfig(**options), **common)
+    texts = [tokenizer.decode(ids) for ids in free.response_ids()]
+    stop = texts[0][len(texts[0]) // 2 :][:2]
+    found = generate(actor, prompts, GenerationConfig(**options, stop=[stop]), **common)
+    for ids, all_ids in zip(found.response_ids(), free.response_ids(), strict=True):
+        assert ids == all_ids[: len(ids)]
+        ends = [n for n in range(1, len(all_ids) + 1) if stop in tokenizer.decode(all_ids[:n])]
+        assert len(ids) == (ends[0] if ends else len(all_ids))
+    assert len(found.response_ids()[0]) < len(free.response_ids()[0]) and found.finished[0]
+
+
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1.7), dict(min_new_tokens=9)])
+def test_greedy_with_penalty_or_shortest_length_is_transformers_own(actors, options):
+    actor, prompts = actors("llama"), some_prompts(40)
+    found = complete(actor, [Request(p) for p in prompts], 9, temperature=0.0, **options)
+    # one at a time: transformers' penalty counts padding
+    assert [c.ids for c in found] == [transformers_own(actor, [p], **options)[0] for p in prompts]
+    assert [c.ids for c in found] != transformers_own(actor, prompts)
+
+
+def test_probabilities_are_those_of_transformers_processors():
+    torch.manual_seed(0)
+    config = GenerationConfig(temperature=0.7, top_p=0.8, repetition_penalty=1.3)
+    logits, ids = torch.randn(6, VOCABULARY) * 2, torch.randint(0, VOCABULARY, (6, 9))
+    scores = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone()) / 0.7
+    expected = LogitsProcessorList([TopPLogitsWarper(0.8)])(ids, scores).softmax(-1)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
+    sampler = Sampler(config, [EOS], torch.device("cpu"))
+    found = sampler.warp(sampler.adjust(logits, torch.zeros(6, dtype=torch.bool), seen) / 0.7)
+    torch.testing.assert_close(found, expected)
+    tokens, log_probs = sampler(logits, torch.rand(6), torch.zeros(6, dtype=torch.bool), seen)
+    own = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs, own)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-8, 0.1, 0.5, 1.0]), min_size=1, max_size=12).filter(any),
+    st.floats(0, 1, exclude_max=True, width=32),
+)
+def test_draws_invert_the_cumulative_distribution(weights, uniform):
+    """The token is the first whose cumulative probability exceeds the number; never one of probability 0."""
+    p = torch.tensor([weights]) / sum(weights)
+    token = draw(p, torch.tensor([uniform])).item()
+    assert p[0, token] > 0
+    exact, below = p[0].double(), p[0, :token].double().sum().item()
+    assert below <= uniform + 1e-6 and below + exact[token].item() >= uniform - 1e-6
+
+
+def test_an_empty_prompt_is_named(actors):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        complete(actors("llama"), [Request([3]), Request([])])
+    assert complete(actors("llama"), []) == []
