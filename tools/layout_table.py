@@ -40,7 +40,8 @@ def write_table(folder: Path):
         results |= json.loads(path.read_text())
     lines = [
         "The largest relative difference of any number that the three runs log (of at least 0.1, as smaller ones are "
-        "differences of larger ones); `tools/layout_table.py` wrote it.",
+        "differences of larger ones); in bf16, whose 8 bits round everything by up to 4e-3, of the losses of SFT and "
+        "the reward model. `tools/layout_table.py` wrote it.",
         "",
         f"| layout | processes | {' | '.join(DECODERS)} |",
         "|" + "---|" * (len(DECODERS) + 2),
@@ -62,7 +63,9 @@ def difference(results: dict, layout: str, family: str) -> str:
         if not mine or not theirs:
             return ""
         pairs = zip(mine["steps"], theirs["steps"], strict=True)
-        errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for a, b in pairs for name in b]
+        for a, b in pairs:
+            names = [name for name in b if name == "loss" or "bf16" not in layout]
+            errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for name in names]
     return f"{max(errors):.0e}"
 
 

@@ -2,10 +2,8 @@
 
 from coati.data.collate import (
     PreferenceBatch,
-    PromptBatch,
     SFTBatch,
     collate_preference,
-    collate_prompts,
     collate_sft,
 )
 from coati.data.config import DataConfig
@@ -23,7 +21,6 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceRecord",
     "PreferenceSample",
-    "PromptBatch",
     "PromptRecord",
     "PromptSample",
     "SFTBatch",
@@ -34,7 +31,6 @@ __all__ = [
     "ValidationReport",
     "build_dataset",
     "collate_preference",
-    "collate_prompts",
     "collate_sft",
     "deal",
     "load_rows",

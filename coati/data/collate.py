@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from coati.data.tokenise import PreferenceSample, PromptSample, TokenSequence
+from coati.data.tokenise import PreferenceSample, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class _Batch:
     def to(self, device: torch.device | str):
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return type(self)(**{name: tensor.to(device) for name, tensor in values.items()})
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,6 @@ class PreferenceBatch(_Batch):
     margin: Tensor
 
 
-@dataclass(frozen=True)
-class PromptBatch(_Batch):
-    """LEFT-padded `input_ids` long and `attention_mask` bool `[batch, seq]`; texts and columns as lists.
-
-    A column that a row does not have is None there.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    texts: list[str]
-    columns: dict[str, list[Any]]
-
-
 def collate_sft(samples: Sequence[TokenSequence], pad_id: int, multiple_of: int = 1) -> SFTBatch:
     """`[batch, seq]`, where seq is the longest row's length rounded up to a multiple of `multiple_of`."""
     input_ids, attention_mask = _pad([s.input_ids for s in samples], pad_id, multiple_of)
@@ -70,21 +56,12 @@ def collate_preference(samples: Sequence[PreferenceSample], pad_id: int, multipl
     return PreferenceBatch(both.input_ids, both.attention_mask, both.loss_mask, margin)
 
 
-def collate_prompts(samples: Sequence[PromptSample], pad_id: int, multiple_of: int = 1) -> PromptBatch:
-    """`[batch, seq]`, padded on the left so that every answer begins at the same column."""
-    input_ids, attention_mask = _pad([s.input_ids for s in samples], pad_id, multiple_of, left=True)
-    names = dict.fromkeys(name for s in samples for name in s.columns)
-    columns = {name: [s.columns.get(name) for s in samples] for name in names}
-    return PromptBatch(input_ids, attention_mask, [s.text for s in samples], columns)
-
-
-def _pad(rows: list[list], fill: int, multiple_of: int, left: bool = False) -> tuple[Tensor, Tensor]:
+def _pad(rows: list[list], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:
     """Values long `[batch, seq]` and where they are real, bool `[batch, seq]`."""
     width = -(-max(len(row) for row in rows) // multiple_of) * multiple_of
     values = torch.full((len(rows), width), fill, dtype=torch.long)
     real = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        values[i, place] = torch.tensor(row, dtype=torch.long)
-        real[i, place] = True
+        values[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        real[i, : len(row)] = True
     return values, real

@@ -7,14 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from coati.errors import UserError
-from coati.rollout.cache import SlotCache
 from coati.rollout.config import GenerationConfig
 from coati.rollout.prompts import pad_left
 from coati.rollout.sampling import Sampler
@@ -70,7 +69,7 @@ class _Row:
 class _Prefilled:
     """A row of a batch of prompts that the model has read."""
 
-    cache: DynamicCache
+    cache: Any  # a DynamicCache
     index: int
     logits: Tensor
     row: _Row
@@ -127,6 +126,8 @@ class RolloutEngine:
         return _Row(request, limit, np.random.default_rng(request.seed).random(limit, np.float32), Completion())
 
     def run(self, rows: list[_Row]):
+        from coati.rollout.cache import SlotCache  # imports transformers
+
         # equal prompts become neighbours and are read once; like lengths share a batch
         waiting = self.prefill(sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt)))
         self.longest_prompt = max(len(row.request.prompt) for row in rows)
@@ -145,6 +146,8 @@ class RolloutEngine:
 
     def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
         """The model reads prompts, a batch at a time and as late as possible."""
+        from transformers import DynamicCache
+
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
         while samples:
             count, batch = 0, []

@@ -4,10 +4,8 @@ import torch
 
 from coati.data import (
     PreferenceSample,
-    PromptSample,
     TokenSequence,
     collate_preference,
-    collate_prompts,
     collate_sft,
 )
 
@@ -36,14 +34,12 @@ def test_width_can_be_a_multiple():
     assert collate_sft([SHORT], PAD, multiple_of=4).input_ids.shape == (1, 4)
     pairs = [PreferenceSample(SHORT, LONG, 1.5)]
     assert collate_preference(pairs, PAD, multiple_of=5).input_ids.shape == (2, 10)
-    assert collate_prompts([PromptSample([5], "a", {})], PAD, multiple_of=3).input_ids.shape == (1, 3)
 
 
 def test_width_is_that_of_the_longest_row_if_nothing_else_is_said():
     odd = TokenSequence([5, 6, EOS], [False, True, True])
     assert collate_sft([odd], PAD).input_ids.shape == (1, 3)
     assert collate_preference([PreferenceSample(odd, odd, 0.0)], PAD).input_ids.shape == (2, 3)
-    assert collate_prompts([PromptSample([5, 6, 7], "a", {})], PAD).input_ids.shape == (1, 3)
 
 
 def test_preference_rows_are_all_chosen_then_all_rejected():
@@ -56,17 +52,6 @@ def test_preference_rows_are_all_chosen_then_all_rejected():
     assert batch.margin.tolist() == [1.5, 0.0] and batch.margin.dtype == torch.float32
 
 
-def test_prompts_are_padded_on_the_left():
-    samples = [PromptSample([5, EOS], "a", {"level": 1}), PromptSample([5, 6, 7], "b", {"answer": "x"})]
-    batch = collate_prompts(samples, PAD)
-    assert batch.input_ids.tolist() == [[PAD, 5, EOS], [5, 6, 7]]
-    assert batch.attention_mask.tolist() == [[False, True, True], [True, True, True]]
-    assert batch.texts == ["a", "b"]
-    assert batch.columns == {"level": [1, None], "answer": [None, "x"]}
-
-
-def test_to_moves_every_tensor_and_keeps_the_rest():
-    samples = [PromptSample([5], "a", {"level": 1})]
-    moved = collate_prompts(samples, PAD).to("meta")
-    assert moved.input_ids.device.type == moved.attention_mask.device.type == "meta"
-    assert moved.texts == ["a"] and moved.columns == {"level": [1]}
+def test_to_moves_every_tensor():
+    moved = collate_preference([PreferenceSample(SHORT, LONG, 1.5)], PAD).to("meta")
+    assert {x.device.type for x in vars(moved).values()} == {"meta"}

@@ -152,10 +152,7 @@ def _repad_and_deal(trainer, variation: Variation, patch):
     """Wraps `collate_*` and `deal` wherever the trainer's modules hold them, and what makes PPO's tensors."""
     for module in {importlib.import_module(c.__module__) for c in type(trainer).__mro__ if c is not object}:
         for name, function in list(vars(module).items()):
-            if name == "collate_prompts":  # answers are appended on the right
-                sides = dataclasses.replace(variation, right=0)
-                patch.setattr(module, name, lambda *a, f=function, s=sides: padded(f(*a), s))
-            elif name.startswith("collate_"):
+            if name.startswith("collate_"):
                 patch.setattr(module, name, lambda *a, f=function: padded(f(*a), variation))
             elif name == "deal" and not variation.bucketed:
                 patch.setattr(module, name, lambda rows, _, *a, f=function: f(rows, dict.fromkeys(rows, 0), *a))
