@@ -47,7 +47,8 @@ def _wait(workers: list[subprocess.Popen]) -> int:
         if all(worker.returncode == 0 for worker in workers):
             return 0
         time.sleep(0.1)
-    rank, failed = next((i, worker) for i, worker in enumerate(workers) if worker.returncode)
+    # the others fail because one was killed, so that is the one to name
+    rank, failed = min(((i, w) for i, w in enumerate(workers) if w.returncode), key=lambda pair: pair[1].returncode > 0)
     status = failed.returncode
     if status < 0:
         print(f"error: process {rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)

@@ -1,9 +1,12 @@
 """What PPO learns from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from coati.rollout.generate import Rollout
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,45 @@ class Experience:
         seq = int(self.attention_mask[index].sum(1).max())
         cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
         return replace(self, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """A rollout's rows for forward passes: those of like length together, without the padding that they don't need."""
+
+    rollout: Rollout
+    rows: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, rollout: Rollout, size: int) -> "MicroBatches":
+        """Micro-batches of `size` rows, the longest first."""
+        return cls(rollout, rollout.attention_mask.sum(1).argsort(descending=True, stable=True).split(size))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def only(self, i: int) -> "MicroBatches":
+        """The `i`-th alone."""
+        return replace(self, rows=self.rows[i : i + 1])
+
+    def mask(self) -> Tensor:
+        """Which rows of the rollout are there, bool `[batch]`."""
+        mask = torch.zeros(len(self.rollout.input_ids), dtype=torch.bool, device=self.rollout.input_ids.device)
+        mask[torch.cat(self.rows)] = True
+        return mask
+
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """What a model is called with."""
+        inputs = []
+        for rows in self.rows:
+            mask = self.rollout.attention_mask[rows]
+            seq = int(mask.sum(1).max())
+            inputs.append({"input_ids": self.rollout.input_ids[rows, :seq], "attention_mask": mask[:, :seq]})
+        return inputs
+
+    def restore(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Outputs `[rows, seq]` of the micro-batches in the rollout's order, float32 `[batch, seq]`; 0 elsewhere."""
+        whole = torch.zeros(self.rollout.input_ids.shape, device=self.rollout.input_ids.device)
+        for rows, output in zip(self.rows, outputs, strict=True):
+            whole[rows, : output.shape[1]] = output
+        return whole

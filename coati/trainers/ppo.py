@@ -47,8 +47,10 @@ from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.base import disable_dropout
 from coati.models.lora import is_adapter, is_untrained_adapter
 from coati.parallel import Engine, Runtime, make_engine
+from coati.parallel.plugins import resolve_precision
 from coati.rewards import ModelReward, RunningMoments, Scores, ScoringConfig, load_rewards
 from coati.rollout import Experience, GenerationConfig, Rollout, generate
+from coati.rollout.experience import MicroBatches
 from coati.rollout.generate import has_keys_and_values
 from coati.rollout.prompts import eos_ids
 from coati.trainers.base import LossPart, Trainer
@@ -243,45 +245,59 @@ class PPOTrainer(Trainer):
         return experience, metrics
 
     def forward_passes(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`."""
-        size = self.config.micro_batch_size
-        rows = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
-        batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-        outputs = self.actor.forward_all([b | {"temperature": self.temperature} for b in batches])
-        if self.config.shared_trunk:
+        """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`.
+
+        In fp32 the policy's log-probs are those at sampling, up to rounding: one micro-batch is computed again to show
+        it. In lower precision and on a sharded model they round differently, and all are.
+        """
+        c, batches = self.config, MicroBatches.of(rollout, self.config.micro_batch_size)
+        same = resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and not c.shared_trunk
+        checked = batches.only(self.step % len(batches)) if same else batches
+        outputs = self.actor.forward_all([b | {"temperature": self.temperature} for b in checked.inputs()])
+        if c.shared_trunk:
             outputs, values = zip(*outputs, strict=True)
         else:
-            values = self.critic.forward_all(batches)
-        log_probs = torch.cat(outputs)
-        return log_probs, self.reference_log_probs(batches, log_probs), torch.cat([before_token(v) for v in values])
+            values = self.critic.forward_all(batches.inputs())
+        log_probs = checked.restore(outputs)
+        self.rollout_kl = self.compare(rollout, log_probs, rollout.response_mask & checked.mask()[:, None])
+        log_probs = rollout.log_probs if same else log_probs
+        values = batches.restore([before_token(v) for v in values])
+        return log_probs, self.reference_log_probs(batches, log_probs), values
 
-    def reference_log_probs(self, batches: list[dict], log_probs: Tensor) -> Tensor:
+    def compare(self, rollout: Rollout, log_probs: Tensor, mask: Tensor) -> float:
+        """The KL of sampling from training, nats a token; stops a run where they disagree."""
+        difference = kl_divergence(rollout.log_probs, log_probs, mask, "k3").sum()
+        total, tokens = self.communicator.sum(torch.stack([difference, mask.sum()])).tolist()
+        if total / max(tokens, 1) > self.config.max_rollout_kl:
+            raise UserError(
+                f"the log-probs at sampling and in training differ by {total / tokens:.3g} nats a token (limit "
+                f"{self.config.max_rollout_kl}, --max_rollout_kl): weights not handed over, another temperature, or a "
+                "precision too low"
+            )
+        return total / max(tokens, 1)
+
+    def reference_log_probs(self, batches: MicroBatches, log_probs: Tensor) -> Tensor:
         if self.kl_coefficient == 0 and self.config.kl_target is None:
             return log_probs
         options = {"temperature": self.temperature} | ({} if self.reference else {"adapter": False})
-        outputs = (self.reference or self.actor).forward_all([b | options for b in batches])
-        return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
+        outputs = (self.reference or self.actor).forward_all([b | options for b in batches.inputs()])
+        return batches.restore([output[0] if isinstance(output, tuple) else output for output in outputs])
 
     def diagnose(self, rollout: Rollout, log_probs, reference, values, returns) -> dict[str, float]:
-        """Metrics of an iteration's answers; stops a run whose sampling and training disagree."""
+        """Metrics of an iteration's answers."""
         mask, answers = rollout.response_mask, self.config.batch_size
         tokens = self.communicator.sum(mask.sum()).item()
-        shares = {"rollout_kl": kl_divergence(rollout.log_probs, log_probs, mask, "k3").sum() / tokens}
+        shares = {}
         for name in ("k1", "k3"):
             shares[f"kl/{name}"] = kl_divergence(log_probs, reference, mask, name).sum() / answers
         penalised = kl_divergence(log_probs, reference, mask, self.config.kl_estimator).sum()
         shares |= {"kl": penalised / answers, "kl_per_token": penalised / tokens}
         metrics = self.communicator.sum_metrics([shares])
-        if metrics["rollout_kl"] > self.config.max_rollout_kl:
-            raise UserError(
-                f"the log-probs at sampling and in training differ by {metrics['rollout_kl']:.3g} nats a token (limit "
-                f"{self.config.max_rollout_kl}, --max_rollout_kl): weights not handed over, another temperature, or a "
-                "precision too low"
-            )
         _, error = self.global_moments(returns - values, mask)
         mean, spread = self.global_moments(returns, mask)
         explained = 1 - (error / spread) ** 2 if spread > 0 else 0.0
-        return metrics | {"return": mean, "explained_variance": explained, "kl_coefficient": self.kl_coefficient}
+        metrics |= {"return": mean, "explained_variance": explained, "kl_coefficient": self.kl_coefficient}
+        return {"rollout_kl": self.rollout_kl} | metrics
 
     def global_moments(self, x: Tensor, mask: Tensor) -> tuple[float, float]:
         """Mean and standard deviation over all ranks' response tokens."""

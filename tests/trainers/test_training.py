@@ -134,6 +134,35 @@ def test_rollouts_draw_new_noise_in_every_iteration(tiny_world, runtime, tmp_pat
     prompts = trainer.take_prompts(0)
     first, second = trainer.answer(prompts).response_ids(), trainer.answer(prompts).response_ids()
     assert first != second
+    assert trainer.seeds(0) != trainer.seeds(1)
+    assert (
+        trainer.answer(prompts, trainer.seeds(1)).response_ids()
+        == trainer.answer(prompts, trainer.seeds(1)).response_ids()
+    )
+
+
+def test_forward_passes_that_are_not_needed_are_left_out(tiny_world, runtime, tmp_path):
+    """In fp32 the policy's log-probs are those at sampling, but for one micro-batch an iteration, which is checked; a
+    micro-batch is as wide as its longest row; without a KL there is no reference."""
+    options = dict(temperature=1.0, micro_batch_size=2, min_new_tokens=1, max_new_tokens=9)
+    trainer = make("ppo", tiny_world, runtime, tmp_path, **options, kl_coefficient=0.0)
+    assert trainer.reference is None
+    calls = {"actor": [], "critic": []}
+    for name, shapes in calls.items():
+        engine = trainer.engines[name]
+        forward = engine.forward_all
+        engine.forward_all = lambda inputs, f=forward, s=shapes: (
+            s.extend(x["input_ids"].shape for x in inputs) or f(inputs)
+        )
+    rollout = trainer.answer(trainer.take_prompts(0))
+    rows = len(rollout.finished)
+    experience, _ = trainer.experience(rollout, torch.zeros(rows))
+    assert len(calls["actor"]) == 1 and len(calls["critic"]) == rows // 2
+    lengths = sorted(rollout.attention_mask.sum(1).tolist(), reverse=True)
+    assert [shape[1] for shape in calls["critic"]] == lengths[::2] and len(set(lengths[::2])) > 1
+    expected = trainer.actor.module(rollout.input_ids, rollout.attention_mask).detach()
+    mask = rollout.response_mask
+    torch.testing.assert_close(experience.log_probs[mask], expected[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_rewards_stand_on_the_last_response_token_and_kl_on_all(tiny_world, runtime, tmp_path):
@@ -212,7 +241,7 @@ def test_lora_trains_adapters_resumes_and_merges(algorithm, tiny_world, runtime,
     [
         ("sft", dict(train_data=["missing.jsonl"]), "missing.jsonl"),
         ("sft", dict(plugin="zero9"), "unknown plugin 'zero9'"),
-        ("sft", dict(plugin="gemini", precision="fp32"), "bf16"),
+        ("sft", dict(plugin="gemini"), "bf16"),
         ("sft", dict(plugin="gemini", lora_rank=4, model="MODEL", model_config=None), "LoRA"),
         ("sft", dict(precision="fp16"), "bf16 or fp32"),
         ("sft", dict(lora_rank=4), "--model"),
