@@ -241,7 +241,7 @@ def test_lora_trains_adapters_resumes_and_merges(algorithm, tiny_world, runtime,
     [
         ("sft", dict(train_data=["missing.jsonl"]), "missing.jsonl"),
         ("sft", dict(plugin="zero9"), "unknown plugin 'zero9'"),
-        ("sft", dict(plugin="gemini"), "bf16"),
+        ("sft", dict(plugin="gemini", precision="fp32"), "bf16"),
         ("sft", dict(plugin="gemini", lora_rank=4, model="MODEL", model_config=None), "LoRA"),
         ("sft", dict(precision="fp16"), "bf16 or fp32"),
         ("sft", dict(lora_rank=4), "--model"),
