@@ -42,7 +42,7 @@ def make_environment():
 
 def copy_code():
     shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir()
+    (WORK / "mutants").mkdir(parents=True)  # Python forgets places that aren't there when it starts
     for folder in ("coati", "tests"):
         shutil.copytree(ROOT / folder, WORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
     settings = {
@@ -50,7 +50,6 @@ def copy_code():
         "only_mutate": MUTATED,
         "also_copy": ["tests", "pyproject.toml"],
         "pytest_add_cli_args_test_selection": TESTS,
-        "debug": True,  # with the output caught, mutmut 3.8.1 fails to collect which test runs what
         "process_isolation": "forkserver",  # torch's threads don't survive a fork
         "timeout_constant": 60,  # seconds of CPU that tests of any mutant may take: fixtures need some
     }
