@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install quickstart test test-slurm trl test-all mutation lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-all mutation bench lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -36,6 +36,9 @@ test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where ther
 
 mutation: $(READY)  ## Change the losses and masks in small ways and list what no test notices (docs/mutation.md)
 	$(PY) tools/mutate.py
+
+bench: $(READY)  ## Measure coati beside its peers and write benchmarks/results (on an idle machine)
+	$(PY) benchmarks/generation.py --save
 
 lint: $(READY)  ## Check style and formatting
 	$(VENV)/bin/ruff check .

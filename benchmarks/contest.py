@@ -1,0 +1,105 @@
+"""Ours and a peer on the same work in turns: A B A B.
+
+Each contender is a process of its own, which waits while the others work, so that peak memory is its own and no one
+warms another's caches. A contender's script calls `serve`; the benchmark calls `contest`.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A process that does the work.
+
+    Attributes:
+        command: starts it; it gets the settings as JSON in its last argument.
+        settings: what `serve` hands on.
+    """
+
+    name: str
+    command: list[str]
+    settings: dict = field(default_factory=dict)
+
+
+def serve(prepare: Callable[[dict], Callable[[], int]]):
+    """In a contender's process: does the work whenever a line comes, and says how long it took.
+
+    Args:
+        prepare: from the settings to a function that does the work once and returns how much it was (tokens, samples).
+    """
+    work = prepare(json.loads(sys.argv[-1]))
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        cpu, started = time.process_time(), time.perf_counter()
+        amount = work()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
+        print(json.dumps({"amount": amount, "seconds": seconds, "cpu": cpu, "peak_mib": peak / 1024}), flush=True)
+
+
+def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict[str, float]]:
+    """By contender: the median rate (amount a second) of `rounds` turns after one to warm up, the spread, CPU seconds
+    of a turn, and peak memory in MiB beyond what its model took before the first turn."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
+    workers = {}
+    for c in contenders:
+        command = [*c.command, json.dumps(c.settings)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        workers[c.name] = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        for worker in workers.values():
+            _answer(worker)
+        turns: dict[str, list[dict]] = {name: [] for name in workers}
+        for _ in range(rounds + 1):
+            for name, worker in workers.items():
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
+                turns[name].append(_answer(worker))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    return {name: _summary(found[1:]) for name, found in turns.items()}
+
+
+def _answer(worker: subprocess.Popen) -> dict:
+    for line in worker.stdout:
+        if line.startswith("{"):  # libraries print what they like
+            return json.loads(line)
+    raise RuntimeError(f"{' '.join(worker.args[:-1])} ended: run it by hand to see why, with {worker.args[-1]!r}")
+
+
+def _summary(turns: list[dict]) -> dict[str, float]:
+    rates = [turn["amount"] / turn["seconds"] for turn in turns]
+    return {
+        "rate": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "cpu_seconds": statistics.median(turn["cpu"] for turn in turns),
+        "peak_mib": max(turn["peak_mib"] for turn in turns),
+    }
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    """Where and with what a result was measured."""
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?: ?")
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {
+        "cpu": model.split(": ")[1],
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+    } | packages

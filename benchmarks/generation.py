@@ -1,0 +1,120 @@
+"""Generation: coati's rollout engine beside `transformers.generate`.
+
+    python benchmarks/generation.py                # all cases, minutes on two idle cores; one JSON line
+    python benchmarks/generation.py --save         # and writes benchmarks/results/generation.json
+    python benchmarks/generation.py --cases fixed-32-64 --rounds 1
+
+A case is fixed-BATCH-NEW (responses of exactly NEW tokens) or log-normal (128 prompts, lengths of mean 58 and at most
+256, the same for all; `generate` is given several batch sizes, and its best counts). Prompts have 32 tokens. The model
+is a random Llama of 5.8 M parameters in fp32; both sample at temperature 1 and keep log-probs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.contest import RESULTS, Contender, contest, machine, serve
+
+PROMPT = 32
+CASES = ("fixed-32-64", "fixed-128-64", "fixed-32-128", "fixed-128-128", "log-normal")
+BATCH_SIZES = (8, 16, 32, 64, 128)
+MODEL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, vocab_size=2048)
+
+
+def limits_of(case: str) -> list[int]:
+    """Tokens of each response."""
+    if case != "log-normal":
+        batch, new = map(int, case.split("-")[1:])
+        return [new] * batch
+    sigma = 0.8
+    lengths = np.random.default_rng(0).lognormal(np.log(58) - sigma**2 / 2, sigma, 128)
+    return np.clip(lengths.round(), 1, 256).astype(int).tolist()
+
+
+def make_model(settings: dict):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **MODEL | settings.get("model", {}))).eval()
+
+
+def prompts(count: int) -> list[list[int]]:
+    return np.random.default_rng(1).integers(3, 1000, (count, PROMPT)).tolist()
+
+
+def prepare_coati(settings: dict):
+    from coati.models import Actor
+    from coati.rollout import GenerationConfig, Request, RolloutEngine
+
+    actor, limits = Actor(make_model(settings)), limits_of(settings["case"])
+    engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=max(limits)), eos_ids=[])
+    requests = [Request(p, i, n) for i, (p, n) in enumerate(zip(prompts(len(limits)), limits, strict=True))]
+    return lambda: sum(len(completion.ids) for completion in engine.generate(requests))
+
+
+def prepare_transformers(settings: dict):
+    """Batches in the order of arrival; each goes on until its longest row has ended."""
+    import torch
+
+    model, limits = make_model(settings), limits_of(settings["case"])
+    model.generation_config.pad_token_id = 0
+    size, ids = settings["batch_size"], torch.tensor(prompts(len(limits)))
+
+    @torch.no_grad()
+    def work() -> int:
+        for start in range(0, len(limits), size):
+            batch = ids[start : start + size]
+            new = max(limits[start : start + size])
+            keywords = dict(max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0)
+            kept = model.generate(batch, return_dict_in_generate=True, output_logits=True, **keywords)
+            tokens = kept.sequences[:, batch.shape[1] :]
+            for position, logits in enumerate(kept.logits):
+                logits.log_softmax(-1).gather(1, tokens[:, position : position + 1])
+        return sum(limits)
+
+    return work
+
+
+PREPARE = {"coati": prepare_coati, "transformers": prepare_transformers}
+
+
+def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
+    command = [sys.executable, __file__, "worker"]
+    rows = len(limits_of(case))
+    sizes = [size for size in BATCH_SIZES if size <= rows] if case == "log-normal" else [rows]
+    settings = dict(case=case, model=model)
+    contenders = [Contender("coati", command, settings | dict(contender="coati"))]
+    for size in sizes:
+        of_peer = settings | dict(contender="transformers", batch_size=size)
+        contenders.append(Contender(f"transformers, batch {size}", command, of_peer))
+    found = contest(contenders, rounds=rounds, threads=threads)
+    best = max(result["rate"] for name, result in found.items() if name != "coati")
+    return {"ratio": found["coati"]["rate"] / best, "contenders": found}
+
+
+def main():
+    if len(sys.argv) > 1 and sys.argv[1] == "worker":
+        return serve(lambda settings: PREPARE[settings["contender"]](settings))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/generation.json")
+    options = parser.parse_args()
+    cases = {case: run_case(case, options.rounds, options.threads, options.model) for case in options.cases}
+    result = {"machine": machine(options.threads), "unit": "tokens/s", "model": MODEL | options.model, "cases": cases}
+    print(json.dumps(result))
+    if options.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "generation.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The benchmarks run; what they measure is nothing for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.generation import limits_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+def test_generation_is_a_contest_with_transformers():
+    command = [sys.executable, "benchmarks/generation.py", "--cases", "fixed-3-2", "--rounds", "2", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    case = json.loads(done.stdout.splitlines()[-1])["cases"]["fixed-3-2"]
+    ours, peer = case["contenders"]["coati"], case["contenders"]["transformers, batch 3"]
+    assert ours["rate"] > 0 and case["ratio"] == ours["rate"] / peer["rate"]
+    assert ours["lowest"] <= ours["rate"] <= ours["highest"]
+
+
+def test_lengths_are_those_of_the_issue():
+    lengths = limits_of("log-normal")
+    assert len(lengths) == 128 and 52 < sum(lengths) / 128 < 64 and max(lengths) <= 256
