@@ -1,22 +1,30 @@
 """The policy."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import align
+from coati.losses.language import align, entropy, next_log_probs
 from coati.models.base import BaseModel
+
+CHUNK = 2**24  # logits that are there at a time: 64 MiB
 
 
 class Actor(BaseModel):
     """A causal language model that gives the log-probs of given tokens, and generates."""
 
     auto_class = "AutoModelForCausalLM"
+    _head_is_last: bool | None = None  # not known before the first forward pass
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        targets: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         adapter: bool = True,
@@ -26,15 +34,18 @@ class Actor(BaseModel):
         Args:
             input_ids: `[batch, seq]`.
             attention_mask: `[batch, seq]`, False on padding, which may stand on either side; None for no padding.
+            targets: bool `[batch, seq]`, the tokens whose log-probs are wanted; the others get 0, and the vocabulary's
+                logits are never there for more than a few at a time. For whole models only.
             temperature: of the distribution whose log-probs are wanted.
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
         """
-        if adapter or not self.has_adapter:
+        with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
+            if targets is not None and self._head_is_last is not False:
+                hidden = self._states_before_head(input_ids, attention_mask)
+                if self._head_is_last:
+                    return self._chosen_log_probs(hidden, input_ids, targets, temperature, with_entropy)
             logits = self.run(input_ids, attention_mask).logits
-        else:
-            with self.model.disable_adapter():
-                logits = self.run(input_ids, attention_mask).logits
         seq, layout = input_ids.shape[1], self.layout
         next_ids = layout.split(input_ids.roll(-1, dims=1))
         log_probs = align(layout.gather(layout.log_probs(logits, next_ids, temperature))[:, :seq])
@@ -42,6 +53,48 @@ class Actor(BaseModel):
             return log_probs
         with torch.no_grad():
             return log_probs, align(layout.gather(layout.entropy(logits, temperature))[:, :seq])
+
+    def _states_before_head(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What the output layer reads, `[batch, seq, hidden]`. It gets to see the first position only, by which the
+        first call tells whether logits are all it gives: some models cap or scale them afterwards."""
+        head, states = self.transformer.get_output_embeddings(), []
+        hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]) or (inputs[0][:, :1],))
+        try:
+            logits = self.run(input_ids, attention_mask).logits
+        finally:
+            hook.remove()
+        if self._head_is_last is None:
+            with torch.no_grad():
+                self._head_is_last = torch.equal(logits, head(states[0][:, :1]))
+        return states[0]
+
+    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, temperature, with_entropy: bool):
+        """Log-probs (and entropies) of the targets from the states that predict them, `CHUNK` logits at a time; in the
+        backward pass logits are computed again."""
+        targets = targets.clone()
+        targets[:, 0] = False
+        wanted = targets.clone()
+        targets[0, -1] |= ~targets.any()  # every weight takes part, as data parallelism expects
+        head = self.transformer.get_output_embeddings()
+        states, ids = hidden[targets.roll(-1, dims=1)], input_ids[targets]
+
+        def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits = head(states)
+            with torch.no_grad():
+                entropies = entropy(logits, temperature) if with_entropy else None
+            return next_log_probs(logits, ids, temperature), entropies
+
+        rows = max(CHUNK // self.config.get_text_config().vocab_size, 1)
+        if len(ids) > rows and torch.is_grad_enabled():
+            measure = partial(checkpoint, measure, use_reentrant=False)
+        parts = [measure(*part) for part in zip(states.split(rows), ids.split(rows), strict=True)]
+        outputs = []
+        for column in zip(*parts, strict=True):
+            if column[0] is not None:
+                placed = torch.zeros(input_ids.shape, dtype=column[0].dtype, device=input_ids.device)
+                placed[targets] = torch.cat(column)
+                outputs.append(placed * wanted)
+        return tuple(outputs) if with_entropy else outputs[0]
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
         """Logits of the token after the last one, `[batch, vocabulary]`, with a transformers cache.

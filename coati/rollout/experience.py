@@ -1,6 +1,6 @@
 """What PPO learns from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -72,14 +72,11 @@ class MicroBatches:
         mask[torch.cat(self.rows)] = True
         return mask
 
-    def inputs(self) -> list[dict[str, Tensor]]:
-        """What a model is called with."""
-        inputs = []
+    def __iter__(self) -> Iterator[Rollout]:
         for rows in self.rows:
-            mask = self.rollout.attention_mask[rows]
-            seq = int(mask.sum(1).max())
-            inputs.append({"input_ids": self.rollout.input_ids[rows, :seq], "attention_mask": mask[:, :seq]})
-        return inputs
+            seq = int(self.rollout.attention_mask[rows].sum(1).max())
+            cut = {f.name: getattr(self.rollout, f.name)[rows] for f in fields(self.rollout)}
+            yield replace(self.rollout, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
 
     def restore(self, outputs: Sequence[Tensor]) -> Tensor:
         """Outputs `[rows, seq]` of the micro-batches in the rollout's order, float32 `[batch, seq]`; 0 elsewhere."""

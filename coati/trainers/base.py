@@ -38,16 +38,15 @@ class LossPart:
         loss: the share of the global term and of its metrics, given the model's output for a micro-batch, the
             micro-batch and the global count.
         options: keywords of the model's forward, beside token ids and mask.
+        targets: of one micro-batch the tokens whose log-probs the loss reads, bool `[batch, seq]`; None for a model
+            that gives something else.
     """
 
     micro_batches: Sequence[Any]
     count: Callable[[Any], Tensor]
     loss: Callable[[Any, Any, float], tuple[Tensor, dict[str, Tensor]]]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def model_inputs(batch) -> dict[str, Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    targets: Callable[[Any], Tensor] | None = None
 
 
 class Trainer:
@@ -177,6 +176,11 @@ class Trainer:
 
     # --- helpers for algorithms
 
+    def inputs(self, batch, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """What a model is called with. A model that is split over processes gives the log-probs of all tokens."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return inputs if targets is None or self.config.model_parallel_size > 1 else inputs | {"targets": targets}
+
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Each part of the loss is divided by its own global count, over all ranks.
 
@@ -191,7 +195,8 @@ class Trainer:
             denominator = max(self.communicator.sum(count).item(), 1.0)
             for batch in part.micro_batches:
                 loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
-                tasks.append((model_inputs(batch) | part.options, loss_of))
+                targets = part.targets(batch) if part.targets else None
+                tasks.append((self.inputs(batch, targets) | part.options, loss_of))
         metrics = self.communicator.sum_metrics(engine.learn(tasks))
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)

@@ -253,11 +253,12 @@ class PPOTrainer(Trainer):
         c, batches = self.config, MicroBatches.of(rollout, self.config.micro_batch_size)
         same = resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and not c.shared_trunk
         checked = batches.only(self.step % len(batches)) if same else batches
-        outputs = self.actor.forward_all([b | {"temperature": self.temperature} for b in checked.inputs()])
+        options = {"temperature": self.temperature}
+        outputs = self.actor.forward_all([self.inputs(b, b.response_mask) | options for b in checked])
         if c.shared_trunk:
             outputs, values = zip(*outputs, strict=True)
         else:
-            values = self.critic.forward_all(batches.inputs())
+            values = self.critic.forward_all([self.inputs(b) for b in batches])
         log_probs = checked.restore(outputs)
         self.rollout_kl = self.compare(rollout, log_probs, rollout.response_mask & checked.mask()[:, None])
         log_probs = rollout.log_probs if same else log_probs
@@ -280,7 +281,8 @@ class PPOTrainer(Trainer):
         if self.kl_coefficient == 0 and self.config.kl_target is None:
             return log_probs
         options = {"temperature": self.temperature} | ({} if self.reference else {"adapter": False})
-        outputs = (self.reference or self.actor).forward_all([b | options for b in batches.inputs()])
+        inputs = [self.inputs(b, b.response_mask) | options for b in batches]
+        outputs = (self.reference or self.actor).forward_all(inputs)
         return batches.restore([output[0] if isinstance(output, tuple) else output for output in outputs])
 
     def diagnose(self, rollout: Rollout, log_probs, reference, values, returns) -> dict[str, float]:
@@ -336,9 +338,10 @@ class PPOTrainer(Trainer):
         if self.config.shared_trunk:
             options["value_only"] = warming
         share = self.warmup_share if warming else self.shared_share if self.config.shared_trunk else self.policy_share
-        parts = [LossPart(batches, count_response_tokens, share, options)]
+        parts = [LossPart(batches, count_response_tokens, share, options, targets=lambda b: b.response_mask)]
         if self.ptx_data is not None and not warming:
-            parts.append(LossPart(self.ptx_batches(step), count_targets, self.ptx_share))
+            of_text = LossPart(self.ptx_batches(step), count_targets, self.ptx_share, targets=text_targets)
+            parts.append(of_text)
         metrics = self.optimise(self.actor, parts, rate)
         return {"policy_grad_norm": metrics.pop("grad_norm"), **metrics}
 
@@ -371,7 +374,7 @@ class PPOTrainer(Trainer):
 
     def ptx_share(self, output, batch, denominator: float):
         log_probs, *values = output if self.config.shared_trunk else (output,)
-        loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
+        loss, _ = cross_entropy(log_probs, text_targets(batch), denominator)
         unused = sum(0.0 * v.sum() for v in values)  # DDP waits for every weight's gradient
         return self.config.ptx_coefficient * loss + unused, {"ptx_loss": loss.detach()}
 
@@ -512,5 +515,9 @@ def count_response_tokens(batch: Experience) -> Tensor:
     return batch.response_mask.sum()
 
 
+def text_targets(batch) -> Tensor:
+    return response_targets(batch.loss_mask)
+
+
 def count_targets(batch) -> Tensor:
-    return response_targets(batch.loss_mask).sum()
+    return text_targets(batch).sum()

@@ -38,11 +38,14 @@ class SFTTrainer(SupervisedTrainer):
     def collate(self, samples):
         return collate_sft(samples, self.pad_id)
 
+    def targets(self, batch):
+        return response_targets(batch.loss_mask)
+
     def count(self, batch):
-        return response_targets(batch.loss_mask).sum()
+        return self.targets(batch).sum()
 
     def loss(self, log_probs, batch, denominator):
-        return cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
+        return cross_entropy(log_probs, self.targets(batch), denominator)
 
     @torch.no_grad()
     def evaluate(self):
@@ -51,7 +54,7 @@ class SFTTrainer(SupervisedTrainer):
             return {}, []
         shares = []
         for log_probs, batch, real, _ in self.eval_outputs():
-            targets = response_targets(batch.loss_mask) & real[:, None]
+            targets = self.targets(batch) & real[:, None]
             total, _ = cross_entropy(log_probs, targets, 1.0)
             shares.append({"total": total, "tokens": targets.sum()})
         samples = self._samples()

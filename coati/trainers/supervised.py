@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coati.data import deal
 from coati.models.base import BaseModel
-from coati.trainers.base import LossPart, Trainer, model_inputs
+from coati.trainers.base import LossPart, Trainer
 
 
 class SupervisedTrainer(Trainer):
@@ -43,12 +43,17 @@ class SupervisedTrainer(Trainer):
         """This batch's share of the loss and of the metrics."""
         raise NotImplementedError
 
+    def targets(self, batch) -> Tensor | None:
+        """The tokens whose log-probs the loss reads; None if it reads something else."""
+        return None
+
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
         c, rows = self.config, self.batches.batch(step)
         dealt = deal(rows, self.data.lengths, self.communicator.rank, self.communicator.world_size, c.micro_batch_size)
         micro_batches = [self.load(self.data, index) for index in dealt]
         rate = self.learning_rate(c.learning_rate)
-        metrics = self.optimise(self.engines["model"], [LossPart(micro_batches, self.count, self.loss)], rate)
+        part = LossPart(micro_batches, self.count, self.loss, targets=self.targets)
+        metrics = self.optimise(self.engines["model"], [part], rate)
         tokens = self.communicator.sum(sum(int(b.attention_mask.sum()) for b in micro_batches))
         return {**metrics, "learning_rate": rate, "epoch": self.batches.epoch(step + 1)}, int(tokens)
 
@@ -73,7 +78,7 @@ class SupervisedTrainer(Trainer):
         batches = [self.load(self.eval_data, [i for i, _ in chunk]) for chunk in chunks]
         engine = self.engines["model"]
         engine.model.eval()
-        outputs = engine.forward_all([model_inputs(batch) for batch in batches])
+        outputs = engine.forward_all([self.inputs(batch, self.targets(batch)) for batch in batches])
         engine.model.train()
         for output, batch, chunk in zip(outputs, batches, chunks, strict=True):
             real = torch.tensor([kept for _, kept in chunk], device=self.runtime.device)

@@ -32,6 +32,40 @@ def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
     assert log_probs.requires_grad
 
 
+@pytest.mark.parametrize("chunk", [1, 3 * 61, 2**24])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "falcon"])
+def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch):
+    """Values, entropies and every weight's gradient, however few logits are there at a time; Gemma 2 caps its logits
+    after the head and is computed as a whole."""
+    monkeypatch.setattr("coati.models.actor.CHUNK", chunk)
+    capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
+    actor, (ids, mask) = make(family, initializer_range=0.3, **capped), padded(rows(), "right")
+    targets = mask & (torch.arange(ids.shape[1]) > 2)
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+
+    def measure(**options):
+        actor.zero_grad()
+        log_probs, entropy = actor(ids, mask, temperature=0.7, with_entropy=True, **options)
+        (log_probs * weights)[targets].sum().backward()
+        gradients = {name: p.grad.clone() for name, p in actor.named_parameters()}
+        return log_probs.detach()[targets], entropy[targets], gradients
+
+    for _ in range(2):  # the first call finds out what the head does
+        for found, expected in zip(measure(targets=targets), measure(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert actor._head_is_last == (family != "gemma2")
+    with torch.no_grad():
+        assert torch.equal(actor(ids, mask, targets=targets) != 0, targets) or family == "gemma2"
+
+
+def test_a_batch_without_targets_gives_every_weight_a_gradient_of_zero():
+    actor, (ids, mask) = make("llama"), padded(rows(), "right")
+    log_probs = actor(ids, mask, targets=torch.zeros_like(mask))
+    assert (log_probs == 0).all()
+    log_probs.sum().backward()
+    assert all((p.grad == 0).all() for p in actor.parameters())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_is_transformers_own(family):
     """PITFALL 36: greedy works; a left-padded batch gives what each prompt gives alone."""

@@ -145,7 +145,7 @@ def test_both_estimates_of_the_kl_and_how_answers_end_are_logged(tiny_world, run
 def test_a_mismatch_of_sampling_and_training_is_explained(tiny_world, runtime, tmp_path):
     """Another temperature at sampling than in training, planted; the limit is on by default."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
-    trainer.actor.module.model.lm_head.weight.data.mul_(8)  # a policy with opinions
+    trainer.actor.module.model.lm_head.weight.data.mul_(20)  # a policy with opinions
     rollout = trainer.answer(trainer.take_prompts(0))
     _, metrics = trainer.experience(rollout, torch.zeros(len(rollout.finished)))
     assert abs(metrics["rollout_kl"]) < 1e-6
