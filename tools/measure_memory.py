@@ -90,7 +90,8 @@ def _cases() -> list[Case]:
 
 
 def write_world(folder: Path, size: dict):
-    """A tokenizer of one token a word, models with random weights, and rows of nearly the greatest length."""
+    """A tokenizer of one token a word, models with random weights, and rows of nearly the greatest length, those of SFT
+    nearly all answer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -116,7 +117,7 @@ def write_world(folder: Path, size: dict):
     rows = {"sft": [], "preference": [], "prompts": []}
     for i in range(96):
         prompt, answer = text(i, 140 if i % 2 else 110), text(i + 1, 120)
-        rows["sft"].append({"prompt": prompt, "completion": answer})
+        rows["sft"].append({"prompt": text(i, 8), "completion": text(i + 1, 250 if i % 2 else 220)})
         rows["preference"].append({"prompt": prompt, "chosen": answer, "rejected": text(i + 2, 119)})
         rows["prompts"].append({"prompt": prompt})
     for kind, kept in rows.items():

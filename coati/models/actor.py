@@ -57,43 +57,50 @@ class Actor(BaseModel):
     def _states_before_head(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the output layer reads, `[batch, seq, hidden]`. It gets to see the first position only, by which the
         first call tells whether logits are all it gives: some models cap or scale them afterwards."""
-        head, states = self.transformer.get_output_embeddings(), []
-        hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]) or (inputs[0][:, :1],))
+        head, states, logits = self.transformer.get_output_embeddings(), [], []
+        hooks = [
+            head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]) or (inputs[0][:, :1],)),
+            head.register_forward_hook(lambda *call: logits.append(call[-1])),
+        ]
         try:
-            logits = self.run(input_ids, attention_mask).logits
+            output = self.run(input_ids, attention_mask)
         finally:
-            hook.remove()
-        if self._head_is_last is None:
-            with torch.no_grad():
-                self._head_is_last = torch.equal(logits, head(states[0][:, :1]))
+            for hook in hooks:
+                hook.remove()
+        self._head_is_last = output.logits is logits[0]
         return states[0]
+
+    def places(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the tokens whose log-probs are computed, long `[tokens]`: one at least, since every
+        weight must take part for data parallelism."""
+        rows, columns = targets[:, 1:].nonzero(as_tuple=True)
+        if len(rows) == 0:
+            rows = columns = targets.new_zeros(1, dtype=torch.long)
+        return rows, columns + 1
 
     def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, temperature, with_entropy: bool):
         """Log-probs (and entropies) of the targets from the states that predict them, `CHUNK` logits at a time; in the
         backward pass logits are computed again."""
-        targets = targets.clone()
-        targets[:, 0] = False
-        wanted = targets.clone()
-        targets[0, -1] |= ~targets.any()  # every weight takes part, as data parallelism expects
-        head = self.transformer.get_output_embeddings()
-        states, ids = hidden[targets.roll(-1, dims=1)], input_ids[targets]
+        head, (rows, columns) = self.transformer.get_output_embeddings(), self.places(targets)
+        states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
 
-        def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             logits = head(states)
+            log_probs = next_log_probs(logits, ids, temperature)
+            if not with_entropy:
+                return (log_probs,)
             with torch.no_grad():
-                entropies = entropy(logits, temperature) if with_entropy else None
-            return next_log_probs(logits, ids, temperature), entropies
+                return log_probs, entropy(logits, temperature)
 
-        rows = max(CHUNK // self.config.get_text_config().vocab_size, 1)
-        if len(ids) > rows and torch.is_grad_enabled():
+        length = max(CHUNK // self.config.get_text_config().vocab_size, 1)
+        if len(ids) > length and torch.is_grad_enabled():
             measure = partial(checkpoint, measure, use_reentrant=False)
-        parts = [measure(*part) for part in zip(states.split(rows), ids.split(rows), strict=True)]
+        parts = [measure(*part) for part in zip(states.split(length), ids.split(length), strict=True)]
         outputs = []
         for column in zip(*parts, strict=True):
-            if column[0] is not None:
-                placed = torch.zeros(input_ids.shape, dtype=column[0].dtype, device=input_ids.device)
-                placed[targets] = torch.cat(column)
-                outputs.append(placed * wanted)
+            placed = torch.zeros(input_ids.shape, dtype=column[0].dtype, device=input_ids.device)
+            placed[rows, columns] = torch.cat(column)
+            outputs.append(placed * targets)
         return tuple(outputs) if with_entropy else outputs[0]
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:

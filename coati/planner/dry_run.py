@@ -111,6 +111,16 @@ def _moments(workload: Workload, layers: int | None) -> dict[str, Counter[Item]]
     return worst
 
 
+class _PlannedActor(Actor):
+    """An actor that is told how many targets a row has: those of a mask without data can't be counted."""
+
+    targets_per_row = 0
+
+    def places(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = targets.new_zeros(2, len(targets) * self.targets_per_row, dtype=torch.long)
+        return rows, columns
+
+
 class _DryRun:
     """The models of one rank, and the phases they go through."""
 
@@ -121,31 +131,45 @@ class _DryRun:
 
     def sft(self):
         c = self.config
-        model = self.replica("model", Actor, self.accumulates(c.batch_size))
-        self.learn(model, c.micro_batch_size, c.max_length, lambda m, ids, mask: m(ids, mask))
+        model = self.replica("model", _PlannedActor, self.accumulates(c.batch_size))
+        self.learn(model, c.micro_batch_size, c.max_length, self.log_probs(c.max_length))
         if c.eval_data:
             self.generate(self.speaker(model), c.samples, c.max_length, c.max_new_tokens, "sample answers")
 
     def reward(self):
         c = self.config
         model = self.replica("model", RewardModel, self.accumulates(c.batch_size))
-        self.learn(model, 2 * c.micro_batch_size, c.max_length, lambda m, ids, mask: m(ids, mask))
+        self.learn(model, 2 * c.micro_batch_size, c.max_length, scores)
 
     def ppo(self):
         c, rows = self.config, self.config.micro_batch_size
         seq = c.max_prompt_length + c.max_new_tokens
         accumulates = self.accumulates(c.batch_size // c.minibatches)
-        actor = self.replica("actor", Actor, accumulates or bool(c.ptx_data))
+        actor = self.replica("actor", _PlannedActor, accumulates or bool(c.ptx_data))
         critic = self.replica("critic", Critic, accumulates)
-        reference = self.replica("reference", Actor) if "reference" in self.workload.shapes else None
+        reference = self.replica("reference", _PlannedActor) if "reference" in self.workload.shapes else None
         scorer = self.replica("reward model", RewardModel) if "reward model" in self.workload.shapes else None
         answers = min(c.generation_batch_size, c.batch_size // self.sizes.data)
         self.generate(self.speaker(actor), answers, c.max_prompt_length, c.max_new_tokens, "generate")
-        for model, phase in ((scorer, "score"), (actor, "evaluate"), (reference, "evaluate"), (critic, "evaluate")):
+        log_probs = self.log_probs(c.max_new_tokens)
+        for model, forward in ((actor, log_probs), (reference, log_probs), (critic, scores)):
             if model:
-                self.evaluate(model, rows, seq, phase)
-        self.learn(critic, rows, seq, lambda m, ids, mask: m(ids, mask))
-        self.learn(actor, rows, seq, lambda m, ids, mask: m(ids, mask, with_entropy=True)[0])
+                self.evaluate(model, rows, seq, "evaluate", forward)
+        if scorer:
+            self.evaluate(scorer, rows, seq, "score", scores)
+        self.learn(critic, rows, seq, scores)
+        self.learn(actor, rows, seq, self.log_probs(c.max_new_tokens, with_entropy=True))
+
+    def log_probs(self, targets_per_row: int, **options) -> Callable:
+        """An actor's forward pass. One that is split over processes gives the log-probs of all tokens."""
+
+        def forward(module: _PlannedActor, ids: torch.Tensor, mask: torch.Tensor):
+            module.targets_per_row = targets_per_row
+            targets = mask if self.config.model_parallel_size == 1 else None
+            output = module(ids, mask, targets=targets, **options)
+            return output[0] if options else output
+
+        return forward
 
     def accumulates(self, rows: int) -> bool:
         return rows // self.sizes.data > self.config.micro_batch_size
@@ -213,11 +237,11 @@ class _DryRun:
         replica.step()
 
     @torch.no_grad()
-    def evaluate(self, replica: Replica, rows: int, seq: int, phase: str):
+    def evaluate(self, replica: Replica, rows: int, seq: int, phase: str, forward: Callable):
         """A forward pass."""
         self.live.moment(phase)
         with self.live, replica.computing(whole=phase == "score"):
-            replica.module(*self.inputs(rows, seq))
+            forward(replica.module, *self.inputs(rows, seq))
 
     @torch.no_grad()
     def generate(self, replica: Replica, rows: int, prompt: int, new: int, phase: str):
@@ -243,6 +267,10 @@ class _DryRun:
             _draw(output.logits[:, -1])
         for part in training:
             part.training = True
+
+
+def scores(module: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return module(ids, mask)
 
 
 def _make_fake(module: nn.Module):
