@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+# files of tests shared out to two processes, in their order: the long ones come first
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install quickstart test test-slurm trl test-all mutation bench lint format typecheck clean
 .DEFAULT_GOAL := help
@@ -22,7 +24,7 @@ quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two
 	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
 
 test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or SLURM
-	$(PYTEST) -m "not slow and not gpu and not slurm"
+	$(PYTEST) $(TWO) -m "not slow and not gpu and not slurm"
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh

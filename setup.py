@@ -39,6 +39,8 @@ setup(
         "packaging>=23",
         "psutil>=5.9",
     ],
-    extras_require={"dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"]},
+    extras_require={
+        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+    },
     entry_points={"console_scripts": ["coati = coati.cli:main"]},
 )

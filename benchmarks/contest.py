@@ -38,7 +38,8 @@ def serve(prepare: Callable[[dict], Callable[[], int]]):
     """In a contender's process: does the work whenever a line comes, and says how long it took.
 
     Args:
-        prepare: from the settings to a function that does the work once and returns how much it was (tokens, samples).
+        prepare: from the settings to a function that does the work once and returns how much it was (tokens, samples),
+            or that and the seconds and CPU seconds it took, if not all of its time counts.
     """
     work = prepare(json.loads(sys.argv[-1]))
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -47,6 +48,8 @@ def serve(prepare: Callable[[dict], Callable[[], int]]):
         cpu, started = time.process_time(), time.perf_counter()
         amount = work()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        if isinstance(amount, tuple):
+            amount, seconds, cpu = amount
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
         print(json.dumps({"amount": amount, "seconds": seconds, "cpu": cpu, "peak_mib": peak / 1024}), flush=True)
 
@@ -72,6 +75,7 @@ def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[s
     finally:
         for worker in workers.values():
             worker.kill()
+            worker.wait()
     return {name: _summary(found[1:]) for name, found in turns.items()}
 
 

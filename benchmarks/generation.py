@@ -31,9 +31,12 @@ def limits_of(case: str) -> list[int]:
     if case != "log-normal":
         batch, new = map(int, case.split("-")[1:])
         return [new] * batch
-    sigma = 0.8
-    lengths = np.random.default_rng(0).lognormal(np.log(58) - sigma**2 / 2, sigma, 128)
-    return np.clip(lengths.round(), 1, 256).astype(int).tolist()
+    return np.clip(log_normal(128, 58, 0.8), 1, 256).tolist()
+
+
+def log_normal(count: int, mean: float, sigma: float) -> np.ndarray:
+    """Lengths with that mean, int64 `[count]`."""
+    return np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count).round().astype(int)
 
 
 def make_model(settings: dict):

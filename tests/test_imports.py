@@ -94,7 +94,7 @@ def test_no_function_is_longer_than_80_lines():
 
 def test_the_framework_stays_small():
     """Lines that aren't blank, docstrings included: 5,000 for SFT, reward models and PPO under every plugin, 500 for
-    the settings of rewards, the shared trunk and the guards of a run's health, 400 for fast rollouts and log-probs.
+    the settings of rewards, the shared trunk and the guards of a run's health, 600 for fast rollouts, log-probs and batches.
     What splits one model over processes, starts and watches them, and plans their memory comes on top, and so do TRL's
     classes and rewards from elsewhere."""
     more = {"decoders", "hybrid", "layout", "pipeline", "planner", "policy", "run", "sequence", "tensor", "watch"}
@@ -102,8 +102,8 @@ def test_the_framework_stays_small():
     more |= {"adapter", "best_of", "classifier", "http"}
     lines = {p: sum(bool(line.strip()) for line in p.read_text().splitlines()) for p in FILES}
     core = sum(n for p, n in lines.items() if p.stem not in more and p.parent.name not in more)
-    assert core < 5900, f"coati/ has {core} lines without {', '.join(sorted(more))}"
-    assert sum(lines.values()) < 8900, f"coati/ has {sum(lines.values())} lines"
+    assert core < 6100, f"coati/ has {core} lines without {', '.join(sorted(more))}"
+    assert sum(lines.values()) < 9000, f"coati/ has {sum(lines.values())} lines"
 
 
 def test_importing_coati_pulls_in_neither_torch_nor_transformers():

@@ -90,38 +90,18 @@ def _cases() -> list[Case]:
 
 
 def write_world(folder: Path, size: dict):
-    """A tokenizer of one token a word, models with random weights, and rows of nearly the greatest length, those of SFT
-    nearly all answer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    """Models, and rows of nearly the greatest length, those of SFT nearly all answer."""
+    from benchmarks.world import words, write_models, write_rows
 
-    from coati.models import Actor, RewardModel
-
-    folder.mkdir(parents=True)
-    words = ["<bos>", "<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(size["vocab_size"] - 4))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    config = LlamaConfig(**size, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.save_pretrained(folder / "shape")
-    torch.manual_seed(0)
-    for name, model_class in (("policy", Actor), ("scorer", RewardModel)):
-        model_class(config=config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-
-    def text(start: int, count: int) -> str:
-        return " ".join(f"w{(start * 31 + i) % 1000}" for i in range(count))
-
+    write_models(folder, size)
     rows = {"sft": [], "preference": [], "prompts": []}
     for i in range(96):
-        prompt, answer = text(i, 140 if i % 2 else 110), text(i + 1, 120)
-        rows["sft"].append({"prompt": text(i, 8), "completion": text(i + 1, 250 if i % 2 else 220)})
-        rows["preference"].append({"prompt": prompt, "chosen": answer, "rejected": text(i + 2, 119)})
+        prompt, answer = words(i, 140 if i % 2 else 110), words(i + 1, 120)
+        rows["sft"].append({"prompt": words(i, 8), "completion": words(i + 1, 250 if i % 2 else 220)})
+        rows["preference"].append({"prompt": prompt, "chosen": answer, "rejected": words(i + 2, 119)})
         rows["prompts"].append({"prompt": prompt})
     for kind, kept in rows.items():
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(folder / f"{kind}.jsonl", kept)
 
 
 def world(folder: Path, size: dict) -> dict[str, str]:

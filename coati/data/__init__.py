@@ -10,7 +10,7 @@ from coati.data.config import DataConfig
 from coati.data.dataset import TokenisedDataset, build_dataset
 from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, parse_record
 from coati.data.report import ValidationReport
-from coati.data.sampling import BatchSampler, deal
+from coati.data.sampling import BatchSampler, cut, deal
 from coati.data.sources import load_rows
 from coati.data.templates import prepare_tokenizer
 from coati.data.tokenise import PreferenceSample, PromptSample, TokenSequence, TooLong, tokenise
@@ -32,6 +32,7 @@ __all__ = [
     "build_dataset",
     "collate_preference",
     "collate_sft",
+    "cut",
     "deal",
     "load_rows",
     "parse_record",

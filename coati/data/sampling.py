@@ -114,16 +114,35 @@ class BatchSampler:
 
 
 def deal(
-    batch: Sequence[int], lengths: Sequence[int], rank: int, world_size: int, micro_batch_size: int
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
     """This rank's micro-batches of a global batch.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
-    the same number of micro-batches. Raises `UserError` when the ranks cannot get equally many rows.
+    the same number of micro-batches, see `cut`. Raises `UserError` when the ranks cannot get equally many rows.
     """
     if len(batch) % world_size:
         raise UserError(f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either.")
     if micro_batch_size < 1:
         raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
-    mine = sorted(batch, key=lambda row: lengths[row])[rank::world_size]
-    return [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+    rows = sorted(batch, key=lambda row: lengths[row])
+    mine, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
+    return [mine[part] for part in cut(widths, micro_batch_size, max_tokens)]
+
+
+def cut(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
+    """Micro-batches of rows that are sorted by length: of `micro_batch_size` rows each, or, given `max_tokens`, of as
+    many as have no more tokens together with their padding (one row at least)."""
+    if max_tokens is None:
+        return [slice(i, i + micro_batch_size) for i in range(0, len(lengths), micro_batch_size)]
+    parts, start = [], 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - start) * max(lengths[start], lengths[end]) > max_tokens:
+            parts.append(slice(start, end))
+            start = end
+    return parts

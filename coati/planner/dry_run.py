@@ -132,17 +132,17 @@ class _DryRun:
     def sft(self):
         c = self.config
         model = self.replica("model", _PlannedActor, self.accumulates(c.batch_size))
-        self.learn(model, c.micro_batch_size, c.max_length, self.log_probs(c.max_length))
+        self.learn(model, c.rows_per_pass, c.max_length, self.log_probs(c.max_length))
         if c.eval_data:
             self.generate(self.speaker(model), c.samples, c.max_length, c.max_new_tokens, "sample answers")
 
     def reward(self):
         c = self.config
         model = self.replica("model", RewardModel, self.accumulates(c.batch_size))
-        self.learn(model, 2 * c.micro_batch_size, c.max_length, scores)
+        self.learn(model, 2 * c.rows_per_pass, c.max_length, scores)
 
     def ppo(self):
-        c, rows = self.config, self.config.micro_batch_size
+        c, rows = self.config, self.config.rows_per_pass
         seq = c.max_prompt_length + c.max_new_tokens
         accumulates = self.accumulates(c.batch_size // c.minibatches)
         actor = self.replica("actor", _PlannedActor, accumulates or bool(c.ptx_data))
@@ -172,7 +172,7 @@ class _DryRun:
         return forward
 
     def accumulates(self, rows: int) -> bool:
-        return rows // self.sizes.data > self.config.micro_batch_size
+        return rows // self.sizes.data > self.config.rows_per_pass
 
     def replica(self, name: str, model_class: type[BaseModel], accumulates: bool | None = None, whole=False) -> Replica:
         """A model as this rank has it; `accumulates` is None for a frozen one, `whole` takes all pipeline stages."""

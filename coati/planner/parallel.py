@@ -75,7 +75,7 @@ def body(model: BaseModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 def micro_batches_in_flight(config, sizes: Sizes, stage: int) -> int:
     """Micro-batches whose activations a stage of the 1F1B schedule holds at once."""
     rows = config.batch_size // getattr(config, "minibatches", 1) // sizes.data
-    return max(1, min(sizes.pipeline - stage, rows // config.micro_batch_size))
+    return max(1, min(sizes.pipeline - stage, rows // config.rows_per_pass))
 
 
 def _cut(module: nn.Module, outputs: bool, parts: int):

@@ -77,7 +77,7 @@ def table(workload, found) -> str:
     rows.append(["sum", *(f"{n / GIB:.2f} " for n in (*sums, peak.total()))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     head = [workload.algorithm, f"{c.plugin} {c.precision}", f"{workload.gpus} x {device}"]
-    lines = [" · ".join([*head, f"micro-batch {c.micro_batch_size}"])]
+    lines = [" · ".join([*head, f"micro-batch {c.rows_per_pass}"])]
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))

@@ -52,12 +52,7 @@ class MicroBatches:
     """A rollout's rows for forward passes: those of like length together, without the padding that they don't need."""
 
     rollout: Rollout
-    rows: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, rollout: Rollout, size: int) -> "MicroBatches":
-        """Micro-batches of `size` rows, the longest first."""
-        return cls(rollout, rollout.attention_mask.sum(1).argsort(descending=True, stable=True).split(size))
+    rows: Sequence[list[int]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,7 +64,7 @@ class MicroBatches:
     def mask(self) -> Tensor:
         """Which rows of the rollout are there, bool `[batch]`."""
         mask = torch.zeros(len(self.rollout.input_ids), dtype=torch.bool, device=self.rollout.input_ids.device)
-        mask[torch.cat(self.rows)] = True
+        mask[[row for rows in self.rows for row in rows]] = True
         return mask
 
     def __iter__(self) -> Iterator[Rollout]:

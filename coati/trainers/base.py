@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
+from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
 from coati.errors import UserError
 from coati.models.base import BaseModel
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
@@ -55,6 +55,7 @@ class Trainer:
     Attributes:
         algorithm: the stage's name in logs and reports.
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
+        rows_per_sample: what the model reads of a sample; 2 for pairs.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         step: optimiser steps (PPO: iterations) done.
         skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
@@ -62,6 +63,7 @@ class Trainer:
 
     algorithm: str
     headline: tuple[str, bool]
+    rows_per_sample = 1
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -197,7 +199,8 @@ class Trainer:
                 loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
                 targets = part.targets(batch) if part.targets else None
                 tasks.append((self.inputs(batch, targets) | part.options, loss_of))
-        metrics = self.communicator.sum_metrics(engine.learn(tasks))
+        masks = [inputs["attention_mask"] for inputs, _ in tasks]
+        metrics = self.communicator.sum_metrics(engine.learn(tasks)) | self.padding(masks)
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)
         if engine.skipped:
@@ -213,6 +216,18 @@ class Trainer:
                 f"{self.config.max_skipped_steps}): lower the learning rate or use a wider precision; "
                 f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
             )
+
+    def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of a global batch."""
+        c, ranks = self.config, self.communicator
+        budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
+        return deal(rows, lengths, ranks.rank, ranks.world_size, c.micro_batch_size, budget)
+
+    def padding(self, masks: Sequence[Tensor]) -> dict[str, float]:
+        """Over all ranks, the share of padding in what the model reads."""
+        tokens = torch.stack([mask.sum() for mask in masks]).sum()
+        tokens, places = self.communicator.sum(torch.stack([tokens, tokens.new_tensor(sum(map(Tensor.numel, masks)))]))
+        return {"padding_share": 1 - tokens.item() / places.item()}
 
     def learning_rate(self, peak: float) -> float:
         """The learning rate of the step being done: a function of the step alone, so nothing of it is stored."""

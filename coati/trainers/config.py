@@ -42,6 +42,9 @@ class RunConfig:
     epochs: float = option(1.0, "passes over the data, when --steps is 0")
     batch_size: int = option(64, "rows of one step over all processes and micro-batches")
     micro_batch_size: int = option(8, "rows of one forward and backward pass on one process")
+    max_tokens_per_batch: int | None = option(
+        None, "tokens of one forward and backward pass on one process, padding included, instead of --micro_batch_size"
+    )
     learning_rate: float = option(1e-5, "AdamW's peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "how it falls to --final_rate after warm-up")
     warmup: float = option(0.03, "share of the steps over which it rises from 0")
@@ -67,3 +70,24 @@ class RunConfig:
 @dataclass
 class TrainerConfig(ModelConfig, DataConfig, PluginConfig, TrackingConfig, RunConfig):
     """Everything that SFT, reward-model and PPO runs have in common."""
+
+    def check(self, world_size: int):
+        """Raises UserError for sizes that don't fit together."""
+        super().check(world_size)
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.longest_row:
+            raise UserError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, but a row (of preferences: a pair) can have "
+                f"{self.longest_row} tokens: raise it, or allow shorter rows"
+            )
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens that are trained together: a row, or a pair of them."""
+        return self.max_length
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of the longest kind in one forward and backward pass."""
+        if self.max_tokens_per_batch is None:
+            return self.micro_batch_size
+        return self.max_tokens_per_batch // self.longest_row

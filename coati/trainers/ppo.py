@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from coati.config import option
-from coati.data import BatchSampler, collate_sft, deal
+from coati.data import BatchSampler, collate_sft, cut
 from coati.errors import UserError
 from coati.losses import (
     adapt_kl_coefficient,
@@ -84,6 +84,11 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
     ptx_coefficient: float = option(0.0, "weight of that loss")
     generation_batch_size: int = option(64, "answers drawn at a time on one process")
     max_rollout_kl: float = option(0.1, "stop when sampling and training disagree by more than this, nats a token")
+
+    @property
+    def longest_row(self) -> int:
+        answered = self.max_prompt_length + self.max_new_tokens
+        return max(answered, self.max_length) if self.ptx_data else answered
 
     def check(self, world_size: int):
         super().check(world_size)
@@ -250,7 +255,8 @@ class PPOTrainer(Trainer):
         In fp32 the policy's log-probs are those at sampling, up to rounding: one micro-batch is computed again to show
         it. In lower precision and on a sharded model they round differently, and all are.
         """
-        c, batches = self.config, MicroBatches.of(rollout, self.config.micro_batch_size)
+        c = self.config
+        batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask))
         same = resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and not c.shared_trunk
         checked = batches.only(self.step % len(batches)) if same else batches
         options = {"temperature": self.temperature}
@@ -327,9 +333,18 @@ class PPOTrainer(Trainer):
     def minibatch(self, experience: Experience, m: int) -> list[Experience]:
         """This rank's micro-batches of minibatch `m`, rows of like length together."""
         size = len(experience) // self.config.minibatches
-        lengths = experience.attention_mask.sum(1).tolist()
-        rows = range(m * size, (m + 1) * size)
-        return [experience.rows(index) for index in deal(rows, lengths, 0, 1, self.config.micro_batch_size)]
+        start = m * size
+        parts = self.of_like_length(experience.attention_mask[start : start + size])
+        return [experience.rows([start + i for i in part]) for part in parts]
+
+    def of_like_length(self, masks: Tensor) -> list[list[int]]:
+        """Micro-batches of this rank's rows, the longest first; the same number on every rank."""
+        c, lengths = self.config, masks.sum(1).tolist()
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        widths = [lengths[i] for i in order]
+        if c.max_tokens_per_batch is not None:
+            widths = [max(ranks) for ranks in zip(*self.communicator.gather(widths), strict=True)]
+        return [order[part] for part in cut(widths, c.micro_batch_size, c.max_tokens_per_batch)]
 
     def update_policy(self, batches: list[Experience], rate: float, step: int) -> dict[str, float]:
         """One step of the policy, and of the value head if they share a trunk."""
@@ -380,9 +395,7 @@ class PPOTrainer(Trainer):
 
     def ptx_batches(self, step: int) -> list:
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has answers."""
-        c, data = self.config, self.ptx_data
-        rows = self.ptx_sampler.batch(step)
-        dealt = deal(rows, data.lengths, self.communicator.rank, self.communicator.world_size, c.micro_batch_size)
+        data, dealt = self.ptx_data, self.deal(self.ptx_sampler.batch(step), self.ptx_data.lengths)
         return [collate_sft([data[i] for i in index], self.pad_id).to(self.runtime.device) for index in dealt]
 
     # --- evaluation and state

@@ -25,12 +25,17 @@ class RewardConfig(TrainerConfig):
     label_smoothing: float = option(0.0, "share of the pairs taken to be labelled the wrong way round")
     centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero")
 
+    @property
+    def longest_row(self) -> int:
+        return 2 * self.max_length
+
 
 class RewardTrainer(SupervisedTrainer):
     """Trains a `RewardModel` on pairs."""
 
     algorithm, kind, model_class = "reward", "preference", RewardModel
     headline = ("accuracy", True)
+    rows_per_sample = 2
 
     def collate(self, samples):
         return collate_preference(samples, self.pad_id)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.data import deal
 from coati.models.base import BaseModel
 from coati.trainers.base import LossPart, Trainer
 
@@ -48,10 +47,9 @@ class SupervisedTrainer(Trainer):
         return None
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
-        c, rows = self.config, self.batches.batch(step)
-        dealt = deal(rows, self.data.lengths, self.communicator.rank, self.communicator.world_size, c.micro_batch_size)
+        dealt = self.deal(self.batches.batch(step), self.data.lengths)
         micro_batches = [self.load(self.data, index) for index in dealt]
-        rate = self.learning_rate(c.learning_rate)
+        rate = self.learning_rate(self.config.learning_rate)
         part = LossPart(micro_batches, self.count, self.loss, targets=self.targets)
         metrics = self.optimise(self.engines["model"], [part], rate)
         tokens = self.communicator.sum(sum(int(b.attention_mask.sum()) for b in micro_batches))
@@ -69,17 +67,15 @@ class SupervisedTrainer(Trainer):
         Every rank gets the same number of batches, for plugins that communicate in the forward pass; missing rows are
         filled with copies that are not real.
         """
-        size, world = self.config.micro_batch_size, self.communicator.world_size
-        order = sorted(range(len(self.eval_data)), key=lambda i: int(self.eval_data.lengths[i]))
-        filler = -len(order) % (size * world)
-        rows = [(i, True) for i in order] + [(order[-1], False)] * filler
-        mine = rows[self.communicator.rank :: world]
-        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-        batches = [self.load(self.eval_data, [i for i, _ in chunk]) for chunk in chunks]
+        rows, lengths = len(self.eval_data), list(self.eval_data.lengths)
+        filler = -rows % self.communicator.world_size
+        chunks = self.deal(range(rows + filler), lengths + [max(lengths)] * filler)
+        copied = lengths.index(max(lengths))
+        batches = [self.load(self.eval_data, [i if i < rows else copied for i in chunk]) for chunk in chunks]
         engine = self.engines["model"]
         engine.model.eval()
         outputs = engine.forward_all([self.inputs(batch, self.targets(batch)) for batch in batches])
         engine.model.train()
         for output, batch, chunk in zip(outputs, batches, chunks, strict=True):
-            real = torch.tensor([kept for _, kept in chunk], device=self.runtime.device)
-            yield output, batch, real, [i for i, _ in chunk]
+            real = torch.tensor([i < rows for i in chunk], device=self.runtime.device)
+            yield output, batch, real, [i for i in chunk if i < rows]

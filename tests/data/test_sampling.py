@@ -1,5 +1,6 @@
 """The stream of batches: complete, fresh each epoch, addressable, weighted, bucketed, shared out evenly."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_ranks_share_out_the_same_global_batch(world_size):
     assert sorted(row for rank in dealt for micro in rank for row in micro) == sorted(batch)
     assert len({len(rank) for rank in dealt}) == 1
     assert all(len(micro) <= 3 for rank in dealt for micro in rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@given(lengths=st.lists(st.integers(1, 50), min_size=8, max_size=40), max_tokens=st.integers(50, 200))
+def test_micro_batches_keep_to_a_budget_of_tokens(world_size, lengths, max_tokens):
+    rows = range(len(lengths) // world_size * world_size)
+    dealt = [deal(rows, lengths, rank, world_size, 1, max_tokens) for rank in range(world_size)]
+    assert sorted(row for rank in dealt for micro in rank for row in micro) == list(rows)
+    assert len({len(rank) for rank in dealt}) == 1
+    for rank in dealt:
+        tokens = [len(micro) * max(lengths[row] for row in micro) for micro in rank]
+        assert max(tokens) <= max_tokens
+    for micro, other in itertools.pairwise(dealt[-1]):  # the last rank has each block's longest row
+        assert (len(micro) + 1) * lengths[other[0]] > max_tokens  # one more row would not have fitted
 
 
 def test_ranks_get_like_work():

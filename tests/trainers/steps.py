@@ -34,6 +34,7 @@ class Variation:
         order: the batch's rows, permuted.
         left, right: columns of padding added to every batch of tensors that the trainer makes.
         micro_batch_size: rows of one forward and backward pass.
+        max_rows: of the longest kind in one pass, by its tokens; None to count rows alone.
         bucketed: rows of like length share a micro-batch, as they do by default.
     """
 
@@ -41,6 +42,7 @@ class Variation:
     left: int = 0
     right: int = 0
     micro_batch_size: int = BATCH
+    max_rows: int | None = None
     bucketed: bool = True
 
 
@@ -82,6 +84,8 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
     state = trainer.state()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(trainer.config, "micro_batch_size", variation.micro_batch_size)
+        if variation.max_rows:
+            patch.setattr(trainer.config, "max_tokens_per_batch", variation.max_rows * trainer.config.longest_row)
         _permute(trainer, variation, patch)
         _repad_and_deal(trainer, variation, patch)
         for name, engine in trainer.engines.items():
@@ -92,7 +96,8 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
             patch.setattr(trainer, "learn", lambda *a: (stack.enter_context(moved(trainer)), learn(*a))[1])
         metrics, tokens = trainer.train_step(step)
     trainer.load_state(state)
-    metrics = {name: value for name, value in metrics.items() if not name.startswith("seconds/")}
+    how = ("seconds/", "padding_share")
+    metrics = {name: value for name, value in metrics.items() if not name.startswith(how)}
     return metrics | {"tokens": tokens}, gradients
 
 
@@ -158,6 +163,13 @@ def _repad_and_deal(trainer, variation: Variation, patch):
                 patch.setattr(module, name, lambda rows, _, *a, f=function: f(rows, dict.fromkeys(rows, 0), *a))
     if hasattr(trainer, "answer"):
         answer, minibatch = trainer.answer, trainer.minibatch
+        if not variation.bucketed:
+            size = variation.micro_batch_size
+            patch.setattr(
+                trainer,
+                "of_like_length",
+                lambda masks: [list(range(len(masks)))[i : i + size] for i in range(0, len(masks), size)],
+            )
         # a rollout's padding is on the right by contract
         patch.setattr(trainer, "answer", lambda *a: padded(answer(*a), dataclasses.replace(variation, left=0)))
         patch.setattr(trainer, "minibatch", lambda *a: [padded(b, variation) for b in minibatch(*a)])

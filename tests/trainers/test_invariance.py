@@ -17,6 +17,7 @@ variations = st.builds(
     left=st.sampled_from([0, 1, 5]),
     right=st.sampled_from([0, 1, 5]),
     micro_batch_size=st.integers(1, BATCH),
+    max_rows=st.sampled_from([None, 1, 3]),
     bucketed=st.booleans(),
 )
 some = settings(

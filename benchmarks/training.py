@@ -1,0 +1,218 @@
+"""Training: coati beside TRL and a plain PyTorch loop.
+
+    python benchmarks/training.py                  # all cases; one JSON line
+    python benchmarks/training.py --save           # and writes benchmarks/results/training.json
+    python benchmarks/training.py --cases sft-log-normal --rounds 1
+
+TRL works in environments of its own, which `make trl` makes; without them it is left out. Everyone has the same model
+(a random Llama of 5.8 M parameters), rows of the same tokens, and steps of as many of them, in fp32.
+
+    sft-fixed, sft-log-normal          32 rows a step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
+    reward-fixed, reward-log-normal    8 pairs a step: of 256 tokens, of up to 512
+    ppo-fixed, ppo-shared              16 prompts of 32 tokens, responses of exactly 64, 4 epochs; separate critic, or
+                                       one trunk for policy and value (ours; TRL has two)
+    ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
+    ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.contest import RESULTS, Contender, contest, machine, serve
+from benchmarks.generation import MODEL, log_normal
+from benchmarks.world import PLAIN, words, write_models, write_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+LATEST = ROOT / ".venv-trl-1.16/bin/python"
+LAST_PPO = ROOT / ".venv-trl/bin/python"
+DATA_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload.
+
+    Attributes:
+        flags: of coati's training script, beside the common ones.
+        peers: by name, TRL's settings.
+        steps: optimiser steps (PPO: iterations) of a turn.
+        limits: tokens of each response (PPO).
+    """
+
+    algorithm: str
+    batch_size: int
+    micro_batch_size: int
+    steps: int
+    lengths: list[int]
+    flags: dict = field(default_factory=dict)
+    peers: dict[str, dict] = field(default_factory=dict)
+    loop: bool = False
+
+
+def cases() -> dict[str, Case]:
+    padded, packed = {"TRL, padded": {}}, {"TRL, packed": {"packing": True, "packing_strategy": "bfd"}}
+    grouped = {"TRL, grouped": {"train_sampling_strategy": "group_by_length"}}
+    uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
+    budget = {"max_tokens_per_batch": 4096}
+    even = [256] * DATA_ROWS
+    trl = {"TRL": {}}
+    return {
+        "sft-fixed": Case("sft", 32, 8, 2, even, {}, padded, loop=True),
+        "sft-log-normal": Case("sft", 32, 8, 4, uneven, budget, padded | grouped | packed),
+        "reward-fixed": Case("reward", 8, 8, 4, even, {}, trl, loop=True),
+        "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl),
+        "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4}, trl),
+        "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4, "shared_trunk": True}, trl),
+        "ppo-log-normal": Case("ppo", 64, 16, 1, np.clip(log_normal(64, 58, 0.8), 1, 256).tolist(), {}, trl),
+    }
+
+
+def prepare_coati(settings: dict):
+    """Steps of coati's real trainer."""
+    from coati.config import parse_config
+    from coati.parallel import launch
+    from coati.planner.report import config_classes
+    from coati.rollout import RolloutEngine
+    from coati.trainers.ppo import PPOTrainer
+    from coati.trainers.reward import RewardTrainer
+    from coati.trainers.sft import SFTTrainer
+
+    runtime = launch()
+    algorithm, limits = settings["algorithm"], settings["limits"]
+    config = parse_config(config_classes()[algorithm], settings["flags"])
+    if algorithm == "ppo":  # as far as its limit each, and not to an EOS
+        row = RolloutEngine.row
+
+        def limited(engine, i, request):
+            made = row(engine, i, request)
+            made.limit = limits[i]
+            return made
+
+        RolloutEngine.row = limited
+    trainer = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[algorithm](config, runtime)
+
+    def work() -> int:
+        amount = 0
+        for _ in range(settings["steps"]):
+            amount += trainer.train_step(trainer.step)[1]
+            trainer.step += 1
+        return settings["batch_size"] * settings["steps"] if algorithm == "ppo" else amount
+
+    return work
+
+
+def write_data(case: Case, folder: Path) -> dict[str, str]:
+    """The rows for coati as text and for TRL as the token ids that coati makes of them."""
+    paths = {"coati": str(folder / "rows.jsonl"), "peers": str(folder / "rows.json")}
+    bos, eos, overhead = 0, 1, 3  # BOS and EOS, and the prompt's one word
+    ids = lambda text: [int(word[1:]) + 4 for word in text.split()]  # noqa: E731
+    ours, theirs = [], []
+    for i, length in enumerate(case.lengths if case.algorithm != "ppo" else [32] * max(64, case.batch_size)):
+        if case.algorithm == "ppo":
+            prompt = words(i, length - 1)
+            ours.append({"prompt": prompt})
+            theirs.append([bos, *ids(prompt)])
+            continue
+        prompt, answer, other = words(i, 1), words(i + 1, length - overhead), words(i + 2, length - overhead)
+        chosen, rejected = ([bos, *ids(prompt), *ids(text), eos] for text in (answer, other))
+        if case.algorithm == "sft":
+            ours.append({"prompt": prompt, "completion": answer})
+            theirs.append({"input_ids": chosen, "completion_mask": [0, 0] + [1] * (length - 2)})
+        else:
+            ours.append({"prompt": prompt, "chosen": answer, "rejected": other})
+            theirs.append({"chosen_ids": chosen, "rejected_ids": rejected})
+    write_rows(Path(paths["coati"]), ours)
+    Path(paths["peers"]).write_text(json.dumps(theirs))
+    return paths
+
+
+def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
+    flags = dict(
+        train_data=rows,
+        model=str(folder / "policy"),
+        output_dir=str(folder / "run"),
+        cache_dir=str(folder / "cache"),
+        batch_size=case.batch_size,
+        micro_batch_size=case.micro_batch_size,
+        steps=100000,
+        progress="off",
+        learning_rate=1e-5,
+        max_length=512,
+        plugin="ddp",
+        precision="fp32",
+    )
+    if case.algorithm == "ppo":
+        longest = max(case.lengths)
+        flags |= dict(reward_model=str(folder / "scorer"), critic_model=str(folder / "scorer"), max_prompt_length=64)
+        flags |= dict(max_new_tokens=longest, min_new_tokens=longest, ppo_epochs=1, minibatches=1)
+    flags |= case.flags | changes
+    if flags.get("shared_trunk"):
+        del flags["critic_model"]
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    limits = case.lengths if case.algorithm == "ppo" else None
+    return dict(algorithm=case.algorithm, flags=arguments, steps=case.steps, batch_size=case.batch_size, limits=limits)
+
+
+def contenders(case: Case, folder: Path) -> list[Contender]:
+    rows = write_data(case, folder)
+    ours = Contender("coati", [sys.executable, __file__, "worker"], coati_settings(case, folder, rows["coati"], {}))
+    found = [ours]
+    common = dict(folder=str(folder), rows=rows["peers"], steps=case.steps, batch_size=case.batch_size)
+    common |= dict(micro_batch_size=case.micro_batch_size, max_length=max(case.lengths), algorithm=case.algorithm)
+    common |= dict(limits=case.lengths, ppo_epochs=case.flags.get("ppo_epochs", 1))
+    python = LAST_PPO if case.algorithm == "ppo" else LATEST
+    script = str(ROOT / "benchmarks/peers.py")
+    if python.exists():
+        for name, arguments in case.peers.items():
+            found.append(
+                Contender(name, [str(python), script], common | dict(peer=case.algorithm, arguments=arguments))
+            )
+    else:
+        print(f"{python} is missing: TRL is left out (`make trl` makes it)", file=sys.stderr)
+    if case.loop:
+        found.append(Contender("plain loop", [sys.executable, script], common | dict(peer="loop")))
+    return found
+
+
+def run_case(case: Case, rounds: int, threads: int, model: dict) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "world"
+        write_models(folder, MODEL | dict(max_position_embeddings=2048) | model, PLAIN)
+        found = contest(contenders(case, folder), rounds=rounds, threads=threads)
+    ours = found["coati"]
+    ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}
+    memory = {name: ours["peak_mib"] / other["peak_mib"] for name, other in found.items() if name != "coati"}
+    return {"ratios": ratios, "memory_ratios": memory, "contenders": found}
+
+
+def main():
+    if len(sys.argv) > 1 and sys.argv[1] == "worker":
+        return serve(prepare_coati)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(cases()), choices=list(cases()))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    found = {}
+    for name in options.cases:
+        found[name] = run_case(cases()[name], options.rounds, options.threads, options.model)
+        print(name, {k: round(v, 2) for k, v in found[name]["ratios"].items()}, file=sys.stderr)
+    result = {"machine": machine(options.threads), "model": MODEL | options.model, "cases": found}
+    print(json.dumps(result))
+    if options.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{options.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

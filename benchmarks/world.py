@@ -1,0 +1,43 @@
+"""Models with random weights and rows of known lengths, for benchmarks and for measuring memory."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+PIECES = ("policy", "scorer")
+PLAIN = (  # a dialogue with no words of the template's own
+    "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def words(start: int, count: int) -> str:
+    """Text of that many tokens for the tokenizer of `write_models`."""
+    return " ".join(f"w{(start * 31 + i) % 1000}" for i in range(count))
+
+
+def write_models(folder: Path, size: dict, template: str | None = None):
+    """A tokenizer of one token a word and two random Llamas: a policy and a reward model, in folders of these names."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from coati.models import Actor, RewardModel
+
+    folder.mkdir(parents=True)
+    vocabulary = ["<bos>", "<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(size["vocab_size"] - 4))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, chat_template=template)
+    settings = dict(max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2) | size
+    config = LlamaConfig(**settings)
+    config.save_pretrained(folder / "shape")
+    torch.manual_seed(0)
+    for name, model_class in zip(PIECES, (Actor, RewardModel), strict=True):
+        model_class(config=config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def write_rows(path: Path, rows: Iterable[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
