@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class SlotCache(Cache):
-    """Slots for `slots` rows of at most `length` tokens.
+    """Slots for `slots` rows, and `length` columns.
 
     Attributes:
         rows: how many slots are in use, the first ones.
@@ -22,8 +22,7 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int, length: int):
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))
-        # with columns to spare, moving everything to the left is rare
-        self.slots, self.length = slots, length + max(64, length // 4)
+        self.slots, self.length = slots, length
         self.rows, self.start, self.end = 0, 0, 0
 
     def place(self, prefilled: DynamicCache, chosen: list[int]):

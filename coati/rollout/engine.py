@@ -131,8 +131,10 @@ class RolloutEngine:
         # equal prompts become neighbours and are read once; like lengths share a batch
         waiting = self.prefill(sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt)))
         self.longest_prompt = max(len(row.request.prompt) for row in rows)
-        longest = max(len(row.request.prompt) + row.limit for row in rows)
-        self.cache = SlotCache(min(self.slots, len(rows)), longest)
+        length = self.longest_prompt + max(row.limit for row in rows)
+        if len(rows) > self.slots:  # with columns to spare, moving everything to the left is rare
+            length += max(64, length // 4)
+        self.cache = SlotCache(min(self.slots, len(rows)), length)
         self.cache.end = self.cache.start = self.longest_prompt
         self.rows: list[_Row] = []
         self.ready: deque[_Prefilled] = deque()
