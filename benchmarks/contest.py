@@ -27,11 +27,13 @@ class Contender:
     Attributes:
         command: starts it; it gets the settings as JSON in its last argument.
         settings: what `serve` hands on.
+        threads: of each of its processes, if not those of the contest.
     """
 
     name: str
     command: list[str]
     settings: dict = field(default_factory=dict)
+    threads: int | None = None
 
 
 def serve(prepare: Callable[[dict], Callable[[], int]]):
@@ -57,9 +59,9 @@ def serve(prepare: Callable[[dict], Callable[[], int]]):
 def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """By contender: the median rate (amount a second) of `rounds` turns after one to warm up, the spread, CPU seconds
     of a turn, and peak memory in MiB beyond what its model took before the first turn."""
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
     workers = {}
     for c in contenders:
+        environment = dict(os.environ, OMP_NUM_THREADS=str(c.threads or threads), TOKENIZERS_PARALLELISM="false")
         command = [*c.command, json.dumps(c.settings)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         workers[c.name] = subprocess.Popen(command, env=environment, **pipes)

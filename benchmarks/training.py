@@ -69,6 +69,7 @@ def cases() -> dict[str, Case]:
         "sft-log-normal": Case("sft", 32, 8, 4, uneven, budget, padded | grouped | packed),
         "reward-fixed": Case("reward", 8, 8, 4, even, {}, trl, loop=True),
         "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl),
+        "ranks": Case("reward", 8, 8, 4, even, {"plugin": "zero2"}),
         "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4}, trl),
         "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4, "shared_trunk": True}, trl),
         "ppo-log-normal": Case("ppo", 64, 16, 1, np.clip(log_normal(64, 58, 0.8), 1, 256).tolist(), {}, trl),
@@ -106,7 +107,13 @@ def prepare_coati(settings: dict):
             trainer.step += 1
         return settings["batch_size"] * settings["steps"] if algorithm == "ppo" else amount
 
-    return work
+    def work_together() -> int:
+        runtime.communicator.broadcast("go")
+        return work()
+
+    while not runtime.is_main:
+        work_together()
+    return work if runtime.world_size == 1 else work_together
 
 
 def write_data(case: Case, folder: Path) -> dict[str, str]:
@@ -145,7 +152,7 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
         steps=100000,
         progress="off",
         learning_rate=1e-5,
-        max_length=512,
+        max_length=max(512, *case.lengths),
         plugin="ddp",
         precision="fp32",
     )
@@ -164,6 +171,13 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
 def contenders(case: Case, folder: Path) -> list[Contender]:
     rows = write_data(case, folder)
     ours = Contender("coati", [sys.executable, __file__, "worker"], coati_settings(case, folder, rows["coati"], {}))
+    if case.flags.get("plugin") == "zero2":
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *ours.command[1:]]
+        settings = coati_settings(case, folder, rows["coati"], {"micro_batch_size": case.micro_batch_size // 2})
+        return [
+            Contender("coati", start, settings, threads=1),
+            Contender("coati, 1 process", ours.command, ours.settings),
+        ]
     found = [ours]
     common = dict(folder=str(folder), rows=rows["peers"], steps=case.steps, batch_size=case.batch_size)
     common |= dict(micro_batch_size=case.micro_batch_size, max_length=max(case.lengths), algorithm=case.algorithm)
@@ -185,7 +199,7 @@ def contenders(case: Case, folder: Path) -> list[Contender]:
 def run_case(case: Case, rounds: int, threads: int, model: dict) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "world"
-        write_models(folder, MODEL | dict(max_position_embeddings=2048) | model, PLAIN)
+        write_models(folder, MODEL | dict(max_position_embeddings=4096) | model, PLAIN)
         found = contest(contenders(case, folder), rounds=rounds, threads=threads)
     ours = found["coati"]
     ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}

@@ -94,9 +94,9 @@ def test_no_function_is_longer_than_80_lines():
 
 def test_the_framework_stays_small():
     """Lines that aren't blank, docstrings included: 5,000 for SFT, reward models and PPO under every plugin, 500 for
-    the settings of rewards, the shared trunk and the guards of a run's health, 600 for fast rollouts, log-probs and batches.
-    What splits one model over processes, starts and watches them, and plans their memory comes on top, and so do TRL's
-    classes and rewards from elsewhere."""
+    the settings of rewards, the shared trunk and the guards of a run's health, 600 for fast rollouts, log-probs and
+    batches. What splits one model over processes, starts and watches them, and plans their memory comes on top, and so
+    do TRL's classes and rewards from elsewhere."""
     more = {"decoders", "hybrid", "layout", "pipeline", "planner", "policy", "run", "sequence", "tensor", "watch"}
     more |= {"actor_critic", "reference", "value_head", "wrapper"}
     more |= {"adapter", "best_of", "classifier", "http"}

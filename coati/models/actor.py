@@ -1,7 +1,8 @@
 """The policy."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -116,6 +117,11 @@ class Actor(BaseModel):
         if self._keeps_logits:
             inputs["logits_to_keep"] = 1
         return self.model(**inputs).logits[:, -1]
+
+    @cached_property
+    def compiled_next_logits(self) -> Callable[..., Tensor]:
+        """`next_logits` by torch.compile, for batches and caches of any size."""
+        return torch.compile(self.next_logits, dynamic=True)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:

@@ -1,5 +1,6 @@
 """How responses are drawn."""
 
+import shutil
 from dataclasses import dataclass
 
 from coati.config import option
@@ -18,6 +19,10 @@ class GenerationConfig:
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest one's probability")
     repetition_penalty: float = option(1.0, "makes tokens that are there already less likely; 1 for no difference")
     stop: list[str] = option((), "texts that end a response, beside EOS")
+    compile_generation: bool = option(
+        False,
+        "torch.compile the step of a token: a minute at the start (on a CPU with g++ only), then 1.3 times as fast",
+    )
     num_beams: int = option(1, "beam search with that many beams instead of sampling")
 
     def check_generation(self):
@@ -26,3 +31,7 @@ class GenerationConfig:
             raise UserError("temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.compile_generation and not shutil.which("g++"):
+            raise UserError(
+                "compile_generation needs a C++ compiler, and g++ was not found: install it, or leave it out"
+            )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
+from coati.rollout.few_rows import quick_products
 from coati.rollout.prompts import pad_left
 from coati.rollout.sampling import Sampler
 
@@ -114,7 +115,8 @@ class RolloutEngine:
         training = self.model.training
         self.model.eval()
         try:
-            self.run(rows)
+            with quick_products(self.model):
+                self.run(rows)
         finally:
             self.model.train(training)
         return [row.completion for row in rows]
@@ -200,7 +202,8 @@ class RolloutEngine:
         columns = torch.arange(cache.start, cache.end + 1, device=self.device)
         mask = columns >= self.starts[:, None]
         tokens = torch.tensor([[row.completion.ids[-1]] for row in self.rows], device=self.device)
-        logits = self.model.next_logits(tokens, mask, cache.end - self.starts[:, None], cache)
+        next_logits = self.model.compiled_next_logits if self.config.compile_generation else self.model.next_logits
+        logits = next_logits(tokens, mask, cache.end - self.starts[:, None], cache)
         cache.end += 1
         self.retire(self.extend(self.rows, logits))
 

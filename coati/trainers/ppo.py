@@ -99,6 +99,8 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
                 f"batch_size {self.batch_size} is not a multiple of {unit} "
                 f"({self.minibatches} minibatches x {world_size} processes)"
             )
+        if self.compile_generation and (self.plugin == "gemini" or self.model_parallel_size > 1):
+            raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
         if self.num_beams > 1:
             raise UserError("PPO learns from samples: leave num_beams at 1")
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):

@@ -1,5 +1,7 @@
 """The rollout engine: transformers' tokens, whatever the neighbours, the slots and the order of arrival."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
+from coati.rollout.few_rows import FEWEST, MOST, quick_products
 from coati.rollout.sampling import Sampler, draw
 from tests.models.families import padded, tiny_config
 
@@ -168,3 +171,44 @@ def test_an_empty_prompt_is_named(actors):
     with pytest.raises(UserError, match="prompt 1 is empty"):
         complete(actors("llama"), [Request([3]), Request([])])
     assert complete(actors("llama"), []) == []
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_products_turned_round_change_no_token(actors, family, two_threads):
+    """With 30 rows at first, and fewer and fewer; afterwards the layers are as they were."""
+    actor, prompts = actors(family), some_prompts(30)
+    turned = []
+    with quick_products(actor):
+        layers = [m for m in actor.modules() if "forward" in vars(m)]
+        for layer in layers:
+            for rows in (1, FEWEST, MOST, MOST + 1):
+                x = torch.randn(rows, 1, layer.in_features)
+                turned.append(layer(x))
+                expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+                torch.testing.assert_close(turned[-1], expected, rtol=1e-5, atol=1e-6)
+    found = complete(actor, [Request(p) for p in prompts], temperature=0.0)
+    assert turned and [c.ids for c in found] == transformers_own(actor, prompts)
+    assert not [m for m in actor.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_step_gives_the_same_tokens(actors, family):
+    actor, prompts = actors(family), some_prompts(40)
+    found = complete(actor, [Request(p) for p in prompts], 7, temperature=0.0, compile_generation=True)
+    assert [c.ids for c in found] == transformers_own(actor, prompts)
+
+
+def test_compiling_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        GenerationConfig(compile_generation=True).check_generation()
