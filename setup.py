@@ -40,7 +40,15 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+        "dev": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ]
     },
     entry_points={"console_scripts": ["coati = coati.cli:main"]},
 )

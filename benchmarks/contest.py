@@ -41,24 +41,24 @@ def serve(prepare: Callable[[dict], Callable[[], int]]):
 
     Args:
         prepare: from the settings to a function that does the work once and returns how much it was (tokens, samples),
-            or that and the seconds and CPU seconds it took, if not all of its time counts.
+            or a dictionary with `amount`, and `seconds` and `cpu` where not all of its time counts, and `parts`, the
+            seconds of each.
     """
     work = prepare(json.loads(sys.argv[-1]))
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         cpu, started = time.process_time(), time.perf_counter()
-        amount = work()
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        if isinstance(amount, tuple):
-            amount, seconds, cpu = amount
+        done = work()
+        turn = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+        turn |= done if isinstance(done, dict) else {"amount": done}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
-        print(json.dumps({"amount": amount, "seconds": seconds, "cpu": cpu, "peak_mib": peak / 1024}), flush=True)
+        print(json.dumps(turn | {"peak_mib": peak / 1024}), flush=True)
 
 
-def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict[str, float]]:
+def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict]:
     """By contender: the median rate (amount a second) of `rounds` turns after one to warm up, the spread, CPU seconds
-    of a turn, and peak memory in MiB beyond what its model took before the first turn."""
+    of a turn, peak memory in MiB beyond what its model took before the first turn, and the seconds of its parts."""
     workers = {}
     for c in contenders:
         environment = dict(os.environ, OMP_NUM_THREADS=str(c.threads or threads), TOKENIZERS_PARALLELISM="false")
@@ -88,7 +88,7 @@ def _answer(worker: subprocess.Popen) -> dict:
     raise RuntimeError(f"{' '.join(worker.args[:-1])} ended: run it by hand to see why, with {worker.args[-1]!r}")
 
 
-def _summary(turns: list[dict]) -> dict[str, float]:
+def _summary(turns: list[dict]) -> dict:
     rates = [turn["amount"] / turn["seconds"] for turn in turns]
     return {
         "rate": statistics.median(rates),
@@ -96,6 +96,7 @@ def _summary(turns: list[dict]) -> dict[str, float]:
         "highest": max(rates),
         "cpu_seconds": statistics.median(turn["cpu"] for turn in turns),
         "peak_mib": max(turn["peak_mib"] for turn in turns),
+        "parts": {name: statistics.median(turn["parts"][name] for turn in turns) for name in turns[0].get("parts", {})},
     }
 
 

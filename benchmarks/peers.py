@@ -56,7 +56,7 @@ def timed(trainer, amount):
 
     def work():
         trainer.train()
-        return amount(), clock.seconds, clock.cpu_seconds
+        return {"amount": amount(), "seconds": clock.seconds, "cpu": clock.cpu_seconds}
 
     return work
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,14 +101,16 @@ def prepare_coati(settings: dict):
         RolloutEngine.row = limited
     trainer = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[algorithm](config, runtime)
 
-    def work() -> int:
-        amount = 0
+    def work() -> dict:
+        tokens, parts = 0, Counter()
         for _ in range(settings["steps"]):
-            amount += trainer.train_step(trainer.step)[1]
+            tokens += trainer.train_step(trainer.step)[1]
             trainer.step += 1
-        return settings["batch_size"] * settings["steps"] if algorithm == "ppo" else amount
+            parts.update(trainer.times if algorithm == "ppo" else {})
+        samples = settings["batch_size"] * settings["steps"]
+        return {"amount": samples if algorithm == "ppo" else tokens, "parts": parts}
 
-    def work_together() -> int:
+    def work_together() -> dict:
         runtime.communicator.broadcast("go")
         return work()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.generation import limits_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,3 +26,18 @@ def test_generation_is_a_contest_with_transformers():
 def test_lengths_are_those_of_the_issue():
     lengths = limits_of("log-normal")
     assert len(lengths) == 128 and 52 < sum(lengths) / 128 < 64 and max(lengths) <= 256
+
+
+def test_training_is_a_contest_with_a_plain_loop():
+    command = [sys.executable, "benchmarks/training.py", "--cases", "reward-fixed", "--rounds", "1", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    case = json.loads(done.stdout.splitlines()[-1])["cases"]["reward-fixed"]
+    ours, loop = case["contenders"]["coati"], case["contenders"]["plain loop"]
+    assert ours["rate"] > 0 and case["ratios"]["plain loop"] == ours["rate"] / loop["rate"]
+
+
+def test_the_page_holds_the_committed_figures():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert report.filled(page, report.read_results()) == page

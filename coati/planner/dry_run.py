@@ -152,11 +152,11 @@ class _DryRun:
         answers = min(c.generation_batch_size, c.batch_size // self.sizes.data)
         self.generate(self.speaker(actor), answers, c.max_prompt_length, c.max_new_tokens, "generate")
         log_probs = self.log_probs(c.max_new_tokens)
+        if scorer:
+            self.evaluate(scorer, rows, seq, "score", scores)
         for model, forward in ((actor, log_probs), (reference, log_probs), (critic, scores)):
             if model:
                 self.evaluate(model, rows, seq, "evaluate", forward)
-        if scorer:
-            self.evaluate(scorer, rows, seq, "score", scores)
         self.learn(critic, rows, seq, scores)
         self.learn(actor, rows, seq, self.log_probs(c.max_new_tokens, with_entropy=True))
 

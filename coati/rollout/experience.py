@@ -57,9 +57,11 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def only(self, i: int) -> "MicroBatches":
-        """The `i`-th alone."""
-        return replace(self, rows=self.rows[i : i + 1])
+    def sample(self, i: int) -> "MicroBatches":
+        """An eighth of one micro-batch; of all in turn, as `i` goes on."""
+        turn, which = divmod(i, len(self.rows))
+        rows = self.rows[which]
+        return replace(self, rows=[rows[turn % min(8, len(rows)) :: 8]])
 
     def mask(self) -> Tensor:
         """Which rows of the rollout are there, bool `[batch]`."""

@@ -254,13 +254,13 @@ class PPOTrainer(Trainer):
     def forward_passes(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`.
 
-        In fp32 the policy's log-probs are those at sampling, up to rounding: one micro-batch is computed again to show
+        In fp32 the policy's log-probs are those at sampling, up to rounding: a few rows are computed again to show
         it. In lower precision and on a sharded model they round differently, and all are.
         """
         c = self.config
         batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask))
         same = resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and not c.shared_trunk
-        checked = batches.only(self.step % len(batches)) if same else batches
+        checked = batches.sample(self.step) if same else batches
         options = {"temperature": self.temperature}
         outputs = self.actor.forward_all([self.inputs(b, b.response_mask) | options for b in checked])
         if c.shared_trunk:

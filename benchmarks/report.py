@@ -1,0 +1,166 @@
+"""Puts benchmarks/results/*.json into docs/performance.md: its tables and pictures.
+
+python benchmarks/report.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.contest import RESULTS
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+DOCS = RESULTS.parents[1] / "docs"
+# what the project asks of itself: the case, whose rate over whose, at least
+TARGETS = [
+    ("generation", "fixed-32-64", "", 1.8),
+    ("generation", "fixed-128-64", "", 2.0),
+    ("generation", "fixed-32-128", "", 1.8),
+    ("generation", "fixed-128-128", "", 2.0),
+    ("generation", "log-normal", "", 5.0),
+    ("training", "ppo-fixed", "TRL", 1.2),
+    ("training", "ppo-shared", "TRL", 1.8),
+    ("training", "ppo-log-normal", "TRL", 3.0),
+    ("training", "reward-log-normal", "TRL", 1.8),
+    ("training", "reward-fixed", "plain loop", 1 / 1.05),
+    ("training", "sft-log-normal", "TRL", 2.5),
+    ("training", "ranks", "coati, 1 process", 0.9),
+]
+COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
+
+
+def rates(result: dict) -> str:
+    """A row a contender: its rate, the spread, CPU seconds and memory; and ours over it."""
+    lines = [
+        "| case | contender | a second (spread) | ours over it | CPU s a turn | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, found in result["cases"].items():
+        ours = found["contenders"]["coati"]["rate"]
+        for name, x in found["contenders"].items():
+            ratio = "" if name == "coati" else f"{ours / x['rate']:.2f}"
+            spread = (
+                f"{x['rate']:,.0f} ({x['lowest']:,.0f} to {x['highest']:,.0f})"
+                if x["rate"] > 50
+                else (f"{x['rate']:.2f} ({x['lowest']:.2f} to {x['highest']:.2f})")
+            )
+            lines.append(f"| {case} | {name} | {spread} | {ratio} | {x['cpu_seconds']:.1f} | {x['peak_mib']:,.0f} |")
+    return "\n".join(lines)
+
+
+def targets(results: dict[str, dict]) -> str:
+    lines = ["| work | beside | at least | found |", "|---|---|---|---|"]
+    for kind, case, peer, least in TARGETS:
+        found = results[kind]["cases"].get(case)
+        if found is None:
+            continue
+        ratios = found["ratios"]
+        if kind == "generation":
+            cells = [f"{ratios['coati']:.2f}"] + [f"{ratios[n]:.2f} compiled" for n in ratios if n != "coati"]
+            shown, beside = ", ".join(cells), "`transformers.generate`, its best batch size"
+        else:  # of several settings of a peer, the best
+            names = [name for name in ratios if name.startswith(peer)]
+            beside = min(names, key=ratios.__getitem__)
+            shown = f"{ratios[beside]:.2f}"
+        lines.append(f"| {case} | {beside} | {least:.2f} | {shown} |")
+    return "\n".join(lines)
+
+
+def memory(result: dict) -> str:
+    lines = ["| case | peer | ours over it |", "|---|---|---|"]
+    for case, found in result["cases"].items():
+        lines += [f"| {case} | {name} | {ratio:.2f} |" for name, ratio in found["memory_ratios"].items()]
+    return "\n".join(lines)
+
+
+def machine(result: dict) -> str:
+    m = result["machine"]
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads; "
+        f"torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}"
+    )
+
+
+def draw_scaling(result: dict):
+    """Tokens a second and peak memory, over each axis."""
+    axes = result["axes"]
+    figure, plots = pyplot.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False)
+    for column, (axis, points) in enumerate(axes.items()):
+        for row, (key, label) in enumerate((("rate", "tokens a second"), ("peak_mib", "peak memory, MiB"))):
+            plot = plots[row][column]
+            names = next(iter(points.values()))["contenders"]
+            for i, name in enumerate(names):
+                name_of = {
+                    v: next(k for k in found["contenders"] if k.split(", b")[0] == name.split(", b")[0])
+                    for v, found in points.items()
+                }
+                values = [points[v]["contenders"][name_of[v]][key] for v in points]
+                plot.plot([int(v) for v in points], values, "o-", label=name.split(", b")[0], color=COLOURS[i])
+            plot.set(xscale="log", ylim=(0, None), xlabel=axis, ylabel=label)
+            plot.set_xticks([int(v) for v in points], points)
+            plot.minorticks_off()
+            plot.legend(frameon=False, fontsize=8)
+    save(figure, "scaling")
+
+
+def draw_parts(result: dict):
+    """Where the time of a PPO iteration goes."""
+    cases = {n: x["contenders"]["coati"]["parts"] for n, x in result["cases"].items() if n.startswith("ppo")}
+    figure, plot = pyplot.subplots(figsize=(7, 0.6 * len(cases) + 1))
+    for y, (name, parts) in enumerate(cases.items()):
+        left = 0.0
+        for colour, (part, seconds) in zip(COLOURS, parts.items(), strict=False):
+            label = part.removeprefix("seconds/") if y == 0 else None
+            plot.barh(name, seconds, left=left, color=colour, label=label, height=0.6)
+            left += seconds
+    plot.set(xlabel="seconds of an iteration")
+    plot.invert_yaxis()
+    plot.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    save(figure, "ppo-time")
+
+
+def save(figure, name: str):
+    figure.tight_layout()
+    figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with a text between its two marks."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(start)
+    if end not in rest:
+        raise ValueError(f"docs/performance.md has no {start} ... {end}")
+    return f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
+def read_results() -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def filled(page: str, results: dict[str, dict]) -> str:
+    """The page with all tables."""
+    page = fill(page, "machine", machine(results["training"]))
+    page = fill(page, "targets", targets(results))
+    page = fill(page, "generation", rates(results["generation"]))
+    page = fill(page, "training", rates(results["training"]))
+    return fill(page, "memory", memory(results["memory"]))
+
+
+def main():
+    matplotlib.rcParams["svg.hashsalt"] = "coati"
+    results = read_results()
+    path = DOCS / "performance.md"
+    path.write_text(filled(path.read_text(), results))
+    draw_scaling(results["scaling"])
+    draw_parts(results["training"])
+
+
+if __name__ == "__main__":
+    main()
