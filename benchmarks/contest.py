@@ -83,7 +83,7 @@ def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[s
 
 def _answer(worker: subprocess.Popen) -> dict:
     for line in worker.stdout:
-        if line.startswith("{"):  # libraries print what they like
+        if line.startswith('{"'):  # libraries print what they like
             return json.loads(line)
     raise RuntimeError(f"{' '.join(worker.args[:-1])} ended: run it by hand to see why, with {worker.args[-1]!r}")
 
