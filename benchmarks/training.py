@@ -62,7 +62,7 @@ def cases() -> dict[str, Case]:
     padded, packed = {"TRL, padded": {}}, {"TRL, packed": {"packing": True, "packing_strategy": "bfd"}}
     grouped = {"TRL, grouped": {"train_sampling_strategy": "group_by_length"}}
     uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
-    budget = {"max_tokens_per_batch": 4096}
+    budget = {"max_tokens_per_batch": 2048}
     even = [256] * DATA_ROWS
     trl = {"TRL": {}}
     return {
