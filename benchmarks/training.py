@@ -12,11 +12,13 @@ TRL works in environments of its own, which `make trl` makes; without them it is
     ppo-fixed, ppo-shared              16 prompts of 32 tokens, responses of exactly 64, 4 epochs; separate critic, or
                                        one trunk for policy and value (ours; TRL has two)
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
+                                       (with `compile_generation` where there is g++, compiled before the clock runs)
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -64,6 +66,7 @@ def cases() -> dict[str, Case]:
     uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
     budget = {"max_tokens_per_batch": 2048}
     even = [256] * DATA_ROWS
+    ppo = {"compile_generation": bool(shutil.which("g++"))}
     trl = {"TRL": {}}
     return {
         "sft-fixed": Case("sft", 32, 8, 2, even, {}, padded, loop=True),
@@ -71,9 +74,17 @@ def cases() -> dict[str, Case]:
         "reward-fixed": Case("reward", 8, 8, 4, even, {}, trl, loop=True),
         "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl),
         "ranks": Case("reward", 8, 8, 4, even, {"plugin": "zero2"}),
-        "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4}, trl),
-        "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, {"ppo_epochs": 4, "shared_trunk": True}, trl),
-        "ppo-log-normal": Case("ppo", 64, 16, 1, np.clip(log_normal(64, 58, 0.8), 1, 256).tolist(), {}, trl),
+        "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4}, trl),
+        "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4, "shared_trunk": True}, trl),
+        "ppo-log-normal": Case(
+            "ppo",
+            64,
+            16,
+            1,
+            np.clip(log_normal(64, 58, 0.8), 1, 256).tolist(),
+            ppo | {"max_tokens_per_batch": 1024},
+            trl,
+        ),
     }
 
 

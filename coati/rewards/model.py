@@ -12,22 +12,28 @@ class ModelReward:
     Args:
         forward_all: gives the rewards `[batch]` of each of several micro-batches, which are keywords of the model's
             forward (`Engine.forward_all`).
-        micro_batch_size: rows a forward pass.
+        split: from a mask `[batch, seq]` to the rows of each forward pass.
     """
 
     def __init__(
         self,
         forward_all: Callable[[Sequence[dict]], list[Tensor]],
         device: torch.device,
-        micro_batch_size: int,
+        split: Callable[[Tensor], list[list[int]]],
         name: str = "reward_model",
     ):
-        self.forward_all, self.device, self.micro_batch_size, self.name = forward_all, device, micro_batch_size, name
+        self.forward_all, self.device, self.split, self.name = forward_all, device, split, name
 
     @torch.no_grad()
     def score(self, prompts, responses, *, input_ids: Tensor, attention_mask: Tensor, **columns) -> Tensor:
         """Rewards of whole sequences (prompt and response), `[batch]`."""
-        size = self.micro_batch_size
-        rows = zip(input_ids.to(self.device).split(size), attention_mask.to(self.device).split(size), strict=True)
-        batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-        return torch.cat([rewards.float() for rewards in self.forward_all(batches)])
+        parts, batches = self.split(attention_mask), []
+        for rows in parts:
+            used = attention_mask[rows].any(0).nonzero()
+            columns = slice(int(used.min()), int(used.max()) + 1)
+            batch = {"input_ids": input_ids[rows, columns], "attention_mask": attention_mask[rows, columns]}
+            batches.append({name: x.to(self.device) for name, x in batch.items()})
+        scores = torch.empty(len(input_ids), device=self.device)
+        for rows, rewards in zip(parts, self.forward_all(batches), strict=True):
+            scores[rows] = rewards.float()
+        return scores

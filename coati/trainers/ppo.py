@@ -512,7 +512,7 @@ class PPOTrainer(Trainer):
                 "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
             )
         engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
-        return ModelReward(engine.forward_all, self.runtime.device, c.micro_batch_size)
+        return ModelReward(engine.forward_all, self.runtime.device, self.of_like_length)
 
 
 def finite_mean(values: list[float]) -> float:

@@ -250,7 +250,8 @@ def test_a_reward_model_reads_the_sampled_ids_in_micro_batches():
     torch.manual_seed(0)
     model = RewardModel(config=tiny_config("llama")).eval()
     ids, mask = padded(rows(), "right")
-    reward = ModelReward(lambda inputs: [model(**one) for one in inputs], torch.device("cpu"), micro_batch_size=2)
+    split = lambda mask: [[2, 0], [1]]  # noqa: E731
+    reward = ModelReward(lambda inputs: [model(**one) for one in inputs], torch.device("cpu"), split)
     scores = reward.score(["?"] * 3, ["other text"] * 3, input_ids=ids, attention_mask=mask, answer=[1, 2, 3])
     assert not scores.requires_grad
     torch.testing.assert_close(scores, model(ids, mask).detach())
