@@ -121,7 +121,13 @@ def main():
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/generation.json")
     options = parser.parse_args()
     cases = {case: run_case(case, options.rounds, options.threads, options.model) for case in options.cases}
-    result = {"machine": machine(options.threads), "unit": "tokens/s", "model": MODEL | options.model, "cases": cases}
+    result = {
+        "machine": machine(options.threads),
+        "rounds": options.rounds,
+        "unit": "tokens/s",
+        "model": MODEL | options.model,
+        "cases": cases,
+    }
     print(json.dumps(result))
     if options.save:
         RESULTS.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ TARGETS = [
     ("training", "ppo-log-normal", "TRL", 3.0),
     ("training", "reward-log-normal", "TRL", 1.8),
     ("training", "reward-fixed", "plain loop", 1 / 1.05),
-    ("training", "sft-log-normal", "TRL", 2.5),
+    ("training", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
 ]
 COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
@@ -81,9 +81,11 @@ def memory(result: dict) -> str:
 
 def machine(result: dict) -> str:
     m = result["machine"]
+    turns = "one turn each" if result["rounds"] == 1 else f"medians of {result['rounds']} turns"
     return (
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads; "
-        f"torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}"
+        f"Measured on {m['cpu']}, {m['cores']} cores, {m['threads']} threads; "
+        f"torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}; "
+        f"{turns} after one to warm up."
     )
 
 
@@ -146,11 +148,12 @@ def read_results() -> dict[str, dict]:
 
 def filled(page: str, results: dict[str, dict]) -> str:
     """The page with all tables."""
+    page = fill(page, "machine of generation", machine(results["generation"]))
     page = fill(page, "machine", machine(results["training"]))
     page = fill(page, "targets", targets(results))
     page = fill(page, "generation", rates(results["generation"]))
     page = fill(page, "training", rates(results["training"]))
-    return fill(page, "memory", memory(results["memory"]))
+    return fill(page, "memory", memory(results["memory"] if "memory" in results else results["training"]))
 
 
 def main():
@@ -158,7 +161,8 @@ def main():
     results = read_results()
     path = DOCS / "performance.md"
     path.write_text(filled(path.read_text(), results))
-    draw_scaling(results["scaling"])
+    if "scaling" in results:
+        draw_scaling(results["scaling"])
     draw_parts(results["training"])
 
 

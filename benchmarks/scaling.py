@@ -45,7 +45,7 @@ def main():
     for axis in options.axes:
         axes[axis] = {value: measure(axis, value, options.rounds, options.threads) for value in AXES[axis]}
         print(axis, "done", file=sys.stderr, flush=True)
-    result = {"machine": machine(options.threads), "model": generation.MODEL, "axes": axes}
+    result = {"machine": machine(options.threads), "rounds": options.rounds, "model": generation.MODEL, "axes": axes}
     print(json.dumps(result))
     if options.save:
         RESULTS.mkdir(exist_ok=True)

@@ -235,7 +235,12 @@ def main():
     for name in options.cases:
         found[name] = run_case(cases()[name], options.rounds, options.threads, options.model)
         print(name, {k: round(v, 2) for k, v in found[name]["ratios"].items()}, file=sys.stderr)
-    result = {"machine": machine(options.threads), "model": MODEL | options.model, "cases": found}
+    result = {
+        "machine": machine(options.threads),
+        "rounds": options.rounds,
+        "model": MODEL | options.model,
+        "cases": found,
+    }
     print(json.dumps(result))
     if options.save:
         RESULTS.mkdir(exist_ok=True)
