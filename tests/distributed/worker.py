@@ -32,7 +32,8 @@ def run(job: dict, runtime):
 
     def recorded(step):
         metrics, tokens = train_step(step)
-        steps.append({k: v for k, v in metrics.items() if not k.startswith("seconds/")} | {"tokens": tokens})
+        how = ("seconds/", "padding_share")
+        steps.append({k: v for k, v in metrics.items() if not k.startswith(how)} | {"tokens": tokens})
         return metrics, tokens
 
     trainer.train_step = recorded

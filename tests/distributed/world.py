@@ -8,15 +8,16 @@ from pathlib import Path
 
 from tests.conftest import ROOT, settings_for
 
+BUDGET = 200  # tokens: two of the longest rows, or one pair
 LAYOUTS = {
     "ddp": dict(plugin="ddp"),
-    "zero1": dict(plugin="zero1"),
+    "zero1": dict(plugin="zero1", max_tokens_per_batch=BUDGET),
     "zero2": dict(plugin="zero2"),
     "zero2-offload": dict(plugin="zero2-offload"),
     "gemini, bf16": dict(plugin="gemini", precision="bf16"),
     "tp2": dict(tensor_parallel=2),
     "tp2, split_sequence": dict(tensor_parallel=2, split_sequence=True),
-    "pp2": dict(pipeline_parallel=2),
+    "pp2": dict(pipeline_parallel=2, max_tokens_per_batch=BUDGET),
     "sp2": dict(sequence_parallel=2),
     "tp2 x pp2": dict(tensor_parallel=2, pipeline_parallel=2),
     "tp2 x zero1": dict(tensor_parallel=2, plugin="zero1"),
@@ -84,7 +85,9 @@ def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dic
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
     settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
     if algorithm == "ppo":
-        settings |= dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3) | changes
+        settings |= (
+            dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3, max_prompt_length=96) | changes
+        )
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
 
