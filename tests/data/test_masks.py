@@ -1,5 +1,7 @@
 """Answer masks come from where tokens start in the rendered text, for any template and any words."""
 
+import copy
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -140,6 +142,13 @@ def test_what_follows_the_eos_is_left_out(tokenizer_for):
     assert sequence.input_ids[-1] == tokenizer.eos_token_id
 
 
+def test_a_template_without_eos_is_refused_in_words(tokenizer_for):
+    tokenizer = copy.deepcopy(tokenizer_for("llama3"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="^the chat template does not end an answer with the EOS token$"):
+        tokenise(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
+
+
 def test_an_answer_that_contains_the_eos_is_refused(tokenizer_for):
     with pytest.raises(ValueError, match="contains the EOS token"):
         tokenise(SFTRecord([user("a"), assistant("b</s>")]), tokenizer_for("llama3"), CONFIG)
@@ -182,6 +191,7 @@ def test_pairs_share_the_prompt_and_label_their_answers_only(name, tokenizer_for
     assert labels(pair.chosen, tokenizer) == answers_text(name, ["yes sir"], tokenizer.eos_token)
     assert labels(pair.rejected, tokenizer) == answers_text(name, ["no"], tokenizer.eos_token)
     assert pair.margin == 2.0
+    assert tokenise(PreferenceRecord(PAIR.prompt, PAIR.chosen, PAIR.rejected), tokenizer, CONFIG).margin == 0.0
     assert len(pair) == len(pair.chosen) > len(pair.rejected)
 
 
