@@ -145,7 +145,7 @@ def test_what_follows_the_eos_is_left_out(tokenizer_for):
 def test_a_template_without_eos_is_refused_in_words(tokenizer_for):
     tokenizer = copy.deepcopy(tokenizer_for("llama3"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match="^the chat template does not end an answer with the EOS token$"):
+    with pytest.raises(ValueError, match=r"^the chat template does not end an answer with the EOS token$"):
         tokenise(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
 
 
