@@ -6,7 +6,7 @@ before all else. So vLLM's temperature stays at 1, and its model's logits are sc
 """
 
 import copy
-import logging
+import gc
 import os
 import random
 import tempfile
@@ -24,7 +24,7 @@ from coati.rollout.engine import Completion, Request
 # read by vLLM when it is imported; what the user has set stays
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it moves training's threads to other cores
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each handing over that tables were not in it
     "VLLM_NO_USAGE_STATS": "1",
 }
 _started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
@@ -123,8 +123,6 @@ def _start(model, config: GenerationConfig, slots: int):
     """A `vllm.LLM` of the model's architecture, with random weights, that ends with the model or the process."""
     from vllm import LLM
 
-    # says at every handing over that tables of positions, which are no weights, were not among them
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     transformer = model.transformer
     architecture = copy.deepcopy(transformer.config)
     architecture.architectures = [type(transformer).__name__]
@@ -132,7 +130,8 @@ def _start(model, config: GenerationConfig, slots: int):
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
         try:
-            llm = LLM(
+            # never shut down: that would end torch's process group, which is training's; it goes with the model
+            return LLM(
                 folder,
                 load_format="dummy",
                 dtype=next(model.parameters()).dtype,
@@ -146,8 +145,6 @@ def _start(model, config: GenerationConfig, slots: int):
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
-    weakref.finalize(model, llm.llm_engine.engine_core.shutdown)
-    return llm
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:
@@ -168,8 +165,8 @@ def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
 
 @contextmanager
 def _undisturbed(device: torch.device):
-    """At its start vLLM seeds all generators, and on a CPU it makes torch.set_num_threads do nothing and sets variables
-    (LD_PRELOAD among them) for processes that it doesn't start here."""
+    """At its start vLLM seeds all generators and hides what there is from the garbage collector. On a CPU it makes
+    torch.set_num_threads do nothing and sets variables (LD_PRELOAD among them) for processes that it doesn't start."""
     state, numbers, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     environment = dict(os.environ)
     with (
@@ -182,5 +179,6 @@ def _undisturbed(device: torch.device):
             random.setstate(state)
             np.random.set_state(numbers)
             torch.set_num_threads = set_num_threads
+            gc.unfreeze()
             os.environ.clear()
             os.environ.update(environment)

@@ -26,8 +26,11 @@ def test_a_missing_vllm_is_named_with_its_remedy():
 
 
 @pytest.fixture(scope="module")
-def vllm():
-    return pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm`")
+def vllm(request):
+    """Beside the process group of a trainer, as in a run."""
+    module = pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm`")
+    request.getfixturevalue("runtime")
+    return module
 
 
 @pytest.fixture(scope="module")
