@@ -32,7 +32,7 @@ _started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vl
 
 class VLLMEngine:
     """Answers requests with the weights that `model` has now. A random number is drawn otherwise than in
-    `RolloutEngine`: the same seed gives another answer.
+    `RolloutEngine`: the same seed gives another answer. Each process has its own vLLM, and all must start it together.
 
     Args:
         model: an `Actor` with all its weights at hand (`Engine.full()`); adapters are added in for vLLM.
@@ -120,7 +120,7 @@ class VLLMEngine:
 
 
 def _start(model, config: GenerationConfig, slots: int):
-    """A `vllm.LLM` of the model's architecture, with random weights, that ends with the model or the process."""
+    """A `vllm.LLM` of the model's architecture, with random weights, that goes with the model."""
     from vllm import LLM
 
     transformer = model.transformer
@@ -130,7 +130,7 @@ def _start(model, config: GenerationConfig, slots: int):
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
         try:
-            # never shut down: that would end torch's process group, which is training's; it goes with the model
+            # never shut down: that would end torch's process group, which is training's
             return LLM(
                 folder,
                 load_format="dummy",
