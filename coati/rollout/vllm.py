@@ -1,6 +1,6 @@
 """vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
 
-It starts when a model first generates and stays as long as the model does. The weights are handed over before each
+It starts when a model first generates and stays until the process ends. The weights are handed over before each
 batch of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
 before all else. So vLLM's temperature stays at 1, and its model's logits are scaled.
 """
@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
+_kept: list = []  # all of them: one that ends takes torch's process group with it, which is training's
 
 
 class VLLMEngine:
@@ -72,7 +73,13 @@ class VLLMEngine:
             if not llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept keys and values of the weights before")
             prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-            outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
+            try:
+                outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
+            except RuntimeError as error:
+                if "Unsupported" not in str(error):  # an attention of another width is noticed here only
+                    raise
+                kind = type(self.model.transformer).__name__
+                raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
         return [self.completion(output.outputs[0]) for output in outputs]
 
     def check(self, requests: Sequence[Request], longest: int):
@@ -120,7 +127,7 @@ class VLLMEngine:
 
 
 def _start(model, config: GenerationConfig, slots: int):
-    """A `vllm.LLM` of the model's architecture, with random weights, that goes with the model."""
+    """A `vllm.LLM` of the model's architecture, with random weights, that stays until the process ends."""
     from vllm import LLM
 
     transformer = model.transformer
@@ -130,8 +137,7 @@ def _start(model, config: GenerationConfig, slots: int):
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
         try:
-            # never shut down: that would end torch's process group, which is training's
-            return LLM(
+            llm = LLM(
                 folder,
                 load_format="dummy",
                 dtype=next(model.parameters()).dtype,
@@ -145,6 +151,8 @@ def _start(model, config: GenerationConfig, slots: int):
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
+    _kept.append(llm)
+    return llm
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:
