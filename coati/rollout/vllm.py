@@ -1,6 +1,6 @@
 """vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
 
-It starts when a model first generates and stays until the process ends. The weights are handed over before each
+It starts when a model first generates and stays as long as the model. The weights are handed over before each
 batch of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
 before all else. So vLLM's temperature stays at 1, and its model's logits are scaled.
 """
@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
-_kept: list = []  # all of them: one that ends takes torch's process group with it, which is training's
 
 
 class VLLMEngine:
@@ -127,7 +126,7 @@ class VLLMEngine:
 
 
 def _start(model, config: GenerationConfig, slots: int):
-    """A `vllm.LLM` of the model's architecture, with random weights, that stays until the process ends."""
+    """A `vllm.LLM` of the model's architecture, with random weights."""
     from vllm import LLM
 
     transformer = model.transformer
@@ -151,7 +150,8 @@ def _start(model, config: GenerationConfig, slots: int):
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
-    _kept.append(llm)
+    # at its end it would take torch's process group with it, which is training's
+    llm.llm_engine.engine_core._finalizer.detach()
     return llm
 
 
