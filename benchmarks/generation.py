@@ -1,4 +1,4 @@
-"""Generation: coati's rollout engine beside `transformers.generate`.
+"""Generation: coati's rollout engine beside `transformers.generate` and, where there is a .venv-vllm, vLLM.
 
     python benchmarks/generation.py                # all cases, minutes on two idle cores; one JSON line
     python benchmarks/generation.py --save         # and writes benchmarks/results/generation.json
@@ -7,13 +7,16 @@
 A case is fixed-BATCH-NEW (responses of exactly NEW tokens) or log-normal (128 prompts, lengths of mean 58 and at most
 256, the same for all; `generate` is given several batch sizes, and its best counts). Prompts have 32 tokens. The model
 is a random Llama of 5.8 M parameters in fp32; both sample at temperature 1 and keep log-probs. Ours comes as it is and
-with `compile_generation` (compiled before the clock runs; left out where there is no g++).
+with `compile_generation` (compiled before the clock runs; left out where there is no g++). vLLM runs eager, as behind
+`rollout_engine: vllm`, but without seeds and without weights to hand over. Ratios are to transformers.
 """
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from benchmarks.contest import RESULTS, Contender, contest, machine, serve
 PROMPT = 32
 CASES = ("fixed-32-64", "fixed-128-64", "fixed-32-128", "fixed-128-128", "log-normal")
 OURS = {"coati": False, "coati, compiled": True}
+VLLM = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
 BATCH_SIZES = (16, 32, 64)
 MODEL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, vocab_size=2048)
 
@@ -88,7 +92,26 @@ def prepare_transformers(settings: dict):
     return work
 
 
-PREPARE = {"coati": prepare_coati, "transformers": prepare_transformers}
+def prepare_vllm(settings: dict):
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    from vllm import LLM, SamplingParams
+
+    limits = limits_of(settings["case"])
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(settings).save_pretrained(folder)
+        options = dict(dtype="float32", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False)
+        llm = LLM(folder, kv_cache_memory_bytes=2**30, **options)
+    batch = [{"prompt_token_ids": prompt} for prompt in prompts(len(limits))]
+    parameters = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, detokenize=False) for n in limits]
+
+    def work() -> int:
+        found = llm.generate(batch, parameters, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in found)
+
+    return work
+
+
+PREPARE = {"coati": prepare_coati, "transformers": prepare_transformers, "vLLM": prepare_vllm}
 
 
 def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
@@ -104,9 +127,11 @@ def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
     for size in sizes:
         of_peer = settings | dict(contender="transformers", batch_size=size)
         contenders.append(Contender(f"transformers, batch {size}", command, of_peer))
+    if VLLM.exists() and not model:  # it doesn't run models of any shape
+        contenders.append(Contender("vLLM", [str(VLLM), *command[1:]], settings | dict(contender="vLLM")))
     found = contest(contenders, rounds=rounds, threads=threads)
-    best = max(result["rate"] for name, result in found.items() if name not in OURS)
-    ratios = {name: found[name]["rate"] / best for name in OURS if name in found}
+    best = max(result["rate"] for name, result in found.items() if name.startswith("transformers"))
+    ratios = {name: found[name]["rate"] / best for name in found if not name.startswith("transformers")}
     return {"ratios": ratios, "contenders": found}
 
 

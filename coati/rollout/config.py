@@ -2,6 +2,8 @@
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 from coati.config import option
 from coati.errors import UserError
@@ -24,6 +26,10 @@ class GenerationConfig:
         "torch.compile the step of a token: a minute at the start (on a CPU with g++ only), then 1.3 times as fast",
     )
     num_beams: int = option(1, "beam search with that many beams instead of sampling")
+    rollout_engine: Literal["coati", "vllm"] = option(
+        "coati", "what generates: coati's own engine, or vLLM (docs/ppo.md)"
+    )
+    vllm_cache: float = option(1.0, "GiB on each process for vLLM's keys and values")
 
     def check_generation(self):
         """Raises a UserError for settings that contradict each other."""
@@ -31,6 +37,15 @@ class GenerationConfig:
             raise UserError("temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.rollout_engine == "vllm" and (self.num_beams > 1 or self.compile_generation):
+            raise UserError(
+                "vLLM samples, uncompiled: leave out num_beams and compile_generation, or rollout_engine vllm"
+            )
+        if self.rollout_engine == "vllm" and find_spec("vllm") is None:
+            raise UserError(
+                "rollout_engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm "
+                "with it (on CUDA: `pip install vllm`), or --rollout_engine coati"
+            )
         if self.compile_generation and not shutil.which("g++"):
             raise UserError(
                 "compile_generation needs a C++ compiler, and g++ was not found: install it, or leave it out"

@@ -10,6 +10,7 @@ from torch import Tensor
 from coati.rollout.config import GenerationConfig
 from coati.rollout.engine import Completion, Request, RolloutEngine
 from coati.rollout.prompts import pad_left
+from coati.rollout.vllm import VLLMEngine
 
 KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -84,11 +85,13 @@ def generate(
     config.check_generation()
     if seeds is None:
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    if config.num_beams > 1 or not has_keys_and_values(model):
+    with_vllm = config.rollout_engine == "vllm"
+    if config.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
         completions = _by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer)
     else:
         stop = _stop(tokenizer, config.stop) if config.stop else None
-        engine = RolloutEngine(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
+        kind = VLLMEngine if with_vllm else RolloutEngine
+        engine = kind(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
         completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)])
     return Rollout.of(prompts, completions, pad_id, next(model.parameters()).device)
 

@@ -101,6 +101,10 @@ class PPOConfig(TrainerConfig, GenerationConfig, ScoringConfig):
             )
         if self.compile_generation and (self.plugin == "gemini" or self.model_parallel_size > 1):
             raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
+        if self.rollout_engine == "vllm" and (self.plugin == "gemini" or self.model_parallel_size > 1):
+            raise UserError(
+                "vLLM takes models that are whole on every process: ddp, zero1, zero2, or --rollout_engine coati"
+            )
         if self.num_beams > 1:
             raise UserError("PPO learns from samples: leave num_beams at 1")
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
@@ -255,11 +259,12 @@ class PPOTrainer(Trainer):
         """Log-probs of the policy and the reference, and values before each token, all `[batch, seq]`.
 
         In fp32 the policy's log-probs are those at sampling, up to rounding: a few rows are computed again to show
-        it. In lower precision and on a sharded model they round differently, and all are.
+        it. In lower precision, on a sharded model and in vLLM they round differently, and all are.
         """
         c = self.config
         batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask))
         same = resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and not c.shared_trunk
+        same = same and c.rollout_engine == "coati"
         checked = batches.sample(self.step) if same else batches
         options = {"temperature": self.temperature}
         outputs = self.actor.forward_all([self.inputs(b, b.response_mask) | options for b in checked])

@@ -1,0 +1,192 @@
+"""vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
+
+It starts when a model first generates and stays as long as the model. The weights are handed over before each
+batch of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
+before all else. So vLLM's temperature stays at 1, and its model's logits are scaled.
+"""
+
+import copy
+import gc
+import os
+import random
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from coati.errors import UserError
+from coati.rollout.config import GenerationConfig
+from coati.rollout.engine import Completion, Request
+
+# read by vLLM when it is imported; what the user has set stays
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it moves training's threads to other cores
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each handing over that tables were not in it
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
+
+
+class VLLMEngine:
+    """Answers requests with the weights that `model` has now. A random number is drawn otherwise than in
+    `RolloutEngine`: the same seed gives another answer. Each process has its own vLLM, and all must start it together.
+
+    Args:
+        model: an `Actor` with all its weights at hand (`Engine.full()`); adapters are added in for vLLM.
+        eos_ids: tokens that end a response.
+        stop: says which responses hold a text that ends them; they are drawn to their end first, and then cut.
+        slots: rows that are generated together, as of a model's first engine.
+    """
+
+    def __init__(
+        self,
+        model,
+        config: GenerationConfig,
+        *,
+        eos_ids: list[int],
+        stop: Callable[[list[list[int]]], list[bool]] | None = None,
+        slots: int = 256,
+    ):
+        self.model, self.config, self.eos_ids, self.stop, self.slots = model, config, list(eos_ids), stop, slots
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in their order.
+
+        Raises:
+            UserError: an empty prompt, one that leaves no room for its answer, or a model that vLLM doesn't run.
+        """
+        if not requests:
+            return []
+        with _undisturbed(next(self.model.parameters()).device):
+            os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are
+            if self.model not in _started:
+                _started[self.model] = _start(self.model, self.config, self.slots)
+            llm = _started[self.model]
+            self.check(requests, llm.llm_engine.model_config.max_model_len)
+            llm.collective_rpc(_take, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
+            if not llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept keys and values of the weights before")
+            prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+            try:
+                outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
+            except RuntimeError as error:
+                if "Unsupported" not in str(error):  # an attention of another width is noticed here only
+                    raise
+                kind = type(self.model.transformer).__name__
+                raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
+        return [self.completion(output.outputs[0]) for output in outputs]
+
+    def check(self, requests: Sequence[Request], longest: int):
+        for i, request in enumerate(requests):
+            if not len(request.prompt):
+                raise UserError(f"prompt {i} is empty: generation starts from at least one token")
+            if (length := len(request.prompt) + self.limit(request)) > longest:
+                raise UserError(
+                    f"prompt {i} and its answer may have {length} tokens, and vLLM holds {longest} of this model: "
+                    "raise vllm_cache if the model's max_position_embeddings allow more"
+                )
+
+    def limit(self, request: Request) -> int:
+        return self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+    def parameters(self, request: Request):
+        """vLLM's `SamplingParams`."""
+        from vllm import SamplingParams
+
+        c, limit = self.config, self.limit(request)
+        return SamplingParams(
+            temperature=float(c.temperature > 0),  # the logits have been divided by it
+            top_k=c.top_k,
+            top_p=c.top_p,
+            min_p=c.min_p,
+            repetition_penalty=c.repetition_penalty,
+            max_tokens=limit,
+            min_tokens=min(c.min_new_tokens, limit),
+            stop_token_ids=self.eos_ids,
+            ignore_eos=True,  # the model's own: `eos_ids` are all there are
+            seed=int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1),
+            logprobs=0,  # of the sampled token only
+            detokenize=False,
+        )
+
+    def completion(self, output) -> Completion:
+        ids, count, stopped = list(output.token_ids), len(output.token_ids), False
+        if self.stop:
+            said = self.stop([ids[:n] for n in range(1, count + 1)])
+            stopped = any(said)
+            count = said.index(True) + 1 if stopped else count
+        log_probs = [place[token].logprob for token, place in zip(ids, output.logprobs, strict=True)]
+        reason = "eos" if ids[count - 1] in self.eos_ids else "stop" if stopped else "length"
+        return Completion(ids[:count], log_probs[:count], reason)
+
+
+def _start(model, config: GenerationConfig, slots: int):
+    """A `vllm.LLM` of the model's architecture, with random weights."""
+    from vllm import LLM
+
+    transformer = model.transformer
+    architecture = copy.deepcopy(transformer.config)
+    architecture.architectures = [type(transformer).__name__]
+    architecture.eos_token_id = None  # min_tokens would hold it back, too
+    with tempfile.TemporaryDirectory() as folder:
+        architecture.save_pretrained(folder)
+        try:
+            llm = LLM(
+                folder,
+                load_format="dummy",
+                dtype=next(model.parameters()).dtype,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the model's: nothing but our settings
+                enforce_eager=True,
+                max_model_len=-1,  # as much as fits
+                max_num_seqs=slots,
+                kv_cache_memory_bytes=int(config.vllm_cache * 2**30),
+            )
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
+    # at its end it would take torch's process group with it, which is training's
+    llm.llm_engine.engine_core._finalizer.detach()
+    return llm
+
+
+def _weights(model) -> list[tuple[str, torch.Tensor]]:
+    """The weights by their names in a checkpoint, with adapters added in."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    whole = copy.deepcopy(model.model).merge_and_unload() if model.has_adapter else model.transformer
+    return list(revert_weight_conversion(whole, whole.state_dict()).items())
+
+
+def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
+    """In vLLM's worker: other weights, and logits times `scale`."""
+    worker.model_runner.reload_weights(weights_iterator=iter(weights))
+    processor = worker.model_runner.get_model().logits_processor
+    processor.own_scale = getattr(processor, "own_scale", processor.scale)
+    processor.scale = processor.own_scale * scale
+
+
+@contextmanager
+def _undisturbed(device: torch.device):
+    """At its start vLLM seeds all generators and hides what there is from the garbage collector. On a CPU it makes
+    torch.set_num_threads do nothing and sets variables (LD_PRELOAD among them) for processes that it doesn't start."""
+    state, numbers, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    environment = dict(os.environ)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+    ):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numbers)
+            torch.set_num_threads = set_num_threads
+            gc.unfreeze()
+            os.environ.clear()
+            os.environ.update(environment)

@@ -1,0 +1,209 @@
+"""vLLM as the rollout engine: its answers are the engine's own. `make test-vllm` runs this file where vLLM is."""
+
+import importlib.util
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from coati.errors import UserError
+from coati.models import Actor
+from coati.models.lora import LoraSettings
+from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
+from tests.conftest import settings_for, trainer_classes
+from tests.models.families import tiny_config
+
+EOS, VOCABULARY = 2, 50
+WIDTH = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)  # a head that vLLM knows
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+def test_a_missing_vllm_is_named_with_its_remedy():
+    with pytest.raises(UserError, match="`make test-vllm`"):
+        GenerationConfig(rollout_engine="vllm").check_generation()
+
+
+@pytest.fixture(scope="module")
+def vllm(request):
+    """Beside the process group of a trainer, as in a run."""
+    module = pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm`")
+    request.getfixturevalue("runtime")
+    return module
+
+
+@pytest.fixture(scope="module")
+def actors(vllm):
+    def make(family):
+        torch.manual_seed(0)
+        options = dict(vocab_size=VOCABULARY, initializer_range=0.2, max_position_embeddings=128, **WIDTH)
+        return Actor(config=tiny_config(family, **options)).eval()
+
+    made = {family: make(family) for family in ("llama", "qwen3")}
+    return made.__getitem__
+
+
+def some_prompts(count, longest=12, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, VOCABULARY, draw.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def complete(actor, requests, engine="vllm", eos_ids=(EOS,), stop=None, **options):
+    from coati.rollout.vllm import VLLMEngine
+
+    kind = VLLMEngine if engine == "vllm" else RolloutEngine
+    config = GenerationConfig(**{"max_new_tokens": 20, **options})
+    return kind(actor, config, eos_ids=list(eos_ids), slots=64, stop=stop).generate(requests)
+
+
+def log_probs_are_the_models(actor, prompts, found, temperature=1.0):
+    for prompt, completion in zip(prompts, found, strict=True):
+        expected = actor(torch.tensor([prompt + completion.ids]), temperature=temperature)[0, len(prompt) :]
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.7), dict(min_new_tokens=9)])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_greedy_is_the_engines_own_token_for_token(actors, family, options):
+    actor, prompts = actors(family), some_prompts(50)
+    requests = [Request(p, max_new_tokens=10 + i % 9) for i, p in enumerate(prompts)]
+    found, expected = (complete(actor, requests, e, temperature=0.0, **options) for e in ("vllm", "coati"))
+    assert [(c.ids, c.finish_reason) for c in found] == [(c.ids, c.finish_reason) for c in expected]
+    assert "length" in {c.finish_reason for c in found} <= {"eos", "length"}
+    log_probs_are_the_models(actor, prompts, found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.7, top_k=5, repetition_penalty=1.3),
+        dict(temperature=1.4, top_p=0.8),
+        dict(temperature=0.9, min_p=0.1, min_new_tokens=4),
+    ],
+)
+def test_log_probs_are_the_models_at_the_temperature_and_before_top_k(actors, options):
+    """Where vLLM's own modes have the temperature only together with top-k, top-p and penalties."""
+    actor, prompts = actors("llama"), some_prompts(30)
+    found = complete(actor, [Request(p, i) for i, p in enumerate(prompts)], eos_ids=(EOS, 7, 9), **options)
+    assert len({len(c.ids) for c in found}) > 3
+    log_probs_are_the_models(actor, prompts, found, options["temperature"])
+
+
+def test_tokens_come_as_often_as_the_engines_own(actors):
+    """4,000 first tokens of one prompt, at a temperature and with top-k, against the exact probabilities."""
+    actor, options = actors("llama"), dict(temperature=0.7, top_k=4, max_new_tokens=1)
+    found = complete(actor, [Request([5, 6, 7], [1, i]) for i in range(4000)], **options)
+    logits = actor.transformer(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.7
+    best = logits.topk(4)
+    expected = torch.zeros(VOCABULARY).scatter(0, best.indices, best.values.softmax(0))
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in found]), minlength=VOCABULARY)
+    torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)
+
+
+def test_the_same_seed_gives_the_same_answer_in_any_batch(actors):
+    actor, prompts = actors("qwen3"), some_prompts(20)
+    requests = [Request(p, [3, i]) for i, p in enumerate(prompts)]
+    together = complete(actor, requests)
+    assert [c.ids for c in complete(actor, requests[7:9])] == [c.ids for c in together[7:9]]
+    others = complete(actor, [Request(p, [4, i]) for i, p in enumerate(prompts)])
+    assert [c.ids for c in others] != [c.ids for c in together]
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+def test_changed_weights_are_used_by_the_next_call(vllm, lora):
+    """A prompt's keys and values of the old weights, too, are forgotten."""
+    torch.manual_seed(1)
+    config = tiny_config("llama", vocab_size=VOCABULARY, initializer_range=0.2, tie_word_embeddings=not lora, **WIDTH)
+    actor, prompts = Actor(config=config, lora=lora).eval(), [list(range(3, 40)), *some_prompts(9)]
+    answers = []
+    for _ in range(3):
+        found = complete(actor, [Request(p) for p in prompts], temperature=0.0)
+        log_probs_are_the_models(actor, prompts, found)
+        answers.append([c.ids for c in found])
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    assert answers[0] != answers[1] != answers[2]
+
+
+def test_a_stop_ends_a_response_after_the_token_that_says_so(actors):
+    actor, prompts = actors("llama"), some_prompts(30)
+    requests = [Request(p, i) for i, p in enumerate(prompts)]
+    asked = []
+
+    def stop(responses):
+        asked.extend(responses)
+        return [ids[-1] % 10 == 3 for ids in responses]
+
+    free, found = complete(actor, requests), complete(actor, requests, stop=stop)
+    for whole, cut in zip(free, found, strict=True):
+        ends = [n for n, token in enumerate(whole.ids, 1) if token % 10 == 3]
+        assert cut.ids == whole.ids[: ends[0] if ends else None] and len(cut.log_probs) == len(cut.ids)
+        assert cut.finish_reason == ("stop" if ends else whole.finish_reason)
+    assert asked and {c.finish_reason for c in found} >= {"stop", "eos"}
+
+
+def test_random_numbers_threads_and_variables_of_training_are_left_alone(vllm):
+    actor = Actor(config=tiny_config("llama", **WIDTH)).eval()
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), dict(os.environ)
+
+    before, set_num_threads, threads = state(), torch.set_num_threads, torch.get_num_threads()
+    complete(actor, [Request([5, 6])])
+    assert state() == before
+    assert torch.set_num_threads is set_num_threads and torch.get_num_threads() == threads
+
+
+def test_what_vllm_can_not_do_is_named(actors):
+    actor = actors("llama")
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        complete(actor, [Request([3]), Request([])])
+    with pytest.raises(UserError, match="may have 130 tokens, and vLLM holds 128"):
+        complete(actor, [Request([3], max_new_tokens=129)])
+    with pytest.raises(UserError, match="leave out num_beams"):
+        GenerationConfig(rollout_engine="vllm", num_beams=2).check_generation()
+    assert complete(actor, []) == []
+
+
+def test_a_model_that_vllm_does_not_run_is_named(vllm):
+    with pytest.raises(UserError, match="does not run this LlamaForCausalLM"):
+        complete(Actor(config=tiny_config("llama")).eval(), [Request([3])])
+
+
+@pytest.mark.parametrize("changes", [dict(temperature=0.8), dict(lora_rank=2), dict(shared_trunk=True, stop=["red"])])
+def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path, changes):
+    from transformers import AutoTokenizer
+
+    from coati.tracking import read_metrics
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world["tokenizer"])
+    torch.manual_seed(3)
+    policy = tmp_path / "policy"
+    sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=128, **WIDTH)
+    Actor(config=tiny_config("llama", **sizes)).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    config_class, trainer_class = trainer_classes("ppo")
+    options = dict(model=str(policy), rollout_engine="vllm", steps=2, temperature=1.0, output_dir=str(tmp_path / "run"))
+    settings = settings_for("ppo", tiny_world, **options | changes)
+    trainer_class(config_class(**settings), runtime).train()
+    rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
+    assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("changes", [dict(plugin="gemini"), dict(tensor_parallel=2)])
+def test_sharded_models_are_refused(vllm, tiny_world, changes):
+    config_class, _ = trainer_classes("ppo")
+    with pytest.raises(UserError, match="--rollout_engine coati"):
+        config_class(**settings_for("ppo", tiny_world, rollout_engine="vllm", **changes)).check(2)
+
+
+def test_generate_takes_it_from_the_settings(actors):
+    config = GenerationConfig(rollout_engine="vllm", max_new_tokens=6, temperature=0.0)
+    options = dict(eos_ids=[EOS], pad_id=0)
+    prompts = some_prompts(5)
+    found = generate(actors("llama"), prompts, config, **options)
+    config.rollout_engine = "coati"
+    assert torch.equal(found.input_ids, generate(actors("llama"), prompts, config, **options).input_ids)
