@@ -9,8 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
-# files of tests shared out to two processes, in their order: the long ones come first
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := not slow and not gpu and not slurm
 
 .PHONY: help install quickstart test test-slurm trl test-vllm test-all mutation bench lint format typecheck clean
 .DEFAULT_GOAL := help
@@ -24,7 +23,8 @@ quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two
 	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
 
 test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or SLURM
-	$(PYTEST) $(TWO) -m "not slow and not gpu and not slurm"
+	$(PYTEST) -m "$(QUICK) and distributed"
+	$(PYTEST) -n 2 --dist loadfile -m "$(QUICK) and not distributed"  # files shared out to two processes
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh

@@ -116,6 +116,7 @@ def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
         # greedy answers don't depend on which process draws them, so curves can be compared
         settings |= dict(temperature=0.0, reward_functions=[world["rewards"] + ":length"], critic_learning_rate=1e-2)
         settings |= dict(ppo_epochs=2, minibatches=2, learning_rate=3e-3, model=world["policy"], model_config=None)
+        settings |= dict(max_prompt_length=96)
     return settings | changes
 
 

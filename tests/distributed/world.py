@@ -85,9 +85,7 @@ def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dic
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
     settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
     if algorithm == "ppo":
-        settings |= (
-            dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3, max_prompt_length=96) | changes
-        )
+        settings |= dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3) | changes
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
 
