@@ -77,11 +77,12 @@ def _names(process: psutil.Process) -> set[str]:
 
 
 def _left_behind(chain: list[psutil.Process]) -> list[int]:
-    """`colossalai run`'s children: after Ctrl-C, or without their parent, they wait for ever for a message from it."""
+    """`colossalai run`'s children: after Ctrl-C, or without their parent, they wait for ever for a message from it.
+
+    Every rank ends them: the first to notice has all stop, and another may be gone before it looks.
+    """
     tops = [process for process in chain if "colossalai" in _names(process)]
-    if not tops or os.environ.get("LOCAL_RANK", "0") != "0":
-        return []
-    return [child.pid for child in tops[-1].children()]
+    return [child.pid for child in tops[-1].children()] if tops else []
 
 
 def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
