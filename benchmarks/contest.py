@@ -110,3 +110,11 @@ def machine(threads: int) -> dict[str, str | int]:
         "threads": threads,
         "python": platform.python_version(),
     } | packages
+
+
+def publish(result: dict, name: str | None):
+    """Prints a result as one line, and writes it to benchmarks/results under a name if there is one."""
+    print(json.dumps(result))
+    if name:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

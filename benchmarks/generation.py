@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import RESULTS, Contender, contest, machine, serve
+from benchmarks.contest import Contender, contest, machine, publish, serve
 
 PROMPT = 32
 CASES = ("fixed-32-64", "fixed-128-64", "fixed-32-128", "fixed-128-128", "log-normal")
@@ -153,10 +153,7 @@ def main():
         "model": MODEL | options.model,
         "cases": cases,
     }
-    print(json.dumps(result))
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "generation.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, "generation" if options.save else None)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def shared_arguments(settings: dict) -> dict:
     ) | settings.get("arguments", {})
 
 
-def timed(trainer, amount):
-    """A turn is a training of its own; its clock runs from the first step's beginning to the last one's end."""
+def timed(trainer):
+    """A turn is a training of its own; its clock runs from the first step's beginning to the last one's end, and its
+    amount is the real tokens that the model read."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -51,12 +52,20 @@ def timed(trainer, amount):
         def on_step_end(self, args, state, control, **keywords):
             self.seconds, self.cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu
 
-    clock = Clock()
+    clock, tokens, step = Clock(), [], trainer.training_step
     trainer.add_callback(clock)
 
+    def counted(model, inputs, *rest):
+        mask = inputs.get("attention_mask")  # packed rows have none
+        tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = counted
+
     def work():
+        tokens.clear()
         trainer.train()
-        return {"amount": amount(), "seconds": clock.seconds, "cpu": clock.cpu_seconds}
+        return {"amount": sum(tokens), "seconds": clock.seconds, "cpu": clock.cpu_seconds}
 
     return work
 
@@ -76,22 +85,7 @@ def trl_sft(settings: dict):
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
-    tokens = []
-    step = trainer.training_step
-
-    def counted(model, inputs, *rest):
-        mask = inputs.get("attention_mask")
-        tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
-        return step(model, inputs, *rest)
-
-    trainer.training_step = counted
-
-    def amount() -> int:
-        total = sum(tokens)
-        tokens.clear()
-        return total
-
-    return timed(trainer, amount)
+    return timed(trainer)
 
 
 def trl_reward(settings: dict):
@@ -109,21 +103,7 @@ def trl_reward(settings: dict):
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
-    tokens = []
-    step = trainer.training_step
-
-    def counted(model, inputs, *rest):
-        tokens.append(int(inputs["attention_mask"].sum()))
-        return step(model, inputs, *rest)
-
-    trainer.training_step = counted
-
-    def amount() -> int:
-        total = sum(tokens)
-        tokens.clear()
-        return total
-
-    return timed(trainer, amount)
+    return timed(trainer)
 
 
 def trl_ppo(settings: dict):

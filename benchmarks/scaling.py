@@ -10,14 +10,13 @@ batch        generation of 64 tokens for 1 to 256 prompts at once, beside `trans
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import generation, training
-from benchmarks.contest import RESULTS, machine
+from benchmarks.contest import machine, publish
 
 AXES = {
     "length": (64, 128, 256, 512, 1024, 2048),
@@ -46,10 +45,7 @@ def main():
         axes[axis] = {value: measure(axis, value, options.rounds, options.threads) for value in AXES[axis]}
         print(axis, "done", file=sys.stderr, flush=True)
     result = {"machine": machine(options.threads), "rounds": options.rounds, "model": generation.MODEL, "axes": axes}
-    print(json.dumps(result))
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, "scaling" if options.save else None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training: coati beside TRL and a plain PyTorch loop.
 
     python benchmarks/training.py                  # all cases; one JSON line
-    python benchmarks/training.py --save           # and writes benchmarks/results/training.json
+    python benchmarks/training.py --save training  # and writes benchmarks/results/training.json
     python benchmarks/training.py --cases sft-log-normal --rounds 1
 
 TRL works in environments of its own, which `make trl` makes; without them it is left out. Everyone has the same model
@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import RESULTS, Contender, contest, machine, serve
+from benchmarks.contest import Contender, contest, machine, publish, serve
 from benchmarks.generation import MODEL, log_normal
 from benchmarks.world import PLAIN, words, write_models, write_rows
 
@@ -47,7 +47,8 @@ class Case:
         flags: of coati's training script, beside the common ones.
         peers: by name, TRL's settings.
         steps: optimiser steps (PPO: iterations) of a turn.
-        limits: tokens of each response (PPO).
+        lengths: tokens of each row; of PPO, of each response.
+        loop: a plain PyTorch loop takes part.
     """
 
     algorithm: str
@@ -241,10 +242,7 @@ def main():
         "model": MODEL | options.model,
         "cases": found,
     }
-    print(json.dumps(result))
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{options.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.save)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-def test_generation_is_a_contest_with_transformers():
-    command = [sys.executable, "benchmarks/generation.py", "--cases", "fixed-3-2", "--rounds", "2", "--threads", "1"]
+def run_small(script: str, case: str, rounds: int) -> dict:
+    """The case's result, of a very small model."""
+    command = [sys.executable, f"benchmarks/{script}.py", "--cases", case, "--rounds", str(rounds), "--threads", "1"]
     done = subprocess.run(
         [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    case = json.loads(done.stdout.splitlines()[-1])["cases"]["fixed-3-2"]
+    return json.loads(done.stdout.splitlines()[-1])["cases"][case]
+
+
+def test_generation_is_a_contest_with_transformers():
+    case = run_small("generation", "fixed-3-2", rounds=2)
     ours, peer = case["contenders"]["coati"], case["contenders"]["transformers, batch 3"]
     assert ours["rate"] > 0 and case["ratios"]["coati"] == ours["rate"] / peer["rate"]
     assert ours["lowest"] <= ours["rate"] <= ours["highest"]
@@ -29,11 +34,7 @@ def test_lengths_are_those_of_the_issue():
 
 
 def test_training_is_a_contest_with_a_plain_loop():
-    command = [sys.executable, "benchmarks/training.py", "--cases", "reward-fixed", "--rounds", "1", "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    case = json.loads(done.stdout.splitlines()[-1])["cases"]["reward-fixed"]
+    case = run_small("training", "reward-fixed", rounds=1)
     ours, loop = case["contenders"]["coati"], case["contenders"]["plain loop"]
     assert ours["rate"] > 0 and case["ratios"]["plain loop"] == ours["rate"] / loop["rate"]
 

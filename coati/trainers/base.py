@@ -200,7 +200,9 @@ class Trainer:
                 targets = part.targets(batch) if part.targets else None
                 tasks.append((self.inputs(batch, targets) | part.options, loss_of))
         masks = [inputs["attention_mask"] for inputs, _ in tasks]
-        metrics = self.communicator.sum_metrics(engine.learn(tasks)) | self.padding(masks)
+        read = {"tokens": sum(mask.sum() for mask in masks), "places": sum(map(Tensor.numel, masks))}
+        metrics = self.communicator.sum_metrics([*engine.learn(tasks), read])
+        metrics["padding_share"] = 1 - metrics.pop("tokens") / metrics.pop("places")
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)
         if engine.skipped:
@@ -222,12 +224,6 @@ class Trainer:
         c, ranks = self.config, self.communicator
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
         return deal(rows, lengths, ranks.rank, ranks.world_size, c.micro_batch_size, budget)
-
-    def padding(self, masks: Sequence[Tensor]) -> dict[str, float]:
-        """Over all ranks, the share of padding in what the model reads."""
-        tokens = torch.stack([mask.sum() for mask in masks]).sum()
-        tokens, places = self.communicator.sum(torch.stack([tokens, tokens.new_tensor(sum(map(Tensor.numel, masks)))]))
-        return {"padding_share": 1 - tokens.item() / places.item()}
 
     def learning_rate(self, peak: float) -> float:
         """The learning rate of the step being done: a function of the step alone, so nothing of it is stored."""
