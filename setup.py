@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "coati" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
 ).group(1)
+APPLICATIONS = find_packages(str(HERE / "applications"))
 README = HERE / "README.md"
 
 setup(
@@ -19,7 +20,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["coati", "coati.*"]),
+    packages=[*find_packages(include=["coati", "coati.*"]), *APPLICATIONS],
+    package_dir={name: f"applications/{name}" for name in APPLICATIONS if "." not in name},
     # colossalai is missing on purpose: its metadata would downgrade torch. See requirements-colossalai.txt.
     install_requires=[
         "torch>=2.6",

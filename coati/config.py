@@ -28,23 +28,35 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         UserError: the file is missing, isn't a mapping, or has a key that is no field; a flag is unknown.
         SystemExit: `--help`, or a value of the wrong type (argparse's message names the flag).
     """
+    path, rest = take_config_path(sys.argv[1:] if argv is None else list(argv))
+    return parse_settings(config_class, read_yaml(path) if path else {}, rest, f"--config {path}", description)
+
+
+def parse_settings(
+    config_class: type[Config], settings: dict, argv: list[str], origin: str, description: str = ""
+) -> Config:
+    """As `parse_config`, with the file's settings as a mapping.
+
+    Args:
+        argv: the flags, without `--config`.
+        origin: what errors call the settings.
+    """
     from transformers import HfArgumentParser
 
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; each key is the name of a flag below")
-    path, rest = _take_config_path(argv)
-    flags, emptied = _as_flags(path, config_class) if path else ([], [])
-    config, *_, unknown = parser.parse_args_into_dataclasses(args=flags + rest, return_remaining_strings=True)
+    flags, emptied = _as_flags(settings, origin, config_class)
+    config, *_, unknown = parser.parse_args_into_dataclasses(args=flags + argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"{unknown[0]!r} is no flag of this script: --help lists them")
     for name in emptied:  # argparse has no flag for an empty list
-        if not any(word.split("=")[0] == f"--{name}" for word in rest):
+        if not any(word.split("=")[0] == f"--{name}" for word in argv):
             setattr(config, name, [])
     return config
 
 
-def _take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
+def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The word after `--config`, and the other words."""
     paths, rest, words = [], [], iter(argv)
     for word in words:
         if word == "--config" and (path := next(words, None)) is not None:
@@ -58,17 +70,17 @@ def _take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
     return (paths[0] if paths else None), rest
 
 
-def _as_flags(path: str, config_class) -> tuple[list[str], list[str]]:
-    """The file's settings as flags, so that both are checked by the same parser, and the lists it empties."""
+def _as_flags(settings: dict, origin: str, config_class) -> tuple[list[str], list[str]]:
+    """The settings as flags, so that both are checked by the same parser, and the lists it empties."""
     names = [field.name for field in dataclasses.fields(config_class)]
     flags: list[str] = []
     emptied: list[str] = []
-    for key, value in _read(path).items():
+    for key, value in settings.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
-            raise UserError(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"{origin}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if isinstance(value, dict):
-            raise UserError(f"--config {path}: {key} is a mapping; it takes a plain value or a list")
+            raise UserError(f"{origin}: {key} is a mapping; it takes a plain value or a list")
         if value == []:
             emptied.append(key)
         elif isinstance(value, list):
@@ -78,7 +90,12 @@ def _as_flags(path: str, config_class) -> tuple[list[str], list[str]]:
     return flags, emptied
 
 
-def _read(path: str) -> dict:
+def read_yaml(path: str) -> dict:
+    """The file's settings.
+
+    Raises:
+        UserError: it is missing, or isn't a mapping.
+    """
     import yaml
 
     try:

@@ -130,6 +130,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.reward import RewardConfig, RewardTrainer
 
         return RewardConfig, RewardTrainer
+    if algorithm == "pretrain":
+        from colossal_llama.pretraining import PretrainConfig, PretrainTrainer
+
+        return PretrainConfig, PretrainTrainer
     from coati.trainers.ppo import PPOConfig, PPOTrainer
 
     return PPOConfig, PPOTrainer

@@ -25,7 +25,7 @@ Conventions, the same everywhere:
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
-from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs
+from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
 from coati.losses.reward import pairwise_reward_loss
 from coati.losses.shaping import clip_scores, penalise_missing_eos, shape_rewards
@@ -49,4 +49,5 @@ __all__ = [
     "token_log_probs",
     "value_loss",
     "whiten",
+    "z_loss",
 ]

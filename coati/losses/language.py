@@ -26,6 +26,11 @@ def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -
     return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def log_partition(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log of the sum of the exponentials of the logits at every position, `[batch, seq]`."""
+    return at_temperature(logits, temperature).logsumexp(-1)
+
+
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the distribution at every position, in nats, `[batch, seq]`."""
     log_probs = at_temperature(logits, temperature).log_softmax(-1)
@@ -75,3 +80,15 @@ def cross_entropy(log_probs: Tensor, loss_mask: Tensor, denominator: Tensor | fl
     """
     loss = -keep(log_probs, loss_mask).sum() / denominator
     return loss, {"loss": loss.detach()}
+
+
+def z_loss(log_partition: Tensor, loss_mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
+    """Mean of log(Z)^2 over the target tokens, which holds the logits' scale near 0 (PaLM, 2204.02311, section 5).
+
+    Args:
+        log_partition: log Z of the logits that predict each token, `[batch, seq]`.
+        loss_mask: `[batch, seq]` bool, True on target tokens.
+        denominator: target tokens of the whole step, over all ranks and micro-batches.
+    """
+    loss = keep(log_partition, loss_mask).square().sum() / denominator
+    return loss, {"z_loss": loss.detach()}

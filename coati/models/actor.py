@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import align, entropy, next_log_probs
+from coati.losses.language import align
 from coati.models.base import BaseModel
+from coati.models.layout import Layout
 
 CHUNK = 2**24  # logits that are there at a time: 64 MiB
 
@@ -26,8 +27,10 @@ class Actor(BaseModel):
         attention_mask: Tensor | None = None,
         *,
         targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        with_log_partition: bool = False,
         adapter: bool = True,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
@@ -37,34 +40,36 @@ class Actor(BaseModel):
             attention_mask: `[batch, seq]`, False on padding, which may stand on either side; None for no padding.
             targets: bool `[batch, seq]`, the tokens whose log-probs are wanted; the others get 0, and the vocabulary's
                 logits are never there for more than a few at a time. For whole models only.
+            position_ids: `[batch, seq]`, of rows that hold several documents, see `run`.
             temperature: of the distribution whose log-probs are wanted.
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`.
+            with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
         """
         with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             if targets is not None and self._head_is_last is not False:
-                hidden = self._states_before_head(input_ids, attention_mask)
+                hidden = self._states_before_head(input_ids, attention_mask, position_ids)
                 if self._head_is_last:
-                    return self._chosen_log_probs(hidden, input_ids, targets, temperature, with_entropy)
-            logits = self.run(input_ids, attention_mask).logits
-        seq, layout = input_ids.shape[1], self.layout
-        next_ids = layout.split(input_ids.roll(-1, dims=1))
-        log_probs = align(layout.gather(layout.log_probs(logits, next_ids, temperature))[:, :seq])
-        if not with_entropy:
-            return log_probs
-        with torch.no_grad():
-            return log_probs, align(layout.gather(layout.entropy(logits, temperature))[:, :seq])
+                    return self._chosen_log_probs(
+                        hidden, input_ids, targets, temperature, with_entropy, with_log_partition
+                    )
+            logits = self.run(input_ids, attention_mask, position_ids).logits
+        next_ids = self.layout.split(input_ids.roll(-1, dims=1))
+        outputs = _measure(self.layout, logits, next_ids, temperature, with_entropy, with_log_partition)
+        outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
-    def _states_before_head(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """What the output layer reads, `[batch, seq, hidden]`. It gets to see the first position only, by which the
-        first call tells whether logits are all it gives: some models cap or scale them afterwards."""
+    def _states_before_head(self, *inputs: Tensor | None) -> Tensor:
+        """What the output layer reads, `[batch, seq, hidden]`, given what `run` takes. It gets to see the first
+        position only, by which the first call tells whether logits are all it gives: some models cap or scale them
+        afterwards."""
         head, states, logits = self.transformer.get_output_embeddings(), [], []
         hooks = [
             head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]) or (inputs[0][:, :1],)),
             head.register_forward_hook(lambda *call: logits.append(call[-1])),
         ]
         try:
-            output = self.run(input_ids, attention_mask)
+            output = self.run(*inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -79,19 +84,14 @@ class Actor(BaseModel):
             rows = columns = targets.new_zeros(1, dtype=torch.long)
         return rows, columns + 1
 
-    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, temperature, with_entropy: bool):
-        """Log-probs (and entropies) of the targets from the states that predict them, `CHUNK` logits at a time; in the
-        backward pass logits are computed again."""
+    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, *how):
+        """Log-probs (and more, see `_measure`) of the targets from the states that predict them, `CHUNK` logits at a
+        time; in the backward pass logits are computed again."""
         head, (rows, columns) = self.transformer.get_output_embeddings(), self.places(targets)
         states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
 
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            logits = head(states)
-            log_probs = next_log_probs(logits, ids, temperature)
-            if not with_entropy:
-                return (log_probs,)
-            with torch.no_grad():
-                return log_probs, entropy(logits, temperature)
+            return _measure(Layout(), head(states), ids, *how)
 
         length = max(CHUNK // self.config.get_text_config().vocab_size, 1)
         if len(ids) > length and torch.is_grad_enabled():
@@ -102,7 +102,7 @@ class Actor(BaseModel):
             placed = torch.zeros(input_ids.shape, dtype=column[0].dtype, device=input_ids.device)
             placed[rows, columns] = torch.cat(column)
             outputs.append(placed * targets)
-        return tuple(outputs) if with_entropy else outputs[0]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
         """Logits of the token after the last one, `[batch, vocabulary]`, with a transformers cache.
@@ -133,3 +133,14 @@ class Actor(BaseModel):
             return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
             self.train(training)
+
+
+def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, temperature, with_entropy: bool, with_partition: bool):
+    """What is asked about logits `[..., vocab]`: log-probs of the next tokens, entropies, log-partitions, `[...]`."""
+    outputs = [layout.log_probs(logits, next_ids, temperature)]
+    if with_entropy:
+        with torch.no_grad():
+            outputs.append(layout.entropy(logits, temperature))
+    if with_partition:
+        outputs.append(layout.log_partition(logits, temperature))
+    return tuple(outputs)

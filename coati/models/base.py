@@ -84,16 +84,36 @@ class BaseModel(nn.Module):
         if self.has_adapter:
             self.model.enable_input_require_grads()
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None):
-        """The transformers model's output, of this process's part of the sequence. Padding may stand on either side:
-        positions count real tokens."""
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None):
+        """The transformers model's output, of this process's part of the sequence.
+
+        Args:
+            attention_mask: `[batch, seq]`. Padding may stand on either side: positions count real tokens.
+            position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which sees no other (if
+                `keeps_documents_apart`). They take the mask's place; padding is made of documents of one token.
+        """
         layout = self.layout
         inputs = {"input_ids": layout.split(input_ids), "use_cache": False}
-        if attention_mask is not None:
+        if position_ids is not None:
+            inputs["position_ids"] = layout.split(position_ids)
+        elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self._takes_positions:
                 inputs["position_ids"] = layout.split((attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.model(**inputs)
+
+    @torch.no_grad()
+    def keeps_documents_apart(self) -> bool:
+        """Whether positions that start again hide a row's earlier documents: not in every architecture."""
+        if not self._takes_positions:
+            return False
+        training, device = self.training, next(self.parameters()).device
+        rows = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]], device=device)
+        positions = torch.tensor([0, 1, 0, 1], device=device)
+        self.eval()
+        outputs = [self.run(row[None], None, positions[None])[0] for row in rows]
+        self.train(training)
+        return torch.equal(outputs[0][:, 2:], outputs[1][:, 2:])
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, merge: bool = False):
         """Writes a HF folder that plain transformers opens.

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from coati.losses.language import entropy, next_log_probs
+from coati.losses.language import entropy, log_partition, next_log_probs
 
 
 class Layout:
@@ -27,3 +27,7 @@ class Layout:
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
         """Entropy in nats at each position, `[batch, seq]`; no gradient."""
         return entropy(logits, temperature)
+
+    def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
+        """Log of the sum of the exponentials of the logits at each position, `[batch, seq]`."""
+        return log_partition(logits, temperature)

@@ -52,6 +52,9 @@ class FilledSequence(SplitSequence):
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
         return self.vocabulary.entropy(logits, temperature)
 
+    def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
+        return self.vocabulary.log_partition(logits, temperature)
+
 
 class _Gather(torch.autograd.Function):
     """All ranks' columns; each gets back the gradient of its own (every rank has the same, whole, loss)."""

@@ -184,6 +184,9 @@ class SplitVocabulary(Layout):
         terms = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)
         return -_summed(terms.sum(-1), self.group)
 
+    def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
+        return _LogPartition.apply(_scaled(logits, temperature), self.group)
+
 
 class _LogProbs(torch.autograd.Function):
     """Log-prob of the chosen token where every rank holds a range of the vocabulary."""
@@ -205,6 +208,21 @@ class _LogProbs(torch.autograd.Function):
         result = probabilities.mul_(-gradient[..., None])
         result.scatter_add_(-1, local, (gradient * here)[..., None])
         return result, None, None
+
+
+class _LogPartition(torch.autograd.Function):
+    """Log of the sum of the exponentials over all ranks' ranges."""
+
+    @staticmethod
+    def forward(ctx, logits, group):
+        partition = _log_partition(logits, group)
+        ctx.save_for_backward(logits, partition)
+        return partition
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, partition = ctx.saved_tensors
+        return (logits - partition[..., None]).exp_().mul_(gradient[..., None]), None
 
 
 def _log_partition(logits: Tensor, group) -> Tensor:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from coati.config import _read, _take_config_path, parse_config
+from coati.config import parse_config, read_yaml, take_config_path
 from coati.errors import UserError
 
 ALGORITHMS = ("sft", "reward", "ppo")
@@ -142,8 +142,8 @@ def config_classes() -> dict[str, type]:
 
 def _tell_algorithm(argv: list[str], classes: dict[str, type]) -> str:
     """The algorithm whose settings alone have a name that is used."""
-    path, rest = _take_config_path(argv)
-    used = set(_read(path)) if path else set()
+    path, rest = take_config_path(argv)
+    used = set(read_yaml(path)) if path else set()
     used |= {word[2:].split("=")[0] for word in rest if word.startswith("--")}
     fields = {name: {f.name for f in dataclasses.fields(c)} for name, c in classes.items()}
     used &= set().union(*fields.values())  # parse_config finds the misspelt ones

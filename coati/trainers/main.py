@@ -13,7 +13,7 @@ from coati.watch import watch_launcher
 SECONDS_FOR_RANK_0 = 10
 
 
-def main(load_trainer, description: str):
+def main(load_trainer, description: str, parse=parse_config):
     """Runs one training script.
 
     Exit status: 0 for a finished run or one that saved when it was asked to stop, 2 for a mistake of the user's, 1 for
@@ -22,6 +22,7 @@ def main(load_trainer, description: str):
     Args:
         load_trainer: returns `(config class, trainer class)`; called late, since importing torch takes seconds and the
             user should see a line first.
+        parse: makes the config from its class and the description, out of the command line.
     """
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if is_main and "--help" not in sys.argv and "-h" not in sys.argv:
@@ -30,7 +31,7 @@ def main(load_trainer, description: str):
     runtime = None
     try:
         config_class, trainer_class = load_trainer()
-        config = parse_config(config_class, description=description)
+        config = parse(config_class, description=description)
         from coati.parallel import launch
         from coati.parallel.launch import shutdown
 

@@ -25,6 +25,7 @@ from coati.losses import (
     token_log_probs,
     value_loss,
     whiten,
+    z_loss,
 )
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
 from tests.oracles import advantages, losses
@@ -46,6 +47,7 @@ PER_TOKEN = {
     "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
     "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
     "whiten": (1, lambda x, mask: whitened(x[0], mask)),
+    "z_loss": (1, lambda x, mask: z_loss(x[0], mask, 7)[0]),
 }
 # And each of logits `[batch, seq, vocab]`.
 OF_LOGITS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs
+from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -49,6 +49,15 @@ def test_cross_entropy_equals_the_oracle_whatever_stands_under_the_mask(mask, da
     loss.backward()
     assert_close(log_probs.grad, torch.where(mask, torch.tensor(-1 / 7, dtype=torch.float64), 0.0))
     assert (log_probs.grad[~mask] == 0).all()
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_z_loss_equals_the_oracle_whatever_stands_under_the_mask(mask, data, dtype):
+    log_partition = poison(data.draw(numbers(mask.shape, 100.0, dtype)), mask)
+    loss, metrics = z_loss(log_partition, mask, 7)
+    assert_close(loss, oracle.z_loss(log_partition.tolist(), mask.tolist(), 7))
+    assert torch.equal(metrics["z_loss"], loss.detach())
 
 
 @pytest.mark.parametrize("function", ["log_probs", pytest.param("entropy")])

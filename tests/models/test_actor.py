@@ -58,6 +58,38 @@ def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch
         assert torch.equal(actor(ids, mask, targets=targets) != 0, targets) or family == "gemma2"
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "opt"])
+def test_documents_of_a_row_see_no_other(family):
+    """Packed behind one another, with padding after them, they get the log-probs that each gets alone."""
+    actor, tokens = make(family), rows(lengths=(7, 4, 1, 5))
+    positions = [torch.arange(len(x)) for x in tokens] + [torch.zeros(3, dtype=torch.long)]
+    packed = torch.cat([*tokens, torch.full((3,), PAD)]).repeat(2, 1)
+    everything = torch.ones_like(packed, dtype=torch.bool)
+    for targets in (None, everything):
+        position_ids = torch.cat(positions).repeat(2, 1)
+        found = actor(packed, everything, targets=targets, position_ids=position_ids)
+        for row in found:
+            for x, part in zip(tokens, row.split([*map(len, tokens), 3]), strict=False):
+                torch.testing.assert_close(part[1:], actor(x[None])[0, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mamba"])
+def test_which_models_keep_documents_apart(family):
+    """OPT makes a mask of its own, and Bloom takes no positions."""
+    assert make(family).keeps_documents_apart() == (family not in ("opt", "bloom", "mamba"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_the_log_partition_is_that_of_the_logits(family):
+    actor, (ids, mask) = make(family, initializer_range=0.3), padded(rows(), "right")
+    expected = actor.run(ids, mask).logits.logsumexp(-1)[:, :-1]
+    for targets in (None, mask):
+        log_probs, entropy, found = actor(ids, mask, targets=targets, with_entropy=True, with_log_partition=True)
+        here = mask[:, 1:]
+        torch.testing.assert_close(found[:, 1:][here], expected[here], rtol=1e-5, atol=1e-5)
+        assert found.requires_grad and log_probs.requires_grad and not entropy.requires_grad
+
+
 def test_a_batch_without_targets_gives_every_weight_a_gradient_of_zero():
     actor, (ids, mask) = make("llama"), padded(rows(), "right")
     log_probs = actor(ids, mask, targets=torch.zeros_like(mask))

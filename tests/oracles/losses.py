@@ -53,6 +53,10 @@ def cross_entropy(log_probs, mask, denominator):
     return math.fsum(-log_probs[b][t] for b, t in _tokens(mask)) / denominator
 
 
+def z_loss(log_partition, mask, denominator):
+    return math.fsum(log_partition[b][t] ** 2 for b, t in _tokens(mask)) / denominator
+
+
 def pairwise_reward_loss(chosen, rejected, denominator, margin=None, label_smoothing=0.0, centering=0.0):
     """InstructGPT eq. 1 with Llama 2's margin; a share of the labels taken to be wrong; Eisenstein's centring."""
     losses, right = [], []

@@ -1,0 +1,184 @@
+"""Continued pre-training on packed rows: next-token prediction on everything that isn't masked as a source.
+
+    loss = - sum over trained tokens of log p(token | its document before it) / number of trained tokens
+
+The number counts the tokens of the whole step, over all ranks and micro-batches.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from coati.config import option
+from coati.errors import UserError
+from coati.losses import cross_entropy, z_loss
+from coati.trainers.config import TrainerConfig
+from coati.trainers.sft import SFTTrainer
+from colossal_llama.packed import MixedOrder, PackedDataset, collate
+
+
+@dataclass
+class PretrainConfig(TrainerConfig):
+    """Settings of one stage. `train_data` and `eval_data` are folders that `prepare_pretrain` wrote."""
+
+    buckets: list[int] = option((), "which buckets of the data, in which order; none for all")
+    mix: list[str] = option((), "shares of the tokens by category, such as zh=0.7 en=0.3; none for those of the data")
+    tokens: int = option(0, "tokens to train on; 0 for --steps or --epochs")
+    freeze: Literal["none", "all-but-embeddings"] = option("none", "what is trained: all, or embeddings and LM head")
+    document_mask: bool = option(True, "a document of a packed row sees no other; False: it sees those before it")
+    z_loss: float = option(0.0, "weight of log(Z)^2, which holds the logits' scale (PaLM: 1e-4)")
+    neftune_noise_alpha: float = option(0.0, "noise on embeddings in training (NEFTune, 2310.05914; 5 for SFT stages)")
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """`mix` by category; None for that of the data.
+
+        Raises:
+            UserError: an entry isn't NAME=NUMBER.
+        """
+        try:
+            pairs = [entry.rsplit("=", 1) for entry in self.mix]
+            return {name: float(share) for name, share in pairs} or None
+        except ValueError as error:
+            raise UserError(f"mix {' '.join(self.mix)}: each entry is CATEGORY=SHARE, such as zh=0.7") from error
+
+    def check(self, world_size: int):
+        super().check(world_size)
+        split = self.sequence_parallel > 1 or self.split_sequence
+        if self.document_mask and split:
+            raise UserError("a split sequence attends to whole rows: --document_mask False, or sequence_parallel 1")
+        if self.document_mask and self.attn_implementation == "flash_attention_2" and self.micro_batch_size > 1:
+            raise UserError("flash_attention_2 keeps documents apart in a single row only: micro_batch_size 1, or sdpa")
+        if self.neftune_noise_alpha and self.model_parallel_size > 1:
+            raise UserError("NEFTune's noise would differ between the parts of a split model: neftune_noise_alpha 0")
+        if self.freeze != "none" and self.lora_rank:
+            raise UserError("LoRA freezes all weights but its own: freeze none, or lora_rank 0")
+        if self.freeze != "none" and self.plugin == "gemini":
+            raise UserError("Gemini trains all weights: freeze none, or plugin zero2")
+
+
+class PretrainTrainer(SFTTrainer):
+    """Trains an `Actor` on packed rows."""
+
+    algorithm = "pretrain"
+    generates = False
+
+    def dataset(self, sources, kind, weights=None):
+        if not sources:
+            return None
+        data, limit = PackedDataset(sources), self.config.max_length
+        if data.lengths.max() > limit:
+            raise UserError(
+                f"{sources[0]} has rows of {data.lengths.max()} tokens: set max_length to that, not {limit}"
+            )
+        return data
+
+    def sampler(self, data: PackedDataset) -> MixedOrder:
+        c = self.config
+        chosen = np.isin(data.bucket_of_row, c.buckets) if c.buckets else slice(None)
+        tokens = c.tokens or math.ceil(c.epochs * data.lengths[chosen].sum())
+        order = MixedOrder(data, c.batch_size, c.seed, tokens=tokens, buckets=c.buckets, mix=c.shares, steps=c.steps)
+        self.total_steps = len(order)
+        self.seen = dict.fromkeys(data.categories.tolist(), 0)
+        return order
+
+    def model(self, model_class, pretrained, *, lora=None):
+        c, model = self.config, super().model(model_class, pretrained, lora=lora)
+        if c.document_mask and not model.keeps_documents_apart():
+            raise UserError(f"{type(model.transformer).__name__} can't keep documents apart: --document_mask False")
+        embeddings = model.transformer.get_input_embeddings()
+        if c.freeze != "none":
+            model.requires_grad_(False)
+            embeddings.requires_grad_(True)
+            model.transformer.get_output_embeddings().requires_grad_(True)
+        if c.neftune_noise_alpha:
+            from transformers.integrations.neftune import neftune_post_forward_hook
+
+            embeddings.neftune_noise_alpha = c.neftune_noise_alpha
+            embeddings.register_forward_hook(neftune_post_forward_hook)
+        return model
+
+    def collate(self, samples):
+        return collate(samples, self.pad_id)
+
+    def inputs(self, batch, targets=None):
+        more = {"position_ids": batch.position_ids} if self.config.document_mask else {}
+        return super().inputs(batch, targets) | more | ({"with_log_partition": True} if self.config.z_loss else {})
+
+    def loss(self, output, batch, denominator):
+        if not self.config.z_loss:
+            return super().loss(output, batch, denominator)
+        log_probs, log_partition = output
+        loss, metrics = super().loss(log_probs, batch, denominator)
+        scale, more = z_loss(log_partition, self.targets(batch), denominator)
+        return loss + self.config.z_loss * scale, metrics | more
+
+    def train_step(self, step: int):
+        metrics, tokens = super().train_step(step)
+        rows = self.batches.batch(step)
+        for row in rows:
+            self.seen[self.data.categories[self.data.category_of_row[row]]] += int(self.data.lengths[row])
+        return metrics | {f"seen/{name}": seen for name, seen in self.seen.items()}, tokens
+
+    def state(self):
+        return super().state() | {"seen": self.seen}
+
+    def load_state(self, state):
+        super().load_state(state)
+        self.seen = state["seen"]
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Loss a token and perplexity, over all evaluation data and by category."""
+        if self.eval_data is None:
+            return {}, []
+        names = self.eval_data.categories.tolist()
+        totals = {f"{kind}/{name}": torch.zeros(()) for name in names for kind in ("loss", "count")}
+        for output, batch, real, rows in self.eval_outputs():
+            log_probs = output[0] if self.config.z_loss else output
+            kept = real.nonzero()[:, 0].tolist()
+            for place, row in zip(kept, rows, strict=True):
+                name = names[self.eval_data.category_of_row[row]]
+                targets = self.targets(batch)[place, None]
+                totals[f"loss/{name}"] += cross_entropy(log_probs[place, None], targets, 1.0)[0].cpu()
+                totals[f"count/{name}"] += targets.sum().cpu()
+        sums = self.communicator.sum_metrics([totals])
+        losses = {name: sums[f"loss/{name}"] / max(sums[f"count/{name}"], 1) for name in names}
+        count = sum(sums[f"count/{name}"] for name in names)
+        losses = {"": sum(sums[f"loss/{name}"] for name in names) / max(count, 1)} | losses
+        metrics = {}
+        for name, loss in losses.items():
+            suffix = f"/{name}" if name else ""
+            metrics |= {f"loss{suffix}": loss, f"perplexity{suffix}": math.exp(min(loss, 700))}
+        return metrics, []
+
+
+class StagedPretraining:
+    """The stages one after the other, each from the model that the one before left; finished ones are skipped."""
+
+    trainer_class = PretrainTrainer
+
+    def __init__(self, plan, runtime):
+        self.plan, self.runtime = plan, runtime
+        for stage in plan.stages:  # the last stage's data is looked for before the first trains for a week
+            PackedDataset([*stage.train_data, *stage.eval_data])
+
+    def train(self):
+        """Runs the stages that are left, or to the step after a stop was asked for."""
+        for number, stage in enumerate(self.plan.stages, 1):
+            title = f"stage {number} of {len(self.plan.stages)}, {stage.run_name}"
+            if self.runtime.communicator.any(self.plan.is_finished(stage)):
+                self.runtime.say(f"{title}: finished before, {stage.output_dir}")
+                continue
+            self.runtime.say(title)
+            if not self._finish(stage):
+                return
+
+    def _finish(self, stage: PretrainConfig) -> bool:
+        """Trains one stage; nothing of it is left in memory."""
+        trainer = self.trainer_class(stage, self.runtime)
+        trainer.train()
+        return trainer.step == trainer.total_steps
