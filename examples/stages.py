@@ -20,13 +20,17 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
     words = []
     for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    train_script(ROOT / "examples" / SCRIPTS[algorithm], ["--config", str(config), *words], processes)
+    if not (output / "model").is_dir():
+        sys.exit(f"error: the stage in {output} did not finish; its output is above")
+
+
+def train_script(script: Path, words: list[str], processes: int):
+    """Starts a training script on processes of this machine."""
     launcher = [str(Path(sys.executable).parent / "colossalai"), "run", "--nproc_per_node", str(processes)]
     launcher += ["--master_port", str(free_port())]
     # colossalai run hands its arguments to a shell once more
-    script = [str(ROOT / "examples" / SCRIPTS[algorithm]), "--config", *map(shlex.quote, [str(config), *words])]
-    run([*launcher, *script])
-    if not (output / "model").is_dir():
-        sys.exit(f"error: the stage in {output} did not finish; its output is above")
+    run([*launcher, str(script), *map(shlex.quote, words)])
 
 
 def fill_figures(page: Path, table: str, mark: str = "figures"):

@@ -26,7 +26,7 @@ def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -
     return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def log_partition(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def log_partition(logits: Tensor, temperature: float) -> Tensor:
     """Log of the sum of the exponentials of the logits at every position, `[batch, seq]`."""
     return at_temperature(logits, temperature).logsumexp(-1)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
+from coati.losses.language import log_partition
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -49,6 +50,19 @@ def test_cross_entropy_equals_the_oracle_whatever_stands_under_the_mask(mask, da
     loss.backward()
     assert_close(log_probs.grad, torch.where(mask, torch.tensor(-1 / 7, dtype=torch.float64), 0.0))
     assert (log_probs.grad[~mask] == 0).all()
+
+
+@quick
+@given(language())
+def test_the_log_partition_is_what_log_probs_lack(case):
+    """Of the logits that predict a token: what is left of its logit is its log-prob."""
+    logits, ids, temperature = case
+    found = log_partition(logits, temperature)
+    expected = oracle.token_log_probs(logits.tolist(), ids.tolist(), temperature)
+    assert found.shape == logits.shape[:2] and found.dtype == logits.dtype
+    finite = logits[logits.isfinite()].abs().max().item() / temperature
+    chosen = logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1) / temperature
+    assert_close(chosen - found[:, :-1], [row[1:] for row in expected], scale=finite)
 
 
 @quick

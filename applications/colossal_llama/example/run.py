@@ -1,0 +1,127 @@
+"""A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and what each is worth.
+
+python applications/colossal_llama/example/run.py --text FOLDER            # about 15 minutes
+python applications/colossal_llama/example/run.py --text FOLDER --seeds 2  # and the README's table and plot
+
+FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed goes on.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "applications"), str(HERE)]
+
+from measure import measure, summarise  # noqa: E402
+from texts import write_texts  # noqa: E402
+
+from examples.stages import run, train_script  # noqa: E402
+
+ARMS = {
+    "mean-initialised": ("extended", "mean", True),
+    "random-initialised": ("extended", "random", True),
+    "no extension": ("english", None, True),
+    "no replay": ("extended", "mean", False),
+}
+"""By name: tokenizer, how new rows are initialised, and whether English is replayed."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder of en_* and zh_* files")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "colossal_llama", help="where everything goes")
+    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which ways of continuing")
+    parser.add_argument("--tokens", type=float, default=1.0, help="scales how long everything is trained")
+    arguments = parser.parse_args()
+    output, started = arguments.output.resolve(), time.monotonic()
+    data = prepare_data(arguments.text, output)
+    for seed in range(arguments.seeds):
+        english = pretrain(output / f"seed{seed}", data, seed, arguments)
+        for arm in arguments.arms:
+            carry_on(arm, english, output / f"seed{seed}", data, seed, arguments)
+    measure(output, arguments)
+    summarise(output, arguments, time.monotonic() - started)
+
+
+def prepare_data(text: Path, output: Path) -> Path:
+    """Texts by language, an English tokenizer, its Chinese extension, and packed rows of either."""
+    data = output / "data"
+    if not data.exists():
+        write_texts(text, data)
+    command("extend_tokenizer", data / "extended", tokenizer=data / "english", corpus=data / "zh.jsonl", size=4000)
+    for tokenizer in ("english", "extended"):
+        for part in ("", "_eval"):
+            rows = dict(data=[data / f"en{part}.jsonl", data / f"zh{part}.jsonl"], max_length=256)
+            packed = data / f"{tokenizer}-packed{part}"
+            command("prepare_pretrain", packed, tokenizer=data / tokenizer, buckets=1 if part else 5, **rows)
+    return data
+
+
+def command(name: str, output: Path, **flags):
+    """Runs one of the application's commands, unless its output is there."""
+    if output.exists():
+        return
+    words = [sys.executable, str(HERE.parent / f"{name}.py"), "--output", str(output)]
+    for flag, value in flags.items():
+        words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    run(words)
+
+
+def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
+    """A model that knows English."""
+    plan = yaml.safe_load((HERE / "english.yaml").read_text())
+    plan["stages"][0]["epochs"] *= arguments.tokens
+    plan |= dict(mix=["en=1"], model_config=str(HERE / "model.json"), seed=seed)
+    return train_stages(plan, folder / "english", data, "english", arguments)
+
+
+def carry_on(arm: str, english: Path, folder: Path, data: Path, seed: int, arguments) -> Path:
+    """The English model after the three stages, in one of the ways."""
+    tokenizer, rule, replay = ARMS[arm]
+    model = english
+    if rule:
+        model = folder / f"extended-{rule}"
+        extended = dict(tokenizer=data / "extended", rule=rule, seed=seed)
+        command("init_model", model, model=english, **extended)
+    plan = yaml.safe_load((HERE / "chinese.yaml").read_text()) | dict(model=str(model), seed=seed)
+    for stage in plan["stages"]:
+        mix, tokens = stage["mix"], stage["tokens"] * arguments.tokens
+        mix = {"zh": mix["zh"] * longer(data, tokenizer)} | ({"en": mix["en"]} if replay else {})
+        stage |= dict(mix=mix, tokens=round(tokens * sum(mix.values())))  # as many Chinese characters for all
+    return train_stages(plan, folder / arm.replace(" ", "-"), data, tokenizer, arguments)
+
+
+def longer(data: Path, tokenizer: str) -> float:
+    """How many times as many tokens Chinese text has as with the extended tokenizer."""
+    tokens = {}
+    for name in (tokenizer, "extended"):
+        manifest = json.loads((data / f"{name}-packed" / "manifest.json").read_text())
+        tokens[name] = manifest["categories"]["zh"]["tokens"]
+    return tokens[tokenizer] / tokens["extended"]
+
+
+def train_stages(plan: dict, folder: Path, data: Path, tokenizer: str, arguments) -> Path:
+    """Trains all stages of a plan; returns the last one's model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = data / f"{tokenizer}-packed"
+    plan |= dict(output_dir=str(folder), tokenizer=str(data / tokenizer), train_data=[str(packed)], resume="auto")
+    plan |= dict(eval_data=[f"{packed}_eval"])
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    last = folder / f"{len(plan['stages'])}-{plan['stages'][-1]['name']}" / "model"
+    if not last.is_dir():
+        train_script(HERE.parent / "train.py", ["--config", str(folder / "plan.yaml")], arguments.processes)
+    if not last.is_dir():
+        sys.exit(f"error: the stages in {folder} did not finish; their output is above")
+    return last
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The example's texts by language, and its English tokenizer."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HELD_BACK = 10  # every tenth document
+LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what is held back is spread
+
+
+def write_texts(source: Path, data: Path):
+    """en.jsonl, en_eval.jsonl, zh.jsonl, zh_eval.jsonl and the tokenizer, written aside and renamed."""
+    partial = data.with_name(data.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for language in ("en", "zh"):
+        texts = [piece for path in sorted(source.glob(f"{language}_*")) for piece in read_pieces(path)]
+        if not texts:
+            sys.exit(f"error: {source} has no {language}_*.jsonl or {language}_*.txt")
+        for name, kept in (
+            (language, [text for i, text in enumerate(texts) if i % HELD_BACK]),
+            (f"{language}_eval", texts[::HELD_BACK]),
+        ):
+            rows = [json.dumps({"text": text, "category": language}, ensure_ascii=False) + "\n" for text in kept]
+            (partial / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    train_tokenizer(partial / "en.jsonl", partial / "english")
+    partial.rename(data)
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """The file's documents, the long ones in pieces."""
+    if path.suffix == ".jsonl":
+        texts = [json.loads(line)["target"] for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        texts = [path.read_text(encoding="utf-8")]
+    for text in texts:
+        piece = ""
+        for line in text.splitlines(keepends=True):
+            if piece and len(piece) + len(line) > LONGEST:
+                yield piece
+                piece = ""
+            piece += line
+        if piece.strip():
+            yield piece
+
+
+def train_tokenizer(text: Path, folder: Path, size: int = 4096):
+    """A byte-level BPE tokenizer that has seen English only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = dict(special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
+    texts = (json.loads(line)["text"] for line in text.open(encoding="utf-8"))
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    tokenizer.save_pretrained(folder)
