@@ -15,6 +15,7 @@ from coati.data import (
     prepare_tokenizer,
     tokenise,
 )
+from coati.data.tokenise import _Encoded, _labelled, _token_starts
 from coati.errors import UserError
 
 CONFIG = DataConfig()
@@ -195,8 +196,35 @@ def test_pairs_share_the_prompt_and_label_their_answers_only(name, tokenizer_for
     assert len(pair) == len(pair.chosen) > len(pair.rejected)
 
 
+def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
+    """A text of one token a word, EOS among them, with an answer in those characters."""
+    ids = [tokenizer.eos_token_id if word == "<eos>" else tokenizer.convert_tokens_to_ids("a") for word in words]
+    ends = [sum(map(len, words[: i + 1])) for i in range(len(words))]
+    return _Encoded(
+        "".join(words), [span], ids, [(end - len(word), end) for word, end in zip(words, ends, strict=True)]
+    )
+
+
+def test_what_starts_where_an_answer_ends_is_not_in_it(tokenizer_for):
+    """A template may write EOS twice: the answer has the first."""
+    tokenizer = tokenizer_for("default")
+    found = _labelled(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
+    assert found.loss_mask == [False, True, True]
+
+
+def test_an_answer_in_which_no_token_starts_is_refused(tokenizer_for):
+    tokenizer = tokenizer_for("default")
+    with pytest.raises(ValueError, match="does not end an answer with the EOS token"):
+        _labelled(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
+
+
+def test_a_token_starts_where_its_characters_do():
+    """Behind a space that the offsets leave out; one without characters, where the one before it ends."""
+    assert _token_starts([(0, 3), (4, 8), (9, 9), (12, 14)]).tolist() == [0, 4, 8, 12]
+
+
 def test_a_pair_that_the_template_makes_equal_is_refused(tokenizer_for):
-    with pytest.raises(ValueError, match="equals"):
+    with pytest.raises(ValueError, match=r"^`chosen` equals `rejected` once the chat template has written them$"):
         record = PreferenceRecord([user("a")], [assistant("b")], [assistant("b ")])
         tokenise(record, tokenizer_for("llama3"), CONFIG)
 
