@@ -100,8 +100,9 @@ class MixedOrder:
         data: where the rows come from.
         buckets: which buckets, in which order; none for all in their own.
         mix: each category's share of the tokens; none for its share in the data. Categories without one are left out.
-        tokens: the stage ends with the batch that reaches them, unless
-        steps: is above 0, and the number of batches.
+        steps: batches; or, if 0,
+        tokens: the stage ends with the batch that reaches them; or, if 0,
+        epochs: the tokens of the chosen buckets and categories, times this.
 
     Raises:
         UserError: a bucket or category that isn't there, a share that isn't above 0.
@@ -113,8 +114,9 @@ class MixedOrder:
         batch_size: int,
         seed: int,
         *,
-        tokens: int,
         steps: int = 0,
+        tokens: int = 0,
+        epochs: float = 1.0,
         buckets: Sequence[int] = (),
         mix: dict[str, float] | None = None,
     ):
@@ -123,6 +125,8 @@ class MixedOrder:
         if missing := sorted(set(self.buckets) - set(data.bucket_of_row.tolist())):
             raise UserError(f"there is no bucket {missing[0]}: the data has 0 to {data.bucket_of_row.max()}")
         self.shares = self._shares(mix)
+        self.chosen = np.isin(data.bucket_of_row, self.buckets) & np.isin(data.category_of_row, list(self.shares))
+        tokens = tokens or epochs * data.lengths[self.chosen].sum()
         rows, seen = [], 0
         for row in self._stream():
             rows.append(row)
@@ -140,8 +144,8 @@ class MixedOrder:
         return self.rows[k * self.batch_size : (k + 1) * self.batch_size].tolist()
 
     def epoch(self, k: int) -> float:
-        """Rows seen before batch `k`, by how many the chosen buckets have."""
-        return k * self.batch_size / max(np.isin(self.data.bucket_of_row, self.buckets).sum(), 1)
+        """Rows seen before batch `k`, by how many the chosen buckets and categories have."""
+        return k * self.batch_size / self.chosen.sum()
 
     def _shares(self, mix: dict[str, float] | None) -> dict[int, float]:
         names, chosen = self.data.categories.tolist(), np.isin(self.data.bucket_of_row, self.buckets)

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from coati.config import option
@@ -78,9 +77,8 @@ class PretrainTrainer(SFTTrainer):
 
     def sampler(self, data: PackedDataset) -> MixedOrder:
         c = self.config
-        chosen = np.isin(data.bucket_of_row, c.buckets) if c.buckets else slice(None)
-        tokens = c.tokens or math.ceil(c.epochs * data.lengths[chosen].sum())
-        order = MixedOrder(data, c.batch_size, c.seed, tokens=tokens, buckets=c.buckets, mix=c.shares, steps=c.steps)
+        length = {"steps": c.steps} if c.steps else {"tokens": c.tokens} if c.tokens else {"epochs": c.epochs}
+        order = MixedOrder(data, c.batch_size, c.seed, **length, buckets=c.buckets, mix=c.shares)
         self.total_steps = len(order)
         self.seen = dict.fromkeys(data.categories.tolist(), 0)
         return order

@@ -61,11 +61,19 @@ def test_tokens_are_in_the_mixtures_proportions_at_any_moment(rows, seed, draw):
 @quick
 @given(data(), st.permutations(range(3)), st.integers(0, 5))
 def test_each_category_is_read_bucket_by_bucket_and_each_row_once(rows, buckets, seed):
-    order = MixedOrder(rows, 1, seed, tokens=int(rows.lengths.sum()), buckets=buckets)
+    order = MixedOrder(rows, 1, seed, buckets=buckets)
+    assert order.epoch(len(order)) == 1.0
     assert sorted(order.rows) == list(range(len(rows.lengths)))  # their own shares: all end together
     for category in range(len(rows.categories)):
         places = [buckets.index(rows.bucket_of_row[r]) for r in order.rows if rows.category_of_row[r] == category]
         assert all(a <= b for a, b in pairwise(places))
+
+
+@pytest.mark.parametrize(("options", "tokens"), [(dict(epochs=2.0), 100), (dict(steps=3), 15), (dict(tokens=12), 15)])
+def test_a_stage_is_as_long_as_it_is_told(options, tokens):
+    """Epochs are those of the buckets and categories that take part."""
+    rows = Rows([5] * 30, ["a"] * 20 + ["b"] * 10, [0, 1] * 15)
+    assert MixedOrder(rows, 1, 0, buckets=[1], mix={"a": 1.0}, **options).tokens == tokens
 
 
 def test_a_category_that_ends_begins_again_in_another_order():
