@@ -11,7 +11,7 @@ from coati.rewards.adapter import AdapterReward
 from coati.rewards.base import Reward, Scores, WeightedRewards
 from coati.rewards.classifier import SequenceClassifierReward
 from coati.rewards.config import ScoringConfig, load_rewards
-from coati.rewards.function import FunctionReward, load_function
+from coati.rewards.function import FunctionReward, import_function, load_function
 from coati.rewards.http import HTTPReward
 from coati.rewards.model import ModelReward
 from coati.rewards.normalise import RunningMoments
@@ -27,6 +27,7 @@ __all__ = [
     "ScoringConfig",
     "SequenceClassifierReward",
     "WeightedRewards",
+    "import_function",
     "load_function",
     "load_rewards",
 ]

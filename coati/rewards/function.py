@@ -21,25 +21,37 @@ class FunctionReward:
 
 
 def load_function(place: str) -> Reward:
-    """The function at `path/to/file.py:name` or `package.module:name`; an object with `name` and `score` is a reward
-    already.
+    """The function that `place` names, see `import_function`; an object with `name` and `score` is a reward already.
+
+    Raises:
+        UserError: no such file, module or function.
+    """
+    function = import_function(place, "reward function")
+    if hasattr(function, "score") and hasattr(function, "name"):
+        return function
+    return FunctionReward(function, place.rpartition(":")[2])
+
+
+def import_function(place: str, kind: str):
+    """The function, or an object with `score`, at `path/to/file.py:name` or `package.module:name`.
+
+    Args:
+        kind: what errors call it.
 
     Raises:
         UserError: no such file, module or function.
     """
     source, _, name = place.rpartition(":")
     if not source or not name:
-        raise UserError(f"reward function {place!r}: write it as FILE.py:function or module:function")
+        raise UserError(f"{kind} {place!r}: write it as FILE.py:function or module:function")
     try:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:  # the user's own code may fail in any way
-        raise UserError(f"reward function {place!r}: importing {source} failed: {error!r}") from error
+        raise UserError(f"{kind} {place!r}: importing {source} failed: {error!r}") from error
     function = getattr(module, name, None)
-    if hasattr(function, "score") and hasattr(function, "name"):
-        return function
-    if not callable(function):
-        raise UserError(f"reward function {place!r}: {source} has no {name!r}, or it isn't a function")
-    return FunctionReward(function, name)
+    if not callable(function) and not hasattr(function, "score"):
+        raise UserError(f"{kind} {place!r}: {source} has no {name!r}, or it isn't a function")
+    return function
 
 
 def _import_file(path: Path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
 from coati.rollout.few_rows import quick_products
-from coati.rollout.prompts import pad_left
+from coati.rollout.prompts import never_ids, pad_left
 from coati.rollout.sampling import Sampler
 
 
@@ -100,7 +100,7 @@ class RolloutEngine:
         self.model, self.config, self.eos_ids, self.stop = model, config, set(eos_ids), stop
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.device = next(model.parameters()).device
-        self.sampler = Sampler(config, eos_ids, self.device)
+        self.sampler = Sampler(config, eos_ids, self.device, never_ids(model))
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -151,7 +151,7 @@ def _nothing_but_our_settings(transformer):
     from transformers import GenerationConfig as Defaults
 
     published = transformer.generation_config
-    transformer.generation_config = Defaults()
+    transformer.generation_config = Defaults(suppress_tokens=published.suppress_tokens)
     try:
         yield
     finally:

@@ -12,6 +12,11 @@ def eos_ids(tokenizer, model) -> list[int]:
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
+def never_ids(model) -> list[int]:
+    """Tokens that are never sampled, by the model's generation config: rows that only fill its vocabulary up."""
+    return getattr(getattr(model.transformer, "generation_config", None), "suppress_tokens", None) or []
+
+
 def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids `[batch, seq]` with padding on the left, and the mask of real tokens."""
     longest = max(len(row) for row in rows)

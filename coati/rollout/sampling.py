@@ -1,5 +1,7 @@
 """How the next token is chosen."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,15 @@ class Sampler:
 
     Args:
         ends: tokens that end a response; they wait for `min_new_tokens`.
+        never: tokens that are never drawn.
     """
 
-    def __init__(self, config: GenerationConfig, ends: list[int], device: torch.device):
+    def __init__(self, config: GenerationConfig, ends: list[int], device: torch.device, never: Sequence[int] = ()):
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.config = config
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self.never = torch.tensor(never, dtype=torch.long, device=device)
         self.warpers = []
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
@@ -53,15 +57,15 @@ class Sampler:
         return tokens, own.gather(1, tokens[:, None]).squeeze(1).log()
 
     def adjust(self, logits: Tensor, too_short: Tensor, seen: Tensor | None) -> Tensor:
-        """Repetition penalty (Keskar et al., 1909.05858, section 4.1) and shortest response; `logits` themselves if
-        there is nothing to do."""
+        """Repetition penalty (Keskar et al., 1909.05858, section 4.1), shortest response and tokens that are never
+        drawn; `logits` themselves if there is nothing to do."""
         scores, penalty = logits, self.config.repetition_penalty
         if seen is not None:
             scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.config.min_new_tokens:
             scores = scores.clone()
             scores[:, self.ends] = scores[:, self.ends].masked_fill(too_short[:, None], -torch.inf)
-        return scores
+        return scores if len(self.never) == 0 else scores.index_fill(1, self.never, -torch.inf)
 
     def warp(self, scores: Tensor) -> Tensor:
         for warper in self.warpers:

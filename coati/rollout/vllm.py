@@ -20,6 +20,7 @@ import torch
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
 from coati.rollout.engine import Completion, Request
+from coati.rollout.prompts import never_ids
 
 # read by vLLM when it is imported; what the user has set stays
 ENVIRONMENT = {
@@ -82,6 +83,8 @@ class VLLMEngine:
         return [self.completion(output.outputs[0]) for output in outputs]
 
     def check(self, requests: Sequence[Request], longest: int):
+        if never_ids(self.model):
+            raise UserError("vLLM would sample this model's suppress_tokens: rollout_engine coati")
         for i, request in enumerate(requests):
             if not len(request.prompt):
                 raise UserError(f"prompt {i} is empty: generation starts from at least one token")

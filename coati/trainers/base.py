@@ -22,6 +22,7 @@ from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engi
 from coati.parallel.checkpoint import no_room, write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything
+from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.config import TrainerConfig
 from coati.trainers.schedule import learning_rate_at
@@ -72,6 +73,7 @@ class Trainer:
         config.check(self.communicator.world_size)
         if config.lora_rank > 0 and config.model is None:
             raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
+        self.evaluators = [import_function(place, "evaluator") for place in config.evaluators]
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
         self.resumed_from = self._find_resume()
@@ -162,6 +164,8 @@ class Trainer:
     def _evaluate(self, tracker) -> float | None:
         """Evaluates and logs; returns the headline, turned so that higher is better."""
         metrics, samples = self.evaluate()
+        for evaluator in self.evaluators:
+            metrics |= evaluator(self)
         if not metrics:
             return None
         tracker.log({f"eval/{name}": value for name, value in metrics.items()}, self.step)
@@ -169,6 +173,8 @@ class Trainer:
             tracker.log_samples(samples, self.step)
         name, higher = self.headline
         self.runtime.say(f"{self.algorithm} step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        if name not in metrics:
+            return None
         return metrics[name] if higher else -metrics[name]
 
     def _short(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -53,6 +53,7 @@ class RunConfig:
     max_skipped_steps: int = option(3, "stop after this many steps in a row with a loss or gradient that isn't finite")
     log_every: int = option(1, "steps between two lines in the logs")
     eval_every: int = option(0, "steps between two evaluations; 0 for before the first and after the last step only")
+    evaluators: list[str] = option((), "functions of the trainer, FILE.py:name, that give more metrics to evaluations")
     save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only")
     keep_checkpoints: int = option(2, "how many of the newest stay; the best stays too")
     resume: str = option("never", "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint")

@@ -139,6 +139,28 @@ def test_greedy_with_penalty_or_shortest_length_is_transformers_own(actors, opti
     assert [c.ids for c in found] != transformers_own(actor, prompts)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_suppressed_tokens_are_never_sampled(temperature, num_beams):
+    """As in transformers, by the model's generation config; log-probs stay those of the whole vocabulary."""
+    torch.manual_seed(0)
+    actor = Actor(config=tiny_config("llama", vocab_size=VOCABULARY, initializer_range=0.2)).eval()
+    prompts, options = some_prompts(30), dict(temperature=temperature, num_beams=num_beams)
+    config = GenerationConfig(max_new_tokens=20, **options)
+    seeds = list(range(30))
+    before = generate(actor, prompts, config, eos_ids=[EOS], pad_id=PAD, seeds=seeds)
+    never = sorted({token for ids in before.response_ids() for token in ids} - {EOS})[::2]
+    actor.transformer.generation_config.suppress_tokens = never
+    after = generate(actor, prompts, config, eos_ids=[EOS], pad_id=PAD, seeds=seeds)
+    assert len(never) > 5 and not {token for ids in after.response_ids() for token in ids} & set(never)
+    if temperature == 0:
+        expected = transformers_own(actor, prompts, num_beams=num_beams)
+        assert after.response_ids() == expected
+    if num_beams == 1:
+        log_probs = actor(after.input_ids, after.attention_mask)
+        torch.testing.assert_close(after.log_probs, log_probs * after.response_mask, rtol=1e-4, atol=1e-5)
+
+
 def test_probabilities_are_those_of_transformers_processors():
     torch.manual_seed(0)
     config = GenerationConfig(temperature=0.7, top_p=0.8, repetition_penalty=1.3)
