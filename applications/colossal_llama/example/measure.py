@@ -189,6 +189,6 @@ def curves(output: Path, arguments) -> str:
 
 def tokens_per_character(data: Path, tokenizer: str) -> float:
     """Of the Chinese evaluation rows, end-of-text tokens included."""
-    manifest = json.loads((data / f"{tokenizer}-packed_eval" / "manifest.json").read_text())
-    texts = [json.loads(line)["text"] for line in (data / "zh_eval.jsonl").open(encoding="utf-8")]
+    manifest = json.loads((data / f"{tokenizer}-packed_curve" / "manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in (data / "zh_curve.jsonl").open(encoding="utf-8")]
     return manifest["categories"]["zh"]["tokens"] / sum(map(len, texts))

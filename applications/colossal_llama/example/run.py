@@ -58,7 +58,7 @@ def prepare_data(text: Path, output: Path) -> Path:
         write_texts(text, data)
     command("extend_tokenizer", data / "extended", tokenizer=data / "english", corpus=data / "zh.jsonl", size=4000)
     for tokenizer in ("english", "extended"):
-        for part in ("", "_eval"):
+        for part in ("", "_curve"):
             rows = dict(data=[data / f"en{part}.jsonl", data / f"zh{part}.jsonl"], max_length=256)
             packed = data / f"{tokenizer}-packed{part}"
             command("prepare_pretrain", packed, tokenizer=data / tokenizer, buckets=1 if part else 5, **rows)
@@ -113,7 +113,7 @@ def train_stages(plan: dict, folder: Path, data: Path, tokenizer: str, arguments
     folder.mkdir(parents=True, exist_ok=True)
     packed = data / f"{tokenizer}-packed"
     plan |= dict(output_dir=str(folder), tokenizer=str(data / tokenizer), train_data=[str(packed)], resume="auto")
-    plan |= dict(eval_data=[f"{packed}_eval"])
+    plan |= dict(eval_data=[f"{packed}_curve"])
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     last = folder / f"{len(plan['stages'])}-{plan['stages'][-1]['name']}" / "model"
     if not last.is_dir():

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HELD_BACK = 10  # every tenth document
+CURVE = 6  # every sixth of those is evaluated during training
 LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what is held back is spread
 
 
 def write_texts(source: Path, data: Path):
-    """en.jsonl, en_eval.jsonl, zh.jsonl, zh_eval.jsonl and the tokenizer, written aside and renamed."""
+    """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written aside and renamed."""
     partial = data.with_name(data.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     for language in ("en", "zh"):
@@ -20,6 +21,7 @@ def write_texts(source: Path, data: Path):
         for name, kept in (
             (language, [text for i, text in enumerate(texts) if i % HELD_BACK]),
             (f"{language}_eval", texts[::HELD_BACK]),
+            (f"{language}_curve", texts[::HELD_BACK][::CURVE]),
         ):
             rows = [json.dumps({"text": text, "category": language}, ensure_ascii=False) + "\n" for text in kept]
             (partial / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
