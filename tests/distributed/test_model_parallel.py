@@ -17,8 +17,8 @@ pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
 OTHERS = ("mistral", "qwen2", "gemma", "phi")
 ALGORITHMS = ("sft", "reward", "ppo")
-TWO = ("zero1", "tp2", "tp2, split_sequence", "pp2", "sp2")
-WHOLE = ("ddp", "zero2", "zero2-offload")  # test_plugins.py has these every time, for one architecture
+TWO = ("tp2", "tp2, split_sequence", "pp2", "sp2")
+WHOLE = ("ddp", "zero1", "zero2", "zero2-offload")  # test_plugins.py has these every time, for one architecture
 FOUR = ("tp2 x pp2", "tp2 x zero1")
 SAVED = {
     "ddp": dict(plugin="ddp"),
@@ -128,6 +128,7 @@ def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("layout", FOUR)
 def test_four_processes_give_the_single_process_run(layout, algorithm, one_process, four_processes):
