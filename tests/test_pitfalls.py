@@ -48,6 +48,14 @@ PITFALLS = {
     35: "CUDA-only code",
     36: "generate can only sample",
     37: "host memory grows",
+    38: "an extended vocabulary holds pieces that are never produced",
+    39: "the residue of a packing window is dropped",
+    40: "a mask that compares ids with the pad id hides the real EOS",
+    41: "slow and fast tokenizers disagree after an extension",
+    42: "the first capital letter counts as the answer",
+    43: "a multi-choice metric that gives ABCD full marks",
+    44: "scores without standard errors; questions depend on the ranks; no resume",
+    45: "fewer buckets than were asked for",
 }
 
 

@@ -76,6 +76,7 @@ def test_learned_merges_equal_those_of_the_plain_algorithm(words, count):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_piece_is_dead(kind, pairs, extended):
+    """PITFALL 38."""
     old, new = pairs[kind]
     pieces = new_pieces(old, new)
     assert 20 < len(pieces) <= 120
@@ -144,6 +145,7 @@ def test_old_ids_special_tokens_and_template_stay(kind, pairs):
 
 
 def test_sentencepiece_and_tokenizers_agree(extended):
+    """PITFALL 41."""
     import sentencepiece
     from tokenizers import Tokenizer
 

@@ -101,6 +101,7 @@ def test_an_order_that_cannot_be_is_refused(options, words):
 
 
 def test_rows_become_a_batch():
+    """PITFALL 40."""
     batch = collate([row([[5, 6, 7], [8, 9]], "a", untrained=2), row([[1]], "a")], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 0, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]

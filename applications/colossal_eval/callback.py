@@ -1,0 +1,84 @@
+"""Benchmarks during training. In a file of yours, such as benchmarks.py:
+
+    from colossal_eval.callback import Benchmarks
+    quick = Benchmarks(tasks=["mmlu"], data="runs/eval/data", limit=10)
+
+and `--evaluators benchmarks.py:quick --eval_every 100` with any of coati's trainers of a language model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.errors import UserError
+from colossal_eval.evaluate import EvaluateConfig, options, run_benchmark
+from colossal_eval.report import headline
+from colossal_eval.scoring import mean
+from colossal_eval.tasks import subjects_of, write_tasks
+
+
+class Benchmarks:
+    """What `evaluate.py` finds, as metrics `mmlu`, `cmmlu`, ... of an evaluation.
+
+    Args:
+        tasks: prepared benchmarks.
+        data: what `prepare.py` wrote.
+        **settings: others of `evaluate.py`: limit, shots, methods, max_new_tokens, chat_template, batch_tokens.
+    """
+
+    def __init__(self, tasks: Sequence[str], data: str, **settings):
+        self.config = EvaluateConfig(tasks=list(tasks), data=data, progress="off", **settings)
+        self.data = Path(data).expanduser()
+        options(self.config).check()
+        for name in self.config.tasks:
+            subjects_of(name, self.data)
+
+    def __call__(self, trainer) -> dict[str, float]:
+        """The scores of the trainer's model as it is now; every rank must call it.
+
+        Raises:
+            UserError: it is no language model.
+        """
+        from coati.models import Actor
+        from colossal_eval.harness import CoatiLM
+        from colossal_eval.models import Loaded, longest
+        from colossal_eval.store import AnswerStore
+
+        engine = next(iter(trainer.engines.values()))
+        if not isinstance(engine.module, Actor):
+            raise UserError(f"{type(engine.module).__name__} answers no questions: evaluators of language models only")
+        folder = self._folder(trainer)
+        with engine.full() as model:
+            training = model.training
+            model.eval()
+            length = longest(model, trainer.tokenizer)
+            loaded = Loaded("model", model, trainer.tokenizer, length, str(trainer.step))
+            store = AnswerStore(folder / "answers", trainer.runtime.rank)
+            trainer.runtime.communicator.barrier()  # nobody writes before all have read
+            lm = CoatiLM(loaded, store, trainer.communicator, batch_tokens=self.config.batch_tokens)
+            found = {name: run_benchmark(lm, folder / "tasks", name, self.config)[0] for name in self.config.tasks}
+            model.train(training)
+        return {key: value for name, records in found.items() for key, value in _scores(name, records).items()}
+
+    def _folder(self, trainer) -> Path:
+        """For the tasks, and the answers of this step, which a killed run may have left unfinished."""
+        folder = trainer.output / "benchmarks"
+        if trainer.runtime.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in self.config.tasks:
+                write_tasks(name, self.data, folder / "tasks", options(self.config))
+        trainer.runtime.communicator.barrier()
+        return folder
+
+
+def _scores(benchmark: str, records: list[dict]) -> dict[str, float]:
+    """The mean of each kind of question, under the benchmark's name if it has one kind only."""
+    scores = {}
+    for kind in sorted({record["kind"] for record in records}):
+        alike = [record for record in records if record["kind"] == kind]
+        metric = headline(benchmark, kind, alike)
+        name = benchmark if len(alike) == len(records) else f"{benchmark}/{kind}"
+        scores[name] = mean([record["scores"][metric] for record in alike]).value
+    return scores

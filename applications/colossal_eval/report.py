@@ -1,0 +1,148 @@
+"""The report of an evaluation, from the kept records: one row a benchmark, one column a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+
+from coati.config import option, parse_config
+from coati.errors import UserError
+from coati.tracking.files import read_lines, read_object, replace_file
+from colossal_eval.published import compare_published
+from colossal_eval.render import KINDS, markdown, page, sections
+from colossal_eval.scoring import macro_mean, mean
+from colossal_eval.significance import compare
+from colossal_eval.tasks import SETTINGS
+
+
+def slug(name: str) -> str:
+    """A model's column name as a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_") or "model"
+
+
+def headline(benchmark: str, kind: str, records: list[dict]) -> str:
+    """The metric of the table: the benchmark's own, if it was computed."""
+    there = records[0]["scores"]
+    wanted = SETTINGS[benchmark].headline if kind == "single_choice" else "exact_match"
+    return wanted if wanted in there else next(iter(there))
+
+
+def read_records(output: Path, model: str, benchmark: str) -> dict[str, dict]:
+    """The records of one model and benchmark by question id.
+
+    Raises:
+        UserError: they were not written.
+    """
+    path = output / "records" / slug(model) / f"{benchmark}.jsonl"
+    records = {record["id"]: record for record in read_lines(path)}
+    if not records:
+        raise UserError(f"{path} holds no records: run evaluate.py with this model and benchmark")
+    return records
+
+
+def summarise(records: list[dict], metric: str) -> dict:
+    """Size-weighted and macro mean with standard errors, and the same by subject and category."""
+    parts: dict[str, dict[str, list[float]]] = {"subject": defaultdict(list), "category": defaultdict(list)}
+    for record in records:
+        for part, values in parts.items():
+            values[record[part]].append(record["scores"][metric])
+    by = {part: {name: mean(values) for name, values in found.items()} for part, found in parts.items()}
+    return {
+        "mean": asdict(mean([record["scores"][metric] for record in records])),
+        "macro": asdict(macro_mean(list(by["subject"].values()))),
+        "subjects": {name: asdict(score) for name, score in by["subject"].items()},
+        "categories": {name: asdict(score) for name, score in by["category"].items()},
+        "metrics": {name: asdict(mean([r["scores"][name] for r in records])) for name in records[0]["scores"]},
+    }
+
+
+def report_rows(output: Path, models: list[str], benchmarks: list[str]) -> list[dict]:
+    """One row a benchmark and kind of question.
+
+    Raises:
+        UserError: models that were asked different questions.
+    """
+    rows = []
+    for benchmark in benchmarks:
+        found = {model: read_records(output, model, benchmark) for model in models}
+        ids = next(iter(found.values()))
+        for model, records in found.items():
+            if records.keys() != ids.keys():
+                raise UserError(f"{model} was asked other questions of {benchmark} than {models[0]}: run both again")
+        there = {record["kind"] for record in ids.values()}
+        for kind in [kind for kind in KINDS if kind in there]:
+            alike = {m: [r for r in records.values() if r["kind"] == kind] for m, records in found.items()}
+            rows.append(_row(benchmark, kind, {m: sorted(r, key=lambda r: r["id"]) for m, r in alike.items()}))
+    return rows
+
+
+def _row(benchmark: str, kind: str, found: dict[str, list[dict]]) -> dict:
+    first = next(iter(found.values()))
+    metric = headline(benchmark, kind, first)
+    scores = {model: [record["scores"][metric] for record in records] for model, records in found.items()}
+    return {
+        "benchmark": benchmark,
+        "kind": kind,
+        "metric": metric,
+        "n": len(first),
+        "random": mean([record["random"] for record in first]).value,
+        "models": {model: summarise(records, metric) for model, records in found.items()},
+        "differences": [{"models": [a, b], **asdict(compare(scores[a], scores[b]))} for a, b in combinations(found, 2)],
+        "dropped_shots": {model: sum(record["dropped_shots"] for record in r) for model, r in found.items()},
+        "not_asked": {model: sum(not record["fits"] for record in r) for model, r in found.items()},
+    }
+
+
+def write_report(output: Path, models: list[str], benchmarks: list[str], published: bool = False) -> dict:
+    """Write `report.json`, `.md` and `.html` to the folder of an evaluation; returns the first one's content."""
+    rows = report_rows(output, models, benchmarks)
+    beside = None
+    if published:
+        found = {b: {m: read_records(output, m, b).values() for m in models} for b in benchmarks}
+        beside = compare_published(models, found)
+    report = {"models": models, "rows": rows, "published": beside}
+    parts = sections(rows, models, beside)
+    replace_file(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    replace_file(output / "report.md", markdown(parts))
+    if find_spec("matplotlib"):
+        replace_file(output / "report.html", page(parts, rows, models))
+    else:
+        print("report.html is left out: its charts need matplotlib (pip install matplotlib)", file=sys.stderr)
+    return report
+
+
+@dataclass
+class ReportConfig:
+    """Settings of report.py."""
+
+    output: str = option("runs/eval/out", "the folder of an evaluation")
+    models: list[str] = option((), "columns; default: those of the last run")
+    tasks: list[str] = option((), "benchmarks; default: those of the last run")
+    published: bool = option(False, "compare with the figures of the Colossal-LLaMA-2 card")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report of an evaluation again."""
+    try:
+        config = parse_config(ReportConfig, argv, description=__doc__)
+        output = Path(config.output).expanduser()
+        last = read_object(output / "evaluation.json")
+        from colossal_eval.models import column_names
+
+        models, tasks = config.models or column_names(last["models"]), config.tasks or last["tasks"]
+        write_report(output, models, tasks, config.published)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"report: {output / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
