@@ -49,7 +49,9 @@ def answer(config: AnswerConfig) -> list[dict]:
         raise UserError(f"{config.questions} has no questions: make it with prepare.py --benchmark mt_bench")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(Path(config.output).stem, model_folder(config.model), config.dtype, device)
-    loaded.tokenizer, notes = prepare_tokenizer(loaded.tokenizer)
+    notes = []
+    if not loaded.tokenizer.chat_template:
+        loaded.tokenizer, notes = prepare_tokenizer(loaded.tokenizer)
     print(*notes, f"{len(questions)} dialogues, {config.dtype} on {device.type}, into {config.output}", sep="\n")
     answers = answer_turns(loaded, questions, config)
     rows = [{"id": question.id, "turns": turns} for question, turns in zip(questions, answers, strict=True)]

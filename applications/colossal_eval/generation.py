@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from coati.rollout.config import GenerationConfig
-from coati.rollout.engine import Request, RolloutEngine, _Prefilled
-from coati.rollout.generate import _stop, generate
+from coati.rollout.engine import Prefilled, Request, RolloutEngine
+from coati.rollout.generate import generate, stop_at
 from coati.rollout.prompts import pad_left
 from colossal_eval.forward import SHORTEST_PREFIX, Scorer, common_prefix
 
@@ -25,7 +25,7 @@ class SharedPrefixEngine(RolloutEngine):
         super().__init__(scorer.actor, config, **settings)
         self.scorer, self.prefix = scorer, prefix
 
-    def prefill(self, rows: list) -> Iterator[list[_Prefilled]]:
+    def prefill(self, rows: list) -> Iterator[list[Prefilled]]:
         """The model reads what comes after the beginning, a batch at a time and as late as possible."""
         start = len(self.prefix)
         while rows:
@@ -42,7 +42,7 @@ class SharedPrefixEngine(RolloutEngine):
             logits = self.model.next_logits(ids, whole, positions, cache)
             _close_gaps(cache, whole.shape[1], mask)
             self.scorer.count(mask)
-            yield [_Prefilled(cache, i, logits, row) for i, row in enumerate(batch)]
+            yield [Prefilled(cache, i, logits, row) for i, row in enumerate(batch)]
 
 
 def _close_gaps(cache, width: int, mask: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ def answer(scorer: Scorer, tokenizer, prompts: list[np.ndarray], limit: tuple[in
         responses = rollout.response_ids()
         scorer.usage.read += sum(map(len, asked))
     else:
-        stop = _stop(tokenizer, config.stop) if config.stop else None
+        stop = stop_at(tokenizer, config.stop) if config.stop else None
         engine = SharedPrefixEngine(scorer, prompts[0][:prefix], config, eos_ids=ends, stop=stop, slots=len(prompts))
         responses = [made.ids for made in engine.generate([Request(prompt.tolist()) for prompt in prompts])]
     scorer.usage.read += sum(map(len, responses))

@@ -67,7 +67,7 @@ class _Row:
 
 
 @dataclass
-class _Prefilled:
+class Prefilled:
     """A row of a batch of prompts that the model has read."""
 
     cache: Any  # a DynamicCache
@@ -139,7 +139,7 @@ class RolloutEngine:
         self.cache = SlotCache(min(self.slots, len(rows)), length)
         self.cache.end = self.cache.start = self.longest_prompt
         self.rows: list[_Row] = []
-        self.ready: deque[_Prefilled] = deque()
+        self.ready: deque[Prefilled] = deque()
         while True:
             self.admit(waiting)
             if not self.rows:
@@ -148,7 +148,7 @@ class RolloutEngine:
 
     # --- prompts
 
-    def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
+    def prefill(self, rows: list[_Row]) -> Iterator[list[Prefilled]]:
         """The model reads prompts, a batch at a time and as late as possible."""
         from transformers import DynamicCache
 
@@ -164,9 +164,9 @@ class RolloutEngine:
             ids, mask = pad_left([list(group[0].request.prompt) for group in batch], 0, self.device)
             cache = DynamicCache()
             logits = self.model.next_logits(ids, mask, (mask.long().cumsum(1) - 1).clamp(min=0), cache)
-            yield [_Prefilled(cache, i, logits, row) for i, group in enumerate(batch) for row in group]
+            yield [Prefilled(cache, i, logits, row) for i, group in enumerate(batch) for row in group]
 
-    def admit(self, waiting: Iterator[list[_Prefilled]]):
+    def admit(self, waiting: Iterator[list[Prefilled]]):
         """Fills free slots; a response that ends with its first token never takes one."""
         while len(self.rows) < self.cache.slots:
             if not self.ready:

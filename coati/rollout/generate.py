@@ -89,7 +89,7 @@ def generate(
     if config.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
         completions = _by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer)
     else:
-        stop = _stop(tokenizer, config.stop) if config.stop else None
+        stop = stop_at(tokenizer, config.stop) if config.stop else None
         kind = VLLMEngine if with_vllm else RolloutEngine
         engine = kind(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
         completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)])
@@ -103,7 +103,7 @@ def has_keys_and_values(model) -> bool:
     return not transformer._is_stateful and set(kinds) <= KEYS_AND_VALUES
 
 
-def _stop(tokenizer, texts: Sequence[str]):
+def stop_at(tokenizer, texts: Sequence[str]):
     """Says which responses now hold one of the texts, from their ids; asked after every token."""
     # a token has a byte or more; the few before it may change how the first ones are written
     reach = max(len(text.encode()) for text in texts) + 4

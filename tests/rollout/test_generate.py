@@ -82,12 +82,11 @@ def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
         dict(top_p=0.3),
         dict(temperature=0.2),
         pytest.param(dict(repetition_penalty=1.5)),
-        pytest.param(dict(suppress_tokens=[5, 6, 7])),
     ],
 )
 def test_the_models_generation_config_does_not_change_what_is_sampled(published):
     """PITFALL 32: published models carry a repetition penalty or top-k of their own (Qwen2.5: 1.05, 20); the
-    settings of the run are the only ones."""
+    settings of the run are the only ones, but for tokens that are never sampled (test_engine.py)."""
     torch.manual_seed(0)
     actor = Actor(config=tiny_config("llama", vocab_size=11, initializer_range=0.3)).eval()
     expected = draw(actor, seed=1)
