@@ -2,18 +2,13 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "applications" / "colossal_llama" / "example"))
-
-import measure as example
-import texts as example_texts
+from colossal_llama.example import measure as example
+from colossal_llama.example import texts as example_texts
 
 
 def test_texts_are_cut_at_lines_and_nothing_is_lost(tmp_path):

@@ -16,11 +16,10 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "applications"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "applications")]
 
-from measure import measure, summarise  # noqa: E402
-from texts import write_texts  # noqa: E402
-
+from colossal_llama.example.measure import measure, summarise  # noqa: E402
+from colossal_llama.example.texts import write_texts  # noqa: E402
 from examples.stages import run, train_script  # noqa: E402
 
 ARMS = {

@@ -1,0 +1,1 @@
+"""The example: a small English model learns Chinese."""
