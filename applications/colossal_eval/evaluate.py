@@ -18,6 +18,7 @@ from pathlib import Path
 
 from coati.config import option, parse_config
 from coati.errors import UserError
+from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
 from colossal_eval.models import column_names, model_folder
 from colossal_eval.report import slug, write_report
@@ -29,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(TrackingConfig):
     """Settings of evaluate.py."""
 
     models: list[str] = option((), "model folders, LoRA adapters, coati runs or checkpoints; one column each")
@@ -45,7 +46,6 @@ class EvaluateConfig:
     dtype: str = option("float32", f"of the weights: {', '.join(DTYPES)} (for checks)")
     batch_tokens: int | None = option(None, "tokens of a batch; default: from the memory of the GPU, 8192 on a CPU")
     published: bool = option(False, "compare with the figures of the Colossal-LLaMA-2 card")
-    progress: str = option("auto", "auto, bar, plain or off")
 
 
 def check(config: EvaluateConfig) -> dict[str, Path]:
@@ -111,12 +111,29 @@ def evaluate(config: EvaluateConfig, runtime) -> dict:
     for name, folder in folders.items():
         _evaluate_model(config, runtime, name, folder)
     report = write_report(output, list(folders), config.tasks, config.published) if runtime.is_main else {}
+    if runtime.is_main and (config.wandb != "disabled" or config.tensorboard):
+        track(report, config, output)
     runtime.say(f"report: {output / 'report.md'}")
     return report
 
 
+def track(report: dict, config: EvaluateConfig, output: Path) -> None:
+    """The report's means and standard errors as a run in W&B and TensorBoard: `MODEL/BENCHMARK/KIND`."""
+    from coati.tracking import make_tracker
+
+    metrics = {}
+    for row in report["rows"]:
+        for model, found in row["models"].items():
+            name = f"{model}/{row['benchmark']}/{row['kind']}"
+            metrics[name] = found["mean"]["value"]
+            if found["mean"]["stderr"] is not None:
+                metrics[f"{name}/stderr"] = found["mean"]["stderr"]
+    tracker = make_tracker(output, config, algorithm="evaluate", settings=asdict(config))
+    tracker.log(metrics, 0)
+    tracker.finish("finished")
+
+
 def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) -> None:
-    from coati.tracking.config import TrackingConfig
     from colossal_eval.harness import CoatiLM
     from colossal_eval.models import load_model
     from colossal_eval.store import AnswerStore
@@ -126,8 +143,7 @@ def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) ->
     store = AnswerStore(output / "answers", runtime.rank)
     runtime.communicator.barrier()  # nobody writes before all have read
     settings = {"dtype": config.dtype, "device": runtime.device.type}
-    tracking = TrackingConfig(progress=config.progress)
-    lm = CoatiLM(loaded, store, runtime.communicator, tracking, config.batch_tokens, settings)
+    lm = CoatiLM(loaded, store, runtime.communicator, config, config.batch_tokens, settings)
     runtime.say(f"{name}: {folder}, up to {loaded.max_length} tokens, batches of {lm.batch_tokens} tokens")
     for benchmark in config.tasks:
         reused, added = store.reused, store.added

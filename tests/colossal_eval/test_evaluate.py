@@ -68,6 +68,18 @@ def test_a_run_writes_records_and_a_report_and_reuses_its_answers(tiny, prepared
     assert records_of(tmp_path / "out") == first
 
 
+def test_the_scores_are_tracked_as_a_run(tiny, prepared, runtime, tmp_path):
+    from coati.tracking import read_metrics
+
+    config = settings(tiny, prepared, tmp_path / "out", tasks=["mmlu"], shots=1, tensorboard=True)
+    found = evaluate(config, runtime)
+    [row] = read_metrics(tmp_path / "out")
+    for model, summary in found["rows"][0]["models"].items():
+        assert row[f"{model}/mmlu/single_choice"] == summary["mean"]["value"]
+        assert row[f"{model}/mmlu/single_choice/stderr"] == summary["mean"]["stderr"]
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+
+
 def test_other_settings_do_not_reuse_answers(tiny, prepared, runtime, tmp_path, capsys):
     output = tmp_path / "out"
     one = [str(tiny["first"])]
