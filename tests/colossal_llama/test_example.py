@@ -9,6 +9,9 @@ import torch
 
 from colossal_llama.example import measure as example
 from colossal_llama.example import texts as example_texts
+from colossal_llama.pretraining import PretrainConfig
+from colossal_llama.stages import parse_stages
+from tests.conftest import ROOT
 
 
 def test_texts_are_cut_at_lines_and_nothing_is_lost(tmp_path):
@@ -53,6 +56,15 @@ def test_losses_of_documents_are_the_plain_models(tiny_world, monkeypatch, tmp_p
                 loss -= logits.log_softmax(-1)[ids[t]].item()
             expected.append(loss)
         assert example.document_losses(tiny_world["policy"], documents) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "stages"), [("english", ["english"]), ("chinese", ["warm-up", "knowledge", "replay"])]
+)
+def test_its_plans_are_plans(plan, stages):
+    path = ROOT / "applications" / "colossal_llama" / "example" / f"{plan}.yaml"
+    found = parse_stages(PretrainConfig, "", ["--config", str(path)])
+    assert [stage.run_name for stage in found.stages] == stages
 
 
 def test_bits_and_their_interval():
