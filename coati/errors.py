@@ -1,5 +1,8 @@
 """The one exception that a user is meant to read."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Something the person who started the run can mend: a file, a line, a flag, a combination.
@@ -7,3 +10,14 @@ class UserError(ValueError):
     Its message is one sentence that names the place and the remedy. Entry points print it without a traceback
     and exit with status 2.
     """
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """The exit status of a command: the number that it returns, else 0; 2 for a mistake of the user's, which goes to
+    stderr."""
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

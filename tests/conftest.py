@@ -29,27 +29,32 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def make_world(root: Path) -> dict[str, str]:
-    """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
-
-    Rows differ in length, so that padding and bucketing have something to do.
-    """
-    import torch
+def byte_level_tokenizer(text: str, size: int):
+    """A byte-level BPE tokenizer of that many tokens that knows the words of a text; BOS, EOS and PAD come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    from coati.models import Actor
+    from transformers import PreTrainedTokenizerFast
 
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    options = dict(special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([text] * 4, trainers.BpeTrainer(vocab_size=size, **options))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def make_world(root: Path) -> dict[str, str]:
+    """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
+
+    Rows differ in length, so that padding and bucketing have something to do.
+    """
+    import torch
+    from transformers import LlamaConfig
+
+    from coati.models import Actor
+
+    tokenizer = byte_level_tokenizer(f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}", 320)
     tokenizer.save_pretrained(root / "tokenizer")
     config = LlamaConfig(
         vocab_size=len(tokenizer),

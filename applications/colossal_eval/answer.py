@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.config import option, parse_config
-from coati.errors import UserError
+from coati.errors import UserError, run_command
 from coati.tracking.files import replace_file
 from colossal_eval.models import load_model, model_folder
 from colossal_eval.records import Question, read_questions
@@ -94,12 +94,7 @@ def _prompt(loaded, dialogue: list[dict], question: Question, room: int) -> list
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 2 for a mistake of the user's."""
-    try:
-        answer(parse_config(AnswerConfig, argv, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: answer(parse_config(AnswerConfig, argv, description=__doc__)))
 
 
 if __name__ == "__main__":

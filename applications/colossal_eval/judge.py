@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.config import option, parse_config
-from coati.errors import UserError
+from coati.errors import UserError, run_command
 from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
 from coati.tracking.progress import progress_bar
@@ -196,12 +196,7 @@ def judge(config: JudgeConfig) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 2 for a mistake of the user's."""
-    try:
-        report = judge(parse_config(JudgeConfig, argv, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if report["failed"] else 0
+    return run_command(lambda: int(judge(parse_config(JudgeConfig, argv, description=__doc__))["failed"] > 0))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.config import option, parse_config
-from coati.errors import UserError
+from coati.errors import UserError, run_command
 from colossal_eval.converters import CONVERTERS
 from colossal_eval.records import SUMMARY, to_line
 from colossal_eval.sources import Row
@@ -177,12 +177,7 @@ def prepare(config: PrepareConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 2 for a mistake of the user's."""
-    try:
-        prepare(parse_config(PrepareConfig, argv, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: prepare(parse_config(PrepareConfig, argv, description=__doc__)))
 
 
 if __name__ == "__main__":

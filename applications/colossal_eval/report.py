@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from coati.config import option, parse_config
-from coati.errors import UserError
+from coati.errors import UserError, run_command
 from coati.tracking.files import read_lines, read_object, replace_file
 from colossal_eval.published import compare_published
 from colossal_eval.render import KINDS, markdown, page, sections
@@ -129,19 +129,17 @@ class ReportConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report of an evaluation again."""
-    try:
-        config = parse_config(ReportConfig, argv, description=__doc__)
-        output = Path(config.output).expanduser()
-        last = read_object(output / "evaluation.json")
-        from colossal_eval.models import column_names
+    return run_command(lambda: _write_again(parse_config(ReportConfig, argv, description=__doc__)))
 
-        models, tasks = config.models or column_names(last["models"]), config.tasks or last["tasks"]
-        write_report(output, models, tasks, config.published)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _write_again(config: ReportConfig) -> None:
+    from colossal_eval.models import column_names
+
+    output = Path(config.output).expanduser()
+    last = read_object(output / "evaluation.json")
+    models, tasks = config.models or column_names(last["models"]), config.tasks or last["tasks"]
+    write_report(output, models, tasks, config.published)
     print(f"report: {output / 'report.md'}")
-    return 0
 
 
 if __name__ == "__main__":

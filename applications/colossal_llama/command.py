@@ -1,24 +1,13 @@
-"""What the commands of this package share: errors in words, and outputs that are whole or absent."""
+"""Outputs that are whole or absent."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from coati.errors import UserError
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """The exit status: 0, or 2 for a mistake of the user's, whose message goes to stderr."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 @contextmanager

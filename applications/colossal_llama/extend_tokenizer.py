@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from coati.config import option, parse_config
-from coati.errors import UserError
-from colossal_llama.command import new_folder, run_command
+from coati.errors import UserError, run_command
+from colossal_llama.command import new_folder
 from colossal_llama.corpus import read_texts, sample_texts
 
 REPORT = "extension.json"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from coati.errors import UserError
+from coati.errors import UserError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,12 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 for the likeliest text")
     options = parser.parse_args(argv)
-    try:
-        write(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write(options))
 
 
 def write(options):

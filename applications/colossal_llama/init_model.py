@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coati.config import option, parse_config
-from coati.errors import UserError
-from colossal_llama.command import new_folder, run_command
+from coati.errors import UserError, run_command
+from colossal_llama.command import new_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from coati.config import option, parse_config
-from coati.errors import UserError
-from colossal_llama.command import run_command
+from coati.errors import UserError, run_command
 
 OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from colossal_eval.prepare import PrepareConfig, prepare
+from tests.conftest import byte_level_tokenizer
 
 # a machine that is busy is no failure
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,22 +84,8 @@ def prepared(tmp_path_factory) -> Path:
 
 def byte_tokenizer(vocabulary: int = 400):
     """A small byte-level BPE tokenizer that knows the benchmarks' words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(special.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     words = "Question: What is 12 + 3 in anatomy? A. B. C. D. E.\nAnswer: A B C D E\n\n题目：求值\n答案是：一二三"
-    backend.train_from_iterator([words] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    tokenizer = byte_level_tokenizer(words, vocabulary)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
