@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from examples.tokenizer import byte_level_tokenizer
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is an error at once, not after a minute of attempts
 
+SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("red blue green lamp chair clock order refund late soon thank please happy help sorry never").split()  # noqa: SIM905
 
@@ -29,21 +32,6 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def byte_level_tokenizer(text: str, size: int):
-    """A byte-level BPE tokenizer of that many tokens that knows the words of a text; BOS, EOS and PAD come first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = dict(special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([text] * 4, trainers.BpeTrainer(vocab_size=size, **options))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
-
-
 def make_world(root: Path) -> dict[str, str]:
     """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
 
@@ -54,7 +42,8 @@ def make_world(root: Path) -> dict[str, str]:
 
     from coati.models import Actor
 
-    tokenizer = byte_level_tokenizer(f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}", 320)
+    words = f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}"
+    tokenizer = byte_level_tokenizer([words] * 4, 320, SPECIAL)
     tokenizer.save_pretrained(root / "tokenizer")
     config = LlamaConfig(
         vocab_size=len(tokenizer),

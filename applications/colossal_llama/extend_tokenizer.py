@@ -129,10 +129,9 @@ def _with_progress(texts: Iterable[str], characters: int, config: ExtendConfig) 
 
 
 def _read_pieces(path: str) -> list[str]:
-    pieces = list(read_texts([path], "piece")) if path.endswith(".jsonl") else None
-    if pieces is None:
+    if not path.endswith(".jsonl"):
         raise UserError(f'--pieces {path}: give a .jsonl file with rows such as {{"piece": "你好"}}.')
-    return pieces
+    return list(read_texts([path], "piece"))
 
 
 def _measure(source, old, folder: Path, sample: list[str], config: ExtendConfig) -> dict:

@@ -13,7 +13,8 @@ import torch
 
 from coati.config import option
 from coati.errors import UserError
-from coati.losses import cross_entropy, z_loss
+from coati.losses import z_loss
+from coati.losses.masking import keep
 from coati.trainers.config import TrainerConfig
 from coati.trainers.sft import SFTTrainer
 from colossal_llama.packed import MixedOrder, PackedDataset, collate
@@ -134,19 +135,14 @@ class PretrainTrainer(SFTTrainer):
         if self.eval_data is None:
             return {}, []
         names = self.eval_data.categories.tolist()
-        totals = {f"{kind}/{name}": torch.zeros(()) for name in names for kind in ("loss", "count")}
+        sums = torch.zeros(2, len(names), dtype=torch.float64)  # nats and tokens by category
         for output, batch, real, rows in self.eval_outputs():
-            log_probs = output[0] if self.config.z_loss else output
-            kept = real.nonzero()[:, 0].tolist()
-            for place, row in zip(kept, rows, strict=True):
-                name = names[self.eval_data.category_of_row[row]]
-                targets = self.targets(batch)[place, None]
-                totals[f"loss/{name}"] += cross_entropy(log_probs[place, None], targets, 1.0)[0].cpu()
-                totals[f"count/{name}"] += targets.sum().cpu()
-        sums = self.communicator.sum_metrics([totals])
-        losses = {name: sums[f"loss/{name}"] / max(sums[f"count/{name}"], 1) for name in names}
-        count = sum(sums[f"count/{name}"] for name in names)
-        losses = {"": sum(sums[f"loss/{name}"] for name in names) / max(count, 1)} | losses
+            log_probs, targets = (output[0] if self.config.z_loss else output)[real], self.targets(batch)[real]
+            found = torch.stack([-keep(log_probs, targets).sum(1), targets.sum(1)]).double().cpu()
+            sums.index_add_(1, torch.tensor(self.eval_data.category_of_row[rows]), found)
+        nats, tokens = self.communicator.sum(sums).tolist()
+        losses = {"": sum(nats) / max(sum(tokens), 1)}
+        losses |= {name: n / max(t, 1) for name, n, t in zip(names, nats, tokens, strict=True)}
         metrics = {}
         for name, loss in losses.items():
             suffix = f"/{name}" if name else ""

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from colossal_eval.prepare import PrepareConfig, prepare
-from tests.conftest import byte_level_tokenizer
+from examples.tokenizer import byte_level_tokenizer
+from tests.conftest import SPECIAL
 
 # a machine that is busy is no failure
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -85,7 +86,7 @@ def prepared(tmp_path_factory) -> Path:
 def byte_tokenizer(vocabulary: int = 400):
     """A small byte-level BPE tokenizer that knows the benchmarks' words."""
     words = "Question: What is 12 + 3 in anatomy? A. B. C. D. E.\nAnswer: A B C D E\n\n题目：求值\n答案是：一二三"
-    tokenizer = byte_level_tokenizer(words, vocabulary)
+    tokenizer = byte_level_tokenizer([words] * 4, vocabulary, SPECIAL)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from examples.tokenizer import byte_level_tokenizer
+
 HELD_BACK = 10  # every tenth document
 CURVE = 6  # every sixth of those is evaluated during training
 LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what is held back is spread
@@ -48,17 +50,11 @@ def read_pieces(path: Path) -> Iterator[str]:
 
 def train_tokenizer(text: Path, folder: Path, size: int = 4096):
     """A byte-level BPE tokenizer that has seen English only."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = dict(special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
     texts = (json.loads(line)["text"] for line in text.open(encoding="utf-8"))
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = byte_level_tokenizer(texts, size, special)
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = start
     tokenizer.save_pretrained(folder)
