@@ -112,9 +112,12 @@ def machine(threads: int) -> dict[str, str | int]:
     } | packages
 
 
-def publish(result: dict, name: str | None):
-    """Prints a result as one line, and writes it to benchmarks/results under a name if there is one."""
-    print(json.dumps(result))
-    if name:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+def store(result: dict, name: str, part: str):
+    """Writes a result to benchmarks/results under a name, as far as it has come: called after every case, so that
+    nothing measured is lost. What the file has beside it in `part` and was measured in the same way stays."""
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if {k: v for k, v in before.items() if k != part} == {k: v for k, v in result.items() if k != part}:
+        result = result | {part: before[part] | result[part]}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

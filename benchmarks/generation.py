@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import Contender, contest, machine, publish, serve
+from benchmarks.contest import Contender, contest, machine, serve, store
 
 PROMPT = 32
 CASES = ("fixed-32-64", "fixed-128-64", "fixed-32-128", "fixed-128-128", "log-normal")
@@ -145,15 +145,19 @@ def main():
     parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/generation.json")
     options = parser.parse_args()
-    cases = {case: run_case(case, options.rounds, options.threads, options.model) for case in options.cases}
     result = {
         "machine": machine(options.threads),
         "rounds": options.rounds,
         "unit": "tokens/s",
         "model": MODEL | options.model,
-        "cases": cases,
+        "cases": {},
     }
-    publish(result, "generation" if options.save else None)
+    for case in options.cases:
+        found = result["cases"][case] = run_case(case, options.rounds, options.threads, options.model)
+        print(case, {k: round(v, 2) for k, v in found["ratios"].items()}, file=sys.stderr, flush=True)
+        if options.save:
+            store(result, "generation", "cases")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ batch        generation of 64 tokens for 1 to 256 prompts at once, beside `trans
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import generation, training
-from benchmarks.contest import machine, publish
+from benchmarks.contest import machine, store
 
 AXES = {
     "length": (64, 128, 256, 512, 1024, 2048),
@@ -40,12 +41,15 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/scaling.json")
     options = parser.parse_args()
-    axes = {}
+    result = {"machine": machine(options.threads), "rounds": options.rounds, "model": generation.MODEL, "axes": {}}
     for axis in options.axes:
-        axes[axis] = {value: measure(axis, value, options.rounds, options.threads) for value in AXES[axis]}
-        print(axis, "done", file=sys.stderr, flush=True)
-    result = {"machine": machine(options.threads), "rounds": options.rounds, "model": generation.MODEL, "axes": axes}
-    publish(result, "scaling" if options.save else None)
+        points = result["axes"][axis] = {}
+        for value in AXES[axis]:
+            points[str(value)] = measure(axis, value, options.rounds, options.threads)
+            print(axis, value, "done", file=sys.stderr, flush=True)
+        if options.save:
+            store(result, "scaling", "axes")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

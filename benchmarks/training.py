@@ -13,7 +13,7 @@ TRL works in environments of its own, which `make trl` makes; without them it is
                                        one trunk for policy and value (ours; TRL has two)
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
                                        (with `compile_generation` where there is g++, compiled before the clock runs)
-    ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2
+    ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import Contender, contest, machine, publish, serve
+from benchmarks.contest import Contender, contest, machine, serve, store
 from benchmarks.generation import MODEL, log_normal
 from benchmarks.world import PLAIN, words, write_models, write_rows
 
@@ -192,6 +192,7 @@ def contenders(case: Case, folder: Path) -> list[Contender]:
         return [
             Contender("coati", start, settings, threads=1),
             Contender("coati, 1 process", ours.command, ours.settings),
+            Contender("coati, 1 thread", ours.command, ours.settings, threads=1),
         ]
     found = [ours]
     common = dict(folder=str(folder), rows=rows["peers"], steps=case.steps, batch_size=case.batch_size)
@@ -218,7 +219,8 @@ def run_case(case: Case, rounds: int, threads: int, model: dict) -> dict:
         found = contest(contenders(case, folder), rounds=rounds, threads=threads)
     ours = found["coati"]
     ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}
-    memory = {name: ours["peak_mib"] / other["peak_mib"] for name, other in found.items() if name != "coati"}
+    peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where a step's fits in freed memory
+    memory = {name: peak["coati"] / peak[name] for name in found if name != "coati"}
     return {"ratios": ratios, "memory_ratios": memory, "contenders": found}
 
 
@@ -232,17 +234,13 @@ def main():
     parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
-    found = {}
+    result = {"machine": machine(options.threads), "rounds": options.rounds, "model": MODEL | options.model, "cases": {}}
     for name in options.cases:
-        found[name] = run_case(cases()[name], options.rounds, options.threads, options.model)
-        print(name, {k: round(v, 2) for k, v in found[name]["ratios"].items()}, file=sys.stderr)
-    result = {
-        "machine": machine(options.threads),
-        "rounds": options.rounds,
-        "model": MODEL | options.model,
-        "cases": found,
-    }
-    publish(result, options.save)
+        found = result["cases"][name] = run_case(cases()[name], options.rounds, options.threads, options.model)
+        print(name, {k: round(v, 2) for k, v in found["ratios"].items()}, file=sys.stderr, flush=True)
+        if options.save:
+            store(result, options.save, "cases")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
