@@ -219,7 +219,7 @@ def run_case(case: Case, rounds: int, threads: int, model: dict) -> dict:
         found = contest(contenders(case, folder), rounds=rounds, threads=threads)
     ours = found["coati"]
     ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}
-    peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where a step's fits in freed memory
+    peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where freed memory was enough
     memory = {name: peak["coati"] / peak[name] for name in found if name != "coati"}
     return {"ratios": ratios, "memory_ratios": memory, "contenders": found}
 
@@ -234,7 +234,12 @@ def main():
     parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
-    result = {"machine": machine(options.threads), "rounds": options.rounds, "model": MODEL | options.model, "cases": {}}
+    result = {
+        "machine": machine(options.threads),
+        "rounds": options.rounds,
+        "model": MODEL | options.model,
+        "cases": {},
+    }
     for name in options.cases:
         found = result["cases"][name] = run_case(cases()[name], options.rounds, options.threads, options.model)
         print(name, {k: round(v, 2) for k, v in found["ratios"].items()}, file=sys.stderr, flush=True)
