@@ -15,7 +15,7 @@ from pathlib import Path
 from coati.errors import UserError
 from colossal_eval.evaluate import EvaluateConfig, options, run_benchmark
 from colossal_eval.report import headline
-from colossal_eval.scoring import mean
+from colossal_eval.scoring import mean, per_byte_perplexity
 from colossal_eval.tasks import subjects_of, write_tasks
 
 
@@ -74,7 +74,11 @@ class Benchmarks:
 
 
 def _scores(benchmark: str, records: list[dict]) -> dict[str, float]:
-    """The mean of each kind of question, under the benchmark's name if it has one kind only."""
+    """The mean of each kind of question, under the benchmark's name if it has one kind only; of texts, the perplexity a
+    byte."""
+    if benchmark == "texts":
+        read = per_byte_perplexity([r["log_prob"] for r in records], [r["bytes"] for r in records])
+        return {"texts": read.value}
     scores = {}
     for kind in sorted({record["kind"] for record in records}):
         alike = [record for record in records if record["kind"] == kind]

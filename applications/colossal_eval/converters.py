@@ -134,6 +134,25 @@ def _dialogue(value: dict | ValueError, references: dict) -> Question:
     )
 
 
+def texts(folder: Path) -> Iterator[Row]:
+    """Texts of the user's: `*.txt`, a document each, and `*.jsonl` with `text` (or `target`), one a line. A file is a
+    subject."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix in (".txt", ".jsonl"))
+    if not paths:
+        raise UserError(f"{folder} holds no *.txt and no *.jsonl")
+    for path in paths:
+        for line, value in [(1, {})] if path.suffix == ".txt" else jsonl_rows(path):
+            yield row("test", path.stem, f"{path}:{line}", _document, path, value, f"{path.stem}/{line}")
+
+
+def _document(path: Path, value: dict | ValueError, id: str) -> Question:
+    value = fields(value)
+    text = path.read_text(encoding="utf-8") if path.suffix == ".txt" else value.get("text", value.get("target"))
+    if not isinstance(text, str):
+        raise ValueError("it has no text in `text` or `target`")
+    return Question(id=id, subject=path.stem, category="texts", language="", kind="text", question=text)
+
+
 CONVERTERS = {
     "mmlu": mmlu,
     "cmmlu": cmmlu,
@@ -142,4 +161,5 @@ CONVERTERS = {
     "gaokao_bench": gaokao_bench,
     "gsm8k": gsm8k,
     "mt_bench": mt_bench,
+    "texts": texts,
 }

@@ -22,7 +22,7 @@ from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
 from colossal_eval.models import column_names, model_folder
 from colossal_eval.report import slug, write_report
-from colossal_eval.scoring import choice_log_probs, random_guess
+from colossal_eval.scoring import choice_log_probs, random_guess, size
 from colossal_eval.tasks import SETTINGS, TaskOptions, load_tasks, subjects_of, write_tasks
 
 MARK = "evaluation.json"
@@ -128,6 +128,9 @@ def track(report: dict, config: EvaluateConfig, output: Path) -> None:
             metrics[name] = found["mean"]["value"]
             if found["mean"]["stderr"] is not None:
                 metrics[f"{name}/stderr"] = found["mean"]["stderr"]
+    for row in report["texts"]:
+        for model, found in row["models"].items():
+            metrics[f"{model}/texts/{row['name']}"] = found["value"]
     tracker = make_tracker(output, config, algorithm="evaluate", settings=asdict(config))
     tracker.log(metrics, 0)
     tracker.finish("finished")
@@ -196,6 +199,8 @@ def record_of(benchmark: str, task, sample: dict) -> dict:
     given = sample["filtered_resps"]
     if not context.fits:
         return record
+    if doc["kind"] == "text":
+        record |= {"log_prob": given[0], "bytes": size(doc["question"])}
     if "first_token" in task.methods:
         width = len(context.styles)
         count = len(doc["labels"]) * width

@@ -14,7 +14,7 @@ from coati.errors import UserError, run_command
 from colossal_eval.converters import CONVERTERS
 from colossal_eval.records import SUMMARY, to_line
 from colossal_eval.sources import Row
-from colossal_eval.subjects import SUBJECTS, TOTALS
+from colossal_eval.subjects import SUBJECTS, TOTALS, Subject
 
 SHOWN = 20
 
@@ -90,8 +90,10 @@ def _take(row: Row, found: Conversion, ids: set[str], file) -> None:
 
 def describe(benchmark: str, found: Conversion) -> list[str]:
     """Lines that compare what is there with what is published."""
-    table = SUBJECTS[benchmark]
+    table = SUBJECTS.get(benchmark)
     here = {subject: count for (split, subject), count in found.rows.items() if split == "test"}
+    if table is None:
+        return [f"{benchmark}: {sum(here.values()):,} documents of {len(here)} files"]
     total = f"{sum(here.values()):,} of {TOTALS[benchmark]:,} published"
     lines = [f"{benchmark}: {total} rows, {len(here)} of {len(table)} subjects"]
     other = [
@@ -111,20 +113,21 @@ def describe(benchmark: str, found: Conversion) -> list[str]:
 
 def summary(benchmark: str, source: str, found: Conversion) -> dict:
     """What `summary.json` holds: where the data came from and the counts, published ones beside them."""
-    subjects: dict[str, dict] = defaultdict(dict)
+    table, subjects = SUBJECTS.get(benchmark, {}), defaultdict(dict)
     for (split, subject), count in found.questions.items():
         subjects[subject][split] = count
     return {
         "benchmark": benchmark,
         "source": source,
-        "published": TOTALS[benchmark],
+        "published": TOTALS.get(benchmark),
         "rows": sum(count for (split, _), count in found.rows.items() if split == "test"),
         "dropped": len(found.problems),
         "notes": describe(benchmark, found),
         "subjects": {
-            name: {"title": SUBJECTS[benchmark][name].name, "category": SUBJECTS[benchmark][name].category, **counts}
+            name: {"title": about.name, "category": about.category, **counts}
             for name, counts in subjects.items()
             if counts.get("test")
+            for about in [table.get(name, Subject("texts", None, name))]
         },
     }
 

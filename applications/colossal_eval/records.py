@@ -15,7 +15,7 @@ from pathlib import Path
 from coati.errors import UserError
 
 LETTERS = "ABCDEFGHIJ"
-KINDS = ("single_choice", "multi_choice", "cloze", "math", "dialogue")
+KINDS = ("single_choice", "multi_choice", "cloze", "math", "dialogue", "text")
 SUMMARY = "summary.json"
 
 
@@ -28,7 +28,7 @@ class Question:
         subject: the published file's name of it; `category` groups subjects.
         language: "en" or "zh".
         kind: "single_choice", "multi_choice" (several letters), "cloze" (a short text), "math" (a number at the end of
-            the reasoning), "dialogue" (judged, not scored here).
+            the reasoning), "dialogue" (judged, not scored here), "text" (`question` is a document that is read).
         choices: the texts, without letters; empty where the question's own text lists them.
         labels: the letters, one a choice.
         answers: the right letters, or the accepted texts.
@@ -58,7 +58,7 @@ def check(question: Question) -> Question:
         ValueError: what is wrong with it, in words.
     """
     if not question.question.strip():
-        raise ValueError("the question is empty")
+        raise ValueError(f"the {'text' if question.kind == 'text' else 'question'} is empty")
     if question.kind not in KINDS:
         raise ValueError(f"the kind {question.kind!r} is none of {', '.join(KINDS)}")
     if question.kind.endswith("choice"):
@@ -70,7 +70,7 @@ def check(question: Question) -> Question:
         empty = [label for label, text in zip(question.labels, question.choices, strict=False) if not text.strip()]
         if len(empty) > 1 or set(empty) & set(question.answers):
             raise ValueError(f"the choice {empty[0]} is empty")
-    if not question.answers and question.kind != "dialogue":
+    if not question.answers and question.kind not in ("dialogue", "text"):
         raise ValueError("there is no answer")
     return question
 

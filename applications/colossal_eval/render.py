@@ -62,6 +62,22 @@ def sections(rows: list[dict], models: list[str], published: list[dict] | None) 
     return parts + ([_published(published)] if published else [])
 
 
+def texts_section(rows: list[dict], models: list[str]) -> Section:
+    """What the models make of texts, from `report.text_rows`."""
+    note = "Perplexity a byte ± standard error over documents; a uniform guess has 256. Differences are in nats a byte."
+    lines = []
+    for row in rows:
+        errors = ["" if s["stderr"] is None else f" ± {s['stderr']:.3f}" for s in row["models"].values()]
+        cells = [f"{s['value']:.3f}{e}" for s, e in zip(row["models"].values(), errors, strict=True)]
+        lines.append([row["name"], f"{row['n']:,}", f"{row['bytes']:,}", *cells])
+    told = [
+        f"{row['name']}: {d['models'][1]} - {d['models'][0]} = {d['value']:+.4f} nats a byte, p = {d['p_value']:.2g}"
+        for row in rows
+        for d in row["differences"]
+    ]
+    return Section("Texts", ["text", "documents", "bytes", *models], lines, note, told)
+
+
 def _difference(row: dict, difference: dict) -> list[str]:
     first, second = difference["models"]
     p = difference["p_value"]
@@ -115,7 +131,7 @@ def page(parts: list[Section], rows: list[dict], models: list[str]) -> str:
         if part.rows:
             body.append(_html_table(part))
         body.append("".join(f"<p>{escape(line)}</p>" for line in part.lines) + "</section>")
-        if i == 0:
+        if i == 0 and rows:
             figures = "".join(f"<figure>{chart}</figure>" for chart in (bars(rows, models), radar(rows, models)))
             body.append(f'<section><h2>Charts</h2><div class="grid">{figures}</div></section>')
     head = f'<meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'

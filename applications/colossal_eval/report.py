@@ -15,9 +15,10 @@ from coati.config import option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.files import read_lines, read_object, replace_file
 from colossal_eval.published import compare_published
-from colossal_eval.render import KINDS, markdown, page, sections
-from colossal_eval.scoring import macro_mean, mean
+from colossal_eval.render import KINDS, markdown, page, sections, texts_section
+from colossal_eval.scoring import macro_mean, mean, per_byte_perplexity
 from colossal_eval.significance import compare
+from colossal_eval.subjects import ACROSS
 from colossal_eval.tasks import SETTINGS
 
 
@@ -52,6 +53,9 @@ def summarise(records: list[dict], metric: str) -> dict:
     for record in records:
         for part, values in parts.items():
             values[record[part]].append(record["scores"][metric])
+    for name, subjects in ACROSS.get(records[0]["benchmark"], {}).items():
+        if found := [score for subject in subjects for score in parts["subject"].get(subject, ())]:
+            parts["category"][name] = found
     by = {part: {name: mean(values) for name, values in found.items()} for part, found in parts.items()}
     return {
         "mean": asdict(mean([record["scores"][metric] for record in records])),
@@ -82,6 +86,37 @@ def report_rows(output: Path, models: list[str], benchmarks: list[str]) -> list[
     return rows
 
 
+def text_rows(output: Path, models: list[str]) -> list[dict]:
+    """One row a file of texts, and one for all of them: perplexity a byte, and the paired differences of its log.
+
+    Raises:
+        UserError: models that read different texts.
+    """
+    found = {model: read_records(output, model, "texts") for model in models}
+    ids = sorted(next(iter(found.values())))
+    if any(sorted(records) != ids for records in found.values()):
+        raise UserError("the models read different texts: run all of them again")
+    names = sorted({found[models[0]][id]["subject"] for id in ids})
+    return [
+        _text_row(name, {m: [r[i] for i in ids if name in ("all", r[i]["subject"])] for m, r in found.items()})
+        for name in ([*names, "all"] if len(names) > 1 else names)
+    ]
+
+
+def _text_row(name: str, found: dict[str, list[dict]]) -> dict:
+    sizes = [record["bytes"] for record in next(iter(found.values()))]
+    nats = {model: [record["log_prob"] for record in records] for model, records in found.items()}
+    # scaled so that their mean is the difference of the rates
+    rates = {model: [-log_prob * len(sizes) / sum(sizes) for log_prob in values] for model, values in nats.items()}
+    return {
+        "name": name,
+        "n": len(sizes),
+        "bytes": sum(sizes),
+        "models": {model: asdict(per_byte_perplexity(values, sizes)) for model, values in nats.items()},
+        "differences": [{"models": [a, b], **asdict(compare(rates[a], rates[b]))} for a, b in combinations(found, 2)],
+    }
+
+
 def _row(benchmark: str, kind: str, found: dict[str, list[dict]]) -> dict:
     first = next(iter(found.values()))
     metric = headline(benchmark, kind, first)
@@ -101,13 +136,15 @@ def _row(benchmark: str, kind: str, found: dict[str, list[dict]]) -> dict:
 
 def write_report(output: Path, models: list[str], benchmarks: list[str], published: bool = False) -> dict:
     """Write `report.json`, `.md` and `.html` to the folder of an evaluation; returns the first one's content."""
-    rows = report_rows(output, models, benchmarks)
+    rows = report_rows(output, models, [name for name in benchmarks if name != "texts"])
+    texts = text_rows(output, models) if "texts" in benchmarks else []
     beside = None
     if published:
         found = {b: {m: read_records(output, m, b).values() for m in models} for b in benchmarks}
         beside = compare_published(models, found)
-    report = {"models": models, "rows": rows, "published": beside}
-    parts = sections(rows, models, beside)
+    report = {"models": models, "rows": rows, "texts": texts, "published": beside}
+    parts = sections(rows, models, beside) if rows else []
+    parts += [texts_section(texts, models)] if texts else []
     replace_file(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     replace_file(output / "report.md", markdown(parts))
     if find_spec("matplotlib"):

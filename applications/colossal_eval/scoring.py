@@ -108,6 +108,11 @@ def macro_mean(parts: Sequence[Score]) -> Score:
     return Score(value, known, sum(part.n for part in parts))
 
 
+def size(text: str) -> int:
+    """UTF-8 bytes."""
+    return len(text.encode("utf-8", errors="replace"))
+
+
 def per_byte_perplexity(log_probs: Sequence[float], sizes: Sequence[int]) -> Score:
     r"""exp(r), r = -sum(l_i) / sum(b_i), over documents of b_i UTF-8 bytes: comparable between tokenizers.
 

@@ -1,7 +1,7 @@
 """Subjects of the published benchmarks: their categories and how many questions each has.
 
 Sources, each the benchmark's own repository: MMLU hendrycks/test `categories.py` and the released data.tar; CMMLU
-haonan-li/CMMLU `src/categories.py` (where a subject is also "China specific", the other category) and its test files;
+haonan-li/CMMLU `src/categories.py` and its test files;
 AGIEval ruixiangcui/AGIEval `data/v1`; GAOKAO-Bench OpenLMLab/GAOKAO-Bench `Data/Objective_Questions` (1781 examples in
 its README); C-Eval hkust-nlp/ceval `subject_mapping.json` (its paper, 2305.08322, gives totals only); GSM8K
 openai/grade-school-math; MT-Bench lm-sys/FastChat `question.jsonl`.
@@ -69,6 +69,14 @@ Humanities: 2010-2022_Geography_MCQs=高考地理 34, 2010-2022_History_MCQs=高
 
 GSM8K = _table("mathematics: gsm8k 1319")
 MT_BENCH = _table("dialogue: mt_bench 80")
+
+# Categories that lie across the others: a subject counts in both.
+_CHINA = """
+ancient_chinese chinese_civil_service_exam chinese_driving_rule chinese_food_culture chinese_foreign_policy
+chinese_history chinese_literature chinese_teacher_qualification construction_project_management elementary_chinese
+elementary_commonsense ethnology high_school_politics modern_chinese traditional_chinese_medicine
+"""
+ACROSS = {"cmmlu": {"China specific": tuple(_CHINA.split())}}
 
 SUBJECTS = {
     "mmlu": MMLU,

@@ -41,6 +41,7 @@ SETTINGS = {
     "agieval": Setting(methods=("first_token", "generate"), headline="combined"),
     "gaokao_bench": Setting(shots=0, methods=("first_token", "generate")),
     "gsm8k": Setting(headline="exact_match", max_new_tokens=256),
+    "texts": Setting(shots=0, methods=(), headline="nats_per_byte"),
 }
 
 
@@ -86,7 +87,7 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
             categories.setdefault(group, []).append(name)
     headline = SETTINGS[benchmark].headline
     for group, members in categories.items():
-        metric = headline if group.endswith("_group") else "exact_match"
+        metric = headline if group.endswith(("_group", "_text")) else "exact_match"
         _write(folder / f"{group}.yaml", _group(group, members, metric))
     _write(folder / f"{benchmark}.yaml", _group(benchmark, list(categories), headline))
     return [name for members in categories.values() for name in members]
@@ -97,7 +98,7 @@ def task_config(benchmark: str, data: Path, kind: str, about: dict, options: Tas
     setting = SETTINGS[benchmark]
     methods = options.methods or list(setting.methods)
     if kind != "single_choice":
-        methods = ["generate"]
+        methods = [] if kind == "text" else ["generate"]
     return {
         "task": about["task"],
         "task_alias": about["subject"],

@@ -6,6 +6,8 @@ from coati.errors import UserError
 from coati.tracking import read_metrics
 from colossal_eval.callback import Benchmarks
 from colossal_eval.evaluate import EvaluateConfig, evaluate
+from colossal_eval.prepare import PrepareConfig, prepare
+from tests.colossal_eval.conftest import write_jsonl
 from tests.conftest import settings_for, trainer_classes
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -37,6 +39,20 @@ def test_every_evaluation_has_what_evaluate_finds(prepared, tiny, tiny_world, ru
         [found] = [r for r in evaluate(config, runtime)["rows"] if r["benchmark"] == "mmlu"]
         [summary] = found["models"].values()
         assert row["eval/mmlu"] == pytest.approx(summary["mean"]["value"])
+
+
+def test_texts_are_read_too(tiny, tiny_world, runtime, tmp_path):
+    write_jsonl(tmp_path / "texts" / "news.jsonl", [{"text": "What is 12?"}, {"text": "Answer: A"}])
+    prepare(PrepareConfig(benchmark="texts", data=str(tmp_path / "texts"), output=str(tmp_path / "data")))
+    (tmp_path / "mine.py").write_text(
+        "from colossal_eval.callback import Benchmarks\n"
+        f"reads = Benchmarks(tasks=['texts'], data={str(tmp_path / 'data')!r})\n"
+    )
+    train("sft", tiny_world, runtime, tmp_path / "run", tiny["first"], evaluators=[f"{tmp_path}/mine.py:reads"])
+    first, *_ = [row["eval/texts"] for row in read_metrics(tmp_path / "run") if "eval/texts" in row]
+    config = EvaluateConfig(models=[str(tiny["first"])], tasks=["texts"], data=str(tmp_path / "data"), progress="off")
+    config.output = str(tmp_path / "out")
+    assert first == pytest.approx(evaluate(config, runtime)["texts"][0]["models"]["first"]["value"])
 
 
 def test_a_reward_model_answers_no_questions(prepared, tiny, tiny_world, runtime, tmp_path):

@@ -1,6 +1,7 @@
 """The whole command: what it writes, killed and started again, on one rank and on two."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from colossal_eval import report
 from colossal_eval.evaluate import EvaluateConfig, evaluate, main
 from colossal_eval.prepare import PrepareConfig, prepare
 from colossal_eval.published import CARD, compare_published
-from tests.colossal_eval.conftest import make_mmlu
+from tests.colossal_eval.conftest import make_mmlu, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "applications" / "colossal_eval" / "evaluate.py"
@@ -66,6 +67,50 @@ def test_a_run_writes_records_and_a_report_and_reuses_its_answers(tiny, prepared
     assert "first mmlu: 12 questions, 12 answers reused, 0 new" in said
     assert "first: 0 tokens through the model" in said
     assert records_of(tmp_path / "out") == first
+
+
+def test_texts_have_a_perplexity_a_byte(tiny, runtime, tmp_path):
+    """Beside a plain forward pass of every document."""
+    texts = {"news": ["What is 12?", "题目：求值 A. B."], "story": ["Question: What is 3 in anatomy?\nAnswer: A"]}
+    for name, documents in texts.items():
+        write_jsonl(tmp_path / "texts" / f"{name}.jsonl", [{"text": text} for text in documents])
+    data = tmp_path / "data"
+    prepare(PrepareConfig(benchmark="texts", data=str(tmp_path / "texts"), output=str(data)))
+    found = evaluate(settings(tiny, data, tmp_path / "out", tasks=["texts"], tensorboard=True), runtime)
+    nats, sizes = nats_of(tiny["first"], texts), {n: sum(len(t.encode()) for t in ts) for n, ts in texts.items()}
+    nats["all"], sizes["all"] = sum(nats.values()), sum(sizes.values())
+    assert [(row["name"], row["n"], row["bytes"]) for row in found["texts"]] == [
+        ("news", 2, sizes["news"]),
+        ("story", 1, sizes["story"]),
+        ("all", 3, sizes["all"]),
+    ]
+    for row in found["texts"]:
+        rate = nats[row["name"]] / sizes[row["name"]]
+        assert row["models"]["first"]["value"] == pytest.approx(math.exp(rate), rel=1e-5)
+        [difference] = row["differences"]
+        expected = math.log(row["models"]["second"]["value"]) - rate
+        assert difference["value"] == pytest.approx(expected, rel=1e-4)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| all | 3 |" in page and "nats a byte, p = " in page
+    from coati.tracking import read_metrics
+
+    [row] = read_metrics(tmp_path / "out")
+    assert row["first/texts/all"] == found["texts"][-1]["models"]["first"]["value"]
+
+
+def nats_of(folder: Path, texts: dict[str, list[str]]) -> dict[str, float]:
+    """Negative log-likelihood of each file's documents, by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    found = dict.fromkeys(texts, 0.0)
+    for name, documents in texts.items():
+        for text in documents:
+            ids = torch.tensor([[1, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+            log_probs = model(ids).logits.double().log_softmax(-1)[0, :-1]
+            found[name] -= log_probs.gather(1, ids[0, 1:, None]).sum().item()
+    return found
 
 
 def test_the_scores_are_tracked_as_a_run(tiny, prepared, runtime, tmp_path):
@@ -219,6 +264,16 @@ def test_the_report_says_means_errors_chance_and_significance(tmp_path):
     assert not re.search(r"(src|href)=.http|url\(.?http|@import", html), "something is loaded from elsewhere"
     report.write_report(tmp_path, ["a", "b"], ["mmlu"])
     assert (tmp_path / "report.html").read_text() == html
+
+
+def test_chinas_subjects_count_in_two_categories(tmp_path):
+    about = dict(benchmark="cmmlu", category="Social Science")
+    rows = [record(i, float(i < 1), **about, subject=s) for i, s in enumerate(("ethnology", "sociology", "economics"))]
+    keep(tmp_path, "a", rows, "cmmlu")
+    [row] = report.write_report(tmp_path, ["a"], ["cmmlu"])["rows"]
+    found = {name: (score["value"], score["n"]) for name, score in row["models"]["a"]["categories"].items()}
+    assert found == {"Social Science": (pytest.approx(1 / 3), 3), "China specific": (1.0, 1)}
+    assert row["n"] == 3
 
 
 def test_models_that_were_asked_different_questions_are_not_compared(tmp_path):

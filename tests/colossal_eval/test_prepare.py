@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ from colossal_eval.gaokao import split_numbered, split_options
 from colossal_eval.hub import hub_rows
 from colossal_eval.prepare import PrepareConfig, main, prepare
 from colossal_eval.records import read_questions, read_summary
-from colossal_eval.subjects import SUBJECTS, TOTALS
+from colossal_eval.subjects import ACROSS, SUBJECTS, TOTALS
 from tests.colossal_eval.conftest import DATA, calm, make_agieval, make_gsm8k, make_mmlu, write_csv, write_jsonl
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data sets are not at {DATA}")
@@ -33,6 +34,9 @@ def complaint(name, data, tmp_path, **settings) -> str:
 def test_published_totals_are_those_of_the_papers():
     assert (TOTALS["mmlu"], len(SUBJECTS["mmlu"])) == (14042, 57)
     assert (TOTALS["cmmlu"], len(SUBJECTS["cmmlu"])) == (11582, 67)
+    assert len(ACROSS["cmmlu"]["China specific"]) == 15 and set(ACROSS["cmmlu"]["China specific"]) <= set(
+        SUBJECTS["cmmlu"]
+    )
     assert (TOTALS["gaokao_bench"], len(SUBJECTS["ceval"])) == (1781, 52)
 
 
@@ -213,6 +217,21 @@ def test_mt_bench_questions_keep_their_turns_and_references(tmp_path):
     write_jsonl(tmp_path / "mt" / "reference_answer" / "gpt-4.jsonl", [answer])
     first, second = read_questions(convert("mt_bench", tmp_path / "mt", tmp_path) / "test" / "mt_bench.jsonl")
     assert (first.turns, first.answers, second.answers) == (["and then?"], [], ["so", "thus"])
+
+
+def test_texts_are_documents_of_files(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "story.txt").write_text("Once upon a time\n")
+    path = write_jsonl(tmp_path / "texts" / "news.jsonl", [{"text": "今天"}, {"target": "two"}])
+    folder = convert("texts", tmp_path / "texts", tmp_path)
+    assert [q.question for q in read_questions(folder / "test" / "news.jsonl")] == ["今天", "two"]
+    assert read_summary(folder)["notes"] == ["texts: 3 documents of 2 files"]
+    write_jsonl(path, [{"text": "今天"}, {"title": "none"}, {"text": " "}])
+    (tmp_path / "texts" / "story.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError) as error:
+        prepare(PrepareConfig(benchmark="texts", data=str(tmp_path / "texts"), output=str(tmp_path / "other")))
+    for place, reason in (("news.jsonl:2", "no text in"), ("news.jsonl:3", "text is empty"), ("story.txt:1", "utf-8")):
+        assert re.search(f"{place}: .*{reason}", str(error.value))
 
 
 def test_a_datasets_folder_gives_the_questions_of_the_csv_layout(tmp_path, monkeypatch):

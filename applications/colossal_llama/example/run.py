@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
     parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which ways of continuing")
+    parser.add_argument("--chinese_before", type=float, default=0.1, help="share of the English model's first tokens")
     parser.add_argument("--tokens", type=float, default=1.0, help="scales how long everything is trained")
     arguments = parser.parse_args()
     output, started = arguments.output.resolve(), time.monotonic()
@@ -75,10 +76,15 @@ def command(name: str, output: Path, **flags):
 
 
 def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
-    """A model that knows English."""
+    """A model that knows English, and some Chinese as it reads it: byte by byte."""
     plan = yaml.safe_load((HERE / "english.yaml").read_text())
-    plan["stages"][0]["epochs"] *= arguments.tokens
-    plan |= dict(mix=["en=1"], model_config=str(HERE / "model.json"), seed=seed)
+    plan["stages"][0]["tokens"] = round(plan["stages"][0]["tokens"] * arguments.tokens)
+    chinese = arguments.chinese_before
+    plan |= dict(
+        mix=[f"en={1 - chinese}", *([f"zh={chinese}"] if chinese else [])],
+        model_config=str(HERE / "model.json"),
+        seed=seed,
+    )
     return train_stages(plan, folder / "english", data, "english", arguments)
 
 
