@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 QUICK := not slow and not gpu and not slurm
 
-.PHONY: help install quickstart test test-slurm trl test-vllm test-all mutation bench lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-vllm test-all mutation bench bench-gpu lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -51,6 +51,9 @@ bench: $(READY)  ## Measure coati beside its peers and write benchmarks/results 
 	$(PY) benchmarks/training.py --model '{"vocab_size": 32000}' --cases $(WITH_MEMORY) --save memory
 	$(PY) benchmarks/scaling.py --save
 	$(PY) benchmarks/report.py
+
+bench-gpu: $(READY)  ## Measure training and decoding on a GPU, beside its own matrix rate and bandwidth
+	$(PY) benchmarks/gpu.py --save
 
 lint: $(READY)  ## Check style and formatting
 	$(VENV)/bin/ruff check .

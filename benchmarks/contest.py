@@ -45,15 +45,23 @@ def serve(prepare: Callable[[dict], Callable[[], int]]):
             seconds of each.
     """
     work = prepare(json.loads(sys.argv[-1]))
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    baseline = peak_memory()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         cpu, started = time.process_time(), time.perf_counter()
         done = work()
         turn = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
         turn |= done if isinstance(done, dict) else {"amount": done}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
-        print(json.dumps(turn | {"peak_mib": peak / 1024}), flush=True)
+        print(json.dumps(turn | {"peak_mib": peak_memory() - baseline}), flush=True)
+
+
+def peak_memory() -> float:
+    """MiB that this process has had at most: of the GPU where there is one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict]:

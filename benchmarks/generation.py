@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,13 @@ def make_model(settings: dict):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    device = torch.device(settings.get("device", "cpu"))
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **MODEL | settings.get("model", {}))).eval()
+    with device:
+        torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **MODEL | settings.get("model", {})))
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -75,7 +81,7 @@ def prepare_transformers(settings: dict):
 
     model, limits = make_model(settings), limits_of(settings["case"])
     model.generation_config.pad_token_id = 0
-    size, ids = settings["batch_size"], torch.tensor(prompts(len(limits)))
+    size, ids = settings["batch_size"], torch.tensor(prompts(len(limits)), device=model.device)
 
     @torch.no_grad()
     def work() -> int:
@@ -114,22 +120,27 @@ def prepare_vllm(settings: dict):
 PREPARE = {"coati": prepare_coati, "transformers": prepare_transformers, "vLLM": prepare_vllm}
 
 
-def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
-    command = [sys.executable, __file__, "worker"]
-    rows = len(limits_of(case))
-    sizes = [size for size in BATCH_SIZES if size <= rows] if case == "log-normal" else [rows]
-    settings = dict(case=case, model=model)
-    contenders = [
+def contenders(case: str, model: dict, sizes: Sequence[int], device: str = "cpu") -> list[Contender]:
+    """coati, transformers with several batch sizes, vLLM."""
+    command = [sys.executable, str(Path(__file__).resolve()), "worker"]
+    settings = dict(case=case, model=model, device=device)
+    found = [
         Contender(name, command, settings | dict(contender="coati", compiled=compiled))
         for name, compiled in OURS.items()
         if not compiled or shutil.which("g++")
     ]
     for size in sizes:
         of_peer = settings | dict(contender="transformers", batch_size=size)
-        contenders.append(Contender(f"transformers, batch {size}", command, of_peer))
-    if VLLM.exists() and not model:  # it doesn't run models of any shape
-        contenders.append(Contender("vLLM", [str(VLLM), *command[1:]], settings | dict(contender="vLLM")))
-    found = contest(contenders, rounds=rounds, threads=threads)
+        found.append(Contender(f"transformers, batch {size}", command, of_peer))
+    if VLLM.exists() and not model and device == "cpu":  # it doesn't run models of any shape
+        found.append(Contender("vLLM", [str(VLLM), *command[1:]], settings | dict(contender="vLLM")))
+    return found
+
+
+def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
+    rows = len(limits_of(case))
+    sizes = [size for size in BATCH_SIZES if size <= rows] if case == "log-normal" else [rows]
+    found = contest(contenders(case, model, sizes), rounds=rounds, threads=threads)
     best = max(result["rate"] for name, result in found.items() if name.startswith("transformers"))
     ratios = {name: found[name]["rate"] / best for name in found if not name.startswith("transformers")}
     return {"ratios": ratios, "contenders": found}

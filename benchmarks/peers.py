@@ -32,10 +32,10 @@ def shared_arguments(settings: dict) -> dict:
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        bf16=False,
+        bf16=settings["device"] != "cpu",
         gradient_checkpointing=False,
         dataloader_num_workers=0,
-        use_cpu=True,
+        use_cpu=settings["device"] == "cpu",
     ) | settings.get("arguments", {})
 
 
@@ -187,19 +187,22 @@ def plain_loop(settings: dict):
         model = AutoModelForSequenceClassification.from_pretrained(f"{settings['folder']}/scorer", num_labels=1)
     else:
         model = AutoModelForCausalLM.from_pretrained(f"{settings['folder']}/policy")
-    model.train()
+    device = settings["device"]
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(10, 1000, (rows, seq))
+    ids = torch.randint(10, 1000, (rows, seq), device=device)
+    lower = torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
     accumulated = settings["batch_size"] // settings["micro_batch_size"]
 
     def work() -> int:
         for _ in range(settings["steps"]):
             for _ in range(accumulated):
-                if reward:
-                    chosen, rejected = model(ids).logits[:, 0].chunk(2)
-                    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-                else:
-                    loss = model(ids, labels=ids).loss
+                with lower:
+                    if reward:
+                        chosen, rejected = model(ids).logits[:, 0].chunk(2)
+                        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+                    else:
+                        loss = model(ids, labels=ids).loss
                 (loss / accumulated).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

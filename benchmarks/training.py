@@ -183,10 +183,10 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
     return dict(algorithm=case.algorithm, flags=arguments, steps=case.steps, batch_size=case.batch_size, limits=limits)
 
 
-def contenders(case: Case, folder: Path) -> list[Contender]:
+def contenders(case: Case, folder: Path, device: str = "cpu") -> list[Contender]:
     rows = write_data(case, folder)
     ours = Contender("coati", [sys.executable, __file__, "worker"], coati_settings(case, folder, rows["coati"], {}))
-    if case.flags.get("plugin") == "zero2":
+    if case.flags.get("plugin") == "zero2" and not case.loop:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *ours.command[1:]]
         settings = coati_settings(case, folder, rows["coati"], {"micro_batch_size": case.micro_batch_size // 2})
         return [
@@ -197,7 +197,7 @@ def contenders(case: Case, folder: Path) -> list[Contender]:
     found = [ours]
     common = dict(folder=str(folder), rows=rows["peers"], steps=case.steps, batch_size=case.batch_size)
     common |= dict(micro_batch_size=case.micro_batch_size, max_length=max(case.lengths), algorithm=case.algorithm)
-    common |= dict(limits=case.lengths, ppo_epochs=case.flags.get("ppo_epochs", 1))
+    common |= dict(limits=case.lengths, ppo_epochs=case.flags.get("ppo_epochs", 1), device=device)
     python = LAST_PPO if case.algorithm == "ppo" else LATEST
     script = str(ROOT / "benchmarks/peers.py")
     if python.exists():
@@ -212,11 +212,15 @@ def contenders(case: Case, folder: Path) -> list[Contender]:
     return found
 
 
-def run_case(case: Case, rounds: int, threads: int, model: dict) -> dict:
+def run_case(case: Case, rounds: int, threads: int, model: dict, device: str = "cpu") -> dict:
+    """On a GPU the contenders work one after the other: each has it alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "world"
         write_models(folder, MODEL | dict(max_position_embeddings=4096) | model, PLAIN)
-        found = contest(contenders(case, folder), rounds=rounds, threads=threads)
+        everyone = contenders(case, folder, device)
+        found = {}
+        for together in [everyone] if device == "cpu" else [[one] for one in everyone]:
+            found |= contest(together, rounds=rounds, threads=threads)
     ours = found["coati"]
     ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}
     peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where freed memory was enough

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
 from benchmarks.generation import limits_of
 
@@ -37,6 +39,16 @@ def test_training_is_a_contest_with_a_plain_loop():
     case = run_small("training", "reward-fixed", rounds=1)
     ours, loop = case["contenders"]["coati"], case["contenders"]["plain loop"]
     assert ours["rate"] > 0 and case["ratios"]["plain loop"] == ours["rate"] / loop["rate"]
+
+
+@pytest.mark.slow
+def test_the_gpu_script_measures_on_any_device():
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--shapes", "tiny", "--rounds", "1"]
+    command += ["--threads", "1", "--cases", "fixed-2-4", "--parts", "reward", "decode"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])["found"]
+    assert 0 < found["tiny reward"]["coati"]["mfu"] < 1 and found["tiny reward"]["plain loop"]["mfu"] > 0
+    assert 0 < found["tiny fixed-2-4"]["coati"]["bandwidth_share"] < 1
 
 
 def test_the_page_holds_the_committed_figures():
