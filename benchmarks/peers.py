@@ -17,7 +17,8 @@ def prepare(settings: dict):
     import torch
 
     torch.manual_seed(0)
-    return {"sft": trl_sft, "reward": trl_reward, "ppo": trl_ppo, "loop": plain_loop}[settings["peer"]](settings)
+    peers = {"sft": trl_sft, "reward": trl_reward, "ppo": trl_ppo, "preference": trl_dpo, "grpo": trl_grpo}
+    return (peers | {"loop": plain_loop})[settings["peer"]](settings)
 
 
 def shared_arguments(settings: dict) -> dict:
@@ -106,20 +107,85 @@ def trl_reward(settings: dict):
     return timed(trainer)
 
 
-def trl_ppo(settings: dict):
-    """Responses end where `settings["limits"]` says, by a processor that asks for EOS there and nowhere else."""
+def trl_dpo(settings: dict):
+    """Reference log-probs are computed before the clock runs, and kept."""
     import torch
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        LogitsProcessor,
-        LogitsProcessorList,
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    folder, rows = settings["folder"], json.loads(Path(settings["rows"]).read_text())
+    arguments = shared_arguments(settings) | dict(max_length=settings["max_length"], precompute_ref_log_probs=True)
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(f"{folder}/policy", dtype=torch.float32),
+        args=DPOConfig(**arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(f"{folder}/policy"),
     )
+    return timed(trainer)
+
+
+def trl_grpo(settings: dict):
+    """One update an iteration, no reference; the reward is a number a response."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    folder, prompts = settings["folder"], json.loads(Path(settings["rows"]).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/policy")
+    policy = AutoModelForCausalLM.from_pretrained(f"{folder}/policy", dtype=torch.float32)
+    arguments = shared_arguments(settings) | dict(
+        generation_batch_size=settings["batch_size"],
+        num_generations=settings["group_size"],
+        max_completion_length=max(settings["limits"]),
+        beta=0.0,
+        temperature=1.0,
+    )
+    trainer = GRPOTrainer(
+        model=policy,
+        args=GRPOConfig(**arguments),
+        reward_funcs=lambda completions, **columns: [float(len(text) % 7) for text in completions],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+    )
+    end_at(policy, settings["limits"], tokenizer.eos_token_id)
+    steps = timed(trainer)
+    return lambda: steps() | {"amount": settings["batch_size"] * settings["steps"]}
+
+
+def end_at(model, limits: list[int], eos: int):
+    """Makes the model's responses end after so many tokens each, EOS included and nowhere else."""
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class EndThere(LogitsProcessor):
+        def __init__(self, prompt: int):
+            self.prompt = prompt
+
+        def __call__(self, input_ids, scores):
+            scores[:, eos] = -torch.inf
+            ends = input_ids.shape[1] - self.prompt + 1 >= torch.tensor(limits)
+            scores[ends] = -torch.inf
+            scores[ends, eos] = 0.0
+            return scores
+
+    generate = model.generate
+
+    def limited(*args, **keywords):
+        ends = LogitsProcessorList([EndThere(keywords["input_ids"].shape[1])])
+        return generate(*args, **keywords, logits_processor=ends)
+
+    model.generate = limited
+
+
+def trl_ppo(settings: dict):
+    """Responses end where `settings["limits"]` says."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    folder, limits = settings["folder"], torch.tensor(settings["limits"])
+    folder = settings["folder"]
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/policy")
     policy, reference = (AutoModelForCausalLM.from_pretrained(f"{folder}/policy") for _ in range(2))
     value, reward = (
@@ -150,24 +216,7 @@ def trl_ppo(settings: dict):
         eval_dataset=Dataset.from_list([{"input_ids": prompt} for prompt in prompts[:1]]),
     )
 
-    class EndThere(LogitsProcessor):
-        def __init__(self, prompt: int):
-            self.prompt = prompt
-
-        def __call__(self, input_ids, scores):
-            scores[:, tokenizer.eos_token_id] = -torch.inf
-            ends = input_ids.shape[1] - self.prompt + 1 >= limits
-            scores[ends] = -torch.inf
-            scores[ends, tokenizer.eos_token_id] = 0.0
-            return scores
-
-    generate = policy.generate
-
-    def limited(*args, **keywords):
-        ends = LogitsProcessorList([EndThere(keywords["input_ids"].shape[1])])
-        return generate(*args, **keywords, logits_processor=ends)
-
-    policy.generate = limited
+    end_at(policy, settings["limits"], tokenizer.eos_token_id)
 
     def work() -> int:
         trainer.train()
