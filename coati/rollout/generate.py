@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Rollout:
     def response_ids(self) -> list[list[int]]:
         """The sampled ids of each response."""
         return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
+
+    def to(self, device):
+        """The same on another device."""
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if x is not None})
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], completions: list[Completion], pad_id: int, device) -> "Rollout":
