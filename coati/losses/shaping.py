@@ -40,4 +40,4 @@ def punish_overlong(scores: Tensor, lengths: Tensor, longest: int, buffer: int, 
     """
     if buffer == 0:
         return scores
-    return scores - penalty * (lengths - (longest - buffer)).clamp(min=0) / buffer
+    return scores - penalty * (lengths - (longest - buffer)).clamp(min=0).to(scores) / buffer

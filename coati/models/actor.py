@@ -43,7 +43,7 @@ class Actor(BaseModel):
                 logits are never there for more than a few at a time. For whole models only.
             position_ids: `[batch, seq]`, of rows that hold several documents, see `run`.
             temperature: of the distribution whose log-probs are wanted.
-            with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained": and its gradient.
+            with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
         """
