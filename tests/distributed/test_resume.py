@@ -21,7 +21,9 @@ PLUGINS["gemini"] = dict(plugin="gemini", precision="bf16")
 SPLIT = {name: LAYOUTS[name] for name in ("tp2", "pp2", "sp2", "tp2 x zero1", "pp2 x zero1", "sp2 x zero1")}
 STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
 # two rewards an answer may earn, so that many groups are replaced
-REFILLED = dict(dynamic_sampling=True, final_temperature=0.5, kl_coefficient=0.05, reward_functions=["odd"])
+REFILLED = dict(
+    dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, reward_functions=["odd"]
+)
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]

@@ -53,7 +53,7 @@ def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny
     read, next_logits = [], trainer.actor.module.next_logits
     trainer.actor.module.next_logits = lambda ids, *a: (read.append(ids.shape), next_logits(ids, *a))[1]
     trainer.set_temperature(0)
-    rollout, metrics = trainer.collect(0)
+    rollout, _ = trainer.collect(0)
     assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.batches.batch(0)})
     answers = rollout.response_ids()
     assert len(answers) == 8 * 4 and all(len({*map(tuple, answers[i : i + 4])}) > 1 for i in range(0, 32, 4))
@@ -91,11 +91,11 @@ def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_pat
 def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     """The batch is full of groups that differ, in the order of the data; the position in the data moves on by what was
     drawn."""
-    odd = [tiny_world["rewards"] + ":odd"]
-    trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, max_refills=20, reward_functions=odd)
+    options = dict(reward_functions=[tiny_world["rewards"] + ":odd"], max_refills=20, group_size=2)
+    trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, **options)
     trainer.set_temperature(0)
     rollout, metrics = trainer.collect(0)
-    groups = rollout.rewards.reshape(8, 4)
+    groups = rollout.rewards.reshape(8, 2)
     assert (groups.amin(1) < groups.amax(1)).all()
     assert trainer.position == round(8 / (1 - metrics["equal_groups"])) and metrics["refills"] > 0
     drawn, trainer.position = trainer.position, 0
@@ -104,7 +104,7 @@ def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     found = [
         tuple(ids[: int((~mask & seen).sum())].tolist())
         for ids, mask, seen in zip(
-            rollout.input_ids[::4], rollout.response_mask[::4], rollout.attention_mask[::4], strict=True
+            rollout.input_ids[::2], rollout.response_mask[::2], rollout.attention_mask[::2], strict=True
         )
     ]
     in_order = [prompt for _, prompt in sorted(zip(batch, found, strict=True))]
@@ -125,7 +125,15 @@ def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, 
 def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
     """PITFALL 25: to the last bit, with a reference that is refreshed and a temperature that falls."""
     changes = dict(dynamic_sampling=True, reward_functions=[tiny_world["rewards"] + ":odd"], kl_coefficient=0.05)
-    changes |= dict(refresh_reference=2, final_temperature=0.5, steps=6, save_every=3, keep_checkpoints=9, eval_data=[])
+    changes |= dict(
+        group_size=2,
+        refresh_reference=2,
+        final_temperature=0.5,
+        steps=6,
+        save_every=3,
+        keep_checkpoints=9,
+        eval_data=[],
+    )
     whole = make(tiny_world, runtime, tmp_path / "whole", **changes)
     whole.train()
     resume = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
@@ -146,7 +154,7 @@ def test_truncated_answers_can_be_left_out(tiny_world, runtime, tmp_path):
     trainer.set_temperature(0)
     rollout, _ = trainer.collect(0)
     cut = dataclasses.replace(rollout, finished=torch.arange(32) % 3 > 0)
-    experience, metrics = trainer.experience(cut)
+    experience, _ = trainer.experience(cut)
     assert (experience.response_mask.any(1) == cut.finished).all()
     assert torch.equal(experience.advantages, trainer.experience(rollout)[0].advantages)
     none_left = dataclasses.replace(rollout, finished=torch.zeros(32, dtype=torch.bool))
@@ -186,7 +194,7 @@ def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_pat
     greedy = make(tiny_world, runtime, tmp_path / "greedy").answer(
         prompts, [9] * 8, dataclasses.replace(trainer.config, temperature=0.0)
     )
-    expected = torch.tensor(trainer.rewards.score([""] * 8, texts(trainer, greedy)).total)
+    expected = trainer.rewards.score([""] * 8, texts(trainer, greedy)).total
     assert torch.equal(rollout.baseline, expected.repeat_interleave(2))
 
 
