@@ -37,10 +37,8 @@ def page() -> str:
     from coati.trainers.rollouts import RolloutConfig
 
     common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
-    of_rollouts = common | {field.name for field in dataclasses.fields(RolloutConfig)}
-    other_defaults = {
-        f.name for f in dataclasses.fields(GRPOConfig) if f.default != getattr(RolloutConfig, f.name, None)
-    }
+    of_rollouts = {field.name: field.default for field in dataclasses.fields(RolloutConfig)}
+    as_there = {f.name for f in dataclasses.fields(GRPOConfig) if (f.name, f.default) in of_rollouts.items()}
     sections = [
         ("All runs: model", ModelConfig, set()),
         ("All runs: length, speed, files", RunConfig, set()),
