@@ -15,15 +15,18 @@ from tests.conftest import settings_for, trainer_classes
 
 # name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
 # gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
-BY_TOKEN = dict(kl_in="reward", kl_coefficient=0.1, aggregation="token", mask_truncated=True)
+COOL = dict(temperature=0.2)  # answers that differ, though most are like the greedy one
+OF_ANSWERS = dict(policy_loss="gspo", clip_low=0.02, clip_high=0.02)
+OF_TOKENS = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, kl_in="reward", kl_coefficient=0.1)
+OF_TOKENS |= dict(aggregation="token")
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
     "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
-    "grpo": ("grpo", "gpt2", dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
-    "grpo, of answers": ("grpo", "llama", dict(advantage="rloo_std", policy_loss="gspo", aggregation="constant")),
-    "grpo, of tokens": ("grpo", "gpt2", BY_TOKEN | dict(advantage="reinforce++", policy_loss="cispo")),
+    "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
+    "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
+    "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
 }
 BATCH = 8

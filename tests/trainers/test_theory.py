@@ -148,7 +148,9 @@ def group_mean(best):
 
 
 IN_REWARD = dict(algorithm="grpo", kl_in="reward", kl_estimator="k1")
-IN_LOSS = dict(algorithm="grpo", kl_in="loss", advantage="dr_grpo")
+# the noise of its advantages does not vanish where it rests
+MORE = dict(steps=200, batch_size=1024 // GROUP, micro_batch_size=1024, generation_batch_size=1024)
+IN_LOSS = MORE | dict(algorithm="grpo", kl_in="loss", advantage="dr_grpo")
 # The algorithm, with its settings, and where it comes to rest. Division by the group's standard deviation is left out:
 # it stretches beta by a factor that depends on the policy, and with the penalty in the reward, whose spread vanishes at
 # the optimum, it blows up noise.
@@ -164,9 +166,8 @@ def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
     check(task, runtime, tmp_path, beta=0.5, seed=0)
 
 
-@pytest.mark.parametrize("name", ["RLOO, KL in the reward", "Dr. GRPO, k2 in the loss"])
-def test_group_relative_learning_rests_where_theory_says(name, task, runtime, tmp_path):
-    check(task, runtime, tmp_path, beta=0.5, seed=0, **GROUP_RELATIVE[name])
+def test_group_relative_learning_rests_where_theory_says(task, runtime, tmp_path):
+    check(task, runtime, tmp_path, beta=0.5, seed=0, **GROUP_RELATIVE["RLOO, KL in the reward"])
 
 
 @pytest.mark.slow
@@ -176,7 +177,8 @@ def test_it_does_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
     lines = ["| | $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|---|"]
     for name, changes in GROUP_RELATIVE.items():
         for beta in (0.25, 0.5, 1.0):
-            found = [check(task, runtime, tmp_path / f"{name}{beta}{seed}", beta, seed, **changes) for seed in range(3)]
+            folders = [tmp_path / f"{name} {beta} {seed}" for seed in range(3)]
+            found = [check(task, runtime, folder, beta, seed, **changes) for seed, folder in enumerate(folders)]
             lines.append(f"| {name} | {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "grpo.md", "\n".join(lines), "theory")
 
