@@ -1,10 +1,9 @@
-"""Write the arithmetic task's data and tokenizer: chain sums, worked out one step at a time.
+"""Write the arithmetic task's data and tokenizer: chain sums, worked out one number at a time.
 
     python examples/arithmetic/sums.py --out runs/arithmetic/data --seed 0
 
-A prompt is `47+38-12=` and its answer `85-12=73`: the first two numbers are put together until one is left, and that
-last number is what counts. Tokens are single characters. No prompt stands in two files. The same seed gives the same
-bytes.
+A prompt is `7+12-9+3=` and its answer `19=10=13`: the sum so far, until the last number is in it, and that is what
+counts. Tokens are single characters. No prompt stands in two files. The same seed gives the same bytes.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import random
 from pathlib import Path
 
 SIZES = {"sft": 12000, "sft_eval": 200, "prompts_train": 8000, "prompts_eval": 500}
-TERMS, LARGEST = (3, 4), 99  # numbers of a sum, and the largest of them
+TERMS, LARGEST = (4, 5, 6), 20  # numbers of a sum, and the largest of them
 SPECIAL = ("<pad>", "<eos>")
 CHARACTERS = "0123456789+-="
 TEMPLATE = """\
@@ -23,21 +22,17 @@ TEMPLATE = """\
 {%- endfor %}"""
 
 
-def steps(numbers: list[int]) -> str:
-    """How the sum is worked out: after the first `=`, what remains after each step.
-
-    >>> steps([47, 38, -12])
-    '85-12=73'
-    """
-    written = []
-    while len(numbers) > 1:
-        numbers = [numbers[0] + numbers[1], *numbers[2:]]
-        written.append(expression(numbers))
-    return "=".join(written)
-
-
 def expression(numbers: list[int]) -> str:
     return f"{numbers[0]}" + "".join(f"{number:+d}" for number in numbers[1:])
+
+
+def sums(numbers: list[int]) -> str:
+    """The sum of the first two, of the first three, and so on.
+
+    >>> sums([7, 12, -9, 3])
+    '19=10=13'
+    """
+    return "=".join(str(sum(numbers[:n])) for n in range(2, len(numbers) + 1))
 
 
 def make_data(folder: Path, seed: int) -> dict[str, Path]:
@@ -51,7 +46,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
             numbers = [sign * rng.randint(1, LARGEST) for sign in signs]
             if (prompt := expression(numbers) + "=") not in seen:
                 seen.add(prompt)
-                rows.append({"prompt": prompt, "completion": steps(numbers), "answer": str(sum(numbers))})
+                rows.append({"prompt": prompt, "completion": sums(numbers), "answer": str(sum(numbers))})
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer().save_pretrained(files["tokenizer"])

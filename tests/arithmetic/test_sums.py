@@ -1,6 +1,7 @@
 """The arithmetic example's data: right sums, no prompt in two files, tokens that are characters."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
 
 from reward import correct
-from sums import CHARACTERS, SIZES, make_data, steps
+from sums import CHARACTERS, SIZES, make_data, sums
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,12 @@ def test_files_have_their_sizes_share_no_prompt_and_a_seed_gives_the_same_bytes(
     assert all(data[name].read_bytes() == again[name].read_bytes() for name in SIZES)
 
 
-def test_every_step_and_every_answer_is_right(data):
+def test_every_sum_and_every_answer_is_right(data):
     for row in rows(data["sft"])[:2000]:
-        value = eval(row["prompt"].rstrip("="))  # of our own making: digits and signs
-        assert all(eval(step) == value for step in row["completion"].split("=")) and str(value) == row["answer"]
-    assert steps([9, 9, -20, 1]) == "18-20+1=-2+1=-1"
+        numbers = [int(number) for number in re.findall(r"[+-]?\d+", row["prompt"])]
+        assert row["completion"] == sums(numbers) and row["completion"].split("=")[-1] == row["answer"]
+        assert sum(numbers) == int(row["answer"]) and len(row["completion"].split("=")) == len(numbers) - 1
+    assert sums([9, 9, -20, 1]) == "18=-2=-1"
 
 
 def test_a_token_is_a_character_and_nothing_is_lost(data):
