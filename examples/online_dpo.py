@@ -1,5 +1,5 @@
-"""Online DPO (Guo et al., 2402.04792): in each round the policy answers prompts n times, a reward ranks the answers, and
-DPO learns from the best against the worst. The reference of a round is the policy that drew its answers.
+"""Online DPO (Guo et al., 2402.04792): in each round the policy answers prompts n times, a reward ranks the answers,
+and DPO learns from the best against the worst. The reference of a round is the policy that drew its answers.
 
 python examples/online_dpo.py --model FOLDER --prompts FILE --reward FILE.py:function --config PREFERENCE.yaml \\
     --output FOLDER
