@@ -90,7 +90,7 @@ class GRPOConfig(RolloutConfig):
                 f"advantage {self.advantage} and dynamic_sampling compare answers: group_size must be at least 2",
             ),
             (
-                min(self.temperature, self.final_temperature or 1.0) <= 0 or self.final_temperature == 0,
+                any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature)),
                 "the answers of a group must differ: temperature and final_temperature must be above 0",
             ),
             (
@@ -178,13 +178,17 @@ class GRPOTrainer(RolloutTrainer):
     def collect(self, step: int) -> tuple[ScoredRollout, dict[str, float]]:
         """This rank's groups, minibatch after minibatch, and what all that were drawn earned."""
         c = self.config
-        if not c.dynamic_sampling:
-            self.position = step * c.batch_size
-            rollout, judged = self.answer_and_score(step, self.mine(self.draw([], c.batch_size)))
-            equal = self.communicator.sum(self.equal(rollout).sum()).item()
-            metrics = self.reward_metrics([(*judged, len(rollout.scores))])
-            return rollout, metrics | {"equal_groups": equal / c.batch_size}
-        world, rank = self.communicator.world_size, self.communicator.rank
+        if c.dynamic_sampling:
+            return self.collect_unequal(step)
+        self.position = step * c.batch_size
+        rollout, judged = self.answer_and_score(step, self.mine(self.draw([], c.batch_size)))
+        equal = self.communicator.sum(self.equal(rollout).sum()).item()
+        metrics = self.reward_metrics([(*judged, len(rollout.scores))])
+        return rollout, metrics | {"equal_groups": equal / c.batch_size}
+
+    def collect_unequal(self, step: int) -> tuple[ScoredRollout, dict[str, float]]:
+        """`collect` with dynamic sampling. All ranks see all groups and choose alike."""
+        c, world, rank = self.config, self.communicator.world_size, self.communicator.rank
         kept, spare, drawn, rounds = [], [], [], []
         while len(kept) < c.batch_size and len(rounds) <= c.max_refills:
             drawn += (new := self.draw(drawn, c.batch_size - len(kept)))
@@ -192,12 +196,8 @@ class GRPOTrainer(RolloutTrainer):
             filled = new + new[:1] * (-len(new) % world)
             rollout, judged = self.answer_and_score(step, filled[rank::world])
             rounds.append((*judged, len(new[rank::world]) * c.group_size))
-            parts = [
-                group
-                for groups in zip(*self.communicator.gather(self.groups(rollout)), strict=True)
-                for group in groups
-            ]
-            for group in parts[: len(new)]:
+            dealt = zip(*self.communicator.gather(self.groups(rollout)), strict=True)
+            for group in [group for turn in dealt for group in turn][: len(new)]:
                 (spare if self.equal(group).item() else kept).append(group)
         chosen = join_rows(self.mine((kept + spare)[: c.batch_size]), self.pad_id, self.runtime.device)
         metrics = {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
