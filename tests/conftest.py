@@ -81,6 +81,7 @@ def make_world(root: Path) -> dict[str, str]:
         world["prompts" + name] = write_rows(root / f"prompts{name}.jsonl", [{"prompt": asks[i]} for i in numbers])
     (root / "rewards.py").write_text(
         "def length(prompts, responses, **columns):\n    return [len(r) / 10 - 1 for r in responses]\n\n\n"
+        "def odd(prompts, responses, **columns):\n    return [float(len(r) % 2) for r in responses]\n\n\n"
         "def broken(prompts, responses, **columns):\n    return [float('nan')] * len(responses)\n"
     )
     world["rewards"] = str(root / "rewards.py")
@@ -88,8 +89,8 @@ def make_world(root: Path) -> dict[str, str]:
 
 
 def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
-    """Settings of a tiny run of `sft`, `reward` or `ppo`, as keywords of its config class."""
-    data = {"sft": "sft", "reward": "pairs", "ppo": "prompts"}[algorithm]
+    """Settings of a tiny run of `sft`, `reward`, `ppo` or `grpo`, as keywords of its config class."""
+    data = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -111,6 +112,9 @@ def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
         settings |= dict(temperature=0.0, reward_functions=[world["rewards"] + ":length"], critic_learning_rate=1e-2)
         settings |= dict(ppo_epochs=2, minibatches=2, learning_rate=3e-3, model=world["policy"], model_config=None)
         settings |= dict(max_prompt_length=96)
+    if algorithm == "grpo":  # sampled answers, whose noise depends on the prompt alone
+        settings |= dict(reward_functions=[world["rewards"] + ":length"], group_size=4, minibatches=2, ppo_epochs=2)
+        settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
     return settings | changes
 
 
@@ -128,6 +132,10 @@ def trainer_classes(algorithm: str):
         from colossal_llama.pretraining import PretrainConfig, PretrainTrainer
 
         return PretrainConfig, PretrainTrainer
+    if algorithm == "grpo":
+        from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+
+        return GRPOConfig, GRPOTrainer
     from coati.trainers.ppo import PPOConfig, PPOTrainer
 
     return PPOConfig, PPOTrainer

@@ -14,11 +14,12 @@ WITH_DOCTEST = [
     for path in sorted((ROOT / "coati").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-SETTINGS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.stem.startswith(("sft", "reward", "ppo")))
+STARTS = ("sft", "reward", "ppo", "grpo")
+SETTINGS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.stem.startswith(STARTS))
 
 
 def test_there_are_settings_of_every_algorithm():
-    assert {path.stem.partition("_")[0] for path in SETTINGS} == {"sft", "reward", "ppo"}
+    assert {path.stem.partition("_")[0] for path in SETTINGS} == set(STARTS)
 
 
 def test_the_worked_example_of_the_losses_is_among_them():
@@ -34,7 +35,7 @@ def test_doctests(name):
 
 
 def config_class(path: Path):
-    """By the file's name: sft*.yaml, reward*.yaml, ppo*.yaml."""
+    """By the file's name: sft*.yaml, reward*.yaml, ppo*.yaml, grpo*.yaml."""
     if path.stem.startswith("sft"):
         from coati.trainers.sft import SFTConfig
 
@@ -43,6 +44,10 @@ def config_class(path: Path):
         from coati.trainers.reward import RewardConfig
 
         return RewardConfig
+    if path.stem.startswith("grpo"):
+        from coati.trainers.grpo import GRPOConfig
+
+        return GRPOConfig
     from coati.trainers.ppo import PPOConfig
 
     return PPOConfig

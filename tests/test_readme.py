@@ -23,6 +23,7 @@ from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
+ALGORITHM_OF |= {"train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
 SMALL = "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 96 --max_prompt_length 64 --warmup 0"
 SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --wandb disabled --eos_token <eos>"
@@ -30,6 +31,7 @@ SMALL_OF = {
     "sft": "--max_new_tokens 4",
     "reward": "",
     "ppo": "--max_new_tokens 4 --ppo_epochs 1 --critic_warmup 1 --max_rollout_kl 9",  # untrained weights round coarsely
+    "grpo": "--max_new_tokens 4 --group_size 2 --max_rollout_kl 9",
 }
 
 
@@ -246,19 +248,29 @@ def test_documented_formats_parse(kind):
     assert all(parse_record(json.loads(line), kind) for line in block.splitlines())
 
 
-def test_every_setting_and_metric_of_ppo_is_explained(place, runtime, tmp_path):
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("ppo", dict(ptx_coefficient=0.1)),
+        ("grpo", dict(dynamic_sampling=True, importance_correction="truncated", kl_coefficient=0.1)),
+    ],
+    ids=("ppo", "grpo"),
+)
+def test_every_setting_and_metric_of_rollouts_is_explained(algorithm, changes, place, runtime, tmp_path):
     from coati.rollout import GenerationConfig
     from coati.tracking import read_metrics
     from coati.trainers.config import TrainerConfig
 
-    config_class, trainer_class = trainer_classes("ppo")
-    changes = dict(steps=1, ptx_data=[place["sft"]], ptx_coefficient=0.1, output_dir=str(tmp_path / "run"))
-    trainer_class(config_class(**settings_for("ppo", place, **changes)), runtime).train()
+    config_class, trainer_class = trainer_classes(algorithm)
+    changes |= dict(steps=1, output_dir=str(tmp_path / "run"))
+    changes |= dict(ptx_data=[place["sft"]]) if algorithm == "ppo" else {}
+    trainer_class(config_class(**settings_for(algorithm, place, **changes)), runtime).train()
     logged = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step", "time"}
     logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
     settings = {field.name for c in (config_class, GenerationConfig) for field in dataclasses.fields(c)}
     settings -= {field.name for field in dataclasses.fields(TrainerConfig)}
-    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("ppo.md", "rewards.md"))
+    pages = {"ppo.md", "rewards.md", f"{algorithm}.md"}
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
     assert sorted(name for name in logged | settings if not re.search(f"`(--)?{re.escape(name)}`", text)) == []
 
 

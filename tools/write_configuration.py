@@ -21,7 +21,7 @@ the file. An unknown key is refused with the nearest known one. Lists are YAML l
 true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
-of reward models, `train_ppo.py` those of all runs, of generation and of PPO.
+of reward models, `train_ppo.py` and `train_grpo.py` those of all runs, of generation, of rollouts and their own.
 """
 
 
@@ -31,19 +31,25 @@ def page() -> str:
     from coati.rollout import GenerationConfig
     from coati.tracking.config import TrackingConfig
     from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig
+    from coati.trainers.grpo import GRPOConfig
     from coati.trainers.ppo import PPOConfig
     from coati.trainers.reward import RewardConfig
+    from coati.trainers.rollouts import RolloutConfig
 
     common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
+    of_rollouts = {field.name: field.default for field in dataclasses.fields(RolloutConfig)}
+    as_there = {f.name for f in dataclasses.fields(GRPOConfig) if (f.name, f.default) in of_rollouts.items()}
     sections = [
         ("All runs: model", ModelConfig, set()),
         ("All runs: length, speed, files", RunConfig, set()),
         ("All runs: data", DataConfig, set()),
         ("All runs: plugin and precision", PluginConfig, set()),
         ("All runs: logs", TrackingConfig, set()),
-        ("Generation (SFT's samples, PPO's answers)", GenerationConfig, set()),
+        ("Generation (SFT's samples, answers of PPO and GRPO)", GenerationConfig, set()),
         ("Reward models", RewardConfig, common),
-        ("PPO", PPOConfig, common),
+        ("Rollouts (PPO and GRPO)", RolloutConfig, common),
+        ("PPO", PPOConfig, set(of_rollouts)),
+        ("GRPO", GRPOConfig, as_there),
     ]
     return INTRODUCTION + "".join(_section(*section) for section in sections)
 

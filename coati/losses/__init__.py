@@ -24,24 +24,29 @@ Conventions, the same everywhere:
 """
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
+from coati.losses.group import aggregation_weights, group_advantages, importance_weights
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
 from coati.losses.reward import pairwise_reward_loss
-from coati.losses.shaping import clip_scores, penalise_missing_eos, shape_rewards
+from coati.losses.shaping import clip_scores, penalise_missing_eos, punish_overlong, shape_rewards
 from coati.losses.value import value_loss
 
 __all__ = [
     "adapt_kl_coefficient",
+    "aggregation_weights",
     "clip_scores",
     "cross_entropy",
     "gae",
+    "group_advantages",
+    "importance_weights",
     "kl_divergence",
     "masked_sums",
     "moments",
     "pairwise_reward_loss",
     "penalise_missing_eos",
     "policy_loss",
+    "punish_overlong",
     "response_targets",
     "returns_to_go",
     "shape_rewards",

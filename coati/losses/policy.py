@@ -1,9 +1,13 @@
-"""PPO's policy loss."""
+"""The policy losses of PPO and of those who came after it."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from coati.losses.masking import keep, log_ratio
+
+PolicyLoss = Literal["clip", "gspo", "cispo", "none"]
 
 
 def policy_loss(
@@ -13,11 +17,20 @@ def policy_loss(
     mask: Tensor,
     denominator: Tensor | float,
     *,
+    kind: PolicyLoss = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
-    """The clipped surrogate of PPO (Schulman et al., 1707.06347, eq. 7), negated, over response tokens.
+    """A surrogate objective of the response tokens, negated. With the ratio r of a token's probability to its old one,
+    and clip(r) = r within [1 - clip_low, 1 + clip_high]:
+
+    * clip: min(r A, clip(r) A) (PPO, Schulman et al., 1707.06347, eq. 7; two bounds as in DAPO, 2503.14476)
+    * gspo: the same with one r for all tokens of an answer, the geometric mean of theirs (Zheng et al., 2507.18071,
+      eq. 5 and 7)
+    * cispo: clip(r) A log p, where clip(r) is a constant: every token keeps a gradient (MiniMax-M1, 2506.13585, eq. 4)
+    * none: r A; where the policy is still the one that sampled, its gradient is REINFORCE's
 
     Args:
         log_probs, old_log_probs, advantages: `[batch, seq]`; the old ones are those of the policy that sampled.
@@ -25,23 +38,37 @@ def policy_loss(
         denominator: response tokens of the whole step, over all ranks and micro-batches.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: c > 1 bounds the objective at c * advantage for negative advantages (Ye et al., 1912.09729, eq. 5).
+        weights: `[batch, seq]`, of the tokens in the loss, see `aggregation_weights`; None for 1 each.
 
-    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one), ratio (mean), approximate_kl (k3 of
-    old against new).
+    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped), ratio
+    (mean), approximate_kl (k3 of old against new).
+
+    Raises:
+        ValueError: unknown kind.
     """
     advantages = keep(advantages, mask)
     log_r = log_ratio(log_probs, old_log_probs, mask)
-    ratio = log_r.exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    objective = torch.minimum(unclipped, clipped)
-    if dual_clip is not None:
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    of_answer = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = (of_answer.expand_as(log_r) if kind == "gspo" else log_r).exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    unclipped, clipped = ratio * advantages, bounded * advantages
+    match kind:
+        case "clip" | "gspo":
+            objective, is_clipped = torch.minimum(unclipped, clipped), clipped < unclipped
+            if dual_clip is not None:
+                objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+        case "cispo":
+            objective, is_clipped = clipped.detach() * keep(log_probs, mask), bounded != ratio
+        case "none":
+            objective, is_clipped = unclipped, torch.zeros_like(mask)
+        case _:
+            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo or none")
+    objective = objective if weights is None else objective * keep(weights, mask)
     loss = -keep(objective, mask).sum() / denominator
     metrics = {
         "policy_loss": loss,
-        "clip_fraction": keep((clipped < unclipped).to(ratio.dtype), mask).sum() / denominator,
+        "clip_fraction": keep(is_clipped.to(ratio.dtype), mask).sum() / denominator,
         "ratio": keep(ratio, mask).sum() / denominator,
-        "approximate_kl": keep(ratio - 1 - log_r, mask).sum() / denominator,
+        "approximate_kl": keep(log_r.exp() - 1 - log_r, mask).sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -29,3 +29,15 @@ def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
 def penalise_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
     """Scores `[batch]`, less `penalty` where the response did not end by itself (`finished` False)."""
     return scores if penalty is None else torch.where(finished, scores, scores - penalty)
+
+
+def punish_overlong(scores: Tensor, lengths: Tensor, longest: int, buffer: int, penalty: float = 1.0) -> Tensor:
+    """Scores `[batch]`, less up to `penalty` for what an answer takes of the last `buffer` tokens before `longest`: the
+    soft overlong punishment of DAPO (2503.14476, eq. 13). `buffer` 0 leaves them as they are.
+
+    Args:
+        lengths: `[batch]`, response tokens, at most `longest`.
+    """
+    if buffer == 0:
+        return scores
+    return scores - penalty * (lengths - (longest - buffer)).clamp(min=0).to(scores) / buffer

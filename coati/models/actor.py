@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property, partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Actor(BaseModel):
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
         temperature: float = 1.0,
-        with_entropy: bool = False,
+        with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         adapter: bool = True,
     ):
@@ -42,7 +43,7 @@ class Actor(BaseModel):
                 logits are never there for more than a few at a time. For whole models only.
             position_ids: `[batch, seq]`, of rows that hold several documents, see `run`.
             temperature: of the distribution whose log-probs are wanted.
-            with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`.
+            with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
         """
@@ -135,11 +136,11 @@ class Actor(BaseModel):
             self.train(training)
 
 
-def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, temperature, with_entropy: bool, with_partition: bool):
+def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, temperature, with_entropy, with_partition: bool):
     """What is asked about logits `[..., vocab]`: log-probs of the next tokens, entropies, log-partitions, `[...]`."""
     outputs = [layout.log_probs(logits, next_ids, temperature)]
     if with_entropy:
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_entropy == "trained" and torch.is_grad_enabled()):
             outputs.append(layout.entropy(logits, temperature))
     if with_partition:
         outputs.append(layout.log_partition(logits, temperature))

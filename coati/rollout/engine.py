@@ -51,10 +51,21 @@ class Completion:
     finish_reason: str = ""
 
 
+OnDone = Callable[[int, Completion], None]
+
+
+def report(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
+    """The completions, each of which is reported."""
+    for i, completion in enumerate(completions if on_done else ()):
+        on_done(i, completion)
+    return completions
+
+
 @dataclass
 class _Row:
     """A request under way. Its tokens stand in the columns from `start` on."""
 
+    index: int
     request: Request
     limit: int
     uniform: np.ndarray
@@ -103,12 +114,16 @@ class RolloutEngine:
         self.sampler = Sampler(config, eos_ids, self.device, never_ids(model))
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
         """One completion a request, in their order.
+
+        Args:
+            on_done: called with a request's place and its completion as soon as that has ended.
 
         Raises:
             UserError: an empty prompt.
         """
+        self.on_done = on_done
         rows = [self.row(i, request) for i, request in enumerate(requests)]
         if not rows:
             return []
@@ -125,7 +140,7 @@ class RolloutEngine:
         if not len(request.prompt):
             raise UserError(f"prompt {i} is empty: generation starts from at least one token")
         limit = self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        return _Row(request, limit, np.random.default_rng(request.seed).random(limit, np.float32), Completion())
+        return _Row(i, request, limit, np.random.default_rng(request.seed).random(limit, np.float32), Completion())
 
     def run(self, rows: list[_Row]):
         from coati.rollout.cache import SlotCache  # imports transformers
@@ -219,6 +234,8 @@ class RolloutEngine:
         stopped = self.stop([row.completion.ids for row in rows]) if self.stop else [False] * len(rows)
         for row, stop in zip(rows, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
+            if row.completion.finish_reason and self.on_done:
+                self.on_done(row.index, row.completion)
         return [bool(row.completion.finish_reason) for row in rows]
 
     def finish_reason(self, row: _Row, stop: bool) -> str:

@@ -1,12 +1,16 @@
-"""What PPO learns from."""
+"""What PPO and GRPO learn from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coati.rollout.generate import Rollout
+
+Batch = TypeVar("Batch", "Experience", Rollout)
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,10 @@ class Experience:
         input_ids: int64; attention_mask, response_mask: bool.
         log_probs: float32, of the policy that sampled, computed by the trainer's own forward pass.
         reference_log_probs: float32, of the reference model.
-        values: float32, the critic's estimate before each token.
         rewards: float32, after KL penalty and shaping.
-        advantages, returns: float32.
+        advantages: float32.
         scores: float32 `[batch]`, the reward of each response.
+        values, returns: float32, the critic's estimate before each token and what it learns; None without a critic.
     """
 
     input_ids: Tensor
@@ -30,21 +34,38 @@ class Experience:
     response_mask: Tensor
     log_probs: Tensor
     reference_log_probs: Tensor
-    values: Tensor
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
     scores: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, index: list[int] | Tensor) -> "Experience":
         """Some rows, cut to the longest of them."""
-        index = torch.as_tensor(index, device=self.input_ids.device)
-        seq = int(self.attention_mask[index].sum(1).max())
-        cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return replace(self, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
+        return take_rows(self, torch.as_tensor(index, device=self.input_ids.device))
+
+
+def take_rows(batch: Batch, index: list[int] | Tensor) -> Batch:
+    """Some rows of an experience or a rollout, cut to the longest of them."""
+    seq = int(batch.attention_mask[index].sum(1).max())
+    tensors = {f.name: x for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
+    cut = {name: x[index] for name, x in tensors.items()}
+    return replace(batch, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
+
+
+def join_rows(batches: Sequence[Batch], pad_id: int, device: torch.device) -> Batch:
+    """Rows of several batches, one batch after the other, with padding to the longest."""
+    seq = max(batch.input_ids.shape[1] for batch in batches)
+    joined = {}
+    for name in (f.name for f in fields(batches[0]) if getattr(batches[0], f.name) is not None):
+        fill = pad_id if name == "input_ids" else 0
+        parts = [getattr(batch, name) for batch in batches]
+        parts = [pad(x, (0, seq - x.shape[1]), value=fill) if x.ndim == 2 else x for x in parts]
+        joined[name] = torch.cat(parts).to(device)
+    return replace(batches[0], **joined)
 
 
 @dataclass(frozen=True)
@@ -71,9 +92,7 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[Rollout]:
         for rows in self.rows:
-            seq = int(self.rollout.attention_mask[rows].sum(1).max())
-            cut = {f.name: getattr(self.rollout, f.name)[rows] for f in fields(self.rollout)}
-            yield replace(self.rollout, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
+            yield take_rows(self.rollout, rows)
 
     def restore(self, outputs: Sequence[Tensor]) -> Tensor:
         """Outputs `[rows, seq]` of the micro-batches in the rollout's order, float32 `[batch, seq]`; 0 elsewhere."""

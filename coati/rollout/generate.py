@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from coati.rollout.config import GenerationConfig
-from coati.rollout.engine import Completion, Request, RolloutEngine
+from coati.rollout.engine import Completion, OnDone, Request, RolloutEngine, report
 from coati.rollout.prompts import pad_left
 from coati.rollout.vllm import VLLMEngine
 
@@ -39,6 +39,10 @@ class Rollout:
         """The sampled ids of each response."""
         return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
 
+    def to(self, device):
+        """The same on another device."""
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if x is not None})
+
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], completions: list[Completion], pad_id: int, device) -> "Rollout":
         """Rows of given prompts and completions."""
@@ -68,6 +72,7 @@ def generate(
     seeds: Sequence | None = None,
     tokenizer=None,
     batch_size: int = 64,
+    on_done: OnDone | None = None,
 ) -> Rollout:
     """Draws one response a prompt.
 
@@ -78,6 +83,7 @@ def generate(
         seeds: one for each response: an int or several; drawn from torch's generator if not given.
         tokenizer: for `config.stop`.
         batch_size: rows generated together.
+        on_done: called with a prompt's place and its completion, as soon as coati's engine has ended it.
 
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
@@ -87,12 +93,12 @@ def generate(
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
     with_vllm = config.rollout_engine == "vllm"
     if config.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
-        completions = _by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer)
+        completions = report(_by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer), on_done)
     else:
         stop = stop_at(tokenizer, config.stop) if config.stop else None
         kind = VLLMEngine if with_vllm else RolloutEngine
         engine = kind(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
-        completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)])
+        completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)], on_done)
     return Rollout.of(prompts, completions, pad_id, next(model.parameters()).device)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
-from coati.rollout.engine import Completion, Request
+from coati.rollout.engine import Completion, OnDone, Request, report
 from coati.rollout.prompts import never_ids
 
 # read by vLLM when it is imported; what the user has set stays
@@ -54,8 +54,11 @@ class VLLMEngine:
         self.model, self.config, self.eos_ids, self.stop, self.slots = model, config, list(eos_ids), stop, slots
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
         """One completion a request, in their order.
+
+        Args:
+            on_done: called with each request's place and its completion when all have ended.
 
         Raises:
             UserError: an empty prompt, one that leaves no room for its answer, or a model that vLLM doesn't run.
@@ -80,7 +83,7 @@ class VLLMEngine:
                     raise
                 kind = type(self.model.transformer).__name__
                 raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
-        return [self.completion(output.outputs[0]) for output in outputs]
+        return report([self.completion(output.outputs[0]) for output in outputs], on_done)
 
     def check(self, requests: Sequence[Request], longest: int):
         if never_ids(self.model):

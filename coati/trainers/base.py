@@ -58,6 +58,7 @@ class Trainer:
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         rows_per_sample: what the model reads of a sample; 2 for pairs.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
+        frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
         skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
     """
@@ -79,6 +80,7 @@ class Trainer:
         self.resumed_from = self._find_resume()
         self.step = self.skipped_steps = 0
         self.engines: dict[str, Engine] = {}
+        self.frozen: dict[str, Engine] = {}
         self.tokenizer = self._load_tokenizer()
         seed_everything(config.seed)  # models are created alike on every rank
         self.build()
@@ -311,6 +313,8 @@ class Trainer:
             for name, engine in self.engines.items():
                 self._save_model(engine, folder / name / "model")
                 engine.save_optimizer(folder / name)
+            for name, engine in self.frozen.items():
+                self._save_model(engine, folder / name / "model")
             if self.runtime.is_main:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
                 state["skipped_steps"] = self.skipped_steps

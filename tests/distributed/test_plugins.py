@@ -12,7 +12,7 @@ from tests.distributed.world import run_jobs
 pytestmark = pytest.mark.distributed
 FP32_PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload")
 PLUGINS = (*FP32_PLUGINS, "gemini")
-ALGORITHMS = ("sft", "reward", "ppo", "ppo-shared")
+ALGORITHMS = ("sft", "reward", "ppo", "ppo-shared", "grpo")
 BF16 = dict(precision="bf16", learning_rate=1e-3)  # a small rate, or Adam makes much of rounding
 BEFORE = 3  # steps before the checkpoint that is resumed
 
@@ -20,6 +20,10 @@ BEFORE = 3  # steps before the checkpoint that is resumed
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
     if algorithm == "ppo-shared":
         algorithm, changes = "ppo", changes | dict(shared_trunk=True)
+    if algorithm == "grpo":  # a reward that is often the same for a whole group
+        changes |= dict(
+            dynamic_sampling=True, group_size=2, reward_functions=[world["rewards"] + ":odd"], kl_coefficient=0.05
+        )
     settings = settings_for(algorithm, world, output_dir=str(folder / name), steps=6, save_every=BEFORE, **changes)
     return {"name": name, "algorithm": algorithm, "settings": settings | {"keep_checkpoints": 9}}
 

@@ -20,14 +20,23 @@ PLUGINS = {name: dict(plugin=name) for name in ("ddp", "zero1", "zero2", "zero2-
 PLUGINS["gemini"] = dict(plugin="gemini", precision="bf16")
 SPLIT = {name: LAYOUTS[name] for name in ("tp2", "pp2", "sp2", "tp2 x zero1", "pp2 x zero1", "sp2 x zero1")}
 STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
+# two rewards an answer may earn, so that many groups are replaced
+REFILLED = dict(
+    dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, reward_functions=["odd"]
+)
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
+ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]
+CASES = [(a, name) for a, name in CASES if "refreshed" not in a or name in ("ddp", "zero1", "zero2")]
 QUICK = [("ppo", "zero2"), ("ppo, shared trunk", "ddp"), ("sft", "gemini"), ("reward", "tp2"), ("ppo", "pp2")]
+QUICK += [("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
     changes = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9, tensorboard=False) | changes
     algorithm, extra = algorithm.partition(",")[0], ALGORITHMS[algorithm]
+    if "reward_functions" in extra:
+        extra = extra | dict(reward_functions=[f"{world['rewards']}:{name}" for name in extra["reward_functions"]])
     settings = settings_for(algorithm, world, output_dir=str(folder / name), **extra | changes)
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
@@ -69,10 +78,13 @@ def check(runs: dict, algorithm: str, layout: str):
     whole, resumed = runs["folder"] / name, runs["folder"] / f"{name} resumed"
     assert_same_end(whole, resumed)
     assert log_of(whole, after=BEFORE) == log_of(resumed) and {row["step"] for row in log_of(resumed)} == {4, 5, 6}
-    if algorithm.startswith("ppo"):
+    if algorithm.startswith(("ppo", "grpo")):
         expected, found = runs[name]["rollouts"], runs[f"{name} resumed"]["rollouts"]
         assert found == [seen[BEFORE:] for seen in expected]
         assert len(found) == 2 and all(len(set(seen)) == BEFORE for seen in found)
+    if algorithm.startswith("grpo"):
+        assert any(row.get("refills") for row in log_of(resumed))
+    if algorithm.startswith("ppo"):
         rows = [row for row in log_of(whole) if "kl_coefficient" in row]
         assert len({row["kl_coefficient"] for row in rows}) > 1  # it adapts, or its state would prove nothing
 

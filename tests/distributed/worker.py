@@ -37,7 +37,7 @@ def run(job: dict, runtime):
         return metrics, tokens
 
     trainer.train_step = recorded
-    rollouts = record_rollouts(trainer) if job["algorithm"] == "ppo" else []
+    rollouts = record_rollouts(trainer) if job["algorithm"] in ("ppo", "grpo") else []
     trainer.train()
     norms = {}
     for name, engine in trainer.engines.items():

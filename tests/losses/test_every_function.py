@@ -19,6 +19,7 @@ from coati.losses import (
     pairwise_reward_loss,
     penalise_missing_eos,
     policy_loss,
+    punish_overlong,
     returns_to_go,
     shape_rewards,
     token_entropy,
@@ -28,7 +29,7 @@ from coati.losses import (
     z_loss,
 )
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, losses
+from tests.oracles import advantages, group, losses
 
 FOLDER = Path(__file__).parent
 
@@ -43,6 +44,7 @@ PER_TOKEN = {
     "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
     "penalise_missing_eos": (1, lambda x, mask: penalise_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
     "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
+    "punish_overlong": (1, lambda x, mask: punish_overlong(x[0][:, 0], mask.sum(1), mask.shape[1], 3)),
     "returns_to_go": (1, lambda x, mask: returns_to_go(x[0], mask, 0.9)),
     "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
     "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
@@ -54,10 +56,11 @@ OF_LOGITS = {
     "token_entropy": lambda logits, ids: token_entropy(logits, 0.7),
     "token_log_probs": lambda logits, ids: token_log_probs(logits, ids, 0.7),
 }
-# From floats to floats, or from bool to bool.
+# From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py.
 NO_GRADIENT = {"adapt_kl_coefficient", "moments", "response_targets"}
+NO_GRADIENT |= {"aggregation_weights", "group_advantages", "importance_weights"}
 # The scores of whole responses have no mask: what stands in them counts.
-UNMASKED = {"clip_scores", "pairwise_reward_loss", "penalise_missing_eos", "shape_rewards"}
+UNMASKED = {"clip_scores", "pairwise_reward_loss", "penalise_missing_eos", "punish_overlong", "shape_rewards"}
 
 
 def pair(x, **options):
@@ -84,7 +87,7 @@ def compared_with_an_oracle() -> set[str]:
 
 def test_every_public_function_is_compared_with_an_oracle():
     public = set(coati.losses.__all__)
-    missing = {name for name in public if not (hasattr(losses, name) or hasattr(advantages, name))}
+    missing = {name for name in public if not any(hasattr(oracle, name) for oracle in (losses, advantages, group))}
     assert not missing, f"write tests/oracles for {sorted(missing)}"
     assert not public - compared_with_an_oracle(), "an oracle that no test calls beside the function"
 

@@ -6,16 +6,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from coati.losses import cross_entropy, gae, pairwise_reward_loss, policy_loss, shape_rewards, value_loss
+from coati.losses import (
+    aggregation_weights,
+    cross_entropy,
+    gae,
+    pairwise_reward_loss,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+)
 from tests.losses.draw import masks, quick
 
 # name: number of per-token arguments, and the loss as a function of them
 LOSSES = {
     "cross_entropy": (1, lambda x, mask, n: cross_entropy(x[0], mask, n)),
     "policy": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, dual_clip=3.0)),
+    "gspo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="gspo")),
+    "cispo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="cispo", weights=lengths(mask, n))),
     "value": (3, lambda x, mask, n: value_loss(x[0], x[1], x[2], mask, n)),
 }
 names = st.sampled_from(sorted(LOSSES))
+
+
+def lengths(mask, tokens):
+    """Each answer weighs the same, as in GRPO."""
+    return aggregation_weights(mask, "sequence", tokens, 3, 9)
 
 
 def arguments(name, mask, dtype=torch.float64):

@@ -16,6 +16,7 @@ clips = st.fixed_dictionaries(
         "clip_low": st.sampled_from([0.2, 0.05, 1.0]),
         "clip_high": st.sampled_from([0.2, 0.28, 3.0]),
         "dual_clip": st.sampled_from([None, 3.0, 1.5]),
+        "kind": st.sampled_from(["clip", "gspo", "cispo", "none"]),
     }
 )
 
@@ -35,18 +36,23 @@ def policy_case(data, mask, dtype):
 
 
 @quick
-@given(masks(), st.data(), dtypes, clips)
-def test_policy_loss_equals_the_oracle(mask, data, dtype, options):
+@given(masks(), st.data(), dtypes, clips, st.booleans())
+def test_policy_loss_equals_the_oracle(mask, data, dtype, options, weighted):
     """PITFALL 7: masked entries are NaN and infinities in every argument."""
     case = policy_case(data, mask, dtype)
+    weights = data.draw(numbers(mask.shape, 2.0, dtype)).abs()
     log_probs, old, advantages = (poison(x, mask) for x in case)
     log_probs.requires_grad_()
-    loss, metrics = policy_loss(log_probs, old, advantages, mask, 5.0, **options)
+    given_weights = dict(weights=poison(weights, mask)) if weighted else {}
+    loss, metrics = policy_loss(log_probs, old, advantages, mask, 5.0, **options, **given_weights)
     lists = [x.tolist() for x in case]
-    expected, expected_metrics = oracle.policy_loss(*lists, mask.tolist(), 5.0, **options)
+    whole = dict(weights=weights.tolist()) if weighted else {}
+    expected, expected_metrics = oracle.policy_loss(*lists, mask.tolist(), 5.0, **options, **whole)
     # a difference of log-probs near 50 is itself rounded, which the exponential magnifies by the difference
     rtol = 1e-9 if dtype == torch.float64 else 1e-5
-    scale = size_of_terms(lambda m: oracle.policy_loss(*lists, m, 5.0, **options), mask.tolist())
+    scale = size_of_terms(lambda m: oracle.policy_loss(*lists, m, 5.0, **options, **whole), mask.tolist())
+    if options["kind"] == "gspo" and mask.any():  # a token alone has another ratio; an answer's is at most its largest
+        scale += 200 * mask.sum().item() * math.exp(min((case[0] - case[1])[mask].max().item(), 60.0))
     assert_close(loss, expected, scale, rtol)
     assert_metrics(metrics, expected_metrics, scale, rtol)
     loss.backward()
@@ -54,28 +60,44 @@ def test_policy_loss_equals_the_oracle(mask, data, dtype, options):
     assert (log_probs.grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
-def test_policy_gradient_is_that_of_finite_differences_away_from_the_corners(dual_clip):
+@pytest.mark.parametrize(("kind", "dual_clip"), [("clip", None), ("clip", 3.0), ("gspo", None), ("none", None)])
+def test_policy_gradient_is_that_of_finite_differences_away_from_the_corners(kind, dual_clip):
     torch.manual_seed(0)
     mask = torch.rand(3, 8) < 0.7
     old, advantages = -torch.rand(3, 8, dtype=torch.float64) * 5, torch.randn(3, 8, dtype=torch.float64)
     shifts = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6, 2.0, 0.05, -2.0], dtype=torch.float64)
     log_probs = (old + shifts).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, advantages, mask, 9, dual_clip=dual_clip)[0], log_probs
+        lambda x: policy_loss(x, old, advantages, mask, 9, kind=kind, dual_clip=dual_clip)[0], log_probs
     )
 
 
-def test_policy_gradient_at_ratio_one_is_the_policy_gradient():
-    """On fresh data PPO's gradient is REINFORCE's: -A / N for each token's log-prob."""
+def test_every_token_keeps_a_gradient_in_cispo():
+    """Of its own log-prob times a constant: the advantage and the clipped ratio."""
+    log_probs = torch.tensor([[0.5, -0.5, 0.1]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 3, dtype=torch.float64)
+    policy_loss(log_probs, 0 * one, -2 * one, one.bool(), 3, kind="cispo")[0].backward()
+    expected = torch.tensor([[1.2, 0.8, math.exp(0.1)]], dtype=torch.float64) * 2 / 3
+    torch.testing.assert_close(log_probs.grad, expected)
+
+
+def test_an_unknown_policy_loss_is_named():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo or none"):
+        policy_loss(one, one, one, one.bool(), 1, kind="ppo9")
+
+
+@pytest.mark.parametrize("kind", ["clip", "cispo", "none"])
+def test_policy_gradient_at_ratio_one_is_the_policy_gradient(kind):
+    """On fresh data the gradient is REINFORCE's: -A / N for each token's log-prob."""
     old = torch.tensor([[-1.0, -2.0, -3.0]])
     advantages, mask = torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[True, True, False]])
     log_probs = old.clone().requires_grad_()
-    loss, metrics = policy_loss(log_probs, old, advantages, mask, 2)
+    loss, metrics = policy_loss(log_probs, old, advantages, mask, 2, kind=kind)
     loss.backward()
     assert log_probs.grad.tolist() == [[-1.0, 0.5, 0.0]]
     assert {name: float(x) for name, x in metrics.items()} == {
-        "policy_loss": -0.5,
+        "policy_loss": 0.0 if kind == "cispo" else -0.5,
         "clip_fraction": 0.0,
         "ratio": 1.0,
         "approximate_kl": 0.0,

@@ -75,20 +75,40 @@ def pairwise_reward_loss(chosen, rejected, denominator, margin=None, label_smoot
     return metrics["loss"], metrics
 
 
-def policy_loss(log_probs, old, advantages, mask, denominator, clip_low=0.2, clip_high=0.2, dual_clip=None):
-    """PPO eq. 7; with dual_clip, Ye et al. eq. 5. The ratio's exponent is bounded by 60, as the docstrings say."""
+def policy_loss(
+    log_probs,
+    old,
+    advantages,
+    mask,
+    denominator,
+    kind="clip",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    weights=None,
+):
+    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4. The ratio's exponent is bounded
+    by 60, as the docstrings say."""
     objectives, clipped, ratios, kls = [], [], [], []
     for b, t in _tokens(mask):
-        log_ratio = min(max(log_probs[b][t] - old[b][t], -60.0), 60.0)
-        ratio, advantage = math.exp(log_ratio), advantages[b][t]
+        columns = [s for s, counts in enumerate(mask[b]) if counts]
+        log_ratios = {s: min(max(log_probs[b][s] - old[b][s], -60.0), 60.0) for s in columns}
+        of_token, advantage = log_ratios[t], advantages[b][t]
+        ratio = math.exp(math.fsum(log_ratios.values()) / len(columns) if kind == "gspo" else of_token)
         bounded = min(max(ratio, 1 - clip_low), 1 + clip_high)
-        objective = min(ratio * advantage, bounded * advantage)
-        if dual_clip is not None and advantage < 0:
-            objective = max(objective, dual_clip * advantage)
-        objectives.append(objective)
-        clipped.append(1.0 if bounded * advantage < ratio * advantage else 0.0)
+        was_clipped = bounded * advantage < ratio * advantage
+        if kind in ("clip", "gspo"):
+            objective = min(ratio * advantage, bounded * advantage)
+            if dual_clip is not None and advantage < 0:
+                objective = max(objective, dual_clip * advantage)
+        elif kind == "cispo":
+            objective, was_clipped = bounded * advantage * log_probs[b][t], bounded != ratio
+        else:
+            objective, was_clipped = ratio * advantage, False
+        objectives.append(objective * (1.0 if weights is None else weights[b][t]))
+        clipped.append(float(was_clipped))
         ratios.append(ratio)
-        kls.append(ratio - 1 - log_ratio)
+        kls.append(math.exp(of_token) - 1 - of_token)
     metrics = {
         "policy_loss": -math.fsum(objectives) / denominator,
         "clip_fraction": math.fsum(clipped) / denominator,

@@ -234,3 +234,23 @@ def test_compiling_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
         GenerationConfig(compile_generation=True).check_generation()
+
+
+def test_a_response_is_reported_when_it_has_ended(actors):
+    """Each once, whole, with its place, in the order in which they end and not when all have; by transformers too."""
+    actor, prompts = actors("llama"), some_prompts(40)
+    requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
+    engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=20), eos_ids=[EOS, 7, 9], slots=7)
+    seen, under_way = {}, []
+
+    def report(index, completion):
+        assert index not in seen and completion.finish_reason
+        seen[index] = list(completion.ids)
+        under_way.append(sum(not row.completion.finish_reason for row in engine.rows))
+
+    found = engine.generate(requests, report)
+    assert [seen[i] for i in range(40)] == [c.ids for c in found] and max(under_way) > 1
+    ends = []
+    options = dict(eos_ids=[EOS], pad_id=PAD, on_done=lambda i, completion: ends.append((i, completion.ids)))
+    beams = generate(actor, prompts[:3], GenerationConfig(max_new_tokens=4, num_beams=2), **options)
+    assert ends == list(enumerate(beams.response_ids()))

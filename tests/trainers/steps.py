@@ -15,11 +15,18 @@ from tests.conftest import settings_for, trainer_classes
 
 # name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
 # gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
+COOL = dict(temperature=0.2)  # answers that differ, though most are like the greedy one
+OF_ANSWERS = dict(policy_loss="gspo", clip_low=0.02, clip_high=0.02)
+OF_TOKENS = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, kl_in="reward", kl_coefficient=0.1)
+OF_TOKENS |= dict(aggregation="token")
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
     "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
+    "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
+    "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
+    "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
 }
 BATCH = 8
@@ -56,13 +63,15 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     world = families[family]
     settings = settings_for(algorithm, world, output_dir=str(folder), batch_size=BATCH, **changes)
     settings |= dict(learning_rate=0.0, max_grad_norm=0.0, model=world["policy"], model_config=None)
+    if algorithm in ("ppo", "grpo"):
+        settings |= dict(ppo_epochs=1, minibatches=1)
     if algorithm == "ppo":
-        settings |= dict(critic_learning_rate=0.0, ppo_epochs=1, minibatches=1)
+        settings |= dict(critic_learning_rate=0.0)
     if "ptx_coefficient" in changes:
         settings["ptx_data"] = [world["sft"]]
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(config_class(**settings), runtime)
-    if algorithm == "ppo":
+    if algorithm in ("ppo", "grpo"):
         end_some_answers(trainer)
     return trainer
 
@@ -71,7 +80,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
 def end_some_answers(trainer):
     """Makes EOS likelier than a word that about half of the answers hold, so that these end there and others later or
     not at all. The reference stays as it was, so there is a KL."""
-    answers = trainer.answer([trainer.data[i] for i in range(BATCH)]).response_ids()
+    answers = trainer.answer([trainer.data[i] for i in range(BATCH)], list(range(BATCH))).response_ids()
     words = sorted({word for answer in answers for word in answer[3:]})
     word = min(words, key=lambda w: abs(sum(w in answer for answer in answers) - BATCH / 2))
     outputs = trainer.actor.module.transformer.get_output_embeddings().weight

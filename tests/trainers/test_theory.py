@@ -1,4 +1,5 @@
-"""PPO against theory: E[r] - beta KL(pi || pi_ref) is greatest for pi*(y) proportional to pi_ref(y) exp(r(y) / beta).
+"""PPO and GRPO against theory: E[r] - beta KL(pi || pi_ref) is greatest for pi*(y) proportional to
+pi_ref(y) exp(r(y) / beta).
 
 Answers of one or two tokens from a vocabulary of 8 are few enough to enumerate, so pi_ref, pi* and the trained policy
 are known exactly. Nothing in the trainer is replaced: tokens are sampled (the pad token may be one), EOS ends an answer
@@ -6,13 +7,15 @@ or the limit does, the critic learns, advantages are whitened, ratios are clippe
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from examples.stages import fill_figures
-from tests.conftest import ROOT, write_rows
+from tests.conftest import ROOT, trainer_classes, write_rows
 
+GROUP = 64
 VOCABULARY = ("<eos>", "<pad>", "a", "b", "c", "d", "e", "f")
 EOS, PROMPT = 0, [2, 3]
 ANSWERS = [[EOS]] + [[first, second] for first in range(1, 8) for second in range(8)]
@@ -82,33 +85,102 @@ def total_variation(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().sum().item() / 2
 
 
-def trained(task, runtime, output, beta: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0."""
-    from coati.trainers.ppo import PPOConfig, PPOTrainer
+def token_wise(reference: torch.Tensor, beta: float, estimator: str) -> torch.Tensor:
+    """Where a loss with the KL of every token beside the advantage of the answer comes to rest. Such a loss leaves out
+    what a token does to the KL of later tokens. So with Q(s, a) the mean reward of answers that go on with a after s,
+    the gradient in a token's logits is 0 where, at every s,
 
-    settings = task | dict(output_dir=str(output), seed=seed, kl_coefficient=beta, gae_lambda=1.0, max_new_tokens=2)
-    settings |= dict(steps=100, batch_size=256, micro_batch_size=256, generation_batch_size=256, value_clip=0.0)
-    settings |= dict(learning_rate=1e-2, critic_learning_rate=1e-2, warmup=0.0, final_rate=0.0)
-    trainer = PPOTrainer(PPOConfig(**settings), runtime, rewards=[Table()])
+        k2, whose gradient is that of KL(pi || ref):   pi(a|s) proportional to ref(a|s) exp(Q(s, a) / beta)
+        k3, whose gradient is that of KL(ref || pi):   pi(a|s) = beta ref(a|s) / (c(s) - Q(s, a))
+    """
+
+    def rest(ref: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        if estimator == "k2":
+            return torch.softmax(ref.log() + q / beta, -1)
+        low, high = q.amax(-1, keepdim=True), q.amax(-1, keepdim=True) + beta
+        for _ in range(200):  # the sum of the probabilities falls with c
+            middle = (low + high) / 2
+            too_small = (beta * ref / (middle - q)).sum(-1, keepdim=True) > 1
+            low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
+        return beta * ref / (high - q)
+
+    rewards = torch.tensor([Table().of(answer) for answer in ANSWERS], dtype=torch.float64)
+    pairs, of_pairs = reference[1:].reshape(7, 8), rewards[1:].reshape(7, 8)
+    second = rest(pairs / pairs.sum(1, keepdim=True), of_pairs)
+    values = torch.cat([rewards[:1], (second * of_pairs).sum(1)])
+    first = rest(torch.cat([reference[:1], pairs.sum(1)]), values)
+    return torch.cat([first[:1], (first[1:, None] * second).flatten()])
+
+
+def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **changes):
+    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0."""
+    settings = task | dict(output_dir=str(output), seed=seed, kl_coefficient=beta, max_new_tokens=2)
+    settings |= dict(steps=100, batch_size=256, micro_batch_size=256, generation_batch_size=256)
+    settings |= dict(learning_rate=1e-2, warmup=0.0, final_rate=0.0)
+    if algorithm == "ppo":
+        settings |= dict(critic_learning_rate=1e-2, gae_lambda=1.0, value_clip=0.0)
+    else:
+        settings |= dict(batch_size=256 // GROUP, group_size=GROUP, ppo_epochs=2, aggregation="constant")
+    config_class, trainer_class = trainer_classes(algorithm)
+    trainer = trainer_class(config_class(**settings | changes), runtime, rewards=[Table()])
     while trainer.step < trainer.total_steps:
         trainer.train_step(trainer.step)
         trainer.step += 1
     return distribution(trainer.reference.module), distribution(trainer.actor.module)
 
 
-def check(task, runtime, output, beta: float, seed: int) -> float:
-    before, after = trained(task, runtime, output, beta, seed)
+def check(task, runtime, output, beta: float, seed: int, best=optimum, **changes) -> float:
+    """The total variation between where a run arrives and where theory says."""
+    before, after = trained(task, runtime, output, beta, seed, **changes)
     assert before.sum() == pytest.approx(1, abs=1e-5) and after.sum() == pytest.approx(1, abs=1e-5)
-    best = optimum(before, beta)
-    assert total_variation(before, best) > 0.3  # there was something to learn
-    assert total_variation(optimum(before, 1.1 * beta), best) > 0.02  # a penalty 10 % off would be noticed
-    distance = total_variation(after, best)
+    expected = best(before, beta)
+    assert expected.sum() == pytest.approx(1, abs=1e-5)
+    assert total_variation(before, expected) > 0.3  # there was something to learn
+    assert total_variation(best(before, 1.1 * beta), expected) > 0.02  # a penalty 10 % off would be noticed
+    distance = total_variation(after, expected)
     assert distance < 0.02
     return distance
 
 
+def group_mean(best):
+    """With the group's mean for a baseline, an answer's advantage is (G - 1) / G of what it is beyond the others'."""
+    return lambda reference, beta: best(reference, beta * GROUP / (GROUP - 1))
+
+
+IN_REWARD = dict(algorithm="grpo", kl_in="reward", kl_estimator="k1")
+# the noise of its advantages does not vanish where it rests
+MORE = dict(steps=200, batch_size=1024 // GROUP, micro_batch_size=1024, generation_batch_size=1024)
+IN_LOSS = MORE | dict(algorithm="grpo", kl_in="loss", advantage="dr_grpo")
+# The algorithm, with its settings, and where it comes to rest. Division by the group's standard deviation is left out:
+# it stretches beta by a factor that depends on the policy, and with the penalty in the reward, whose spread vanishes at
+# the optimum, it blows up noise.
+GROUP_RELATIVE = {
+    "RLOO, KL in the reward": IN_REWARD | dict(advantage="rloo"),
+    "Dr. GRPO, KL in the reward": IN_REWARD | dict(advantage="dr_grpo"),
+    "Dr. GRPO, k2 in the loss": IN_LOSS | dict(kl_estimator="k2", best=group_mean(partial(token_wise, estimator="k2"))),
+    "Dr. GRPO, k3 in the loss": IN_LOSS | dict(kl_estimator="k3", best=group_mean(partial(token_wise, estimator="k3"))),
+}
+
+
 def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
     check(task, runtime, tmp_path, beta=0.5, seed=0)
+
+
+def test_group_relative_learning_rests_where_theory_says(task, runtime, tmp_path):
+    check(task, runtime, tmp_path, beta=0.5, seed=0, **GROUP_RELATIVE["RLOO, KL in the reward"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_it_does_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
+    """Rewrites the table in docs/grpo.md."""
+    lines = ["| | $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|---|"]
+    for name, changes in GROUP_RELATIVE.items():
+        for beta in (0.25, 0.5, 1.0):
+            folders = [tmp_path / f"{name} {beta} {seed}" for seed in range(3)]
+            found = [check(task, runtime, folder, beta, seed, **changes) for seed, folder in enumerate(folders)]
+            lines.append(f"| {name} | {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
+    fill_figures(ROOT / "docs" / "grpo.md", "\n".join(lines), "theory")
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""Groups of answers to one prompt: their advantages, what a token weighs in the loss, and what corrects a rollout."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coati.losses.masking import keep, log_ratio
+
+Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"]
+Aggregation = Literal["token", "sequence", "constant"]
+Correction = Literal["none", "truncated", "masked"]
+
+
+def group_advantages(
+    rewards: Tensor, group_size: int, advantage: Advantage, *, baseline: Tensor | None = None, min_std: float = 0.1
+) -> Tensor:
+    """One advantage an answer, `[batch]`, where r is its reward and G the size of its group:
+
+    * grpo: (r - mean) / (std + 1e-4), with the group's mean and (G - 1) standard deviation (DeepSeekMath, 2402.03300,
+      section 4.1.2)
+    * dr_grpo: r - mean: without the factor that favours prompts of little spread (Liu et al., 2503.20783, section 3.2)
+    * rloo: r - mean of the others (Ahmadian et al., 2402.14740, section 2.2), which is unbiased
+    * rloo_std: that, divided by the (population) standard deviation of the others, at least `min_std`: as neither
+      depends on the answer itself, the mean gradient of a prompt keeps its direction
+    * reinforce++-baseline: r - mean, for the caller to whiten over the global batch (Hu et al., 2501.03262)
+    * remax: r - `baseline`, the reward of the prompt's greedy answer (Li et al., 2310.10505, algorithm 1)
+
+    Args:
+        rewards: `[batch]`, the rows of a group one after the other.
+
+    Raises:
+        ValueError: unknown, or one of single tokens (reinforce++: `returns_to_go`, whitened over the global batch).
+    """
+    if advantage == "remax" and baseline is not None:
+        return rewards - baseline
+    groups = rewards.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    others = group_size - 1
+    match advantage:
+        case "grpo":
+            result = centred / (centred.square().sum(1, keepdim=True).div(others).sqrt() + 1e-4)
+        case "dr_grpo" | "reinforce++-baseline":
+            result = centred
+        case "rloo":
+            result = centred * (group_size / others)
+        case "rloo_std":
+            mean = -centred / others  # of the others, which with the answer itself add up to 0
+            squares = (centred.square().sum(1, keepdim=True) - centred.square()) / others
+            result = (centred - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
+        case _:
+            raise ValueError(f"{advantage!r} is no advantage of whole answers in a group")
+    return result.reshape(-1)
+
+
+def aggregation_weights(mask: Tensor, aggregation: Aggregation, tokens: float, answers: float, longest: int) -> Tensor:
+    """What each token weighs, `[batch, seq]`, in a loss that is divided by the global number of `tokens`:
+
+    * token: 1, so that the loss is the mean over tokens (DAPO, 2503.14476, eq. 8)
+    * sequence: the mean over answers of the mean over their tokens (GRPO, 2402.03300, eq. 3)
+    * constant: the sum over tokens, divided by answers x `longest` (Dr. GRPO, 2503.20783, section 3.2)
+
+    Args:
+        mask: `[batch, seq]` bool, True on the response tokens that count; the weights of others are 0.
+        tokens, answers: of the whole step that count, over all ranks and micro-batches.
+
+    Raises:
+        ValueError: unknown aggregation.
+    """
+    match aggregation:
+        case "token":
+            return mask.float()
+        case "sequence":
+            return mask * (tokens / answers / mask.sum(1, keepdim=True).clamp(min=1))
+        case "constant":
+            return mask * (tokens / answers / longest)
+    raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence or constant")
+
+
+def importance_weights(
+    log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, correction: Correction, cap: float = 2.0
+) -> Tensor:
+    """p_training / p_rollout of each token, `[batch, seq]`, no gradient: it corrects for an engine that samples from a
+    slightly other distribution than the one that is trained.
+
+    * none: 1
+    * truncated: at most `cap` (TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL")
+    * masked: 0 outside [1 / cap, cap] (as IcePop does)
+
+    Raises:
+        ValueError: unknown correction.
+    """
+    ratio = log_ratio(log_probs, rollout_log_probs, mask).detach().exp()
+    match correction:
+        case "none":
+            return torch.ones_like(ratio)
+        case "truncated":
+            return ratio.clamp(max=cap)
+        case "masked":
+            return keep(ratio, (ratio >= 1 / cap) & (ratio <= cap))
+    raise ValueError(f"unknown correction {correction!r}: choose none, truncated or masked")

@@ -1,0 +1,103 @@
+"""Rounds of answering prompts several times and training on what came of it: rejection sampling and online DPO."""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coati.data import prepare_tokenizer
+from coati.models import Actor
+from coati.rewards import WeightedRewards, load_function
+from coati.rollout import GenerationConfig, generate
+from coati.rollout.prompts import eos_ids
+from examples.stages import train
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, its answers, and the reward of each."""
+
+    prompt: str
+    responses: list[str]
+    rewards: list[float]
+
+    @property
+    def best(self) -> str:
+        return self.responses[self.rewards.index(max(self.rewards))]
+
+    @property
+    def worst(self) -> str:
+        return self.responses[self.rewards.index(min(self.rewards))]
+
+    @property
+    def teaches(self) -> bool:
+        """The answers differ in what they earn, and neither end is empty."""
+        return max(self.rewards) > min(self.rewards) and bool(self.best and self.worst)
+
+
+def run_rounds(description: str, algorithm: str, row_of: Callable[[Answered], dict]):
+    """Each round answers, makes training rows of the prompts that teach, and trains; its policy starts the next.
+
+    Args:
+        algorithm: of `examples.stages.SCRIPTS`.
+    """
+    arguments = parse_rounds(description)
+    model = arguments.model
+    for number in range(arguments.rounds):
+        answered = answer(model, arguments, number)
+        mean = sum(sum(a.rewards) for a in answered) / sum(len(a.rewards) for a in answered)
+        rows = [row_of(a) for a in answered if a.teaches]
+        print(f"round {number}: mean reward {mean:.3f}, {len(rows)} of {len(answered)} prompts teach", flush=True)
+        if not rows:
+            break
+        folder = arguments.output / f"round{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = {"model": model, "train_data": folder / "rows.jsonl", "cache_dir": folder / "cache"}
+        flags["seed"] = arguments.seed + number
+        train(algorithm, arguments.config, folder / "run", flags, arguments.processes)
+        model = folder / "run" / "model"
+    print(f"the policy is in {model}")
+
+
+def parse_rounds(description: str) -> argparse.Namespace:
+    """The flags of both examples; `config` is that of the training in each round."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True, help="the policy that the first round starts from")
+    parser.add_argument("--prompts", type=Path, required=True, help="rows with a prompt, and what the reward reads")
+    parser.add_argument("--reward", required=True, help="FILE.py:function")
+    parser.add_argument("--config", type=Path, required=True, help="settings of the training in a round")
+    parser.add_argument("--output", type=Path, required=True, help="where everything goes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--n", type=int, default=8, help="answers to a prompt")
+    parser.add_argument("--most", type=int, default=512, help="prompts of a round")
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="processes that train")
+    return parser.parse_args()
+
+
+def answer(model: Path, arguments: argparse.Namespace, number: int) -> list[Answered]:
+    """n answers of this model to prompts of its round, scored."""
+    from transformers import AutoTokenizer
+
+    actor, seed, n = Actor(str(model)), [arguments.seed, number], arguments.n
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model), None, None)
+    rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
+    rows = random.Random(str(seed)).sample(rows, min(arguments.most, len(rows)))
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    repeated = [i for i in range(len(rows)) for _ in range(n)]
+    ends = eos_ids(tokenizer, actor)
+    options = dict(eos_ids=ends, pad_id=ends[0], seeds=[[*seed, k] for k in range(len(repeated))], batch_size=256)
+    config = GenerationConfig(max_new_tokens=arguments.max_new_tokens)
+    rollout = generate(actor, [ids[i] for i in repeated], config, **options)
+    responses = [text.strip() for text in tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)]
+    columns = {name: [rows[i][name] for i in repeated] for name in rows[0] if name != "prompt"}
+    rewards = WeightedRewards([(load_function(arguments.reward), 1.0)])
+    scores = rewards.score([texts[i] for i in repeated], responses, **columns).total.tolist()
+    groups = [slice(i * n, i * n + n) for i in range(len(rows))]
+    return [Answered(row["prompt"], responses[g], scores[g]) for row, g in zip(rows, groups, strict=True)]

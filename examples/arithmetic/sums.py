@@ -1,0 +1,79 @@
+"""Write the arithmetic task's data and tokenizer: chain sums, worked out one number at a time.
+
+    python examples/arithmetic/sums.py --out runs/arithmetic/data --seed 0
+
+A prompt is `7+12-9+3=` and its answer `19=10=13`: the sum so far, until the last number is in it, and that is what
+counts. Tokens are single characters. No prompt stands in two files. The same seed gives the same bytes.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+SIZES = {"sft": 12000, "sft_eval": 200, "prompts_train": 8000, "prompts_eval": 500}
+TERMS, LARGEST = (4, 5, 6), 20  # numbers of a sum, and the largest of them
+SPECIAL = ("<pad>", "<eos>")
+CHARACTERS = "0123456789+-="
+TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}{{- message.content }}{% endif %}
+{%- endfor %}"""
+
+
+def expression(numbers: list[int]) -> str:
+    return f"{numbers[0]}" + "".join(f"{number:+d}" for number in numbers[1:])
+
+
+def sums(numbers: list[int]) -> str:
+    """The sum of the first two, of the first three, and so on.
+
+    >>> sums([7, 12, -9, 3])
+    '19=10=13'
+    """
+    return "=".join(str(sum(numbers[:n])) for n in range(2, len(numbers) + 1))
+
+
+def make_data(folder: Path, seed: int) -> dict[str, Path]:
+    """Files by name, and the tokenizer's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, seen, files = random.Random(seed), set(), {"tokenizer": folder / "tokenizer"}
+    for name, count in SIZES.items():
+        rows = []
+        while len(rows) < count:
+            signs = [1] + [rng.choice((1, -1)) for _ in range(rng.choice(TERMS) - 1)]
+            numbers = [sign * rng.randint(1, LARGEST) for sign in signs]
+            if (prompt := expression(numbers) + "=") not in seen:
+                seen.add(prompt)
+                rows.append({"prompt": prompt, "completion": sums(numbers), "answer": str(sum(numbers))})
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer().save_pretrained(files["tokenizer"])
+    return files
+
+
+def tokenizer():
+    """A token a character, as a `PreTrainedTokenizerFast`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make_data(arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""GRPO and its relatives: `colossalai run --nproc_per_node 2 examples/train_grpo.py --config FILE.yaml`."""
+
+from coati.trainers.main import main
+
+
+def load_trainer():
+    from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+
+    return GRPOConfig, GRPOTrainer
+
+
+if __name__ == "__main__":
+    main(load_trainer, "GRPO")

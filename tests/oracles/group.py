@@ -1,0 +1,65 @@
+"""Groups of answers as loops over python floats, from the papers' equations."""
+
+import math
+import statistics
+
+
+def group_advantages(rewards, group_size, advantage, baseline=None, min_std=0.1):
+    result = []
+    for i, reward in enumerate(rewards):
+        start = i // group_size * group_size
+        group = rewards[start : start + group_size]
+        others = [r for k, r in enumerate(group) if k != i - start]
+        mean = math.fsum(group) / len(group)
+        match advantage:
+            case "grpo":  # DeepSeekMath, section 4.1.2, with TRL's and verl's unbiased standard deviation
+                result.append((reward - mean) / (statistics.stdev(group) + 1e-4))
+            case "dr_grpo" | "reinforce++-baseline":
+                result.append(reward - mean)
+            case "rloo":
+                result.append(reward - math.fsum(others) / len(others))
+            case "rloo_std":
+                std = statistics.pstdev(others)
+                result.append((reward - math.fsum(others) / len(others)) / max(std, min_std))
+            case "remax":
+                result.append(reward - baseline[i])
+    return result
+
+
+def aggregation_weights(mask, aggregation, tokens, answers, longest):
+    """Weights with which sum(weight * x) / tokens is the aggregate of x."""
+    rows = [[0.0] * len(row) for row in mask]
+    for b, row in enumerate(mask):
+        for t, counts in enumerate(row):
+            if counts:
+                share = {"token": 1 / tokens, "sequence": 1 / answers / sum(row), "constant": 1 / answers / longest}
+                rows[b][t] = tokens * share[aggregation]
+    return rows
+
+
+def importance_weights(log_probs, rollout_log_probs, mask, correction, cap=2.0):
+    rows = [[1.0] * len(row) for row in mask]
+    for b, row in enumerate(mask):
+        for t, counts in enumerate(row):
+            if not counts or correction == "none":
+                continue
+            ratio = math.exp(min(max(log_probs[b][t] - rollout_log_probs[b][t], -60.0), 60.0))
+            if correction == "truncated":
+                rows[b][t] = min(ratio, cap)
+            else:
+                rows[b][t] = ratio if 1 / cap <= ratio <= cap else 0.0
+    return rows
+
+
+def punish_overlong(scores, lengths, longest, buffer, penalty=1.0):
+    """DAPO, eq. 13, for answers that are cut at `longest`."""
+    result = []
+    for score, length in zip(scores, lengths, strict=True):
+        if buffer == 0 or length <= longest - buffer:
+            punishment = 0.0
+        elif length <= longest:
+            punishment = ((longest - buffer) - length) / buffer
+        else:
+            punishment = -1.0
+        result.append(score + penalty * punishment)
+    return result

@@ -1,0 +1,255 @@
+"""GRPO and its relatives: whole tiny runs, what each option does, and what is refused."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coati.errors import UserError
+from coati.losses import group_advantages
+from coati.tracking import read_metrics
+from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+from tests.conftest import settings_for
+
+# The published algorithms as options, see docs/grpo.md; here each runs, there they are explained.
+ALGORITHMS = {
+    "GRPO": dict(kl_coefficient=0.04),
+    "Dr. GRPO": dict(advantage="dr_grpo", aggregation="constant"),
+    "DAPO": dict(aggregation="token", clip_high=0.28, dynamic_sampling=True, overlong_buffer=2, overlong_penalty=0.1),
+    "GSPO": dict(policy_loss="gspo", clip_low=3e-4, clip_high=4e-4),
+    "CISPO": dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0),
+    "RLOO": dict(advantage="rloo", policy_loss="none", kl_in="reward", kl_estimator="k1", kl_coefficient=0.05),
+    "RLOO with a floor": dict(advantage="rloo_std", advantage_std_floor=0.2),
+    "REINFORCE++": dict(advantage="reinforce++", kl_in="reward", kl_coefficient=0.01, aggregation="token"),
+    "REINFORCE++ with a baseline": dict(advantage="reinforce++-baseline", kl_estimator="k2", kl_coefficient=0.01),
+    "ReMax": dict(advantage="remax", group_size=1, batch_size=16),
+}
+
+
+def make(world, runtime, output, **changes) -> GRPOTrainer:
+    return GRPOTrainer(GRPOConfig(**settings_for("grpo", world, output_dir=str(output), **changes)), runtime)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_learns_to_answer_at_length(name, tiny_world, runtime, tmp_path):
+    make(tiny_world, runtime, tmp_path, steps=6, eval_data=[], learning_rate=1e-2, **ALGORITHMS[name]).train()
+    rows = read_metrics(tmp_path)
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    assert sum(rewards[-2:]) > sum(rewards[:2])
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def reward(tmp_path, body: str) -> list[str]:
+    """A reward function of prompts and responses, as `reward_functions`."""
+    path = tmp_path / "own_rewards.py"
+    path.write_text(f"def own(prompts, responses, **columns):\n    return {body}\n")
+    return [f"{path}:own"]
+
+
+def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny_world, runtime, tmp_path):
+    trainer = make(tiny_world, runtime, tmp_path, minibatches=1)
+    read, next_logits = [], trainer.actor.module.next_logits
+    trainer.actor.module.next_logits = lambda ids, *a: (read.append(ids.shape), next_logits(ids, *a))[1]
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.batches.batch(0)})
+    answers = rollout.response_ids()
+    assert len(answers) == 8 * 4 and all(len({*map(tuple, answers[i : i + 4])}) > 1 for i in range(0, 32, 4))
+    prompts = [
+        ids[~mask & seen].tolist()
+        for ids, mask, seen in zip(rollout.input_ids, rollout.response_mask, rollout.attention_mask, strict=True)
+    ]
+    assert prompts == [trainer.data[row].input_ids for row in trainer.batches.batch(0) for _ in range(4)]
+
+
+def test_the_loss_sees_what_the_rewards_gave(tiny_world, runtime, tmp_path):
+    """Advantages of the group, on response tokens only; nothing of them on prompts and padding."""
+    trainer = make(tiny_world, runtime, tmp_path, advantage="rloo")
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    experience, metrics = trainer.experience(rollout)
+    expected = group_advantages(rollout.scores, 4, "rloo")[:, None] * rollout.response_mask
+    assert torch.equal(experience.advantages, expected) and metrics["advantage_std"] > 0
+    assert experience.values is None and trainer.reference is None and metrics["kl"] == 0
+
+
+def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_path):
+    options = dict(advantage="rloo", kl_in="reward", kl_estimator="k1", kl_coefficient=0.3)
+    trainer = make(tiny_world, runtime, tmp_path, **options)
+    trainer.reference.module.model.lm_head.weight.data.mul_(0.5)
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    experience, metrics = trainer.experience(rollout)
+    x = (experience.log_probs - experience.reference_log_probs).masked_fill(~rollout.response_mask, 0.0)
+    expected = group_advantages(rollout.scores - 0.3 * x.sum(1), 4, "rloo")
+    torch.testing.assert_close(experience.advantages.amax(1) + experience.advantages.amin(1), expected)
+    assert metrics["kl"] != 0
+
+
+def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
+    """The batch is full of groups that differ, in the order of the data; the position in the data moves on by what was
+    drawn."""
+    options = dict(reward_functions=[tiny_world["rewards"] + ":odd"], max_refills=20, group_size=2)
+    trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, **options)
+    trainer.set_temperature(0)
+    rollout, metrics = trainer.collect(0)
+    groups = rollout.rewards.reshape(8, 2)
+    assert (groups.amin(1) < groups.amax(1)).all()
+    assert trainer.position == round(8 / (1 - metrics["equal_groups"])) and metrics["refills"] > 0
+    drawn, trainer.position = trainer.position, 0
+    order = [row for row, _ in trainer.draw([], drawn)]
+    batch = [i for m in range(2) for i in range(m, 8, 2)]  # minibatch after minibatch
+    found = [
+        tuple(ids[: int((~mask & seen).sum())].tolist())
+        for ids, mask, seen in zip(
+            rollout.input_ids[::2], rollout.response_mask[::2], rollout.attention_mask[::2], strict=True
+        )
+    ]
+    in_order = [prompt for _, prompt in sorted(zip(batch, found, strict=True))]
+    remaining = iter([tuple(trainer.data[row].input_ids) for row in order])
+    assert all(prompt in remaining for prompt in in_order)
+
+
+def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, tmp_path):
+    options = dict(reward_functions=reward(tmp_path, "[1.0] * len(responses)"), max_refills=2, learning_rate=1.0)
+    trainer = make(tiny_world, runtime, tmp_path / "run", dynamic_sampling=True, **options)
+    before = [p.detach().clone() for p in trainer.actor.module.parameters()]
+    metrics, _ = trainer.train_step(0)
+    assert (metrics["refills"], metrics["equal_groups"], metrics["advantage_std"]) == (2, 1.0, 0.0)
+    assert trainer.position == 3 * 8
+    assert all(map(torch.equal, before, trainer.actor.module.parameters()))
+
+
+def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
+    """PITFALL 25: to the last bit, with a reference that is refreshed and a temperature that falls."""
+    changes = dict(dynamic_sampling=True, reward_functions=[tiny_world["rewards"] + ":odd"], kl_coefficient=0.05)
+    changes |= dict(
+        group_size=2,
+        refresh_reference=2,
+        final_temperature=0.5,
+        steps=6,
+        save_every=3,
+        keep_checkpoints=9,
+        eval_data=[],
+    )
+    whole = make(tiny_world, runtime, tmp_path / "whole", **changes)
+    whole.train()
+    resume = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
+    resumed = make(tiny_world, runtime, tmp_path / "resumed", resume=resume, **changes)
+    assert resumed.position > 3 * 8
+    resumed.train()
+    assert whole.state() == resumed.state()
+    for trained in ("actor", "reference"):
+        ours, theirs = (getattr(t, trained).module.state_dict() for t in (whole, resumed))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first = load_file(f"{tiny_world['policy']}/model.safetensors")
+    assert any(not torch.equal(first[k], v) for k, v in whole.reference.module.model.state_dict().items())
+
+
+def test_truncated_answers_can_be_left_out(tiny_world, runtime, tmp_path):
+    """Their rewards still count in the group; their tokens have no gradient and are in no count."""
+    trainer = make(tiny_world, runtime, tmp_path, mask_truncated=True, learning_rate=1e-2)
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    cut = dataclasses.replace(rollout, finished=torch.arange(32) % 3 > 0)
+    experience, _ = trainer.experience(cut)
+    assert (experience.response_mask.any(1) == cut.finished).all()
+    assert torch.equal(experience.advantages, trainer.experience(rollout)[0].advantages)
+    none_left = dataclasses.replace(rollout, finished=torch.zeros(32, dtype=torch.bool))
+    before = [p.detach().clone() for p in trainer.actor.module.parameters()]
+    trainer.learn(trainer.experience(none_left)[0], 0)
+    assert all(map(torch.equal, before, trainer.actor.module.parameters()))
+
+
+def test_long_answers_are_punished_and_the_temperature_falls(tiny_world, runtime, tmp_path):
+    options = dict(overlong_buffer=4, overlong_penalty=0.5, final_temperature=0.2, steps=5)
+    trainer = make(tiny_world, runtime, tmp_path, **options)
+    trainer.set_temperature(0)
+    assert trainer.temperature == 1.0
+    rollout, _ = trainer.collect(0)
+    lengths = rollout.response_mask.sum(1)
+    assert torch.allclose(rollout.rewards - rollout.scores, 0.5 * (lengths - 4).clamp(min=0) / 4)
+    trainer.set_temperature(2)
+    assert trainer.temperature == pytest.approx(0.6)
+    trainer.set_temperature(4)
+    assert trainer.temperature == pytest.approx(0.2)
+
+
+def test_an_entropy_bonus_keeps_the_policy_undecided(tiny_world, runtime, tmp_path):
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        options = dict(entropy_coefficient=coefficient, learning_rate=1e-2, warmup=0.0, eval_data=[])
+        make(tiny_world, runtime, tmp_path / str(coefficient), **options).train()
+        entropies.append(read_metrics(tmp_path / str(coefficient))[-1]["entropy"])
+    assert entropies[1] > entropies[0]
+
+
+def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_path):
+    trainer = make(tiny_world, runtime, tmp_path, advantage="remax", group_size=2, minibatches=1)
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    prompts = [trainer.data[row] for row in trainer.batches.batch(0)]
+    greedy = make(tiny_world, runtime, tmp_path / "greedy").answer(
+        prompts, [9] * 8, dataclasses.replace(trainer.config, temperature=0.0)
+    )
+    expected = trainer.rewards.score([""] * 8, texts(trainer, greedy)).total
+    assert torch.equal(rollout.baseline, expected.repeat_interleave(2))
+
+
+def texts(trainer, rollout) -> list[str]:
+    found = trainer.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+    return [text.strip() for text in found]
+
+
+def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path):
+    """PITFALL 32: sampling that differs from training, planted."""
+    options = dict(importance_correction="truncated", importance_cap=1.05, max_rollout_kl=9.0, rollout_engine="coati")
+    trainer = make(tiny_world, runtime, tmp_path, **options)
+    trainer.sampling_is_training = lambda: False  # as in bf16, or with vLLM
+    trainer.set_temperature(0)
+    rollout, _ = trainer.collect(0)
+    plain, _ = trainer.experience(rollout)
+    rollout = dataclasses.replace(rollout, log_probs=rollout.log_probs - 0.03)
+    rollout.log_probs[::2] += 0.5
+    corrected, metrics = trainer.experience(rollout)
+    weights = torch.full((32, 1), math.exp(0.03))
+    weights[::2] = math.exp(-0.47)
+    mask = rollout.response_mask
+    torch.testing.assert_close(corrected.advantages, (plain.advantages * weights) * mask, rtol=1e-4, atol=1e-6)
+    assert 0.5 < metrics["importance_weight"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(group_size=0), "group_size must be at least 1"),
+        (dict(group_size=1), "group_size must be at least 2"),
+        (dict(group_size=1, advantage="remax", dynamic_sampling=True), "group_size must be at least 2"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(final_temperature=0.0), "final_temperature"),
+        (dict(normalise_reward=True), "normalise_reward"),
+        (dict(kl_coefficient=0.1, kl_estimator="k1"), "k2 or k3"),
+        (dict(refresh_reference=3), "kl_coefficient"),
+        (dict(refresh_reference=3, kl_coefficient=0.1, plugin="gemini", precision="bf16"), "whole on every process"),
+        (dict(refresh_reference=3, kl_coefficient=0.1, lora_rank=2), "without LoRA"),
+        (dict(dynamic_sampling=True, max_refills=0), "max_refills"),
+        (dict(overlong_buffer=9), "max_new_tokens, 8"),
+        (dict(mask_truncated=True, missing_eos_penalty=1.0), "choose one"),
+        (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),
+        (dict(importance_cap=0.5), "importance_cap"),
+        (dict(entropy_coefficient=0.1, tensor_parallel=2), "tensor_parallel"),
+        (dict(batch_size=7), "2 minibatches"),
+        (dict(num_beams=2), "num_beams"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(changes, words, tiny_world):
+    with pytest.raises(UserError, match=words) as error:
+        GRPOConfig(**settings_for("grpo", tiny_world, output_dir="unused", **changes)).check(world_size=1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_a_policy_is_refused(tiny_world, runtime, tmp_path):
+    with pytest.raises(UserError, match="--model"):
+        make(tiny_world, runtime, tmp_path, model=None)
