@@ -1,4 +1,4 @@
-"""Runs a program that nobody has read, with its tests, where it can do no harm: see docs/rewards.md for what that means.
+"""Runs a program that nobody has read, with its tests, where it can do no harm; docs/rewards.md says what that means.
 
 Linux only. Where the kernel gives no namespaces nothing is run: there is no weaker mode.
 """
@@ -59,7 +59,7 @@ class Verdict:
     output: str
 
 
-def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (frozen)
+def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
     """Runs the program and then the tests, in one namespace named `program`; both are Python texts.
 
     Raises:
@@ -128,6 +128,6 @@ def check_sandbox():
         works, reason = False, str(error)
     if not works:
         raise UserError(
-            f"the verifier python runs programs on Linux 5.12 or newer with user namespaces only ({reason}): allow them "
-            "(sysctl kernel.unprivileged_userns_clone=1; docker run --security-opt seccomp=unconfined) or leave it out"
+            f"the verifier python needs Linux 5.12 or newer and user namespaces ({reason}): allow them (sysctl "
+            "kernel.unprivileged_userns_clone=1; docker run --security-opt seccomp=unconfined), or leave it out"
         )

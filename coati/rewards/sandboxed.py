@@ -79,7 +79,7 @@ def show(source: str, target: str):
 
 
 def enter(root: str, uid: int, job: dict):
-    """Goes in for good: no rights are left, and a process whose root was changed can't make a namespace to regain some."""
+    """Goes in for good: no rights are left, and a process whose root was changed makes no namespace to regain any."""
     os.chroot(root)
     os.chdir(WORK)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)

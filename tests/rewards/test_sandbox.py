@@ -68,7 +68,7 @@ def shown(program: str, limits: Limits = QUICK) -> str:
          "assert P(2) == P(x=2)", True),
         ("if __name__ == '__main__':\n    raise ValueError", "assert __name__ == 'program'", True),
         ("n = 1\ndef f():\n    global n\n    n += 1\n    return n", "n = 5\nassert f() == 6 == n", True),
-        ("import tempfile\nfile = tempfile.TemporaryFile()\nfile.write(b'x')", "file.seek(0)\nassert file.read() == b'x'", True),
+        ("import tempfile\nfile = tempfile.TemporaryFile()\nfile.write(b'x')", "assert file.tell() == 1", True),
         ("print('x' * 99)", "assert input() == ''", False),
     ],
 )  # fmt: skip
@@ -81,7 +81,7 @@ FORGERIES = {
     "exit": "import sys\nsys.exit(0)",
     "quit": "quit()",
     "print": "print('passed', True, 1)",
-    "swallow": "import sys\nsys.excepthook = lambda *a: None\nimport atexit\natexit.register(lambda: __import__('os')._exit(0))",
+    "swallow": "import atexit, os, sys\nsys.excepthook = lambda *a: None\natexit.register(lambda: os._exit(0))",
     "error": "import builtins\nbuiltins.AssertionError = type('Fine', (SystemExit,), {})",
     "all": "import builtins\nbuiltins.all = lambda x: True\nbuiltins.abs = lambda x: 0",
     "exec": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None",
@@ -132,7 +132,10 @@ def test_threads_count_as_processes():
     assert shown(many) in ("6\n", "7\n")
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)", "import os\nos.setsid()\nos.fork()\nwhile True: pass"])  # fmt: skip
+LOOPS = ["while True: pass", "import time\ntime.sleep(60)", "import os\nos.setsid()\nos.fork()\nwhile True: pass"]
+
+
+@pytest.mark.parametrize("program", LOOPS)
 def test_an_infinite_loop_ends_in_time(program):
     started = time.monotonic()
     assert not run_tests(program, "pass", Limits(seconds=1.0)).passed
@@ -235,9 +238,7 @@ def test_a_plain_user_has_the_same_walls(tmp_path):
 def test_a_machine_without_namespaces_runs_nothing(monkeypatch):
     monkeypatch.setattr(sandbox, "run_tests", lambda *a: (_ for _ in ()).throw(OSError("unshare: no")))
     check_sandbox.cache_clear()
-    with pytest.raises(
-        UserError, match=r"the verifier python .*unshare: no.*user namespaces|user namespaces.*unshare: no"
-    ):
+    with pytest.raises(UserError, match=r"the verifier python needs .*namespaces \(unshare: no\)"):
         check_sandbox()
     monkeypatch.setattr(sandbox, "run_tests", lambda *a: Verdict(True, ""))
     with pytest.raises(UserError, match="its own check failed"):
