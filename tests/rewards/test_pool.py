@@ -148,18 +148,18 @@ def test_failures_are_counted_and_get_the_set_score(make, place, workers, caplog
 def test_a_reward_that_never_works_stops_the_run_with_its_error(make, place, workers):
     rewards = make([(load_function(place), 1.0)], workers)
     with pytest.raises(
-        UserError, match="'one' failed for all 2 answers, the last with ValueError: could not convert.*two"
+        UserError, match=r"'one' failed for all 2 answers, the last with ValueError: could not convert.*two"
     ):
         rewards.score([""] * 2, ["x", "two"])
     rewards = make([(GSM8KVerifier("solution"), 1.0)], workers)
-    with pytest.raises(UserError, match="'gsm8k' failed for all .*reads the column 'solution'"):
+    with pytest.raises(UserError, match=r"'gsm8k' failed for all .*reads the column 'solution'"):
         rewards.score(PROMPTS, RESPONSES, **COLUMNS)
 
 
 def test_a_function_that_the_worker_cannot_import_stops_the_run(make, place):
     reward = load_function(place)
     reward.place = place.replace("functions.py", "moved.py")
-    with pytest.raises(UserError, match="moved.py does not exist"):
+    with pytest.raises(UserError, match=r"moved\.py does not exist"):
         make([(reward, 1.0)]).score([""], ["1"])
 
 

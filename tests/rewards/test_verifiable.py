@@ -38,7 +38,7 @@ def test_math_answers():
             (r"The answer is \boxed{\frac{2}{4}}", r"$\frac12$", 1),
             (r"\boxed{\frac{1}{3}}", r"\frac12", 0),
             ("18", "Thus 9 * 2 = <<9*2=18>>18\n#### 18", 1),
-            (r"So \boxed{3}. Wait, I must take what was left and add it once more, which is \boxed{4}", "4", 1),
+            (r"So \boxed{3}. Wait, I must " + "take what was left and add it once more, " * 3 + r"\boxed{4}", "4", 1),
             (r"\boxed{1} and \boxed{2}", r"\{1, 2\}", 1),
             (r"\boxed{5\text{ cm}}", "5", 1),
             (r"\boxed{5}", r"5 \text{ cm}", 1),
