@@ -4,6 +4,7 @@ Each process belongs to a thread that hands it one answer after another, waits f
 and replaces it where it hangs or dies. The processes import neither torch nor the run's script.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -42,7 +43,12 @@ def score_one(reward, prompt: str, response: str, row: dict[str, Any]) -> Outcom
             raise ValueError(f"a reward must be finite, not {score}")
         return Outcome(score)
     except Exception as error:  # a user's function may fail in any way
-        return Outcome(None, traceback.format_exception_only(error)[-1].strip())
+        return Outcome(None, describe(error))
+
+
+def describe(error: Exception) -> str:
+    """The last line of its traceback."""
+    return traceback.format_exception_only(error)[-1].strip()
 
 
 class Pool:
@@ -83,16 +89,26 @@ class _Worker(threading.Thread):
         self.channel: Connection | None = None
 
     def run(self):
-        self.ready()  # now, while the models load; if it fails, the first answer says how
+        self.ask(None)  # starts the process now, while the models load; if that fails, the first answer says how
         while (task := self.tasks.get()) is not None and not self.closed:
             future, *asked = task
-            future.set_result(self.ready() or self.ask(asked, self.timeout))
+            future.set_result(self.ask(asked))
         self.kill()
 
-    def ready(self) -> Outcome | None:
-        """Starts a process if there is none; the failure if it can't."""
-        if self.process is not None or self.closed:
-            return None
+    def ask(self, asked) -> Outcome:
+        try:
+            if self.process is None:
+                self.begin()
+            self.channel.send(asked)
+            if self.channel.poll(self.timeout):
+                return self.channel.recv()
+            error = f"TimeoutError: no score within {self.timeout:g} s, --reward_timeout"
+        except Exception as odd:  # a process that dies, a column that can't be pickled, a file that is gone, ...
+            error = f"{describe(odd)}; the process that scored it ended"
+        self.kill()
+        return Outcome(None, error)
+
+    def begin(self):
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -103,24 +119,11 @@ class _Worker(threading.Thread):
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends it later
             )
         self.channel = Connection(ours.detach())
-        started = self.ask((os.getpid(), self.rewards), SECONDS_TO_START)
-        if not started.error:
-            return None
-        self.kill()
-        return started
-
-    def ask(self, message, timeout: float) -> Outcome:
-        try:
-            self.channel.send(message)
-            if self.channel.poll(timeout):
-                return self.channel.recv()
-            error = f"TimeoutError: no score within {timeout:g} s, --reward_timeout"
-        except (EOFError, OSError) as gone:
-            error = f"{type(gone).__name__}: the process that scored it ended"
-        except Exception as odd:  # a column that can't be pickled, or an odd exception of the reward's
-            error = traceback.format_exception_only(odd)[-1].strip()
-        self.kill()
-        return Outcome(None, error)
+        self.channel.send((os.getpid(), self.rewards))
+        if not self.channel.poll(SECONDS_TO_START):
+            raise TimeoutError(f"it did not start within {SECONDS_TO_START:g} s")
+        if failure := self.channel.recv():
+            raise RuntimeError(failure)
 
     def kill(self):
         process, self.process = self.process, None
@@ -142,11 +145,11 @@ def work(fd: int):
         for reward in rewards.values():
             if hasattr(reward, "load"):
                 reward.load()
-        channel.send(Outcome(0.0))
-        while True:
-            name, prompt, response, row = channel.recv()
-            channel.send(score_one(rewards[name], prompt, response, row))
-    except EOFError:
-        return
     except Exception as error:
-        channel.send(Outcome(None, traceback.format_exception_only(error)[-1].strip()))
+        channel.send(describe(error))
+        return
+    channel.send("")
+    with contextlib.suppress(EOFError):
+        while True:
+            asked = channel.recv()
+            channel.send(score_one(rewards[asked[0]], *asked[1:]) if asked else Outcome(0.0))

@@ -24,31 +24,10 @@ MB = 1 << 20
 # the hash seed is fixed, so that a program which depends on the order of a set gets the same verdict on every process
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT |= {"HOME": "/sandbox", "TMPDIR": "/sandbox"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one program: wall-clock seconds (and CPU seconds a process), bytes of address space a process, processes and
-    threads at a time, bytes of all files and of one, open files, and bytes of output that are kept."""
-
-    seconds: float = 10.0
-    memory: int = 1024 * MB
-    processes: int = 8
-    disk: int = 64 * MB
-    file_size: int = 16 * MB
-    files: int = 64
-    output: int = 1 << 16
-
-    def resources(self) -> dict[str, int]:
-        """By the names of `resource`."""
-        return {
-            "CPU": math.ceil(self.seconds),
-            "AS": self.memory,
-            "NPROC": self.processes,
-            "FSIZE": self.file_size,
-            "NOFILE": self.files,
-            "CORE": 0,
-        }
+# of `resource`: bytes of address space a process, processes and threads at a time, bytes of a file, open files
+LIMITS = {"AS": 1024 * MB, "NPROC": 8, "FSIZE": 16 * MB, "NOFILE": 64, "CORE": 0}
+DISK = 64 * MB  # bytes of all files together
+OUTPUT = 1 << 16  # bytes of output that are kept
 
 
 @dataclass(frozen=True)
@@ -59,14 +38,17 @@ class Verdict:
     output: str
 
 
-def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
+def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
     """Runs the program and then the tests, in one namespace named `program`; both are Python texts.
+
+    Args:
+        seconds: by the clock, and of CPU time a process.
 
     Raises:
         OSError: the sandbox could not be set up.
     """
     inside = (Path(__file__).parent / "sandboxed.py").read_text(encoding="utf-8")
-    job = dict(program=program, tests=tests, limits=limits.resources(), disk=limits.disk)
+    job = dict(program=program, tests=tests, limits=LIMITS | {"CPU": math.ceil(seconds)}, disk=DISK)
     token = secrets.token_bytes(32)
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile("w+") as file, ours, theirs:
@@ -87,7 +69,7 @@ def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
         )
         theirs.close()
         try:
-            output = _read(process.stdout.fileno(), time.monotonic() + limits.seconds, limits.output)
+            output = _read(process.stdout.fileno(), time.monotonic() + seconds)
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # it has not been waited for, so the number is still its own
             status = process.wait()
@@ -97,13 +79,13 @@ def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
         return Verdict(_received(ours) == token, output)
 
 
-def _read(pipe: int, deadline: float, kept: int) -> str:
+def _read(pipe: int, deadline: float) -> str:
     """What comes until the last writer is gone or time is up: all is read, the first bytes are kept."""
     output = b""
     while (left := deadline - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
         if not (block := os.read(pipe, 1 << 16)):
             break
-        output += block[: kept - len(output)]
+        output += block[: OUTPUT - len(output)]
     return output.decode("utf-8", "replace")
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from coati.errors import UserError
 from coati.rewards.answers import extract_letters, extract_number
-from coati.rewards.sandbox import Limits, check_sandbox, run_tests
+from coati.rewards.sandbox import check_sandbox, run_tests
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}。，、；：？！“”‘’（）《》…—–]")
@@ -28,13 +28,13 @@ PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}。，、；：？！
 
 @dataclass
 class Verifier:
-    """A rule; `verdict` is what each fills in.
+    """A rule; `verdict` is what each fills in. Its fields are those of `ScoringConfig` that it needs.
 
     Args:
-        column: the data's column with the right answer, or a list of them.
+        answer_column: the data's column with the right answer, or a list of them.
     """
 
-    column: str = "answer"
+    answer_column: str = "answer"
 
     name: ClassVar[str]
     package: ClassVar[str | None] = None
@@ -67,7 +67,7 @@ class Verifier:
 
     def given(self, row: dict[str, Any], column: str | None = None):
         """What the row has in a column, by default that of the right answer."""
-        column = column or self.column
+        column = column or self.answer_column
         if column not in row:
             raise UserError(
                 f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
@@ -77,9 +77,9 @@ class Verifier:
             raise ValueError(f"the row has no {column!r}")
         return row[column]
 
-    def accepted(self, row: dict[str, Any]) -> list[str]:
+    def accepted(self, row: dict[str, Any], column: str | None = None) -> list[str]:
         """The right answers as texts."""
-        given = self.given(row)
+        given = self.given(row, column)
         return [str(answer) for answer in (given if isinstance(given, list) else [given])]
 
 
@@ -143,20 +143,20 @@ class RegexVerifier(Verifier):
     """The pattern is found (a dot may be a newline). If it has groups, what the first group of the last find holds
     equals the right answer once both are normalised."""
 
-    pattern: str = ""
+    regex_pattern: str | None = None
 
     name = "regex"
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"--regex_pattern {self.pattern!r} is no regular expression: {error}") from error
-        if not self.pattern:
+        if not self.regex_pattern:
             raise UserError("the verifier regex needs --regex_pattern")
+        try:
+            re.compile(self.regex_pattern)
+        except re.error as error:
+            raise UserError(f"--regex_pattern {self.regex_pattern!r} is no regular expression: {error}") from error
 
     def verdict(self, prompt, response, row):
-        *_, last = None, *re.finditer(self.pattern, response, re.DOTALL)
+        *_, last = None, *re.finditer(self.regex_pattern, response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
         return normalise(last[1] or "") in {normalise(text) for text in self.accepted(row)}
@@ -166,19 +166,19 @@ class RegexVerifier(Verifier):
 class FormatVerifier(Verifier):
     """Each tag once, in order, and nothing but blanks around them. The prompt may have opened the first."""
 
-    tags: Sequence[str] = ("think", "answer")
+    format_tags: Sequence[str] = ("think", "answer")
 
     name = "format"
 
     def __post_init__(self):
-        if not self.tags:
+        if not self.format_tags:
             raise UserError("the verifier format needs --format_tags")
 
     def verdict(self, prompt, response, row):
-        opening = f"<{self.tags[0]}>"
+        opening = f"<{self.format_tags[0]}>"
         text = opening + response if prompt.rstrip().endswith(opening) else response
-        form = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in self.tags)
-        once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.tags)
+        form = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in self.format_tags)
+        once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.format_tags)
         return once and re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL) is not None
 
 
@@ -186,7 +186,7 @@ class FormatVerifier(Verifier):
 class JSONVerifier(Verifier):
     """JSON, in a fenced block or bare, that the schema in a file allows."""
 
-    schema: str = ""
+    json_schema: str | None = None
 
     name, package = "json", "jsonschema"
 
@@ -195,14 +195,14 @@ class JSONVerifier(Verifier):
         from jsonschema import SchemaError
         from jsonschema.validators import validator_for
 
-        if not self.schema:
+        if not self.json_schema:
             raise UserError("the verifier json needs --json_schema FILE")
         try:
-            self.rules = json.loads(Path(self.schema).read_text(encoding="utf-8"))
+            self.rules = json.loads(Path(self.json_schema).read_text(encoding="utf-8"))
             validator_for(self.rules).check_schema(self.rules)
         except (OSError, ValueError, SchemaError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--json_schema {self.schema} can't be read as a JSON schema: {reason}") from error
+            raise UserError(f"--json_schema {self.json_schema} can't be read as a JSON schema: {reason}") from error
 
     def verdict(self, prompt, response, row):
         from jsonschema.validators import validator_for
@@ -220,22 +220,26 @@ class ReasoningGymVerifier(Verifier):
     """What the scorer of the row's reasoning-gym task gives, from 0 to 1.
 
     Args:
-        trusted: allows tasks whose scorer evaluates the answer as Python.
+        allow_code_execution: allows tasks whose scorer evaluates the answer as Python.
     """
 
-    trusted: bool = False
+    allow_code_execution: bool = False
 
     name, package = "reasoning_gym", "reasoning_gym"
 
     def verdict(self, prompt, response, row):
         about = self.given(row, "metadata")
         scorer, evaluates = scorer_of(about["source_dataset"])
-        if evaluates and not self.trusted:
+        if evaluates and not self.allow_code_execution:
             raise UserError(
                 f"reasoning-gym scores {about['source_dataset']} by evaluating the answer as Python, in no sandbox: "
                 "leave the task out, or give --allow_code_execution true"
             )
-        entry = {"question": prompt, "answer": row.get(self.column), "metadata": about}  # some tasks have many answers
+        entry = {
+            "question": prompt,
+            "answer": row.get(self.answer_column),
+            "metadata": about,
+        }  # some tasks have many answers
         return scorer(in_answer_tags(response).strip(), entry)
 
 
@@ -243,19 +247,22 @@ class ReasoningGymVerifier(Verifier):
 class PythonVerifier(Verifier):
     """The answer's last fenced block, or all of it, passes the tests of its row in the sandbox."""
 
-    column: str = "tests"
-    seconds: float = 10.0
+    tests_column: str = "tests"
+    python_timeout: float = 10.0
+    allow_code_execution: bool = False
 
     name = "python"
 
     def __post_init__(self):
+        if not self.allow_code_execution:
+            raise UserError("the verifier python runs what the model writes: give --allow_code_execution true as well")
         check_sandbox()
 
     def verdict(self, prompt, response, row):
-        tests = "\n".join(self.accepted(row))
+        tests = "\n".join(self.accepted(row, self.tests_column))
         if not tests.strip():
             raise ValueError("the row has no tests")
-        return run_tests(fenced(response, "python", "py"), tests, Limits(seconds=self.seconds)).passed
+        return run_tests(fenced(response, "python", "py"), tests, self.python_timeout).passed
 
 
 @cache
@@ -298,20 +305,9 @@ def make_verifier(name: str, config) -> Verifier:
     Raises:
         UserError: there is none, it lacks a setting or a package, or it isn't allowed.
     """
-    c = config
-    if name == "python" and not c.allow_code_execution:
-        raise UserError("the verifier python runs what the model writes: give --allow_code_execution true as well")
-    if name == "math" and c.reward_workers < 1:
-        raise UserError("the verifier math can hang, and only a process of its own can be ended: --reward_workers 1")
-    more: dict[str, tuple[type[Verifier], dict[str, Any]]] = {
-        "regex": (RegexVerifier, {"pattern": c.regex_pattern or ""}),
-        "format": (FormatVerifier, {"tags": tuple(c.format_tags)}),
-        "json": (JSONVerifier, {"schema": c.json_schema or ""}),
-        "reasoning_gym": (ReasoningGymVerifier, {"trusted": c.allow_code_execution}),
-        "python": (PythonVerifier, {"column": c.tests_column, "seconds": c.python_timeout}),
-    }
-    kinds = {kind.name: (kind, {}) for kind in (MathVerifier, GSM8KVerifier, ChoiceVerifier, ExactVerifier)} | more
+    kinds = {kind.name: kind for kind in Verifier.__subclasses__()}
     if name not in kinds:
         raise UserError(f"there is no verifier {name!r}: choose from {', '.join(kinds)}")
-    kind, settings = kinds[name]
-    return kind(**{"column": c.answer_column} | settings)
+    if name == "math" and config.reward_workers < 1:
+        raise UserError("the verifier math can hang, and only a process of its own can be ended: --reward_workers 1")
+    return kinds[name](**{field.name: getattr(config, field.name) for field in fields(kinds[name])})

@@ -14,10 +14,10 @@ import pytest
 
 from coati.errors import UserError
 from coati.rewards import sandbox
-from coati.rewards.sandbox import MB, Limits, Verdict, check_sandbox, run_tests
+from coati.rewards.sandbox import MB, OUTPUT, Verdict, check_sandbox, run_tests
 from tests.conftest import ROOT
 
-QUICK = Limits(seconds=5.0)
+QUICK = 5.0  # seconds
 
 
 def available() -> bool:
@@ -50,9 +50,9 @@ def mark_of(process: psutil.Process) -> str | None:
         return None
 
 
-def shown(program: str, limits: Limits = QUICK) -> str:
+def shown(program: str, seconds: float = QUICK) -> str:
     """What a program prints, which must end by itself."""
-    verdict = run_tests(program, "print('ended')", limits)
+    verdict = run_tests(program, "print('ended')", seconds)
     assert verdict.passed and verdict.output.endswith("ended\n"), verdict.output
     return verdict.output.removesuffix("ended\n")
 
@@ -122,7 +122,7 @@ def test_a_fork_bomb_meets_the_limit_of_processes():
     assert shown(count) in ("6 11\n", "7 11\n")  # 8 with the program itself and, of a plain user, who waits for it
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: continue"
     started = time.monotonic()
-    assert not run_tests(bomb, "pass", Limits(seconds=1.0)).passed
+    assert not run_tests(bomb, "pass", 1.0).passed
     assert time.monotonic() - started < 10
 
 
@@ -140,7 +140,7 @@ LOOPS = ["while True: pass", "import time\ntime.sleep(60)", "import os\nos.setsi
 @pytest.mark.parametrize("program", LOOPS)
 def test_an_infinite_loop_ends_in_time(program):
     started = time.monotonic()
-    assert not run_tests(program, "pass", Limits(seconds=1.0)).passed
+    assert not run_tests(program, "pass", 1.0).passed
     assert 0.9 < time.monotonic() - started < 10
 
 
@@ -222,8 +222,8 @@ def test_no_right_is_left_or_to_be_regained():
 def test_a_gigabyte_of_output_is_read_and_forgotten():
     loud = "import os\nfor _ in range(1024): os.write(1, bytes(1 << 20))"
     before = psutil.Process().memory_info().rss
-    verdict = run_tests(loud, "pass", Limits(seconds=60.0))
-    assert verdict.passed and len(verdict.output) == Limits().output
+    verdict = run_tests(loud, "pass", 60.0)
+    assert verdict.passed and len(verdict.output) == OUTPUT
     assert psutil.Process().memory_info().rss < before + 32 * MB
 
 

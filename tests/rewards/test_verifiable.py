@@ -296,6 +296,6 @@ def test_a_missing_column_is_named():
 
 def test_the_settings_reach_the_verifier():
     config = ScoringConfig(answer_column="gold", format_tags=["a", "b"], regex_pattern="x")
-    assert asdict(make_verifier("gsm8k", config)) == {"column": "gold"}
-    assert make_verifier("format", config).tags == ("a", "b")
-    assert asdict(make_verifier("regex", config)) == {"column": "gold", "pattern": "x"}
+    assert asdict(make_verifier("gsm8k", config)) == {"answer_column": "gold"}
+    assert make_verifier("format", config).format_tags == ["a", "b"]
+    assert asdict(make_verifier("regex", config)) == {"answer_column": "gold", "regex_pattern": "x"}
