@@ -52,6 +52,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
         ],
+        # for --verifiers math, json and reasoning_gym
+        "verify": ["math-verify>=0.9", "jsonschema>=4.18", "reasoning-gym>=0.1.25"],
         # for applications/colossal_llama
         "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
         # for applications/colossal_eval

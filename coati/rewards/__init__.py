@@ -5,29 +5,32 @@
 `prompts` and `responses` are lists of texts; `columns` are the data's other fields, one list each, and the token ids
 that were sampled: `input_ids`, `attention_mask` and `response_mask`, tensors `[batch, seq]`. A reward may give one
 number a token instead, see `Reward`.
+
+The classes are imported when they are asked for: the processes of `coati.rewards.pool` do without torch.
 """
 
-from coati.rewards.adapter import AdapterReward
-from coati.rewards.base import Reward, Scores, WeightedRewards
-from coati.rewards.classifier import SequenceClassifierReward
-from coati.rewards.config import ScoringConfig, load_rewards
-from coati.rewards.function import FunctionReward, import_function, load_function
-from coati.rewards.http import HTTPReward
-from coati.rewards.model import ModelReward
-from coati.rewards.normalise import RunningMoments
+from importlib import import_module
 
-__all__ = [
-    "AdapterReward",
-    "FunctionReward",
-    "HTTPReward",
-    "ModelReward",
-    "Reward",
-    "RunningMoments",
-    "Scores",
-    "ScoringConfig",
-    "SequenceClassifierReward",
-    "WeightedRewards",
-    "import_function",
-    "load_function",
-    "load_rewards",
-]
+HOME = {
+    "AdapterReward": "adapter",
+    "FunctionReward": "function",
+    "HTTPReward": "http",
+    "ModelReward": "model",
+    "Reward": "base",
+    "RunningMoments": "normalise",
+    "Scores": "base",
+    "ScoringConfig": "config",
+    "SequenceClassifierReward": "classifier",
+    "Verifier": "verifiable",
+    "WeightedRewards": "base",
+    "import_function": "function",
+    "load_function": "function",
+    "load_rewards": "config",
+}
+__all__ = [*HOME]
+
+
+def __getattr__(name: str):
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"coati.rewards.{HOME[name]}"), name)

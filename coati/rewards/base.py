@@ -1,13 +1,19 @@
 """The protocol of a reward, and the weighted sum of several."""
 
+import logging
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from coati.errors import UserError
+from coati.rewards.pool import Outcome, Pool, score_one
+
+logger = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
@@ -16,6 +22,9 @@ class Reward(Protocol):
     It may also have `score_tokens(prompts, responses, **columns) -> float tensor [batch, seq]`, aligned with
     `columns["input_ids"]`; only positions in `columns["response_mask"]` count. Where these columns are given, it is
     asked instead of `score`, and its rewards fall on the tokens.
+
+    With the attribute `per_response = True` it looks at each answer alone: it is asked for one at a time, without the
+    columns that are tensors, and an answer that it fails for is counted and gets a set score.
     """
 
     name: str
@@ -31,8 +40,10 @@ class Scores:
     Attributes:
         sequence: `[batch]`, the weighted sum of the rewards of whole responses.
         per_token: `[batch, seq]`, the weighted sum of the rewards of tokens, 0 outside responses; None without any.
-        parts: each reward by itself, unweighted, by name, `[batch]`; those of tokens summed over the response.
-        seconds: how long each took, by name.
+        parts: each reward by itself, unweighted, by name, `[batch]`; those of tokens summed over the response. Of a
+            reward `per_response` also `NAME/failed`, 1 where it failed.
+        seconds: how long each took, by name; of one that worked while answers were generated, how long it was waited
+            for.
     """
 
     sequence: Tensor
@@ -51,25 +62,102 @@ class WeightedRewards:
 
     Args:
         rewards: pairs of a reward and its weight.
+        workers: processes that score answers one at a time, for the rewards `per_response` that are named in the
+            settings; 0 to do so in this thread.
+        timeout: seconds that they may take for an answer.
+        failure_score: the score where they fail.
     """
 
-    def __init__(self, rewards: list[tuple[Reward, float]]):
-        self.rewards = rewards
+    def __init__(
+        self,
+        rewards: Sequence[tuple[Reward, float]],
+        *,
+        workers: int = 0,
+        timeout: float = 60.0,
+        failure_score: float = 0.0,
+    ):
+        self.rewards, self.failure_score = rewards, failure_score
         names = [reward.name for reward, _ in rewards]
         # two functions are often both called `reward`: the second is `reward_2`
         self.names = [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+        self.alone = {name: r for name, (r, _) in zip(self.names, rewards, strict=True) if scores_alone(r)}
+        sent = {name: getattr(r, "place", r) for name, r in self.alone.items() if can_be_sent(r)}
+        self.pool = Pool(sent, workers, timeout) if sent and workers else None
+        self.pooled = set(sent) if self.pool else set()
+        self.have_worked: set[str] = set()  # those of self.alone that have scored an answer
+
+    def start(self) -> "PendingScores":
+        """For a batch whose answers come one by one."""
+        return PendingScores(self)
 
     def score(self, prompts: list[str], responses: list[str], **columns) -> Scores:
         """The rewards of a batch.
 
         Raises:
             UserError: a reward gives the wrong number of scores, or NaN or an infinity; it names the reward and the
-                first response concerned.
+                first response concerned. Or a reward `per_response` has failed for every answer so far.
         """
+        return self.start().finish(prompts, responses, **columns)
+
+    def collect(self, name: str, outcomes: list[Outcome]) -> tuple[Tensor, Tensor]:
+        """Scores of one reward's answers, and 1 where it failed, float32 `[batch]` both."""
+        failed = [outcome for outcome in outcomes if outcome.score is None]
+        if len(failed) < len(outcomes):
+            self.have_worked.add(name)
+        elif failed and name not in self.have_worked:
+            raise UserError(f"reward {name!r} failed for all {len(failed)} answers, the last with {failed[-1].error}")
+        if failed:
+            what = f"failed for {len(failed)} of {len(outcomes)} answers, which get {self.failure_score:g}"
+            logger.warning(f"reward {name!r} {what}; the last with {failed[-1].error}")
+        scores = [self.failure_score if outcome.score is None else outcome.score for outcome in outcomes]
+        return torch.tensor(scores), torch.tensor([float(outcome.score is None) for outcome in outcomes])
+
+
+def scores_alone(reward: Reward) -> bool:
+    return getattr(reward, "per_response", False)
+
+
+def can_be_sent(reward: Reward) -> bool:
+    """Whether another process can make the same reward: a verifier, or a function of a file or module."""
+    return getattr(reward, "place", None) is not None or hasattr(reward, "verdict")
+
+
+class PendingScores:
+    """The scores of a batch whose answers come one by one. What is not submitted is scored in the end."""
+
+    def __init__(self, rewards: WeightedRewards):
+        self.rewards = rewards
+        self.submitted: dict[tuple[str, int], tuple[str, str, Future[Outcome]]] = {}
+
+    def submit(self, index: int, prompt: str, response: str, columns: dict[str, Any]):
+        """Has the answer scored by the rewards that work in processes of their own.
+
+        Args:
+            index: its place in the batch; the last one submitted for it counts.
+            columns: the data's other fields of its row.
+        """
+        for name in self.rewards.pooled:
+            future = self.rewards.pool.submit(name, prompt, response, columns)
+            self.submitted[name, index] = prompt, response, future
+
+    def finish(self, prompts: list[str], responses: list[str], **columns) -> Scores:
+        """The scores of the whole batch, see `WeightedRewards.score`: the same whatever was submitted, and when."""
         sequence, per_token, parts, seconds = torch.zeros(len(responses)), None, {}, {}
-        for name, (reward, weight) in zip(self.names, self.rewards, strict=True):
+        rows = [{n: v[i] for n, v in columns.items() if not isinstance(v, Tensor)} for i in range(len(responses))]
+        for name in self.rewards.pooled:  # all, before any is waited for
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                if self.submitted.get((name, i), ())[:2] != (prompt, response):
+                    self.submit(i, prompt, response, rows[i])
+        for name, (reward, weight) in zip(self.rewards.names, self.rewards.rewards, strict=True):
             started = time.monotonic()
-            if hasattr(reward, "score_tokens") and "response_mask" in columns:
+            if name in self.rewards.alone:
+                if name in self.rewards.pooled:
+                    outcomes = [self.submitted[name, i][2].result() for i in range(len(responses))]
+                else:
+                    outcomes = [score_one(reward, *each) for each in zip(prompts, responses, rows, strict=True)]
+                parts[name], parts[f"{name}/failed"] = self.rewards.collect(name, outcomes)
+                sequence += weight * parts[name]
+            elif hasattr(reward, "score_tokens") and "response_mask" in columns:
                 mask = columns["response_mask"].cpu()
                 on_tokens = _checked(name, reward.score_tokens(prompts, responses, **columns), responses, mask)
                 parts[name] = on_tokens.sum(1)

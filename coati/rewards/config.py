@@ -1,5 +1,6 @@
 """The rewards of a run, from its settings."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from coati.rewards.base import Reward, WeightedRewards
 from coati.rewards.classifier import PLAIN, SequenceClassifierReward
 from coati.rewards.function import load_function
 from coati.rewards.http import HTTPReward
+from coati.rewards.verifiable import make_verifier
 
 
 @dataclass
@@ -22,6 +24,22 @@ class ScoringConfig:
     reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
     reward_functions: list[str] = option((), "FILE.py:function or module:function, called with prompts and responses")
     reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
+    verifiers: list[str] = option(
+        (),
+        "rewards by rule: math, gsm8k, choice, exact, regex, format, json, reasoning_gym, python; see docs/rewards.md",
+    )
+    verifier_weights: list[float] | None = option(None, "one weight a verifier; 1 each if not given")
+    answer_column: str = option("answer", "the data's column with the right answer, for verifiers")
+    regex_pattern: str | None = option(
+        None, "what the verifier regex looks for; its first group, if any, is the answer"
+    )
+    format_tags: list[str] = option(("think", "answer"), "the tags that the verifier format wants, in this order")
+    json_schema: str | None = option(None, "file with the schema of the verifier json")
+    tests_column: str = option("tests", "the data's column with the unit tests, for the verifier python")
+    python_timeout: float = option(10.0, "seconds that a program with its tests may take")
+    allow_code_execution: bool = option(False, "answers may be run: by the verifier python, in a sandbox")
+    reward_workers: int = option(1, "processes that score answers by rule while others are generated; 0 for none")
+    reward_failure_score: float = option(0.0, "the score of an answer that such a reward fails for")
     reward_classifiers: list[str] = option((), "folders or names of sequence classifiers with tokenizers of their own")
     reward_classifier_weights: list[float] | None = option(None, "one weight a classifier; 1 each if not given")
     reward_classifier_tokenizer: str | None = option(None, "their tokenizer, if it isn't in their folders")
@@ -42,7 +60,7 @@ class ScoringConfig:
     )
     reward_urls: list[str] = option((), "HTTP endpoints that score responses, see docs/rewards.md")
     reward_url_weights: list[float] | None = option(None, "one weight an endpoint; 1 each if not given")
-    reward_timeout: float = option(60.0, "seconds that an endpoint may take for a batch")
+    reward_timeout: float = option(60.0, "seconds that an endpoint may take for a batch, or a worker for an answer")
     reward_retries: int = option(3, "further tries where it fails, after 1, 2, 4, ... seconds")
     reward_batch_size: int = option(16, "responses that a classifier or an endpoint gets at a time")
     reward_clip: float | None = option(None, "scores are clamped to +- this")
@@ -64,32 +82,38 @@ def load_rewards(
         given: further rewards, of weight 1.
 
     Raises:
-        UserError: no reward at all, or not one weight a function, classifier or endpoint; one can't be loaded.
+        UserError: no reward at all, or not one weight a function, verifier, classifier or endpoint; one can't be
+            loaded.
     """
     c = config
-    if c.reward_batch_size < 1 or c.reward_retries < 0 or c.reward_timeout <= 0:
-        raise UserError("reward_batch_size must be at least 1, reward_retries at least 0, reward_timeout above 0")
+    if c.reward_batch_size < 1 or min(c.reward_retries, c.reward_workers) < 0:
+        raise UserError("reward_batch_size must be at least 1, reward_retries and reward_workers at least 0")
+    if min(c.reward_timeout, c.python_timeout) <= 0 or not math.isfinite(c.reward_failure_score):
+        raise UserError("reward_timeout and python_timeout must be above 0, reward_failure_score finite")
     rewards = [] if model is None else [(model, c.reward_model_weight)]
     rewards += [(reward, 1.0) for reward in given]
-    for place, weight in _weighted("function", c.reward_functions, c.reward_function_weights):
+    for place, weight in _weighted("reward_function", c.reward_functions, c.reward_function_weights):
         rewards.append((load_function(place), weight))
-    for source, weight in _weighted("classifier", c.reward_classifiers, c.reward_classifier_weights):
+    for name, weight in _weighted("verifier", c.verifiers, c.verifier_weights):
+        rewards.append((make_verifier(name, c), weight))
+    for source, weight in _weighted("reward_classifier", c.reward_classifiers, c.reward_classifier_weights):
         rewards.append((_load_classifier(source, c, device), weight))
-    for url, weight in _weighted("url", c.reward_urls, c.reward_url_weights):
+    for url, weight in _weighted("reward_url", c.reward_urls, c.reward_url_weights):
         options = dict(timeout=c.reward_timeout, retries=c.reward_retries, batch_size=c.reward_batch_size)
         rewards.append((HTTPReward(url, **options), weight))
     if not rewards:
         raise UserError(
-            "no reward: give --reward_model FOLDER, --reward_functions FILE.py:function, --reward_classifiers FOLDER "
-            "or --reward_urls URL"
+            "no reward: give --reward_model FOLDER, --reward_functions FILE.py:function, --verifiers NAME, "
+            "--reward_classifiers FOLDER or --reward_urls URL"
         )
-    return WeightedRewards(rewards)
+    limits = dict(timeout=c.reward_timeout, failure_score=c.reward_failure_score)
+    return WeightedRewards(rewards, workers=c.reward_workers, **limits)
 
 
 def _weighted(kind: str, sources: list[str], weights: list[float] | None) -> list[tuple[str, float]]:
     weights = [1.0] * len(sources) if weights is None else weights
     if len(weights) != len(sources):
-        raise UserError(f"reward_{kind}_weights has {len(weights)} entries for {len(sources)} reward {kind}s")
+        raise UserError(f"{kind}_weights has {len(weights)} entries for {len(sources)} {kind.replace('_', ' ')}s")
     return list(zip(sources, weights, strict=True))
 
 

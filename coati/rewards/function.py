@@ -7,21 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.rewards.base import Reward
 
 
 class FunctionReward:
-    """Wraps `function(prompts, responses, **columns)`, which returns one number a response."""
+    """Wraps `function(prompts, responses, **columns)`, which returns one number a response.
 
-    def __init__(self, function: Callable, name: str | None = None):
-        self.function, self.name = function, name or function.__name__
+    A function with the attribute `per_response = True` looks at each answer alone, and is given one at a time.
+
+    Args:
+        place: where another process finds the function.
+    """
+
+    def __init__(self, function: Callable, name: str | None = None, place: str | None = None):
+        self.function, self.name, self.place = function, name or function.__name__, place
+        self.per_response = getattr(function, "per_response", False)
 
     def score(self, prompts, responses, **columns):
         return self.function(prompts, responses, **columns)
 
 
-def load_function(place: str) -> Reward:
-    """The function that `place` names, see `import_function`; an object with `name` and `score` is a reward already.
+def load_function(place: str):
+    """The function that `place` names as a reward, see `import_function`; an object with `name` and `score` is one
+    already.
 
     Raises:
         UserError: no such file, module or function.
@@ -29,7 +36,7 @@ def load_function(place: str) -> Reward:
     function = import_function(place, "reward function")
     if hasattr(function, "score") and hasattr(function, "name"):
         return function
-    return FunctionReward(function, place.rpartition(":")[2])
+    return FunctionReward(function, place.rpartition(":")[2], place)
 
 
 def import_function(place: str, kind: str):

@@ -7,7 +7,7 @@ import torch
 
 from coati.errors import UserError
 from coati.tracking import read_metrics
-from tests.conftest import settings_for, trainer_classes
+from tests.conftest import sentence, settings_for, trainer_classes, write_rows
 from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
 
@@ -72,6 +72,24 @@ def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path)
     last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
     expected[torch.arange(len(ids)), last] += scores
     torch.testing.assert_close(experience.rewards, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
+    """The answer comes from the data; an answer that can't be told right or wrong is counted."""
+    rows = [{"question": sentence(i, 3), "answer": "ten" if i == 0 else f"so\n#### {i}"} for i in range(8)]
+    data = [write_rows(tmp_path / "rows.jsonl", rows)]
+    changes = dict(verifiers=["gsm8k", "regex"], verifier_weights=[1.0, 0.5], reward_functions=[], eval_data=data)
+    changes |= dict(train_data=data, regex_pattern="(?s).*", steps=1, reward_workers=workers)
+    make(tiny_world, runtime, tmp_path / "run", **changes, reward_failure_score=-8.0).train()
+    written = read_metrics(tmp_path / "run")
+    [trained] = [row for row in written if "reward" in row]
+    evaluated = next(row for row in written if "eval/reward" in row)
+    for row, prefix in ((trained, ""), (evaluated, "eval/")):
+        assert row[f"{prefix}reward/gsm8k/failed"] == 1 / 8 and row[f"{prefix}reward/regex/failed"] == 0
+        assert row[f"{prefix}reward/gsm8k"] == pytest.approx(-1.0) and row[f"{prefix}reward/regex"] == 1
+        assert row[f"{prefix}reward"] == pytest.approx(-1.0 + 0.5)
+    assert trained["seconds/reward/gsm8k"] >= 0
 
 
 def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_world, runtime, tmp_path):

@@ -1,0 +1,301 @@
+"""Rewards by rule: what each reads as the answer, what it takes for right, and which settings it refuses."""
+
+import json
+import time
+import unicodedata
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coati.errors import UserError
+from coati.rewards import ScoringConfig, load_rewards
+from coati.rewards.answers import extract_number
+from coati.rewards.verifiable import ExactVerifier, GSM8KVerifier, fenced, in_answer_tags, make_verifier, normalise
+from tests.conftest import ROOT
+
+
+def verdict(name: str, response: str, answer="", prompt: str = "", settings: dict | None = None, **row) -> float:
+    verifier = make_verifier(name, ScoringConfig(**settings or {}))
+    [score] = verifier.score([prompt], [response], **{key: [value] for key, value in {"answer": answer, **row}.items()})
+    return score
+
+
+def check(name: str, table: list[tuple], **settings):
+    """The rows of a table that come out wrong: (response, answer, expected score)."""
+    wrong = [row for row in table if verdict(name, row[0], row[1], settings=settings) != row[2]]
+    assert wrong == []
+
+
+def test_math_answers():
+    pytest.importorskip("math_verify")
+    check(
+        "math",
+        [
+            (r"So it is $\frac{1}{2}$.", "1/2", 1),
+            (r"\boxed{0.5}", r"\frac12", 1),
+            (r"The answer is \boxed{\frac{2}{4}}", r"$\frac12$", 1),
+            (r"\boxed{\frac{1}{3}}", r"\frac12", 0),
+            ("18", "Thus 9 * 2 = <<9*2=18>>18\n#### 18", 1),
+            (r"So \boxed{3}. Wait, I must " + "take what was left and add it once more, " * 3 + r"\boxed{4}", "4", 1),
+            (r"\boxed{1} and \boxed{2}", r"\{1, 2\}", 1),
+            (r"\boxed{5\text{ cm}}", "5", 1),
+            (r"\boxed{5}", r"5 \text{ cm}", 1),
+            (r"\boxed{1{,}234}", "1234", 1),
+            (r"\boxed{3\sqrt{2}}", r"\sqrt{18}", 1),
+            (r"\boxed{(x+1)^2}", "x^2+2x+1", 1),
+            (r"\boxed{\{1,2\}}", r"\{2,1\}", 1),
+            (r"\boxed{50\%}", r"\frac{1}{2}", 1),
+            (r"<think>\boxed{7}</think><answer>8</answer>", "8", 1),
+            ("I don't know", "8", 0),
+            ("", "8", 0),
+            ("9", ["8", "9"], 1),
+        ],
+    )
+
+
+def test_math_that_takes_for_ever_is_wrong_in_seconds(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr("coati.rewards.verifiable.SECONDS_OF_ALGEBRA", 1)
+    started = time.monotonic()
+    assert verdict("math", r"\boxed{2^{99999999999}}", "7") == 0
+    assert 1 <= time.monotonic() - started < 10
+
+
+def test_gsm8k_answers():
+    check(
+        "gsm8k",
+        [
+            ("Steps.\n#### 18", "#### 18", 1),
+            ("#### 17\nWait.\n#### 18", "#### 18", 1),
+            ("#### $1,234.00.", "1234", 1),
+            ("#### 50%", "50", 1),
+            ("A: 18", "#### 18", 1),
+            ("It is 3, so the total is 18 dollars.", "18", 1),
+            ("The answer is 18, since 9 + 9 = 18 and not 20.", "18", 1),
+            ("#### 3/4", "0.75", 1),
+            ("#### -5", "-5", 1),
+            ("#### 5", "-5", 0),
+            ("#### none", "18", 0),
+            ("", "18", 0),
+            ("<answer>18</answer> or 19", "18", 1),
+            ("18", 18, 1),
+        ],
+    )
+    with pytest.raises(ValueError, match="no number in 'twelve'"):
+        verdict("gsm8k", "12", "twelve")
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "{}.", "{}.00", "{:,} apples", "{}%"]))
+def test_a_number_is_read_however_it_is_written(number, form):
+    assert extract_number("2 and 2 make four.\n#### " + form.format(number)) == number
+    assert verdict("gsm8k", "#### " + form.format(number + 1), f"#### {number}") == 0
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/gsm8k").is_dir(), reason="no ../shared/data here")
+def test_gsm8k_verdicts_are_those_of_the_data_set():
+    """4,000 solutions that OpenAI labelled."""
+    rows = [json.loads(line) for line in (ROOT.parent / "shared/data/gsm8k/model_solutions.jsonl").open()]
+    solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
+    answers = {"answer": [truth for truth, _ in solutions]}
+    scores = GSM8KVerifier().score([""] * len(solutions), [s["solution"] for _, s in solutions], **answers)
+    labels = [float(s["is_correct"]) for _, s in solutions]
+    assert len(labels) == 4000 and 0.2 < sum(labels) / 4000 < 0.6
+    assert sum(map(float.__eq__, scores, labels)) / 4000 >= 0.99
+
+
+def test_choices():
+    check(
+        "choice",
+        [
+            ("The answer is B", "B", 1),
+            ("答案：B", "B", 1),
+            ("(B)", "B", 1),
+            ("A good question. The answer is B", "B", 1),  # PITFALL 42
+            ("A good question. The answer is B", "A", 0),
+            ("The answer is A. No, the answer is C.", "C", 1),
+            ("故选 AC", ["A", "C"], 1),
+            ("ABCD", "A", 0),  # PITFALL 43
+            ("A or B", "A", 0),
+            ("I. The answer is H", "(H)", 1),
+            ("", "A", 0),
+        ],
+    )
+    with pytest.raises(ValueError, match="no capital letter"):
+        verdict("choice", "B", "2")
+
+
+def test_exact_answers():
+    check(
+        "exact",
+        [
+            ("The Eiffel Tower!", "eiffel  tower", 1),
+            ("ｆｕｌｌ width", "full width", 1),
+            ("<answer> Paris. </answer>", "paris", 1),
+            ("Paris, I think", "paris", 0),
+            ("答案。", "答案", 1),
+            ("", "the", 0),
+            ("the", "A", 0),
+            ("!", "?", 0),
+            ("b", ["a", "b"], 1),
+        ],
+    )
+
+
+@given(st.text(max_size=20))
+def test_normalising_empties_only_what_is_blank(text):
+    assert bool(normalise(text)) == bool(unicodedata.normalize("NFKC", text).split())
+    assert ExactVerifier().verdict("", text.upper().lower(), {"answer": f" {text.lower()} "}) == 1
+
+
+def test_regular_expressions():
+    check("regex", [("x=1", "", 1), ("x=\n1", "", 1), ("y", "", 0)], regex_pattern=r"x=.?\d")
+    table = [("Answer: 3\nAnswer: Four", "four", 1), ("Answer: 3", "4", 0), ("4", "4", 0)]
+    check("regex", table, regex_pattern=r"Answer: ([^\n]*)")
+
+
+def test_formats():
+    good = "<think>\nwell\n</think>\n<answer>4</answer>\n"
+    check(
+        "format",
+        [
+            (good, "", 1),
+            ("so " + good, "", 0),
+            (good + good, "", 0),
+            ("<answer>4</answer><think>well</think>", "", 0),
+            ("<think>well</think>", "", 0),
+            ("<think>a<think>b</think></think><answer></answer>", "", 0),
+            ("<think><answer>4</answer></think>", "", 0),
+            (good.replace("\n<answer>", " 4 <answer>"), "", 0),
+            ("", "", 0),
+        ],
+    )
+    opened = good.removeprefix("<think>")
+    assert verdict("format", opened, prompt="User: 2+2?\n<think>\n") == 1
+    assert verdict("format", opened, prompt="User: 2+2?") == 0
+    assert verdict("format", "<a.b>x</a.b>", settings={"format_tags": ["a.b"]}) == 1
+
+
+@pytest.fixture
+def schema(tmp_path):
+    (tmp_path / "schema.json").write_text(
+        '{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}'
+    )
+    return str(tmp_path / "schema.json")
+
+
+def test_json_by_a_schema(schema):
+    pytest.importorskip("jsonschema")
+    table = [
+        ('{"n": 1}', "", 1),
+        ('Here:\n```json\n{"n": 1}\n```\n', "", 1),
+        ('```\n{"n": 1}\n```', "", 1),
+        ('<answer>{"n": 1}</answer>', "", 1),
+        ('{"n": "1"}', "", 0),
+        ("{}", "", 0),
+        ('{"n": 1', "", 0),
+        ("[" * 100000, "", 0),
+        ("", "", 0),
+    ]
+    check("json", table, json_schema=schema)
+
+
+def test_a_schema_elsewhere_is_not_fetched(tmp_path):
+    pytest.importorskip("jsonschema")
+    (tmp_path / "s.json").write_text('{"$ref": "http://127.0.0.1:9/other.json"}')
+    with pytest.raises(Exception, match="Unresolvable"):
+        verdict("json", "1", settings={"json_schema": str(tmp_path / "s.json")})
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "gcd", "number_sorting", "sudoku", "color_cube_rotation"])
+def test_any_task_of_reasoning_gym(task):
+    gym = pytest.importorskip("reasoning_gym")
+    entry = json.loads(json.dumps(gym.create_dataset(task, size=1, seed=3)[0]))
+    row = dict(answer=entry["answer"], metadata=entry["metadata"], settings={"allow_code_execution": True})
+    assert verdict("reasoning_gym", f"<think>?</think><answer> {entry['answer']} </answer>", **row) == 1
+    assert verdict("reasoning_gym", "no idea", **row) < 0.5
+
+
+def test_a_task_that_evaluates_the_answer_must_be_allowed():
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset("countdown", size=1, seed=3)[0]
+    with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
+        verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"])
+
+
+def test_programs(sandboxed):
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    allowed = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=tests)
+    good = "def add(a, b):\n    return a + b\n"
+    assert verdict("python", good, **allowed) == 1
+    assert verdict("python", f"Sure!\n```python\n{good}```\nThat adds.", **allowed) == 1
+    assert verdict("python", f"```python\n{good.replace('+', '-')}```", **allowed) == 0
+    assert verdict("python", "", **allowed) == 0
+    with pytest.raises(ValueError, match="the row has no tests"):
+        verdict("python", good, **allowed | dict(tests=[]))
+
+
+@pytest.fixture
+def sandboxed():
+    from coati.rewards.sandbox import check_sandbox
+
+    try:
+        check_sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_what_is_read_of_a_response():
+    assert in_answer_tags("<answer>1</answer><answer>\n2</answer> 3") == "\n2"
+    assert in_answer_tags("<answer>1") == "<answer>1"
+    blocks = "```bash\nls\n```\n```python\nx\n```\n```js\ny\n```"
+    assert fenced(blocks, "python") == "x\n"
+    assert fenced("```\na\n```\n  ```Python title\n  b\n  ```", "python") == "  b\n"
+    assert fenced("x", "python") == "x" and fenced("```python\nx", "python") == "```python\nx"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("maths", {}, "there is no verifier 'maths': choose from math, gsm8k"),
+        ("python", {}, "--allow_code_execution true"),
+        ("math", {"reward_workers": 0}, "--reward_workers 1"),
+        ("regex", {}, "needs --regex_pattern"),
+        ("regex", {"regex_pattern": "("}, "--regex_pattern '\\(' is no regular expression"),
+        ("format", {"format_tags": []}, "needs --format_tags"),
+        ("json", {}, "needs --json_schema"),
+        ("json", {"json_schema": "/nowhere.json"}, "--json_schema /nowhere.json .*No such file"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_the_start(name, settings, says):
+    with pytest.raises(UserError, match=says):
+        load_rewards(ScoringConfig(verifiers=[name], **settings))
+
+
+def test_a_schema_that_is_none_is_refused(tmp_path):
+    pytest.importorskip("jsonschema")
+    for text in ("no json", '{"type": 3}'):
+        (tmp_path / "s.json").write_text(text)
+        with pytest.raises(UserError, match="can't be read as a JSON schema"):
+            make_verifier("json", ScoringConfig(json_schema=str(tmp_path / "s.json")))
+
+
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("coati.rewards.verifiable.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"verifier math needs the package math_verify: pip install 'coati\[verify\]'"):
+        make_verifier("math", ScoringConfig())
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(UserError, match=r"gsm8k reads the column 'solution'.*\(but answer\).*--answer_column"):
+        verdict("gsm8k", "1", "1", settings={"answer_column": "solution"})
+    with pytest.raises(ValueError, match="the row has no 'answer'"):
+        verdict("gsm8k", "1", None)
+
+
+def test_the_settings_reach_the_verifier():
+    config = ScoringConfig(answer_column="gold", format_tags=["a", "b"], regex_pattern="x")
+    assert asdict(make_verifier("gsm8k", config)) == {"answer_column": "gold"}
+    assert make_verifier("format", config).format_tags == ["a", "b"]
+    assert asdict(make_verifier("regex", config)) == {"answer_column": "gold", "regex_pattern": "x"}
