@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
+SCRIPTS["preference"] = "train_preference.py"
 
 
 def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], processes: int):

@@ -88,8 +88,8 @@ def make_world(root: Path) -> dict[str, str]:
 
 
 def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
-    """Settings of a tiny run of `sft`, `reward` or `ppo`, as keywords of its config class."""
-    data = {"sft": "sft", "reward": "pairs", "ppo": "prompts"}[algorithm]
+    """Settings of a tiny run of `sft`, `reward`, `preference` or `ppo`, as keywords of its config class."""
+    data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts"}[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -104,7 +104,9 @@ def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
         progress="off",
         samples=4,
     )
-    if algorithm != "reward":
+    if algorithm == "preference":
+        settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
+    elif algorithm != "reward":
         settings |= dict(max_new_tokens=8)
     if algorithm == "ppo":
         # greedy answers don't depend on which process draws them, so curves can be compared
@@ -124,6 +126,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.reward import RewardConfig, RewardTrainer
 
         return RewardConfig, RewardTrainer
+    if algorithm == "preference":
+        from coati.trainers.preference import PreferenceConfig, preference_trainer
+
+        return PreferenceConfig, preference_trainer
     if algorithm == "pretrain":
         from colossal_llama.pretraining import PretrainConfig, PretrainTrainer
 

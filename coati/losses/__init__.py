@@ -27,6 +27,7 @@ from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, wh
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
+from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
 from coati.losses.shaping import clip_scores, penalise_missing_eos, shape_rewards
 from coati.losses.value import value_loss
@@ -37,11 +38,13 @@ __all__ = [
     "cross_entropy",
     "gae",
     "kl_divergence",
+    "kto_loss",
     "masked_sums",
     "moments",
     "pairwise_reward_loss",
     "penalise_missing_eos",
     "policy_loss",
+    "preference_loss",
     "response_targets",
     "returns_to_go",
     "shape_rewards",
