@@ -34,8 +34,9 @@ CHUNK = 256
 
 
 class TokenisedDataset:
-    """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`. `key` tells the rows
-    from any others: a hash of the sources' content, the tokenizer and the settings.
+    """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
+
+    `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
 
     `weights_per_row` (float `[rows]`, or None) is what `BatchSampler` takes.
     """
@@ -205,13 +206,13 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
         return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
-    match sample:
-        case PreferenceSample(chosen, rejected, margin):
-            sides = [chosen, rejected]
-        case UnpairedSample(sequence, desirable):
-            sides, margin = [sequence], float(desirable)
-        case _:
-            sides, margin = [sample], None
+    margin: float | None = None
+    if isinstance(sample, PreferenceSample):
+        sides, margin = [sample.chosen, sample.rejected], sample.margin
+    elif isinstance(sample, UnpairedSample):
+        sides, margin = [sample.sequence], float(sample.desirable)
+    else:
+        sides = [sample]
     ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
     return {"input_ids": ids, "loss_masks": masks, "margin": margin}
 

@@ -204,8 +204,11 @@ def _without(sequence: TokenSequence, kept: int, surplus: int) -> TokenSequence:
 
 
 def exchange_answers(asked: TokenSequence, answered: TokenSequence, tokenizer, max_length: int) -> TokenSequence:
-    """The prompt of one row with the answer of another, both within `max_length`. The prompt loses what is too much from
-    its left, but for BOS: there is room for a token of it, as there was for the answer's own prompt."""
+    """The prompt of one row with the answer of another, both within `max_length`.
+
+    The prompt loses what is too much from its left, but for BOS: there is room for a token of it, as there was for the
+    answer's own prompt.
+    """
     prompt, start = asked.loss_mask.index(True), answered.loss_mask.index(True)
     ids = asked.input_ids[:prompt] + answered.input_ids[start:]
     whole = TokenSequence(ids, [False] * prompt + answered.loss_mask[start:])

@@ -29,8 +29,9 @@ class Answers:
 
     def in_float(self) -> "Answers":
         """The same in float32 at least, so that sums of half-precision numbers keep their digits."""
-        tensors = {name: x for name, x in vars(self).items() if x is not None}
-        return Answers(**{name: x if x.dtype == torch.float64 else x.float() for name, x in tensors.items()})
+        dtype = torch.float64 if self.log_probs.dtype == torch.float64 else torch.float32
+        reference = None if self.reference is None else self.reference.to(dtype)
+        return Answers(self.log_probs.to(dtype), self.lengths.to(dtype), reference)
 
     @property
     def log_ratios(self) -> Tensor:
@@ -96,8 +97,8 @@ def ipo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
 
     loss = (m / beta - 1 / (2 beta))^2
 
-    The paper writes sums. With those the target 1 / (2 beta) means less the longer the answers are; its authors average,
-    and so does TRL.
+    The paper writes sums. With those the target 1 / (2 beta) means less the longer the answers are; its authors
+    average, and so does TRL.
     """
     good, bad = chosen.per_token().log_ratios, rejected.per_token().log_ratios
     return o.beta * good, o.beta * bad, (good - bad - 1 / (2 * o.beta)).square()
@@ -113,7 +114,8 @@ def simpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
 
 
 def orpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """ORPO's odds-ratio term (Hong et al., 2403.07691, eq. 7); its other term is the log-likelihood of the chosen answer.
+    """ORPO's odds-ratio term (Hong et al., 2403.07691, eq. 7), beta being the paper's lambda; its other term is the
+    log-likelihood of the chosen answer.
 
     loss = -beta log sigmoid(log odds(chosen) - log odds(rejected)), odds(y) = p / (1 - p), p = exp(log pi / |y|)
     """
@@ -184,7 +186,7 @@ def kto_loss(
 ) -> tuple[Tensor, dict]:
     """KTO (Ethayarajh et al., 2402.01306, eq. 8): answers that are good or bad by themselves.
 
-    w (1 - sigmoid(r - beta z)) for a good answer, w (1 - sigmoid(beta z - r)) for a bad one, with r = beta log pi / pi_ref
+    w (1 - sigmoid(r - beta z)) for a good answer, w (1 - sigmoid(beta z - r)) for a bad one, r = beta log pi / pi_ref
 
     Args:
         desirable: bool `[answers]`, True for a good answer.

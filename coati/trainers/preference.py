@@ -1,5 +1,5 @@
-"""Preference optimisation: a policy learns from pairs of answers, or from answers that are good or bad, without a reward
-model (DPO: Rafailov et al., 2305.18290; the others are named at their equations in coati/losses/preference.py).
+"""Preference optimisation: a policy learns from pairs of answers, or from answers that are good or bad, without a
+reward model (DPO: Rafailov et al., 2305.18290; the others are named in coati/losses/preference.py).
 
 One step:
     1. the reference's log-probs of the batch's answers: from a frozen copy of the first policy, from the policy without
@@ -7,9 +7,10 @@ One step:
     2. KTO: the KL of the policy to the reference, from answers to prompts that they do not belong to
     3. the policy's log-probs, chosen and rejected answers in one forward pass, and the loss
 
-Departures: dropout is off, so that the policy starts as its reference. KTO's wrong answers are those of rows half a batch
-on, in the data's order: the step depends neither on how the batch is dealt out nor on the order of its rows, and the two
-answers of one prompt, which are neighbours, do not meet.
+Departures: dropout is off, so that the policy starts as its reference. KTO's wrong answers are those of rows half a
+batch on, in the data's order: the step depends neither on how the batch is dealt out nor on the order of its rows, and
+the two answers of one prompt, which are neighbours, do not meet. KTO's batches are not sorted by length, which goes
+with what is liked: they would hold answers of one sort.
 """
 
 import hashlib
@@ -112,7 +113,7 @@ class PreferenceTrainer(RewardTrainer):
 
     Attributes:
         reference: the frozen copy; None if there is no reference, another way to it, or a cache.
-        cached: by the data's key, the reference's sums of log-probs of the chosen and the rejected answers, `[rows, 2]`.
+        cached: by the data's key, the reference's sums of log-probs of chosen and rejected answers, `[rows, 2]`.
     """
 
     algorithm, model_class = "preference", Actor
@@ -237,6 +238,11 @@ class KTOTrainer(PreferenceTrainer):
 
     kind, rows_per_sample = "unpaired", 1
     headline = ("loss", False)
+
+    def sampler(self, data):
+        sampler = super().sampler(data)
+        sampler.bucket_batches = 1
+        return sampler
 
     def collate(self, samples):
         return collate_unpaired(samples, self.pad_id)
