@@ -14,11 +14,12 @@ WITH_DOCTEST = [
     for path in sorted((ROOT / "coati").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-SETTINGS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.stem.startswith(("sft", "reward", "ppo")))
+ALGORITHMS = ("sft", "reward", "preference", "ppo")
+SETTINGS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.stem.startswith(ALGORITHMS))
 
 
 def test_there_are_settings_of_every_algorithm():
-    assert {path.stem.partition("_")[0] for path in SETTINGS} == {"sft", "reward", "ppo"}
+    assert {path.stem.partition("_")[0] for path in SETTINGS} == set(ALGORITHMS)
 
 
 def test_the_worked_example_of_the_losses_is_among_them():
@@ -34,7 +35,11 @@ def test_doctests(name):
 
 
 def config_class(path: Path):
-    """By the file's name: sft*.yaml, reward*.yaml, ppo*.yaml."""
+    """By the file's name: sft*.yaml, reward*.yaml, preference*.yaml, ppo*.yaml."""
+    if path.stem.startswith("preference"):
+        from coati.trainers.preference import PreferenceConfig
+
+        return PreferenceConfig
     if path.stem.startswith("sft"):
         from coati.trainers.sft import SFTConfig
 

@@ -21,7 +21,8 @@ the file. An unknown key is refused with the nearest known one. Lists are YAML l
 true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
-of reward models, `train_ppo.py` those of all runs, of generation and of PPO.
+of reward models, `train_preference.py` those of all runs and of preference optimisation, `train_ppo.py` those of all
+runs, of generation and of PPO.
 """
 
 
@@ -32,6 +33,7 @@ def page() -> str:
     from coati.tracking.config import TrackingConfig
     from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig
     from coati.trainers.ppo import PPOConfig
+    from coati.trainers.preference import PreferenceConfig
     from coati.trainers.reward import RewardConfig
 
     common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
@@ -43,6 +45,7 @@ def page() -> str:
         ("All runs: logs", TrackingConfig, set()),
         ("Generation (SFT's samples, PPO's answers)", GenerationConfig, set()),
         ("Reward models", RewardConfig, common),
+        ("Preference optimisation", PreferenceConfig, common),
         ("PPO", PPOConfig, common),
     ]
     return INTRODUCTION + "".join(_section(*section) for section in sections)

@@ -75,7 +75,7 @@ def dpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
 
 
 def robust(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """Robust DPO (Chowdhury et al., 2403.00409, eq. 12): unbiased if a share e < 1/2 of the labels is flipped.
+    """Robust DPO (Chowdhury et al., 2403.00409): unbiased if a share e < 1/2 of the labels is flipped.
 
     loss = (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2e)
     """
@@ -84,7 +84,7 @@ def robust(chosen: Answers, rejected: Answers, o: Options) -> Compared:
 
 
 def hinge(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """SLiC's hinge (Zhao et al., 2305.10425, eq. 1) on DPO's rewards, as in RSO (Liu et al., 2309.06657, eq. 10).
+    """SLiC's hinge (Zhao et al., 2305.10425, eq. 1) on DPO's rewards, as in RSO (Liu et al., 2309.06657).
 
     loss = max(0, 1 - m)
     """
@@ -153,7 +153,7 @@ def preference_loss(
     Args:
         chosen, rejected: the two answers of each pair.
         denominator: pairs of the whole step, over all ranks and micro-batches.
-        nll_coefficient: weight of -log pi(chosen) / |chosen| (RPO: Pang et al., 2404.19733, eq. 2).
+        nll_coefficient: weight of -log pi(chosen) / |chosen| (RPO: Pang et al., 2404.19733).
         length_normalised: averages over an answer's tokens in place of sums.
 
     Metrics: loss, rewards of both, their margin, accuracy (a tie counts one half), log-probs and lengths of both, nll.
@@ -184,7 +184,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, dict]:
-    """KTO (Ethayarajh et al., 2402.01306, eq. 8): answers that are good or bad by themselves.
+    """KTO (Ethayarajh et al., 2402.01306, eq. 7): answers that are good or bad by themselves.
 
     w (1 - sigmoid(r - beta z)) for a good answer, w (1 - sigmoid(beta z - r)) for a bad one, r = beta log pi / pi_ref
 

@@ -199,7 +199,7 @@ def test_half_precision_sums_are_computed_in_float32(name, dtype):
 
 
 def test_robust_is_unbiased_when_labels_are_flipped():
-    """Chowdhury et al., lemma 3.1: its mean over labels flipped with probability e is the clean loss."""
+    """Chowdhury et al.: its mean over labels flipped with probability e is the clean loss."""
     chosen, rejected, e = drawn(5, 1), drawn(5, 2), 0.3
     clean, _ = preference_loss("dpo", chosen, rejected, 5)
     right, wrong = (

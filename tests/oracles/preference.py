@@ -50,7 +50,7 @@ def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
 def preference_loss(
     name, chosen, rejected, denominator, beta, smoothing, gamma, nll=0.0, normalised=False, dtype="float64"
 ):
-    """RPO eq. 2's likelihood term on top. With `normalised`, log-probs are averages from the start."""
+    """RPO's likelihood term on top. With `normalised`, log-probs are averages from the start."""
     sums = {}
 
     def add(metric, value):
@@ -77,7 +77,7 @@ def preference_loss(
 
 
 def kto_loss(answers, desirable, kl, denominator, beta, desirable_weight, undesirable_weight):
-    """KTO eq. 8 with z_0 = max(0, kl)."""
+    """KTO eq. 7 with z_0 = max(0, kl)."""
     z, losses = max(kl, 0.0), []
     sums = {f"{name}_{sort}": [0.0] for name in ("reward", "log_probs") for sort in ("desirable", "undesirable")}
     for (log_p, _, reference), good in zip(answers, desirable, strict=True):

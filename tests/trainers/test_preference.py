@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from coati.errors import UserError
 from coati.losses import response_targets
 from coati.tracking import read_metrics, read_samples
-from coati.trainers.preference import PreferenceTrainer
-from tests.conftest import sentence, settings_for, trainer_classes, write_rows
+from coati.trainers.preference import PreferenceConfig, PreferenceTrainer
+from tests.conftest import ROOT, sentence, settings_for, trainer_classes, write_rows
 from tests.oracles import preference as oracle
 from tests.trainers.steps import nudge
 from tests.trainers.test_training import losses, weights
@@ -63,6 +63,9 @@ def test_a_run_of_each_loss_learns_and_leaves_a_model_logs_and_samples(loss, tin
     smoothing = 0.1 if loss == "robust" else 0.0
     make(tiny_world, runtime, tmp_path, loss=loss, steps=8, label_smoothing=smoothing).train()
     rows = read_metrics(tmp_path)
+    page = (ROOT / "docs" / "preference.md").read_text()
+    logged = {name for row in rows for name in row} - {"step", "time"}
+    assert sorted(n for n in logged if f"`{n}`" not in page and f"`{n.removeprefix('eval/')}`" not in page) == []
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
     first, *_, last = (row for row in rows if "eval/loss" in row)
     assert last["eval/loss"] < first["eval/loss"] and last["eval/margin"] > first["eval/margin"]
@@ -316,6 +319,12 @@ def test_kto_reads_labels_and_reports_what_is_there(tiny_world, runtime, tmp_pat
     assert metrics["desirable"] == 1.0
     assert "reward_desirable" in metrics and not {"reward_undesirable", "margin"} & metrics.keys()
     assert {row["label"] for row in trainer.evaluate()[1]} == {True}
+
+
+def test_every_setting_is_explained():
+    page = (ROOT / "docs" / "preference.md").read_text()
+    names = set(PreferenceConfig.__annotations__)
+    assert len(names) == 9 and sorted(name for name in names if f"`{name}`" not in page) == []
 
 
 # --- batches and bad input
