@@ -94,9 +94,6 @@ class PreferenceConfig(TrainerConfig):
             f"{self.loss} has no reference that stays the same for a row: leave cache_reference out": (
                 self.cache_reference and self.loss in (*REFERENCE_FREE, "kto")
             ),
-            f"{self.loss} compares with the policy that the run starts from: give --model FOLDER": (
-                self.loss not in REFERENCE_FREE and self.model is None
-            ),
         }
         for message, refused in refusals.items():
             if refused:
@@ -121,6 +118,8 @@ class PreferenceTrainer(RewardTrainer):
 
     def build(self):
         c = self.config
+        if c.model is None and c.loss not in REFERENCE_FREE:
+            raise UserError(f"{c.loss} compares with the policy that the run starts from: give --model FOLDER")
         super().build()
         self.cached: dict[str, Tensor] = {}
         if c.cache_reference:
