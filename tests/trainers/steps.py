@@ -19,7 +19,6 @@ TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
     "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
-    "preference, simpo": ("preference", "llama", dict(loss="simpo")),
     "preference, kto": ("preference", "gpt2", dict(loss="kto", undesirable_weight=1.5)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
     "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),

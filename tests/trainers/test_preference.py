@@ -260,7 +260,14 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(loss="dpo"), dict(loss="kto"), dict(cache_reference=True), dict(lora_rank=2)], ids=str
+    "changes",
+    [
+        dict(loss="dpo"),
+        dict(loss="kto"),
+        pytest.param(dict(cache_reference=True), marks=pytest.mark.slow),
+        pytest.param(dict(lora_rank=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_resuming_is_bitwise_the_same_as_never_stopping(changes, tiny_world, runtime, tmp_path):
     """PITFALL 25 and 13."""
