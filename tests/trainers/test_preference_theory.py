@@ -53,13 +53,13 @@ def optimum(reference: torch.Tensor, beta: float) -> torch.Tensor:
     return torch.softmax(reference.log() + rewards / beta, 0)
 
 
-def check(task, pairs, runtime, output, beta: float, seed: int) -> float:  # noqa: F811
+def check(task, pairs, runtime, output, beta: float, seed: int, steps: int) -> float:  # noqa: F811
     """Trains on all comparisons at a learning rate that falls to 0; the distance to the optimum."""
     from coati.models import Actor
     from coati.trainers.preference import PreferenceConfig, PreferenceTrainer
 
     settings = task | dict(train_data=[pairs], output_dir=str(output), seed=seed, beta=beta, cache_reference=True)
-    settings |= dict(steps=100, batch_size=256, micro_batch_size=256, learning_rate=1e-2, warmup=0.0, final_rate=0.0)
+    settings |= dict(steps=steps, batch_size=256, micro_batch_size=256, learning_rate=1e-2, warmup=0.0, final_rate=0.0)
     trainer = PreferenceTrainer(PreferenceConfig(**settings), runtime)
     while trainer.step < trainer.total_steps:
         trainer.train_step(trainer.step)
@@ -74,7 +74,7 @@ def check(task, pairs, runtime, output, beta: float, seed: int) -> float:  # noq
 
 
 def test_dpo_finds_the_optimum_that_theory_gives(task, comparisons, runtime, tmp_path):  # noqa: F811
-    check(task, comparisons, runtime, tmp_path, beta=0.5, seed=0)
+    check(task, comparisons, runtime, tmp_path, beta=0.5, seed=0, steps=100)
 
 
 @pytest.mark.slow
@@ -82,6 +82,6 @@ def test_dpo_finds_it_for_three_penalties_and_three_seeds(task, comparisons, run
     """Rewrites the table in docs/preference.md."""
     lines = ["| $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|"]
     for beta in (0.25, 0.5, 1.0):
-        found = [check(task, comparisons, runtime, tmp_path / f"{beta}-{seed}", beta, seed) for seed in range(3)]
+        found = [check(task, comparisons, runtime, tmp_path / f"{beta}-{seed}", beta, seed, 300) for seed in range(3)]
         lines.append(f"| {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "preference.md", "\n".join(lines), "theory")
