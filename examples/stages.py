@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py", "grpo": "train_grpo.py"}
+SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "preference": "train_preference.py"}
+SCRIPTS |= {"ppo": "train_ppo.py", "grpo": "train_grpo.py"}
 
 
 def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], processes: int):

@@ -89,8 +89,8 @@ def make_world(root: Path) -> dict[str, str]:
 
 
 def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
-    """Settings of a tiny run of `sft`, `reward`, `ppo` or `grpo`, as keywords of its config class."""
-    data = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
+    """Settings of a tiny run of `sft`, `reward`, `preference`, `ppo` or `grpo`, as keywords of its config class."""
+    data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -105,7 +105,9 @@ def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
         progress="off",
         samples=4,
     )
-    if algorithm != "reward":
+    if algorithm == "preference":
+        settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
+    elif algorithm != "reward":
         settings |= dict(max_new_tokens=8)
     if algorithm == "ppo":
         # greedy answers don't depend on which process draws them, so curves can be compared
@@ -128,6 +130,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.reward import RewardConfig, RewardTrainer
 
         return RewardConfig, RewardTrainer
+    if algorithm == "preference":
+        from coati.trainers.preference import PreferenceConfig, preference_trainer
+
+        return PreferenceConfig, preference_trainer
     if algorithm == "pretrain":
         from colossal_llama.pretraining import PretrainConfig, PretrainTrainer
 

@@ -14,7 +14,7 @@ WITH_DOCTEST = [
     for path in sorted((ROOT / "coati").rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-STARTS = ("sft", "reward", "ppo", "grpo")
+STARTS = ("sft", "reward", "preference", "ppo", "grpo")
 SETTINGS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.stem.startswith(STARTS))
 
 
@@ -35,7 +35,11 @@ def test_doctests(name):
 
 
 def config_class(path: Path):
-    """By the file's name: sft*.yaml, reward*.yaml, ppo*.yaml, grpo*.yaml."""
+    """By the file's name: sft*.yaml, reward*.yaml, preference*.yaml, ppo*.yaml, grpo*.yaml."""
+    if path.stem.startswith("preference"):
+        from coati.trainers.preference import PreferenceConfig
+
+        return PreferenceConfig
     if path.stem.startswith("sft"):
         from coati.trainers.sft import SFTConfig
 

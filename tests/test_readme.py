@@ -23,13 +23,14 @@ from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
-ALGORITHM_OF |= {"train_grpo.py": "grpo"}
+ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
 SMALL = "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 96 --max_prompt_length 64 --warmup 0"
 SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --wandb disabled --eos_token <eos>"
 SMALL_OF = {
     "sft": "--max_new_tokens 4",
     "reward": "",
+    "preference": "",
     "ppo": "--max_new_tokens 4 --ppo_epochs 1 --critic_warmup 1 --max_rollout_kl 9",  # untrained weights round coarsely
     "grpo": "--max_new_tokens 4 --group_size 2 --max_rollout_kl 9",
 }
@@ -238,7 +239,7 @@ def test_there_are_scripts_for_training_and_for_value_heads():
     assert set(SCRIPTS) == {"README.md", "value-heads.md"}
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired", "prompt"])
 def test_documented_formats_parse(kind):
     import json
 

@@ -21,7 +21,8 @@ the file. An unknown key is refused with the nearest known one. Lists are YAML l
 true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
-of reward models, `train_ppo.py` and `train_grpo.py` those of all runs, of generation, of rollouts and their own.
+of reward models, `train_preference.py` those of all runs and of preference optimisation, `train_ppo.py` and
+`train_grpo.py` those of all runs, of generation, of rollouts and their own.
 """
 
 
@@ -33,6 +34,7 @@ def page() -> str:
     from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig
     from coati.trainers.grpo import GRPOConfig
     from coati.trainers.ppo import PPOConfig
+    from coati.trainers.preference import PreferenceConfig
     from coati.trainers.reward import RewardConfig
     from coati.trainers.rollouts import RolloutConfig
 
@@ -47,6 +49,7 @@ def page() -> str:
         ("All runs: logs", TrackingConfig, set()),
         ("Generation (SFT's samples, answers of PPO and GRPO)", GenerationConfig, set()),
         ("Reward models", RewardConfig, common),
+        ("Preference optimisation", PreferenceConfig, common),
         ("Rollouts (PPO and GRPO)", RolloutConfig, common),
         ("PPO", PPOConfig, set(of_rollouts)),
         ("GRPO", GRPOConfig, as_there),

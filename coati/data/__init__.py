@@ -3,17 +3,27 @@
 from coati.data.collate import (
     PreferenceBatch,
     SFTBatch,
+    UnpairedBatch,
     collate_preference,
     collate_sft,
+    collate_unpaired,
 )
 from coati.data.config import DataConfig
 from coati.data.dataset import TokenisedDataset, build_dataset
-from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, parse_record
+from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sampling import BatchSampler, cut, deal
 from coati.data.sources import load_rows
 from coati.data.templates import prepare_tokenizer
-from coati.data.tokenise import PreferenceSample, PromptSample, TokenSequence, TooLong, tokenise
+from coati.data.tokenise import (
+    PreferenceSample,
+    PromptSample,
+    TokenSequence,
+    TooLong,
+    UnpairedSample,
+    exchange_answers,
+    tokenise,
+)
 
 __all__ = [
     "BatchSampler",
@@ -28,12 +38,17 @@ __all__ = [
     "TokenSequence",
     "TokenisedDataset",
     "TooLong",
+    "UnpairedBatch",
+    "UnpairedRecord",
+    "UnpairedSample",
     "ValidationReport",
     "build_dataset",
     "collate_preference",
     "collate_sft",
+    "collate_unpaired",
     "cut",
     "deal",
+    "exchange_answers",
     "load_rows",
     "parse_record",
     "prepare_tokenizer",

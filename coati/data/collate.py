@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from coati.data.tokenise import PreferenceSample, TokenSequence
+from coati.data.tokenise import PreferenceSample, TokenSequence, UnpairedSample
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class _Batch:
     def to(self, device: torch.device | str):
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: tensor.to(device) for name, tensor in values.items()})
+        return type(self)(**{name: x if x is None else x.to(device) for name, x in values.items()})
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,29 @@ class SFTBatch(_Batch):
 
 @dataclass(frozen=True)
 class PreferenceBatch(_Batch):
-    """Right-padded. As `SFTBatch` with `[2 * batch, seq]`, chosen rows first; `margin` float32 `[batch]`."""
+    """Right-padded. As `SFTBatch` with `[2 * batch, seq]`, chosen rows first; `margin` float32 `[batch]`.
+
+    `reference` `[2 * batch]`: sums of the answers' log-probs under a reference policy, if a trainer has put them in.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     loss_mask: Tensor
     margin: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UnpairedBatch(_Batch):
+    """Right-padded, as `SFTBatch`; `desirable` bool `[batch]`. A trainer puts in `reference` `[batch]`, as in
+    `PreferenceBatch`, and `kl`, a number: how far the policy is from the reference on the global batch."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    desirable: Tensor
+    reference: Tensor | None = None
+    kl: Tensor | None = None
 
 
 def collate_sft(samples: Sequence[TokenSequence], pad_id: int, multiple_of: int = 1) -> SFTBatch:
@@ -54,6 +71,13 @@ def collate_preference(samples: Sequence[PreferenceSample], pad_id: int, multipl
     both = collate_sft(sides, pad_id, multiple_of)
     margin = torch.tensor([s.margin for s in samples], dtype=torch.float32)
     return PreferenceBatch(both.input_ids, both.attention_mask, both.loss_mask, margin)
+
+
+def collate_unpaired(samples: Sequence[UnpairedSample], pad_id: int, multiple_of: int = 1) -> UnpairedBatch:
+    """`[batch, seq]`, as `collate_sft`."""
+    rows = collate_sft([s.sequence for s in samples], pad_id, multiple_of)
+    desirable = torch.tensor([s.desirable for s in samples])
+    return UnpairedBatch(rows.input_ids, rows.attention_mask, rows.loss_mask, desirable)
 
 
 def _pad(rows: list[list], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,15 @@ from coati.data.config import DataConfig, check_weights
 from coati.data.records import Kind, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
-from coati.data.tokenise import PreferenceSample, PromptSample, Sample, TokenSequence, TooLong, tokenise_many
+from coati.data.tokenise import (
+    PreferenceSample,
+    PromptSample,
+    Sample,
+    TokenSequence,
+    TooLong,
+    UnpairedSample,
+    tokenise_many,
+)
 from coati.errors import UserError
 
 # Count up whenever the same rows and settings give other tokens or other files.
@@ -28,12 +36,15 @@ CHUNK = 256
 class TokenisedDataset:
     """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
 
+    `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
+
     `weights_per_row` (float `[rows]`, or None) is what `BatchSampler` takes.
     """
 
     def __init__(self, folder: Path, weights: list[float] | None) -> None:
         import datasets
 
+        self.key = folder.name
         self._table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         self.report = ValidationReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
         self.lengths = np.asarray(self._table.data.column("length"), dtype=np.int64)
@@ -181,7 +192,8 @@ def _tokenised(chunk, source: str, index: int, tokenizer, config: DataConfig, re
 
 
 def _features():
-    """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds."""
+    """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds. The margin of
+    an unpaired answer is 1 if it is good, else 0."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
@@ -194,8 +206,13 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
         return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
-    sides = [sample.chosen, sample.rejected] if isinstance(sample, PreferenceSample) else [sample]
-    margin = sample.margin if isinstance(sample, PreferenceSample) else None
+    margin: float | None = None
+    if isinstance(sample, PreferenceSample):
+        sides, margin = [sample.chosen, sample.rejected], sample.margin
+    elif isinstance(sample, UnpairedSample):
+        sides, margin = [sample.sequence], float(sample.desirable)
+    else:
+        sides = [sample]
     ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
     return {"input_ids": ids, "loss_masks": masks, "margin": margin}
 
@@ -204,4 +221,6 @@ def _from_row(row: dict[str, Any]) -> Sample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
     sides = [TokenSequence(*side) for side in zip(row["input_ids"], row["loss_masks"], strict=True)]
-    return sides[0] if len(sides) == 1 else PreferenceSample(sides[0], sides[1], row["margin"])
+    if len(sides) == 2:
+        return PreferenceSample(sides[0], sides[1], row["margin"])
+    return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

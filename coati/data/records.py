@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["sft", "preference", "prompt"]
+Kind = Literal["sft", "preference", "unpaired", "prompt"]
 Messages = list[dict[str, str]]
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -47,6 +47,15 @@ class PreferenceRecord:
 
 
 @dataclass(frozen=True)
+class UnpairedRecord:
+    """A dialogue up to a user message, and one way in which it goes on, which is good or bad."""
+
+    prompt: Messages
+    answer: Messages
+    desirable: bool
+
+
+@dataclass(frozen=True)
 class PromptRecord:
     """A dialogue up to a user message, and the row's other fields (for reward functions)."""
 
@@ -54,11 +63,12 @@ class PromptRecord:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-Record = SFTRecord | PreferenceRecord | PromptRecord
+Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord
 
 
 def parse_record(row: Any, kind: Kind) -> list[Record]:
-    """Read one row; a self-instruct row gives one record an instance, every other row gives one.
+    """Read one row; a self-instruct row gives one record an instance, a pair read as `unpaired` gives two, every other
+    row gives one.
 
     Dialogues (`sft`, `prompt`):
       - `messages`: list of role/content (OpenAI) or from/content (ColossalChat)
@@ -70,6 +80,9 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
       - `prompt`, `chosen`, `rejected`: text or messages; `context`, `chosen`, `rejected` (ColossalChat)
       - `chosen`, `rejected` alone: whole message lists or HH-RLHF texts; the prompt is what they share
       - optional `margin`, or `score_chosen` and `score_rejected` (their difference is the margin)
+    Unpaired preferences (`unpaired`):
+      - any dialogue above with a `label`: true for a good last answer, false for a bad one (TRL)
+      - any preference above: the chosen answer is a good one, the rejected answer a bad one
     Prompts come from any of these, without the last assistant answer.
 
     An HH-RLHF text starts with a blank line and `Human:`. `Human:` and `Assistant:` after a blank line begin
@@ -83,6 +96,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     row = {key: value for key, value in row.items() if value is not None}
     if kind == "preference":
         return [_preference(row)]
+    if kind == "unpaired":
+        return _unpaired(row)
     if kind == "prompt":
         return [
             PromptRecord(_check(_without_answer(dialogue), last="user"), columns)
@@ -135,6 +150,16 @@ def _preference(row: dict) -> PreferenceRecord:
     if chosen == rejected:
         raise ValueError("`chosen` equals `rejected`")
     return PreferenceRecord(prompt, chosen, rejected, _margin(row))
+
+
+def _unpaired(row: dict) -> list[Record]:
+    if "label" not in row and "chosen" in row and "rejected" in row:
+        pair = _preference(row)
+        return [UnpairedRecord(pair.prompt, pair.chosen, True), UnpairedRecord(pair.prompt, pair.rejected, False)]
+    if row.get("label") not in (True, False):
+        raise ValueError("no `label` field that is true or false")
+    dialogues = [_check(dialogue, last="assistant") for dialogue, _ in _dialogues(row, "unpaired")]
+    return [UnpairedRecord(dialogue[:-1], dialogue[-1:], bool(row["label"])) for dialogue in dialogues]
 
 
 def _sides(row: dict) -> tuple[Messages, Messages, Messages]:

@@ -32,6 +32,11 @@ def fingerprint(source: str) -> str:
     path = _file(source)
     if path is None:
         return _named_dataset(source)._fingerprint
+    return hash_file(path)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of the file's bytes."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

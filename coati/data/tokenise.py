@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coati.data.config import DataConfig
-from coati.data.records import PreferenceRecord, PromptRecord, Record, SFTRecord
+from coati.data.records import PreferenceRecord, PromptRecord, Record, SFTRecord, UnpairedRecord
 from coati.data.templates import answer_spans, render
 
 
@@ -46,6 +46,17 @@ class PreferenceSample:
 
 
 @dataclass(frozen=True)
+class UnpairedSample:
+    """An answer that is good or bad; only its tokens are in the loss mask."""
+
+    sequence: TokenSequence
+    desirable: bool
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
 class PromptSample:
     """A prompt up to where the answer begins: ids `[seq]`, the rendered text, the row's other fields."""
 
@@ -57,7 +68,7 @@ class PromptSample:
         return len(self.input_ids)
 
 
-Sample = TokenSequence | PreferenceSample | PromptSample
+Sample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
 
 
 def tokenise(record: Record, tokenizer, config: DataConfig) -> Sample:
@@ -118,6 +129,8 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[tuple[str, li
         if isinstance(record, PreferenceRecord):
             dialogues = [record.prompt + record.chosen, record.prompt + record.rejected]
             return [answer_spans(tokenizer, dialogue, len(record.prompt)) for dialogue in dialogues]
+        if isinstance(record, UnpairedRecord):
+            return [answer_spans(tokenizer, record.prompt + record.answer, len(record.prompt))]
         first = len(record.messages) - 1 if config.train_on == "last" else 0
         return [answer_spans(tokenizer, record.messages, first)]
     except TemplateError as error:
@@ -130,6 +143,8 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
     sequences = _fit([_labelled(piece, tokenizer) for piece in pieces], tokenizer, config)
     if isinstance(record, SFTRecord):
         return sequences[0]
+    if isinstance(record, UnpairedRecord):
+        return UnpairedSample(sequences[0], record.desirable)
     if sequences[0] == sequences[1]:
         raise ValueError("`chosen` equals `rejected` once the chat template has written them")
     return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0)
@@ -179,13 +194,25 @@ def _fit(sequences: list[TokenSequence], tokenizer, config: DataConfig) -> list[
     # One prompt token must stay: without it the answer's first token has nothing to be predicted from.
     if prompt_length - surplus < max(1, kept):
         raise TooLong(f"the answer alone is longer than --max_length {config.max_length} tokens allows")
-    return [
-        TokenSequence(
-            sequence.input_ids[:kept] + sequence.input_ids[kept + surplus :],
-            sequence.loss_mask[:kept] + sequence.loss_mask[kept + surplus :],
-        )
-        for sequence in sequences
-    ]
+    return [_without(sequence, kept, surplus) for sequence in sequences]
+
+
+def _without(sequence: TokenSequence, kept: int, surplus: int) -> TokenSequence:
+    """`surplus` tokens less, those that follow the first `kept`."""
+    ids, mask = sequence.input_ids, sequence.loss_mask
+    return TokenSequence(ids[:kept] + ids[kept + surplus :], mask[:kept] + mask[kept + surplus :])
+
+
+def exchange_answers(asked: TokenSequence, answered: TokenSequence, tokenizer, max_length: int) -> TokenSequence:
+    """The prompt of one row with the answer of another, both within `max_length`.
+
+    The prompt loses what is too much from its left, but for BOS: there is room for a token of it, as there was for the
+    answer's own prompt.
+    """
+    prompt, start = asked.loss_mask.index(True), answered.loss_mask.index(True)
+    ids = asked.input_ids[:prompt] + answered.input_ids[start:]
+    whole = TokenSequence(ids, [False] * prompt + answered.loss_mask[start:])
+    return _without(whole, _bos_length(ids, tokenizer), max(len(ids) - max_length, 0))
 
 
 def _prompt_sample(record: PromptRecord, piece: _Encoded, tokenizer, config: DataConfig) -> PromptSample:

@@ -28,6 +28,7 @@ from coati.losses.group import aggregation_weights, group_advantages, importance
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
+from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
 from coati.losses.shaping import clip_scores, penalise_missing_eos, punish_overlong, shape_rewards
 from coati.losses.value import value_loss
@@ -41,11 +42,13 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "kl_divergence",
+    "kto_loss",
     "masked_sums",
     "moments",
     "pairwise_reward_loss",
     "penalise_missing_eos",
     "policy_loss",
+    "preference_loss",
     "punish_overlong",
     "response_targets",
     "returns_to_go",

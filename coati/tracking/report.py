@@ -24,6 +24,7 @@ from coati.tracking.style import STYLE
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
+    "preference": "Preference optimisation",
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",
 }

@@ -1,1 +1,4 @@
-"""One file an algorithm: `sft.py`, `reward.py`, `ppo.py`. What they share is in `base.py` and `supervised.py`."""
+"""One file an algorithm: `sft.py`, `reward.py`, `preference.py`, `ppo.py`.
+
+What they share is in `base.py` and `supervised.py`.
+"""

@@ -50,15 +50,19 @@ class RewardTrainer(SupervisedTrainer):
         options = dict(margin=margin, label_smoothing=c.label_smoothing, centering=c.centering)
         return pairwise_reward_loss(chosen, rejected, denominator, **options)
 
+    def judge(self, rewards, batch, real):
+        """Rewards of the chosen and of the rejected answers of the real pairs, and the sums of their metrics."""
+        chosen, rejected = (r[real] for r in rewards.chunk(2))
+        return chosen, rejected, pairwise_reward_loss(chosen, rejected, 1.0)[1]
+
     @torch.no_grad()
     def evaluate(self):
         """Accuracy on held-out pairs with its 95 % interval, loss, margin, and scored pairs."""
         if self.eval_data is None:
             return {}, []
         shares, samples = [], []
-        for rewards, _, real, index in self.eval_outputs():
-            chosen, rejected = (r[real] for r in rewards.chunk(2))
-            _, share = pairwise_reward_loss(chosen, rejected, 1.0)
+        for output, batch, real, index in self.eval_outputs():
+            chosen, rejected, share = self.judge(output, batch, real)
             shares.append({**share, "pairs": real.sum()})
             samples += [
                 {"row": i, "chosen": c, "rejected": r}
@@ -78,12 +82,14 @@ class RewardTrainer(SupervisedTrainer):
         for row in rows:
             pair = self.eval_data[row["row"]]
             for side in ("chosen", "rejected"):
-                sequence = getattr(pair, side)
-                start = sequence.loss_mask.index(True)
-                pieces = sequence.input_ids[:start], sequence.input_ids[start:]
-                prompt, response = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
-                samples.append({"prompt": prompt, "response": response.strip(), "reward": row[side], "side": side})
+                samples.append(self.text_of(getattr(pair, side)) | {"reward": row[side], "side": side})
         return samples
+
+    def text_of(self, sequence) -> dict[str, str]:
+        start = sequence.loss_mask.index(True)
+        pieces = sequence.input_ids[:start], sequence.input_ids[start:]
+        prompt, response = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
+        return {"prompt": prompt, "response": response.strip()}
 
 
 def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""What SFT and reward modelling share: rows in, a loss over the global batch out."""
+"""What SFT, reward modelling and preference optimisation share: rows in, a loss over the global batch out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,8 @@ class SupervisedTrainer(Trainer):
         return None
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
-        dealt = self.deal(self.batches.batch(step), self.data.lengths)
-        micro_batches = [self.load(self.data, index) for index in dealt]
+        rows = self.batches.batch(step)
+        micro_batches = self.load_all(self.data, self.deal(rows, self.data.lengths), rows)
         rate = self.learning_rate(self.config.learning_rate)
         part = LossPart(micro_batches, self.count, self.loss, targets=self.targets)
         metrics = self.optimise(self.engines["model"], [part], rate)
@@ -59,23 +59,34 @@ class SupervisedTrainer(Trainer):
         """The rows as a batch on this rank's device."""
         return self.collate([data[i] for i in index]).to(self.runtime.device)
 
-    @torch.no_grad()
-    def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
-        """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real
-        (bool `[batch]`), their numbers.
+    def load_all(self, data, chunks: list[list[int]], rows: Sequence[int]) -> list:
+        """This rank's micro-batches of the `rows` that all ranks see together."""
+        return [self.load(data, chunk) for chunk in chunks]
+
+    def share_of(self, data) -> list[list[tuple[int, bool]]]:
+        """This rank's micro-batches of all rows: their numbers, and whether they are real.
 
         Every rank gets the same number of batches, for plugins that communicate in the forward pass; missing rows are
         filled with copies that are not real.
         """
-        rows, lengths = len(self.eval_data), list(self.eval_data.lengths)
+        rows, lengths = len(data), list(data.lengths)
         filler = -rows % self.communicator.world_size
-        chunks = self.deal(range(rows + filler), lengths + [max(lengths)] * filler)
         copied = lengths.index(max(lengths))
-        batches = [self.load(self.eval_data, [i if i < rows else copied for i in chunk]) for chunk in chunks]
+        chunks = self.deal(range(rows + filler), lengths + [max(lengths)] * filler)
+        return [[(i, True) if i < rows else (copied, False) for i in chunk] for chunk in chunks]
+
+    @torch.no_grad()
+    def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
+        """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real
+        (bool `[batch]`), their numbers. Batches are filled up as in `share_of`.
+        """
+        chunks = self.share_of(self.eval_data)
+        numbers = [[row for row, _ in chunk] for chunk in chunks]
+        batches = self.load_all(self.eval_data, numbers, range(len(self.eval_data)))
         engine = self.engines["model"]
         engine.model.eval()
         outputs = engine.forward_all([self.inputs(batch, self.targets(batch)) for batch in batches])
         engine.model.train()
         for output, batch, chunk in zip(outputs, batches, chunks, strict=True):
-            real = torch.tensor([i < rows for i in chunk], device=self.runtime.device)
-            yield output, batch, real, [i for i in chunk if i < rows]
+            real = torch.tensor([real for _, real in chunk], device=self.runtime.device)
+            yield output, batch, real, [row for row, real in chunk if real]

@@ -1,5 +1,5 @@
-"""SFT, reward models and PPO on real data with a small model from random weights: T0 tasks, Self-Instruct, HH-RLHF and
-GSM8K model solutions, as they lie in a data folder (see ../shared/data). About a quarter of an hour on 2 cores.
+"""SFT, reward models, DPO, KTO and PPO on real data with a small model from random weights: T0 tasks, Self-Instruct,
+HH-RLHF and GSM8K model solutions, as they lie in a data folder (see ../shared/data). About half an hour on 2 cores.
 
     python examples/real_data/run.py --data ../shared/data
 
@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT)]
 from coati.tracking import read_metrics, write_report  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 
+STAGES = ("sft", "reward_gsm8k", "reward_hh", "preference_hh", "preference_kto_hh", "ppo_hh")
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -46,6 +47,8 @@ def main():
     stage("reward_gsm8k", "reward", **pairs)
     pairs = {"train_data": data / "hh_rlhf" / "train.jsonl", "eval_data": data / "hh_rlhf" / "test.jsonl"}
     stage("reward_hh", "reward", **pairs)
+    stage("preference_hh", "preference", **pairs)
+    stage("preference_kto_hh", "preference", **pairs)
     stage("ppo_hh", "ppo", reward_model=output / "reward_hh" / "model", **pairs)
     write_report([output], output / "report.html")
     write_table(output, time.monotonic() - started)
@@ -97,7 +100,7 @@ def train_tokenizer(texts: list[str]):
 
 def write_table(output: Path, seconds: float):
     """The figures, into docs/real-data.md."""
-    rows = {name: read_metrics(output / name) for name in ("sft", "reward_gsm8k", "reward_hh", "ppo_hh")}
+    rows = {name: read_metrics(output / name) for name in STAGES}
 
     def ends(name: str, metric: str) -> tuple[float, float]:
         values = [row[metric] for row in rows[name] if metric in row]
@@ -110,13 +113,16 @@ def write_table(output: Path, seconds: float):
         "|---|---|---|---|",
         "| SFT | held-out loss a token, nats | {:.3f} | {:.3f} |".format(*ends("sft", "eval/loss")),
     ]
-    for name, title in (("reward_gsm8k", "reward model, GSM8K solutions"), ("reward_hh", "reward model, HH-RLHF")):
+    titles = {"reward_gsm8k": "reward model, GSM8K solutions", "reward_hh": "reward model, HH-RLHF"}
+    for name, title in (titles | {"preference_hh": "DPO, HH-RLHF"}).items():
         (first, last), (_, low), (_, high) = (
             ends(name, f"eval/{m}") for m in ("accuracy", "accuracy_low", "accuracy_high")
         )
         pairs = ends(name, "eval/pairs")[1]
         interval = f"{last:.3f} (95 %: {low:.3f} to {high:.3f}, {pairs:.0f} pairs)"
         lines.append(f"| {title} | held-out accuracy | {first:.3f} | {interval} |")
+    kto = "| KTO, HH-RLHF | held-out margin, good answers' rewards less bad ones' | {:.3f} | {:.3f} |"
+    lines.append(kto.format(*ends("preference_kto_hh", "eval/margin")))
     lines.append(
         "| PPO, HH-RLHF prompts | reward, held-out prompts | {:.3f} | {:.3f} |".format(*ends("ppo_hh", "eval/reward"))
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from coati.data import PreferenceRecord, PromptRecord, SFTRecord, load_rows, parse_record
+from coati.data import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, load_rows, parse_record
 from coati.errors import UserError
 
 
@@ -41,6 +41,33 @@ def test_every_dialogue_format_gives_the_same_record(name):
 def test_a_prompt_is_the_dialogue_without_the_last_answer(name):
     [record] = parse_record(SFT_ROWS[name], "prompt")
     assert record.prompt == [user("hi")]
+
+
+@pytest.mark.parametrize("name", SFT_ROWS)
+@pytest.mark.parametrize("label", [True, False])
+def test_a_dialogue_with_a_label_is_a_good_or_a_bad_answer(name, label):
+    expected = [UnpairedRecord([user("hi")], [assistant("hello")], label)]
+    assert parse_record(SFT_ROWS[name] | {"label": label}, "unpaired") == expected
+
+
+def test_a_pair_taken_apart_is_a_good_and_a_bad_answer():
+    row = {"prompt": "hi", "chosen": "hello", "rejected": "no"}
+    assert parse_record(row, "unpaired") == [
+        UnpairedRecord([user("hi")], [assistant("hello")], True),
+        UnpairedRecord([user("hi")], [assistant("no")], False),
+    ]
+
+
+def test_only_the_last_answer_of_a_labelled_dialogue_is_judged():
+    messages = [*DIALOGUE, user("more"), assistant("no")]
+    [record] = parse_record({"messages": messages, "label": False}, "unpaired")
+    assert (record.prompt, record.answer) == (messages[:-1], messages[-1:])
+
+
+@pytest.mark.parametrize("label", [None, "true", 0.5, [True]])
+def test_a_label_must_be_true_or_false(label):
+    with pytest.raises(ValueError, match="`label`"):
+        parse_record({"prompt": "hi", "completion": "hello", "label": label}, "unpaired")
 
 
 def test_system_and_several_turns_are_kept():

@@ -14,11 +14,13 @@ from coati.losses import (
     cross_entropy,
     gae,
     kl_divergence,
+    kto_loss,
     masked_sums,
     moments,
     pairwise_reward_loss,
     penalise_missing_eos,
     policy_loss,
+    preference_loss,
     punish_overlong,
     returns_to_go,
     shape_rewards,
@@ -28,10 +30,12 @@ from coati.losses import (
     whiten,
     z_loss,
 )
+from coati.losses.preference import PREFERENCE_LOSSES, Answers
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, group, losses
+from tests.oracles import advantages, group, losses, preference
 
 FOLDER = Path(__file__).parent
+ORACLES = (advantages, group, losses, preference)
 
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
@@ -40,11 +44,13 @@ PER_TOKEN = {
     "cross_entropy": (1, lambda x, mask: cross_entropy(x[0], mask, 7)[0]),
     "gae": (2, lambda x, mask: torch.stack(gae(*x, mask, 0.9, 0.95))),
     "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
+    "kto_loss": (2, lambda x, mask: kto_loss(answers(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
     "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
     "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
     "penalise_missing_eos": (1, lambda x, mask: penalise_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
     "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
     "punish_overlong": (1, lambda x, mask: punish_overlong(x[0][:, 0], mask.sum(1), mask.shape[1], 3)),
+    "preference_loss": (4, lambda x, mask: torch.stack([of_pairs(name, x) for name in sorted(PREFERENCE_LOSSES)])),
     "returns_to_go": (1, lambda x, mask: returns_to_go(x[0], mask, 0.9)),
     "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
     "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
@@ -60,11 +66,27 @@ OF_LOGITS = {
 NO_GRADIENT = {"adapt_kl_coefficient", "moments", "response_targets"}
 NO_GRADIENT |= {"aggregation_weights", "group_advantages", "importance_weights"}
 # The scores of whole responses have no mask: what stands in them counts.
-UNMASKED = {"clip_scores", "pairwise_reward_loss", "penalise_missing_eos", "punish_overlong", "shape_rewards"}
+UNMASKED = {
+    "clip_scores",
+    "kto_loss",
+    "preference_loss",
+    "pairwise_reward_loss",
+    "penalise_missing_eos",
+    "punish_overlong",
+    "shape_rewards",
+}
 
 
 def pair(x, **options):
     return pairwise_reward_loss(x[0][:, 0], x[1][:, 0], 7, margin=x[2][:, 0], **options)[0]
+
+
+def answers(x):
+    return Answers(x[0][:, 0], torch.full_like(x[0][:, 0], 3.0), x[1][:, 0])
+
+
+def of_pairs(name, x):
+    return preference_loss(name, answers(x[:2]), answers(x[2:]), 7, nll_coefficient=0.5)[0]
 
 
 def whitened(x, mask):
@@ -87,7 +109,7 @@ def compared_with_an_oracle() -> set[str]:
 
 def test_every_public_function_is_compared_with_an_oracle():
     public = set(coati.losses.__all__)
-    missing = {name for name in public if not any(hasattr(oracle, name) for oracle in (losses, advantages, group))}
+    missing = {name for name in public if not any(hasattr(module, name) for module in ORACLES)}
     assert not missing, f"write tests/oracles for {sorted(missing)}"
     assert not public - compared_with_an_oracle(), "an oracle that no test calls beside the function"
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ OF_TOKENS |= dict(aggregation="token")
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
+    "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
+    "preference, kto": ("preference", "gpt2", dict(loss="kto", undesirable_weight=1.5)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
     "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
@@ -73,6 +75,8 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     trainer = trainer_class(config_class(**settings), runtime)
     if algorithm in ("ppo", "grpo"):
         end_some_answers(trainer)
+    if algorithm == "preference":  # away from the reference, where all rewards are 0
+        nudge((trainer.reference or trainer.engines["model"]).module.parameters(), 0.2)
     return trainer
 
 
@@ -128,18 +132,22 @@ def gradient_file(folder: str, number: int) -> Path:
 @contextmanager
 def moved(trainer) -> Iterator[None]:
     """The trained models a little way from where they were, and back at the end; alike on every rank."""
-    generator = torch.Generator().manual_seed(11)
     parameters = [p for engine in trainer.engines.values() for p in engine.module.parameters()]
     before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p in parameters:
-            p += 0.03 * torch.randn(p.shape, generator=generator)
+    nudge(parameters)
     try:
         yield
     finally:
         with torch.no_grad():
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
+
+
+@torch.no_grad()
+def nudge(parameters: Iterable[torch.Tensor], size: float = 0.03):
+    generator = torch.Generator().manual_seed(11)
+    for p in parameters:
+        p += size * torch.randn(p.shape, generator=generator)
 
 
 def _record(name: str, engine, gradients: dict, patch):

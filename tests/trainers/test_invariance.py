@@ -85,6 +85,8 @@ def test_the_step_has_something_to_get_wrong(case):
     assert len({len(trainer.data[i]) for i in trainer.batches.batch(0)}) > 2
     assert all(g.abs().max() > 0 for g in gradients.values())
     assert {key.split(".")[0] for key in gradients} == set(trainer.engines)
+    if name.startswith("preference"):
+        assert abs(metrics["margin"]) > 0.01 and metrics.get("kl", 1.0) > 0.01
     if name.startswith(("ppo", "grpo")):
         shares = ("clip_fraction", "finished") + ("value_clip_fraction",) * name.startswith("ppo")
         assert all(0.02 < metrics[share] < 0.98 for share in shares)

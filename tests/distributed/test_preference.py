@@ -1,0 +1,94 @@
+"""DPO (with its reference cached, too) and KTO on two processes: each plugin and layout gives the run of one process,
+and a resumed run is the uninterrupted one to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.test_model_parallel import assert_same
+from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
+
+pytestmark = pytest.mark.distributed
+KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(loss="kto")}
+QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
+CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
+TWO = tuple(name for name in LAYOUTS if name not in ("gemini, bf16", "tp2 x pp2"))
+BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
+RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"))
+FOUR = ("tp2 x pp2", "tp2 x zero1")
+BEFORE = 2  # steps before the checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("preference")
+
+
+@pytest.fixture(scope="module")
+def world(tiny_world, folder) -> dict[str, str]:
+    return make_family("llama", tiny_world, folder)
+
+
+def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
+    """Every run caches for itself: the log-probs of one layout are not those of another to the last bit."""
+    changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
+    return family_job(name, "preference", world, folder, **changes)
+
+
+def jobs(world, folder, cases) -> list[dict]:
+    return [job(f"{layout}-{kind}", kind, world, folder, **LAYOUTS.get(layout, {})) for kind, layout in cases]
+
+
+@pytest.fixture(scope="module")
+def one_process(world, folder):
+    return run_jobs(jobs(world, folder, [(kind, "one") for kind in KINDS]), folder / "one", 1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(world, folder):
+    """The quick layouts, with checkpoints, and some of them again from the checkpoint."""
+    saved = dict(save_every=BEFORE, keep_checkpoints=9)
+    ours = [j | {"settings": j["settings"] | saved} for j in jobs(world, folder, CASES)]
+    for kind, layout in RESUMED:
+        name = f"{layout}-{kind}"
+        resume = str(folder / name / "checkpoints" / f"step-{BEFORE:08d}")
+        ours.append(job(f"{name}-resumed", kind, world, folder, **LAYOUTS[layout], **saved, resume=resume))
+    ours += [job(f"{name}-kto", "kto", world, folder, **c) for name, c in BF16.items()]
+    return run_jobs(ours, folder / "two", 2)
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_two_processes_give_the_single_process_run(kind, layout, one_process, two_processes):
+    """PITFALL 9: the losses' denominators and KTO's KL are the global batch's. Log-ratios grow from 0 on."""
+    steps = one_process[f"one-{kind}"]["steps"]
+    assert abs(steps[-1].get("margin", 1.0)) > 1e-3 and (kind != "kto" or steps[-1]["kl"] > 0)
+    assert_same(two_processes[f"{layout}-{kind}"], one_process[f"one-{kind}"])
+
+
+def test_gemini_gives_the_curve_of_zero2_in_bf16(two_processes):
+    """Both round to 8 bits of mantissa, at different places."""
+    found, expected = ([step["loss"] for step in two_processes[f"{name}-kto"]["steps"]] for name in BF16)
+    assert found == pytest.approx(expected, rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.parametrize(("kind", "layout"), RESUMED)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(kind, layout, two_processes, folder):
+    """PITFALL 13, 25."""
+    whole, resumed = (two_processes[f"{layout}-{kind}{end}"]["steps"] for end in ("", "-resumed"))
+    assert len(resumed) == len(whole) - BEFORE and whole[BEFORE:] == resumed
+    paths = [folder / f"{layout}-{kind}{end}" / "model" / "model.safetensors" for end in ("", "-resumed")]
+    expected, found = (load_file(path) for path in paths)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_so_do_all_other_layouts(world, folder, one_process):
+    for layouts, processes in ((TWO, 2), (FOUR, 4)):
+        cases = [
+            (kind, layout) for kind in KINDS for layout in layouts if processes == 4 or (kind, layout) not in CASES
+        ]
+        found = run_jobs(jobs(world, folder / str(processes), cases), folder / f"slow-{processes}", processes)
+        for kind, layout in cases:
+            assert_same(found[f"{layout}-{kind}"], one_process[f"one-{kind}"])
