@@ -8,7 +8,8 @@ from coati.losses.masking import keep
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Logits of the distribution that sampling at this temperature draws from: float32, or float64 if they were."""
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -22,8 +23,25 @@ def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -
     Returns:
         `[batch, seq]`, float32 (float64 for float64 logits).
     """
-    logits = at_temperature(logits, temperature)
-    return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return _ChosenLogProbs.apply(at_temperature(logits, temperature), next_ids)
+
+
+class _ChosenLogProbs(torch.autograd.Function):
+    """log softmax at one entry of each row. Its backward pass makes one tensor of the logits' size where autograd's own
+    makes four: with a large vocabulary that is most of a step's memory."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
+        partition = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, ids, partition)
+        return logits.gather(-1, ids[..., None]).squeeze(-1) - partition
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        logits, ids, partition = ctx.saved_tensors
+        gradient = (logits - partition[..., None]).exp_().mul_(-grad[..., None])
+        return gradient.scatter_add_(-1, ids[..., None], grad[..., None]), None
 
 
 def log_partition(logits: Tensor, temperature: float) -> Tensor:
@@ -35,8 +53,8 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the distribution at every position, in nats, `[batch, seq]`."""
     log_probs = at_temperature(logits, temperature).log_softmax(-1)
     # xlogy's convention: a token of probability 0 (logit -inf) contributes 0, not 0 * inf.
-    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-    return -(log_probs.exp() * finite).sum(-1)
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    return -torch.linalg.vecdot(log_probs.exp(), finite)
 
 
 def align(x: Tensor) -> Tensor:

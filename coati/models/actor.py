@@ -13,7 +13,8 @@ from coati.losses.language import align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
 
-CHUNK = 2**24  # logits that are there at a time: 64 MiB
+# Logits that are there at a time. On a CPU they stay near the caches; a GPU's products need many rows.
+CHUNK = {"cpu": 2**22, "cuda": 2**27}
 
 
 class Actor(BaseModel):
@@ -94,7 +95,7 @@ class Actor(BaseModel):
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             return _measure(Layout(), head(states), ids, *how)
 
-        length = max(CHUNK // self.config.get_text_config().vocab_size, 1)
+        length = max(CHUNK.get(hidden.device.type, 2**24) // self.config.get_text_config().vocab_size, 1)
         if len(ids) > length and torch.is_grad_enabled():
             measure = partial(checkpoint, measure, use_reentrant=False)
         parts = [measure(*part) for part in zip(states.split(length), ids.split(length), strict=True)]

@@ -38,6 +38,15 @@ def test_log_probs_and_entropy_equal_the_oracle(case):
     assert_close(entropy, oracle.token_entropy(logits.tolist(), temperature), scale=1.0 + finite)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradient_of_log_probs_is_that_of_finite_differences(temperature):
+    """The backward pass is our own."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    ids = torch.randint(5, (2, 4), generator=generator)
+    assert torch.autograd.gradcheck(lambda x: token_log_probs(x, ids, temperature), logits.requires_grad_())
+
+
 @quick
 @given(masks(), st.data(), dtypes)
 def test_cross_entropy_equals_the_oracle_whatever_stands_under_the_mask(mask, data, dtype):

@@ -37,7 +37,7 @@ def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
 def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch):
     """Values, entropies and every weight's gradient, however few logits are there at a time; Gemma 2 caps its logits
     after the head and is computed as a whole."""
-    monkeypatch.setattr("coati.models.actor.CHUNK", chunk)
+    monkeypatch.setattr("coati.models.actor.CHUNK", {"cpu": chunk})
     capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
     actor, (ids, mask) = make(family, initializer_range=0.3, **capped), padded(rows(), "right")
     targets = mask & (torch.arange(ids.shape[1]) > 2)
