@@ -92,17 +92,27 @@ def test_no_function_is_longer_than_80_lines():
     assert {name: n for name, n in long.items() if n > 80} == {}
 
 
+def lines_of_code(path: Path) -> int:
+    """Lines without the blank ones, comments and docstrings, which may be as long as they are useful."""
+    text, said = path.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(i not in said and line.strip() != "" and not line.strip().startswith("#") for i, line in lines)
+
+
 def test_the_framework_stays_small():
-    """Lines that aren't blank, docstrings included: 5,000 for SFT, reward models and PPO under every plugin, 500 for
-    the settings of rewards, the shared trunk and the guards of a run's health, 600 for fast rollouts, log-probs and
-    batches. What splits one model over processes, starts and watches them, and plans their memory comes on top, and so
-    do TRL's classes, rewards from elsewhere and vLLM."""
+    """SFT, reward models and PPO under every plugin, fast rollouts and batches: 5,350. On top comes what splits one
+    model over processes, starts and watches them and plans their memory; TRL's classes; rewards from elsewhere and by
+    rule, their processes and the sandbox; vLLM; preference optimisation and GRPO."""
     more = {"decoders", "hybrid", "layout", "pipeline", "planner", "policy", "run", "sequence", "tensor", "watch"}
     more |= {"actor_critic", "reference", "value_head", "wrapper"}
-    more |= {"adapter", "best_of", "classifier", "http", "vllm"}
-    lines = {p: sum(bool(line.strip()) for line in p.read_text().splitlines()) for p in FILES}
+    more |= {"adapter", "answers", "best_of", "classifier", "http", "pool", "sandbox", "sandboxed", "verifiable", "vllm"}
+    more |= {"grpo", "group", "preference"}
+    lines = {p: lines_of_code(p) for p in FILES}
     core = sum(n for p, n in lines.items() if p.stem not in more and p.parent.name not in more)
-    assert core < 6100, f"coati/ has {core} lines without {', '.join(sorted(more))}"
+    assert core < 5350, f"coati/ has {core} lines without {', '.join(sorted(more))}"
     assert sum(lines.values()) < 9000, f"coati/ has {sum(lines.values())} lines"
 
 
