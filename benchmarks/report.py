@@ -31,6 +31,10 @@ TARGETS = [
     ("training", "reward-fixed", "plain loop", 1 / 1.05),
     ("training", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
+    ("training", "dpo-fixed", "TRL", 1.25),
+    ("training", "dpo-log-normal", "TRL", 2.0),
+    ("training", "grpo-fixed", "TRL", 1.5),
+    ("training", "grpo-log-normal", "TRL", 3.0),
 ]
 COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 

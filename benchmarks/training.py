@@ -13,6 +13,8 @@ TRL works in environments of its own, which `make trl` makes; without them it is
                                        one trunk for policy and value (ours; TRL has two)
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
                                        (with `compile_generation` where there is g++, compiled before the clock runs)
+    dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
+    grpo-fixed, grpo-log-normal        answers as PPO's, four a prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
 
@@ -37,6 +39,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LATEST = ROOT / ".venv-trl-1.16/bin/python"
 LAST_PPO = ROOT / ".venv-trl/bin/python"
 DATA_ROWS = 512
+GROUP = 4
+REWARD = """def reward(prompts, responses, **columns):
+    return [float(len(text) % 7) for text in responses]
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Case:
         flags: of coati's training script, beside the common ones.
         peers: by name, TRL's settings.
         steps: optimiser steps (PPO: iterations) of a turn.
-        lengths: tokens of each row; of PPO, of each response.
+        lengths: tokens of each row; of PPO and GRPO, of each response.
         loop: a plain PyTorch loop takes part.
     """
 
@@ -60,12 +66,17 @@ class Case:
     peers: dict[str, dict] = field(default_factory=dict)
     loop: bool = False
 
+    @property
+    def rolls_out(self) -> bool:
+        return self.algorithm in ("ppo", "grpo")
+
 
 def cases() -> dict[str, Case]:
     padded, packed = {"TRL, padded": {}}, {"TRL, packed": {"packing": True, "packing_strategy": "bfd"}}
     grouped = {"TRL, grouped": {"train_sampling_strategy": "group_by_length"}}
     uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
-    budget = {"max_tokens_per_batch": 2048}
+    responses = np.clip(log_normal(64, 58, 0.8), 1, 256).tolist()
+    budget, cached = {"max_tokens_per_batch": 2048}, {"cache_reference": True}
     even = [256] * DATA_ROWS
     ppo = {"compile_generation": bool(shutil.which("g++"))}
     trl = {"TRL": {}}
@@ -82,10 +93,14 @@ def cases() -> dict[str, Case]:
             64,
             16,
             1,
-            np.clip(log_normal(64, 58, 0.8), 1, 256).tolist(),
+            responses,
             ppo | {"max_tokens_per_batch": 1024},
             trl,
         ),
+        "dpo-fixed": Case("preference", 8, 8, 4, even, cached, trl),
+        "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl),
+        "grpo-fixed": Case("grpo", 16, 16, 2, [64] * 16, ppo, trl),
+        "grpo-log-normal": Case("grpo", 64, 16, 1, responses, ppo | {"max_tokens_per_batch": 1024}, trl),
     }
 
 
@@ -93,16 +108,20 @@ def prepare_coati(settings: dict):
     """Steps of coati's real trainer."""
     from coati.config import parse_config
     from coati.parallel import launch
-    from coati.planner.report import config_classes
     from coati.rollout import RolloutEngine
-    from coati.trainers.ppo import PPOTrainer
-    from coati.trainers.reward import RewardTrainer
-    from coati.trainers.sft import SFTTrainer
+    from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+    from coati.trainers.ppo import PPOConfig, PPOTrainer
+    from coati.trainers.preference import PreferenceConfig, preference_trainer
+    from coati.trainers.reward import RewardConfig, RewardTrainer
+    from coati.trainers.sft import SFTConfig, SFTTrainer
 
     runtime = launch()
     algorithm, limits = settings["algorithm"], settings["limits"]
-    config = parse_config(config_classes()[algorithm], settings["flags"])
-    if algorithm == "ppo":  # as far as its limit each, and not to an EOS
+    classes = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer), "ppo": (PPOConfig, PPOTrainer)}
+    classes |= {"preference": (PreferenceConfig, preference_trainer), "grpo": (GRPOConfig, GRPOTrainer)}
+    config_class, trainer_class = classes[algorithm]
+    config, rolls_out = parse_config(config_class, settings["flags"]), limits is not None
+    if rolls_out:  # as far as its limit each, and not to an EOS
         row = RolloutEngine.row
 
         def limited(engine, i, request):
@@ -111,16 +130,16 @@ def prepare_coati(settings: dict):
             return made
 
         RolloutEngine.row = limited
-    trainer = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[algorithm](config, runtime)
+    trainer = trainer_class(config, runtime)
 
     def work() -> dict:
         tokens, parts = 0, Counter()
         for _ in range(settings["steps"]):
             tokens += trainer.train_step(trainer.step)[1]
             trainer.step += 1
-            parts.update(trainer.times if algorithm == "ppo" else {})
+            parts.update(trainer.times if rolls_out else {})
         samples = settings["batch_size"] * settings["steps"]
-        return {"amount": samples if algorithm == "ppo" else tokens, "parts": parts}
+        return {"amount": samples if rolls_out else tokens, "parts": parts}
 
     def work_together() -> dict:
         runtime.communicator.broadcast("go")
@@ -137,11 +156,11 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
     bos, eos, overhead = 0, 1, 3  # BOS and EOS, and the prompt's one word
     ids = lambda text: [int(word[1:]) + 4 for word in text.split()]  # noqa: E731
     ours, theirs = [], []
-    for i, length in enumerate(case.lengths if case.algorithm != "ppo" else [32] * max(64, case.batch_size)):
-        if case.algorithm == "ppo":
+    for i, length in enumerate([32] * max(64, case.batch_size) if case.rolls_out else case.lengths):
+        if case.rolls_out:
             prompt = words(i, length - 1)
             ours.append({"prompt": prompt})
-            theirs.append([bos, *ids(prompt)])
+            theirs.append(prompt if case.algorithm == "grpo" else [bos, *ids(prompt)])
             continue
         prompt, answer, other = words(i, 1), words(i + 1, length - overhead), words(i + 2, length - overhead)
         chosen, rejected = ([bos, *ids(prompt), *ids(text), eos] for text in (answer, other))
@@ -150,7 +169,8 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
             theirs.append({"input_ids": chosen, "completion_mask": [0, 0] + [1] * (length - 2)})
         else:
             ours.append({"prompt": prompt, "chosen": answer, "rejected": other})
-            theirs.append({"chosen_ids": chosen, "rejected_ids": rejected})
+            as_ids = {"chosen_ids": chosen, "rejected_ids": rejected}
+            theirs.append(as_ids if case.algorithm == "reward" else ours[-1])
     write_rows(Path(paths["coati"]), ours)
     Path(paths["peers"]).write_text(json.dumps(theirs))
     return paths
@@ -171,15 +191,20 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
         plugin="ddp",
         precision="fp32",
     )
-    if case.algorithm == "ppo":
+    if case.rolls_out:
         longest = max(case.lengths)
-        flags |= dict(reward_model=str(folder / "scorer"), critic_model=str(folder / "scorer"), max_prompt_length=64)
-        flags |= dict(max_new_tokens=longest, min_new_tokens=longest, ppo_epochs=1, minibatches=1)
+        flags |= dict(max_new_tokens=longest, min_new_tokens=longest, ppo_epochs=1, minibatches=1, max_prompt_length=64)
+    if case.algorithm == "ppo":
+        flags |= dict(reward_model=str(folder / "scorer"), critic_model=str(folder / "scorer"))
+    if case.algorithm == "grpo":
+        (folder / "reward.py").write_text(REWARD)
+        flags |= dict(reward_functions=f"{folder}/reward.py:reward", batch_size=case.batch_size // GROUP)
+        flags |= dict(group_size=GROUP)
     flags |= case.flags | changes
     if flags.get("shared_trunk"):
         del flags["critic_model"]
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    limits = case.lengths if case.algorithm == "ppo" else None
+    limits = case.lengths if case.rolls_out else None
     return dict(algorithm=case.algorithm, flags=arguments, steps=case.steps, batch_size=case.batch_size, limits=limits)
 
 
@@ -197,7 +222,7 @@ def contenders(case: Case, folder: Path, device: str = "cpu") -> list[Contender]
     found = [ours]
     common = dict(folder=str(folder), rows=rows["peers"], steps=case.steps, batch_size=case.batch_size)
     common |= dict(micro_batch_size=case.micro_batch_size, max_length=max(case.lengths), algorithm=case.algorithm)
-    common |= dict(limits=case.lengths, ppo_epochs=case.flags.get("ppo_epochs", 1), device=device)
+    common |= dict(group_size=GROUP, limits=case.lengths, ppo_epochs=case.flags.get("ppo_epochs", 1), device=device)
     python = LAST_PPO if case.algorithm == "ppo" else LATEST
     script = str(ROOT / "benchmarks/peers.py")
     if python.exists():
