@@ -170,7 +170,8 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
         else:
             ours.append({"prompt": prompt, "chosen": answer, "rejected": other})
             as_ids = {"chosen_ids": chosen, "rejected_ids": rejected}
-            theirs.append(as_ids if case.algorithm == "reward" else ours[-1])
+            as_text = {"prompt": prompt, "chosen": f" {answer}", "rejected": f" {other}"}
+            theirs.append(as_ids if case.algorithm == "reward" else as_text)
     write_rows(Path(paths["coati"]), ours)
     Path(paths["peers"]).write_text(json.dumps(theirs))
     return paths
