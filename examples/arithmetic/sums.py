@@ -2,7 +2,7 @@
 
     python examples/arithmetic/sums.py --out runs/arithmetic/data --seed 0
 
-A prompt is `7+12-9+3=` and its answer `19=10=13`: the sum so far, until the last number is in it, and that is what
+A prompt is `7+5-9=` and its answer `+5=12-9=3`: each number in turn with the sum so far, and the last sum is what
 counts. Tokens are single characters. No prompt stands in two files. The same seed gives the same bytes.
 """
 
@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 SIZES = {"sft": 12000, "sft_eval": 200, "prompts_train": 8000, "prompts_eval": 500}
-TERMS, LARGEST = (4, 5, 6), 20  # numbers of a sum, and the largest of them
+TERMS, LARGEST = (3, 4, 5), 9  # numbers of a sum, and the largest of them
 SPECIAL = ("<pad>", "<eos>")
 CHARACTERS = "0123456789+-="
 TEMPLATE = """\
@@ -26,13 +26,13 @@ def expression(numbers: list[int]) -> str:
     return f"{numbers[0]}" + "".join(f"{number:+d}" for number in numbers[1:])
 
 
-def sums(numbers: list[int]) -> str:
-    """The sum of the first two, of the first three, and so on.
+def worked_out(numbers: list[int]) -> str:
+    """Each number after the first, and the sum up to it.
 
-    >>> sums([7, 12, -9, 3])
-    '19=10=13'
+    >>> worked_out([7, 5, -9])
+    '+5=12-9=3'
     """
-    return "=".join(str(sum(numbers[:n])) for n in range(2, len(numbers) + 1))
+    return "".join(f"{numbers[i]:+d}={sum(numbers[: i + 1])}" for i in range(1, len(numbers)))
 
 
 def make_data(folder: Path, seed: int) -> dict[str, Path]:
@@ -46,7 +46,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
             numbers = [sign * rng.randint(1, LARGEST) for sign in signs]
             if (prompt := expression(numbers) + "=") not in seen:
                 seen.add(prompt)
-                rows.append({"prompt": prompt, "completion": sums(numbers), "answer": str(sum(numbers))})
+                rows.append({"prompt": prompt, "completion": worked_out(numbers), "answer": str(sum(numbers))})
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer().save_pretrained(files["tokenizer"])

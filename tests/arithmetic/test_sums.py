@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
 
 from reward import correct
-from sums import CHARACTERS, SIZES, make_data, sums
+from sums import CHARACTERS, SIZES, make_data, worked_out
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def test_files_have_their_sizes_share_no_prompt_and_a_seed_gives_the_same_bytes(
 def test_every_sum_and_every_answer_is_right(data):
     for row in rows(data["sft"])[:2000]:
         numbers = [int(number) for number in re.findall(r"[+-]?\d+", row["prompt"])]
-        assert row["completion"] == sums(numbers) and row["completion"].split("=")[-1] == row["answer"]
-        assert sum(numbers) == int(row["answer"]) and len(row["completion"].split("=")) == len(numbers) - 1
-    assert sums([9, 9, -20, 1]) == "18=-2=-1"
+        assert row["completion"] == worked_out(numbers) and sum(numbers) == int(row["answer"])
+        assert row["completion"].rpartition("=")[2] == row["answer"]
+    assert worked_out([9, 9, -9, 1]) == "+9=18-9=9+1=10"
 
 
 def test_a_token_is_a_character_and_nothing_is_lost(data):
