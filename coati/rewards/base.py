@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coati.errors import UserError
 from coati.rewards.pool import Outcome, Pool, score_one
+from coati.rewards.verifiable import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,11 @@ class WeightedRewards:
         names = [reward.name for reward, _ in rewards]
         # two functions are often both called `reward`: the second is `reward_2`
         self.names = [n if names[:i].count(n) == 0 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
-        self.alone = {name: r for name, (r, _) in zip(self.names, rewards, strict=True) if scores_alone(r)}
-        sent = {name: getattr(r, "place", r) for name, r in self.alone.items() if can_be_sent(r)}
+        named = zip(self.names, (reward for reward, _ in rewards), strict=True)
+        self.alone = {name: reward for name, reward in named if getattr(reward, "per_response", False)}
+        # what another process can make again: a verifier, or a function by its place
+        sent = {n: getattr(r, "place", isinstance(r, Verifier) and r) for n, r in self.alone.items()}
+        sent = {name: reward for name, reward in sent.items() if reward}
         self.pool = Pool(sent, workers, timeout) if sent and workers else None
         self.pooled = set(sent) if self.pool else set()
         self.have_worked: set[str] = set()  # those of self.alone that have scored an answer
@@ -110,16 +114,7 @@ class WeightedRewards:
             what = f"failed for {len(failed)} of {len(outcomes)} answers, which get {self.failure_score:g}"
             logger.warning(f"reward {name!r} {what}; the last with {failed[-1].error}")
         scores = [self.failure_score if outcome.score is None else outcome.score for outcome in outcomes]
-        return torch.tensor(scores), torch.tensor([float(outcome.score is None) for outcome in outcomes])
-
-
-def scores_alone(reward: Reward) -> bool:
-    return getattr(reward, "per_response", False)
-
-
-def can_be_sent(reward: Reward) -> bool:
-    """Whether another process can make the same reward: a verifier, or a function of a file or module."""
-    return getattr(reward, "place", None) is not None or hasattr(reward, "verdict")
+        return torch.tensor(scores, dtype=torch.float32), torch.tensor([float(o.score is None) for o in outcomes])
 
 
 class PendingScores:
@@ -127,7 +122,7 @@ class PendingScores:
 
     def __init__(self, rewards: WeightedRewards):
         self.rewards = rewards
-        self.submitted: dict[tuple[str, int], tuple[str, str, Future[Outcome]]] = {}
+        self.submitted: dict[int, tuple[str, str, dict[str, Future[Outcome]]]] = {}
 
     def submit(self, index: int, prompt: str, response: str, columns: dict[str, Any]):
         """Has the answer scored by the rewards that work in processes of their own.
@@ -136,25 +131,25 @@ class PendingScores:
             index: its place in the batch; the last one submitted for it counts.
             columns: the data's other fields of its row.
         """
-        for name in self.rewards.pooled:
-            future = self.rewards.pool.submit(name, prompt, response, columns)
-            self.submitted[name, index] = prompt, response, future
+        futures = {n: self.rewards.pool.submit(n, prompt, response, columns) for n in self.rewards.pooled}
+        self.submitted[index] = prompt, response, futures
 
     def finish(self, prompts: list[str], responses: list[str], **columns) -> Scores:
         """The scores of the whole batch, see `WeightedRewards.score`: the same whatever was submitted, and when."""
         sequence, per_token, parts, seconds = torch.zeros(len(responses)), None, {}, {}
-        rows = [{n: v[i] for n, v in columns.items() if not isinstance(v, Tensor)} for i in range(len(responses))]
-        for name in self.rewards.pooled:  # all, before any is waited for
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                if self.submitted.get((name, i), ())[:2] != (prompt, response):
-                    self.submit(i, prompt, response, rows[i])
+        plain = {name: values for name, values in columns.items() if not isinstance(values, Tensor)}
+        each = []  # what rewards that look at an answer alone are given
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True) if self.rewards.alone else ()):
+            each.append((prompt, response, {name: values[i] for name, values in plain.items()}))
+            if self.submitted.get(i, ())[:2] != (prompt, response):
+                self.submit(i, *each[i])
         for name, (reward, weight) in zip(self.rewards.names, self.rewards.rewards, strict=True):
             started = time.monotonic()
             if name in self.rewards.alone:
                 if name in self.rewards.pooled:
-                    outcomes = [self.submitted[name, i][2].result() for i in range(len(responses))]
+                    outcomes = [self.submitted[i][2][name].result() for i in range(len(responses))]
                 else:
-                    outcomes = [score_one(reward, *each) for each in zip(prompts, responses, rows, strict=True)]
+                    outcomes = [score_one(reward, *one) for one in each]
                 parts[name], parts[f"{name}/failed"] = self.rewards.collect(name, outcomes)
                 sequence += weight * parts[name]
             elif hasattr(reward, "score_tokens") and "response_mask" in columns:

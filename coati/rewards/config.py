@@ -90,6 +90,8 @@ def load_rewards(
         raise UserError("reward_batch_size must be at least 1, reward_retries and reward_workers at least 0")
     if min(c.reward_timeout, c.python_timeout) <= 0 or not math.isfinite(c.reward_failure_score):
         raise UserError("reward_timeout and python_timeout must be above 0, reward_failure_score finite")
+    if "python" in c.verifiers and c.reward_timeout <= c.python_timeout:
+        raise UserError("reward_timeout ends whatever scores an answer: it must be above python_timeout")
     rewards = [] if model is None else [(model, c.reward_model_weight)]
     rewards += [(reward, 1.0) for reward in given]
     for place, weight in _weighted("reward_function", c.reward_functions, c.reward_function_weights):

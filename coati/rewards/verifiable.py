@@ -235,11 +235,8 @@ class ReasoningGymVerifier(Verifier):
                 f"reasoning-gym scores {about['source_dataset']} by evaluating the answer as Python, in no sandbox: "
                 "leave the task out, or give --allow_code_execution true"
             )
-        entry = {
-            "question": prompt,
-            "answer": row.get(self.answer_column),
-            "metadata": about,
-        }  # some tasks have many answers
+        # some tasks have many answers, and give none
+        entry = {"question": prompt, "answer": row.get(self.answer_column), "metadata": about}
         return scorer(in_answer_tags(response).strip(), entry)
 
 
