@@ -10,10 +10,11 @@ import pytest
 from coati.config import option, parse_config
 from coati.errors import UserError
 from coati.trainers.ppo import PPOConfig
+from coati.trainers.preference import PreferenceConfig
 from coati.trainers.reward import RewardConfig
 from coati.trainers.sft import SFTConfig
 
-CONFIGS = [SFTConfig, RewardConfig, PPOConfig]
+CONFIGS = [SFTConfig, RewardConfig, PreferenceConfig, PPOConfig]
 
 
 @dataclass
