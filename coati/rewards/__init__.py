@@ -16,6 +16,7 @@ HOME = {
     "FunctionReward": "function",
     "HTTPReward": "http",
     "ModelReward": "model",
+    "PendingScores": "base",
     "Reward": "base",
     "RunningMoments": "normalise",
     "Scores": "base",

@@ -19,8 +19,8 @@ from coati.models import Actor, RewardModel
 from coati.models.lora import is_adapter
 from coati.parallel import Engine, make_engine
 from coati.parallel.plugins import resolve_precision
-from coati.rewards import ModelReward, Scores, ScoringConfig, load_rewards
-from coati.rollout import Experience, GenerationConfig, Rollout, generate
+from coati.rewards import ModelReward, PendingScores, Scores, ScoringConfig, load_rewards
+from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import MicroBatches
 from coati.rollout.generate import has_keys_and_values
 from coati.rollout.prompts import eos_ids
@@ -83,10 +83,12 @@ class RolloutTrainer(Trainer):
             its adapter is that policy.
         temperature: of the distribution that is sampled from and trained.
         times: seconds that the iteration's phases took.
+        pending: the scores of the answers that were given last.
     """
 
     config: Any  # of a class derived from RolloutConfig
     headline = ("reward", True)
+    pending: PendingScores | None = None
 
     def __init__(self, config: RolloutConfig, runtime, *, rewards=()):
         self.given_rewards = rewards
@@ -100,7 +102,16 @@ class RolloutTrainer(Trainer):
         return [x for m in range(c.minibatches) for x in batch[m :: c.minibatches][rank::world]]
 
     def answer(self, prompts: list, seeds: list | None = None, sampling: GenerationConfig | None = None) -> Rollout:
-        """One answer a prompt, drawn with all weights at hand, as `sampling` says (the run's settings if not given)."""
+        """One answer a prompt, drawn with all weights at hand, as `sampling` says (the run's settings if not given).
+
+        Rewards that work in processes of their own begin with an answer as soon as it has ended.
+        """
+        columns, self.pending = columns_of(prompts), self.rewards.start()
+
+        def score(i: int, completion: Completion):
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+            self.pending.submit(i, prompts[i].text, text, {name: values[i] for name, values in columns.items()})
+
         with self.actor.full() as model:
             return generate(
                 model,
@@ -111,6 +122,7 @@ class RolloutTrainer(Trainer):
                 seeds=seeds,
                 tokenizer=self.tokenizer,
                 batch_size=self.config.generation_batch_size,
+                on_done=score if self.rewards.pooled else None,
             )
 
     # --- the rewards score
@@ -119,11 +131,12 @@ class RolloutTrainer(Trainer):
         """What all rewards give, and the answers' texts."""
         responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         responses = [text.strip() for text in responses]
-        names = dict.fromkeys(name for p in prompts for name in p.columns)
-        columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+        columns = columns_of(prompts)
         for name in ("input_ids", "attention_mask", "response_mask"):
             columns[name] = getattr(rollout, name)
-        return self.rewards.score([p.text for p in prompts], responses, **columns), responses
+        pending = self.pending or self.rewards.start()
+        self.pending = None
+        return pending.finish([p.text for p in prompts], responses, **columns), responses
 
     def reward_metrics(self, judged: list[tuple[Scores, Rollout, int]]) -> dict[str, float]:
         """Of what was answered and scored in an iteration.
@@ -326,6 +339,12 @@ class RolloutTrainer(Trainer):
             )
         engine = make_engine(self.model(RewardModel, c.reward_model), c, self.runtime)
         return ModelReward(engine.forward_all, self.runtime.device, self.of_like_length)
+
+
+def columns_of(prompts: list) -> dict[str, list]:
+    """The data's other fields of each prompt's row, None where a row lacks one."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def first(output):

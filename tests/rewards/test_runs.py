@@ -129,6 +129,24 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
     torch.testing.assert_close(scored.total, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_answers_are_scored_while_others_are_generated(tiny_world, runtime, tmp_path, monkeypatch):
+    """In a process of their own, and with the same scores."""
+    (tmp_path / "rules.py").write_text("def words(prompts, responses, **c):\n    return [len(r) for r in responses]\n")
+    (tmp_path / "rules.py").open("a").write("words.per_response = True\n")
+    changes = dict(reward_functions=[f"{tmp_path}/rules.py:words"], reward_workers=1, max_rollout_kl=9.0)
+    trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
+    submitted, submit = [], trainer.rewards.pool.submit
+    monkeypatch.setattr(trainer.rewards.pool, "submit", lambda *asked: submitted.append(asked) or submit(*asked))
+    prompts = trainer.take_prompts(0)
+    rollout = trainer.answer(prompts)
+    assert len(submitted) == len(prompts), "all were submitted before generation was over"
+    scored, responses = trainer.judge(prompts, rollout)
+    assert len(submitted) == len(prompts), "none was asked for again"
+    assert scored.total.tolist() == [len(text) for text in responses]
+    assert scored.total.tolist() == trainer.judge(prompts, rollout)[0].total.tolist()
+    trainer.rewards.pool.close()
+
+
 def test_the_documented_settings_parse(tmp_path):
     from coati.config import parse_config
     from coati.trainers.ppo import PPOConfig
