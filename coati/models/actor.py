@@ -14,7 +14,7 @@ from coati.models.base import BaseModel
 from coati.models.layout import Layout
 
 # Logits that are there at a time. On a CPU they stay near the caches; a GPU's products need many rows.
-CHUNK = {"cpu": 2**22, "cuda": 2**27}
+CHUNK = {"cpu": 2**23, "cuda": 2**27}
 
 
 class Actor(BaseModel):
