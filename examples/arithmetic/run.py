@@ -1,5 +1,5 @@
-"""Chain sums: a small model from random weights is right in about half of them after SFT, and RL with a verifiable
-reward makes it right in most, on two CPU processes in minutes.
+"""Chain sums: a small model from random weights gets some of them right after a short SFT, and goes on to learn from
+whether its answers are right, on two CPU processes in minutes.
 
 python examples/arithmetic/run.py                           # data, SFT, GRPO
 python examples/arithmetic/run.py --algorithm dapo --seed 1 # data and SFT of a seed are shared by its algorithms
