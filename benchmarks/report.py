@@ -157,7 +157,7 @@ def filled(page: str, results: dict[str, dict]) -> str:
     page = fill(page, "targets", targets(results))
     page = fill(page, "generation", rates(results["generation"]))
     page = fill(page, "training", rates(results["training"]))
-    return fill(page, "memory", memory(results["memory"] if "memory" in results else results["training"]))
+    return fill(page, "memory", memory(results["memory"]))
 
 
 def main():
