@@ -244,8 +244,10 @@ FOR_A_PLAIN_USER = (
 def test_a_plain_user_has_the_same_walls():
     """What depends on rights, as user 65534."""
     nobody = dict(user=65534, group=65534, extra_groups=[], cwd=ROOT, capture_output=True, text=True)
-    if subprocess.run([sys.executable, "-c", "import pytest, tests.conftest"], **nobody).returncode:
-        pytest.skip("that user can't read the code")
+    try:
+        subprocess.run([sys.executable, "-c", "import pytest, tests.conftest"], check=True, **nobody)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("that user can't start Python or read the code")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", FOR_A_PLAIN_USER]
