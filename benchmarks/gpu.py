@@ -23,24 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import generation, training
 from benchmarks.contest import contest, machine, store
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
-    "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1024),
-    "0.5B": dict(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "8B": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
+    name: dict(zip((*SIZES, "vocab_size"), numbers, strict=True))
+    for name, numbers in {
+        "tiny": (32, 64, 2, 2, 2, 1024),
+        "0.5B": (896, 4864, 24, 14, 2, 151936),
+        "8B": (4096, 14336, 32, 32, 8, 128256),
+    }.items()
 }
 TRAINED_LAYERS = 8  # at most
 LENGTH = {"tiny": 64, "0.5B": 2048, "8B": 2048}
@@ -80,7 +70,7 @@ def seconds(work, device: str, repeats: int = 20) -> float:
 def weights(shape: dict, *, embeddings: bool, head: bool) -> int:
     """Parameters of a Llama of that shape."""
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    kept = shape.get("num_key_value_heads", shape["num_attention_heads"]) / shape["num_attention_heads"]
+    kept = shape["num_key_value_heads"] / shape["num_attention_heads"]
     layer = 2 * hidden * hidden * (1 + kept) + 3 * hidden * shape["intermediate_size"]
     return int(layers * layer + (embeddings + head) * hidden * shape["vocab_size"])
 
@@ -106,7 +96,7 @@ def decode(case: str, name: str, options, measured: dict) -> dict:
     found = {}
     for contender in generation.contenders(case, shape, sizes, options.device):
         found |= contest([contender], rounds=options.rounds, threads=options.threads)
-    heads = shape.get("num_key_value_heads", shape["num_attention_heads"]) / shape["num_attention_heads"]
+    heads = shape["num_key_value_heads"] / shape["num_attention_heads"]
     token = 2 * 2 * shape["num_hidden_layers"] * shape["hidden_size"] * heads  # keys and values, two bytes each
     context = generation.PROMPT + sum(limits) / len(limits) / 2
     step = 2 * weights(shape, embeddings=False, head=True) + len(limits) * context * token

@@ -24,6 +24,9 @@ TARGETS = [
     ("generation", "fixed-32-128", "", 1.8),
     ("generation", "fixed-128-128", "", 2.0),
     ("generation", "log-normal", "", 5.0),
+    ("generation", "fixed-32-64", "vLLM", 1.0),
+    ("generation", "fixed-128-64", "vLLM", 1.0),
+    ("generation", "log-normal", "vLLM", 1.1),
     ("training", "ppo-fixed", "TRL", 1.2),
     ("training", "ppo-shared", "TRL", 1.8),
     ("training", "ppo-log-normal", "TRL", 3.0),
@@ -65,9 +68,13 @@ def targets(results: dict[str, dict]) -> str:
         if found is None:
             continue
         ratios = found["ratios"]
-        if kind == "generation":
-            cells = [f"{ratios['coati']:.2f}"] + [f"{ratios[n]:.2f} compiled" for n in ratios if n != "coati"]
-            shown, beside = ", ".join(cells), "`transformers.generate`, its best batch size"
+        if kind == "generation":  # ratios to transformers
+            if peer and peer not in ratios:
+                continue
+            unit = ratios[peer] if peer else 1.0
+            ours = {"coati": "", "coati, compiled": " compiled"}
+            shown = ", ".join(f"{ratios[name] / unit:.2f}{word}" for name, word in ours.items() if name in ratios)
+            beside = peer or "`transformers.generate`, its best batch size"
         else:  # of several settings of a peer, the best
             names = [name for name in ratios if name.startswith(peer)]
             beside = min(names, key=ratios.__getitem__)

@@ -170,7 +170,7 @@ class Scorer:
         actor, mask = self.actor, mask.to(self.device)
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask}
         inputs |= {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        if actor._takes_positions:
+        if actor.takes_positions:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :]
         if actor._keeps_logits:

@@ -87,8 +87,6 @@ class QuestionTask(Task):
         return ask(Question(**doc))
 
     def doc_to_target(self, doc):
-        if doc["kind"] == "text":
-            return ""
         return reply(Question(**doc)) if doc["solution"] or doc["kind"] != "math" else doc["answers"][0]
 
     # --- prompts
@@ -96,9 +94,6 @@ class QuestionTask(Task):
     def fewshot_context(self, doc, num_fewshot, apply_chat_template=False, chat_template=None, **kwargs):
         """The prompt with as many of the first examples as fit, whole ones. Kept in `contexts` without its text."""
         question = Question(**doc)
-        if self.kind == "text":
-            self.contexts[question.id] = Context("")
-            return ""
         template = chat_template if apply_chat_template else None
         room = self.settings["max_new_tokens"] if "generate" in self.methods else 1
         context = self._fitted(question, self.shots[:num_fewshot], room, partial(self._render, True, template))
@@ -138,8 +133,6 @@ class QuestionTask(Task):
         """The letters' log-probs, then the generated text, then the choices' texts: what `methods` asks for."""
         question, context = Question(**doc), self.contexts[doc["id"]]
         made: list[tuple[str, tuple]] = []
-        if self.kind == "text":
-            made.append(("loglikelihood_rolling", (question.question,)))
         if not context.fits:
             return self._instances_of([("unanswered", ("",))], doc, kwargs)
         if "first_token" in self.methods:
@@ -173,8 +166,6 @@ class QuestionTask(Task):
         question, context = Question(**doc), self.contexts[doc["id"]]
         results = [result for result in results if result is not None]
         scores: dict[str, float] = {}
-        if self.kind == "text":
-            scores["nats_per_byte"] = -results[0] / scoring.size(question.question)
         if "first_token" in self.methods:
             right, width = question.labels.index(question.answers[0]), len(context.styles)
             count = len(question.labels) * width
@@ -202,14 +193,37 @@ class QuestionTask(Task):
         return dict.fromkeys(self._names(), mean)
 
     def higher_is_better(self):
-        return dict.fromkeys(self._names(), self.kind != "text")
+        return dict.fromkeys(self._names(), True)
 
     def _names(self) -> list[str]:
         names = {"first_token": "first_token", "generate": "exact_match", "choice_perplexity": "choice_perplexity"}
-        if self.kind == "text":
-            return ["nats_per_byte"]
         more = ["combined"] if {"first_token", "generate"} <= set(self.methods) else []
         return [names[method] for method in self.methods] + more + ["last_number"] * (self.kind == "math")
+
+
+class TextTask(QuestionTask):
+    """Documents that are read whole: nothing is asked, and what counts is the nats a byte."""
+
+    OUTPUT_TYPE = "loglikelihood_rolling"
+
+    def doc_to_target(self, doc):
+        return ""
+
+    def fewshot_context(self, doc, num_fewshot, apply_chat_template=False, chat_template=None, **kwargs):
+        self.contexts[doc["id"]] = Context("")
+        return ""
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
+        return self._instances_of([("loglikelihood_rolling", (doc["question"],))], doc, kwargs)
+
+    def process_results(self, doc, results):
+        return {"nats_per_byte": -results[0] / scoring.size(doc["question"])}
+
+    def higher_is_better(self):
+        return dict.fromkeys(self._names(), False)
+
+    def _names(self) -> list[str]:
+        return ["nats_per_byte"]
 
 
 def _alike(shot: str, kind: str) -> bool:

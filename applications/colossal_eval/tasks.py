@@ -94,7 +94,7 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
 
 
 def task_config(benchmark: str, data: Path, kind: str, about: dict, options: TaskOptions) -> dict:
-    """The configuration of one `QuestionTask`."""
+    """The configuration of one `QuestionTask` or `TextTask`."""
     setting = SETTINGS[benchmark]
     methods = options.methods or list(setting.methods)
     if kind != "single_choice":
@@ -128,7 +128,8 @@ def _write(path: Path, config: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
     # a YAML tag, by which lm-eval finds the class
-    line = "class: !function colossal_eval.lm_tasks.QuestionTask\n" if "kind" in config else ""
+    task = "TextTask" if config.get("kind") == "text" else "QuestionTask"
+    line = f"class: !function colossal_eval.lm_tasks.{task}\n" if "kind" in config else ""
     path.write_text(line + text, encoding="utf-8")
 
 

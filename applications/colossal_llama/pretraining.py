@@ -5,16 +5,12 @@
 The number counts the tokens of the whole step, over all ranks and micro-batches.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from coati.config import option
 from coati.errors import UserError
 from coati.losses import z_loss
-from coati.losses.masking import keep
 from coati.trainers.config import TrainerConfig
 from coati.trainers.sft import SFTTrainer
 from colossal_llama.packed import MixedOrder, PackedDataset, collate
@@ -129,25 +125,14 @@ class PretrainTrainer(SFTTrainer):
         super().load_state(state)
         self.seen = state["seen"]
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Loss a token and perplexity, over all evaluation data and by category."""
-        if self.eval_data is None:
-            return {}, []
-        names = self.eval_data.categories.tolist()
-        sums = torch.zeros(2, len(names), dtype=torch.float64)  # nats and tokens by category
-        for output, batch, real, rows in self.eval_outputs():
-            log_probs, targets = (output[0] if self.config.z_loss else output)[real], self.targets(batch)[real]
-            found = torch.stack([-keep(log_probs, targets).sum(1), targets.sum(1)]).double().cpu()
-            sums.index_add_(1, torch.tensor(self.eval_data.category_of_row[rows]), found)
-        nats, tokens = self.communicator.sum(sums).tolist()
-        losses = {"": sum(nats) / max(sum(tokens), 1)}
-        losses |= {name: n / max(t, 1) for name, n, t in zip(names, nats, tokens, strict=True)}
-        metrics = {}
-        for name, loss in losses.items():
-            suffix = f"/{name}" if name else ""
-            metrics |= {f"loss{suffix}": loss, f"perplexity{suffix}": math.exp(min(loss, 700))}
-        return metrics, []
+    def parts_of(self, data):
+        return data.categories.tolist(), data.category_of_row
+
+    def tally(self, output, batch, rows):
+        return super().tally(output[0] if self.config.z_loss else output, batch, rows)
+
+    def samples(self, scores):
+        return []
 
 
 class StagedPretraining:

@@ -30,12 +30,10 @@ class DataConfig:
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt row, in tokens."})
     too_long: Literal["drop", "truncate_prompt"] = field(
-        default="drop",
-        metadata={"help": "What to do with a longer row: drop it, or cut the prompt's left end."},
+        default="drop", metadata={"help": "What to do with a longer row: drop it, or cut the prompt's left end."}
     )
     bad_rows: Literal["error", "drop"] = field(
-        default="error",
-        metadata={"help": "What to do about rows that do not parse: stop, or drop and count."},
+        default="error", metadata={"help": "What to do about rows that do not parse: stop, or drop and count."}
     )
     train_on: Literal["all", "last"] = field(
         default="all", metadata={"help": "SFT learns every assistant turn of a dialogue, or the last only."}
@@ -44,8 +42,7 @@ class DataConfig:
         default=None, metadata={"help": "A jinja file to use instead of the tokenizer's own chat template."}
     )
     eos_token: str | None = field(
-        default=None,
-        metadata={"help": "The token that ends an answer, when it is not the tokenizer's own EOS token."},
+        default=None, metadata={"help": "The token that ends an answer, when it is not the tokenizer's own EOS token."}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where tokenised data is kept (default ~/.cache/coati)."}

@@ -36,14 +36,18 @@ CHUNK = 256
 class TokenisedDataset:
     """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
 
+    `source_names` are the sources' file names without folder and ending, or whole where two are alike.
+
     `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
 
     `weights_per_row` (float `[rows]`, or None) is what `BatchSampler` takes.
     """
 
-    def __init__(self, folder: Path, weights: list[float] | None) -> None:
+    def __init__(self, folder: Path, sources: list[str], weights: list[float] | None) -> None:
         import datasets
 
+        stems = [Path(source).stem for source in sources]
+        self.source_names = stems if len({*stems}) == len(stems) else sources
         self.key = folder.name
         self._table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         self.report = ValidationReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
@@ -87,7 +91,7 @@ def build_dataset(
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, sources, kind, tokenizer, config)
-    data = TokenisedDataset(folder, weights)
+    data = TokenisedDataset(folder, sources, weights)
     _raise_on_problems(data, config)
     return data
 
@@ -114,11 +118,7 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
         kind,
         settings,
         [(source, fingerprint(source)) for source in sources],
-        [
-            backend,
-            tokenizer.get_chat_template(),
-            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-        ],
+        [backend, tokenizer.get_chat_template(), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -16,16 +16,7 @@ Messages = list[dict[str, str]]
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # The fields a prompt is made from; every other field of a prompt row is handed to the reward functions.
-PROMPT_FIELDS = {
-    "prompt",
-    "messages",
-    "conversations",
-    "context",
-    "question",
-    "instruction",
-    "input",
-    "instances",
-}
+PROMPT_FIELDS = {"prompt", "messages", "conversations", "context", "question", "instruction", "input", "instances"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 

@@ -42,12 +42,7 @@ class BatchSampler:
         if batch_size < 1 or bucket_batches < 1:
             raise UserError(f"batch_size {batch_size} and bucket_batches {bucket_batches} must be 1 or more.")
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.seed, self.bucket_batches, self.shuffle = (
-            batch_size,
-            seed,
-            bucket_batches,
-            shuffle,
-        )
+        self.batch_size, self.seed, self.bucket_batches, self.shuffle = (batch_size, seed, bucket_batches, shuffle)
         weights = np.ones(len(self.lengths)) if weights_per_row is None else np.asarray(weights_per_row, float)
         if weights.shape != self.lengths.shape or not np.isfinite(weights).all() or (weights < 0).any():
             raise UserError("The sampling weights must be finite, 0 or more, and one a row.")

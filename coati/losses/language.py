@@ -32,16 +32,69 @@ class _ChosenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
-        partition = logits.logsumexp(-1)
+        chosen, partition = _chosen(logits, ids)
         ctx.save_for_backward(logits, ids, partition)
-        return logits.gather(-1, ids[..., None]).squeeze(-1) - partition
+        return chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         logits, ids, partition = ctx.saved_tensors
-        gradient = (logits - partition[..., None]).exp_().mul_(-grad[..., None])
-        return gradient.scatter_add_(-1, ids[..., None], grad[..., None]), None
+        return _gradient_in_place(logits - partition[..., None], ids, grad), None
+
+
+def _chosen(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the ids, and the log-partition, `[...]`."""
+    partition = logits.logsumexp(-1)
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - partition, partition
+
+
+def _gradient_in_place(log_probs: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+    """What the logits get from the log-probs of the ids; written over all log-probs, `[..., vocab]`."""
+    return log_probs.exp_().mul_(-grad[..., None]).scatter_add_(-1, ids[..., None], grad[..., None])
+
+
+class ProjectedLogProbs(torch.autograd.Function):
+    """Log-probs of tokens from the states that predict them, and entropies if asked for, without a gradient. Logits are
+    there for some rows at a time and computed again in the backward pass, which adds up one gradient of the weight.
+
+    Args of `apply`:
+        states: `[tokens, hidden]`.
+        weight, bias: of the output layer, `[vocab, hidden]` and `[vocab]` (or None), in the dtype of the states.
+        ids: `[tokens]` int64.
+        temperature: logits are divided by it.
+        with_entropy: give `(log_probs, entropies)`, else `(log_probs,)`: `[tokens]`, float32 (float64 for such states).
+        rows: how many tokens' logits at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, rows):
+        found = []
+        for some, of_some in zip(states.split(rows), ids.split(rows), strict=True):
+            logits = at_temperature(torch.nn.functional.linear(some, weight, bias), temperature)
+            found.append((*_chosen(logits, of_some), *([entropy(logits)] if with_entropy else [])))
+        chosen, partition, *entropies = map(torch.cat, zip(*found, strict=True))
+        ctx.save_for_backward(states, weight, bias, ids, partition)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(*entropies)
+        return chosen, *entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        states, weight, bias, ids, partition = ctx.saved_tensors
+        of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(ids), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = at_temperature(torch.nn.functional.linear(states[part], weight, bias), ctx.temperature)
+            gradient = _gradient_in_place(logits.sub_(partition[part, None]), ids[part], grad[part])
+            gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
+            torch.mm(gradient, weight, out=of_states[part])
+            of_weight.addmm_(gradient.T, states[part])
+            if of_bias is not None:
+                of_bias += gradient.sum(0)
+        return of_states, of_weight, of_bias, None, None, None, None
 
 
 def log_partition(logits: Tensor, temperature: float) -> Tensor:

@@ -48,8 +48,10 @@ def policy_loss(
     """
     advantages = keep(advantages, mask)
     log_r = log_ratio(log_probs, old_log_probs, mask)
-    of_answer = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = (of_answer.expand_as(log_r) if kind == "gspo" else log_r).exp()
+    ratio = of_token = log_r.exp()
+    if kind == "gspo":
+        of_answer = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        ratio = of_answer.expand_as(log_r).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     unclipped, clipped = ratio * advantages, bounded * advantages
     match kind:
@@ -69,6 +71,6 @@ def policy_loss(
         "policy_loss": loss,
         "clip_fraction": keep(is_clipped.to(ratio.dtype), mask).sum() / denominator,
         "ratio": keep(ratio, mask).sum() / denominator,
-        "approximate_kl": keep(log_r.exp() - 1 - log_r, mask).sum() / denominator,
+        "approximate_kl": keep(of_token - 1 - log_r, mask).sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -6,15 +6,17 @@ from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import align
+from coati.losses.language import ProjectedLogProbs, align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
+from coati.models.pairs import PackedPairs
 
 # Logits that are there at a time. On a CPU they stay near the caches; a GPU's products need many rows.
 CHUNK = {"cpu": 2**23, "cuda": 2**27}
+ROWS = 128  # with fewer, a product takes as long as reading the weight
 
 
 class Actor(BaseModel):
@@ -34,6 +36,7 @@ class Actor(BaseModel):
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         adapter: bool = True,
+        pairs: bool = False,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
 
@@ -47,15 +50,20 @@ class Actor(BaseModel):
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
+            pairs: what rows i and i + batch / 2 both begin with is read once, see `PackedPairs`. For whole models only.
         """
+        packed = PackedPairs.of(input_ids, attention_mask) if pairs else None
+        inputs = packed.inputs(self.model.dtype) if packed else (input_ids, attention_mask, position_ids)
         with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             if targets is not None and self._head_is_last is not False:
-                hidden = self._states_before_head(input_ids, attention_mask, position_ids)
+                hidden = self._states_before_head(*inputs)
+                hidden = packed.unpack(hidden) if packed else hidden
                 if self._head_is_last:
                     return self._chosen_log_probs(
                         hidden, input_ids, targets, temperature, with_entropy, with_log_partition
                     )
-            logits = self.run(input_ids, attention_mask, position_ids).logits
+            logits = self.run(*inputs).logits
+            logits = packed.unpack(logits) if packed else logits
         next_ids = self.layout.split(input_ids.roll(-1, dims=1))
         outputs = _measure(self.layout, logits, next_ids, temperature, with_entropy, with_log_partition)
         outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
@@ -88,23 +96,26 @@ class Actor(BaseModel):
 
     def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, *how):
         """Log-probs (and more, see `_measure`) of the targets from the states that predict them, `CHUNK` logits at a
-        time; in the backward pass logits are computed again."""
+        time but those of `ROWS` tokens at least; in the backward pass logits are computed again."""
         head, (rows, columns) = self.transformer.get_output_embeddings(), self.places(targets)
         states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
 
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             return _measure(Layout(), head(states), ids, *how)
 
-        length = max(CHUNK.get(hidden.device.type, 2**24) // self.config.get_text_config().vocab_size, 1)
-        if len(ids) > length and torch.is_grad_enabled():
-            measure = partial(checkpoint, measure, use_reentrant=False)
-        parts = [measure(*part) for part in zip(states.split(length), ids.split(length), strict=True)]
-        outputs = []
-        for column in zip(*parts, strict=True):
-            placed = torch.zeros(input_ids.shape, dtype=column[0].dtype, device=input_ids.device)
-            placed[rows, columns] = torch.cat(column)
-            outputs.append(placed * targets)
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        length = max(CHUNK.get(hidden.device.type, 2**24) // self.config.get_text_config().vocab_size, ROWS)
+        recomputes = len(ids) > length and torch.is_grad_enabled()
+        if recomputes and is_plain(head) and how[1:] in ((False, False), (True, False)):
+            dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
+            inputs = [x if x is None else x.to(dtype) for x in (states, head.weight, head.bias)]
+            found = ProjectedLogProbs.apply(*inputs, ids, *how[:2], length)
+        else:
+            measure = partial(checkpoint, measure, use_reentrant=False) if recomputes else measure
+            parts = [measure(*part) for part in zip(states.split(length), ids.split(length), strict=True)]
+            found = [torch.cat(column) for column in zip(*parts, strict=True)]
+        zeros = partial(torch.zeros, input_ids.shape, device=input_ids.device)
+        outputs = tuple(zeros(dtype=x.dtype).index_put((rows, columns), x) * targets for x in found)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
         """Logits of the token after the last one, `[batch, vocabulary]`, with a transformers cache.
@@ -114,7 +125,7 @@ class Actor(BaseModel):
             attention_mask: bool `[batch, cached and new]`, False on padding.
         """
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        if self._takes_positions:
+        if self.takes_positions:
             inputs["position_ids"] = position_ids
         if self._keeps_logits:
             inputs["logits_to_keep"] = 1
@@ -135,6 +146,12 @@ class Actor(BaseModel):
             return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
             self.train(training)
+
+
+def is_plain(head: nn.Module) -> bool:
+    """A linear layer whose weight is all here and whose output nobody changes: no adapter, no shards."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 
 def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, temperature, with_entropy, with_partition: bool):

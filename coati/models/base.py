@@ -30,6 +30,7 @@ class BaseModel(nn.Module):
         model: the transformers model (inside a PeftModel if there are adapters).
         config: its config.
         last_hidden_state_size: width of the last hidden states, which value heads read.
+        takes_positions: whether the transformer reads position ids.
         layout: how sequence and vocabulary lie over processes; sharded models get another.
 
     Raises:
@@ -60,7 +61,7 @@ class BaseModel(nn.Module):
             self.model = add_lora(self.model, lora)
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
-        self._takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
+        self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
 
     def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
         return load_transformer(self.auto_class, pretrained, config, kwargs)
@@ -88,7 +89,8 @@ class BaseModel(nn.Module):
         """The transformers model's output, of this process's part of the sequence.
 
         Args:
-            attention_mask: `[batch, seq]`. Padding may stand on either side: positions count real tokens.
+            attention_mask: `[batch, seq]`. Padding may stand on either side: positions count real tokens. Or, with
+                `position_ids`, what is added to attention's scores, `[batch, 1, seq, seq]`.
             position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which sees no other (if
                 `keeps_documents_apart`). They take the mask's place; padding is made of documents of one token.
         """
@@ -96,16 +98,18 @@ class BaseModel(nn.Module):
         inputs = {"input_ids": layout.split(input_ids), "use_cache": False}
         if position_ids is not None:
             inputs["position_ids"] = layout.split(position_ids)
+            if attention_mask is not None and attention_mask.dim() == 4:
+                inputs["attention_mask"] = attention_mask
         elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
-            if self._takes_positions:
+            if self.takes_positions:
                 inputs["position_ids"] = layout.split((attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.model(**inputs)
 
     @torch.no_grad()
     def keeps_documents_apart(self) -> bool:
         """Whether positions that start again hide a row's earlier documents: not in every architecture."""
-        if not self._takes_positions:
+        if not self.takes_positions:
             return False
         training, device = self.training, next(self.parameters()).device
         rows = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]], device=device)

@@ -69,10 +69,7 @@ class ScoringConfig:
 
 
 def load_rewards(
-    config: ScoringConfig,
-    model: Reward | None = None,
-    device: torch.device | str = "cpu",
-    given: Sequence[Reward] = (),
+    config: ScoringConfig, model: Reward | None = None, device: torch.device | str = "cpu", given: Sequence[Reward] = ()
 ) -> WeightedRewards:
     """The rewards of a run.
 

@@ -183,10 +183,7 @@ def _undisturbed(device: torch.device):
     torch.set_num_threads do nothing and sets variables (LD_PRELOAD among them) for processes that it doesn't start."""
     state, numbers, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     environment = dict(os.environ)
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-    ):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False):
         try:
             yield
         finally:

@@ -40,11 +40,7 @@ _REINFORCEMENT = (
     r"(policy|actor).*loss",
     r"clip",
 )
-HEADLINES = {
-    "sft": (r"loss$", r"perplexity", r"accuracy", *_SPEED),
-    "ppo": _REINFORCEMENT,
-    "grpo": _REINFORCEMENT,
-}
+HEADLINES = {"sft": (r"loss$", r"perplexity", r"accuracy", *_SPEED), "ppo": _REINFORCEMENT, "grpo": _REINFORCEMENT}
 _OTHER_HEADLINES = (r"accuracy", r"loss$", r"margin", *_SPEED)
 UNITS = {
     r"tokens_per_second": "tokens/s",

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
 from coati.errors import UserError
+from coati.models import Actor
 from coati.models.base import BaseModel
+from coati.models.lora import is_adapter
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import no_room, write_json
 from coati.parallel.engine import DTYPES
@@ -273,6 +275,13 @@ class Trainer:
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
+
+    def frozen_copy(self, start) -> Engine | None:
+        """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""
+        c = self.config
+        if c.lora is not None and not (c.model and is_adapter(c.model)):
+            return None
+        return make_engine(self.model(Actor, start), c, self.runtime)
 
     def engine(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
         """A trained model under the configured plugin."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from coati.config import option
-from coati.errors import UserError
+from coati.errors import UserError, refuse
 from coati.losses import (
     aggregation_weights,
     clip_scores,
@@ -81,50 +81,40 @@ class GRPOConfig(RolloutConfig):
         super().check(world_size)
         plain = self.plugin != "gemini" and self.model_parallel_size == 1
         penalised = self.kl_coefficient != 0
-        groups = self.advantage in GROUPS or self.dynamic_sampling
-        refreshed, masked = self.refresh_reference > 0, self.mask_truncated and self.missing_eos_penalty is not None
-        mistakes = [
-            (self.group_size < 1, "group_size must be at least 1"),
-            (
-                self.group_size < 2 and groups,
-                f"advantage {self.advantage} and dynamic_sampling compare answers: group_size must be at least 2",
+        compares = self.advantage in GROUPS or self.dynamic_sampling
+        refreshed, masked = self.refresh_reference > 0, self.mask_truncated
+        greedy = any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature))
+        unclipped = self.policy_loss in ("cispo", "none")
+        refusals = {
+            "group_size must be at least 1": self.group_size < 1,
+            f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2": (
+                self.group_size < 2 and compares
             ),
-            (
-                any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature)),
-                "the answers of a group must differ: temperature and final_temperature must be above 0",
+            "the answers of a group must differ: temperature and final_temperature must be above 0": greedy,
+            "an answer is compared with its group, not with a running mean: leave out normalise_reward": (
+                self.normalise_reward
             ),
-            (
-                self.normalise_reward,
-                "an answer is compared with its group, not with a running mean: leave out normalise_reward",
+            "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward": (
+                penalised and self.kl_in == "loss" and self.kl_estimator == "k1"
             ),
-            (
-                penalised and self.kl_in == "loss" and self.kl_estimator == "k1",
-                "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward",
+            "refresh_reference needs a reference: give kl_coefficient too": refreshed and not penalised,
+            "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA": (
+                refreshed and not (plain and self.lora is None)
             ),
-            (refreshed and not penalised, "refresh_reference needs a reference: give kl_coefficient too"),
-            (
-                refreshed and not (plain and self.lora is None),
-                "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA",
+            "dynamic_sampling needs max_refills of at least 1": self.dynamic_sampling and self.max_refills < 1,
+            f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}": (
+                not 0 <= self.overlong_buffer <= self.max_new_tokens
             ),
-            (self.dynamic_sampling and self.max_refills < 1, "dynamic_sampling needs max_refills of at least 1"),
-            (
-                not 0 <= self.overlong_buffer <= self.max_new_tokens,
-                f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}",
+            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": (
+                masked and self.missing_eos_penalty is not None
             ),
-            (masked, "mask_truncated leaves out what missing_eos_penalty punishes: choose one"),
-            (
-                self.dual_clip is not None and self.policy_loss in ("cispo", "none"),
-                f"policy_loss {self.policy_loss} has no dual_clip: leave it out",
+            f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
+            "importance_cap must be at least 1": self.importance_cap < 1,
+            "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel": (
+                self.entropy_coefficient != 0 and self.tensor_parallel > 1
             ),
-            (self.importance_cap < 1, "importance_cap must be at least 1"),
-            (
-                self.entropy_coefficient != 0 and self.tensor_parallel > 1,
-                "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel",
-            ),
-        ]
-        for is_made, mistake in mistakes:
-            if is_made:
-                raise UserError(mistake)
+        }
+        refuse(refusals)
 
 
 @dataclass(frozen=True)
@@ -269,16 +259,9 @@ class GRPOTrainer(RolloutTrainer):
         _, spread = self.global_moments(advantages, mask)
         corrected = importance_weights(log_probs, rollout.log_probs, mask, c.importance_correction, c.importance_cap)
         counted = mask & rollout.finished[:, None] if c.mask_truncated else mask
-        experience = Experience(
-            rollout.input_ids,
-            rollout.attention_mask,
-            counted,
-            log_probs,
-            reference,
-            rewards,
-            advantages * corrected,  # weights that are not negative may as well stand here
-            rollout.scores,
-        )
+        advantages = advantages * corrected  # weights that are not negative may as well stand here
+        tokens = (rollout.input_ids, rollout.attention_mask, counted, log_probs, reference, rewards, advantages)
+        experience = Experience(*tokens, rollout.scores)
         metrics = {"advantage_std": spread, "temperature": self.temperature}
         if c.importance_correction != "none":
             metrics["importance_weight"], _ = self.global_moments(corrected, mask)

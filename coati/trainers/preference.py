@@ -27,14 +27,14 @@ from torch import Tensor
 from coati.config import option
 from coati.data import collate_sft, collate_unpaired, exchange_answers
 from coati.data.sources import hash_file
-from coati.errors import UserError
+from coati.errors import UserError, refuse
 from coati.losses import kto_loss, preference_loss, response_targets
 from coati.losses.masking import keep
 from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.models.lora import base_of_adapter, is_adapter
-from coati.parallel import Engine, make_engine, resolve_precision
+from coati.parallel import Engine, resolve_precision
 from coati.trainers.config import TrainerConfig
 from coati.trainers.reward import RewardTrainer
 
@@ -61,6 +61,9 @@ class PreferenceConfig(TrainerConfig):
     )
     desirable_weight: float = option(1.0, "kto: weight of good answers")
     undesirable_weight: float = option(1.0, "kto: weight of bad answers")
+    share_prompts: bool = option(
+        False, "read what a pair's answers both begin with once: faster where prompts are long (not for kto)"
+    )
     cache_reference: bool = option(
         False, "compute the reference's log-probs once, keep them in --cache_dir and leave its model out (not for kto)"
     )
@@ -91,13 +94,17 @@ class PreferenceConfig(TrainerConfig):
             "kto pairs each prompt with another row's answer: batch_size must be at least 2": (
                 self.loss == "kto" and self.batch_size < 2
             ),
+            "share_prompts reads a pair as one row: leave it out with kto, which has no pairs": (
+                self.share_prompts and self.loss == "kto"
+            ),
+            "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism": (
+                self.share_prompts and self.model_parallel_size > 1
+            ),
             f"{self.loss} has no reference that stays the same for a row: leave cache_reference out": (
                 self.cache_reference and self.loss in (*REFERENCE_FREE, "kto")
             ),
         }
-        for message, refused in refusals.items():
-            if refused:
-                raise UserError(message)
+        refuse(refusals)
 
 
 def preference_trainer(config: PreferenceConfig, runtime, **options) -> "PreferenceTrainer":
@@ -121,6 +128,8 @@ class PreferenceTrainer(RewardTrainer):
         if c.model is None and c.loss not in REFERENCE_FREE:
             raise UserError(f"{c.loss} compares with the policy that the run starts from: give --model FOLDER")
         super().build()
+        if c.share_prompts:
+            self.check_sharing()
         self.cached: dict[str, Tensor] = {}
         if c.cache_reference:
             self.fill_cache()
@@ -135,13 +144,31 @@ class PreferenceTrainer(RewardTrainer):
     def targets(self, batch):
         return response_targets(batch.loss_mask)
 
-    def answers(self, log_probs: Tensor, batch, parts: int, real: Tensor | slice = slice(None)) -> list[Answers]:
+    def inputs(self, batch, targets=None):
+        return super().inputs(batch, targets) | ({"pairs": True} if self.config.share_prompts else {})
+
+    def check_sharing(self):
+        """Refuses models that don't give the longest pair's answers the same log-probs when their prompt is read once:
+        those with windows or biases by distance, and kernels that take no mask."""
+        engine = self.engines["model"]
+        batch = self.load(self.data, [int(self.data.lengths.argmax())])
+        attention = engine.module.config._attn_implementation
+        tolerance = 1e-3 if resolve_precision(self.config) == "fp32" else 0.2
+        shared = self.inputs(batch, self.targets(batch))
+        if attention in ("sdpa", "eager") and engine.module.takes_positions:
+            ours, theirs = engine.forward_all([shared, shared | {"pairs": False}])
+            if torch.allclose(ours, theirs, atol=tolerance):
+                return
+        name = type(engine.module.transformer).__name__
+        raise UserError(f"{name} with {attention} attention can't read a prompt once for both: leave share_prompts out")
+
+    def answers(self, log_probs: Tensor, batch, parts: int, rows: Tensor | slice = slice(None)) -> list[Answers]:
         """What the loss reads of the batch's first and second half (`parts` 2), or of all its rows (1)."""
         targets = self.targets(batch)
         sums, lengths = keep(log_probs, targets).sum(1), targets.sum(1)
         references = [None] * parts if batch.reference is None else batch.reference.chunk(parts)
         halves = zip(sums.chunk(parts), lengths.chunk(parts), references, strict=True)
-        return [Answers(s[real], n[real], r if r is None else r[real]) for s, n, r in halves]
+        return [Answers(s[rows], n[rows], r if r is None else r[rows]) for s, n, r in halves]
 
     @property
     def options(self) -> Options:
@@ -156,8 +183,8 @@ class PreferenceTrainer(RewardTrainer):
         how = dict(nll_coefficient=c.nll_weight, length_normalised=c.length_normalised)
         return preference_loss(c.loss, *answers, denominator, options=self.options, **how)
 
-    def judge(self, log_probs, batch, real):
-        answers = self.answers(log_probs, batch, 2, real)
+    def judge(self, log_probs, batch, rows):
+        answers = self.answers(log_probs, batch, 2, rows)
         read = [a.per_token() for a in answers] if self.config.length_normalised else answers
         chosen, rejected, _ = PREFERENCE_LOSSES[self.config.loss](*read, self.options)
         return chosen, rejected, self.loss_of(answers, 1.0)[1]
@@ -165,11 +192,7 @@ class PreferenceTrainer(RewardTrainer):
     # --- the reference
 
     def load_reference(self) -> Engine | None:
-        """A frozen copy of the policy that the run started from; None where the policy without its adapter is that."""
-        c = self.config
-        if c.lora is not None and not is_adapter(c.model):
-            return None
-        return make_engine(self.model(Actor, c.model), c, self.runtime)
+        return self.frozen_copy(self.config.model)
 
     def load_all(self, data, chunks, rows):
         batches = super().load_all(data, chunks, rows)
@@ -283,25 +306,21 @@ class KTOTrainer(PreferenceTrainer):
             total += keep(ours - theirs, real).sum()
         return self.communicator.sum(total) / n
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Loss, KL and rewards on the evaluation data, and scored answers."""
-        if self.eval_data is None:
-            return {}, []
-        shares, scored = [], []
-        for log_probs, batch, real, index in self.eval_outputs():
-            [answers], desirable = self.answers(log_probs, batch, 1, real), batch.desirable[real]
-            shares.append({**self.kto(answers, desirable, batch.kl, 1.0)[1], "answers": real.sum()})
-            rewards = (self.config.beta * answers.log_ratios).tolist()
-            scored += [(i, r) for i, r in zip(index, rewards, strict=True) if i < self.config.samples]
-        sums = self.communicator.sum_metrics(shares)
-        count = sums.pop("answers")
-        metrics = means_of_sorts({name: total / count for name, total in sums.items()})
-        samples = []
-        for i, reward in sorted(pair for part in self.communicator.gather(scored) for pair in part):
-            row = self.eval_data[i]
-            samples.append(self.text_of(row.sequence) | {"reward": reward, "label": row.desirable})
-        return metrics | {"answers": count}, samples
+    def tally(self, log_probs, batch, rows):
+        answers = self.answers(log_probs, batch, 1, rows)
+        return {**self.kto(*answers, batch.desirable[rows], batch.kl, 1.0)[1], "answers": rows.sum()}
+
+    def averages(self, sums):
+        count = sums["answers"]
+        return means_of_sorts({name: total / count for name, total in sums.items()}) | {"answers": count}
+
+    def scores(self, log_probs, batch, rows):
+        [answers] = self.answers(log_probs, batch, 1, rows)
+        return (self.config.beta * answers.log_ratios).tolist()
+
+    def samples(self, scores):
+        rows = [(self.eval_data[i], reward) for i, reward in scores.items()]
+        return [self.text_of(row.sequence) | {"reward": reward, "label": row.desirable} for row, reward in rows]
 
 
 def means_of_sorts(metrics: dict[str, float]) -> dict[str, float]:

@@ -50,39 +50,32 @@ class RewardTrainer(SupervisedTrainer):
         options = dict(margin=margin, label_smoothing=c.label_smoothing, centering=c.centering)
         return pairwise_reward_loss(chosen, rejected, denominator, **options)
 
-    def judge(self, rewards, batch, real):
-        """Rewards of the chosen and of the rejected answers of the real pairs, and the sums of their metrics."""
-        chosen, rejected = (r[real] for r in rewards.chunk(2))
+    def judge(self, rewards, batch, rows):
+        """Rewards of the chosen and of the rejected answers of these pairs, and the sums of their metrics."""
+        chosen, rejected = (r[rows] for r in rewards.chunk(2))
         return chosen, rejected, pairwise_reward_loss(chosen, rejected, 1.0)[1]
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Accuracy on held-out pairs with its 95 % interval, loss, margin, and scored pairs."""
-        if self.eval_data is None:
-            return {}, []
-        shares, samples = [], []
-        for output, batch, real, index in self.eval_outputs():
-            chosen, rejected, share = self.judge(output, batch, real)
-            shares.append({**share, "pairs": real.sum()})
-            samples += [
-                {"row": i, "chosen": c, "rejected": r}
-                for i, c, r in zip(index, chosen.tolist(), rejected.tolist(), strict=False)
-                if i < self.config.samples
-            ]
-        sums = self.communicator.sum_metrics(shares)
-        pairs = sums.pop("pairs")
+    def tally(self, output, batch, rows):
+        return {**self.judge(output, batch, rows)[2], "pairs": rows.sum()}
+
+    def averages(self, sums):
+        """Accuracy with its 95 % interval, and the means of the others."""
+        pairs = sums["pairs"]
         metrics = {name: total / pairs for name, total in sums.items()}
         low, high = wilson_interval(metrics["accuracy"], pairs)
-        return metrics | {"accuracy_low": low, "accuracy_high": high, "pairs": pairs}, self._texts(samples)
+        return metrics | {"accuracy_low": low, "accuracy_high": high, "pairs": pairs}
 
-    def _texts(self, scored: list[dict]) -> list[dict]:
-        """Two rows a pair, all ranks' pairs together."""
-        rows = sorted((row for part in self.communicator.gather(scored) for row in part), key=lambda row: row["row"])
+    def scores(self, output, batch, rows):
+        chosen, rejected, _ = self.judge(output, batch, rows)
+        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+    def samples(self, scores):
+        """Two rows a pair."""
         samples = []
-        for row in rows:
-            pair = self.eval_data[row["row"]]
-            for side in ("chosen", "rejected"):
-                samples.append(self.text_of(getattr(pair, side)) | {"reward": row[side], "side": side})
+        for row, rewards in scores.items():
+            for side, reward in zip(("chosen", "rejected"), rewards, strict=True):
+                text = self.text_of(getattr(self.eval_data[row], side))
+                samples.append(text | {"reward": reward, "side": side})
         return samples
 
     def text_of(self, sequence) -> dict[str, str]:

@@ -15,8 +15,7 @@ from coati.data import cut
 from coati.errors import UserError
 from coati.losses import kl_divergence, masked_sums, moments, policy_loss
 from coati.losses.masking import keep
-from coati.models import Actor, RewardModel
-from coati.models.lora import is_adapter
+from coati.models import RewardModel
 from coati.parallel import Engine, make_engine
 from coati.parallel.plugins import resolve_precision
 from coati.rewards import ModelReward, PendingScores, Scores, ScoringConfig, load_rewards
@@ -106,7 +105,7 @@ class RolloutTrainer(Trainer):
 
         Rewards that work in processes of their own begin with an answer as soon as it has ended.
         """
-        columns, self.pending = columns_of(prompts), self.rewards.start()
+        columns, self.pending = columns_of(prompts) if self.rewards.pooled else {}, self.rewards.start()
 
         def score(i: int, completion: Completion):
             text = self.tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
@@ -315,11 +314,7 @@ class RolloutTrainer(Trainer):
         return c.answers // c.minibatches // self.communicator.world_size > c.micro_batch_size
 
     def load_reference(self, start) -> Engine | None:
-        """A frozen copy of the policy that the run started from, see the class."""
-        c = self.config
-        if not c.needs_reference or (c.lora is not None and not (c.model and is_adapter(c.model))):
-            return None
-        return make_engine(self.model(Actor, start), c, self.runtime)
+        return self.frozen_copy(start) if self.config.needs_reference else None
 
     def load_reward_model(self) -> ModelReward:
         from transformers import AutoTokenizer

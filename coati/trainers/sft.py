@@ -8,8 +8,6 @@ The number counts the answer tokens of the whole step, over all ranks and micro-
 import math
 from dataclasses import dataclass
 
-import torch
-
 from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
@@ -47,22 +45,15 @@ class SFTTrainer(SupervisedTrainer):
     def loss(self, log_probs, batch, denominator):
         return cross_entropy(log_probs, self.targets(batch), denominator)
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Loss a token and perplexity on the evaluation data, and sampled answers to its first prompts."""
-        if self.eval_data is None:
-            return {}, []
-        shares = []
-        for log_probs, batch, real, _ in self.eval_outputs():
-            targets = self.targets(batch) & real[:, None]
-            total, _ = cross_entropy(log_probs, targets, 1.0)
-            shares.append({"total": total, "tokens": targets.sum()})
-        samples = self._samples()
-        sums = self.communicator.sum_metrics(shares)
-        loss = sums["total"] / max(sums["tokens"], 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}, samples
+    def tally(self, log_probs, batch, rows):
+        targets = self.targets(batch) & rows[:, None]
+        return {"total": cross_entropy(log_probs, targets, 1.0)[0], "tokens": targets.sum()}
 
-    def _samples(self) -> list[dict]:
+    def averages(self, sums):
+        loss = sums["total"] / max(sums["tokens"], 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+    def samples(self, scores):
         """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
         rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
         prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]

@@ -13,7 +13,8 @@ from coati.trainers.base import LossPart, Trainer
 class SupervisedTrainer(Trainer):
     """One model, one dataset, one loss.
 
-    An algorithm gives `kind`, `model_class`, `collate`, `count`, `loss` and `score_rows`.
+    An algorithm gives `kind`, `model_class`, `collate`, `count` and `loss`, and `tally`, `averages` and `samples` for
+    evaluation.
     """
 
     kind: str
@@ -40,6 +41,22 @@ class SupervisedTrainer(Trainer):
 
     def loss(self, batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's share of the loss and of the metrics."""
+        raise NotImplementedError
+
+    def tally(self, output, batch, rows: Tensor) -> dict[str, Tensor]:
+        """What is measured, summed over some of the batch's rows (bool `[batch]`, for pairs `[pairs]`)."""
+        raise NotImplementedError
+
+    def averages(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics from the sums of `tally`."""
+        raise NotImplementedError
+
+    def scores(self, output, batch, rows: Tensor) -> list:
+        """What `samples` wants to know of each of these rows, if anything."""
+        return []
+
+    def samples(self, scores: dict[int, Any]) -> list[dict[str, Any]]:
+        """Texts of the first evaluation rows, whose `scores` are given by row."""
         raise NotImplementedError
 
     def targets(self, batch) -> Tensor | None:
@@ -75,10 +92,35 @@ class SupervisedTrainer(Trainer):
         chunks = self.deal(range(rows + filler), lengths + [max(lengths)] * filler)
         return [[(i, True) if i < rows else (copied, False) for i in chunk] for chunk in chunks]
 
+    def parts_of(self, data) -> tuple[Sequence[str], Any]:
+        """Names of the parts of evaluation data that are also measured alone, and of which each row is (`[rows]`)."""
+        return data.source_names, data.source_of_row
+
     @torch.no_grad()
+    def evaluate(self):
+        """Metrics of the evaluation data and, as `METRIC/NAME`, of each of its parts if there are several; samples."""
+        if self.eval_data is None:
+            return {}, []
+        names, part_of_row = self.parts_of(self.eval_data)
+        tallies: list[list[dict[str, Tensor]]] = [[] for _ in names]
+        scores: dict[int, Any] = {}
+        for output, batch, real, rows in self.eval_outputs():
+            parts = torch.as_tensor(part_of_row[rows], device=real.device)
+            for k, tally in enumerate(tallies):
+                tally.append(self.tally(output, batch, real & (parts == k)))
+            numbers = [row for row, is_real in zip(rows, real.tolist(), strict=True) if is_real]
+            scores |= zip(numbers, self.scores(output, batch, real), strict=False)
+        found = [self.communicator.sum_metrics(tally) for tally in tallies]
+        metrics = self.averages({name: sum(sums[name] for sums in found) for name in found[0]})
+        for k, name in enumerate(names) if len(names) > 1 else ():
+            if (part_of_row == k).any():
+                metrics |= {f"{metric}/{name}": value for metric, value in self.averages(found[k]).items()}
+        first = self.communicator.gather([pair for pair in scores.items() if pair[0] < self.config.samples])
+        return metrics, self.samples(dict(sorted(pair for part in first for pair in part)))
+
     def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
         """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real
-        (bool `[batch]`), their numbers. Batches are filled up as in `share_of`.
+        (bool `[batch]`), the numbers of all its rows. Batches are filled up as in `share_of`.
         """
         chunks = self.share_of(self.eval_data)
         numbers = [[row for row, _ in chunk] for chunk in chunks]
@@ -87,6 +129,5 @@ class SupervisedTrainer(Trainer):
         engine.model.eval()
         outputs = engine.forward_all([self.inputs(batch, self.targets(batch)) for batch in batches])
         engine.model.train()
-        for output, batch, chunk in zip(outputs, batches, chunks, strict=True):
-            real = torch.tensor([real for _, real in chunk], device=self.runtime.device)
-            yield output, batch, real, [row for row, real in chunk if real]
+        for output, batch, chunk, rows in zip(outputs, batches, chunks, numbers, strict=True):
+            yield output, batch, torch.tensor([real for _, real in chunk], device=self.runtime.device), rows

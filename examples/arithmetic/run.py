@@ -1,8 +1,9 @@
 """Chain sums: a small model from random weights gets some of them right after a short SFT, and goes on to learn from
-whether its answers are right, on two CPU processes in minutes.
+whether its answers are right, or from pairs of a right and a wrong one, on two CPU processes in minutes.
 
-python examples/arithmetic/run.py                           # data, SFT, GRPO
-python examples/arithmetic/run.py --algorithm dapo --seed 1 # data and SFT of a seed are shared by its algorithms
+python examples/arithmetic/run.py                                   # data, SFT, GRPO
+python examples/arithmetic/run.py --algorithms dapo dpo --seed 1    # a seed's data and SFT serve all its algorithms
+python examples/arithmetic/run.py --algorithms all --seeds 3        # and the table and the plot of docs/grpo.md
 """
 
 import argparse
@@ -15,55 +16,103 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+from results import summarise  # noqa: E402
 from sums import make_data  # noqa: E402
 
-from coati.tracking import read_metrics  # noqa: E402
+from examples.answers import Answered, answer  # noqa: E402
 from examples.stages import train  # noqa: E402
 
-# What each differs in from configs/grpo.yaml, see docs/grpo.md.
+# The config, and what an algorithm differs in from it, see docs/grpo.md and docs/preference.md.
 ALGORITHMS = {
-    "grpo": {},
-    "dr_grpo": dict(advantage="dr_grpo", aggregation="constant"),
-    "dapo": dict(aggregation="token", clip_high=0.28, dynamic_sampling=True, overlong_buffer=4),
-    "gspo": dict(policy_loss="gspo", clip_low=0.003, clip_high=0.004),
-    "cispo": dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0),
-    "rloo": dict(advantage="rloo", policy_loss="none", aggregation="constant"),
-    "reinforce++": dict(advantage="reinforce++-baseline", aggregation="token"),
-    "remax": dict(advantage="remax", group_size=1, batch_size=256, aggregation="token"),
-    "ppo": {},
+    "grpo": ("grpo", {}),
+    "dr_grpo": ("grpo", dict(advantage="dr_grpo", aggregation="constant")),
+    "dapo": ("grpo", dict(aggregation="token", clip_high=0.28, dynamic_sampling=True, overlong_buffer=4)),
+    "gspo": ("grpo", dict(policy_loss="gspo", clip_low=0.003, clip_high=0.004)),
+    "cispo": ("grpo", dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0)),
+    "rloo": ("grpo", dict(advantage="rloo", policy_loss="none", aggregation="constant")),
+    "reinforce++": ("grpo", dict(advantage="reinforce++-baseline", aggregation="token")),
+    "remax": ("grpo", dict(advantage="remax", group_size=1, batch_size=256, aggregation="token")),
+    "ppo": ("ppo", {}),
+    "dpo": ("preference", {}),
+    "simpo": ("preference", dict(loss="simpo", beta=2.0, gamma=1.0)),
+    "orpo": ("preference", dict(loss="orpo", beta=1.0)),
+    "kto": ("preference", dict(loss="kto")),
 }
+ENOUGH = 0.35  # accuracy at which SFT is left
+PAIRED = 3000  # prompts that are answered to make pairs
+TRIES = 4  # answers to each held-out prompt
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="grpo")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS, "all"], default=["grpo"])
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "arithmetic", help="where everything goes")
     parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
     arguments = parser.parse_args()
-    folder = arguments.output.resolve() / f"seed{arguments.seed}"
-    output = folder / arguments.algorithm
-    data = make_data(folder / "data", arguments.seed)
-    common = {"seed": arguments.seed, "cache_dir": folder / "cache", "train_data": data["sft"]}
-    rows = {"eval_data": data["sft_eval"], "tokenizer": data["tokenizer"]}
-    train("sft", HERE / "configs" / "sft.yaml", folder / "sft", common | rows, arguments.processes)
-    started, script = time.monotonic(), "ppo" if arguments.algorithm == "ppo" else "grpo"
-    common |= {
-        "model": folder / "sft" / "model",
-        "train_data": data["prompts_train"],
-        "eval_data": data["prompts_eval"],
-    }
-    flags = common | ALGORITHMS[arguments.algorithm]
-    train(script, HERE / "configs" / f"{script}.yaml", output, flags, arguments.processes)
-    summary = accuracies(output) | {"seconds": time.monotonic() - started}
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print("  ".join(f"{name} {value:.3f}" for name, value in summary.items()))
+    output = arguments.output.resolve()
+    chosen = list(ALGORITHMS) if "all" in arguments.algorithms else arguments.algorithms
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        folder = output / f"seed{seed}"
+        data = make_data(folder / "data", seed)
+        start = supervise(folder, data, seed, arguments.processes)
+        before = accuracy(start, data["prompts_eval"], seed, TRIES)
+        for algorithm in chosen:
+            if not (folder / algorithm / "summary.json").exists():
+                learn(algorithm, start, before, folder, data, seed, arguments.processes)
+    summarise(output, {name: script for name, (script, _) in ALGORITHMS.items()})
 
 
-def accuracies(output: Path) -> dict[str, float]:
-    """The share of held-out sums that were right before and after: one sampled answer to each."""
-    found = [row["eval/reward"] for row in read_metrics(output) if "eval/reward" in row]
-    return {"accuracy before": found[0], "accuracy after": found[-1]}
+def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int) -> Path:
+    """Trains on right answers, and returns the first checkpoint that is right often enough."""
+    flags = {"seed": seed, "cache_dir": folder / "cache", "train_data": data["sft"], "eval_data": data["sft_eval"]}
+    train("sft", HERE / "configs" / "sft.yaml", folder / "sft", flags | {"tokenizer": data["tokenizer"]}, processes)
+    for checkpoint in sorted((folder / "sft" / "checkpoints").glob("step-*")):
+        model = checkpoint / "model" / "model"
+        found = accuracy(model, data["sft_eval"], seed)
+        print(f"{checkpoint.name}: {found:.3f} right", flush=True)
+        if found >= ENOUGH:
+            return model
+    sys.exit(f"error: no checkpoint in {folder / 'sft'} is right in {ENOUGH:.0%}: raise steps in configs/sft.yaml")
+
+
+def learn(algorithm: str, start: Path, before: float, folder: Path, data: dict[str, Path], seed: int, processes: int):
+    """Trains with one algorithm, and writes accuracy before and after and the seconds to summary.json."""
+    script, changes = ALGORITHMS[algorithm]
+    output, started = folder / algorithm, time.monotonic()
+    files = [data["prompts_train"], data["prompts_eval"]]
+    if script == "preference":
+        files = [pairs(start, path, seed) for path in files]
+    flags = {"seed": seed, "cache_dir": folder / "cache", "model": start, "train_data": files[0], "eval_data": files[1]}
+    train(script, HERE / "configs" / f"{script}.yaml", output, flags | changes, processes)
+    seconds = time.monotonic() - started
+    after = accuracy(output / "model", data["prompts_eval"], seed, TRIES)
+    found = {"before": before, "after": after, "seconds": seconds}
+    (output / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{algorithm}, seed {seed}: {before:.3f} right before, {after:.3f} after, {seconds:.0f} s", flush=True)
+
+
+def answers(model: Path, prompts: Path, seed: int, n: int) -> list[Answered]:
+    """n sampled answers to each of at most `PAIRED` prompts of a file, and whether each is right."""
+    asked = dict(prompts=prompts, reward=f"{HERE}/reward.py:correct", max_new_tokens=28, most=PAIRED, n=n, seed=seed)
+    return answer(model, argparse.Namespace(**asked), 0)
+
+
+def accuracy(model: Path, prompts: Path, seed: int, n: int = 1) -> float:
+    """The share of right answers among n sampled ones to each prompt."""
+    rewards = [reward for answered in answers(model, prompts, seed, n) for reward in answered.rewards]
+    return sum(rewards) / len(rewards)
+
+
+def pairs(model: Path, prompts: Path, seed: int) -> Path:
+    """A right and a wrong answer of the model to each prompt where eight tries gave both."""
+    path = prompts.with_name(prompts.name.replace("prompts", "pairs"))
+    if not path.exists():
+        answered = [a for a in answers(model, prompts, seed, 8) if a.teaches]
+        rows = [{"prompt": a.prompt, "chosen": a.best, "rejected": a.worst} for a in answered]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 if __name__ == "__main__":

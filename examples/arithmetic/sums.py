@@ -38,17 +38,17 @@ def worked_out(numbers: list[int]) -> str:
 def make_data(folder: Path, seed: int) -> dict[str, Path]:
     """Files by name, and the tokenizer's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, seen, files = random.Random(seed), set(), {"tokenizer": folder / "tokenizer"}
+    rng, rows, files = random.Random(seed), {}, {"tokenizer": folder / "tokenizer"}
+    while len(rows) < sum(SIZES.values()):
+        signs = [1] + [rng.choice((1, -1)) for _ in range(rng.choice(TERMS) - 1)]
+        numbers = [sign * rng.randint(1, LARGEST) for sign in signs]
+        prompt = expression(numbers) + "="
+        rows[prompt] = {"prompt": prompt, "completion": worked_out(numbers), "answer": str(sum(numbers))}
+    left = rng.sample(list(rows.values()), len(rows))  # short sums run out: the last ones drawn are the longest
     for name, count in SIZES.items():
-        rows = []
-        while len(rows) < count:
-            signs = [1] + [rng.choice((1, -1)) for _ in range(rng.choice(TERMS) - 1)]
-            numbers = [sign * rng.randint(1, LARGEST) for sign in signs]
-            if (prompt := expression(numbers) + "=") not in seen:
-                seen.add(prompt)
-                rows.append({"prompt": prompt, "completion": worked_out(numbers), "answer": str(sum(numbers))})
+        some, left = left[:count], left[count:]
         files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in some))
     tokenizer().save_pretrained(files["tokenizer"])
     return files
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 
 import pytest
@@ -29,6 +30,15 @@ def test_files_have_their_sizes_share_no_prompt_and_a_seed_gives_the_same_bytes(
     assert len(set(prompts)) == len(prompts)
     again = make_data(tmp_path, seed=3)
     assert all(data[name].read_bytes() == again[name].read_bytes() for name in SIZES)
+
+
+def test_no_file_is_harder_than_another(data):
+    """Short sums are few: where files were filled one after the other, the last had none of them."""
+    lengths = {name: [len(row["prompt"]) for row in rows(data[name])] for name in SIZES}
+    everything = [length for values in lengths.values() for length in values]
+    mean, spread = statistics.mean(everything), statistics.stdev(everything)
+    for values in lengths.values():
+        assert abs(statistics.mean(values) - mean) < 4 * spread / len(values) ** 0.5
 
 
 def test_every_sum_and_every_answer_is_right(data):

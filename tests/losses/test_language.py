@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
-from coati.losses.language import log_partition
+from coati.losses.language import ProjectedLogProbs, entropy, log_partition, next_log_probs
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -45,6 +45,36 @@ def test_the_gradient_of_log_probs_is_that_of_finite_differences(temperature):
     logits = 3 * torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
     ids = torch.randint(5, (2, 4), generator=generator)
     assert torch.autograd.gradcheck(lambda x: token_log_probs(x, ids, temperature), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [1, 3, 99])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_probs_through_the_output_layer_are_those_of_its_logits(with_bias, rows, temperature):
+    """Values, entropies, and the gradients of states, weight and bias: finite differences and autograd's own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    states, weight, ids = draw(7, 3), draw(5, 3), torch.randint(5, (7,), generator=generator)
+    bias = draw(5) if with_bias else None
+    tensors = [x for x in (states, weight, bias) if x is not None]
+
+    def ours(states, weight, bias=None):
+        return ProjectedLogProbs.apply(states, weight, bias, ids, temperature, False, rows)
+
+    assert torch.autograd.gradcheck(ours, tensors)
+    logits = torch.nn.functional.linear(states, weight, bias)
+    log_probs, entropies = ProjectedLogProbs.apply(states, weight, bias, ids, temperature, True, rows)
+    plain = next_log_probs(logits[None], ids[None], temperature)[0]
+    torch.testing.assert_close(log_probs, plain)
+    torch.testing.assert_close(entropies, entropy(logits[None], temperature)[0])
+    assert log_probs.requires_grad and not entropies.requires_grad
+    upstream = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    pairs = zip(*(torch.autograd.grad(x, tensors, upstream) for x in (log_probs, plain)), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected)
 
 
 @quick

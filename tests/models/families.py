@@ -34,6 +34,9 @@ def tiny_config(family: str, **overrides):
         return transformers.Gemma2Config(**{**SHARED, **GROUPED, "head_dim": 8, **overrides})
     if family == "bloom":  # no positions: ALiBi
         return transformers.BloomConfig(**{**SHARED, "hidden_size": 32, "n_layer": 2, "n_head": 4, **overrides})
+    if family == "gptj":  # an output layer with a bias
+        settings = dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+        return transformers.GPTJConfig(**{**SHARED, **settings, **overrides})
     if family == "falcon":
         settings = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         return transformers.FalconConfig(**{**SHARED, **settings, **overrides})

@@ -33,11 +33,12 @@ def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 61, 2**24])
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "falcon"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "falcon", "gptj"])
 def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch):
     """Values, entropies and every weight's gradient, however few logits are there at a time; Gemma 2 caps its logits
     after the head and is computed as a whole."""
     monkeypatch.setattr("coati.models.actor.CHUNK", {"cpu": chunk})
+    monkeypatch.setattr("coati.models.actor.ROWS", 1)
     capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
     actor, (ids, mask) = make(family, initializer_range=0.3, **capped), padded(rows(), "right")
     targets = mask & (torch.arange(ids.shape[1]) > 2)

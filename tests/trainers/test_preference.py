@@ -77,6 +77,21 @@ def test_a_run_of_each_loss_learns_and_leaves_a_model_logs_and_samples(loss, tin
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    pairs = [json.loads(line) for line in Path(tiny_world["pairs_eval"]).read_text().splitlines()]
+    for path, side in ((good, "chosen"), (bad, "rejected")):
+        rows = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p in pairs]
+        write_rows(path, rows)
+    trainer = moved(tiny_world, runtime, tmp_path / "run", loss="kto", eval_data=[str(good), str(bad)])
+    metrics, _ = trainer.evaluate()
+    assert metrics["answers/good"] == metrics["answers/bad"] == len(pairs)
+    assert metrics["kl/good"] == pytest.approx(metrics["kl"]) == pytest.approx(metrics["kl/bad"])
+    assert metrics["loss"] == pytest.approx((metrics["loss/good"] + metrics["loss/bad"]) / 2)
+    assert metrics["reward_desirable/good"] == pytest.approx(metrics["reward_desirable"])
+    assert "reward_desirable/bad" not in metrics and "margin/good" not in metrics
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
 def test_the_steps_loss_is_the_oracles_on_log_probs_of_plain_transformers(loss, tiny_world, runtime, tmp_path):
     """The policy and, as the reference, the model in the folder that the run started from; the answers' tokens only."""
@@ -178,6 +193,35 @@ def test_an_adapter_that_goes_on_training_is_compared_with_itself(tiny_world, ru
     assert trainer.reference is not None
     metrics, _ = trainer.train_step(0)
     assert metrics["margin"] == pytest.approx(0, abs=1e-6)
+
+
+# --- prompts that are read once
+
+
+@pytest.mark.parametrize("changes", [{}, dict(lora_rank=2), dict(loss="orpo"), dict(cache_reference=True)])
+def test_a_prompt_that_is_read_once_for_both_answers_changes_nothing(changes, tiny_world, runtime, tmp_path):
+    runs = {}
+    for share in (False, True):
+        output, cache = tmp_path / str(share), str(tmp_path / f"cache-{share}")
+        make(tiny_world, runtime, output, share_prompts=share, cache_dir=cache, micro_batch_size=4, **changes).train()
+        runs[share] = [
+            {k: v for k, v in row.items() if "time" not in k and "second" not in k} for row in read_metrics(output)
+        ]
+    for shared, separate in zip(runs[True], runs[False], strict=True):
+        assert shared == pytest.approx(separate, rel=1e-4, abs=1e-4)
+
+
+def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, runtime, tmp_path):
+    config = json.loads(Path(tiny_world["model_config"]).read_text())
+    bloom = dict(model_type="bloom", architectures=["BloomForCausalLM"], hidden_size=32, n_layer=1, n_head=2)
+    windowed = config | dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=4)
+    for name, settings in (("bloom", bloom | dict(vocab_size=config["vocab_size"])), ("mistral", windowed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        changes = dict(model=None, model_config=str(tmp_path / name / "config.json"), loss="orpo", share_prompts=True)
+        changes |= dict(attn_implementation="eager")
+        with pytest.raises(UserError, match="can't read a prompt once for both: leave share_prompts out"):
+            make(tiny_world, runtime, tmp_path / f"{name}-run", **changes)
 
 
 # --- the cache
@@ -331,7 +375,7 @@ def test_kto_reads_labels_and_reports_what_is_there(tiny_world, runtime, tmp_pat
 def test_every_setting_is_explained():
     page = (ROOT / "docs" / "preference.md").read_text()
     names = set(PreferenceConfig.__annotations__)
-    assert len(names) == 9 and sorted(name for name in names if f"`{name}`" not in page) == []
+    assert len(names) == 10 and sorted(name for name in names if f"`{name}`" not in page) == []
 
 
 # --- batches and bad input

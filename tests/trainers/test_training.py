@@ -111,6 +111,32 @@ def test_evaluation_reads_the_evaluation_data_and_leaves_training_alone(tiny_wor
     assert losses(tmp_path / "often") == losses(tmp_path / "rarely")
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "reward", "preference"])
+def test_each_of_several_evaluation_files_is_measured_as_if_it_were_alone(algorithm, tiny_world, runtime, tmp_path):
+    """Its rows sit in micro-batches with other files' rows and still have the metrics that they have alone."""
+    name = {"sft": "sft_eval", "reward": "pairs_eval", "preference": "pairs_eval"}[algorithm]
+    rows = Path(tiny_world[name]).read_text().splitlines(keepends=True)
+    files = [tmp_path / "short.jsonl", tmp_path / "long.jsonl"]
+    for path, part in zip(files, (rows[:4], rows[4:]), strict=True):
+        path.write_text("".join(part))
+    config_class, factory = trainer_classes(algorithm)
+
+    def evaluated(label: str, *paths: Path):
+        changes = dict(output_dir=str(tmp_path / label), eval_data=[str(path) for path in paths])
+        changes |= dict(loss="simpo") if algorithm == "preference" else {}  # not the same for all pairs at the start
+        return factory(config_class(**settings_for(algorithm, tiny_world, **changes)), runtime).evaluate()
+
+    (together, samples), alone = evaluated("both", *files), [evaluated(path.stem, path)[0] for path in files]
+    assert together == pytest.approx(
+        {name: value for name, value in together.items() if "/" not in name}
+        | {f"{metric}/{path.stem}": v for path, found in zip(files, alone, strict=True) for metric, v in found.items()},
+        rel=1e-5,
+        abs=1e-6,
+    )
+    assert together["loss"] not in (found["loss"] for found in alone)
+    assert len(samples) == (4 if algorithm == "sft" else 8)  # of the first rows, both answers of a pair
+
+
 def test_every_epoch_sees_every_row_in_another_order(tiny_world, runtime, tmp_path):
     """PITFALL 25: the shuffle changes from epoch to epoch and no epoch is short."""
     trainer = make("sft", tiny_world, runtime, tmp_path)

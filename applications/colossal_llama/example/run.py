@@ -1,6 +1,6 @@
 """A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and what each is worth.
 
-python applications/colossal_llama/example/run.py --text FOLDER            # 22 minutes on two cores
+python applications/colossal_llama/example/run.py --text FOLDER            # half an hour on two cores
 python applications/colossal_llama/example/run.py --text FOLDER --seeds 2  # and the README's table and plot
 
 FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed goes on.

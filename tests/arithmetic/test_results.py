@@ -1,0 +1,56 @@
+"""The arithmetic example's table and plot, from runs' folders."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
+
+import results
+
+
+def run(folder, metric: str, values: list[float], **summary):
+    folder.mkdir(parents=True)
+    rows = [{"step": 25 * i, f"eval/{metric}": value} for i, value in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed, after in enumerate((0.7, 0.8, 0.9)):
+        run(tmp_path / f"seed{seed}" / "grpo", "reward", [0.4, after], before=0.4, after=after, seconds=60)
+        run(tmp_path / f"seed{seed}" / "dpo", "accuracy", [0.5, 0.75], before=0.4, after=0.5, seconds=30)
+    return tmp_path
+
+
+def test_a_row_gives_each_seed_and_the_interval_of_the_gain(runs):
+    scripts = {"grpo": "grpo", "ppo": "ppo", "dpo": "preference"}
+    results.summarise(runs, scripts)
+    head, _, grpo, dpo = (runs / "figures.md").read_text().splitlines()
+    half = 4.303 * 10 / 3**0.5  # Student's t, two degrees of freedom
+    expected = f"+40.0 ({40 - half:+.1f} to {40 + half:+.1f})"
+    assert grpo == f"| grpo | 40.0%, 40.0%, 40.0% | 70.0%, 80.0%, 90.0% | {expected} |  | 1.0 |"
+    assert dpo.endswith("| 75.0%, 75.0%, 75.0% | 0.5 |") and head.count("|") == dpo.count("|")
+
+
+def test_the_plot_has_a_line_for_each_algorithm_that_ran(runs):
+    svg = results.curves(
+        {name: sorted(runs.glob(f"*/{name}")) for name in ("grpo", "dpo")}, {"grpo": "grpo", "dpo": "preference"}
+    )
+    assert svg.startswith("<svg") and "means over 3 seeds" in svg
+    assert "right answers to held-out sums" in svg and "held-out pairs told apart" in svg
+
+
+def test_only_a_whole_set_of_runs_fills_the_page(runs, monkeypatch):
+    filled = []
+    monkeypatch.setattr(results, "fill_figures", lambda *arguments: filled.append(arguments))
+    monkeypatch.setattr(results, "ROOT", runs)
+    (runs / "docs").mkdir()
+    results.summarise(runs, {"grpo": "grpo", "ppo": "ppo", "dpo": "preference"})
+    assert filled == []
+    results.summarise(runs, {"grpo": "grpo", "dpo": "preference"})
+    assert len(filled) == 1 and (runs / "docs" / "arithmetic.svg").is_file()
