@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -100,12 +101,15 @@ def test_a_launchers_variables_in_part_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_a_launcher_that_hangs_without_workers_is_ended(works, monkeypatch):
-    monkeypatch.setattr(watch, "SECONDS_WITHOUT_WORKERS", 1.0)
-    worker = "subprocess.run(['sleep', '5'])" if works else "time.sleep(5)"
-    hanging = subprocess.Popen([sys.executable, "-c", f"import subprocess, time; {worker}"])
+    """A worker outlives the limit, which leaves a busy machine the time to end its launcher after it."""
+    monkeypatch.setattr(watch, "SECONDS_WITHOUT_WORKERS", 4.0)
+    worker = "subprocess.run(['sleep', '6'])" if works else "time.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", f"import subprocess, time; {worker}"])
+    while works and not psutil.Process(launcher.pid).children():
+        time.sleep(0.05)
     waiting = subprocess.Popen(["sleep", "60"])
-    watch.clean_up(hanging.pid, waiting.pid)
-    assert hanging.wait(5) == (0 if works else -signal.SIGKILL)
+    watch.clean_up(launcher.pid, waiting.pid)
+    assert launcher.wait(5) == (0 if works else -signal.SIGKILL)
     assert waiting.wait(5) == -signal.SIGTERM
 
 
