@@ -1,5 +1,8 @@
-"""DPO (with its reference cached, too) and KTO on two processes: each plugin and layout gives the run of one process,
-and a resumed run is the uninterrupted one to the last bit."""
+"""DPO (with its reference cached, too), KTO and GRPO on two processes: each plugin and layout gives the run of one
+process, and a resumed run is the uninterrupted one to the last bit.
+
+Figures of every layout are in docs/plugins.md: `python tools/layout_table.py` writes them.
+"""
 
 from pathlib import Path
 
@@ -12,11 +15,14 @@ from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
 
 pytestmark = pytest.mark.distributed
 KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(loss="kto")}
+# a reward that is often the same for a whole group, and a reference
+KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
+QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if name not in ("gemini, bf16", "tp2 x pp2"))
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
-RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"))
+RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"), ("grpo", "tp2"))
 FOUR = ("tp2 x pp2", "tp2 x zero1")
 BEFORE = 2  # steps before the checkpoint
 
@@ -34,7 +40,9 @@ def world(tiny_world, folder) -> dict[str, str]:
 def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     """Every run caches for itself: the log-probs of one layout are not those of another to the last bit."""
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
-    return family_job(name, "preference", world, folder, **changes)
+    if kind == "grpo":
+        changes["reward_functions"] = [world["rewards"] + ":odd"]
+    return family_job(name, "grpo" if kind == "grpo" else "preference", world, folder, **changes)
 
 
 def jobs(world, folder, cases) -> list[dict]:
@@ -62,8 +70,8 @@ def two_processes(world, folder):
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_two_processes_give_the_single_process_run(kind, layout, one_process, two_processes):
     """PITFALL 9: the losses' denominators and KTO's KL are the global batch's. Log-ratios grow from 0 on."""
-    steps = one_process[f"one-{kind}"]["steps"]
-    assert abs(steps[-1].get("margin", 1.0)) > 1e-3 and (kind != "kto" or steps[-1]["kl"] > 0)
+    last = one_process[f"one-{kind}"]["steps"][-1]
+    assert abs(last.get("margin", 1.0)) > 1e-3 and (kind != "kto" or last["kl"] > 0)
     assert_same(two_processes[f"{layout}-{kind}"], one_process[f"one-{kind}"])
 
 
