@@ -4,7 +4,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from coati.data import prepare_tokenizer
@@ -13,6 +13,25 @@ from coati.rewards import WeightedRewards, load_function
 from coati.rollout import GenerationConfig, generate
 from coati.rollout.prompts import eos_ids
 from examples.stages import train
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and how often.
+
+    Attributes:
+        prompts: a JSONL file of rows with a prompt, and what the reward reads.
+        reward: FILE.py:function.
+        n: answers to a prompt.
+        most: at most so many prompts, drawn from the file.
+        max_new_tokens: of an answer.
+    """
+
+    prompts: Path
+    reward: str
+    n: int = 8
+    most: int = 512
+    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)
@@ -45,8 +64,9 @@ def run_rounds(description: str, algorithm: str, row_of: Callable[[Answered], di
     """
     arguments = parse_rounds(description)
     model = arguments.model
+    questions = Questions(**{f.name: getattr(arguments, f.name) for f in fields(Questions)})
     for number in range(arguments.rounds):
-        answered = answer(model, arguments, number)
+        answered = answer(model, questions, [arguments.seed, number])
         mean = sum(sum(a.rewards) for a in answered) / sum(len(a.rewards) for a in answered)
         rows = [row_of(a) for a in answered if a.teaches]
         print(f"round {number}: mean reward {mean:.3f}, {len(rows)} of {len(answered)} prompts teach", flush=True)
@@ -71,33 +91,33 @@ def parse_rounds(description: str) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="settings of the training in a round")
     parser.add_argument("--output", type=Path, required=True, help="where everything goes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--n", type=int, default=8, help="answers to a prompt")
-    parser.add_argument("--most", type=int, default=512, help="prompts of a round")
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--n", type=int, default=Questions.n, help="answers to a prompt")
+    parser.add_argument("--most", type=int, default=Questions.most, help="prompts of a round")
+    parser.add_argument("--max_new_tokens", type=int, default=Questions.max_new_tokens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="processes that train")
     return parser.parse_args()
 
 
-def answer(model: Path, arguments: argparse.Namespace, number: int) -> list[Answered]:
-    """n answers of this model to prompts of its round, scored."""
+def answer(model: Path, questions: Questions, seed: list[int]) -> list[Answered]:
+    """n sampled answers of this model to each prompt, scored."""
     from transformers import AutoTokenizer
 
-    actor, seed, n = Actor(str(model)), [arguments.seed, number], arguments.n
+    actor, n = Actor(str(model)), questions.n
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model), None, None)
-    rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
-    rows = random.Random(str(seed)).sample(rows, min(arguments.most, len(rows)))
+    rows = [json.loads(line) for line in questions.prompts.read_text().splitlines()]
+    rows = random.Random(str(seed)).sample(rows, min(questions.most, len(rows)))
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     repeated = [i for i in range(len(rows)) for _ in range(n)]
     ends = eos_ids(tokenizer, actor)
     options = dict(eos_ids=ends, pad_id=ends[0], seeds=[[*seed, k] for k in range(len(repeated))], batch_size=256)
-    config = GenerationConfig(max_new_tokens=arguments.max_new_tokens)
+    config = GenerationConfig(max_new_tokens=questions.max_new_tokens)
     rollout = generate(actor, [ids[i] for i in repeated], config, **options)
     responses = [text.strip() for text in tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)]
     columns = {name: [rows[i][name] for i in repeated] for name in rows[0] if name != "prompt"}
-    rewards = WeightedRewards([(load_function(arguments.reward), 1.0)])
+    rewards = WeightedRewards([(load_function(questions.reward), 1.0)])
     scores = rewards.score([texts[i] for i in repeated], responses, **columns).total.tolist()
     groups = [slice(i * n, i * n + n) for i in range(len(rows))]
     return [Answered(row["prompt"], responses[g], scores[g]) for row, g in zip(rows, groups, strict=True)]

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from results import summarise  # noqa: E402
 from sums import make_data  # noqa: E402
 
-from examples.answers import Answered, answer  # noqa: E402
+from examples.answers import Answered, Questions, answer  # noqa: E402
 from examples.stages import train  # noqa: E402
 
 # The config, and what an algorithm differs in from it, see docs/grpo.md and docs/preference.md.
@@ -95,8 +95,7 @@ def learn(algorithm: str, start: Path, before: float, folder: Path, data: dict[s
 
 def answers(model: Path, prompts: Path, seed: int, n: int) -> list[Answered]:
     """n sampled answers to each of at most `PAIRED` prompts of a file, and whether each is right."""
-    asked = dict(prompts=prompts, reward=f"{HERE}/reward.py:correct", max_new_tokens=28, most=PAIRED, n=n, seed=seed)
-    return answer(model, argparse.Namespace(**asked), 0)
+    return answer(model, Questions(prompts, f"{HERE}/reward.py:correct", n, PAIRED, max_new_tokens=28), [seed, 0])
 
 
 def accuracy(model: Path, prompts: Path, seed: int, n: int = 1) -> float:
