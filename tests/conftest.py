@@ -88,6 +88,23 @@ def make_world(root: Path) -> dict[str, str]:
     return world
 
 
+def write_new_model(folder: Path, texts: list[str]) -> str:
+    """A Llama of 1 M parameters that has seen nothing, with a tokenizer for these texts."""
+    import torch
+    from transformers import LlamaConfig
+
+    from coati.models import Actor
+    from examples.real_data.run import train_tokenizer
+
+    tokenizer = train_tokenizer(texts)
+    sizes = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes)
+    Actor(config=config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
     """Settings of a tiny run of `sft`, `reward`, `preference`, `ppo` or `grpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]

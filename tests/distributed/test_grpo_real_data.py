@@ -3,12 +3,11 @@ by their last line. At this size next to none is right: what is shown is that al
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from coati.tracking import read_metrics, read_samples
-from tests.conftest import ROOT, write_rows
+from tests.conftest import ROOT, write_new_model, write_rows
 from tests.distributed.world import run_jobs
 
 DATA = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -24,23 +23,6 @@ def rows(name: str, count: int) -> list[dict]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()[:count]]
 
 
-def start(folder: Path) -> dict:
-    """A small Llama that has seen nothing, with a tokenizer for these texts."""
-    import torch
-    from transformers import LlamaConfig
-
-    from coati.models import Actor
-    from examples.real_data.run import train_tokenizer
-
-    tokenizer = train_tokenizer([text for row in rows("train.jsonl", 4000) for text in row.values()])
-    sizes = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes)
-    Actor(config=config).save_pretrained(folder / "start")
-    tokenizer.save_pretrained(folder / "start")
-    return {"model": str(folder / "start"), "cache_dir": str(folder / "cache")}
-
-
 def right(response: str, solution: str) -> float:
     """Whether the number after `####` is the solution's."""
     found = re.search(r"####\s*(-?[\d,]+)", response)
@@ -49,7 +31,8 @@ def right(response: str, solution: str) -> float:
 
 @pytest.mark.timeout(1800)
 def test_grpo_runs_on_real_questions_with_the_reward_really_evaluated(tmp_path):
-    common = COMMON | start(tmp_path)
+    texts = [text for row in rows("train.jsonl", 4000) for text in row.values()]
+    common = COMMON | dict(model=write_new_model(tmp_path / "start", texts), cache_dir=str(tmp_path / "cache"))
     taught = [{"prompt": row["question"], "completion": row["answer"]} for row in rows("train.jsonl", 4000)]
     asked = [{"prompt": row["question"], "answer": row["answer"]} for row in rows("train.jsonl", 400)]
     held_out = [{"prompt": row["question"], "answer": row["answer"]} for row in rows("test.jsonl", 100)]

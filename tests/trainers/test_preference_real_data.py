@@ -1,10 +1,8 @@
 """DPO and KTO on real pairs (HH-RLHF) with a model from random weights: what they learn holds on other pairs."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_new_model
 
 DATA = ROOT.parent / "shared" / "data" / "hh_rlhf"
 pytestmark = [
@@ -13,32 +11,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    """A small Llama that has seen nothing, with a tokenizer for this text."""
-    import torch
-    from transformers import LlamaConfig
-
-    from coati.models import Actor
-    from examples.real_data.run import read, train_tokenizer
-
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = train_tokenizer([row["chosen"] for row in read(DATA / "train.jsonl")])
-    sizes = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    torch.manual_seed(0)
-    Actor(config=LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes)).save_pretrained(
-        folder
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.timeout(1800)
-def test_preferences_are_learnt_and_hold_on_other_pairs(start, runtime, tmp_path):
+def test_preferences_are_learnt_and_hold_on_other_pairs(runtime, tmp_path):
     """Accuracy starts at one half, as no answer is better than the other under the reference itself."""
     from coati.trainers.preference import PreferenceConfig, preference_trainer
+    from examples.real_data.run import read
 
-    common = dict(model=str(start), train_data=[str(DATA / "train.jsonl")], eval_data=[str(DATA / "test.jsonl")])
+    model = write_new_model(tmp_path / "start", [row["chosen"] for row in read(DATA / "train.jsonl")])
+    common = dict(model=model, train_data=[str(DATA / "train.jsonl")], eval_data=[str(DATA / "test.jsonl")])
     common |= dict(max_length=160, too_long="truncate_prompt", bad_rows="drop", cache_dir=str(tmp_path / "cache"))
     common |= dict(batch_size=32, micro_batch_size=32, learning_rate=1e-3, steps=60, progress="off")
 
