@@ -1,4 +1,4 @@
-"""Which rows make up which batch: shuffled, weighted, bucketed by length, the same for any world size."""
+"""Which rows make up which batch, shuffled and weighted, the same for any world size; and which micro-batch."""
 
 from __future__ import annotations
 
@@ -15,36 +15,33 @@ class BatchSampler:
 
     Every epoch is a fresh permutation of the rows. Epochs are laid end to end and the stream is cut into
     batches, so no row is lost and no batch is short: the batch on an epoch's end takes its last rows from the
-    next epoch. The batches that start in one epoch are taken in windows of `bucket_batches`: a window's rows
-    are sorted by length (ties at random), cut into batches, and the batches shuffled.
+    next epoch. Rows are not sorted by length across batches: a batch of short answers would count each of
+    their tokens for more than one of long answers does, and a policy would learn to answer shortly.
 
     Args:
-        lengths: tokens of each row, `[rows]`.
+        rows: how many there are.
         batch_size: rows of a global batch, over all ranks and micro-batches.
         weights_per_row: how often a row is seen in an epoch, `[rows]`. 2.0: twice. 0.5: rows of that weight
             take turns, a random half each epoch and the other half in the next.
-        bucket_batches: window size; 1 turns sorting by length off.
-        shuffle: False gives the rows in order, without bucketing.
+        shuffle: False gives the rows in order.
 
     Raises `UserError` when there are no rows, or nothing with a weight above 0.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        rows: int,
         batch_size: int,
         seed: int,
         *,
         weights_per_row: Sequence[float] | None = None,
-        bucket_batches: int = 50,
         shuffle: bool = True,
     ) -> None:
-        if batch_size < 1 or bucket_batches < 1:
-            raise UserError(f"batch_size {batch_size} and bucket_batches {bucket_batches} must be 1 or more.")
-        self.lengths = np.asarray(lengths)
-        self.batch_size, self.seed, self.bucket_batches, self.shuffle = (batch_size, seed, bucket_batches, shuffle)
-        weights = np.ones(len(self.lengths)) if weights_per_row is None else np.asarray(weights_per_row, float)
-        if weights.shape != self.lengths.shape or not np.isfinite(weights).all() or (weights < 0).any():
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be 1 or more.")
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        weights = np.ones(rows) if weights_per_row is None else np.asarray(weights_per_row, float)
+        if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
         self._whole = np.repeat(np.arange(len(weights)), np.floor(weights).astype(int))
         fractions = weights - np.floor(weights)
@@ -55,7 +52,6 @@ class BatchSampler:
         if self.epoch_size == 0:
             raise UserError("There are no rows to sample from; check the data and its weights.")
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
-        self._window = lru_cache(maxsize=2)(self._make_window)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -68,22 +64,7 @@ class BatchSampler:
 
     def batch(self, k: int) -> list[int]:
         """Rows of global batch `k`, always `batch_size` of them."""
-        epoch = k * self.batch_size // self.epoch_size
-        first = -(-epoch * self.epoch_size // self.batch_size)
-        end = -(-(epoch + 1) * self.epoch_size // self.batch_size)
-        start = first + (k - first) // self.bucket_batches * self.bucket_batches
-        return self._window(start, min(start + self.bucket_batches, end))[k - start].tolist()
-
-    def _make_window(self, start: int, end: int) -> np.ndarray:
-        """Batches `start` to `end`, `[end - start, batch_size]`."""
-        rows = self._stream(start * self.batch_size, end * self.batch_size)
-        if not self.shuffle:
-            return rows.reshape(end - start, self.batch_size)
-        if self.bucket_batches > 1:
-            # The stream is random, so a stable sort breaks ties at random.
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-        batches = rows.reshape(end - start, self.batch_size)
-        return batches[np.random.default_rng([self.seed, 1, start]).permutation(end - start)]
+        return self._stream(k * self.batch_size, (k + 1) * self.batch_size).tolist()
 
     def _stream(self, start: int, end: int) -> np.ndarray:
         """Positions `start` to `end` of the epochs laid end to end."""

@@ -251,10 +251,9 @@ class Trainer:
 
     def sampler(self, data: TokenisedDataset) -> BatchSampler:
         """The order of the training data; sets `total_steps` if the config counts epochs."""
-        sampler = BatchSampler(
-            data.lengths, self.config.batch_size, self.config.seed, weights_per_row=data.weights_per_row
-        )
-        self.total_steps = self.config.steps or math.ceil(self.config.epochs * sampler.batches_per_epoch)
+        c = self.config
+        sampler = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row)
+        self.total_steps = c.steps or math.ceil(c.epochs * sampler.batches_per_epoch)
         return sampler
 
     def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:

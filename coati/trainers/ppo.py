@@ -279,7 +279,7 @@ class PPOTrainer(RolloutTrainer):
             raise UserError("PPO starts from a policy that can answer: give --model FOLDER (train_sft.py makes one)")
         self.ptx_data = self.dataset(c.ptx_data, "sft")
         if self.ptx_data is not None:
-            self.ptx_sampler = BatchSampler(self.ptx_data.lengths, c.batch_size // c.minibatches, c.seed)
+            self.ptx_sampler = BatchSampler(len(self.ptx_data), c.batch_size // c.minibatches, c.seed)
         self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
         super().build()
         self.critic = self.engines.get("critic")

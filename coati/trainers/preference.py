@@ -261,11 +261,6 @@ class KTOTrainer(PreferenceTrainer):
     kind, rows_per_sample = "unpaired", 1
     headline = ("loss", False)
 
-    def sampler(self, data):
-        sampler = super().sampler(data)
-        sampler.bucket_batches = 1
-        return sampler
-
     def collate(self, samples):
         return collate_unpaired(samples, self.pad_id)
 
