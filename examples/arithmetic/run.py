@@ -31,14 +31,14 @@ ALGORITHMS = {
     "cispo": ("grpo", dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0)),
     "rloo": ("grpo", dict(advantage="rloo", policy_loss="none", aggregation="constant")),
     "reinforce++": ("grpo", dict(advantage="reinforce++-baseline", aggregation="token")),
-    "remax": ("grpo", dict(advantage="remax", group_size=1, batch_size=256, aggregation="token")),
+    "remax": ("grpo", dict(advantage="remax", group_size=1, batch_size=512, aggregation="token")),
     "ppo": ("ppo", {}),
     "dpo": ("preference", {}),
     "simpo": ("preference", dict(loss="simpo", beta=2.0, gamma=1.0)),
     "orpo": ("preference", dict(loss="orpo", beta=1.0)),
     "kto": ("preference", dict(loss="kto")),
 }
-ENOUGH = 0.35  # accuracy at which SFT is left
+ENOUGH = 0.45  # accuracy at which SFT is left
 PAIRED = 3000  # prompts that are answered to make pairs
 TRIES = 4  # answers to each held-out prompt
 

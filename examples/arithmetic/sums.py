@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-SIZES = {"sft": 12000, "sft_eval": 200, "prompts_train": 8000, "prompts_eval": 500}
+SIZES = {"sft": 12000, "sft_eval": 400, "prompts_train": 8000, "prompts_eval": 500}
 TERMS, LARGEST = (3, 4, 5), 9  # numbers of a sum, and the largest of them
 SPECIAL = ("<pad>", "<eos>")
 CHARACTERS = "0123456789+-="
