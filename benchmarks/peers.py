@@ -57,8 +57,9 @@ def timed(trainer):
     trainer.add_callback(clock)
 
     def counted(model, inputs, *rest):
-        mask = inputs.get("attention_mask")  # packed rows have none
-        tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+        if isinstance(inputs, dict):  # GRPO's are prompts, before they are answered
+            mask = inputs.get("attention_mask")  # packed rows have none
+            tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
         return step(model, inputs, *rest)
 
     trainer.training_step = counted
