@@ -1,4 +1,4 @@
-"""What the arithmetic example's algorithms came to: a table and a plot, for docs/grpo.md when all ran thrice."""
+"""What the arithmetic example's algorithms came to: a table and a plot."""
 
 import json
 import math
@@ -13,31 +13,30 @@ from examples.stages import ROOT, fill_figures
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of the 95 % interval of a mean, by the number of values
 
 
-def summarise(output: Path, scripts: dict[str, str]):
-    """Writes figures.md and curves.svg, by algorithm over its seeds.
+def summarise(output: Path, scripts: dict[str, str], *, write_docs: bool = False):
+    """Writes figures.md and curves.svg, by algorithm over its seeds; into docs/ too if that is asked for.
 
     Args:
         scripts: by algorithm, grpo, ppo or preference.
     """
     found = {name: sorted(output.glob(f"seed*/{name}/summary.json")) for name in scripts}
     found = {name: paths for name, paths in found.items() if paths}
-    whole = len(found) == len(scripts) and min(map(len, found.values())) >= 3
     lines = ["| algorithm | right before | right after | gained, 95 % interval | pairs told apart | minutes |"]
     lines.append("|---|---|---|---|---|---|")
-    lines += [row(name, scripts[name], paths) for name, paths in found.items()]
+    lines += [row(name, paths) for name, paths in found.items()]
     table = "\n".join(lines)
     (output / "figures.md").write_text(table + "\n")
     (output / "curves.svg").write_text(curves({n: [p.parent for p in paths] for n, paths in found.items()}, scripts))
     print(f"{table}\n\nfigures in {output / 'figures.md'}, curves in {output / 'curves.svg'}")
-    if whole:
+    if write_docs:
         fill_figures(ROOT / "docs" / "grpo.md", table, "arithmetic")
         (ROOT / "docs" / "arithmetic.svg").write_text((output / "curves.svg").read_text())
 
 
-def row(name: str, script: str, paths: list[Path]) -> str:
+def row(name: str, paths: list[Path]) -> str:
     runs = [json.loads(path.read_text()) for path in paths]
     cells = [", ".join(f"{run[when]:.1%}" for run in runs) for when in ("before", "after")]
-    told = [evaluations(path.parent, "eval/accuracy")[-1][1] for path in paths] if script == "preference" else []
+    told = [value for path in paths for _, value in evaluations(path.parent, "eval/accuracy")[-1:]]  # KTO has no pairs
     minutes = statistics.mean(run["seconds"] for run in runs) / 60
     gains = [run["after"] - run["before"] for run in runs]
     cells += [interval(gains), ", ".join(f"{share:.1%}" for share in told), f"{minutes:.1f}"]
@@ -69,5 +68,6 @@ def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
             for step, value in evaluations(folder, "eval/accuracy" if paired else "eval/reward"):
                 values.setdefault(step, []).append(value)
         points = [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
-        charts.setdefault(title, []).append(Line(name, colour, points))
+        if points:  # KTO has no pairs to tell apart
+            charts.setdefault(title, []).append(Line(name, colour, points))
     return figure(charts, list(folders), f"means over {max(map(len, folders.values()))} seeds")

@@ -45,12 +45,18 @@ def test_the_plot_has_a_line_for_each_algorithm_that_ran(runs):
     assert "right answers to held-out sums" in svg and "held-out pairs told apart" in svg
 
 
-def test_only_a_whole_set_of_runs_fills_the_page(runs, monkeypatch):
+def test_the_page_is_filled_when_asked_for(runs, monkeypatch):
     filled = []
     monkeypatch.setattr(results, "fill_figures", lambda *arguments: filled.append(arguments))
     monkeypatch.setattr(results, "ROOT", runs)
     (runs / "docs").mkdir()
-    results.summarise(runs, {"grpo": "grpo", "ppo": "ppo", "dpo": "preference"})
-    assert filled == []
     results.summarise(runs, {"grpo": "grpo", "dpo": "preference"})
+    assert filled == []
+    results.summarise(runs, {"grpo": "grpo", "dpo": "preference"}, write_docs=True)
     assert len(filled) == 1 and (runs / "docs" / "arithmetic.svg").is_file()
+
+
+def test_runs_without_pairs_have_neither_a_share_nor_a_line(runs):
+    run(runs / "seed0" / "kto", "loss", [0.5, 0.4], before=0.4, after=0.5, seconds=30)
+    results.summarise(runs, {"dpo": "preference", "kto": "preference"})
+    assert (runs / "figures.md").read_text().splitlines()[-1].endswith("|  | 0.5 |")
