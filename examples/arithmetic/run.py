@@ -37,9 +37,9 @@ ALGORITHMS = {
     "dpo": ("preference", dict(nll_coefficient=1.0)),
     "simpo": ("preference", dict(loss="simpo", beta=2.0, gamma=1.0, nll_coefficient=1.0)),
     "orpo": ("preference", dict(loss="orpo", beta=1.0)),
-    "kto": ("preference", dict(loss="kto")),
+    "kto": ("preference", dict(loss="kto", beta=0.5)),
 }
-ENOUGH = 0.52  # accuracy at which SFT is left
+ENOUGH = 0.5  # accuracy at which SFT is left
 PAIRED = 3000  # prompts that are answered to make pairs
 TRIES = 4  # answers to each held-out prompt
 
@@ -74,9 +74,9 @@ def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int) ->
         model = checkpoint / "model" / "model"
         found = accuracy(model, data["sft_eval"], seed)
         print(f"{checkpoint.name}: {found:.3f} right", flush=True)
-        if found >= ENOUGH:
+        if found > ENOUGH:
             return model
-    sys.exit(f"error: no checkpoint in {folder / 'sft'} is right in {ENOUGH:.0%}: raise steps in configs/sft.yaml")
+    sys.exit(f"error: no checkpoint in {folder / 'sft'} is right in over {ENOUGH:.0%}: raise steps in configs/sft.yaml")
 
 
 def learn(algorithm: str, start: Path, before: float, folder: Path, data: dict[str, Path], seed: int, processes: int):
