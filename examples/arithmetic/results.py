@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from coati.tracking import read_metrics
-from coati.tracking.charts import Line
+from coati.tracking.charts import COLOURS, Line
 from examples.drawing import figure
 from examples.stages import ROOT, fill_figures
 
@@ -69,5 +69,5 @@ def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
                 values.setdefault(step, []).append(value)
         points = [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
         if points:  # KTO has no pairs to tell apart
-            charts.setdefault(title, []).append(Line(name, colour, points))
+            charts.setdefault(title, []).append(Line(name, colour, points, dashed=colour >= COLOURS))
     return figure(charts, list(folders), f"means over {max(map(len, folders.values()))} seeds")
