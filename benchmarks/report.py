@@ -34,10 +34,10 @@ TARGETS = [
     ("training", "reward-fixed", "plain loop", 1 / 1.05),
     ("training", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
-    ("training", "dpo-fixed", "TRL", 1.25),
-    ("training", "dpo-log-normal", "TRL", 2.0),
-    ("training", "grpo-fixed", "TRL", 1.5),
-    ("training", "grpo-log-normal", "TRL", 3.0),
+    ("family", "dpo-fixed", "TRL", 1.25),
+    ("family", "dpo-log-normal", "TRL", 2.0),
+    ("family", "grpo-fixed", "TRL", 1.5),
+    ("family", "grpo-log-normal", "TRL", 3.0),
 ]
 COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 
@@ -164,6 +164,8 @@ def filled(page: str, results: dict[str, dict]) -> str:
     page = fill(page, "targets", targets(results))
     page = fill(page, "generation", rates(results["generation"]))
     page = fill(page, "training", rates(results["training"]))
+    page = fill(page, "machine of the family", machine(results["family"]))
+    page = fill(page, "family", rates(results["family"]))
     return fill(page, "memory", memory(results["memory"]))
 
 

@@ -171,14 +171,15 @@ def test_group_relative_learning_rests_where_theory_says(task, runtime, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(5400)
 def test_it_does_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
     """Rewrites the table in docs/grpo.md."""
     lines = ["| | $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|---|"]
     for name, changes in GROUP_RELATIVE.items():
         for beta in (0.25, 0.5, 1.0):
             folders = [tmp_path / f"{name} {beta} {seed}" for seed in range(3)]
-            found = [check(task, runtime, folder, beta, seed, **changes) for seed, folder in enumerate(folders)]
+            settings = MORE | changes  # with less, a small beta may leave a policy without the answers it needs
+            found = [check(task, runtime, folder, beta, seed, **settings) for seed, folder in enumerate(folders)]
             lines.append(f"| {name} | {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "grpo.md", "\n".join(lines), "theory")
 
