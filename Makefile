@@ -43,8 +43,8 @@ test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where ther
 mutation: $(READY)  ## Change the losses and masks in small ways and list what no test notices (docs/mutation.md)
 	$(PY) tools/mutate.py
 
-TRAINING := sft-fixed sft-log-normal reward-fixed reward-log-normal ranks ppo-fixed ppo-shared ppo-log-normal
-FAMILY := dpo-fixed dpo-log-normal grpo-fixed grpo-log-normal
+TRAINING := sft-fixed reward-fixed ranks ppo-fixed ppo-shared ppo-log-normal
+FAMILY := sft-log-normal reward-log-normal dpo-fixed dpo-log-normal grpo-fixed grpo-log-normal
 WITH_MEMORY := sft-log-normal reward-log-normal ppo-fixed
 
 bench: $(READY)  ## Measure coati beside its peers and write benchmarks/results (on an idle machine)

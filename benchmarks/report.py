@@ -30,9 +30,9 @@ TARGETS = [
     ("training", "ppo-fixed", "TRL", 1.2),
     ("training", "ppo-shared", "TRL", 1.8),
     ("training", "ppo-log-normal", "TRL", 3.0),
-    ("training", "reward-log-normal", "TRL", 1.8),
+    ("family", "reward-log-normal", "TRL", 1.8),
     ("training", "reward-fixed", "plain loop", 1 / 1.05),
-    ("training", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
+    ("family", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
     ("family", "dpo-fixed", "TRL", 1.25),
     ("family", "dpo-log-normal", "TRL", 2.0),
