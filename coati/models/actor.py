@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from coati.losses.language import ProjectedLogProbs, align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
-from coati.models.pairs import PackedPairs
+from coati.models.packed import PackedGroups
 
 # Logits that are there at a time. On a CPU they stay near the caches; a GPU's products need many rows.
 CHUNK = {"cpu": 2**23, "cuda": 2**27}
@@ -36,7 +36,7 @@ class Actor(BaseModel):
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         adapter: bool = True,
-        pairs: bool = False,
+        members: int = 1,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
 
@@ -50,9 +50,10 @@ class Actor(BaseModel):
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
-            pairs: what rows i and i + batch / 2 both begin with is read once, see `PackedPairs`. For whole models only.
+            members: rows i, i + batch / members and so on are a group, and what they all begin with is read once, see
+                `PackedGroups`. For whole models only.
         """
-        packed = PackedPairs.of(input_ids, attention_mask) if pairs else None
+        packed = PackedGroups.of(input_ids, attention_mask, members) if members > 1 else None
         inputs = packed.inputs(self.model.dtype) if packed else (input_ids, attention_mask, position_ids)
         with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             if targets is not None and self._head_is_last is not False:

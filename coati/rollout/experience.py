@@ -70,19 +70,24 @@ def join_rows(batches: Sequence[Batch], pad_id: int, device: torch.device) -> Ba
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """A rollout's rows for forward passes: those of like length together, without the padding that they don't need."""
+    """A rollout's rows for forward passes: those of like length together, without the padding that they don't need.
+
+    With `members`, a micro-batch has the first rows of some groups, their second ones and so on.
+    """
 
     rollout: Rollout
     rows: Sequence[list[int]]
+    members: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def sample(self, i: int) -> "MicroBatches":
-        """An eighth of one micro-batch; of all in turn, as `i` goes on."""
+        """An eighth of one micro-batch, of whole groups; of all in turn, as `i` goes on."""
         turn, which = divmod(i, len(self.rows))
-        rows = self.rows[which]
-        return replace(self, rows=[rows[turn % min(8, len(rows)) :: 8]])
+        rows, groups = self.rows[which], len(self.rows[which]) // self.members
+        chosen = range(turn % min(8, groups), groups, 8)
+        return replace(self, rows=[[rows[k + i] for k in range(0, len(rows), groups) for i in chosen]])
 
     def mask(self) -> Tensor:
         """Which rows of the rollout are there, bool `[batch]`."""

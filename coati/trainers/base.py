@@ -20,6 +20,7 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.models.base import BaseModel
 from coati.models.lora import is_adapter
+from coati.models.packed import check_packing
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import no_room, write_json
 from coati.parallel.engine import DTYPES
@@ -59,6 +60,7 @@ class Trainer:
         algorithm: the stage's name in logs and reports.
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         rows_per_sample: what the model reads of a sample; 2 for pairs.
+        members: rows of a batch whose common beginning is read once, see `PackedGroups`; 1 for none.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
@@ -68,6 +70,7 @@ class Trainer:
     algorithm: str
     headline: tuple[str, bool]
     rows_per_sample = 1
+    members = 1
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -191,7 +194,13 @@ class Trainer:
     def inputs(self, batch, targets: Tensor | None = None) -> dict[str, Tensor]:
         """What a model is called with. A model that is split over processes gives the log-probs of all tokens."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs |= {"members": self.members} if self.members > 1 else {}
         return inputs if targets is None or self.config.model_parallel_size > 1 else inputs | {"targets": targets}
+
+    def check_packing(self, engine: Engine, batch, targets: Tensor):
+        """Refuses models that don't give the same log-probs when what the batch's rows begin with is read once."""
+        tolerance = 1e-3 if resolve_precision(self.config) == "fp32" else 0.2
+        check_packing(engine.module, engine.forward_all, self.inputs(batch, targets), tolerance)
 
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Each part of the loss is divided by its own global count, over all ranks.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from coati.config import option
+from coati.data.collate import SFTBatch
 from coati.errors import UserError, refuse
 from coati.losses import (
     aggregation_weights,
@@ -71,29 +72,34 @@ class GRPOConfig(RolloutConfig):
     overlong_penalty: float = option(1.0, "by how much it falls in all")
     mask_truncated: bool = option(False, "answers that are cut at max_new_tokens are left out of the loss")
     importance_correction: Correction = option("none", "tokens weigh p(training) / p(sampling), bounded")
+    share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
     importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it")
 
     @property
     def answers(self) -> int:
         return self.batch_size * self.group_size
 
+    @property
+    def members(self) -> int:
+        """Answers that are read as one row."""
+        return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
+
     def check(self, world_size: int):
         super().check(world_size)
         plain = self.plugin != "gemini" and self.model_parallel_size == 1
         penalised = self.kl_coefficient != 0
         compares = self.advantage in GROUPS or self.dynamic_sampling
-        refreshed, masked = self.refresh_reference > 0, self.mask_truncated
+        refreshed = self.refresh_reference > 0
+        punished = self.mask_truncated and self.missing_eos_penalty is not None
         greedy = any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature))
-        unclipped = self.policy_loss in ("cispo", "none")
+        unclipped, shared = self.policy_loss in ("cispo", "none"), self.share_prompts
         refusals = {
             "group_size must be at least 1": self.group_size < 1,
             f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2": (
                 self.group_size < 2 and compares
             ),
             "the answers of a group must differ: temperature and final_temperature must be above 0": greedy,
-            "an answer is compared with its group, not with a running mean: leave out normalise_reward": (
-                self.normalise_reward
-            ),
+            "an answer is compared with its group, no running mean: leave out normalise_reward": self.normalise_reward,
             "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward": (
                 penalised and self.kl_in == "loss" and self.kl_estimator == "k1"
             ),
@@ -105,11 +111,15 @@ class GRPOConfig(RolloutConfig):
             f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}": (
                 not 0 <= self.overlong_buffer <= self.max_new_tokens
             ),
-            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": (
-                masked and self.missing_eos_penalty is not None
-            ),
+            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
             f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
             "importance_cap must be at least 1": self.importance_cap < 1,
+            "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
+                shared and (self.members < 2 or max(self.group_size, self.micro_batch_size) % self.members > 0)
+            ),
+            "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
+                shared and self.model_parallel_size > 1
+            ),
             "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel": (
                 self.entropy_coefficient != 0 and self.tensor_parallel > 1
             ),
@@ -249,7 +259,7 @@ class GRPOTrainer(RolloutTrainer):
     def experience(self, rollout: ScoredRollout) -> tuple[Experience, dict[str, float]]:
         """Log-probs, rewards and advantages of every response token."""
         c, mask = self.config, rollout.response_mask
-        batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask))
+        batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask, self.members), self.members)
         log_probs, _ = self.policy_passes(rollout, batches)
         reference = self.reference_log_probs(batches, log_probs)
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
@@ -322,6 +332,17 @@ class GRPOTrainer(RolloutTrainer):
         super().build()
         if c.refresh_reference:
             self.frozen = {"reference": self.reference}
+        self.members = c.members
+        if c.share_prompts:
+            self.check_packing(self.actor, *self.longest_group())
+
+    def longest_group(self) -> tuple[SFTBatch, Tensor]:
+        """The longest prompt with answers of the greatest length, and which tokens these are."""
+        prompt, last = list(self.data[int(self.data.lengths.argmax())].input_ids), self.config.max_new_tokens
+        rows = [prompt + [(i + k) % len(self.tokenizer) for i in range(last)] for k in range(self.members)]
+        ids = torch.tensor(rows, device=self.runtime.device)
+        answers = (torch.arange(ids.shape[1], device=ids.device) >= len(prompt)).expand_as(ids)
+        return SFTBatch(ids, torch.ones_like(answers), answers), answers
 
     def load_models(self) -> dict[str, Engine]:
         actor = self.model(Actor, self.source("actor") or self.config.model, lora=self.config.lora)

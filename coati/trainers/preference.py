@@ -129,7 +129,9 @@ class PreferenceTrainer(RewardTrainer):
             raise UserError(f"{c.loss} compares with the policy that the run starts from: give --model FOLDER")
         super().build()
         if c.share_prompts:
-            self.check_sharing()
+            self.members = 2
+            batch = self.load(self.data, [int(self.data.lengths.argmax())])
+            self.check_packing(self.engines["model"], batch, self.targets(batch))
         self.cached: dict[str, Tensor] = {}
         if c.cache_reference:
             self.fill_cache()
@@ -143,24 +145,6 @@ class PreferenceTrainer(RewardTrainer):
 
     def targets(self, batch):
         return response_targets(batch.loss_mask)
-
-    def inputs(self, batch, targets=None):
-        return super().inputs(batch, targets) | ({"pairs": True} if self.config.share_prompts else {})
-
-    def check_sharing(self):
-        """Refuses models that don't give the longest pair's answers the same log-probs when their prompt is read once:
-        those with windows or biases by distance, and kernels that take no mask."""
-        engine = self.engines["model"]
-        batch = self.load(self.data, [int(self.data.lengths.argmax())])
-        attention = engine.module.config._attn_implementation
-        tolerance = 1e-3 if resolve_precision(self.config) == "fp32" else 0.2
-        shared = self.inputs(batch, self.targets(batch))
-        if attention in ("sdpa", "eager") and engine.module.takes_positions:
-            ours, theirs = engine.forward_all([shared, shared | {"pairs": False}])
-            if torch.allclose(ours, theirs, atol=tolerance):
-                return
-        name = type(engine.module.transformer).__name__
-        raise UserError(f"{name} with {attention} attention can't read a prompt once for both: leave share_prompts out")
 
     def answers(self, log_probs: Tensor, batch, parts: int, rows: Tensor | slice = slice(None)) -> list[Answers]:
         """What the loss reads of the batch's first and second half (`parts` 2), or of all its rows (1)."""

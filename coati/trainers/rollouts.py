@@ -235,17 +235,19 @@ class RolloutTrainer(Trainer):
         """This rank's micro-batches of minibatch `m`, rows of like length together."""
         size = len(experience) // self.config.minibatches
         start = m * size
-        parts = self.of_like_length(experience.attention_mask[start : start + size])
+        parts = self.of_like_length(experience.attention_mask[start : start + size], self.members)
         return [experience.rows([start + i for i in part]) for part in parts]
 
-    def of_like_length(self, masks: Tensor) -> list[list[int]]:
-        """Micro-batches of this rank's rows, the longest first; the same number on every rank."""
-        c, lengths = self.config, masks.sum(1).tolist()
+    def of_like_length(self, masks: Tensor, members: int = 1) -> list[list[int]]:
+        """Micro-batches of this rank's rows, the longest first; the same number on every rank. As many rows as a group
+        has `members` stay together: a micro-batch has the first ones of its groups, the second ones and so on."""
+        c, lengths = self.config, masks.sum(1).view(-1, members).sum(1).tolist()
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         widths = [lengths[i] for i in order]
         if c.max_tokens_per_batch is not None:
             widths = [max(ranks) for ranks in zip(*self.communicator.gather(widths), strict=True)]
-        return [order[part] for part in cut(widths, c.micro_batch_size, c.max_tokens_per_batch)]
+        parts = [order[part] for part in cut(widths, c.micro_batch_size // members, c.max_tokens_per_batch)]
+        return [[i * members + k for k in range(members) for i in part] for part in parts]
 
     def policy_share(self, output, batch: Experience, denominator: float, **how):
         """The share of the policy's loss, and of the entropy, nats a token."""

@@ -222,6 +222,34 @@ def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        dict(kl_coefficient=0.04, minibatches=2),
+        dict(micro_batch_size=2, lora_rank=2, kl_coefficient=0.04),
+        dict(max_tokens_per_batch=256, dynamic_sampling=True, mask_truncated=True),
+    ],
+)
+def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tiny_world, runtime, tmp_path):
+    runs, read = {}, {}
+    for share in (False, True):
+        trainer = make(
+            tiny_world, runtime, tmp_path / str(share), share_prompts=share, **dict(micro_batch_size=8) | changes
+        )
+        tokens = read[share] = []
+        trainer.actor.module.transformer.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs, tokens=tokens: tokens.append(inputs[0].numel()) if torch.is_grad_enabled() else None
+        )
+        trainer.train()
+        runs[share] = [
+            {k: v for k, v in row.items() if not any(word in k for word in ("time", "second", "padding"))}
+            for row in read_metrics(tmp_path / str(share))
+        ]
+    for shared, separate in zip(runs[True], runs[False], strict=True):
+        assert shared == pytest.approx(separate, rel=1e-3, abs=1e-4)
+    assert sum(read[True]) < 0.9 * sum(read[False])
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         (dict(group_size=0), "group_size must be at least 1"),
@@ -240,6 +268,9 @@ def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path
         (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),
         (dict(importance_cap=0.5), "importance_cap"),
         (dict(entropy_coefficient=0.1, tensor_parallel=2), "tensor_parallel"),
+        (dict(share_prompts=True, group_size=4, micro_batch_size=6), "one a multiple of the other"),
+        (dict(share_prompts=True, group_size=4, micro_batch_size=1), "of 2 or more"),
+        (dict(share_prompts=True, micro_batch_size=4, tensor_parallel=2), "leave out tensor"),
         (dict(batch_size=7), "2 minibatches"),
         (dict(num_beams=2), "num_beams"),
     ],

@@ -220,7 +220,7 @@ def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, ru
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
         changes = dict(model=None, model_config=str(tmp_path / name / "config.json"), loss="orpo", share_prompts=True)
         changes |= dict(attn_implementation="eager")
-        with pytest.raises(UserError, match="can't read a prompt once for both: leave share_prompts out"):
+        with pytest.raises(UserError, match="can't read a prompt once for all: leave share_prompts out"):
             make(tiny_world, runtime, tmp_path / f"{name}-run", **changes)
 
 

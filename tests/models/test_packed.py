@@ -1,26 +1,34 @@
-"""Pairs whose common beginning is read once: the log-probs and gradients that the rows have alone."""
+"""Groups of rows whose common beginning is read once: the log-probs and gradients that the rows have alone."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coati.models.pairs import PackedPairs
+from coati.models.packed import PackedGroups
 from tests.models.families import VOCABULARY, padded
 from tests.models.test_actor import make
 
-SHAPES = st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=1, max_size=4)
+# of each group, the tokens that its rows share and what each adds
+SHAPES = st.integers(1, 4).flatmap(
+    lambda members: st.lists(st.tuples(*[st.integers(0, 6)] * (1 + members)), min_size=1, max_size=4)
+)
 
 
-def batch_of(shapes: list[tuple[int, int, int]], seed: int = 0):
-    """Pairs of one common token and more, and what either adds: `[2 * pairs, seq]`, the first rows of pairs first."""
+def batch_of(shapes: list[tuple[int, ...]], seed: int = 0):
+    """Groups of rows with at least one common token: `[members * groups, seq]`, the first rows of the groups first."""
     generator = torch.Generator().manual_seed(seed)
-    rows: list[list[torch.Tensor]] = [[], []]
+    members: list[list[torch.Tensor]] = [[] for _ in shapes[0][1:]]
     for shared, *rest in shapes:
         beginning = torch.randint(3, VOCABULARY, (shared + 1,), generator=generator)
-        for side, more in zip(rows, rest, strict=True):
-            side.append(torch.cat([beginning, torch.randint(3, VOCABULARY, (more,), generator=generator)]))
-    return padded(rows[0] + rows[1], "right", extra=1)
+        for rows, more in zip(members, rest, strict=True):
+            rows.append(torch.cat([beginning, torch.randint(3, VOCABULARY, (more,), generator=generator)]))
+    return padded([row for rows in members for row in rows], "right", extra=1)
+
+
+def common_beginning(rows: list[list[int]]) -> int:
+    alike = [len(set(tokens)) == 1 for tokens in zip(*rows, strict=False)]
+    return [*alike, False].index(False)
 
 
 @given(shapes=SHAPES, seed=st.integers(0, 99))
@@ -28,30 +36,32 @@ def batch_of(shapes: list[tuple[int, int, int]], seed: int = 0):
 def test_every_token_is_there_with_its_position_and_sees_its_own_row(shapes, seed):
     """Beside a loop over all tokens."""
     ids, mask = batch_of(shapes, seed)
-    packed = PackedPairs.of(ids, mask)
-    lengths, n = mask.sum(1).tolist(), len(shapes)
+    packed = PackedGroups.of(ids, mask, len(shapes[0]) - 1)
+    lengths, groups = mask.sum(1).tolist(), len(shapes)
     assert torch.equal(packed.unpack(packed.input_ids)[mask], ids[mask])
     assert torch.equal(packed.unpack(packed.position_ids)[mask], torch.arange(ids.shape[1]).expand_as(ids)[mask])
     for row, length in enumerate(lengths):
         places = packed.places[row, :length].tolist()
         assert len(set(places)) == length
         for t in range(length):
-            seen = packed.visible[row % n, 0, places[t]].nonzero()[:, 0].tolist()
+            seen = packed.visible[row % groups, 0, places[t]].nonzero()[:, 0].tolist()
             assert seen == sorted(places[: t + 1])
-    for i in range(n):
-        first, second = ids[i, : lengths[i]].tolist(), ids[i + n, : lengths[i + n]].tolist()
-        common = next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-        common = min(len(first), len(second)) if common is None else common
-        used = {*packed.places[i, : lengths[i]].tolist(), *packed.places[i + n, : lengths[i + n]].tolist()}
-        assert len(used) == len(first) + len(second) - common
+    for i in range(groups):
+        rows = [ids[row, : lengths[row]].tolist() for row in range(i, len(ids), groups)]
+        used = {place for row in range(i, len(ids), groups) for place in packed.places[row, : lengths[row]].tolist()}
+        assert len(used) == sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows)
 
 
+SOME = {2: [(9, 4, 6), (0, 1, 9), (3, 0, 5), (5, 4, 0)], 4: [(9, 4, 6, 0, 3), (0, 1, 9, 2, 2)]}
+
+
+@pytest.mark.parametrize("members", SOME)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])
-def test_log_probs_and_gradients_are_those_of_separate_rows(family, attention):
+def test_log_probs_and_gradients_are_those_of_separate_rows(family, attention, members):
     capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
     actor = make(family, initializer_range=0.3, attn_implementation=attention, **capped)
-    ids, mask = batch_of([(9, 4, 6), (0, 1, 9), (3, 0, 5), (5, 4, 0)])
+    ids, mask = batch_of(SOME[members])
     targets = mask & (torch.arange(ids.shape[1]) > 0)
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
 
@@ -62,5 +72,5 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(family, attention):
         return log_probs.detach()[targets], {name: p.grad.clone() for name, p in actor.named_parameters()}
 
     for options in ({}, {"targets": targets}, {"targets": targets}):  # the second call knows what the head does
-        for found, expected in zip(measure(pairs=True, **options), measure(**options), strict=True):
+        for found, expected in zip(measure(members=members, **options), measure(**options), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)

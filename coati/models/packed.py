@@ -1,0 +1,79 @@
+"""Rows that begin alike as one row: what they share goes through the model once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coati.errors import UserError
+
+
+@dataclass(frozen=True)
+class PackedGroups:
+    """What the members of a group of rows all begin with, and then the rest of each, one after the other.
+
+    Attributes:
+        input_ids, position_ids: long `[groups, packed]`; a token keeps the position it has in its own row.
+        visible: bool `[groups, 1, packed, packed]`, which token (last but one dimension) sees which (last): those of
+            its own row up to itself.
+        places: long `[members * groups, seq]`, where in its packed row each token of the batch is; anywhere for
+            padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    visible: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, members: int) -> "PackedGroups":
+        """From `[members * groups, seq]`, padded on the right: the groups' first rows, their second ones and so on."""
+        ids, real = (torch.stack(x.chunk(members), 1) for x in (input_ids, attention_mask.bool()))
+        groups, _, seq = ids.shape
+        alike = ((ids == ids[:, :1]) & real).all(1)
+        shared = alike.long().cumprod(1).sum(1)[:, None, None]
+        column = torch.arange(seq, device=ids.device).expand_as(ids)
+        own = real & (column >= shared)
+        lengths = own.sum(2, keepdim=True)
+        starts = shared + lengths.cumsum(1) - lengths
+        places = torch.where(column < shared, column, starts + column - shared)
+        width = int((shared + lengths.sum(1, keepdim=True)).max())
+
+        def pack(values: Tensor, fill: int) -> Tensor:
+            packed = values.new_full((groups, width + 1), fill)  # the last column is for padding
+            return packed.scatter_(1, places.where(real, width).flatten(1), values.flatten(1))[:, :width]
+
+        member = torch.arange(members, device=ids.device)[:, None].where(own, -1)  # what is shared has none
+        owner, order = pack(member, -1), torch.arange(width, device=ids.device)
+        visible = (owner[:, None] == owner[..., None]) | (owner[:, None] < 0)
+        visible &= order <= order[:, None]  # padding comes last: no real token sees it
+        of_rows = places.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
+        return cls(pack(ids, 0), pack(column, 0), visible[:, None], of_rows)
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, what is added to attention's scores, and positions: what `BaseModel.run` takes."""
+        mask = torch.zeros_like(self.visible, dtype=dtype).masked_fill(~self.visible, torch.finfo(dtype).min)
+        return self.input_ids, mask, self.position_ids
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[groups, packed, ...]` as `[members * groups, seq, ...]`; padding holds anything."""
+        rows = torch.arange(len(packed), device=packed.device).repeat(len(self.places) // len(packed))
+        return packed[rows[:, None], self.places]
+
+
+def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inputs: dict, tolerance: float):
+    """Refuses an `Actor` that gives other log-probs when what rows begin with is read once: those with windows or
+    biases by distance, and kernels that take no mask.
+
+    Args:
+        forward_all: calls it with each of several inputs.
+        inputs: of a call with `members`.
+    """
+    attention = model.config._attn_implementation
+    if attention in ("sdpa", "eager") and model.takes_positions:
+        once, separately = forward_all([inputs, inputs | {"members": 1}])
+        if torch.allclose(once, separately, atol=tolerance):
+            return
+    name = type(model.transformer).__name__
+    raise UserError(f"{name} with {attention} attention can't read a prompt once for all: leave share_prompts out")
