@@ -185,7 +185,7 @@ def _repad_and_deal(trainer, variation: Variation, patch):
             patch.setattr(
                 trainer,
                 "of_like_length",
-                lambda masks: [list(range(len(masks)))[i : i + size] for i in range(0, len(masks), size)],
+                lambda masks, _members=1: [list(range(len(masks)))[i : i + size] for i in range(0, len(masks), size)],
             )
         # a rollout's padding is on the right by contract
         patch.setattr(trainer, "answer", lambda *a: padded(answer(*a), dataclasses.replace(variation, left=0)))
