@@ -76,7 +76,7 @@ def cases() -> dict[str, Case]:
     grouped = {"TRL, grouped": {"train_sampling_strategy": "group_by_length"}}
     uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
     responses = np.clip(log_normal(64, 58, 0.8), 1, 256).tolist()
-    budget, cached = {"max_tokens_per_batch": 2048}, {"cache_reference": True}
+    budget, cached = {"max_tokens_per_batch": 1024}, {"cache_reference": True}
     even = [256] * DATA_ROWS
     ppo = {"compile_generation": bool(shutil.which("g++"))}
     trl = {"TRL": {}}
