@@ -159,8 +159,13 @@ GROUP_RELATIVE = {
     "RLOO, KL in the reward": IN_REWARD | dict(advantage="rloo"),
     "Dr. GRPO, KL in the reward": IN_REWARD | dict(advantage="dr_grpo"),
     "Dr. GRPO, k2 in the loss": IN_LOSS | dict(kl_estimator="k2", best=group_mean(partial(token_wise, estimator="k2"))),
-    "Dr. GRPO, k3 in the loss": IN_LOSS | dict(kl_estimator="k3", best=group_mean(partial(token_wise, estimator="k3"))),
+    "Dr. GRPO, k3 in the loss": IN_LOSS
+    | dict(kl_estimator="k3", best=group_mean(partial(token_wise, estimator="k3")), steps=2 * MORE["steps"]),
 }
+BETAS = (0.25, 0.5, 1.0)
+# With k3 the likeliest answer has beta ref / (c - Q), where c - Q is near 0 if beta is small: rewards known to 0.01
+# each leave a total variation of 0.042 at 0.25, of 0.013 at 0.5 and of 0.007 at 0.75.
+K3_BETAS = (0.75, 0.875, 1.0)
 
 
 def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
@@ -172,14 +177,15 @@ def test_group_relative_learning_rests_where_theory_says(task, runtime, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(5400)
+@pytest.mark.timeout(7200)
 def test_it_does_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
     """Rewrites the table in docs/grpo.md."""
     lines = ["| | $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|---|"]
     for name, changes in GROUP_RELATIVE.items():
-        for beta in (0.25, 0.5, 1.0):
+        for beta in K3_BETAS if "k3" in name else BETAS:
             folders = [tmp_path / f"{name} {beta} {seed}" for seed in range(3)]
-            found = [check(task, runtime, folder, beta, seed, **MORE, **changes) for seed, folder in enumerate(folders)]
+            settings = MORE | changes
+            found = [check(task, runtime, folder, beta, seed, **settings) for seed, folder in enumerate(folders)]
             lines.append(f"| {name} | {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "grpo.md", "\n".join(lines), "theory")
 
@@ -188,7 +194,7 @@ def test_it_does_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
 def test_ppo_finds_it_for_three_penalties_and_three_seeds(task, runtime, tmp_path):
     """Rewrites the table in docs/reading-the-curves.md."""
     lines = ["| $\\beta$ | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|"]
-    for beta in (0.25, 0.5, 1.0):
+    for beta in BETAS:
         found = [check(task, runtime, tmp_path / f"{beta}-{seed}", beta, seed) for seed in range(3)]
         lines.append(f"| {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "reading-the-curves.md", "\n".join(lines), "theory")
