@@ -87,8 +87,9 @@ def difference(results: dict, layout: str, runs: list[str]) -> str:
         mine, theirs = results.get(f"{layout}-{run}"), results.get(f"one-{run}")
         if not mine or not theirs:
             return ""
-        for a, b in zip(mine["steps"], theirs["steps"], strict=True):
-            names = [name for name in b if name == "loss" or "bf16" not in layout]
+        for step, (a, b) in enumerate(zip(mine["steps"], theirs["steps"], strict=True)):
+            # which answer a policy prefers while it is its reference is rounding
+            names = [name for name in b if (name == "loss" or "bf16" not in layout) and (step, name) != (0, "accuracy")]
             errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for name in names]
     return f"{max(errors):.0e}" if errors else "refused"
 

@@ -20,10 +20,10 @@ KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
 QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
-TWO = tuple(name for name in LAYOUTS if name not in ("gemini, bf16", "tp2 x pp2"))
+TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
 RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"), ("grpo", "tp2"))
-FOUR = ("tp2 x pp2", "tp2 x zero1")
+FOUR = tuple(name for name in LAYOUTS if " x " in name)
 BEFORE = 2  # steps before the checkpoint
 
 
