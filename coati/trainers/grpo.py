@@ -72,8 +72,8 @@ class GRPOConfig(RolloutConfig):
     overlong_penalty: float = option(1.0, "by how much it falls in all")
     mask_truncated: bool = option(False, "answers that are cut at max_new_tokens are left out of the loss")
     importance_correction: Correction = option("none", "tokens weigh p(training) / p(sampling), bounded")
-    share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
     importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it")
+    share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
 
     @property
     def answers(self) -> int:
