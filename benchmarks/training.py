@@ -14,6 +14,7 @@ TRL works in environments of its own, which `make trl` makes; without them it is
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
                                        (with `compile_generation` where there is g++, compiled before the clock runs)
     dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
+    dpo-prompts                        as dpo-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
     grpo-fixed, grpo-log-normal        answers as PPO's, four a prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
@@ -54,6 +55,7 @@ class Case:
         peers: by name, TRL's settings.
         steps: optimiser steps (PPO: iterations) of a turn.
         lengths: tokens of each row; of PPO and GRPO, of each response.
+        prompt: tokens of a row that are its prompt, but for PPO and GRPO.
         loop: a plain PyTorch loop takes part.
     """
 
@@ -65,6 +67,7 @@ class Case:
     flags: dict = field(default_factory=dict)
     peers: dict[str, dict] = field(default_factory=dict)
     loop: bool = False
+    prompt: int = 1
 
     @property
     def rolls_out(self) -> bool:
@@ -98,6 +101,7 @@ def cases() -> dict[str, Case]:
             trl,
         ),
         "dpo-fixed": Case("preference", 8, 8, 4, even, cached, trl),
+        "dpo-prompts": Case("preference", 8, 8, 4, even, cached | {"share_prompts": True}, trl, prompt=180),
         "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl),
         "grpo-fixed": Case("grpo", 16, 16, 2, [64] * 16, ppo, trl),
         "grpo-log-normal": Case("grpo", 64, 16, 1, responses, ppo | {"max_tokens_per_batch": 1024}, trl),
@@ -153,7 +157,7 @@ def prepare_coati(settings: dict):
 def write_data(case: Case, folder: Path) -> dict[str, str]:
     """The rows for coati as text and for TRL as the token ids that coati makes of them."""
     paths = {"coati": str(folder / "rows.jsonl"), "peers": str(folder / "rows.json")}
-    bos, eos, overhead = 0, 1, 3  # BOS and EOS, and the prompt's one word
+    bos, eos, overhead = 0, 1, 2 + case.prompt
     ids = lambda text: [int(word[1:]) + 4 for word in text.split()]  # noqa: E731
     ours, theirs = [], []
     for i, length in enumerate([32] * max(64, case.batch_size) if case.rolls_out else case.lengths):
@@ -162,11 +166,13 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
             ours.append({"prompt": prompt})
             theirs.append(prompt if case.algorithm == "grpo" else [bos, *ids(prompt)])
             continue
-        prompt, answer, other = words(i, 1), words(i + 1, length - overhead), words(i + 2, length - overhead)
+        prompt = words(i, case.prompt)
+        answer, other = (words(i + k, length - overhead) for k in (1, 2))
         chosen, rejected = ([bos, *ids(prompt), *ids(text), eos] for text in (answer, other))
         if case.algorithm == "sft":
             ours.append({"prompt": prompt, "completion": answer})
-            theirs.append({"input_ids": chosen, "completion_mask": [0, 0] + [1] * (length - 2)})
+            asked = 1 + case.prompt
+            theirs.append({"input_ids": chosen, "completion_mask": [0] * asked + [1] * (length - asked)})
         else:
             ours.append({"prompt": prompt, "chosen": answer, "rejected": other})
             as_ids = {"chosen_ids": chosen, "rejected_ids": rejected}

@@ -94,9 +94,9 @@ class Engine:
         """
         metrics = []
         for i, (inputs, loss_of) in enumerate(tasks):
-            last = i == len(tasks) - 1
-            # gradients travel with the last micro-batch only, where that helps
-            with nullcontext() if last or not self.booster.plugin.support_no_sync() else self._no_sync():
+            # gradients travel with the last micro-batch only, where that helps; a process alone has nowhere to send them
+            travel = i == len(tasks) - 1 and not self._alone
+            with nullcontext() if travel or not self.booster.plugin.support_no_sync() else self._no_sync():
                 share, of_this = loss_of(self(**inputs))
                 self.booster.backward(share * self.gradient_ranks, self.optimizer)
             metrics.append(of_this)
@@ -202,11 +202,11 @@ class Engine:
 
     def _count_steps_alike(self):
         """torch's AdamW counts steps in a tensor, Colossal-AI's in a number."""
-        for state in self.optimizer.optim.state.values():
+        is_torch = isinstance(self.optimizer.optim, torch.optim.AdamW)
+        for weight, state in self.optimizer.optim.state.items():
             if "step" in state:
                 number = float(state["step"])
-                is_torch = isinstance(self.optimizer.optim, torch.optim.AdamW)
-                state["step"] = torch.tensor(number) if is_torch else int(number)
+                state["step"] = torch.tensor(number, device=weight.device) if is_torch else int(number)
 
     def _master_name(self) -> str:
         c, runtime = self.config, self.runtime
@@ -227,6 +227,11 @@ class Engine:
         if self.config.plugin != "ddp" or self.precision == "fp32" or self.config.model_parallel_size > 1:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this process's gradients are the whole, as they come."""
+        return self.config.plugin == "ddp" and self.runtime.world_size == 1
 
     def _no_sync(self):
         return self.booster.no_sync(self.model, self.optimizer)
@@ -261,7 +266,7 @@ def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
     ]
     keywords = dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))
     if config.plugin == "ddp":
-        return torch.optim.AdamW(groups, **keywords)
+        return torch.optim.AdamW(groups, fused=True, **keywords)
     from colossalai.nn.optimizer import HybridAdam
 
     return HybridAdam(groups, adamw_mode=True, **keywords)
