@@ -66,7 +66,7 @@ def peak_memory() -> float:
 
 
 def contest(contenders: list[Contender], *, rounds: int, threads: int) -> dict[str, dict]:
-    """By contender: the median rate (amount a second) of `rounds` turns after one to warm up, the spread, CPU seconds
+    """By contender: the rates (amount a second) of `rounds` turns after one to warm up, median and spread, CPU seconds
     of a turn, peak memory in MiB beyond what its model took before the first turn, and the seconds of its parts."""
     workers = {}
     for c in contenders:
@@ -101,12 +101,18 @@ def _summary(turns: list[dict]) -> dict:
     rates = [turn["amount"] / turn["seconds"] for turn in turns]
     return {
         "rate": statistics.median(rates),
+        "rates": rates,
         "lowest": min(rates),
         "highest": max(rates),
         "cpu_seconds": statistics.median(turn["cpu"] for turn in turns),
         "peak_mib": max(turn["peak_mib"] for turn in turns),
         "parts": {name: statistics.median(turn["parts"][name] for turn in turns) for name in turns[0].get("parts", {})},
     }
+
+
+def ratio(ours: dict, other: dict) -> float:
+    """Median of what ours was quicker by in each turn: a machine that is slow for a while is slow for both."""
+    return statistics.median(a / b for a, b in zip(ours["rates"], other["rates"], strict=True))
 
 
 def machine(threads: int) -> dict[str, str | int]:

@@ -49,9 +49,9 @@ def rates(result: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for case, found in result["cases"].items():
-        ours = found["contenders"]["coati"]["rate"]
+        ours, ratios = found["contenders"]["coati"]["rate"], found["ratios"]  # generation's are to transformers
         for name, x in found["contenders"].items():
-            ratio = "" if name == "coati" else f"{ours / x['rate']:.2f}"
+            ratio = "" if name == "coati" else f"{ours / x['rate'] if 'coati' in ratios else ratios[name]:.2f}"
             spread = (
                 f"{x['rate']:,.0f} ({x['lowest']:,.0f} to {x['highest']:,.0f})"
                 if x["rate"] > 50

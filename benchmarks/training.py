@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import Contender, contest, machine, serve, store
+from benchmarks.contest import Contender, contest, machine, ratio, serve, store
 from benchmarks.generation import MODEL, log_normal
 from benchmarks.world import PLAIN, words, write_models, write_rows
 
@@ -254,7 +254,7 @@ def run_case(case: Case, rounds: int, threads: int, model: dict, device: str = "
         for together in [everyone] if device == "cpu" else [[one] for one in everyone]:
             found |= contest(together, rounds=rounds, threads=threads)
     ours = found["coati"]
-    ratios = {name: ours["rate"] / other["rate"] for name, other in found.items() if name != "coati"}
+    ratios = {name: ratio(ours, other) for name, other in found.items() if name != "coati"}
     peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where freed memory was enough
     memory = {name: peak["coati"] / peak[name] for name in found if name != "coati"}
     return {"ratios": ratios, "memory_ratios": memory, "contenders": found}
@@ -265,7 +265,7 @@ def main():
         return serve(prepare_coati)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(cases()), choices=list(cases()))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=json.loads, default={}, help="changes of the Llama's configuration, as JSON")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")

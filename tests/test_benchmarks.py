@@ -36,9 +36,10 @@ def test_lengths_are_those_of_the_issue():
 
 
 def test_training_is_a_contest_with_a_plain_loop():
-    case = run_small("training", "reward-fixed", rounds=1)
-    ours, loop = case["contenders"]["coati"], case["contenders"]["plain loop"]
-    assert ours["rate"] > 0 and case["ratios"]["plain loop"] == ours["rate"] / loop["rate"]
+    case = run_small("training", "reward-fixed", rounds=3)
+    ours, loop = (case["contenders"][name]["rates"] for name in ("coati", "plain loop"))
+    assert min(ours) > 0
+    assert case["ratios"]["plain loop"] == sorted(a / b for a, b in zip(ours, loop, strict=True))[1]
 
 
 @pytest.mark.slow

@@ -93,9 +93,10 @@ class Engine:
             The metrics of each micro-batch.
         """
         metrics = []
+        alone = self.config.plugin == "ddp" and self.runtime.world_size == 1  # then DDP would copy them for no one
         for i, (inputs, loss_of) in enumerate(tasks):
-            # gradients travel with the last micro-batch only, where that helps; a process alone has nowhere to send them
-            travel = i == len(tasks) - 1 and not self._alone
+            # gradients travel with the last micro-batch only, where that helps
+            travel = i == len(tasks) - 1 and not alone
             with nullcontext() if travel or not self.booster.plugin.support_no_sync() else self._no_sync():
                 share, of_this = loss_of(self(**inputs))
                 self.booster.backward(share * self.gradient_ranks, self.optimizer)
@@ -227,11 +228,6 @@ class Engine:
         if self.config.plugin != "ddp" or self.precision == "fp32" or self.config.model_parallel_size > 1:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this process's gradients are the whole, as they come."""
-        return self.config.plugin == "ddp" and self.runtime.world_size == 1
 
     def _no_sync(self):
         return self.booster.no_sync(self.model, self.optimizer)
