@@ -44,7 +44,7 @@ mutation: $(READY)  ## Change the losses and masks in small ways and list what n
 	$(PY) tools/mutate.py
 
 TRAINING := sft-fixed reward-fixed ranks ppo-fixed ppo-shared ppo-log-normal
-FAMILY := sft-log-normal reward-log-normal dpo-fixed dpo-prompts dpo-log-normal grpo-fixed grpo-log-normal
+FAMILY := sft-log-normal reward-log-normal dpo-fixed dpo-vocabulary dpo-prompts dpo-log-normal grpo-fixed grpo-log-normal
 WITH_MEMORY := sft-log-normal reward-log-normal ppo-fixed
 
 bench: $(READY)  ## Measure coati beside its peers and write benchmarks/results (on an idle machine)

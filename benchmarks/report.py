@@ -35,6 +35,7 @@ TARGETS = [
     ("family", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
     ("family", "dpo-fixed", "TRL", 1.25),
+    ("family", "dpo-vocabulary", "TRL", 1.25),
     ("family", "dpo-prompts", "TRL", 1.25),
     ("family", "dpo-log-normal", "TRL", 2.0),
     ("family", "grpo-fixed", "TRL", 1.5),

@@ -14,6 +14,7 @@ TRL works in environments of its own, which `make trl` makes; without them it is
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
                                        (with `compile_generation` where there is g++, compiled before the clock runs)
     dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
+    dpo-vocabulary                     as dpo-fixed, with a vocabulary of 32,768
     dpo-prompts                        as dpo-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
     grpo-fixed, grpo-log-normal        answers as PPO's, four a prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
@@ -56,6 +57,7 @@ class Case:
         steps: optimiser steps (PPO: iterations) of a turn.
         lengths: tokens of each row; of PPO and GRPO, of each response.
         prompt: tokens of a row that are its prompt, but for PPO and GRPO.
+        model: changes of the Llama's configuration.
         loop: a plain PyTorch loop takes part.
     """
 
@@ -68,6 +70,7 @@ class Case:
     peers: dict[str, dict] = field(default_factory=dict)
     loop: bool = False
     prompt: int = 1
+    model: dict = field(default_factory=dict)
 
     @property
     def rolls_out(self) -> bool:
@@ -101,6 +104,7 @@ def cases() -> dict[str, Case]:
             trl,
         ),
         "dpo-fixed": Case("preference", 8, 8, 4, even, cached, trl),
+        "dpo-vocabulary": Case("preference", 8, 8, 2, [256] * 64, cached, trl, model={"vocab_size": 2**15}),
         "dpo-prompts": Case("preference", 8, 8, 4, even, cached | {"share_prompts": True}, trl, prompt=180),
         "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl),
         "grpo-fixed": Case("grpo", 16, 16, 2, [64] * 16, ppo, trl),
@@ -248,7 +252,7 @@ def run_case(case: Case, rounds: int, threads: int, model: dict, device: str = "
     """On a GPU the contenders work one after the other: each has it alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "world"
-        write_models(folder, MODEL | dict(max_position_embeddings=4096) | model, PLAIN)
+        write_models(folder, MODEL | dict(max_position_embeddings=4096) | case.model | model, PLAIN)
         everyone = contenders(case, folder, device)
         found = {}
         for together in [everyone] if device == "cpu" else [[one] for one in everyone]:
