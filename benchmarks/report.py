@@ -51,9 +51,11 @@ def rates(result: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for case, found in result["cases"].items():
-        ours, ratios = found["contenders"]["coati"]["rate"], found["ratios"]  # generation's are to transformers
+        ours, over = found["contenders"]["coati"]["rate"], found["ratios"]
+        if "coati" in over:  # generation's are to transformers
+            over = {name: ours / x["rate"] for name, x in found["contenders"].items()}
         for name, x in found["contenders"].items():
-            ratio = "" if name == "coati" else f"{ours / x['rate'] if 'coati' in ratios else ratios[name]:.2f}"
+            ratio = "" if name == "coati" else f"{over[name]:.2f}"
             spread = (
                 f"{x['rate']:,.0f} ({x['lowest']:,.0f} to {x['highest']:,.0f})"
                 if x["rate"] > 50

@@ -104,6 +104,7 @@ def cases() -> dict[str, Case]:
             trl,
         ),
         "dpo-fixed": Case("preference", 8, 8, 4, even, cached, trl),
+        # few rows: TRL takes minutes for the reference's log-probs of all
         "dpo-vocabulary": Case("preference", 8, 8, 2, [256] * 64, cached, trl, model={"vocab_size": 2**15}),
         "dpo-prompts": Case("preference", 8, 8, 4, even, cached | {"share_prompts": True}, trl, prompt=180),
         "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl),
@@ -161,7 +162,7 @@ def prepare_coati(settings: dict):
 def write_data(case: Case, folder: Path) -> dict[str, str]:
     """The rows for coati as text and for TRL as the token ids that coati makes of them."""
     paths = {"coati": str(folder / "rows.jsonl"), "peers": str(folder / "rows.json")}
-    bos, eos, overhead = 0, 1, 2 + case.prompt
+    bos, eos, overhead = 0, 1, 2 + case.prompt  # BOS and EOS, and the prompt's words
     ids = lambda text: [int(word[1:]) + 4 for word in text.split()]  # noqa: E731
     ours, theirs = [], []
     for i, length in enumerate([32] * max(64, case.batch_size) if case.rolls_out else case.lengths):

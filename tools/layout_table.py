@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.parallel.decoders import DECODERS
 from examples.stages import ROOT, fill_figures
-from tests.distributed.world import LAYOUTS
+from tests.distributed.world import LAYOUTS, without_ties
 
 FIRST = ("sft", "reward", "ppo")
 KINDS = {"dpo": "DPO", "cached": "DPO, cached reference", "kto": "KTO", "grpo": "GRPO"}
@@ -87,10 +87,9 @@ def difference(results: dict, layout: str, runs: list[str]) -> str:
         mine, theirs = results.get(f"{layout}-{run}"), results.get(f"one-{run}")
         if not mine or not theirs:
             return ""
-        for step, (a, b) in enumerate(zip(mine["steps"], theirs["steps"], strict=True)):
+        steps = [without_ties(x["steps"]) if run in KINDS else x["steps"] for x in (mine, theirs)]
+        for a, b in zip(*steps, strict=True):
             names = [name for name in b if name == "loss" or "bf16" not in layout]
-            if run in KINDS and step == 0:  # which answer a policy prefers while it is its reference is rounding
-                names = [name for name in names if name != "accuracy"]
             errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for name in names]
     return f"{max(errors):.0e}" if errors else "refused"
 

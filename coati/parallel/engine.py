@@ -93,7 +93,7 @@ class Engine:
             The metrics of each micro-batch.
         """
         metrics = []
-        alone = self.config.plugin == "ddp" and self.runtime.world_size == 1  # then DDP would copy them for no one
+        alone = self.config.plugin == "ddp" and self.runtime.world_size == 1  # DDP would copy gradients for no one
         for i, (inputs, loss_of) in enumerate(tasks):
             # gradients travel with the last micro-batch only, where that helps
             travel = i == len(tasks) - 1 and not alone

@@ -101,3 +101,9 @@ def run_jobs(jobs: list[dict], folder: Path, processes: int, worker: str = "work
     done = subprocess.run([*launcher, script, *files], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / "results.json").read_text())
+
+
+def without_ties(steps: list[dict]) -> list[dict]:
+    """Before the first update the policy is its reference: which answer of a pair it prefers then is rounding."""
+    first, *others = steps
+    return [{name: value for name, value in first.items() if name != "accuracy"}, *others]
