@@ -5,6 +5,7 @@ python tests/test_pitfalls.py    # writes docs/pitfalls.md
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,31 +60,43 @@ PITFALLS = {
 }
 
 
-def named_tests() -> dict[int, list[str]]:
-    """Pitfall number -> tests whose docstring names it."""
+def named_tests(word: str = "PITFALL") -> dict[int, list[str]]:
+    """Number -> tests whose docstring names it, as in PITFALL 3 or PITFALLS 3 and 4."""
     found: dict[int, list[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for group in re.findall(r"PITFALLS? (\d+(?:(?:, | and )\d+)*)", ast.get_docstring(node) or ""):
+                for group in re.findall(rf"{word}S? (\d+(?:(?:, | and )\d+)*)", ast.get_docstring(node) or ""):
                     for number in re.findall(r"\d+", group):
                         found.setdefault(int(number), []).append(f"{path.relative_to(ROOT)}::{node.name}")
     return found
 
 
 def page() -> str:
-    lines = [
-        "# Known bugs, and the tests that we don't have them",
-        "",
-        "Written by `python tests/test_pitfalls.py`. Each was seen or reported in ColossalChat, TRL, OpenRLHF or verl.",
-        "",
-        "| | bug | tests |",
-        "|---|---|---|",
-    ]
-    for number, tests in sorted(named_tests().items()):
-        names = "<br>".join(f"`{name}`" for name in tests)
-        lines.append(f"| {number} | {PITFALLS.get(number, '')} | {names} |")
-    return "\n".join(lines) + "\n"
+    from tests.test_reports import REPORTS
+
+    return "\n".join(
+        [
+            "# Known bugs, and the tests that we don't have them",
+            "",
+            "Written by `python tests/test_pitfalls.py`. Each was seen or reported in ColossalChat, TRL, OpenRLHF or",
+            "verl.",
+            "",
+            *table("bug", PITFALLS, named_tests()),
+            "",
+            "## Faults that people's files and models brought to light",
+            "",
+            "Tried on coati with inputs from public bug trackers and real file formats; each stands for its kind.",
+            "",
+            *table("fault", REPORTS, named_tests("REPORT")),
+            "",
+        ]
+    )
+
+
+def table(what: str, names: dict[int, str], tests: dict[int, list[str]]) -> list[str]:
+    rows = [f"| {n} | {names.get(n, '')} | {'<br>'.join(f'`{test}`' for test in tests[n])} |" for n in sorted(tests)]
+    return [f"| | {what} | tests |", "|---|---|---|", *rows]
 
 
 def test_every_pitfall_has_a_test_that_names_it():
@@ -96,4 +109,5 @@ def test_the_page_is_current():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     PAGE.write_text(page())
