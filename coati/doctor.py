@@ -55,8 +55,6 @@ def _machine() -> list[str]:
     )
     lines.append(f"colossalai command: {shutil.which('colossalai') or 'not on PATH'}")
     lines.append(f"torchrun: {shutil.which('torchrun') or 'not on PATH: colossalai run needs it there'}")
-    if torch.cuda.is_available() and shutil.which("nvcc") is None:
-        lines.append("nvcc: not on PATH; Adam then runs in torch operations instead of the compiled kernel")
     return lines
 
 

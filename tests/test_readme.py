@@ -314,7 +314,6 @@ def test_an_explained_error_exists(error):
     [
         dict(plugin="zero3"),
         dict(plugin="gemini", precision="fp32"),
-        dict(plugin="gemini", precision="bf16", gemini_placement="auto"),
         dict(precision="fp16"),
         dict(shard_fraction=2.0),
     ],

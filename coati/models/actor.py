@@ -37,6 +37,7 @@ class Actor(BaseModel):
         with_log_partition: bool = False,
         adapter: bool = True,
         members: int = 1,
+        right_padded: bool = False,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
 
@@ -52,9 +53,12 @@ class Actor(BaseModel):
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
             members: rows i, i + batch / members and so on are a group, and what they all begin with is read once, see
                 `PackedGroups`. For whole models only.
+            right_padded: padding stands on the right only, see `run`.
         """
         packed = PackedGroups.of(input_ids, attention_mask, members) if members > 1 else None
-        inputs = packed.inputs(self.model.dtype) if packed else (input_ids, attention_mask, position_ids)
+        inputs = (input_ids, attention_mask, position_ids, right_padded)
+        if packed:
+            inputs = packed.inputs(self.model.dtype)
         with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             if targets is not None and self._head_is_last is not False:
                 hidden = self._states_before_head(*inputs)
@@ -70,7 +74,7 @@ class Actor(BaseModel):
         outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _states_before_head(self, *inputs: Tensor | None) -> Tensor:
+    def _states_before_head(self, *inputs) -> Tensor:
         """What the output layer reads, `[batch, seq, hidden]`, given what `run` takes. It gets to see the first
         position only, by which the first call tells whether logits are all it gives: some models cap or scale them
         afterwards."""
@@ -118,19 +122,36 @@ class Actor(BaseModel):
         outputs = tuple(zeros(dtype=x.dtype).index_put((rows, columns), x) * targets for x in found)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
-        """Logits of the token after the last one, `[batch, vocabulary]`, with a transformers cache.
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        cache,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the token after each row's last one, `[batch, vocabulary]`, with a transformers cache.
 
         Args:
-            input_ids, position_ids: `[batch, new]`, what the cache does not hold yet.
-            attention_mask: bool `[batch, cached and new]`, False on padding.
+            input_ids, position_ids: `[batch, new]`, what the cache does not hold yet; positions go on from the cache's
+                length if not given.
+            attention_mask: as the transformers model takes it; None for causal attention.
+            last: `[batch]`, the column of each row's last token, if rows are padded on the right.
         """
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        if self.takes_positions:
+        if position_ids is not None and self.takes_positions:
             inputs["position_ids"] = position_ids
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = 1
-        return self.model(**inputs).logits[:, -1]
+        if last is None:
+            if self._keeps_logits:
+                inputs["logits_to_keep"] = 1
+            return self.model(**inputs).logits[:, -1]
+        rows = torch.arange(len(last), device=last.device)
+        head = self.transformer.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, states: (states[0][rows, last][:, None],))
+        try:
+            return self.model(**inputs).logits[:, -1]
+        finally:
+            hook.remove()
 
     @cached_property
     def compiled_next_logits(self) -> Callable[..., Tensor]:

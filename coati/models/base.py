@@ -31,6 +31,7 @@ class BaseModel(nn.Module):
         config: its config.
         last_hidden_state_size: width of the last hidden states, which value heads read.
         takes_positions: whether the transformer reads position ids.
+        hides_right_padding: whether causal attention alone keeps real tokens from padding to their right.
         layout: how sequence and vocabulary lie over processes; sharded models get another.
 
     Raises:
@@ -62,6 +63,8 @@ class BaseModel(nn.Module):
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
+        causal = {part.is_causal for part in self.transformer.modules() if hasattr(part, "is_causal")}
+        self.hides_right_padding = self.takes_positions and causal == {True}
 
     def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
         return load_transformer(self.auto_class, pretrained, config, kwargs)
@@ -85,7 +88,13 @@ class BaseModel(nn.Module):
         if self.has_adapter:
             self.model.enable_input_require_grads()
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None):
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        right_padded: bool = False,
+    ):
         """The transformers model's output, of this process's part of the sequence.
 
         Args:
@@ -93,6 +102,8 @@ class BaseModel(nn.Module):
                 `position_ids`, what is added to attention's scores, `[batch, 1, seq, seq]`.
             position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which sees no other (if
                 `keeps_documents_apart`). They take the mask's place; padding is made of documents of one token.
+            right_padded: padding stands on the right only. The model gets no mask then, if it does without: attention
+                kernels that take none are faster, and a GPU doesn't wait for the host to look at it.
         """
         layout = self.layout
         inputs = {"input_ids": layout.split(input_ids), "use_cache": False}
@@ -100,6 +111,10 @@ class BaseModel(nn.Module):
             inputs["position_ids"] = layout.split(position_ids)
             if attention_mask is not None and attention_mask.dim() == 4:
                 inputs["attention_mask"] = attention_mask
+        elif right_padded and self.hides_right_padding:
+            if not layout.is_plain:  # transformers counts from 0 in each process's part
+                columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+                inputs["position_ids"] = layout.split(columns.expand_as(input_ids))
         elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self.takes_positions:
@@ -182,10 +197,10 @@ class ValueHeadModel(BaseModel):
         self._stored_score = score_weight(classifier).detach()
         return classifier.base_model
 
-    def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""
-        hidden = self.run(input_ids, attention_mask).last_hidden_state
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        hidden = self.run(input_ids, attention_mask, right_padded=right_padded).last_hidden_state
+        values = in_float32(self.value_head, hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
 
     def save_pretrained(self, folder, state_dict=None, merge: bool = False):
@@ -196,6 +211,14 @@ class ValueHeadModel(BaseModel):
         state = self.state_dict() if state_dict is None else state_dict
         head = {k.removeprefix("value_head."): v.contiguous() for k, v in state.items() if k.startswith("value_head.")}
         save_file(head, Path(folder) / VALUE_HEAD_FILE)
+
+
+def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """What a head of one output gives, `[...]` float32, for hidden states `[..., width]`: neither bf16 weights nor
+    autocast round it, which would leave values of 8 bits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 def hidden_size(config) -> int:

@@ -8,6 +8,11 @@ from coati.losses.language import entropy, log_partition, next_log_probs
 class Layout:
     """Every process holds the whole sequence and the whole vocabulary. Sharded layouts (coati.parallel) override."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is that layout, in which no process needs another."""
+        return type(self) is Layout
+
     def split(self, x: Tensor) -> Tensor:
         """This process's columns of `[batch, seq]`, which is filled up (False, 0) to a length that divides."""
         return x

@@ -1,11 +1,10 @@
 """What Colossal-AI 0.5.0 needs to run its plugins on CPU ranks over gloo.
 
-Its `CpuAccelerator` raises in most methods, three places assert CUDA or NPU, and Adam wants a compiled kernel. Here is
-an accelerator with the missing methods and an Adam in torch operations; `install()` puts them in place.
+Its `CpuAccelerator` raises in most methods, three places assert CUDA or NPU, and Gemini's Adam wants a compiled kernel.
+Here is an accelerator with the missing methods and an Adam by torch's kernels; `install()` puts them in place.
 """
 
 import contextlib
-import math
 import sys
 
 import torch
@@ -110,22 +109,20 @@ class HostAccelerator(CpuAccelerator):
 
 
 def adam_update(params, grads, first, second, *, lr, betas, eps, step, adamw, bias_correction, weight_decay, scale):
-    """One Adam(W) step in place on lists of tensors, in the order of operations of `torch.optim.AdamW`.
+    """One Adam(W) step in place on lists of tensors, by torch's fused kernel.
 
     `scale` divides the gradients first (loss scale times clipping); -1 means none.
+
+    Raises:
+        ValueError: without bias correction, which nobody here asks for.
     """
-    for p, g, m, v in zip(params, grads, first, second, strict=True):
-        g = g.to(m.dtype) if scale == -1 else g.to(m.dtype) / scale
-        if weight_decay and adamw:
-            p.mul_(1 - lr * weight_decay)
-        elif weight_decay:
-            g = g.add(p, alpha=weight_decay)
-        m.lerp_(g, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        correction1 = 1 - betas[0] ** step if bias_correction else 1.0
-        correction2 = 1 - betas[1] ** step if bias_correction else 1.0
-        denominator = (v.sqrt() / math.sqrt(correction2)).add_(eps)
-        p.addcdiv_(m.to(p.dtype), denominator.to(p.dtype), value=-lr / correction1)
+    if not bias_correction:
+        raise ValueError("Adam without bias correction is not implemented")
+    grads = [g.to(m.dtype) if scale == -1 else g.to(m.dtype) / scale for g, m in zip(grads, first, strict=True)]
+    steps = [torch.tensor(float(step - 1), device=p.device) for p in params]  # the kernel counts before it uses them
+    update = torch.optim.adamw.adamw if adamw else torch.optim.adam.adam
+    settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+    update(params, grads, first, second, [], steps, fused=True, amsgrad=False, maximize=False, **settings)
 
 
 class _TorchCPUAdam:
@@ -152,7 +149,8 @@ class _TorchFusedAdam:
 
 
 class _TorchAdamExtension(_Extension):
-    """Kernels that need no compiler, preferred over the compiled ones once registered."""
+    """Adam for Gemini, which takes Colossal-AI's only, by torch's kernels: Colossal-AI's own take two minutes to
+    compile on each new machine."""
 
     def __init__(self):
         super().__init__("adam_in_torch", support_aot=False, support_jit=False, priority=10)
@@ -172,18 +170,18 @@ class _TorchAdamExtension(_Extension):
         return type("kernel", (_TorchFusedAdam,), {"CPUAdamOptimizer": _TorchCPUAdam})
 
 
-def install() -> list[str]:
-    """Prepares Colossal-AI for this machine, once a process. Returns one line for each substitution worth knowing."""
+def install():
+    """Prepares Colossal-AI for this machine, once a process."""
     if not hasattr(dist, "is_hccl_available"):
         setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010 - colossalai's pipeline asks for it; only Huawei's torch has it
     _mend_gemini()
+    for loader in (FusedOptimizerLoader, CPUAdamLoader):
+        loader.REGISTRY = [_TorchAdamExtension]
     if torch.cuda.is_available():
-        return [line for loader in (FusedOptimizerLoader, CPUAdamLoader) if (line := _compile_or_replace(loader))]
+        return
     set_accelerator(HostAccelerator())
     LowLevelZeroOptimizer._sanity_checks = lambda self: None  # it asserts cuda or npu, and nothing else that we rely on
-    _register(CPUAdamLoader)
     _keep_gemini_shards_in_place()
-    return []
 
 
 def _mend_gemini():
@@ -232,19 +230,3 @@ def _keep_gemini_shards_in_place():
 
     Chunk.close_chunk, Chunk.mended_by_coati = close_in_place, True
     ChunkManager.move_chunk = lambda *arguments, **keywords: None  # there is one place
-
-
-def _compile_or_replace(loader) -> str | None:
-    """Uses the compiled kernel if it builds here, else Adam in torch operations; says so in one line."""
-    try:
-        loader().load()
-    except Exception as error:  # a compiler can fail in any way; every way means the same here
-        _register(loader)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"{loader.__name__}: no compiled Adam here ({reason[:120]}); using Adam in torch operations"
-    return None
-
-
-def _register(loader):
-    if _TorchAdamExtension not in loader.REGISTRY:
-        loader.REGISTRY = [_TorchAdamExtension]

@@ -27,9 +27,9 @@ class Communicator:
         )
 
     def sum(self, x: Tensor | float | int) -> Tensor:
-        """Sum over data-parallel ranks, in float64 for numbers and in the tensor's own dtype for tensors."""
+        """Sum over data-parallel ranks, in float64 for numbers (on the host) and in the tensor's own dtype for tensors
+        (where they are)."""
         x = x.detach().clone() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
-        x = x.to(self.device)
         if self.world_size > 1:
             dist.all_reduce(x, group=self.group)
         return x
@@ -49,9 +49,10 @@ class Communicator:
 
     def any(self, flag: bool) -> bool:
         """True on every rank of the run if it is true on one: decisions are taken together, or ranks wait for ever."""
-        x = torch.tensor(float(flag), device=self.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(x)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return flag
+        x = torch.tensor(float(flag))
+        dist.all_reduce(x)
         return x.item() > 0
 
     def gather(self, obj) -> list:
@@ -71,6 +72,5 @@ class Communicator:
         return box[0]
 
     def barrier(self):
-        """Of all ranks of the run."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
+        """Of all ranks of the run; they may wait long, for rank 0 that writes or reads."""
+        self.any(False)

@@ -63,9 +63,12 @@ class Engine:
             module.requires_grad_(False).eval()
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
+        if self._autocasts:  # which would cast weights that don't train at every use
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(DTYPES[self.precision])
         if optimizer is None and config.plugin != "gemini" and config.model_parallel_size == 1:
-            # a replica needs no wrapper; under ddp, autocast takes care of the precision
-            self.model = module.to(runtime.device, None if config.plugin == "ddp" else DTYPES[self.precision])
+            self.model = module.to(runtime.device, DTYPES[self.precision])  # a replica needs no wrapper
         else:
             self.booster = make_booster(config, accumulates=accumulates)
             unboosted = None if optimizer is None else _make_optimizer(module, config, optimizer)
@@ -224,13 +227,20 @@ class Engine:
         groups = self.optimizer._master_param_groups_of_current_rank
         return [tensor for group in groups.values() for tensor in group]
 
+    @property
+    def _autocasts(self) -> bool:
+        """Weights are float32 and autocast chooses each operation's precision; elsewhere weights are low themselves."""
+        return self.config.plugin == "ddp" and self.precision != "fp32" and self.config.model_parallel_size == 1
+
     def _autocast(self):
-        if self.config.plugin != "ddp" or self.precision == "fp32" or self.config.model_parallel_size > 1:
+        if not self._autocasts:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
 
     def _no_sync(self):
-        return self.booster.no_sync(self.model, self.optimizer)
+        # in fp16 the booster wraps what the ddp plugin has wrapped
+        in_fp16 = self._autocasts and self.precision == "fp16"
+        return self.booster.no_sync(self.model.module if in_fp16 else self.model, self.optimizer)
 
     def _clip(self) -> Tensor:
         if self.precision == "fp16":
@@ -261,8 +271,8 @@ def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
         for kind in sorted(kinds, reverse=True)
     ]
     keywords = dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))
-    if config.plugin == "ddp":
-        return torch.optim.AdamW(groups, fused=True, **keywords)
-    from colossalai.nn.optimizer import HybridAdam
+    if config.plugin == "gemini":  # it takes no other
+        from colossalai.nn.optimizer import HybridAdam
 
-    return HybridAdam(groups, adamw_mode=True, **keywords)
+        return HybridAdam(groups, adamw_mode=True, **keywords)
+    return torch.optim.AdamW(groups, fused=True, **keywords)

@@ -8,7 +8,8 @@ import signal
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from coati.errors import UserError
 from coati.parallel.communication import Communicator
 from coati.watch import watch_launcher
 
+# Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a process that dies is noticed at once.
+LONGEST_WAIT = timedelta(hours=6)
+
 
 @dataclass
 class Runtime:
@@ -26,7 +30,6 @@ class Runtime:
     Attributes:
         device: where models live.
         communicator: collective operations.
-        notes: lines worth showing once at the start.
         stop_requested: the signal that asked for a stop (SIGTERM or SIGINT); trainers look at it after each step.
     """
 
@@ -35,7 +38,6 @@ class Runtime:
     local_rank: int
     device: torch.device
     communicator: Communicator
-    notes: list[str] = field(default_factory=list)
     stop_requested: str | None = None
 
     @property
@@ -80,16 +82,50 @@ def launch(seed: int = 42) -> Runtime:
     from coati.parallel import accelerator
 
     rank, world_size, local_rank = _place()
-    notes = accelerator.install()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    colossalai.launch(rank, world_size, host, port, local_rank=local_rank, seed=seed, verbose=False)
+    accelerator.install()
+    device = _take_device(local_rank)
+    _join_process_group(rank, world_size, device)
+    seed_everything(seed)
+    torch._dynamo.config.optimize_ddp = world_size > 1
     colossalai.logging.get_dist_logger()  # sets its level when it is first asked for
     logging.getLogger("colossalai").setLevel(logging.WARNING)
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    runtime = Runtime(rank, world_size, local_rank, device, Communicator(rank, world_size, device), notes)
+    runtime = Runtime(rank, world_size, local_rank, device, Communicator(rank, world_size, device))
     _listen_for_stop(runtime)
     _quiet_other_ranks(runtime)
     return runtime
+
+
+def _take_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: more processes than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: start "
+            "as many processes as GPUs (--nproc_per_node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_process_group(rank: int, world_size: int, device: torch.device):
+    """The group that the launcher prepared. Tensors on a GPU travel by NCCL, those on the host by gloo: what waits for
+    long (for rank 0, which tokenizes or writes) waits there, since NCCL's watchdog ends a process that waits."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    on_gpu = device.type == "cuda"
+    torch.distributed.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=LONGEST_WAIT,
+        device_id=device if on_gpu else None,
+    )
 
 
 def shutdown():

@@ -18,7 +18,7 @@ class PluginConfig:
 
     plugin: str = option("ddp", f"one of {', '.join(PLUGINS)}")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: bf16 on CUDA and under gemini, fp32 elsewhere"
+        "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere"
     )
     tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)")
     pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)")
@@ -28,10 +28,9 @@ class PluginConfig:
     )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
-    gemini_placement: Literal["static", "auto"] = option("static", "auto moves chunks by CUDA's memory statistics")
-    shard_fraction: float = option(1.0, "gemini, static: share of the parameters that is sharded (0: as zero2)")
-    offload_optimizer_fraction: float = option(0.0, "gemini, static: share of the optimiser states kept on the host")
-    offload_parameter_fraction: float = option(0.0, "gemini, static: share of the parameters kept on the host")
+    shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)")
+    offload_optimizer_fraction: float = option(0.0, "gemini: share of the optimizer states kept on the host")
+    offload_parameter_fraction: float = option(0.0, "gemini: share of the parameters kept on the host")
 
     @property
     def model_parallel_size(self) -> int:
@@ -43,7 +42,9 @@ def resolve_precision(config: PluginConfig) -> str:
     """The precision that `auto` stands for under this plugin on this machine."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if config.plugin == "gemini" or torch.cuda.is_available() else "fp32"
+    if not torch.cuda.is_available():
+        return "bf16" if config.plugin == "gemini" else "fp32"
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
 def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | None = None):
@@ -63,8 +64,6 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
             )
         if precision == "fp32":
             raise UserError("gemini computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
-        if config.gemini_placement == "auto" and not cuda:
-            raise UserError("gemini's auto placement reads CUDA's memory statistics: use --gemini_placement static")
     if precision == "fp16" and not cuda:
         raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
     for name in ("shard_fraction", "offload_optimizer_fraction", "offload_parameter_fraction"):
@@ -130,7 +129,8 @@ def _hybrid(config: PluginConfig, precision: str):
         zero_stage={"ddp": 0, "zero1": 1, "zero2": 2}[config.plugin],
         precision=precision,
         max_norm=config.max_grad_norm,
-        overlap_communication=torch.cuda.is_available(),
+        # under pipeline parallelism nothing waits for the stream that reduces before gradients are read
+        overlap_communication=torch.cuda.is_available() and config.pipeline_parallel == 1,
         broadcast_buffers=False,
     )
 
@@ -157,20 +157,17 @@ def _zero(config: PluginConfig, precision: str):
 def _gemini(config: PluginConfig, precision: str, accumulates: bool):
     from colossalai.booster.plugin import GeminiPlugin
 
-    cuda = torch.cuda.is_available()
-    static = config.gemini_placement == "static"
-    fractions = dict(
+    cuda, clips = torch.cuda.is_available(), config.max_grad_norm > 0
+    return GeminiPlugin(
+        placement_policy="static",
         shard_param_frac=config.shard_fraction,
         offload_optim_frac=config.offload_optimizer_fraction,
         offload_param_frac=config.offload_parameter_fraction,
-    )
-    return GeminiPlugin(
-        placement_policy=config.gemini_placement,
         precision=precision,
         max_norm=config.max_grad_norm,
         enable_gradient_accumulation=accumulates,
-        enable_async_reduce=cuda,
-        pin_memory=cuda,
+        enable_async_reduce=cuda and clips,  # without a norm to wait for, storage is freed while it is still read
+        # a pinned copy of every shard on the host pays where shards travel there
+        pin_memory=cuda and config.offload_optimizer_fraction + config.offload_parameter_fraction > 0,
         initial_scale=2**16,
-        **(fractions if static else {}),
     )

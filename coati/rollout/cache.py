@@ -1,7 +1,7 @@
 """Keys and values of rows that are generated together, in memory that is taken once.
 
-All rows end in the same column: a step writes one column of every row and reads those from the longest row's start on.
-To a transformers model that is an ordinary batch with padding on the left, whatever its attention does.
+Every row has a slot, and its token at position p stands in column p. So rows of any age share a step: each writes its
+own column, and a mask hides what lies beyond it.
 """
 
 from functools import partial
@@ -11,48 +11,58 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from coati.rollout.transfer import upload
+
 
 class SlotCache(Cache):
-    """Slots for `slots` rows, and `length` columns.
+    """Room for `slots` rows of `columns` tokens, which is taken when the first rows come.
 
     Attributes:
-        rows: how many slots are in use, the first ones.
-        start, end: the columns in use; the next token is written to column `end`.
+        rows: slots that take part in a step, the first ones.
+        width: columns that a step reads, the first ones.
+        lengths: tokens that each slot holds, int64 `[slots]`: where its next token goes.
     """
 
-    def __init__(self, slots: int, length: int):
+    def __init__(self, slots: int, columns: int, device: torch.device):
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))
-        self.slots, self.length = slots, length
-        self.rows, self.start, self.end = 0, 0, 0
+        self.slots, self.columns = slots, columns
+        self.rows, self.width = 0, 0
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.order = torch.arange(slots, device=device)
+        self.positions = torch.arange(columns, device=device)
 
-    def place(self, prefilled: DynamicCache, chosen: list[int]):
-        """Copies rows of a prefilled batch (padded on the left) to free slots; their prompts end in column `end`."""
-        slots = slice(self.rows, self.rows + len(chosen))
+    def place(self, prefilled: DynamicCache, source: list[int], target: list[int], lengths: list[int]):
+        """Copies rows of a batch of prompts, padded on the right, to slots."""
+        device, longest = self.lengths.device, max(lengths)
+        source_index, target_index = upload(source, device), upload(target, device)
+        self.lengths[target_index] = upload(lengths, device)
         for i, layer in enumerate(prefilled.layers):
             if i == len(self.layers):
                 self.layers.append(self.layer_class_to_replicate())
                 self.layers[i].lazy_initialization(layer.keys, layer.values)
-            columns = slice(self.end - layer.keys.shape[2], self.end)
-            self.layers[i].keys[slots, :, columns] = layer.keys[chosen]
-            self.layers[i].values[slots, :, columns] = layer.values[chosen]
-        self.rows = slots.stop
+            self.layers[i].keys[target_index, :, :longest] = layer.keys[source_index, :, :longest]
+            self.layers[i].values[target_index, :, :longest] = layer.values[source_index, :, :longest]
 
-    def move_rows(self, source: list[int], target: list[int], rows: int):
-        """Rows `source` go to `target`, and the first `rows` remain."""
-        if source:
-            for layer in self.layers:
-                layer.keys[target, :, self.start : self.end] = layer.keys[source, :, self.start : self.end]
-                layer.values[target, :, self.start : self.end] = layer.values[source, :, self.start : self.end]
-        self.rows = rows
+    def move(self, source: Tensor, target: Tensor, width: int):
+        """The first `width` columns of slots `source` go to slots `target`."""
+        self.lengths[target] = self.lengths[source]
+        for layer in self.layers:
+            layer.keys[target, :, :width] = layer.keys[source, :, :width]
+            layer.values[target, :, :width] = layer.values[source, :, :width]
 
-    def move_columns(self, end: int) -> int:
-        """Moves what is in use to the left, so that the next column is `end`; returns by how many columns."""
-        distance, span = self.end - end, self.end - self.start
-        for layer in self.layers if span else ():
-            for tensor in (layer.keys, layer.values):
-                tensor[: self.rows, :, end - span : end] = tensor[: self.rows, :, self.start : self.end].clone()
-        self.start, self.end = end - span, end
-        return distance
+    def visible(self, kind: str, config) -> Tensor:
+        """The columns that each row's next token sees, bool `[rows, width]`.
+
+        Args:
+            kind: of attention: full, sliding or chunked, as transformers names a layer's type.
+        """
+        columns, position = self.positions[: self.width], self.lengths[: self.rows, None]
+        seen = columns <= position
+        if kind == "sliding_attention":
+            seen &= columns > position - config.sliding_window
+        elif kind == "chunked_attention":
+            seen &= columns // config.attention_chunk_size == position // config.attention_chunk_size
+        return seen
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -65,22 +75,24 @@ class _SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor):
         # zeros: what is masked is still multiplied by a probability of 0, which doesn't hide a NaN
         self.keys, self.values = (
-            torch.zeros(self.cache.slots, x.shape[1], self.cache.length, x.shape[3], dtype=x.dtype, device=x.device)
+            torch.zeros(self.cache.slots, x.shape[1], self.cache.columns, x.shape[3], dtype=x.dtype, device=x.device)
             for x in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        rows, start, end = self.cache.rows, self.cache.start, self.cache.end
-        self.keys[:rows, :, end : end + 1] = key_states
-        self.values[:rows, :, end : end + 1] = value_states
-        return self.keys[:rows, :, start : end + 1], self.values[:rows, :, start : end + 1]
+        """One token of every row."""
+        rows, width = self.cache.rows, self.cache.width
+        slots, columns = self.cache.order[:rows], self.cache.lengths[:rows]
+        self.keys[slots, :, columns] = key_states[:, :, 0]
+        self.values[slots, :, columns] = value_states[:, :, 0]
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_seq_length(self) -> int:
-        return self.cache.end - self.cache.start
+        return self.cache.width - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self.cache.width, 0
 
     def get_max_length(self) -> int:
         return -1

@@ -1,6 +1,10 @@
 """Generation with continuous batching: a finished row leaves at once, and a waiting prompt takes its place.
 
 The engine knows token ids only: prompts in; sampled ids, their log-probs and finish reasons out.
+
+The state of the rows (last token, length, keys and values) lives on the device, and a step needs nothing from the host.
+So on a GPU the host is a step behind: it launches a step before it has read the tokens of the one before, and a row
+that ended there is computed once in vain.
 """
 
 from collections import deque
@@ -9,24 +13,27 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
 from coati.rollout.few_rows import quick_products
-from coati.rollout.prompts import never_ids, pad_left
-from coati.rollout.sampling import Sampler
+from coati.rollout.graphs import StepGraphs, round_up
+from coati.rollout.prompts import never_ids, pad_right
+from coati.rollout.sampling import Sampler, key_of
+from coati.rollout.transfer import Download, upload
+
+SHORTEST_PREFIX = 16  # a shorter common beginning of all prompts is not worth a pass of its own
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer.
+    """A prompt to complete.
 
     Attributes:
         prompt: token ids.
-        seed: of this answer's random numbers: the same seed gives the same answer in any batch.
+        seed: of this response's noise: the same seed gives the same response in any batch.
         max_new_tokens: its longest response, if not that of the configuration.
     """
 
@@ -37,12 +44,12 @@ class Request:
 
 @dataclass
 class Completion:
-    """An answer.
+    """A response.
 
     Attributes:
         ids: the sampled tokens, EOS included.
-        log_probs: of those tokens, nats, by the model at the sampling temperature (before top-k and the like); None
-            after beam search.
+        log_probs: of those tokens by the model at the sampling temperature (before top-k and the like); None after
+            beam search.
         finish_reason: "eos", "stop" (a stop string or id) or "length".
     """
 
@@ -63,39 +70,73 @@ def report(completions: list[Completion], on_done: OnDone | None) -> list[Comple
 
 @dataclass
 class _Row:
-    """A request under way. Its tokens stand in the columns from `start` on."""
+    """A request under way.
+
+    Attributes:
+        drawn: tokens that have been drawn on the device; the completion may lack the last one still.
+    """
 
     index: int
     request: Request
     limit: int
-    uniform: np.ndarray
-    completion: Completion
-    start: int = 0
+    key: int
+    completion: Completion = field(default_factory=Completion)
+    drawn: int = 0
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.completion.ids)
+        return len(self.request.prompt) + self.drawn
+
+    @property
+    def ended(self) -> bool:
+        return self.completion.finish_reason != ""
 
 
 @dataclass
-class Prefilled:
-    """A row of a batch of prompts that the model has read."""
+class _Prefilled:
+    """A row whose prompt the model has read: as row `place` of a batch, with the logits of its first token."""
 
-    cache: Any  # a DynamicCache
-    index: int
-    logits: Tensor
     row: _Row
+    cache: Any  # a DynamicCache
+    place: int
+    logits: Tensor
+
+
+class _Slots:
+    """What the device knows of the rows under way, by slot.
+
+    Attributes:
+        tokens: the last token of each row, int64 `[slots]`; log_probs: its log-prob, float32.
+        drawn: tokens of each response so far; keys: of its noise; int64.
+        seen: for the repetition penalty, the tokens of each row, bool `[slots, vocabulary]`; else None.
+    """
+
+    def __init__(self, slots: int, columns: int, device: torch.device):
+        from coati.rollout.cache import SlotCache  # imports transformers
+
+        self.cache = SlotCache(slots, columns, device)
+        self.tokens, self.drawn, self.keys = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
+        self.log_probs = torch.zeros(slots, device=device)
+        self.seen: Tensor | None = None
+
+    def per_slot(self) -> list[Tensor]:
+        seen = [] if self.seen is None else [self.seen]
+        return [self.tokens, self.drawn, self.keys, self.log_probs, *seen]
 
 
 class RolloutEngine:
-    """Answers requests with the weights that `model` has now.
+    """Completes requests with the weights that `model` has now.
 
     Args:
-        model: an `Actor` with all its weights at hand (`Engine.full()`).
+        model: an `Actor` with unsharded weights (`Engine.full()`).
         eos_ids: tokens that end a response.
         stop: says which rows end for another reason, from their responses so far; asked after every token.
-        slots: rows that are generated together.
+        slots: rows that are generated together, or fewer where the GPU's memory doesn't hold their keys and values.
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
+        cuda_graphs: whether steps on a GPU may be captured.
+
+    Attributes:
+        prompt_tokens, padding_tokens: what the model has read of prompts, and of padding beside them.
     """
 
     def __init__(
@@ -107,21 +148,26 @@ class RolloutEngine:
         stop: Callable[[list[list[int]]], list[bool]] | None = None,
         slots: int = 256,
         prefill_tokens: int = 8192,
+        cuda_graphs: bool = True,
     ):
         self.model, self.config, self.eos_ids, self.stop = model, config, set(eos_ids), stop
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.device = next(model.parameters()).device
         self.sampler = Sampler(config, eos_ids, self.device, never_ids(model))
+        on_gpu = self.device.type == "cuda"
+        self.cuda_graphs = cuda_graphs and on_gpu and can_be_captured(model)
+        self.steps_behind = 1 if on_gpu else 0
+        self.prompt_tokens = self.padding_tokens = 0
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion a request, in their order.
+        """One completion per request, in their order.
 
         Args:
             on_done: called with a request's place and its completion as soon as that has ended.
 
         Raises:
-            UserError: an empty prompt.
+            UserError: an empty prompt, or a response that the GPU's memory can't hold.
         """
         self.on_done = on_done
         rows = [self.row(i, request) for i, request in enumerate(requests)]
@@ -140,103 +186,177 @@ class RolloutEngine:
         if not len(request.prompt):
             raise UserError(f"prompt {i} is empty: generation starts from at least one token")
         limit = self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        return _Row(i, request, limit, np.random.default_rng(request.seed).random(limit, np.float32), Completion())
+        return _Row(i, request, limit, key_of(request.seed))
 
     def run(self, rows: list[_Row]):
-        from coati.rollout.cache import SlotCache  # imports transformers
-
-        # equal prompts become neighbours and are read once; like lengths share a batch
-        waiting = self.prefill(sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt)))
-        self.longest_prompt = max(len(row.request.prompt) for row in rows)
-        length = self.longest_prompt + max(row.limit for row in rows)
-        if len(rows) > self.slots:  # with columns to spare, moving everything to the left is rare
-            length += max(64, length // 4)
-        self.cache = SlotCache(min(self.slots, len(rows)), length)
-        self.cache.end = self.cache.start = self.longest_prompt
+        # equal prompts become neighbors and are read once; like lengths share a batch
+        rows = sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt))
+        columns = round_up(1, max(len(row.request.prompt) + row.limit for row in rows))[1]
+        waiting = self.prefill(rows)
+        self.ready: deque[_Prefilled] = deque(next(waiting))
+        self.state = _Slots(self.room(self.ready[0].cache, columns, len(rows)), columns, self.device)
+        self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
-        self.ready: deque[Prefilled] = deque()
+        self.launched: deque[tuple[list[_Row], Download]] = deque()
         while True:
             self.admit(waiting)
-            if not self.rows:
-                break
-            self.step()
+            if self.rows:
+                self.step()
+            elif self.launched:
+                self.collect()
+            elif not self.ready:
+                return
+
+    def room(self, prefilled, columns: int, rows: int) -> int:
+        """How many slots there are: as many as asked for, or as fit into four fifths of the GPU's free memory."""
+        wanted = min(self.slots, rows)
+        if self.device.type != "cuda":
+            return wanted
+        tensors = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
+        of_a_slot = sum(x.shape[1] * columns * x.shape[3] * x.element_size() for x in tensors)
+        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // of_a_slot)
+        if fits == 0:
+            raise UserError(
+                f"the keys and values of one response of {columns} tokens take {of_a_slot / 2**30:.1f} GiB, more than "
+                "the GPU has free: lower max_new_tokens, or spread the model over more GPUs"
+            )
+        return min(wanted, fits)
 
     # --- prompts
 
-    def prefill(self, rows: list[_Row]) -> Iterator[list[Prefilled]]:
-        """The model reads prompts, a batch at a time and as late as possible."""
+    def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
+        """The model reads prompts, a batch at a time and as late as possible; what all begin with, once."""
+        samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
+        shared = common_beginning([group[0].request.prompt for group in samples])
+        beginning = self.read(samples[:1], None, shared)[0] if shared else None
+        while samples:
+            batch: list[list[_Row]] = []
+            while samples and len(batch) < self.slots:
+                longest = len(samples[0][0].request.prompt) - shared  # they come sorted
+                if batch and (len(batch) + 1) * longest > self.prefill_tokens:
+                    break
+                batch.append(samples.pop(0))
+            cache, logits = self.read(batch, beginning)
+            yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(batch) for row in group]
+
+    def read(self, batch: list[list[_Row]], beginning, end: int | None = None):
+        """The keys and values of some prompts (up to `end`), and the logits of their next tokens."""
         from transformers import DynamicCache
 
-        samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
-        while samples:
-            count, batch = 0, []
-            while samples and len(batch) < self.slots:
-                longest = len(samples[0][0].request.prompt)  # they come sorted
-                if batch and (count + 1) * longest > self.prefill_tokens:
-                    break
-                count += 1
-                batch.append(samples.pop(0))
-            ids, mask = pad_left([list(group[0].request.prompt) for group in batch], 0, self.device)
-            cache = DynamicCache()
-            logits = self.model.next_logits(ids, mask, (mask.long().cumsum(1) - 1).clamp(min=0), cache)
-            yield [Prefilled(cache, i, logits, row) for i, group in enumerate(batch) for row in group]
+        start, cache = 0, DynamicCache()
+        if beginning is not None:
+            start = beginning.get_seq_length()
+            kept = [(layer.keys, layer.values) for layer in beginning.layers]
+            cache = DynamicCache(
+                [(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1)) for k, v in kept]
+            )
+        prompts = [list(group[0].request.prompt)[start:end] for group in batch]
+        lengths = [len(prompt) for prompt in prompts]
+        ids = pad_right(prompts, self.device)
+        self.prompt_tokens += sum(lengths)
+        self.padding_tokens += ids.numel() - sum(lengths)
+        mask, last = None, upload([length - 1 for length in lengths], self.device)
+        if not self.model.takes_positions:  # ALiBi is computed from the mask; elsewhere causality hides the padding
+            mask = torch.arange(start + ids.shape[1], device=self.device) <= start + last[:, None]
+        return cache, self.model.next_logits(ids, cache, mask, last=last)
 
-    def admit(self, waiting: Iterator[list[Prefilled]]):
-        """Fills free slots; a response that ends with its first token never takes one."""
-        while len(self.rows) < self.cache.slots:
+    def admit(self, waiting: Iterator[list[_Prefilled]]):
+        """Fills free slots; each row gets its first token."""
+        while (first := len(self.rows)) < self.state.cache.slots:
             if not self.ready:
                 self.ready.extend(next(waiting, []))
             if not self.ready:
                 return
-            free = self.cache.slots - len(self.rows)
+            free = self.state.cache.slots - first
             new = [self.ready.popleft() for _ in range(min(free, len(self.ready)))]
-            logits = torch.cat([p.logits[p.index : p.index + 1] for p in new])
-            ended = self.extend([p.row for p in new], logits)
-            if not self.rows:
-                self.cache.start = self.cache.end = self.longest_prompt
-            # they were prefilled together or in a few batches
-            stay = [p for p, end in zip(new, ended, strict=True) if not end]
-            for _, group in groupby(stay, key=lambda p: id(p.cache)):
+            targets = list(range(first, first + len(new)))
+            numbered = zip(new, targets, strict=True)
+            for _, group in groupby(numbered, key=lambda pair: id(pair[0].cache)):  # few batches
                 part = list(group)
-                self.cache.place(part[0].cache, [p.index for p in part])
-            for p in stay:
-                p.row.start = self.cache.end - len(p.row.request.prompt)
-            self.rows += [p.row for p in stay]
-            self.describe_rows()
+                lengths = [len(p.row.request.prompt) for p, _ in part]
+                self.state.cache.place(part[0][0].cache, [p.place for p, _ in part], [t for _, t in part], lengths)
+            self.rows += [p.row for p in new]
+            self.begin(new, slice(first, first + len(new)))
+            self.launch(self.rows[first:], slice(first, first + len(new)))
+
+    def begin(self, new: list[_Prefilled], slots: slice):
+        """New rows get their state and their first token."""
+        state = self.state
+        places = upload([p.place for p in new], self.device)
+        if all(p.cache is new[0].cache for p in new):
+            logits = new[0].logits[places]
+        else:
+            logits = torch.stack([p.logits[p.place] for p in new])
+        state.keys[slots] = upload([p.row.key for p in new], self.device)
+        state.drawn[slots] = 0
+        if self.config.repetition_penalty != 1:
+            if state.seen is None:
+                state.seen = torch.zeros(state.cache.slots, logits.shape[1], dtype=torch.bool, device=self.device)
+            state.seen[slots] = False
+            ids = pad_right([list(p.row.request.prompt) for p in new], self.device, repeat=True)
+            state.seen[slots] = state.seen[slots].scatter(1, ids, True)
+        self.draw(logits, slots)
 
     # --- tokens
 
     def step(self):
         """One more token for every row."""
-        cache = self.cache
-        if cache.end == cache.length:
-            distance = cache.move_columns(max(cache.end - cache.start, self.longest_prompt))
-            for row in self.rows:
-                row.start -= distance
-            self.describe_rows()
-        columns = torch.arange(cache.start, cache.end + 1, device=self.device)
-        mask = columns >= self.starts[:, None]
-        tokens = torch.tensor([[row.completion.ids[-1]] for row in self.rows], device=self.device)
-        next_logits = self.model.compiled_next_logits if self.config.compile_generation else self.model.next_logits
-        logits = next_logits(tokens, mask, cache.end - self.starts[:, None], cache)
-        cache.end += 1
-        self.retire(self.extend(self.rows, logits))
+        rows, width = len(self.rows), max(row.length for row in self.rows)
+        shape = (rows, width)
+        if self.cuda_graphs:
+            shape = round_up(rows, width)
+            shape = (min(shape[0], self.state.cache.slots), min(shape[1], self.state.cache.columns))
+        self.graphs.run(*shape)
+        self.launch(self.rows, slice(0, rows))
 
-    def extend(self, rows: list[_Row], logits: Tensor) -> list[bool]:
-        """Draws a token for each row; says which rows have ended."""
-        counts = [len(row.completion.ids) for row in rows]
-        uniform = torch.tensor([row.uniform[n] for row, n in zip(rows, counts, strict=True)], device=self.device)
-        too_short = torch.tensor([n < self.config.min_new_tokens for n in counts], device=self.device)
-        tokens, log_probs = self.sampler(logits, uniform, too_short, self.seen(rows, logits))
-        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
-            row.completion.ids.append(token)
-            row.completion.log_probs.append(log_prob)
-        stopped = self.stop([row.completion.ids for row in rows]) if self.stop else [False] * len(rows)
-        for row, stop in zip(rows, stopped, strict=True):
+    def decode(self, rows: int, width: int):
+        """The device's part of a step: nothing here depends on values that the host would have to read."""
+        from coati.rollout.attention import step_attention, step_mask
+
+        state, cache = self.state, self.state.cache
+        cache.rows, cache.width = rows, width
+        next_logits = self.model.compiled_next_logits if self.config.compile_generation else self.model.next_logits
+        with step_attention(self.model):
+            mask = step_mask(self.model, cache)
+            logits = next_logits(state.tokens[:rows, None], cache, mask, cache.lengths[:rows, None])
+        # slots beyond the rows, which fill up a graph's shape, must stay within the columns
+        cache.lengths[:rows] = (cache.lengths[:rows] + 1).clamp(max=cache.columns - 1)
+        self.draw(logits, slice(0, rows))
+
+    def draw(self, logits: Tensor, slots: slice):
+        state = self.state
+        seen = None if state.seen is None else state.seen[slots]
+        tokens, state.log_probs[slots] = self.sampler(logits, state.keys[slots], state.drawn[slots], seen)
+        state.tokens[slots] = tokens
+        state.drawn[slots] += 1
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+
+    def launch(self, rows: list[_Row], slots: slice):
+        """Tokens of these rows are on their way to the host; what has come by now is read."""
+        for row in rows:
+            row.drawn += 1
+        self.launched.append((list(rows), Download(self.state.tokens[slots], self.state.log_probs[slots])))
+        self.leave([row.drawn == row.limit for row in self.rows])
+        while len(self.launched) > self.steps_behind:
+            self.collect()
+
+    def collect(self):
+        """The host reads the tokens of the oldest step under way; rows that have ended leave."""
+        rows, download = self.launched.popleft()
+        under_way = []
+        for row, token, log_prob in zip(rows, *download.lists(), strict=True):
+            if not row.ended:
+                row.completion.ids.append(token)
+                row.completion.log_probs.append(log_prob)
+                under_way.append(row)
+        stopped = self.stop([row.completion.ids for row in under_way]) if self.stop else [False] * len(under_way)
+        for row, stop in zip(under_way, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
-            if row.completion.finish_reason and self.on_done:
+            if row.ended and self.on_done:
                 self.on_done(row.index, row.completion)
-        return [bool(row.completion.finish_reason) for row in rows]
+        self.leave([row.ended for row in self.rows])
 
     def finish_reason(self, row: _Row, stop: bool) -> str:
         if row.completion.ids[-1] in self.eos_ids:
@@ -245,29 +365,40 @@ class RolloutEngine:
             return "stop"
         return "length" if len(row.completion.ids) == row.limit else ""
 
-    def seen(self, rows: list[_Row], logits: Tensor) -> Tensor | None:
-        if self.config.repetition_penalty == 1:
-            return None
-        seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
-        for i, row in enumerate(rows):
-            seen[i, torch.tensor([*row.request.prompt, *row.completion.ids], device=self.device)] = True
-        return seen
-
-    def retire(self, ended: list[bool]):
-        """Ended rows leave; the last ones move to their slots."""
-        if not any(ended):
+    def leave(self, leaves: list[bool]):
+        """Some rows give up their slots, to which the last ones move."""
+        if not any(leaves):
             return
-        remain = ended.count(False)
-        holes = [i for i in range(remain) if ended[i]]
-        movers = [i for i in range(remain, len(ended)) if not ended[i]]
+        remain = leaves.count(False)
+        holes = [i for i in range(remain) if leaves[i]]
+        movers = [i for i in range(remain, len(leaves)) if not leaves[i]]
+        if movers:
+            width = max(self.rows[i].length for i in movers)
+            source, target = upload(movers, self.device), upload(holes, self.device)
+            self.state.cache.move(source, target, width)
+            for tensor in self.state.per_slot():
+                tensor[target] = tensor[source]
         for hole, mover in zip(holes, movers, strict=True):
             self.rows[hole] = self.rows[mover]
         del self.rows[remain:]
-        self.cache.move_rows(movers, holes, remain)
-        self.describe_rows()
 
-    def describe_rows(self):
-        """After rows have come, gone or moved."""
-        starts = [row.start for row in self.rows]
-        self.starts = torch.tensor(starts, device=self.device)
-        self.cache.start = min(starts, default=self.cache.end)
+
+def common_beginning(prompts: list[Sequence[int]]) -> int:
+    """How many tokens all of several prompts begin with and go on after; 0 if they are too few to matter."""
+    first, last = min(prompts), max(prompts)  # all others lie between them
+    if first == last:
+        return 0
+    length, most = 0, min(len(prompt) for prompt in prompts) - 1
+    while length < most and first[length] == last[length]:
+        length += 1
+    return length if length >= SHORTEST_PREFIX else 0
+
+
+def can_be_captured(model) -> bool:
+    """Whether a step of the model is the same sequence of kernels each time: not where processes work together, where
+    tokens choose their experts, or where rotary frequencies depend on the length."""
+    config = model.transformer.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
+    return model.layout.is_plain and not experts and not kinds & {"dynamic", "longrope"}

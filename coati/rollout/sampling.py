@@ -1,16 +1,25 @@
-"""How the next token is chosen."""
+"""How the next token is chosen.
+
+A draw is a function of the distribution, the row's key and the token's number, computed where the logits are: a race of
+exponential clocks (the Gumbel-max trick, Maddison et al., 1411.0030) on noise from a counter. So a sample depends on no
+neighbor, no other sample and no generator's state, a token of probability 0 is never drawn, and there is no cumulative
+sum, which on GPUs is neither monotonic nor the same each time.
+"""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coati.rollout.config import GenerationConfig
 
+BLOCK = 128
+
 
 class Sampler:
-    """Draws tokens as `GenerationConfig` says, from uniform numbers that are given: each row's are its own, so that a
-    sample does not depend on its neighbours.
+    """Draws tokens as `GenerationConfig` says.
 
     Args:
         ends: tokens that end a response; they wait for `min_new_tokens`.
@@ -31,9 +40,7 @@ class Sampler:
         if config.min_p > 0:
             self.warpers.append(MinPLogitsWarper(config.min_p))
 
-    def __call__(
-        self, logits: Tensor, uniform: Tensor, too_short: Tensor, seen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, keys: Tensor, counts: Tensor, seen: Tensor | None = None):
         """The next tokens `[batch]` and their log-probs, float32 `[batch]`.
 
         The log-probs are the model's own at the sampling temperature, as training computes them: before the repetition
@@ -41,47 +48,77 @@ class Sampler:
 
         Args:
             logits: `[batch, vocabulary]`.
-            uniform: float32 `[batch]`, in [0, 1).
-            too_short: bool `[batch]`, rows that may not end yet.
+            keys: int64 `[batch]`, of each row's noise, see `key_of`.
+            counts: int64 `[batch]`, tokens that each response has so far.
             seen: bool `[batch, vocabulary]`, tokens of the row so far; for the repetition penalty.
         """
         logits = logits.float()
         temperature = self.config.temperature or 1.0
-        own = (logits if temperature == 1 else logits / temperature).softmax(-1)
-        scores = self.adjust(logits, too_short, seen)
+        own = logits if temperature == 1 else logits / temperature
+        scores = self.adjust(logits, counts, seen)
         if self.config.temperature == 0:
-            tokens = scores.argmax(-1)
+            tokens, total = scores.argmax(-1), own.logsumexp(-1)
+        elif scores is logits and not self.warpers:
+            tokens, total = draw(own, keys, counts)
         else:
-            probabilities = own if scores is logits and not self.warpers else self.warp(scores / temperature)
-            tokens = draw(probabilities, uniform)
-        return tokens, own.gather(1, tokens[:, None]).squeeze(1).log()
+            tokens, total = draw(self.warp(scores / temperature), keys, counts)[0], own.logsumexp(-1)
+        return tokens, own.gather(1, tokens[:, None]).squeeze(1) - total
 
-    def adjust(self, logits: Tensor, too_short: Tensor, seen: Tensor | None) -> Tensor:
+    def adjust(self, logits: Tensor, counts: Tensor, seen: Tensor | None) -> Tensor:
         """Repetition penalty (Keskar et al., 1909.05858, section 4.1), shortest response and tokens that are never
         drawn; `logits` themselves if there is nothing to do."""
         scores, penalty = logits, self.config.repetition_penalty
         if seen is not None:
             scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.config.min_new_tokens:
-            scores = scores.clone()
-            scores[:, self.ends] = scores[:, self.ends].masked_fill(too_short[:, None], -torch.inf)
+            too_short = (counts < self.config.min_new_tokens)[:, None]
+            scores = scores.index_fill(1, self.ends, -torch.inf).where(too_short, scores)
         return scores if len(self.never) == 0 else scores.index_fill(1, self.never, -torch.inf)
 
     def warp(self, scores: Tensor) -> Tensor:
         for warper in self.warpers:
             scores = warper(None, scores)
-        return scores.softmax(-1)
+        return scores
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens by the inverse of the cumulative distribution, int64 `[batch]`; never one of probability 0.
+def draw(scores: Tensor, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens from the distributions that are the softmax of `scores`, int64 `[batch]`, and the log of the sum of their
+    exponentials, float32 `[batch]`.
+
+    Two races: first between blocks of `BLOCK` tokens by the blocks' sums, then between the tokens of the winner. Their
+    product is the distribution itself, and takes noise for a small part of the vocabulary only.
 
     Args:
-        probabilities: float32 `[batch, vocabulary]`.
-        uniform: float32 `[batch]`, in [0, 1).
+        scores: float32 `[batch, vocabulary]`, -inf for what can't be drawn.
+        keys, counts: int64 `[batch]`; the same pair gives the same noise.
     """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
-    # rounding could make the product the total itself, beyond the last token that can be drawn
-    value = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, value[:, None], right=True).squeeze(1)
+    scores = pad(scores, (0, -scores.shape[1] % BLOCK), value=-torch.inf)
+    blocks = scores.unflatten(1, (-1, BLOCK))
+    sums = blocks.logsumexp(-1)
+    noise = gumbel(keys, counts, sums.shape[1] + BLOCK)
+    block = (sums + noise[:, BLOCK:]).argmax(-1)
+    chosen = blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
+    return block * BLOCK + (chosen + noise[:, :BLOCK]).argmax(-1), sums.logsumexp(-1)
+
+
+def key_of(seed: int | Sequence[int]) -> int:
+    """A row's key, int64, from the seed that its request has."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64).view(np.int64)[0])
+
+
+def gumbel(keys: Tensor, counts: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise, float64 `[batch, size]`: entry j of a row is a function of its key, its count and j."""
+    lanes = torch.arange(1, size + 1, device=keys.device) * _GOLDEN
+    bits = _mix(_mix(keys + (counts + 1) * _GOLDEN)[:, None] + lanes)
+    uniform = ((bits >> 12 & (2**52 - 1)).double() + 0.5) * 2.0**-52  # never 0 or 1
+    return -(-uniform.log()).log()
+
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014), which makes a sequence of numbers random; int64 wraps."""
+    x = (x ^ (x >> 30 & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (2**33 - 1))

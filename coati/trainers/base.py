@@ -193,7 +193,7 @@ class Trainer:
 
     def inputs(self, batch, targets: Tensor | None = None) -> dict[str, Tensor]:
         """What a model is called with. A model that is split over processes gives the log-probs of all tokens."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "right_padded": True}
         inputs |= {"members": self.members} if self.members > 1 else {}
         return inputs if targets is None or self.config.model_parallel_size > 1 else inputs | {"targets": targets}
 
@@ -379,8 +379,6 @@ class Trainer:
     # --- start
 
     def _announce(self):
-        for note in self.runtime.notes:
-            self.runtime.say(note)
         c, product = self.config, next(iter(self.engines.values())).module
         total = sum(p.numel() for p in product.parameters())
         trained = sum(p.numel() for p in product.parameters() if p.requires_grad)

@@ -99,6 +99,9 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
         patch.setattr(trainer.config, "micro_batch_size", variation.micro_batch_size)
         if variation.max_rows:
             patch.setattr(trainer.config, "max_tokens_per_batch", variation.max_rows * trainer.config.longest_row)
+        if variation.left:  # models are told that padding stands on the right otherwise
+            inputs = trainer.inputs
+            patch.setattr(trainer, "inputs", lambda *a: inputs(*a) | {"right_padded": False})
         _permute(trainer, variation, patch)
         _repad_and_deal(trainer, variation, patch)
         for name, engine in trainer.engines.items():

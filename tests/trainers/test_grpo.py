@@ -51,7 +51,7 @@ def reward(tmp_path, body: str) -> list[str]:
 def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, minibatches=1)
     read, next_logits = [], trainer.actor.module.next_logits
-    trainer.actor.module.next_logits = lambda ids, *a: (read.append(ids.shape), next_logits(ids, *a))[1]
+    trainer.actor.module.next_logits = lambda ids, *a, **k: (read.append(ids.shape), next_logits(ids, *a, **k))[1]
     trainer.set_temperature(0)
     rollout, _ = trainer.collect(0)
     assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.batches.batch(0)})
