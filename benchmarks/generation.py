@@ -65,23 +65,31 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def prepare_coati(settings: dict):
+    return work_of_coati(make_model(settings), settings["case"], compiled=settings["compiled"])
+
+
+def work_of_coati(model, case: str, compiled: bool = False, **options):
     from coati.models import Actor
     from coati.rollout import GenerationConfig, Request, RolloutEngine
 
-    actor, limits = Actor(make_model(settings)), limits_of(settings["case"])
-    config = GenerationConfig(max_new_tokens=max(limits), compile_generation=settings["compiled"])
-    engine = RolloutEngine(actor, config, eos_ids=[])
+    actor, limits = Actor(model), limits_of(case)
+    config = GenerationConfig(max_new_tokens=max(limits), compile_generation=compiled)
+    engine = RolloutEngine(actor, config, eos_ids=[], **options)
     requests = [Request(p, i, n) for i, (p, n) in enumerate(zip(prompts(len(limits)), limits, strict=True))]
     return lambda: sum(len(completion.ids) for completion in engine.generate(requests))
 
 
 def prepare_transformers(settings: dict):
+    return work_of_transformers(make_model(settings), settings["case"], settings["batch_size"])
+
+
+def work_of_transformers(model, case: str, size: int):
     """Batches in the order of arrival; each goes on until its longest row has ended."""
     import torch
 
-    model, limits = make_model(settings), limits_of(settings["case"])
+    limits = limits_of(case)
     model.generation_config.pad_token_id = 0
-    size, ids = settings["batch_size"], torch.tensor(prompts(len(limits)), device=model.device)
+    ids = torch.tensor(prompts(len(limits)), device=model.device)
 
     @torch.no_grad()
     def work() -> int:

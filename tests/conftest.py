@@ -9,6 +9,8 @@ import pytest
 from examples.tokenizer import byte_level_tokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("COATI_TEST_DEVICE") != "cuda":  # tests/gpu sets it; all others are about CPUs, GPU or no GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is an error at once, not after a minute of attempts
 

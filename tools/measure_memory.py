@@ -142,13 +142,13 @@ def measure(cases: list[Case], folder: Path) -> list[float]:
     return [max(peaks) for peaks in zip(*ranks, strict=True)]
 
 
-def planned(case: Case, folder: Path) -> float:
+def planned(case: Case, folder: Path, on_gpu: bool = False) -> float:
     """Peak bytes by the planner."""
     from coati.planner.dry_run import plan
     from coati.planner.report import read_workload
 
     argv = flags(case, world(folder, case.size), "unused")
-    return plan(read_workload(argv, case.algorithm, case.processes, on_gpu=False)).peak.total()
+    return plan(read_workload(argv, case.algorithm, case.processes, on_gpu=on_gpu)).peak.total()
 
 
 def work(folder: Path):

@@ -82,6 +82,7 @@ def launch(seed: int = 42) -> Runtime:
     from coati.parallel import accelerator
 
     rank, world_size, local_rank = _place()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once; `deterministic` needs it
     accelerator.install()
     device = _take_device(local_rank)
     _join_process_group(rank, world_size, device)
@@ -139,6 +140,11 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def use_deterministic_kernels(wanted: bool):
+    """Whether operations on a GPU add up in a fixed order; what can't raises a RuntimeError then."""
+    torch.use_deterministic_algorithms(wanted)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from coati.models.packed import check_packing
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import no_room, write_json
 from coati.parallel.engine import DTYPES
-from coati.parallel.launch import seed_everything
+from coati.parallel.launch import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.config import TrainerConfig
@@ -87,6 +87,7 @@ class Trainer:
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
         self.tokenizer = self._load_tokenizer()
+        use_deterministic_kernels(config.deterministic)
         seed_everything(config.seed)  # models are created alike on every rank
         self.build()
         # from here on ranks draw their own, but for those that share one model's work

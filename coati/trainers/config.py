@@ -38,6 +38,7 @@ class RunConfig:
 
     output_dir: str = option("runs/run", "everything the run writes: logs, samples, checkpoints, the final model")
     seed: int = option(42, "of weights, data order, dropout and sampling")
+    deterministic: bool = option(False, "the same bits in every run on a GPU, by slower kernels")
     steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs")
     epochs: float = option(1.0, "passes over the data, when --steps is 0")
     batch_size: int = option(64, "rows of one step over all processes and micro-batches")
