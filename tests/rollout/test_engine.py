@@ -15,6 +15,7 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
 from coati.rollout.few_rows import FEWEST, MOST, quick_products
+from coati.rollout.graphs import StepGraphs
 from coati.rollout.sampling import BLOCK, Sampler, draw, key_of
 from tests.models.families import padded, tiny_config
 
@@ -49,7 +50,7 @@ def complete(actor, requests, slots=256, eos_ids=(EOS,), stop=None, **options):
 def transformers_own(actor, prompts, **options):
     """Greedy answers of `transformers.generate`, cut after the first EOS."""
     ids, mask = padded([torch.tensor(p) for p in prompts], "left")
-    keywords = dict(max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD, **options)
+    keywords = dict(max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD) | options
     answers = actor.generate(ids, mask.long(), do_sample=False, **keywords)[:, ids.shape[1] :].tolist()
     return [answer[: answer.index(EOS) + 1] if EOS in answer else answer for answer in answers]
 
@@ -74,6 +75,57 @@ def test_log_probs_are_the_models_own(actors, family):
     for prompt, completion in zip(prompts, found, strict=True):
         expected = actor(torch.tensor([prompt + completion.ids]), temperature=0.8)[0, len(prompt) :]
         torch.testing.assert_close(torch.tensor(completion.log_probs), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The host a step behind, shapes rounded up, and a "graph" that notes what was captured and does the step again."""
+    captured = []
+
+    class Graph:
+        def __init__(self, graphs, shape):
+            captured.append(shape)
+            self.replay = lambda: graphs.step(*shape)
+
+    start = RolloutEngine.__init__
+
+    def started(engine, *args, **settings):
+        start(engine, *args, **settings)
+        engine.cuda_graphs, engine.steps_behind = True, 1
+
+    monkeypatch.setattr(RolloutEngine, "__init__", started)
+    capture = lambda graphs, shape: graphs.graphs.update({shape: Graph(graphs, shape)})  # noqa: E731
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    return captured
+
+
+@pytest.mark.parametrize("slots", [7, 256])
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(top_p=0.9, repetition_penalty=1.3)], ids=str)
+def test_a_step_behind_in_wider_shapes_the_completions_are_the_same(actors, options, slots, as_on_a_gpu, monkeypatch):
+    """Rows end in the middle, at their limits, with a stop text and with their first token."""
+    actor, prompts = actors("llama"), some_prompts(60)
+    requests = [Request(p, i, max_new_tokens=1 + i % 23) for i, p in enumerate(prompts)]
+    stop = lambda responses: [len(ids) > 3 and ids[-1] % 7 == 0 for ids in responses]  # noqa: E731
+    found = complete(actor, requests, slots, stop=stop, **options)
+    assert as_on_a_gpu and all(rows % 4 == 0 or rows in (1, 2, slots) for rows, _ in as_on_a_gpu)
+    monkeypatch.undo()
+    expected = complete(actor, requests, slots, stop=stop, **options)
+    assert {c.finish_reason for c in expected} == {"eos", "stop", "length"}
+    for one, other in zip(found, expected, strict=True):
+        assert (one.ids, one.finish_reason) == (other.ids, other.finish_reason)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+def test_a_common_beginning_is_read_once(actors):
+    """Of prompts that all begin alike, and go on differently."""
+    for family in ("llama", "gpt2", "bloom", "mistral", "gemma2"):
+        actor, beginning = actors(family), some_prompts(1, seed=5)[0] * 20
+        prompts = [beginning[:30] + rest for rest in some_prompts(20)]
+        engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=8, temperature=0.0), eos_ids=[EOS])
+        found = engine.generate([Request(p) for p in prompts])
+        options = dict(max_new_tokens=8)
+        assert [c.ids for c in found] == [transformers_own(actor, [p], **options)[0] for p in prompts], family
+        assert engine.prompt_tokens == 30 + sum(len(p) - 30 for p in {tuple(p) for p in prompts})
 
 
 @given(st.data())
