@@ -27,6 +27,11 @@ def load_rows(source: str) -> Iterator[tuple[int, Any]]:
     return {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[path.suffix](path)
 
 
+def check_source(source: str) -> None:
+    """Raise `UserError` when `source` is a file that does not exist or has an unknown format; nothing is read."""
+    _file(source)
+
+
 def fingerprint(source: str) -> str:
     """A hash of the source's content; `UserError` when it does not exist."""
     path = _file(source)

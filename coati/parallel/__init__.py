@@ -2,6 +2,7 @@
 
 import importlib.util
 
+from coati.config.plugin import PluginConfig
 from coati.errors import UserError
 
 INSTALL_COLOSSALAI = "pip install --no-deps colossalai==0.5.0 galore_torch bitsandbytes"
@@ -15,7 +16,7 @@ from coati.parallel.checkpoint import Checkpoints  # noqa: E402
 from coati.parallel.communication import Communicator  # noqa: E402
 from coati.parallel.engine import Engine, make_engine  # noqa: E402
 from coati.parallel.launch import Runtime, launch  # noqa: E402
-from coati.parallel.plugins import PluginConfig, check_plugin, resolve_precision  # noqa: E402
+from coati.parallel.plugins import check_plugin, resolve_precision  # noqa: E402
 
 __all__ = [
     "INSTALL_COLOSSALAI",

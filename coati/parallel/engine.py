@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coati.config.plugin import PLUGINS, PluginConfig
 from coati.parallel.launch import Runtime
-from coati.parallel.plugins import PLUGINS, PluginConfig, make_booster, resolve_precision
+from coati.parallel.plugins import make_booster, resolve_precision
 
 LossOf = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

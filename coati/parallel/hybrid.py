@@ -18,9 +18,9 @@ from colossalai.checkpoint_io import HybridParallelCheckpointIO
 from torch import nn
 from torch.nn.functional import pad
 
+from coati.config.plugin import PluginConfig
 from coati.parallel.engine import DTYPES, Engine
 from coati.parallel.pipeline import MicroBatches
-from coati.parallel.plugins import PluginConfig
 from coati.parallel.policy import DecoderPolicy, split_tensors, transformer_of
 from coati.parallel.sequence import ATTENTION
 from coati.parallel.tensor import gather, shard_of

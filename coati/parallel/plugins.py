@@ -1,41 +1,11 @@
 """From one word (`zero2`, `gemini`, ...) to a configured Colossal-AI plugin, or one line that says why not."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from coati.config import option
+from coati.config.plugin import PLUGINS, PluginConfig
 from coati.errors import UserError
-
-# Name -> how it lays out its fp32 master weights
-PLUGINS = {"ddp": "ddp", "zero1": "zero", "zero2": "zero", "zero2-offload": "zero", "gemini": "gemini"}
-
-
-@dataclass
-class PluginConfig:
-    """How a model is spread over the processes."""
-
-    plugin: str = option("ddp", f"one of {', '.join(PLUGINS)}")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere"
-    )
-    tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)")
-    pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)")
-    sequence_parallel: int = option(1, "processes that share each sequence (with ddp, zero1, zero2)")
-    split_sequence: bool = option(
-        False, "with tensor_parallel: each process holds a part of the sequence between layers"
-    )
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
-    shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)")
-    offload_optimizer_fraction: float = option(0.0, "gemini: share of the optimizer states kept on the host")
-    offload_parameter_fraction: float = option(0.0, "gemini: share of the parameters kept on the host")
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that work on one micro-batch together."""
-        return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
 
 
 def resolve_precision(config: PluginConfig) -> str:
@@ -66,18 +36,12 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
             raise UserError("gemini computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
     if precision == "fp16" and not cuda:
         raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
-    for name in ("shard_fraction", "offload_optimizer_fraction", "offload_parameter_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} is {getattr(config, name)}: it must lie between 0 and 1")
 
 
 def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
     """Tensor, pipeline and sequence parallelism: what goes with what."""
     sizes = {f"{kind}_parallel": getattr(config, f"{kind}_parallel") for kind in ("tensor", "pipeline", "sequence")}
     used = [f"{name} {size}" for name, size in sizes.items() if size != 1]
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} is {size}: it must be at least 1")
     if config.split_sequence and (sizes["tensor_parallel"] == 1 or len(used) > 1):
         raise UserError(
             "split_sequence splits what tensor_parallel alone leaves whole: use it with tensor_parallel only"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
-from coati.rollout.config import GenerationConfig
 from coati.rollout.few_rows import quick_products
 from coati.rollout.graphs import StepGraphs, round_up
 from coati.rollout.prompts import never_ids, pad_right

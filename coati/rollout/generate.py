@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.rollout.engine import Completion, OnDone, Request, RolloutEngine, report
 from coati.rollout.prompts import pad_left
 from coati.rollout.vllm import VLLMEngine

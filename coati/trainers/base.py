@@ -27,10 +27,8 @@ from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import FINAL_MODEL, TrainerConfig
 from coati.trainers.schedule import learning_rate_at
-
-FINAL_MODEL = "model"
 
 
 @dataclasses.dataclass(frozen=True)
