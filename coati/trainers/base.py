@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
-from coati.errors import UserError
+from coati.errors import UserError, no_room
 from coati.models import Actor
 from coati.models.base import BaseModel
 from coati.models.lora import is_adapter
 from coati.models.packed import check_packing
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
-from coati.parallel.checkpoint import no_room, write_json
+from coati.parallel.checkpoint import NAME, lock_folder, write_json
 from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
-from coati.tracking import make_tracker, progress_bar
+from coati.tracking import make_tracker, progress_bar, read_metrics
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
 from coati.trainers.schedule import learning_rate_at
 
@@ -63,12 +63,14 @@ class Trainer:
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
         skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
+        lock: on the output folder, on rank 0, so that no other run writes there.
     """
 
     algorithm: str
     headline: tuple[str, bool]
     rows_per_sample = 1
     members = 1
+    lock = None
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -80,16 +82,24 @@ class Trainer:
         self.evaluators = [import_function(place, "evaluator") for place in config.evaluators]
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
-        self.resumed_from = self._find_resume()
         self.step = self.skipped_steps = 0
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
+        try:
+            self._prepare()
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self):
+        """Takes the output folder, loads data and models, and what the checkpoint holds of them."""
+        self.resumed_from = self._find_resume()
         self.tokenizer = self._load_tokenizer()
-        use_deterministic_kernels(config.deterministic)
-        seed_everything(config.seed)  # models are created alike on every rank
+        use_deterministic_kernels(self.config.deterministic)
+        seed_everything(self.config.seed)  # models are created alike on every rank
         self.build()
         # from here on ranks draw their own, but for those that share one model's work
-        seed_everything(config.seed + 1 + self.communicator.rank)
+        seed_everything(self.config.seed + 1 + self.communicator.rank)
         if self.resumed_from:
             self._restore(self.resumed_from)
 
@@ -141,6 +151,8 @@ class Trainer:
                     f"--resume auto; the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
                 ) from error
             raise
+        finally:
+            self._unlock()
 
     def _loop(self, tracker) -> str:
         if self.step == 0:
@@ -302,18 +314,23 @@ class Trainer:
     # --- files
 
     def _find_resume(self) -> Path | None:
+        if self.runtime.is_main:
+            self._make_output_folder()
+            self.lock = lock_folder(self.output)
         if self.config.resume == "never":
-            if self.communicator.any((self.output / "run.json").exists()):
+            if self.communicator.any(self.runtime.is_main and holds_work(self.output)):
                 raise UserError(
                     f"{self.output} already holds a run: pass --resume auto to go on with it, or another --output_dir"
                 )
             found = None
         else:
             found = self.checkpoints.find(self.config.resume)
-        found = self.communicator.broadcast(found)
-        if self.runtime.is_main:
-            self._make_output_folder()
-        return found
+        return self.communicator.broadcast(found)
+
+    def _unlock(self):
+        if self.lock is not None:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
     def _make_output_folder(self):
         try:
@@ -421,3 +438,11 @@ class Trainer:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             config.pad_token_id = self.pad_id
         return config
+
+
+def holds_work(output: Path) -> bool:
+    """Whether a run has left more in its folder than what it writes before its first step."""
+    if not (output / "run.json").exists():
+        return False
+    saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
+    return saved or any(row["step"] > 0 for row in read_metrics(output))

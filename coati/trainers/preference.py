@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from coati.data import collate_sft, collate_unpaired, exchange_answers
+from coati.data.dataset import writing
 from coati.data.sources import hash_file
 from coati.errors import UserError
 from coati.losses import kto_loss, preference_loss, response_targets
@@ -147,7 +148,8 @@ class PreferenceTrainer(RewardTrainer):
                 stored = self.measure(data)
                 self.runtime.say(f"reference log-probs of {len(data)} rows: {path}")
                 if self.runtime.is_main:
-                    write_cache(path, stored)
+                    with writing(folder):
+                        write_cache(path, stored)
             self.cached[key] = stored
         self.reference = None
 
