@@ -32,7 +32,7 @@ class PretrainTrainer(SFTTrainer):
     def sampler(self, data: PackedDataset) -> MixedOrder:
         c = self.config
         length = {"steps": c.steps} if c.steps else {"tokens": c.tokens} if c.tokens else {"epochs": c.epochs}
-        order = MixedOrder(data, c.batch_size, c.seed, **length, buckets=c.buckets, mix=c.shares)
+        order = MixedOrder(data, c.batch_size, c.seed, **length, buckets=c.buckets, mix=c.shares, start=self.start)
         self.total_steps = len(order)
         self.seen = dict.fromkeys(data.categories.tolist(), 0)
         return order

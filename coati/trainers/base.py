@@ -27,7 +27,9 @@ from coati.parallel.engine import DTYPES
 from coati.parallel.launch import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar, read_metrics
+from coati.tracking.files import to_json
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
+from coati.trainers.resume import OTHER_ROWS, changed_settings, lines_of, refuse_other_models
 from coati.trainers.schedule import learning_rate_at
 
 
@@ -62,6 +64,7 @@ class Trainer:
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
+        start: the step that this run begins with, and the rows of training data that were seen before it.
         skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
         lock: on the output folder, on rank 0, so that no other run writes there.
     """
@@ -94,6 +97,8 @@ class Trainer:
     def _prepare(self):
         """Takes the output folder, loads data and models, and what the checkpoint holds of them."""
         self.resumed_from = self._find_resume()
+        self.stored = self._read_stored()
+        self.start = (self.stored.get("step", 0), self.stored.get("rows", 0))
         self.tokenizer = self._load_tokenizer()
         use_deterministic_kernels(self.config.deterministic)
         seed_everything(self.config.seed)  # models are created alike on every rank
@@ -269,11 +274,18 @@ class Trainer:
         self.runtime.say(str(data.report))
         return data
 
+    def rows_before(self, step: int) -> int:
+        """Rows of the batches before this step, whatever size they had."""
+        first, rows = self.start
+        return rows + (step - first) * self.config.batch_size
+
     def sampler(self, data: TokenisedDataset) -> BatchSampler:
         """The order of the training data; sets `total_steps` if the config counts epochs."""
         c = self.config
-        sampler = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row)
-        self.total_steps = c.steps or math.ceil(c.epochs * sampler.batches_per_epoch)
+        sampler = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row, start=self.start)
+        step, seen = self.start
+        left = math.ceil(c.epochs * sampler.batches_per_epoch) - seen / c.batch_size
+        self.total_steps = c.steps or step + max(0, math.ceil(left))
         return sampler
 
     def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
@@ -352,15 +364,39 @@ class Trainer:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
                 state["skipped_steps"] = self.skipped_steps
                 state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
+                state |= {"rows": self.rows_before(self.step), "data": self.data.key}
+                state["settings"] = self._settings()
                 write_json(folder / "trainer.json", state)
 
         self.checkpoints.save(self.step, write, score)
 
-    def _restore(self, folder: Path):
-        stored = json.loads((folder / "trainer.json").read_text())
+    def _settings(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return json.loads(to_json(dataclasses.asdict(self.config)))
+
+    def _read_stored(self) -> dict[str, Any]:
+        """What the checkpoint's trainer.json says; empty for a new run. Says which settings are others now.
+
+        Raises:
+            UserError: the checkpoint is another algorithm's, or its weights can't go on under these settings.
+        """
+        if self.resumed_from is None:
+            return {}
+        stored = json.loads((self.resumed_from / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
-            raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+            raise UserError(f"{self.resumed_from} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+        changed = changed_settings(stored.get("settings", {}), self._settings())
+        refuse_other_models(changed, self.resumed_from)
+        for line in lines_of(changed):
+            self.runtime.say(line)
+        # the first checkpoints held no count of rows
+        return {"rows": stored["step"] * self.config.batch_size} | stored
+
+    def _restore(self, folder: Path):
+        stored = self.stored
         self.step, self.skipped_steps = stored["step"], stored.get("skipped_steps", 0)
+        if stored.get("data", self.data.key) != self.data.key:
+            self.runtime.say(OTHER_ROWS)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
             engine.load_optimizer(folder / name)

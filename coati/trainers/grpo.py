@@ -98,7 +98,7 @@ class GRPOTrainer(RolloutTrainer):
         c = self.config
         if c.dynamic_sampling:
             return self.collect_unequal(step)
-        self.position = step * c.batch_size
+        self.position = self.batches.position(step)
         rollout, judged = self.answer_and_score(step, self.mine(self.draw([], c.batch_size)))
         equal = self.communicator.sum(self.equal(rollout).sum()).item()
         metrics = self.reward_metrics([(*judged, len(rollout.scores))])
@@ -123,9 +123,8 @@ class GRPOTrainer(RolloutTrainer):
 
     def draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
         """The next rows of the data, each with how often the iteration has drawn it before."""
-        size, rows = self.config.batch_size, [row for row, _ in before]
-        for place in range(self.position, self.position + count):
-            rows.append(self.batches.batch(place // size)[place % size])
+        rows = [row for row, _ in before]
+        rows += [self.batches.row(self.position + i) for i in range(count)]
         self.position += count
         return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
 
@@ -242,6 +241,7 @@ class GRPOTrainer(RolloutTrainer):
 
     def load_state(self, state):
         self.position = state["position"]
+        self.batches.start = (self.step, self.position)
 
     def build(self):
         c, self.position = self.config, 0
@@ -269,4 +269,4 @@ class GRPOTrainer(RolloutTrainer):
 
     def load_reference(self, start) -> Engine | None:
         refreshed = self.source("reference") if self.config.refresh_reference else None
-        return super().load_reference(refreshed or start)
+        return super().load_reference(refreshed if refreshed and refreshed.is_dir() else start)

@@ -224,11 +224,15 @@ class PPOTrainer(RolloutTrainer):
     # --- state
 
     def state(self):
-        return {"kl_coefficient": self.kl_coefficient, "score_moments": asdict(self.score_moments)}
+        state = {"kl_coefficient": self.kl_coefficient, "score_moments": asdict(self.score_moments)}
+        return state | ({} if self.ptx_data is None else {"ptx_rows": self.ptx_sampler.position(self.step)})
 
     def load_state(self, state):
-        self.kl_coefficient = state["kl_coefficient"]
+        if self.config.kl_target is not None:  # else it is what the settings say
+            self.kl_coefficient = state["kl_coefficient"]
         self.score_moments = RunningMoments(**state["score_moments"])
+        if self.ptx_data is not None and "ptx_rows" in state:
+            self.ptx_sampler.start = (self.step, state["ptx_rows"])
 
     # --- the four models
 
