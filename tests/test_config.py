@@ -1,6 +1,7 @@
 """One dataclass a command: YAML, flags and --help come from it."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -314,6 +315,29 @@ def test_every_setting_that_sounds_like_a_path_is_one(config_class):
     other = {"reward_model_weight", "reward_classifier_template"}
     names = {f.name for f in dataclasses.fields(config_class) if f.name.endswith(words)} - other
     assert {f.name for f in dataclasses.fields(config_class) if "path" in f.metadata} - {"model_config"} >= names
+
+
+APPLICATIONS = {
+    "colossal_llama.extend_tokenizer.ExtendConfig": ("tokenizer", "output", "pieces"),
+    "colossal_llama.init_model.InitConfig": ("model", "tokenizer", "output", "old_tokenizer"),
+    "colossal_llama.prepare_pretrain.PrepareConfig": ("data", "tokenizer", "output"),
+    "colossal_llama.tokenizer_report.ReportConfig": ("output", "base"),
+    "colossal_llama.settings.PretrainConfig": ("model", "output_dir"),
+    "colossal_eval.evaluate.EvaluateConfig": ("data", "output"),
+    "colossal_eval.answer.AnswerConfig": ("model", "output"),
+    "colossal_eval.judge.JudgeConfig": ("output", "references"),
+    "colossal_eval.prepare.PrepareConfig": ("data", "output"),
+}
+
+
+@pytest.mark.parametrize("place", APPLICATIONS)
+def test_home_folders_are_written_out_in_the_applications_too(place):
+    """REPORT 26."""
+    module, _, name = place.rpartition(".")
+    names = APPLICATIONS[place]
+    flags = [word for name in names for word in (f"--{name}", "~/x")]
+    config = parse_config(getattr(importlib.import_module(module), name), flags)
+    assert [getattr(config, name) for name in names if getattr(config, name) not in (home("~/x"), [home("~/x")])] == []
 
 
 # --- numbers that make sense

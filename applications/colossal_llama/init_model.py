@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_llama.command import new_folder
 
@@ -24,18 +24,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass
-class InitConfig:
+class InitConfig(Settings):
     """Settings of `init_model`."""
 
-    model: str = option("", "folder of the model: config.json and safetensors files")
-    tokenizer: str = option("", "folder of the extended tokenizer")
-    output: str = option("", "folder of the model with new rows; must not exist")
-    old_tokenizer: str | None = option(None, "folder of the model's tokenizer, unless it is in the model's folder")
+    model: str = option("", "folder of the model: config.json and safetensors files", path="model")
+    tokenizer: str = option("", "folder of the extended tokenizer", path="model")
+    output: str = option("", "folder of the model with new rows; must not exist", path="output")
+    old_tokenizer: str | None = option(
+        None, "folder of the model's tokenizer, unless it is in the model's folder", path="model"
+    )
     rule: Literal["mean", "original", "random"] = option(
         "mean", "new rows: mean of the text's old pieces, the mean as Colossal-LLaMA-2 took it, or normal noise"
     )
     pad_to_multiple_of: int = option(1, "round the number of rows up to a multiple, such as 64")
-    seed: int = option(0, "of the random rule")
+    seed: int = option(0, "of the random rule", ge=0)
     progress: Literal["auto", "bar", "plain", "off"] = option("auto", "what the terminal shows meanwhile")
 
 
