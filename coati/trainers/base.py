@@ -29,7 +29,7 @@ from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar, read_metrics
 from coati.tracking.files import to_json
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
-from coati.trainers.resume import OTHER_ROWS, changed_settings, lines_of, refuse_other_models
+from coati.trainers.resume import OTHER_ROWS, UNSAID, changed_settings, lines_of, refuse_other_models
 from coati.trainers.schedule import learning_rate_at
 
 
@@ -371,8 +371,9 @@ class Trainer:
         self.checkpoints.save(self.step, write, score)
 
     def _settings(self) -> dict[str, Any]:
-        """All settings, as JSON has them."""
-        return json.loads(to_json(dataclasses.asdict(self.config)))
+        """The settings that a checkpoint tells, as JSON has them."""
+        settings = json.loads(to_json(dataclasses.asdict(self.config)))
+        return {name: value for name, value in settings.items() if name not in UNSAID}
 
     def _read_stored(self) -> dict[str, Any]:
         """What the checkpoint's trainer.json says; empty for a new run. Says which settings are others now.
