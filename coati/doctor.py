@@ -61,7 +61,7 @@ def _machine() -> list[str]:
 def _plugins():
     """Asks the same check that a run asks, so the two can't disagree."""
     from coati.errors import UserError
-    from coati.parallel.plugins import PLUGINS, PluginConfig, check_plugin
+    from coati.parallel.config import PLUGINS, PluginConfig, check_plugin
 
     for plugin in PLUGINS:
         runs, refusals = [], []

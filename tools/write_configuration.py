@@ -28,7 +28,7 @@ of reward models, `train_preference.py` those of all runs and of preference opti
 
 def page() -> str:
     from coati.data.config import DataConfig
-    from coati.parallel.plugins import PluginConfig
+    from coati.parallel.config import PluginConfig
     from coati.rollout import GenerationConfig
     from coati.tracking.config import TrackingConfig
     from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig

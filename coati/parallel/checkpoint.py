@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.parallel.launch import Runtime, random_state, restore_random_state
+from coati.parallel.runtime import Runtime, random_state, restore_random_state
 
 MANIFEST = "manifest.json"
 NAME = "step-" + "[0-9]" * 8

@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from coati.parallel.config import PluginConfig
 from coati.parallel.engine import DTYPES
-from coati.parallel.plugins import PluginConfig
 from coati.planner.live import LiveMemory
 
 ZERO_BUCKET = 12 * 2**20  # gradients that ZeRO reduces at a time (Colossal-AI's default)

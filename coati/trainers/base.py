@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
@@ -23,8 +22,9 @@ from coati.models.lora import is_adapter
 from coati.models.packed import check_packing
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import no_room, write_json
-from coati.parallel.engine import DTYPES
-from coati.parallel.launch import seed_everything, use_deterministic_kernels
+from coati.parallel.factory import engine_class
+from coati.parallel.runtime import seed_everything, use_deterministic_kernels
+from coati.parallel.update import SkippedSteps
 from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.config import TrainerConfig
@@ -64,7 +64,6 @@ class Trainer:
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
-        skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
     """
 
     algorithm: str
@@ -75,7 +74,7 @@ class Trainer:
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
         check_plugin(config, lora=config.lora_rank > 0, world_size=runtime.world_size)
-        self.communicator = runtime.communicator.sharing(config.model_parallel_size)
+        self.communicator = runtime.data_ranks(config.model_parallel_size)
         config.check(self.communicator.world_size)
         if config.lora_rank > 0 and config.model is None:
             raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
@@ -83,7 +82,7 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
         self.resumed_from = self._find_resume()
-        self.step = self.skipped_steps = 0
+        self.step = 0
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
         self.tokenizer = self._load_tokenizer()
@@ -137,12 +136,19 @@ class Trainer:
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide the error
                 tracker.finish("failed")
+            if isinstance(error, SkippedSteps):
+                newest = self.checkpoints.newest() or "not written yet"
+                raise UserError(f"step {self.step + 1}: {error}; the newest checkpoint is {newest}") from error
             if reason := no_room(error):
                 raise UserError(
                     f"{self.output} can't be written at step {self.step} ({reason}): make room there, then go on with "
                     f"--resume auto; the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
                 ) from error
             raise
+
+    @property
+    def skipped_steps(self) -> int:
+        return sum(engine.skipped_steps for engine in self.engines.values())
 
     def _loop(self, tracker) -> str:
         if self.step == 0:
@@ -193,10 +199,10 @@ class Trainer:
     # --- helpers for algorithms
 
     def inputs(self, batch, targets: Tensor | None = None) -> dict[str, Tensor]:
-        """What a model is called with. A model that is split over processes gives the log-probs of all tokens."""
+        """What a model is called with."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "right_padded": True}
         inputs |= {"members": self.members} if self.members > 1 else {}
-        return inputs if targets is None or self.config.model_parallel_size > 1 else inputs | {"targets": targets}
+        return inputs if targets is None else inputs | {"targets": targets}
 
     def check_packing(self, engine: Engine, batch, targets: Tensor):
         """Refuses models that don't give the same log-probs when what the batch's rows begin with is read once."""
@@ -211,33 +217,13 @@ class Trainer:
         Raises:
             UserError: `max_skipped_steps` of this model's steps in a row were skipped.
         """
-        tasks = []
-        for part in parts:
-            count = float(sum(part.count(batch) for batch in part.micro_batches))
-            denominator = max(self.communicator.sum(count).item(), 1.0)
-            for batch in part.micro_batches:
-                loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
-                targets = part.targets(batch) if part.targets else None
-                tasks.append((self.inputs(batch, targets) | part.options, loss_of))
-        masks = [inputs["attention_mask"] for inputs, _ in tasks]
-        read = {"tokens": sum(mask.sum() for mask in masks), "places": sum(map(Tensor.numel, masks))}
-        metrics = self.communicator.sum_metrics([*engine.learn(tasks), read])
-        metrics["padding_share"] = 1 - metrics.pop("tokens") / metrics.pop("places")
-        bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
-        norm = engine.step(learning_rate, finite=not bad)
-        if engine.skipped:
-            reason = f"{bad[0]} is {metrics[bad[0]]}" if bad else "the gradient is not finite"
-            self._count_skipped(engine.skipped, reason)
-        return {**metrics, "grad_norm": norm}
+        with engine.update(learning_rate) as update:
+            for part in parts:
+                update.add(part.micro_batches, functools.partial(self.inputs_of, part), part.loss, part.count)
+        return update.metrics
 
-    def _count_skipped(self, in_a_row: int, reason: str):
-        self.skipped_steps += 1
-        if in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"{reason} at step {self.step + 1}, skipped {in_a_row} in a row (--max_skipped_steps "
-                f"{self.config.max_skipped_steps}): lower the learning rate or use a wider precision; "
-                f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
-            )
+    def inputs_of(self, part: LossPart, batch) -> dict[str, Any]:
+        return self.inputs(batch, part.targets(batch) if part.targets else None) | part.options
 
     def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of a global batch."""
@@ -269,8 +255,7 @@ class Trainer:
     def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights."""
         c = self.config
-        # ddp keeps float32 weights and computes under autocast; the others cast the weights themselves
-        dtype = torch.float32 if c.plugin == "ddp" else DTYPES[resolve_precision(c)]
+        dtype = engine_class(c).loads_in(c)
         config = self._model_config(from_scratch=pretrained is None) if c.model_config else None
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
@@ -335,7 +320,7 @@ class Trainer:
                 self._save_model(engine, folder / name / "model")
             if self.runtime.is_main:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
-                state["skipped_steps"] = self.skipped_steps
+                state["skipped_steps"] = {name: engine.skipped_steps for name, engine in self.engines.items()}
                 state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
                 write_json(folder / "trainer.json", state)
 
@@ -345,10 +330,11 @@ class Trainer:
         stored = json.loads((folder / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
-        self.step, self.skipped_steps = stored["step"], stored.get("skipped_steps", 0)
+        self.step = stored["step"]
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
             engine.load_optimizer(folder / name)
+            engine.skipped_steps = stored["skipped_steps"][name]
         if not self.checkpoints.restore_random_state(folder):
             self.runtime.say(
                 f"{folder} was written by {stored['world_size']} processes, now there are {self.runtime.world_size}: "

@@ -7,7 +7,7 @@ from coati.config import option
 from coati.data.config import DataConfig
 from coati.errors import UserError
 from coati.models.lora import LoraSettings
-from coati.parallel.plugins import PluginConfig
+from coati.parallel.config import PluginConfig
 from coati.tracking.config import TrackingConfig
 
 
@@ -51,7 +51,6 @@ class RunConfig:
     warmup: float = option(0.03, "share of the steps over which it rises from 0")
     final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak")
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed")
-    max_skipped_steps: int = option(3, "stop after this many steps in a row with a loss or gradient that isn't finite")
     log_every: int = option(1, "steps between two lines in the logs")
     eval_every: int = option(0, "steps between two evaluations; 0 for before the first and after the last step only")
     evaluators: list[str] = option((), "functions of the trainer, FILE.py:name, that give more metrics to evaluations")

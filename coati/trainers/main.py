@@ -33,7 +33,7 @@ def main(load_trainer, description: str, parse=parse_config):
         config_class, trainer_class = load_trainer()
         config = parse(config_class, description=description)
         from coati.parallel import launch
-        from coati.parallel.launch import shutdown
+        from coati.parallel.runtime import shutdown
 
         runtime = launch(config.seed)
         trainer_class(config, runtime).train()

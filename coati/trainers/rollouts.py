@@ -17,7 +17,7 @@ from coati.losses import kl_divergence, masked_sums, moments, policy_loss
 from coati.losses.masking import keep
 from coati.models import RewardModel
 from coati.parallel import Engine, make_engine
-from coati.parallel.plugins import resolve_precision
+from coati.parallel.config import resolve_precision
 from coati.rewards import ModelReward, PendingScores, Scores, ScoringConfig, load_rewards
 from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import MicroBatches
