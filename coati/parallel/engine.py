@@ -147,18 +147,23 @@ class Engine:
         yield update
         update.finish(self, learning_rate)
 
+    @property
+    def gradient_ranks(self) -> int:
+        """Over how many ranks the plugin averages gradients."""
+        return self.data_ranks.world_size
+
     def accumulate(self, tasks: Sequence[Task]) -> list[dict[str, Tensor]]:
         """Adds up the gradients of the micro-batches' parts of the loss; returns the metrics of each.
 
-        The plugins average gradients over ranks; the parts' sum over ranks is the loss, so they are multiplied by the
-        number of ranks.
+        The plugins average gradients over ranks (`gradient_ranks`); the parts' sum over ranks is the loss, so they are
+        multiplied by the number of ranks.
         """
         metrics = []
         for i, task in enumerate(tasks):
             # gradients travel with the last micro-batch only, where that helps
             with nullcontext() if self.travels(i == len(tasks) - 1) else self.no_sync():
                 loss, of_this = task.loss(self(**task.inputs))
-                self.booster.backward(loss * self.data_ranks.world_size, self.optimizer)
+                self.booster.backward(loss * self.gradient_ranks, self.optimizer)
             metrics.append(of_this)
         return metrics
 

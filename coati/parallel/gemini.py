@@ -33,6 +33,7 @@ class GeminiEngine(Engine):
         )
 
     def hold_frozen(self):
+        self.module.requires_grad_(True)  # it shards nothing else; without an optimizer nothing moves
         self.booster = self.make_booster(accumulates=False)
         self.model, *_ = self.booster.boost(self.module)
 

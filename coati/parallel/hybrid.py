@@ -192,8 +192,11 @@ class HybridEngine(Engine):
     def forward_all(self, inputs):
         if not self.pipelined:
             return super().forward_all(inputs)
-        inputs = [_for_all_tokens(one) for one in inputs]
-        return _to(self.plugin.scheduler.forward_all(self.model, inputs), self.runtime.device)
+        return self.plugin.scheduler.forward_all(self.model, [_for_all_tokens(one) for one in inputs])
+
+    @property
+    def gradient_ranks(self):
+        return dist.get_world_size(self.plugin.mixed_dp_group)  # sequence parallel ranks among them
 
     def accumulate(self, tasks):
         if not self.pipelined:
@@ -206,7 +209,7 @@ class HybridEngine(Engine):
     def _scaled(self, loss_of):
         def scaled(output):
             loss, metrics = loss_of(output)
-            return loss * self.data_ranks.world_size, metrics
+            return loss * self.gradient_ranks, metrics
 
         return scaled
 
@@ -240,21 +243,35 @@ class HybridEngine(Engine):
     # --- files
 
     def state_dict(self):
-        """The whole state on rank 0: slices joined, stages put together."""
+        """The whole state on rank 0: slices joined, stages put together, a tensor at a time."""
         if self.runtime.rank >= self.config.model_parallel_size:  # another replica
             return {}
+        keeps = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
         state = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             shard = shard_of(tensor)
-            state[name] = (tensor if shard is None else shard.gather(tensor)).detach().cpu()
-        if self.pipelined:
-            at_first = dist.get_rank(self.plugin.pp_group) == 0
-            stages: Any = [None] * self.config.pipeline_parallel if at_first else None
-            first = dist.get_global_rank(self.plugin.pp_group, 0)
-            dist.gather_object(state, stages, dst=first, group=self.plugin.pp_group)
-            state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+            whole = tensor if shard is None else shard.gather(tensor)
+            if keeps:
+                state[name] = whole.detach().cpu()
+        if self.pipelined and keeps:
+            state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
         return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
+
+    def _collect_stages(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first stage receives the others' tensors, on the host."""
+        group = self.plugin.pp_group
+        held: list[Any] = [None] * self.config.pipeline_parallel
+        dist.all_gather_object(held, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
+        first, stage = dist.get_global_rank(group, 0), dist.get_rank(group)
+        for source in range(1, len(held)):
+            for name, (shape, dtype) in held[source].items():
+                if stage == source:
+                    dist.send(state[name], dst=first, group=group)
+                elif stage == 0:
+                    state[name] = torch.empty(shape, dtype=dtype)
+                    dist.recv(state[name], src=dist.get_global_rank(group, source), group=group)
+        return state
 
 
 def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -290,9 +307,3 @@ def _whole_vocabulary(module):
     finally:
         for head in heads:
             head.gives_all = False
-
-
-def _to(value, device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return type(value)(_to(part, device) for part in value)

@@ -206,8 +206,8 @@ class Trainer:
 
     def check_packing(self, engine: Engine, batch, targets: Tensor):
         """Refuses models that don't give the same log-probs when what the batch's rows begin with is read once."""
-        tolerance = 1e-3 if resolve_precision(self.config) == "fp32" else 0.2
-        check_packing(engine.module, engine.forward_all, self.inputs(batch, targets), tolerance)
+        exact = resolve_precision(self.config) == "fp32"
+        check_packing(engine.module, engine.forward_all, self.inputs(batch, targets), exact)
 
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Each part of the loss is divided by its own global count, over all ranks.
