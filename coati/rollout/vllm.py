@@ -19,7 +19,7 @@ import torch
 
 from coati.errors import UserError
 from coati.rollout.config import GenerationConfig
-from coati.rollout.engine import Completion, OnDone, Request, report
+from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import never_ids
 
 # read by vLLM when it is imported; what the user has set stays

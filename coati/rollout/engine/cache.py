@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from coati.rollout.transfer import upload
+from coati.rollout.engine.transfer import upload
 
 
 class SlotCache(Cache):
