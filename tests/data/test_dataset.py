@@ -64,13 +64,13 @@ def test_the_report_counts_reasons_with_first_lines(tokenizer, config, write_jso
     found = {p.reason: (p.count, p.lines, p.bad) for p in report.problems}
     assert found == {
         "the line is not valid JSON": (1, [2], True),
-        "no known fields for sft data": (6, [3, 6, 7], True),
+        "no known fields for sft data, only `text`": (6, [3, 6, 7], True),
         "an answer is empty": (1, [5], True),
         "the row is longer than --max_length 1024 tokens": (1, [11], False),
     }
     assert report.rows[source] == 11 and report.samples[source] == 2
     assert str(report).splitlines()[0] == f"{source}: 11 rows, 2 samples"
-    assert f"dropped 6 rows: no known fields for sft data ({source}, line 3, 6, 7, ...)" in str(report)
+    assert f"dropped 6 rows: no known fields for sft data, only `text` ({source}, line 3, 6, 7, ...)" in str(report)
 
 
 def test_the_report_fits_one_screen():
