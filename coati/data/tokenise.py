@@ -214,7 +214,11 @@ def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
         after = inside[-1] + 1 if len(inside) else len(ids)
         if after < len(ids) and ids[after] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[inside]:
             inside = np.append(inside, after)
-        mask[inside[inside <= _end_of_answer(piece, inside, ids, tokenizer)]] = True
+        end = _end_of_answer(piece, inside, ids, tokenizer)
+        said = inside[inside < end]
+        if not "".join(piece.text[slice(*piece.offsets[i])] for i in said).strip():
+            raise ValueError("the chat template writes nothing of an answer but its end")
+        mask[said] = mask[end] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
 
