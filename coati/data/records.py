@@ -187,7 +187,10 @@ def _instances(row: dict) -> list[dict]:
     instances = row["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
         raise ValueError("`instances` is not a list of objects")
-    shared = {name: value for name, value in row.items() if name != "instances"}
+    shared = {name: value for name, value in row.items() if name != "instances" and value is not None}
+    for name in shared:
+        if any(name in instance for instance in instances):
+            raise ValueError(f"`{name}` is in the row and in its `instances`; leave one of them out")
     return [{**shared, **instance} for instance in instances]
 
 

@@ -311,11 +311,21 @@ def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages,
             return value
         values[place] = value
         if isinstance(value, str):
-            return value[: len(value) // 2] + _sign(place) + value[len(value) // 2 :]
+            return _sign(place).join(_halves(value))
         return _sign(place)
 
     marked = [mark(message, (i,)) if i >= start else message for i, message in enumerate(messages)]
     return marked, values
+
+
+def _halves(value: str) -> tuple[str, str]:
+    """Cut in the middle, or behind the tag that is there: templates look for `</think>` whole."""
+    middle = len(value) // 2
+    opened = value.rfind("<", 0, middle)
+    closed = value.find(">", opened) + 1
+    if opened >= 0 and closed > middle:
+        middle = closed
+    return value[:middle], value[middle:]
 
 
 def _sign(place: Place) -> str:
@@ -339,9 +349,8 @@ def _is_written(value: Any, place: Place, rendered: str | None) -> bool:
         return False
     if not isinstance(value, str):
         return True
-    middle = len(value) // 2
     for write in (str, lambda text: json.dumps(text, ensure_ascii=False)[1:-1]):
-        before, after = ("".join(write(half).split()) for half in (value[:middle], value[middle:]))
+        before, after = ("".join(write(half).split()) for half in _halves(value))
         if rendered.endswith(before, 0, at) and rendered.startswith(after, at + len(sign)):
             return True
     return False

@@ -176,7 +176,10 @@ def _with_answers(template: ChatTemplate, messages: Messages, first: int, start:
     if any(_contains(messages[i], eos) for i in learned):
         raise ValueError(f"an answer contains the EOS token {eos}, which must only end it")
     text, answers = answer_pieces(template, messages, learned)
-    return _Rendered(text, answers, left_out(template, messages, text, is_prompt=False, start=start))
+    notes = left_out(template, messages, text, is_prompt=False, start=start)
+    if learned[-1] < len(messages) - 1:
+        notes.append("the messages after the last answer that is learned")
+    return _Rendered(text, answers, notes)
 
 
 def _is_learned(message: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ class Family:
     """A template, its tokenizer's special tokens, its writer, and what it can take.
 
     Attributes:
-        rewrites: earlier turns may be written differently once others follow.
+        tagged: answers are marked with {% generation %}.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Family:
     eos_token: str
     bos_token: str | None = None
     tools: bool = False
-    rewrites: bool = False
+    tagged: bool = False
 
     @property
     def template(self) -> str:
@@ -131,8 +131,10 @@ def qwen3(messages, tools=None, prompt=False, enable_thinking=True) -> Written:
                 # The empty thought is a part of the prompt then.
                 out += [(header + "<think>\n\n</think>\n\n", None), (said.lstrip("\n"), i)]
             elif thinks:
-                thought = thought.strip("\n")
-                out += [(header, None), (f"<think>\n{thought}\n</think>\n\n" + said.lstrip("\n"), i)]
+                # The prompt opens a thought too, if only to close it.
+                opens = "<think>\n"
+                out += [(header, None), (opens, i if enable_thinking else None)]
+                out.append((f"{thought.strip(chr(10))}\n</think>\n\n" + said.lstrip("\n"), i))
             else:
                 out += [(header, None), (said, i)]
             calls = "\n".join(map(qwen_call, m.get("tool_calls", [])))
@@ -304,14 +306,14 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("qwen2_5", qwen2_5, "<|im_end|>", tools=True),
-        Family("qwen3", qwen3, "<|im_end|>", tools=True, rewrites=True),
+        Family("qwen3", qwen3, "<|im_end|>", tools=True),
         Family("llama3", llama3, "<|eot_id|>", "<s>", tools=True),
         Family("gemma3", gemma3, "<end_of_turn>", "<bos>"),
-        Family("mistral", mistral, "</s>", "<s>", tools=True, rewrites=True),
-        Family("phi3", phi3, "<|end|>"),
+        Family("mistral", mistral, "</s>", "<s>", tools=True),
+        Family("phi3", phi3, "<|end|>", tagged=True),
         Family("deepseek_r1", deepseek_r1, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
         Family("deepseek_v3_1", deepseek_v3_1, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
         Family("qwq", qwq, "<|im_end|>"),
-        Family("gpt_oss", gpt_oss, "<|return|>", tools=True, rewrites=True),
+        Family("gpt_oss", gpt_oss, "<|return|>", tools=True),
     )
 }
