@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.data import DataConfig, PromptRecord, SFTRecord, parse_record, prepare_tokenizer, tokenise
-from coati.data.records import one_record_per_answer
+from coati.data.records import one_record_per_response
 from coati.data.tokenise import tokenise_many
 from tests.data.families import FAMILIES, Family, Refused
 
@@ -157,13 +157,13 @@ def expected(family: Family, messages: list[dict], tools, learned: list[int], ar
 
 
 def check_mask(family: Family, messages: list[dict], tools, train_on: str, arguments: dict) -> str:
-    """What became of the dialogue: "labelled" or "refused"; AssertionError where the mask is wrong."""
+    """What became of the dialogue: "labeled" or "refused"; AssertionError where the mask is wrong."""
     tokenizer = tokenizer_of(family.name)
     config = DataConfig(train_on=train_on, chat_template_kwargs=arguments, max_length=10**6)
     shown = [{name: value for name, value in m.items() if name != "weight"} for m in messages]
     records = [SFTRecord(messages, tools)]
     if train_on == "each":
-        records = one_record_per_answer(records[0])
+        records = one_record_per_response(records[0])
     outcome = "refused"
     for record in records:
         answers = [i for i, m in enumerate(record.messages) if m["role"] == "assistant"]
@@ -180,7 +180,7 @@ def check_mask(family: Family, messages: list[dict], tools, train_on: str, argum
         text = "".join(text for text, _ in family.write(shown[: len(record.messages)], tools, **arguments))
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert sample.input_ids == whole[: len(sample)]
-        outcome = "labelled"
+        outcome = "labeled"
     return outcome
 
 
@@ -199,7 +199,7 @@ def check_prompt(family: Family, messages: list[dict], tools, arguments: dict) -
         return "refused"
     assert sample.text == should_be
     assert sample.input_ids == tokenizer(should_be, add_special_tokens=False)["input_ids"]
-    return "labelled"
+    return "labeled"
 
 
 # --- the second property: rows
@@ -345,7 +345,7 @@ def check_row(family: Family, kind: str, row: dict, stamps: Stamps, train_on: st
         assert str(error) and "\n" not in str(error)
         return "refused"
     if train_on == "each":
-        records = [one for record in records for one in one_record_per_answer(record)]
+        records = [one for record in records for one in one_record_per_response(record)]
     results = tokenise_many(records, tokenizer, config)
     for result in results:
         assert not isinstance(result.sample, ValueError) or (str(result.sample) and "\n" not in str(result.sample))
@@ -371,7 +371,7 @@ def is_named(path: tuple, notes: list[str]) -> bool:
     """Whether the report has a line for what is at this place of the row."""
     names = {"content" if name == "value" else str(name) for name in path}
     quoted = {name for note in notes for part in note.split("`")[1::2] for name in part.split(".")}
-    general = ["the last answer", "the messages after the last answer"]
+    general = ["the last response", "the messages after the last response"]
     # A field that became a message is named as such.
     became = {"system": "system"} | dict.fromkeys((*RESPONSES, "chosen", "rejected"), "assistant")
     general.append(f"`content` of {became.get(path[0], 'user')} messages")

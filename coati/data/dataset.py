@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coati.data.config import DataConfig, check_weights
-from coati.data.records import Kind, Record, one_record_per_answer, parse_record
+from coati.data.records import Kind, Record, one_record_per_response, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
 from coati.data.tokenise import (
@@ -179,7 +179,7 @@ def _records(source: str, kind: Kind, config: DataConfig, report: ValidationRepo
             report.drop(source, line, str(error), bad=True)
             continue
         if config.train_on == "each":
-            records = [one for record in records for one in one_record_per_answer(record)]
+            records = [one for record in records for one in one_record_per_response(record)]
         yield from ((line, record) for record in records)
 
 

@@ -167,7 +167,7 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     return [_prompt(one) if kind == "prompt" else _demonstration(one) for one in rows]
 
 
-def one_record_per_answer(record: Record) -> list[Record]:
+def one_record_per_response(record: Record) -> list[Record]:
     """For a demonstration, a record for each of the assistant's messages, which ends with it and learns it alone."""
     if not isinstance(record, SFTRecord):
         return [record]
@@ -214,7 +214,7 @@ def _prompt(row: _Row) -> PromptRecord:
         raise _unknown(row, "prompt")
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-        row.unread.append("the last answer (a prompt ends in front of it)")
+        row.unread.append("the last response (a prompt ends in front of it)")
     messages, tools = check_turns(_with_system(row, messages), last="user"), _tools(row)
     columns = row.left()
     for name in columns:
@@ -231,7 +231,7 @@ def _preference(row: _Row) -> PreferenceRecord:
     check_turns(prompt, last="user")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[-1].get("weight") == 0:
-            raise ValueError(f"the last answer of `{name}` has weight 0")
+            raise ValueError(f"the last response of `{name}` has weight 0")
     if chosen == rejected:
         raise ValueError("`chosen` equals `rejected`")
     margin, tools = _margin(row), _tools(row)
@@ -250,7 +250,7 @@ def _unpaired(row: _Row) -> list[Record]:
         desirable = bool(one.take("label"))
         messages, tools = check_turns(_dialogue(one, "unpaired"), last="assistant"), _tools(one)
         if messages[-1].get("weight") == 0:
-            raise ValueError("the labelled answer has weight 0")
+            raise ValueError("the labeled response has weight 0")
         records.append(UnpairedRecord(messages[:-1], messages[-1:], desirable, tools, one.unused()))
     return records
 

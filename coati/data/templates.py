@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,13 @@ def prepare_tokenizer(
     eos_token: str | None = None,
     *,
     arguments: dict[str, Any] | None = None,
-    learns_answers: bool = True,
+    learns_responses: bool = True,
 ):
     """Make sure of an EOS token, a pad token and a chat template that ends answers with EOS.
 
     The tokenizer is changed in place; `eos_token` must already be in its vocabulary. Its padding side and the
     special tokens that it adds are left alone: `coati.data` renders, tokenises and pads without them. `arguments` are
-    for the template, as in `DataConfig.chat_template_kwargs`. Without `learns_answers` the template need only write
+    for the template, as in `DataConfig.chat_template_kwargs`. Without `learns_responses` the template need only write
     prompts.
 
     Returns `(tokenizer, notes)`, where `notes` is one line for each thing that was supplied.
@@ -139,8 +138,8 @@ def prepare_tokenizer(
     template, name = ChatTemplate(tokenizer, arguments=arguments or {}), chat_template_path or "of the tokenizer"
     _check_arguments(template, name)
     prompt = _attempt(name, lambda: template.render(PROBE[:1], add_generation_prompt=True))
-    if learns_answers:
-        _check_answer(template, name)
+    if learns_responses:
+        _check_response(template, name)
         notes += _compare_with_prompt(template, name, prompt)
     return tokenizer, notes
 
@@ -158,8 +157,8 @@ def _check_arguments(template: ChatTemplate, name: str) -> None:
             )
 
 
-def _check_answer(template: ChatTemplate, name: str) -> None:
-    text, [pieces] = _attempt(name, lambda: answer_pieces(template, PROBE, [1]))
+def _check_response(template: ChatTemplate, name: str) -> None:
+    text, [pieces] = _attempt(name, lambda: response_pieces(template, PROBE, [1]))
     if PROBE[1]["content"] not in "".join(text[start:end] for start, end in pieces):
         raise UserError(f"The chat template {name} loses the answer; correct it or give --chat_template.")
     eos = template.tokenizer.eos_token
@@ -188,12 +187,12 @@ def template_errors() -> tuple[type[Exception], ...]:
 
 
 def _compare_with_prompt(template: ChatTemplate, name: str, prompt: str) -> list[str]:
-    """A note if a prompt that is sampled from is not what training sees before an answer."""
+    """A note if a prompt that is sampled from is not what training sees before a response."""
     text = template.render(PROBE)
     if not text.startswith(prompt):
         opened = prompt[len(_shared_start([prompt, text])) :]
         return [
-            f"The chat template {name} ends a prompt with {opened!r}, which it does not write in front of an answer "
+            f"The chat template {name} ends a prompt with {opened!r}, which it does not write in front of a response "
             "that it is given: sampling starts from other text than training sees."
         ]
     alone, whole = template.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
@@ -205,7 +204,7 @@ def _compare_with_prompt(template: ChatTemplate, name: str, prompt: str) -> list
     return []
 
 
-def answer_pieces(template: ChatTemplate, messages: Messages, answers: Sequence[int]) -> tuple[str, list[Pieces]]:
+def response_pieces(template: ChatTemplate, messages: Messages, responses: Sequence[int]) -> tuple[str, list[Pieces]]:
     """The rendered text, and of each of these of the assistant's messages the `(start, end)` characters that the
     template wrote for it.
 
@@ -216,9 +215,9 @@ def answer_pieces(template: ChatTemplate, messages: Messages, answers: Sequence[
     """
     if GENERATION_TAG.search(template.source):
         text, spans = template.render_tagged(messages)
-        return text, [spans[slice(*_tags_of(template, messages, i, len(spans)))] for i in answers]
+        return text, [spans[slice(*_tags_of(template, messages, i, len(spans)))] for i in responses]
     text = template.render(messages)
-    return text, [[_span(template, messages, i, text)] for i in answers]
+    return text, [[_span(template, messages, i, text)] for i in responses]
 
 
 def _tags_of(template: ChatTemplate, messages: Messages, i: int, total: int) -> tuple[int, int]:
@@ -226,7 +225,7 @@ def _tags_of(template: ChatTemplate, messages: Messages, i: int, total: int) -> 
     before = _count_tags(template, messages[:i])
     after = total if i == len(messages) - 1 else _count_tags(template, messages[: i + 1])
     if not before < after <= total:
-        raise ValueError("the chat template's {% generation %} tags do not surround an answer")
+        raise ValueError("the chat template's {% generation %} tags do not surround a response")
     return before, after
 
 
@@ -248,16 +247,16 @@ def _span(template: ChatTemplate, messages: Messages, i: int, text: str) -> tupl
 
 
 def _header(template: ChatTemplate, before: Messages, prompt: str, through: str) -> str:
-    """What a prompt and the dialogue with its answer both begin with, where the prompt goes on with something else.
+    """What a prompt and the dialogue with its response both begin with, where the prompt goes on with something else.
 
-    So it is with templates that open a thought in the prompt, `<|assistant|><think>`, and write answers without it.
-    The answer itself may begin like that, so another answer says where it begins.
+    So it is with templates that open a thought in the prompt, `<|assistant|><think>`, and write responses without it.
+    The response itself may begin like that, so another one says where it begins.
     """
     other = template.render([*before, {"role": "assistant", "content": "\ue000"}])
     shared = _shared_start([prompt, through, other])
     if not shared.startswith(template.render(before)):
         raise ValueError(
-            "the chat template does not write an answer after the prompt that it belongs to (mark answers in it with "
+            "the chat template does not write a response after its own prompt (mark responses in it with "
             "{% generation %})"
         )
     return shared
@@ -267,100 +266,3 @@ def _shared_start(texts: Sequence[str]) -> str:
     """What all begin with, up to a tag that they don't share whole: `<think>` and `</think>` have no common token."""
     equal = takewhile(lambda characters: len({*characters}) == 1, zip(*texts, strict=False))
     return re.sub(r"<[^<>]*$", "", "".join(first for first, *_ in equal))
-
-
-# --- what a template leaves out
-
-
-def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt: bool, start: int = 0) -> list[str]:
-    """What of the messages from `start` on, and of the tools, is not in `text`, which the template wrote for them.
-
-    Every value gets a mark in its middle, and the template is rendered again: what it writes whole surrounds its mark.
-    Blanks may differ, and characters may be escaped as in JSON.
-    """
-    marked, values = _mark(messages, start, None)
-    rendered = _squeezed(template, marked, is_prompt)
-    found = []
-    for place, value in values.items():
-        if _is_written(value, place, rendered):
-            continue
-        # The marks of other values may have changed what the template does with this one.
-        alone = _squeezed(template, _mark(messages, start, place)[0], is_prompt)
-        # A value that a template refuses once it is changed is read.
-        if alone is not None and not _is_written(value, place, alone):
-            found.append(_describe(messages, place, value, text))
-    if template.tools and _squeezed(replace(template, tools=None), messages, is_prompt) == "".join(text.split()):
-        found.append("`tools`")
-    return [f"the chat template leaves out or rewrites {what}" for what in dict.fromkeys(found)]
-
-
-Place = tuple[int | str, ...]
-
-
-def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages, dict[Place, Any]]:
-    """The messages with their values marked (all or only one), and the values by where they are."""
-    values: dict[Place, Any] = {}
-
-    def mark(value: Any, place: Place) -> Any:
-        if isinstance(value, dict):
-            return {key: mark(inner, (*place, key)) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [mark(inner, (*place, i)) for i, inner in enumerate(value)]
-        is_ours = place[1] in ("role", "weight") or (place[-1] == "type" and value == "function")
-        if is_ours or (isinstance(value, str) and not value.strip()) or only not in (None, place):
-            return value
-        values[place] = value
-        if isinstance(value, str):
-            return _sign(place).join(_halves(value))
-        return _sign(place)
-
-    marked = [mark(message, (i,)) if i >= start else message for i, message in enumerate(messages)]
-    return marked, values
-
-
-def _halves(value: str) -> tuple[str, str]:
-    """Cut in the middle, or behind the tag that is there: templates look for `</think>` whole."""
-    middle = len(value) // 2
-    opened = value.rfind("<", 0, middle)
-    closed = value.find(">", opened) + 1
-    if opened >= 0 and closed > middle:
-        middle = closed
-    return value[:middle], value[middle:]
-
-
-def _sign(place: Place) -> str:
-    """Private characters around a place's name, which no data should hold."""
-    return "\ue000" + ".".join(map(str, place)) + "\ue001"
-
-
-def _squeezed(template: ChatTemplate, messages: Messages, is_prompt: bool) -> str | None:
-    """The rendered text without blanks; None where the template refuses the messages."""
-    try:
-        return "".join(template.render(messages, is_prompt).split())
-    except template_errors():
-        return None
-
-
-def _is_written(value: Any, place: Place, rendered: str | None) -> bool:
-    """Whether the rendered text has the whole value around its mark."""
-    sign = "".join(_sign(place).split())
-    at = -1 if rendered is None else rendered.find(sign)
-    if rendered is None or at < 0:
-        return False
-    if not isinstance(value, str):
-        return True
-    for write in (str, lambda text: json.dumps(text, ensure_ascii=False)[1:-1]):
-        before, after = ("".join(write(half).split()) for half in _halves(value))
-        if rendered.endswith(before, 0, at) and rendered.startswith(after, at + len(sign)):
-            return True
-    return False
-
-
-def _describe(messages: Messages, place: Place, value: Any, text: str) -> str:
-    names = [part for part in place[1:] if isinstance(part, str)]
-    if "arguments" in names:
-        names = names[: names.index("arguments") + 1]
-    role = messages[int(place[0])]["role"]
-    if names == ["content"] and "</think>" in value and value.rpartition("</think>")[2].strip() in text:
-        return f"the reasoning (up to </think>) in `content` of {role} messages"
-    return f"`{'.'.join(names)}` of {role} messages"

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from coati.data.config import DataConfig
+from coati.data.left_out import left_out
 from coati.data.messages import Messages
 from coati.data.records import PromptRecord, Record, SFTRecord, UnpairedRecord
-from coati.data.templates import ChatTemplate, Pieces, TurnRewritten, answer_pieces, left_out, template_errors
+from coati.data.templates import ChatTemplate, Pieces, TurnRewritten, response_pieces, template_errors
 
 
 class NotUsed(ValueError):
@@ -111,7 +112,7 @@ def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
             results.append(Tokenised(pieces, []))
             continue
         notes = [note for piece in pieces for note in piece.notes]
-        pieces = [_Encoded(piece.text, piece.answers, *next(tokens)) for piece in pieces]
+        pieces = [_Encoded(piece.text, piece.responses, *next(tokens)) for piece in pieces]
         sample = _attempt(_sample, record, pieces, tokenizer, config)
         results.append(Tokenised(sample, list(dict.fromkeys([*record.unused, *notes]))))
     return results
@@ -127,19 +128,19 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A text, the characters of its answers to learn, each in one piece or more, and what it leaves out."""
+    """A text, the characters of its responses to learn, each in one piece or more, and what it leaves out."""
 
     text: str
-    answers: list[Pieces]
+    responses: list[Pieces]
     notes: list[str]
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A rendered text, the characters of its answers, its token ids and their character offsets."""
+    """A rendered text, the characters of its responses, its token ids and their character offsets."""
 
     text: str
-    answers: list[Pieces]
+    responses: list[Pieces]
     input_ids: list[int]
     offsets: list[tuple[int, int]]
 
@@ -153,11 +154,11 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
             return [_Rendered(text, [], left_out(template, record.prompt, text, is_prompt=True))]
         if isinstance(record, SFTRecord):
             first = record.start if config.train_on == "all" else len(record.messages) - 1
-            return [_with_answers(template, record.messages, first, record.start)]
+            return [_with_responses(template, record.messages, first, record.start)]
         sides = [record.answer] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
-        return [_with_answers(template, record.prompt + side, len(record.prompt)) for side in sides]
+        return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
     except TurnRewritten as error:
-        remedy = "mark answers in it with {% generation %}"
+        remedy = "mark responses in it with {% generation %}"
         if isinstance(record, SFTRecord):
             remedy += ", or learn each in a row of its own with --train_on each, or only the last with --train_on last"
         raise ValueError(f"{error} ({remedy})") from None
@@ -167,19 +168,19 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
         raise ValueError(f"the chat template refuses the row ({error})") from None
 
 
-def _with_answers(template: ChatTemplate, messages: Messages, first: int, start: int = 0) -> _Rendered:
-    """A dialogue whose answers from message `first` on are learned, unless their weight is 0."""
+def _with_responses(template: ChatTemplate, messages: Messages, first: int, start: int = 0) -> _Rendered:
+    """A dialogue whose responses from message `first` on are learned, unless their weight is 0."""
     learned = [i for i in range(first, len(messages)) if _is_learned(messages[i])]
     if not learned:
-        raise NotUsed("the answers to learn have weight 0")
+        raise NotUsed("the responses to learn have weight 0")
     eos = template.tokenizer.eos_token
     if any(_contains(messages[i], eos) for i in learned):
         raise ValueError(f"an answer contains the EOS token {eos}, which must only end it")
-    text, answers = answer_pieces(template, messages, learned)
+    text, responses = response_pieces(template, messages, learned)
     notes = left_out(template, messages, text, is_prompt=False, start=start)
     if learned[-1] < len(messages) - 1:
-        notes.append("the messages after the last answer that is learned")
-    return _Rendered(text, answers, notes)
+        notes.append("the messages after the last response that is learned")
+    return _Rendered(text, responses, notes)
 
 
 def _is_learned(message: dict[str, Any]) -> bool:
@@ -207,32 +208,32 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
 
 
 def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
-    """Mask the answers, each up to its end, and leave out what follows the last."""
+    """Mask the responses, each up to its end, and leave out what follows the last."""
     ids, starts = np.array(piece.input_ids), _token_starts(piece.offsets)
     mask = np.zeros(len(ids), dtype=bool)
-    for answer in piece.answers:
-        in_pieces = [np.flatnonzero((starts >= start) & (starts < end)) for start, end in answer]
+    for response in piece.responses:
+        in_pieces = [np.flatnonzero((starts >= start) & (starts < end)) for start, end in response]
         inside = np.concatenate(in_pieces)
         # {% generation %} tags often end in front of the EOS.
         after = inside[-1] + 1 if len(inside) else len(ids)
         if after < len(ids) and ids[after] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[inside]:
             inside = np.append(inside, after)
-        end = _end_of_answer(piece, inside, ids, tokenizer)
+        end = _end_of_response(piece, inside, ids, tokenizer)
         said = inside[inside < end]
         if not "".join(piece.text[slice(*piece.offsets[i])] for i in said).strip():
-            raise ValueError("the chat template writes nothing of an answer but its end")
+            raise ValueError("the chat template writes nothing of a response but its end")
         mask[said] = mask[end] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
 
 
-def _end_of_answer(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, tokenizer) -> int:
-    """Where the answer's last token is: its EOS, else (some calls of tools) another special token that ends it."""
+def _end_of_response(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, tokenizer) -> int:
+    """Where the response's last token is: its EOS, else (some calls of tools) another special token that ends it."""
     eos = inside[ids[inside] == tokenizer.eos_token_id]
     if len(eos):
         rest = "".join(piece.text[slice(*piece.offsets[i])] for i in inside[inside > eos[0]])
         if rest.replace(tokenizer.eos_token, "").strip():
-            raise ValueError("the chat template goes on with an answer after the EOS token")
+            raise ValueError("the chat template goes on with a response after the EOS token")
         return int(eos[0])
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for i in reversed(inside.tolist()):

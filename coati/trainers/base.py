@@ -60,7 +60,7 @@ class Trainer:
         algorithm: the stage's name in logs and reports.
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         rows_per_sample: what the model reads of a sample; 2 for pairs.
-        learns_answers: whether it learns the data's answers, which the chat template must then write and end.
+        learns_responses: whether it learns the data's answers, which the chat template must then write and end.
         members: rows of a batch whose common beginning is read once, see `PackedGroups`; 1 for none.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
@@ -72,7 +72,7 @@ class Trainer:
     headline: tuple[str, bool]
     rows_per_sample = 1
     members = 1
-    learns_answers = True
+    learns_responses = True
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -408,7 +408,7 @@ class Trainer:
             self.config.chat_template,
             self.config.eos_token,
             arguments=self.config.template_arguments,
-            learns_answers=self.learns_answers,
+            learns_responses=self.learns_responses,
         )
         for note in notes:
             self.runtime.say(note)

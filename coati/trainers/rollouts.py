@@ -87,7 +87,7 @@ class RolloutTrainer(Trainer):
 
     config: Any  # of a class derived from RolloutConfig
     headline = ("reward", True)
-    learns_answers = False  # those of its data, that is
+    learns_responses = False  # those of its data
     pending: PendingScores | None = None
 
     def __init__(self, config: RolloutConfig, runtime, *, rewards=()):
