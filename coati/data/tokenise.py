@@ -177,6 +177,9 @@ def _with_responses(template: ChatTemplate, messages: Messages, first: int, star
     if any(_contains(messages[i], eos) for i in learned):
         raise ValueError(f"an answer contains the EOS token {eos}, which must only end it")
     text, responses = response_pieces(template, messages, learned)
+    for pieces in responses:
+        if not "".join(text[start:end] for start, end in pieces).replace(eos, "").strip():
+            raise ValueError("the chat template writes nothing of a response but its end")
     notes = left_out(template, messages, text, is_prompt=False, start=start)
     if learned[-1] < len(messages) - 1:
         notes.append("the messages after the last response that is learned")
@@ -218,11 +221,7 @@ def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
         after = inside[-1] + 1 if len(inside) else len(ids)
         if after < len(ids) and ids[after] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[inside]:
             inside = np.append(inside, after)
-        end = _end_of_response(piece, inside, ids, tokenizer)
-        said = inside[inside < end]
-        if not "".join(piece.text[slice(*piece.offsets[i])] for i in said).strip():
-            raise ValueError("the chat template writes nothing of a response but its end")
-        mask[said] = mask[end] = True
+        mask[inside[inside <= _end_of_response(piece, inside, ids, tokenizer)]] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
 
