@@ -83,7 +83,8 @@ def _message(given: dict[str, Any], name: str, unread: list[str]) -> dict[str, A
     content_key = "content" if "content" in given else "value"
     role, content = given.pop(role_key, None), given.pop(content_key, None)
     if not isinstance(role, str) or role.lower() not in (*ROLES, *CALLS):
-        raise ValueError(f"`{name}` has a role that is not system, user, assistant or tool")
+        known = "it is none of system, user, assistant and tool"
+        raise ValueError(f"`{name}` has a role {str(role)[:40]!r}; {known}, nor another name for one")
     if role.lower() in CALLS:
         role, content, given = "assistant", "", {**given, "tool_calls": read_text(content, name)}
     role = ROLES[role.lower()]
