@@ -404,6 +404,13 @@ def test_only_the_fields_that_made_the_prompt_are_taken(name, value):
     assert parse_record(dict(reversed(row.items())), "prompt") == [PromptRecord([user("hi")], {name: value})]
 
 
+@pytest.mark.parametrize("sides", [(5, 3), ("good", "bad"), ([user("x"), assistant("y")], [user("x"), assistant("z")])])
+def test_a_prompt_beside_a_pair_is_the_prompt(sides):
+    """REPORT 22: whatever its columns are called."""
+    columns = dict(zip(("chosen", "rejected"), sides, strict=True))
+    assert parse_record({"prompt": "hi", **columns}, "prompt") == [PromptRecord([user("hi")], columns)]
+
+
 @pytest.mark.parametrize("name", ["self", "prompts", "responses", "input_ids", "attention_mask", "response_mask"])
 def test_a_column_that_rewards_could_not_be_called_with_is_refused(name):
     """REPORT 22: at the start, not after a generation."""

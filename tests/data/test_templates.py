@@ -116,11 +116,12 @@ def test_sft_with_a_template_that_opens_a_thought_learns_what_it_writes(name):
     assert labels(sample, tokenizer) == "".join(closes + text + family.eos_token for text in ("<b>hello", "<think>"))
 
 
+@pytest.mark.parametrize("length", range(0, 60, 3))
 @pytest.mark.parametrize("name", OPENS_A_THOUGHT)
-def test_reasoning_that_a_template_cuts_is_said(name):
-    """REPORT 7: not learned, and the report names it."""
+def test_reasoning_that_a_template_cuts_is_said(name, length):
+    """REPORT 7: not learned, and the report names it, whichever of the two is longer."""
     tokenizer = tokenizer_of(name)
-    record = SFTRecord([user("hi"), assistant("<think>\nshould I?\n</think>\n\nhello")])
+    record = SFTRecord([user("hi"), assistant("<think>\nshould I?\n</think>\n\nhello" + " there" * length)])
     assert notes_of(record, tokenizer) == [
         "the chat template leaves out or rewrites the reasoning (up to </think>) in `content` of assistant messages"
     ]
@@ -181,6 +182,15 @@ def test_calls_of_tools_are_learned_and_their_results_read(name, train_on):
     assert labels(sequence, tokenizer) == learned
     assert text.startswith(tokenizer.decode(sequence.input_ids)) and "in the box" in text and "finds" in text
     assert ('{"what": "it"}' in learned) == (train_on == "all")
+
+
+def test_what_a_template_checks_is_used():
+    """REPORT 8: Mistral's writes ids, and refuses those of another length: a mark in them changes that."""
+    messages = [{name: value for name, value in m.items() if name != "reasoning_content"} for m in AGENT]
+    assert notes_of(SFTRecord(messages, TOOLS), tokenizer_of("mistral")) == []
+    unused = [f"the chat template leaves out or rewrites `{name}`" for name in ("tool_calls.id", "tool_call_id")]
+    found = notes_of(SFTRecord(messages, TOOLS), tokenizer_of("llama3"))
+    assert found == [f"{unused[0]} of assistant messages", f"{unused[1]} of tool messages"]
 
 
 def test_tools_of_a_row_reach_prompts_and_pairs():

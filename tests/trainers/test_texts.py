@@ -125,6 +125,14 @@ def test_a_policy_whose_template_opens_a_thought_learns(algorithm, world, runtim
     assert other.data[0].text.endswith("\nassistant: ")
 
 
+def test_a_policy_needs_no_template_that_writes_responses(world, runtime, tmp_path):
+    """REPORT 7: nothing of the data's responses is learned."""
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ raise_exception('no') if messages[-1].role != 'user' else messages[-1].content + '<think>' }}")
+    trainer = make("grpo", world, runtime, tmp_path, chat_template=str(path))
+    assert trainer.data[0].text.endswith("<think>")
+
+
 def test_sft_with_such_a_template_says_so_and_learns(world, runtime, tmp_path, monkeypatch):
     """REPORT 7: rows whose template writes no thought are learned as it writes them."""
     said = []
