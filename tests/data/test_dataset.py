@@ -82,6 +82,34 @@ def test_the_report_fits_one_screen():
     assert len(str(report).splitlines()) <= 24 and "85 more rows" in str(report)
 
 
+@pytest.mark.parametrize("train_on", ["all", "each"])
+def test_the_report_counts_what_no_sample_holds(train_on, tokenizer, config, write_jsonl):
+    """REPORT 8: by field, once a row however many samples it gives; also when it is read from the cache."""
+    config.train_on = train_on
+    dialogue = [{"role": "user", "content": "a", "name": "Al"}, {"role": "assistant", "content": "b"}] * 2
+    rows = [{"id": 0, **GOOD[0]}, GOOD[1], {"messages": dialogue, "id": 2}, {"id": 3, "tag": "x", **GOOD[2]}]
+    source = write_jsonl(rows)
+    for _ in range(2):
+        report = build_dataset([source], "sft", tokenizer, config).report
+        assert {(p.reason, p.count, *p.lines) for p in report.unused} == {
+            ("`id`", 3, 1, 3, 4),
+            ("`tag`", 1, 4),
+            ("the chat template leaves out or rewrites `name` of user messages", 1, 3),
+        }
+        assert f"  not used of 3 rows: `id` ({source}, line 1, 3, 4)" in str(report).splitlines()
+        assert report.problems == [] and report.bad_rows == 0
+
+
+def test_the_report_names_every_unused_field_in_few_lines():
+    """REPORT 8: a table may have a hundred columns."""
+    from coati.data import ValidationReport
+
+    report = ValidationReport({"a": 9}, {"a": 9})
+    for name in range(100):
+        report.note("a", 1, f"`field{name}`")
+    assert len(str(report).splitlines()) <= 10 and all(f"`field{name}`" in str(report) for name in range(100))
+
+
 def test_a_bad_row_is_an_error_with_file_line_and_remedy(tokenizer, config, write_jsonl):
     """PITFALL 20: checked at the start."""
     source = write_jsonl(BAD)
