@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from coati.errors import UserError
 
 Config = TypeVar("Config")
+MAPPINGS = ("chat_template_kwargs",)  # settings that are mappings in a file, and JSON as flags
 
 
 def option(default, help: str):
@@ -79,12 +81,14 @@ def _as_flags(settings: dict, origin: str, config_class) -> tuple[list[str], lis
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
             raise UserError(f"{origin}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in MAPPINGS:
             raise UserError(f"{origin}: {key} is a mapping; it takes a plain value or a list")
         if value == []:
             emptied.append(key)
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{key}={json.dumps(value, default=str)}")
         elif value is not None:
             flags.append(f"--{key}={value}")
     return flags, emptied

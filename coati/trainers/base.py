@@ -60,6 +60,7 @@ class Trainer:
         algorithm: the stage's name in logs and reports.
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         rows_per_sample: what the model reads of a sample; 2 for pairs.
+        learns_responses: whether it learns the data's answers, which the chat template must then write and end.
         members: rows of a batch whose common beginning is read once, see `PackedGroups`; 1 for none.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
@@ -70,6 +71,7 @@ class Trainer:
     headline: tuple[str, bool]
     rows_per_sample = 1
     members = 1
+    learns_responses = True
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -386,7 +388,13 @@ class Trainer:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
-        tokenizer, notes = prepare_tokenizer(tokenizer, self.config.chat_template, self.config.eos_token)
+        tokenizer, notes = prepare_tokenizer(
+            tokenizer,
+            self.config.chat_template,
+            self.config.eos_token,
+            arguments=self.config.template_arguments,
+            learns_responses=self.learns_responses,
+        )
         for note in notes:
             self.runtime.say(note)
         return tokenizer

@@ -22,7 +22,7 @@ from coati.rewards import ModelReward, PendingScores, Scores, ScoringConfig, loa
 from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import MicroBatches
 from coati.rollout.generate import has_keys_and_values
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.base import Trainer
 from coati.trainers.config import TrainerConfig
 
@@ -87,6 +87,7 @@ class RolloutTrainer(Trainer):
 
     config: Any  # of a class derived from RolloutConfig
     headline = ("reward", True)
+    learns_responses = False  # those of its data
     pending: PendingScores | None = None
 
     def __init__(self, config: RolloutConfig, runtime, *, rewards=()):
@@ -108,7 +109,7 @@ class RolloutTrainer(Trainer):
         columns, self.pending = columns_of(prompts) if self.rewards.pooled else {}, self.rewards.start()
 
         def score(i: int, completion: Completion):
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+            [text] = self.texts([completion.ids])
             self.pending.submit(i, prompts[i].text, text, {name: values[i] for name, values in columns.items()})
 
         with self.actor.full() as model:
@@ -124,12 +125,16 @@ class RolloutTrainer(Trainer):
                 on_done=score if self.rewards.pooled else None,
             )
 
+    def texts(self, responses: list[list[int]]) -> list[str]:
+        """What rewards and reports read of sampled ids."""
+        ends = eos_ids(self.tokenizer, self.actor.module)
+        return [text.strip() for text in response_texts(self.tokenizer, responses, ends)]
+
     # --- the rewards score
 
     def judge(self, prompts: list, rollout: Rollout) -> tuple[Scores, list[str]]:
         """What all rewards give, and the answers' texts."""
-        responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        responses = [text.strip() for text in responses]
+        responses = self.texts(rollout.response_ids())
         columns = columns_of(prompts)
         for name in ("input_ids", "attention_mask", "response_mask"):
             columns[name] = getattr(rollout, name)

@@ -12,7 +12,7 @@ from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
 from coati.rollout import GenerationConfig, generate
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.config import TrainerConfig
 from coati.trainers.supervised import SupervisedTrainer
 
@@ -60,8 +60,9 @@ class SFTTrainer(SupervisedTrainer):
         engine = self.engines["model"]
         seeds = [[self.config.seed, place] for place in range(len(prompts))]
         with engine.full() as model:
-            ends = dict(eos_ids=eos_ids(self.tokenizer, model), pad_id=self.pad_id)
-            rollout = generate(model, prompts, self.config, seeds=seeds, tokenizer=self.tokenizer, **ends)
-        answers = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            ends = eos_ids(self.tokenizer, model)
+            how = dict(eos_ids=ends, pad_id=self.pad_id, seeds=seeds, tokenizer=self.tokenizer)
+            rollout = generate(model, prompts, self.config, **how)
+        answers = response_texts(self.tokenizer, rollout.response_ids(), ends)
+        texts = self.tokenizer.batch_decode(prompts)
         return [{"prompt": p, "response": a.strip()} for p, a in zip(texts, answers, strict=True)]
