@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.parallel.config import PluginConfig, resolve_precision
+from coati.config.plugin import PluginConfig
+from coati.parallel.config import resolve_precision
 from coati.parallel.runtime import Runtime
 from coati.parallel.update import Task, Update
 

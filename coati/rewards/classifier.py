@@ -13,8 +13,7 @@ from coati.errors import UserError
 from coati.models.base import load_transformer, quiet_transformers
 from coati.models.classifier import at_last_token, reads_last_token
 from coati.models.lora import is_adapter
-
-PLAIN = "{prompt}{response}"
+from coati.rewards.config import PLAIN
 
 
 class SequenceClassifierReward:

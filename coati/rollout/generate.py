@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import pad_left

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
-from coati.rollout.config import GenerationConfig
 from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import never_ids
 

@@ -15,22 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
-from coati.errors import UserError
+from coati.errors import UserError, no_room
 from coati.models import Actor
 from coati.models.base import BaseModel
 from coati.models.lora import is_adapter
 from coati.models.packed import check_packing
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
-from coati.parallel.checkpoint import no_room, write_json
+from coati.parallel.checkpoint import NAME, lock_folder, write_json
 from coati.parallel.factory import engine_class
 from coati.parallel.runtime import seed_everything, use_deterministic_kernels
 from coati.parallel.update import SkippedSteps
 from coati.rewards import import_function
-from coati.tracking import make_tracker, progress_bar
-from coati.trainers.config import TrainerConfig
+from coati.tracking import make_tracker, progress_bar, read_metrics
+from coati.tracking.files import to_json
+from coati.trainers.config import FINAL_MODEL, TrainerConfig
+from coati.trainers.resume import OTHER_ROWS, changed_settings, lines_of, refuse_other_models
 from coati.trainers.schedule import learning_rate_at
-
-FINAL_MODEL = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Trainer:
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
+        start: the step that this run begins with, and the rows of training data that were seen before it.
+        lock: on the output folder, on rank 0, so that no other run writes there.
     """
 
     algorithm: str
@@ -72,6 +74,7 @@ class Trainer:
     rows_per_sample = 1
     members = 1
     learns_responses = True
+    lock = None
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -83,16 +86,26 @@ class Trainer:
         self.evaluators = [import_function(place, "evaluator") for place in config.evaluators]
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
-        self.resumed_from = self._find_resume()
         self.step = 0
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
+        try:
+            self._prepare()
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self):
+        """Takes the output folder, loads data and models, and what the checkpoint holds of them."""
+        self.resumed_from = self._find_resume()
+        self.stored = self._read_stored()
+        self.start = (self.stored.get("step", 0), self.stored.get("rows", 0))
         self.tokenizer = self._load_tokenizer()
-        use_deterministic_kernels(config.deterministic)
-        seed_everything(config.seed)  # models are created alike on every rank
+        use_deterministic_kernels(self.config.deterministic)
+        seed_everything(self.config.seed)  # models are created alike on every rank
         self.build()
         # from here on ranks draw their own, but for those that share one model's work
-        seed_everything(config.seed + 1 + self.communicator.rank)
+        seed_everything(self.config.seed + 1 + self.communicator.rank)
         if self.resumed_from:
             self._restore(self.resumed_from)
 
@@ -147,6 +160,8 @@ class Trainer:
                     f"--resume auto; the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
                 ) from error
             raise
+        finally:
+            self._unlock()
 
     @property
     def skipped_steps(self) -> int:
@@ -247,11 +262,18 @@ class Trainer:
         self.runtime.say(str(data.report))
         return data
 
+    def rows_before(self, step: int) -> int:
+        """Rows of the batches before this step, whatever size they had."""
+        first, rows = self.start
+        return rows + (step - first) * self.config.batch_size
+
     def sampler(self, data: TokenisedDataset) -> BatchSampler:
         """The order of the training data; sets `total_steps` if the config counts epochs."""
         c = self.config
-        sampler = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row)
-        self.total_steps = c.steps or math.ceil(c.epochs * sampler.batches_per_epoch)
+        sampler = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row, start=self.start)
+        step, seen = self.start
+        left = math.ceil(c.epochs * sampler.batches_per_epoch) - seen / c.batch_size
+        self.total_steps = c.steps or step + max(0, math.ceil(left))
         return sampler
 
     def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
@@ -291,18 +313,23 @@ class Trainer:
     # --- files
 
     def _find_resume(self) -> Path | None:
+        if self.runtime.is_main:
+            self._make_output_folder()
+            self.lock = lock_folder(self.output)
         if self.config.resume == "never":
-            if self.communicator.any((self.output / "run.json").exists()):
+            if self.communicator.any(self.runtime.is_main and holds_work(self.output)):
                 raise UserError(
                     f"{self.output} already holds a run: pass --resume auto to go on with it, or another --output_dir"
                 )
             found = None
         else:
             found = self.checkpoints.find(self.config.resume)
-        found = self.communicator.broadcast(found)
-        if self.runtime.is_main:
-            self._make_output_folder()
-        return found
+        return self.communicator.broadcast(found)
+
+    def _unlock(self):
+        if self.lock is not None:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
     def _make_output_folder(self):
         try:
@@ -324,15 +351,39 @@ class Trainer:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
                 state["skipped_steps"] = {name: engine.skipped_steps for name, engine in self.engines.items()}
                 state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
+                state |= {"rows": self.rows_before(self.step), "data": self.data.key}
+                state["settings"] = self._settings()
                 write_json(folder / "trainer.json", state)
 
         self.checkpoints.save(self.step, write, score)
 
-    def _restore(self, folder: Path):
-        stored = json.loads((folder / "trainer.json").read_text())
+    def _settings(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return json.loads(to_json(dataclasses.asdict(self.config)))
+
+    def _read_stored(self) -> dict[str, Any]:
+        """What the checkpoint's trainer.json says; empty for a new run. Says which settings are others now.
+
+        Raises:
+            UserError: the checkpoint is another algorithm's, or its weights can't go on under these settings.
+        """
+        if self.resumed_from is None:
+            return {}
+        stored = json.loads((self.resumed_from / "trainer.json").read_text())
         if stored["algorithm"] != self.algorithm:
-            raise UserError(f"{folder} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+            raise UserError(f"{self.resumed_from} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
+        changed = changed_settings(stored.get("settings", {}), self._settings())
+        refuse_other_models(changed, self.resumed_from)
+        for line in lines_of(changed):
+            self.runtime.say(line)
+        # the first checkpoints held no count of rows
+        return {"rows": stored["step"] * self.config.batch_size} | stored
+
+    def _restore(self, folder: Path):
+        stored = self.stored
         self.step = stored["step"]
+        if stored.get("data", self.data.key) != self.data.key:
+            self.runtime.say(OTHER_ROWS)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
             engine.load_optimizer(folder / name)
@@ -417,3 +468,11 @@ class Trainer:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             config.pad_token_id = self.pad_id
         return config
+
+
+def holds_work(output: Path) -> bool:
+    """Whether a run has left more in its folder than what it writes before its first step."""
+    if not (output / "run.json").exists():
+        return False
+    saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
+    return saved or any(row["step"] > 0 for row in read_metrics(output))

@@ -6,29 +6,20 @@ The number counts the answer tokens of the whole step, over all ranks and micro-
 """
 
 import math
-from dataclasses import dataclass
 
 from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
-from coati.rollout import GenerationConfig, generate
+from coati.rollout import generate
 from coati.rollout.prompts import eos_ids, response_texts
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import SFTConfig
 from coati.trainers.supervised import SupervisedTrainer
-
-
-@dataclass
-class SFTConfig(TrainerConfig, GenerationConfig):
-    """Settings of an SFT run; the generation settings are those of the sample answers."""
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
 
 
 class SFTTrainer(SupervisedTrainer):
     """Trains an `Actor` on demonstrations."""
 
+    config: SFTConfig
     algorithm, kind, model_class = "sft", "sft", Actor
     headline = ("loss", False)
     generates = True
