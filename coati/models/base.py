@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.adapters import has_more_tokens, load_adapter, merged
 from coati.models.classifier import score_weight, stored_classifier
 from coati.models.layout import Layout
-from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
+from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -52,19 +53,31 @@ class BaseModel(nn.Module):
             raise UserError(f"{type(self).__name__} needs a pretrained path, a config, or both")
         if kwargs.get("attn_implementation") == "flash_attention_2" and not torch.cuda.is_available():
             raise UserError("flash_attention_2 needs CUDA: use attn_implementation sdpa on this machine")
-        self.model = self._load_transformer(pretrained, config, kwargs)
+        is_adapted = isinstance(pretrained, str | Path) and is_adapter(pretrained)
+        source = base_of_adapter(pretrained) if is_adapted else pretrained
+        self.model, head = self._load_transformer(source, config, kwargs)
         self.config = self.model.config
         self.last_hidden_state_size = hidden_size(self.config)
-        if isinstance(pretrained, str | Path) and is_adapter(pretrained):
-            self.model = load_adapter(self.model, pretrained)
+        if is_adapted:
+            self.model, head_of_adapter = load_adapter(self.model, pretrained)
+            head = head_of_adapter or self._stored_head(pretrained) or head
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
+        self._make_head(head, pretrained)
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
 
-    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
-        return load_transformer(self.auto_class, pretrained, config, kwargs)
+    def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The transformers model of a folder (or name, or the model itself), and the head that is stored there."""
+        return load_transformer(self.auto_class, source, config, kwargs), self._stored_head(source)
+
+    def _stored_head(self, source) -> dict[str, Tensor]:
+        """The tensors of a head that lie beside a transformer."""
+        return {}
+
+    def _make_head(self, stored: dict[str, Tensor], source):
+        """Adds this class's head; with these tensors (by the last part of their names), if there are any."""
 
     @property
     def has_adapter(self) -> bool:
@@ -131,11 +144,11 @@ class BaseModel(nn.Module):
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            merged = copy.deepcopy(self.model).merge_and_unload()
-            merged.save_pretrained(str(folder), state_dict=merged.state_dict() | head)
+            whole = merged(self.model)
+            whole.save_pretrained(str(folder), state_dict=whole.state_dict() | head)
         elif self.has_adapter:
-            adapters = {k: v for k, v in inner.items() if "lora_" in k}
-            self.model.save_pretrained(str(folder), state_dict=adapters, save_embedding_layers=False)
+            more = has_more_tokens(self.model)
+            self.model.save_pretrained(str(folder), state_dict=inner, save_embedding_layers=more)
             self.config.save_pretrained(str(folder))
         else:
             self.transformer.save_pretrained(str(folder), state_dict=inner | head)
@@ -146,41 +159,43 @@ class ValueHeadModel(BaseModel):
 
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
     `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
-    head, where that is a linear layer at the last token. Otherwise the head is drawn anew.
+    head, where that is a linear layer at the last token; so does an adapter that was trained on one. Otherwise the
+    head is drawn anew.
     """
 
     head_bias = True
-    _stored_score: Tensor | None = None
 
-    def __init__(self, pretrained=None, config=None, *, lora: LoraSettings | None = None, **kwargs):
-        super().__init__(pretrained, config, lora=lora, **kwargs)
+    def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
+        if not isinstance(source, str | Path) or (stored := stored_classifier(source)) is None:
+            return super()._load_transformer(source, config, kwargs)
+        if config is not None:
+            config = copy.deepcopy(config)
+            config.num_labels = stored.num_labels
+        classifier = load_transformer("AutoModelForSequenceClassification", source, config, kwargs)
+        return classifier.base_model, {"weight": score_weight(classifier).detach()}
+
+    def _stored_head(self, source) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        path = Path(source) / VALUE_HEAD_FILE if isinstance(source, str | Path) else None
+        return load_file(path) if path is not None and path.is_file() else {}
+
+    def _make_head(self, stored: dict[str, Tensor], source):
         self.value_head = nn.Linear(self.last_hidden_state_size, 1, bias=self.head_bias)
         nn.init.normal_(self.value_head.weight, std=1 / (self.last_hidden_state_size + 1))
         if self.head_bias:
             nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(self.model.parameters()).dtype)
-        path = None if pretrained is None else Path(pretrained) / VALUE_HEAD_FILE
-        if self._stored_score is not None:
-            self.value_head.weight.data.copy_(self._stored_score)
-            del self._stored_score
-        elif path is not None and path.is_file():
-            from safetensors.torch import load_file
-
-            # a critic may start from a reward model, whose head has no bias
-            wrong = self.value_head.load_state_dict(load_file(path), strict=False)
-            if problems := [key for key in wrong.missing_keys + wrong.unexpected_keys if key != "bias"]:
-                raise UserError(f"{path} doesn't hold a value head of this model: {problems[0]}")
-
-    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
-        is_place = isinstance(pretrained, str | Path) and not is_adapter(pretrained)
-        if not is_place or (stored := stored_classifier(pretrained)) is None:
-            return super()._load_transformer(pretrained, config, kwargs)
-        if config is not None:
-            config = copy.deepcopy(config)
-            config.num_labels = stored.num_labels
-        classifier = load_transformer("AutoModelForSequenceClassification", pretrained, config, kwargs)
-        self._stored_score = score_weight(classifier).detach()
-        return classifier.base_model
+        if not stored:
+            return
+        own = self.value_head.state_dict()
+        # a critic may start from a reward model, whose head has no bias
+        wrong = [name for name in own.keys() ^ stored.keys() if name != "bias" or name in stored]
+        wrong += [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+        if wrong:
+            found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
+            raise UserError(f"the head in {source} ({found}) is no value head of this model: {wrong[0]}")
+        self.value_head.load_state_dict(stored, strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""

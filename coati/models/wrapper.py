@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.adapters import load_adapter
 from coati.models.base import load_transformer
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
@@ -200,7 +201,7 @@ class PreTrainedModelWrapper(nn.Module):
         Raises:
             UserError: no peft model, or an adapter without `score` weights.
         """
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from peft.utils.save_and_load import load_peft_weights
 
         if not isinstance(pretrained_model, PeftModel):
@@ -212,8 +213,16 @@ class PreTrainedModelWrapper(nn.Module):
                 f"the adapter {adapter_model_id} has no score layer: train it on AutoModelForSequenceClassification "
                 "with modules_to_save=['score']"
             )
+        if getattr(PeftConfig.from_pretrained(adapter_model_id, token=token), "bias", "none") != "none":
+            raise UserError(
+                f"the reward adapter {adapter_model_id} trains biases of the base model, which are the policy's too: "
+                "train it with bias='none'"
+            )
         with _kept(pretrained_model):
-            pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+            found = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+        wrong = [*found.missing_keys, *(key for key in found.unexpected_keys if not _is_score(key))]
+        if wrong:
+            raise UserError(f"the reward adapter {adapter_model_id} doesn't fit this model: {wrong[0]}")
         labels, width = parts["weight"].shape
         score = nn.Linear(width, labels, bias="bias" in parts, device=pretrained_model.device, dtype=torch.float32)
         score.load_state_dict(parts)
@@ -334,7 +343,6 @@ def _check_adapter(config):
 
 def _load_base(auto_class: str, source: str, is_trainable: bool, hub: dict, kwargs: dict) -> nn.Module:
     """The model of a folder or name, inside its adapter if it is an adapter's."""
-    from peft import PeftModel
     from transformers.utils.peft_utils import find_adapter_config_file
 
     kwargs = dict(kwargs)
@@ -345,7 +353,8 @@ def _load_base(auto_class: str, source: str, is_trainable: bool, hub: dict, kwar
     for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
         kwargs.pop(name, None)
     base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
-    return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **hub)
+    adapted, _ = load_adapter(base, source, is_trainable, **hub)
+    return adapted
 
 
 def _add_adapter(model: nn.Module, peft_config, kbit: dict) -> nn.Module:

@@ -562,20 +562,28 @@ def test_scores_are_float32_under_a_bf16_model(reward_adapter):
     assert (model.dtype, model.score.weight.dtype, scores.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_a_reward_adapter_with_biases_loads(reward_adapter, tmp_path):
-    """TRL takes any bias for the score's."""
+@pytest.mark.parametrize("kind", [dict(lora_bias=True), dict(bias="all"), dict(bias="lora_only")], ids=str)
+def test_only_biases_of_its_own_are_in_a_reward_adapter(tmp_path, kind):
+    """REPORT 2: TRL takes any bias for the score's. Those of the base model are the policy's too: loading them would
+    change it."""
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    base = reward_adapter[0].parent / "base"
-    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, attention_bias=True)
-    config = lora(task_type="SEQ_CLS", target_modules=["q_proj"], bias="all")
-    get_peft_model(classifier, config).save_pretrained(tmp_path / "biased")
-    policy = language_model("llama", attention_bias=True)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        policy, peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(tmp_path / "biased")
-    )
+    language_model("llama", attention_bias=True).save_pretrained(tmp_path / "base")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    config = lora(task_type="SEQ_CLS", target_modules=["q_proj"], **kind)
+    classifier = get_peft_model(classifier, config).eval()
+    classifier.save_pretrained(tmp_path / "biased")
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    options = dict(peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(tmp_path / "biased"))
+    if "bias" in kind:
+        with pytest.raises(UserError, match="trains biases of the base model"):
+            load(tmp_path / "base", **options)
+        return
+    model, batch = load(tmp_path / "base", **options), batch_of("llama")
     assert model.score.bias is None
+    last = batch["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(model.compute_reward_score(**batch)[torch.arange(2), last], classifier(**batch).logits)
 
 
 def test_a_frozen_policy_adapter_stays_frozen(reward_adapter, tmp_path):
