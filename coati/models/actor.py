@@ -126,6 +126,7 @@ class Actor(BaseModel):
             attention_mask: bool `[batch, cached and new]`, False on padding.
         """
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        inputs |= self._options
         if self.takes_positions:
             inputs["position_ids"] = position_ids
         if self._keeps_logits:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.quantized import dequantize, is_quantized
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
 LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out")
@@ -111,7 +112,7 @@ def merged(model: nn.Module) -> nn.Module:
         UserError: a quantization that can't be undone.
     """
     whole = copy.deepcopy(model)
-    if getattr(whole.get_base_model(), "hf_quantizer", None) is not None:
+    if is_quantized(whole.get_base_model()):
         whole = _dequantized(whole)
     _untie(whole.get_base_model())
     plain = whole.merge_and_unload()
@@ -130,14 +131,6 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def can_dequantize(model: nn.Module) -> bool:
-    """Whether a transformers model is not quantized, or in a way that can be undone."""
-    from transformers.quantizers.base import HfQuantizer
-
-    quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer is None or type(quantizer)._dequantize is not HfQuantizer._dequantize
-
-
 def vocabulary(model: nn.Module) -> int:
     """Rows of a transformers model's input embeddings, inside any adapter."""
     return model.get_input_embeddings().weight.shape[0]
@@ -147,13 +140,8 @@ def _dequantized(model: nn.Module) -> nn.Module:
     """A quantized peft model on plain weights. The model is taken apart."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    base = model.get_base_model()
-    if not can_dequantize(base):
-        method = base.config.quantization_config.quant_method
-        raise UserError(f"adapters can't be merged into weights quantized by {method}: --merge_lora false")
     config, state = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
-    plain = model.unload()
-    again = type(model)(plain.dequantize(dtype=plain.dtype), config)
+    again = type(model)(dequantize(model.unload()), config)
     set_peft_model_state_dict(again, state)
     return again
 

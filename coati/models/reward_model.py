@@ -5,7 +5,7 @@ from torch import Tensor
 
 from coati.errors import UserError
 from coati.models.adapters import merged
-from coati.models.base import ValueHeadModel
+from coati.models.base import ValueHeadModel, cast
 from coati.models.classifier import at_last_token, save_classifier
 
 
@@ -41,6 +41,7 @@ class RewardModel(ValueHeadModel):
         folder,
         state_dict=None,
         merge: bool = False,
+        dtype: torch.dtype | None = None,
         as_sequence_classifier: bool = False,
         pad_token_id: int | None = None,
     ):
@@ -55,7 +56,7 @@ class RewardModel(ValueHeadModel):
             UserError: transformers has no classifier of this architecture with one linear head at the last token.
         """
         if not as_sequence_classifier:
-            return super().save_pretrained(folder, state_dict, merge)
+            return super().save_pretrained(folder, state_dict, merge, dtype)
         if self.has_adapter and not merge:
             raise UserError("a sequence classifier is stored whole: merge its adapters (merge=True)")
         state = self.state_dict() if state_dict is None else state_dict
@@ -63,4 +64,5 @@ class RewardModel(ValueHeadModel):
             trunk = merged(self.model).state_dict()
         else:
             trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        trunk = trunk if dtype is None else cast(trunk, dtype)
         save_classifier(folder, self.config, trunk, state["value_head.weight"], pad_token_id)

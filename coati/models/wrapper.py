@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coati.errors import UserError
 from coati.models.adapters import load_adapter
 from coati.models.base import load_transformer
+from coati.models.generation_config import repair_generation_config
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
 
@@ -110,6 +111,8 @@ class PreTrainedModelWrapper(nn.Module):
             )
             rewards = dict(score_module=score, supports_rm_adapter=True, rm_adapter_name=reward_adapter_name)
         wrapper = cls(model, **rewards, **head)
+        if note := repair_generation_config(check_language_model(model, cls.auto_class, cls.is_encoder_decoder)):
+            logger.warning(note)
         if source is not None:
             wrapper._read_head(source, hub)
         return wrapper

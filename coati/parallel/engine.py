@@ -1,5 +1,6 @@
 """One model under one plugin: the handful of operations that trainers need."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,6 +42,7 @@ class Engine:
         accumulates: whether several `backward` calls may come before a `step`.
 
     Attributes:
+        parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
         skipped: how many steps in a row have been skipped, up to the last one.
     """
 
@@ -63,6 +65,8 @@ class Engine:
             module.requires_grad_(False).eval()
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
+        self.parameters = sum(count(p) for p in module.parameters())
+        self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
         if optimizer is None and config.plugin != "gemini" and config.model_parallel_size == 1:
             # a replica needs no wrapper; under ddp, autocast takes care of the precision
             self.model = module.to(runtime.device, None if config.plugin == "ddp" else DTYPES[self.precision])
@@ -243,6 +247,12 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             if name in buffers and buffer.dtype != torch.float32:
                 buffer.data = buffers[name].to(self.runtime.device)
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Its numbers; of a quantized weight, those that are packed in it."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):

@@ -59,7 +59,7 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
     if config.plugin == "gemini":
         if lora:
             raise UserError(
-                "gemini can't train LoRA adapters: use --plugin zero2, or train all weights (--lora_rank 0)"
+                "gemini can't train LoRA adapters: use --plugin zero2, or all weights (--lora_rank 0, adapters merged)"
             )
         if precision == "fp32":
             raise UserError("gemini computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
@@ -90,7 +90,10 @@ def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
     if config.plugin in ("gemini", "zero2-offload"):
         raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
     if lora:
-        raise UserError(f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or --lora_rank 0")
+        raise UserError(
+            f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or all weights (--lora_rank 0, "
+            "adapters merged)"
+        )
     if sizes["pipeline_parallel"] > 1 and config.plugin == "zero2":
         raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
     if sizes["sequence_parallel"] > 1 and len(used) > 1:

@@ -58,7 +58,7 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
     if on_gpu:  # as large, and this machine need not have a GPU
         config.precision = config.precision.replace("fp16", "bf16")
         config.gemini_placement = "static"
-        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "sdpa")
+        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
     return Workload(algorithm, config, _shapes(config, algorithm), gpus, on_gpu)
 
 

@@ -245,6 +245,10 @@ class KTOTrainer(PreferenceTrainer):
     kind, rows_per_sample = "unpaired", 1
     headline = ("loss", False)
 
+    def longest_sequence(self):
+        """Other rows' answers are put to each prompt."""
+        return self.config.max_length
+
     def collate(self, samples):
         return collate_unpaired(samples, self.pad_id)
 
