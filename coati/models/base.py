@@ -324,10 +324,11 @@ def disable_dropout(module: nn.Module):
                 setattr(part, name, 0.0)
 
 
-def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
+def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
     """What transformers' `auto_class` makes of a checkpoint, a config or both.
 
     Args:
+        auto_class: one of transformers' auto classes, or its name.
         kwargs: `attn_implementation` may be "auto": what the model supports.
 
     Raises:
@@ -337,7 +338,8 @@ def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Mo
 
     if isinstance(pretrained, nn.Module):
         return pretrained
-    auto, asked = getattr(transformers, auto_class), kwargs.get("attn_implementation", "auto")
+    auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
+    asked = kwargs.get("attn_implementation", "auto")
     if asked == "auto":
         kwargs = {name: value for name, value in kwargs.items() if name != "attn_implementation"}
     if pretrained is None:
