@@ -125,8 +125,8 @@ class Actor(BaseModel):
             input_ids, position_ids: `[batch, new]`, what the cache does not hold yet.
             attention_mask: bool `[batch, cached and new]`, False on padding.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        inputs |= self._options
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **self._options)
+        inputs[self.cache_name] = cache
         if self.takes_positions:
             inputs["position_ids"] = position_ids
         if self._keeps_logits:

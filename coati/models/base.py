@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coati.errors import UserError
 from coati.models.adapters import has_more_tokens, load_adapter, merged, unsaved, without_data
 from coati.models.attention import check_attention, set_eager_where_capped
+from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
 from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
@@ -37,6 +38,7 @@ class BaseModel(nn.Module):
         config: its config.
         last_hidden_state_size: width of the last hidden states, which value heads read.
         takes_positions: whether the transformer reads position ids.
+        cache_name: the keyword by which it takes a cache.
         layout: how sequence and vocabulary lie over processes; sharded models get another.
         notes: lines on what was changed in the stored model, for its user.
 
@@ -76,6 +78,7 @@ class BaseModel(nn.Module):
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
+        self.cache_name = cache_name(self.transformer)
         # for a loss that balances experts, which is none of ours; from there, it needs masks as for whole rows
         self._options = {"output_router_logits": False} if "output_router_logits" in forward else {}
 
@@ -344,7 +347,10 @@ def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
         kwargs = {name: value for name, value in kwargs.items() if name != "attn_implementation"}
     if pretrained is None:
         check_attention(config, asked)
-        model = auto.from_config(config, **kwargs)
+        try:
+            model = auto.from_config(config, **kwargs)
+        except ValueError as error:
+            raise UserError(f"can't make a model of this config: {str(error).splitlines()[0]}") from error
     else:
         model = _load_checkpoint(auto, str(pretrained), config, asked, kwargs)
     if asked == "auto":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coati.errors import UserError
 from coati.models.adapters import LANGUAGE_MODEL_HEADS, load_adapter
 from coati.models.base import load_transformer
+from coati.models.cache import cache_name, cache_of
 from coati.models.generation_config import repair_generation_config
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
@@ -187,12 +188,13 @@ class PreTrainedModelWrapper(nn.Module):
                 encoder-decoder, `seq` is the decoder's.
         """
         kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
-        output, hidden = self._run(
-            input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        if past_key_values is not None:
+            base = self.pretrained_model.get_base_model() if self.is_peft_model else self.pretrained_model
+            kwargs[cache_name(base)] = past_key_values
+        output, hidden = self._run(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         values = self.v_head(hidden).squeeze(-1).to(output.logits.device)
         result = (output.logits.float(), output.loss, values)
-        return (*result, output.past_key_values) if return_past_key_values else result
+        return (*result, cache_of(output)) if return_past_key_values else result
 
     def _run(self, **inputs):
         """The wrapped model's output and the last hidden states, `[batch, seq, hidden]`."""

@@ -38,7 +38,7 @@ def test_capped_scores_are_capped_by_default(kind, tmp_path):
     eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     expected = eager(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
     uncapped = Actor(tmp_path, config=config_of(kind, attn_logit_softcapping=None)).eval()
-    assert attention_of(uncapped) == "sdpa"
+    assert attention_of(uncapped) == ("sdpa" if uncapped.transformer._supports_sdpa else "eager")
     assert (uncapped(ids)[:, 1:] - expected).abs().max() > 0.05
     for found in (actor, Actor(tmp_path), Actor(tmp_path, attn_implementation="auto")):
         assert attention_of(found) == "eager"
@@ -87,7 +87,8 @@ def test_sdpa_is_refused_where_scores_are_capped(tmp_path):
         Actor(config=config, attn_implementation="sdpa")
     model = Actor(config=config)
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"caps them at 0\.5|softcap"):
+    # some releases of transformers have no sdpa for it at all
+    with pytest.raises(UserError, match=r"caps them at 0\.5|does not support .*scaled_dot_product_attention"):
         Actor(tmp_path, attn_implementation="sdpa")
     with pytest.raises(UserError, match="gemma2 can't be split"):
         use_split_attention(model.transformer, None)
