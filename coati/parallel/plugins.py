@@ -85,15 +85,15 @@ def _check_sizes(config: PluginConfig, lora: bool, world_size: int | None):
         )
     if not used:
         return
-    if world_size is not None and world_size % config.model_parallel_size:
-        raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
-    if config.plugin in ("gemini", "zero2-offload"):
-        raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
     if lora:
         raise UserError(
             f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or all weights (--lora_rank 0, "
             "adapters merged)"
         )
+    if world_size is not None and world_size % config.model_parallel_size:
+        raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
+    if config.plugin in ("gemini", "zero2-offload"):
+        raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
     if sizes["pipeline_parallel"] > 1 and config.plugin == "zero2":
         raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
     if sizes["sequence_parallel"] > 1 and len(used) > 1:

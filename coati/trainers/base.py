@@ -18,6 +18,7 @@ from torch import Tensor
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
+from coati.models.adapters import vocabulary
 from coati.models.base import BaseModel, stored_dtype
 from coati.models.generation_config import align_eos
 from coati.models.lora import base_of_adapter, is_adapter
@@ -285,10 +286,10 @@ class Trainer:
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
-        vocabulary = model.transformer.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > vocabulary:
+        tokens = vocabulary(model.transformer)
+        if len(self.tokenizer) > tokens:
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {vocabulary}: "
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
                 "use the model's own tokenizer, or resize its embeddings first"
             )
         if c.gradient_checkpointing:
