@@ -124,6 +124,8 @@ def test_a_quantization_that_can_not_be_undone_is_refused_at_the_start(tiny_worl
     policy = world_of(tiny_world, tmp_path, "nf4")
     monkeypatch.setattr(Bnb4BitHfQuantizer, "_dequantize", HfQuantizer._dequantize)
     changes = dict(model=policy, model_config=None, lora_rank=4, steps=1)
+    trainer = make("sft", tiny_world, runtime, tmp_path / "run", **changes)
     with pytest.raises(UserError, match="quantized by bitsandbytes: --merge_lora False"):
-        make("sft", tiny_world, runtime, tmp_path / "run", **changes).train()
+        trainer.train()
+    assert trainer.step == 0
     make("sft", tiny_world, runtime, tmp_path / "alone", **changes, merge_lora=False).train()

@@ -759,6 +759,25 @@ def test_the_policys_folder_has_no_reward_adapter(reward_adapter, tmp_path):
     assert torch.equal(again.compute_reward_score(**batch), model.compute_reward_score(**batch))
 
 
+@pytest.mark.parametrize("change", ["a tensor is missing", "a layer is unknown"])
+def test_a_reward_adapter_is_loaded_whole(reward_adapter, change):
+    """REPORT 2: peft says what it could not place, and leaves the rest random."""
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = reward_adapter
+    state = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in state if "layers.1" in name and "lora_B" in name)
+    tensor = state.pop(name) if change == "a tensor is missing" else state[name].clone()
+    if change == "a layer is unknown":
+        state[name.replace("layers.1", "layers.7")] = tensor
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    place = "layers.1" if change == "a tensor is missing" else "layers.7"
+    with pytest.raises(UserError, match=rf"reward adapter .* doesn't fit this model: .*{place}"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            folder.parent / "base", peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(folder)
+        )
+
+
 def test_reward_adapters_that_do_not_fit_are_errors(reward_adapter, tmp_path):
     folder, _ = reward_adapter
     load = AutoModelForCausalLMWithValueHead.from_pretrained
