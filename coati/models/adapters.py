@@ -10,7 +10,7 @@ from coati.errors import UserError
 from coati.models.quantized import dequantize, is_quantized
 
 PREFIX = "base_model.model."  # of every name in an adapter's file
-LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out")
+LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def load_adapter(
@@ -98,7 +98,8 @@ def has_more_tokens(model: nn.Module) -> bool:
     if not base:
         return False
     try:
-        return AutoConfig.from_pretrained(base).get_text_config().vocab_size != vocabulary(model.get_base_model())
+        stored = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
+        return stored.vocab_size != vocabulary(model.get_base_model())
     except (OSError, ValueError):  # the base has gone in the meantime
         return True
 

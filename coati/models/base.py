@@ -268,11 +268,11 @@ def _stay_in_evaluation(part: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """What a checkpoint's config says of its weights."""
+    """What the config of a checkpoint on this machine says of its weights."""
     from transformers import AutoConfig
 
     try:
-        dtype = getattr(AutoConfig.from_pretrained(str(source)), "dtype", None)
+        dtype = getattr(AutoConfig.from_pretrained(str(source), local_files_only=True), "dtype", None)
     except (OSError, ValueError):
         return None
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype

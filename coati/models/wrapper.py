@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.adapters import LANGUAGE_MODEL_HEADS, load_adapter
+from coati.models.adapters import load_adapter
 from coati.models.base import load_transformer
 from coati.models.cache import cache_name, cache_of
 from coati.models.generation_config import repair_generation_config
@@ -306,7 +306,7 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 
     transformers_parent_class = _OfTransformers("AutoModelForCausalLM")
     auto_class = "AutoModelForCausalLM"
-    lm_head_namings = LANGUAGE_MODEL_HEADS
+    lm_head_namings = ("lm_head", "embed_out")
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
@@ -314,7 +314,7 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
 
     transformers_parent_class = _OfTransformers("AutoModelForSeq2SeqLM")
     auto_class = "AutoModelForSeq2SeqLM"
-    lm_head_namings = (*LANGUAGE_MODEL_HEADS, "output_projection")
+    lm_head_namings = ("lm_head", "embed_out", "output_projection")
     is_encoder_decoder = True
 
 

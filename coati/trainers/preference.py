@@ -42,7 +42,7 @@ REFERENCE_FREE = ("simpo", "orpo", "cpo")
 WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
 SMOOTHED = ("dpo", "robust", "simpo", "cpo")
 NORMALISABLE = ("dpo", "robust", "hinge", "cpo")
-CACHE_VERSION = 1  # count up whenever the same model and data give other log-probs
+CACHE_VERSION = 2  # count up whenever the same model and data give other log-probs
 
 
 @dataclass
