@@ -62,7 +62,7 @@ def _plugins():
     """Asks the same check that a run asks, so the two can't disagree."""
     from coati.config.plugin import PLUGINS, PluginConfig
     from coati.errors import UserError
-    from coati.parallel.plugins import check_plugin
+    from coati.parallel.config import check_plugin
 
     for plugin in PLUGINS:
         runs, refusals = [], []

@@ -11,7 +11,7 @@ from coati.data import prepare_tokenizer
 from coati.models import Actor
 from coati.rewards import WeightedRewards, load_function
 from coati.rollout import GenerationConfig, generate
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from examples.stages import train
 
 
@@ -115,7 +115,7 @@ def answer(model: Path, questions: Questions, seed: list[int]) -> list[Answered]
     options = dict(eos_ids=ends, pad_id=ends[0], seeds=[[*seed, k] for k in range(len(repeated))], batch_size=256)
     config = GenerationConfig(max_new_tokens=questions.max_new_tokens)
     rollout = generate(actor, [ids[i] for i in repeated], config, **options)
-    responses = [text.strip() for text in tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)]
+    responses = [text.strip() for text in response_texts(tokenizer, rollout.response_ids(), ends)]
     columns = {name: [rows[i][name] for i in repeated] for name in rows[0] if name != "prompt"}
     rewards = WeightedRewards([(load_function(questions.reward), 1.0)])
     scores = rewards.score([texts[i] for i in repeated], responses, **columns).total.tolist()

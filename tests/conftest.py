@@ -170,7 +170,7 @@ def trainer_classes(algorithm: str):
 def runtime():
     """A process group of this process alone."""
     from coati.parallel import launch
-    from coati.parallel.launch import shutdown
+    from coati.parallel.runtime import shutdown
 
     yield launch(0)
     shutdown()

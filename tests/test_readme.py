@@ -239,14 +239,15 @@ def test_there_are_scripts_for_training_and_for_value_heads():
     assert set(SCRIPTS) == {"README.md", "value-heads.md"}
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired", "prompt"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired", "prompt", "tools"])
 def test_documented_formats_parse(kind):
     import json
 
     from coati.data import parse_record
 
     [block] = blocks(ROOT / "docs" / "data.md", f"jsonl {kind}")
-    assert all(parse_record(json.loads(line), kind) for line in block.splitlines())
+    read_as = "sft" if kind == "tools" else kind
+    assert all(parse_record(json.loads(line), read_as) for line in block.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def lines(folders: dict[str, Path], metric: str) -> list[Line]:
 def train_all(output: Path):
     """SFT, then the runs of PPO that aren't there yet, all in this process."""
     from coati.parallel import launch
-    from coati.parallel.launch import shutdown
+    from coati.parallel.runtime import shutdown
     from tests.conftest import make_world, settings_for, trainer_classes
 
     runtime = launch(0)

@@ -156,7 +156,7 @@ def work(folder: Path):
 
     import coati.models.base as base
     from coati.parallel import launch
-    from coati.parallel.launch import shutdown
+    from coati.parallel.runtime import shutdown
 
     load = base.load_transformer
 

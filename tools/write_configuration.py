@@ -80,6 +80,8 @@ def _type(hint) -> str:
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
+    if typing.get_origin(hint) is dict:
+        return "mapping"
     if typing.get_origin(hint) is list:
         return f"list of {_type(arguments[0])}"
     if arguments:

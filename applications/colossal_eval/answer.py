@@ -63,7 +63,7 @@ def answer(config: AnswerConfig) -> list[dict]:
 def answer_turns(loaded, questions: list[Question], config: AnswerConfig) -> list[list[str]]:
     """The answers to each question's turns, each given with the dialogue so far."""
     from coati.rollout import GenerationConfig, generate
-    from coati.rollout.prompts import eos_ids
+    from coati.rollout.prompts import eos_ids, response_texts
 
     how = GenerationConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     ends = dict(eos_ids=eos_ids(loaded.tokenizer, loaded.actor), pad_id=0)
@@ -75,7 +75,7 @@ def answer_turns(loaded, questions: list[Question], config: AnswerConfig) -> lis
         prompts = [_prompt(loaded, dialogues[i], questions[i], config.max_new_tokens) for i in asked]
         seeds = [[config.seed, turn, i] for i in asked]
         rollout = generate(loaded.actor, prompts, how, seeds=seeds, tokenizer=loaded.tokenizer, **ends)
-        texts = loaded.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+        texts = response_texts(loaded.tokenizer, rollout.response_ids(), ends["eos_ids"])
         for i, text in zip(asked, texts, strict=True):
             dialogues[i].append({"role": "assistant", "content": text.strip()})
     return [[said["content"] for said in dialogue if said["role"] == "assistant"] for dialogue in dialogues]

@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig, runtime) -> dict:
     """Run every model on every benchmark and write the report, which is returned (on rank 0; elsewhere empty).
 
     Args:
-        runtime: of `coati.parallel.launch`.
+        runtime: of `coati.parallel.runtime`.
     """
     folders = check(config)
     output = Path(config.output).expanduser()
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_config(EvaluateConfig, argv, description=__doc__)
         check(config)
         from coati.parallel import launch
-        from coati.parallel.launch import shutdown
+        from coati.parallel.runtime import shutdown
 
         runtime = launch(0)
         for number in (signal.SIGINT, signal.SIGTERM):  # answers are on disk: nothing is lost by ending at once

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from coati.config.generation import GenerationConfig
-from coati.rollout.engine import Request, RolloutEngine
+from coati.rollout.engine import RolloutEngine
 from coati.rollout.generate import generate, has_keys_and_values, stop_at
+from coati.rollout.generator import Request
 from colossal_eval.forward import Scorer
 
 

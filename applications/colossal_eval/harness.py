@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 
 from coati.errors import UserError
 from coati.parallel.communication import Communicator
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.tracking.config import TrackingConfig
 from coati.tracking.progress import progress_bar
 from colossal_eval.forward import Batch, Room, Row, Scorer, plan, token_budget
@@ -152,7 +152,7 @@ class CoatiLM(LM):
 
     def _generate(self, prompts: list[np.ndarray], limit: tuple[int, tuple[str, ...]]) -> list[str]:
         responses = answer(self.scorer, self.loaded.tokenizer, prompts, limit, self._ends)
-        texts = self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = response_texts(self.loaded.tokenizer, responses, self._ends)
         return [_cut(text, limit[1]) for text in texts]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:

@@ -5,8 +5,30 @@ from typing import Literal
 
 from coati.config.options import Settings, option
 
-# Name -> how it lays out its fp32 master weights
-PLUGINS = {"ddp": "ddp", "zero1": "zero", "zero2": "zero", "zero2-offload": "zero", "gemini": "gemini"}
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a plugin is like.
+
+    Attributes:
+        shards_weights: ranks share the weights; elsewhere each has all of them between steps.
+        computes_in_fp32, trains_adapters: whether it can.
+        splits: with which kinds of model parallelism it goes together.
+    """
+
+    shards_weights: bool = False
+    computes_in_fp32: bool = True
+    trains_adapters: bool = True
+    splits: tuple[str, ...] = ()
+
+
+PLUGINS = {
+    "ddp": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
+    "zero1": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
+    "zero2": Plugin(splits=("tensor_parallel", "sequence_parallel")),
+    "zero2-offload": Plugin(),
+    "gemini": Plugin(shards_weights=True, computes_in_fp32=False, trains_adapters=False),
+}
 
 
 @dataclass
@@ -26,6 +48,9 @@ class PluginConfig(Settings):
         False, "with tensor_parallel: each process holds a part of the sequence between layers"
     )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping", ge=0)
+    max_skipped_steps: int = option(
+        3, "stop after this many steps in a row with a loss or gradient that isn't finite", ge=1
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
     shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)", ge=0, le=1)
     offload_optimizer_fraction: float = option(
@@ -37,3 +62,8 @@ class PluginConfig(Settings):
     def model_parallel_size(self) -> int:
         """Processes that work on one micro-batch together."""
         return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
+
+    @property
+    def holds_whole_models(self) -> bool:
+        """Whether each process has all weights of a model between steps."""
+        return self.model_parallel_size == 1 and not PLUGINS[self.plugin].shards_weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from coati.config.options import Settings
 from coati.errors import UserError
@@ -41,12 +42,17 @@ class DataConfig(Settings):
     bad_rows: Literal["error", "drop"] = field(
         default="error", metadata={"help": "What to do about rows that do not parse: stop, or drop and count."}
     )
-    train_on: Literal["all", "last"] = field(
-        default="all", metadata={"help": "SFT learns every assistant turn of a dialogue, or the last only."}
+    train_on: Literal["all", "last", "each"] = field(
+        default="all",
+        metadata={"help": "SFT learns every assistant turn of a dialogue, the last only, or each in a row of its own."},
     )
     chat_template: str | None = field(
         default=None,
         metadata={"help": "A jinja file to use instead of the tokenizer's own chat template.", "path": "file"},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template, a mapping; as a flag JSON: '{\"enable_thinking\": false}'."},
     )
     eos_token: str | None = field(
         default=None, metadata={"help": "The token that ends an answer, when it is not the tokenizer's own EOS token."}
@@ -58,6 +64,19 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.train_weights, self.train_data, "--train_weights")
+        self.chat_template_kwargs = self.template_arguments
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as a mapping, empty for none."""
+        value = self.chat_template_kwargs
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise UserError(f"--chat_template_kwargs {value} is not JSON ({error}); quote it for the shell.") from None
+        if found is not None and not isinstance(found, dict):
+            raise UserError(f'--chat_template_kwargs is {value}; give a mapping, such as {{"enable_thinking": false}}.')
+        return found or {}
 
 
 def check_weights(weights: list[float] | None, sources: list[str], name: str) -> None:

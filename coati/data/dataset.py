@@ -15,22 +15,22 @@ from typing import Any
 import numpy as np
 
 from coati.data.config import DataConfig, check_weights
-from coati.data.records import Kind, parse_record
+from coati.data.records import Kind, Record, one_record_per_response, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
 from coati.data.tokenise import (
+    NotUsed,
     PreferenceSample,
     PromptSample,
     Sample,
     TokenSequence,
-    TooLong,
     UnpairedSample,
     tokenise_many,
 )
 from coati.errors import UserError, unwritable
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK = 256
 
 
@@ -127,12 +127,13 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
     for state in ("padding", "truncation"):
         backend.pop(state, None)
     settings = {k: getattr(config, k) for k in ("max_length", "max_prompt_length", "too_long", "train_on")}
+    settings["chat_template_kwargs"] = config.template_arguments
     parts = [
         FORMAT_VERSION,
         kind,
         settings,
         [(source, fingerprint(source)) for source in sources],
-        [backend, tokenizer.get_chat_template(), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
+        [backend, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -172,7 +173,7 @@ def _samples(
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenising {source}", total=None)
             chunk: list[tuple[int, Any]] = []
-            for line, record in _records(source, kind, report):
+            for line, record in _records(source, kind, config, report):
                 chunk.append((line, record))
                 if len(chunk) == CHUNK:
                     yield from _tokenised(chunk, source, index, tokenizer, config, report)
@@ -181,7 +182,7 @@ def _samples(
             yield from _tokenised(chunk, source, index, tokenizer, config, report)
 
 
-def _records(source: str, kind: Kind, report: ValidationReport) -> Iterator[tuple[int, Any]]:
+def _records(source: str, kind: Kind, config: DataConfig, report: ValidationReport) -> Iterator[tuple[int, Record]]:
     for line, row in load_rows(source):
         report.rows[source] += 1
         try:
@@ -191,17 +192,22 @@ def _records(source: str, kind: Kind, report: ValidationReport) -> Iterator[tupl
         except ValueError as error:
             report.drop(source, line, str(error), bad=True)
             continue
+        if config.train_on == "each":
+            records = [one for record in records for one in one_record_per_response(record)]
         yield from ((line, record) for record in records)
 
 
 def _tokenised(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
     results = tokenise_many([record for _, record in chunk], tokenizer, config)
-    for (line, _), sample in zip(chunk, results, strict=True):
+    for (line, _), tokenised in zip(chunk, results, strict=True):
+        sample = tokenised.sample
         if isinstance(sample, ValueError):
-            report.drop(source, line, str(sample), bad=not isinstance(sample, TooLong))
+            report.drop(source, line, str(sample), bad=not isinstance(sample, NotUsed))
         else:
             report.samples[source] += 1
+            for note in tokenised.notes:
+                report.note(source, line, note)
             yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
 
 

@@ -1,60 +1,129 @@
 """Records, and the formats they are read from.
 
 One row (a dict from a JSON line or a table) becomes one or more records; what each format looks like is in
-`parse_record`. A message is `{"role": "system" | "user" | "assistant", "content": text}`.
+`parse_record`. What a row and its messages may hold besides is in `coati/data/messages.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
-Kind = Literal["sft", "preference", "unpaired", "prompt"]
-Messages = list[dict[str, str]]
+from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-# The fields a prompt is made from; every other field of a prompt row is handed to the reward functions.
-PROMPT_FIELDS = {"prompt", "messages", "conversations", "context", "question", "instruction", "input", "instances"}
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+Kind = Literal["sft", "preference", "unpaired", "prompt"]
+
+MESSAGE_LISTS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
+RESPONSES = ("completion", "response", "output", "solution", "answer")
+# Where a row has more than one prompt or response, these belong together.
+PAIRS = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("input", "output"),
+]
+SYSTEMS = ("system", "system_prompt")
+# What rewards are called with besides the row's fields.
+RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask")
 
 
 @dataclass(frozen=True)
 class SFTRecord:
-    """A dialogue whose last message is the assistant's."""
+    """A dialogue whose last message is the assistant's.
+
+    `tools` are JSON schemas for the chat template. Messages before `start` belong to earlier records of the same row:
+    they are read, not learned. `unused` names what of the row is in no record.
+    """
 
     messages: Messages
+    tools: list[dict] | None = None
+    start: int = 0
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """A dialogue up to a user message, and two ways in which it goes on (from an assistant message)."""
+    """A dialogue up to a user's or a tool's message, and two ways in which it goes on (from an assistant message)."""
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
     margin: float | None = None
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class UnpairedRecord:
-    """A dialogue up to a user message, and one way in which it goes on, which is good or bad."""
+    """A dialogue up to a user's or a tool's message, and one way in which it goes on, which is good or bad."""
 
     prompt: Messages
     answer: Messages
     desirable: bool
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A dialogue up to a user message, and the row's other fields (for reward functions)."""
+    """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions)."""
 
     prompt: Messages
     columns: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord
+
+
+class _Row:
+    """A row's fields, taken one by one: what nobody took is left. Nulls are no fields.
+
+    Attributes:
+        unread: names of what was taken but is in no record.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.taken: set[str] = set()
+        self.unread: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values and name not in self.taken
+
+    def first(self, names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in self), None)
+
+    def take(self, name: str) -> Any:
+        self.taken.add(name)
+        return self.values[name]
+
+    def turns(self, name: str, role: str) -> Messages:
+        messages, unread = read_turns(self.take(name), role, name)
+        self.unread += unread
+        return messages
+
+    def messages(self, name: str) -> Messages:
+        messages, unread = read_messages(self.take(name), name)
+        self.unread += unread
+        return messages
+
+    def left(self) -> dict[str, Any]:
+        return {name: value for name, value in self.values.items() if name not in self.taken}
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of all that is in no record, for rows whose other fields nobody reads."""
+        return tuple(f"`{name}`" for name in self.left()) + tuple(dict.fromkeys(self.unread))
 
 
 def parse_record(row: Any, kind: Kind) -> list[Record]:
@@ -62,19 +131,25 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     row gives one.
 
     Dialogues (`sft`, `prompt`):
-      - `messages`: list of role/content (OpenAI) or from/content (ColossalChat)
-      - `conversations`: list of from/value (ShareGPT: human, gpt, system)
-      - `prompt` + `completion` or `response`: text or messages
-      - `instruction`, `input`, `output` (alpaca); `instruction` + `instances` of input/output (self-instruct)
-      - `question` + `answer` (GSM8K)
+      - `messages`, `conversations` or `conversation`: list of role/content (OpenAI), from/content (ColossalChat) or
+        from/value (ShareGPT)
+      - a prompt (`prompt`, `instruction`, `question`, `query`, `problem`, `input`) and a response (`completion`,
+        `response`, `output`, `solution`, `answer`): text or messages. Beside `instruction`, `input` (alpaca) or
+        `context` (Dolly) is a part of the prompt
+      - `instruction` + `instances` of input/output (self-instruct)
     Preferences:
-      - `prompt`, `chosen`, `rejected`: text or messages; `context`, `chosen`, `rejected` (ColossalChat)
+      - a prompt as above, or a list of messages that ends with the user's, or `context` (ColossalChat); `chosen` and
+        `rejected`: text, a message or messages
       - `chosen`, `rejected` alone: whole message lists or HH-RLHF texts; the prompt is what they share
       - optional `margin`, or `score_chosen` and `score_rejected` (their difference is the margin)
     Unpaired preferences (`unpaired`):
       - any dialogue above with a `label`: true for a good last answer, false for a bad one (TRL)
       - any preference above: the chosen answer is a good one, the rejected answer a bad one
-    Prompts come from any of these, without the last assistant answer.
+    Prompts come from any of these, without the last assistant answer; all fields that made no part of the prompt are
+    the record's columns.
+
+    In all of them `system` or `system_prompt` is a system message in front, `history` (pairs of texts) are earlier
+    turns, and `tools` are for the chat template.
 
     An HH-RLHF text starts with a blank line and `Human:`. `Human:` and `Assistant:` after a blank line begin
     a turn; elsewhere these words are plain text. The format is ambiguous: a message that itself has a
@@ -84,103 +159,193 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     """
     if not isinstance(row, dict):
         raise ValueError("the row is not an object with named fields")
-    row = {key: value for key, value in row.items() if value is not None}
     if kind == "preference":
-        return [_preference(row)]
+        return [_preference(_Row(row))]
     if kind == "unpaired":
-        return _unpaired(row)
-    if kind == "prompt":
-        return [
-            PromptRecord(_check(_without_answer(dialogue), last="user"), columns)
-            for dialogue, columns in _dialogues(row, kind)
-        ]
-    return [SFTRecord(_check(dialogue, last="assistant")) for dialogue, _ in _dialogues(row, kind)]
+        return _unpaired(_Row(row))
+    rows = [_Row(instance) for instance in _instances(row)]
+    return [_prompt(one) if kind == "prompt" else _demonstration(one) for one in rows]
 
 
-def _dialogues(row: dict, kind: Kind) -> list[tuple[Messages, dict[str, Any]]]:
-    """The row's dialogues, not checked yet, each with the columns that belong to it."""
-    columns = {key: value for key, value in row.items() if key not in PROMPT_FIELDS}
-    if "messages" in row:
-        return [(_messages(row["messages"], "messages"), columns)]
-    if "conversations" in row:
-        return [(_messages(row["conversations"], "conversations"), columns)]
-    if "instruction" in row and "instances" in row:
-        instances = row["instances"]
-        if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
-            raise ValueError("`instances` is not a list of objects")
-        return [(_alpaca({**i, "instruction": row["instruction"]}), {**columns, **_output(i)}) for i in instances]
-    if "instruction" in row:
-        return [(_alpaca(row), columns)]
-    if kind == "prompt" and "chosen" in row and "rejected" in row:
-        return [(_sides(row)[0], columns)]
-    for prompt, answers in (("prompt", ("completion", "response")), ("question", ("answer",))):
-        answer = next((name for name in answers if name in row), None)
-        if prompt in row and (answer or kind == "prompt"):
-            answer_turns = _turns(row[answer], "assistant", answer) if answer else []
-            return [(_turns(row[prompt], "user", prompt) + answer_turns, columns)]
-    raise ValueError(f"no known fields for {kind} data")
+def one_record_per_response(record: Record) -> list[Record]:
+    """For a demonstration, a record for each of the assistant's messages, which ends with it and learns it alone."""
+    if not isinstance(record, SFTRecord):
+        return [record]
+    records: list[Record] = []
+    start = 0
+    for end, message in enumerate(record.messages, start=1):
+        if message["role"] == "assistant":
+            records.append(replace(record, messages=record.messages[:end], start=start))
+            start = end
+    return records
 
 
-def _output(instance: dict) -> dict[str, Any]:
-    return {"output": instance["output"]} if "output" in instance else {}
+def _instances(row: dict) -> list[dict]:
+    """The row, or for self-instruct's each instance as an alpaca row."""
+    if row.get("instruction") is None or row.get("instances") is None:
+        return [row]
+    instances = row["instances"]
+    if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
+        raise ValueError("`instances` is not a list of objects")
+    shared = {name: value for name, value in row.items() if name != "instances" and value is not None}
+    for name in shared:
+        if any(name in instance for instance in instances):
+            raise ValueError(f"`{name}` is in the row and in its `instances`; leave one of them out")
+    return [{**shared, **instance} for instance in instances]
 
 
-def _alpaca(row: dict) -> Messages:
-    user = _text(row["instruction"], "instruction")
-    if row.get("input") not in (None, ""):
-        user += "\n\n" + _text(row["input"], "input")
-    answer = [] if row.get("output") is None else [_message("assistant", row["output"], "output")]
-    return [_message("user", user, "instruction"), *answer]
+def _demonstration(row: _Row) -> SFTRecord:
+    messages, tools = check_turns(_dialogue(row, "sft"), last="assistant"), _tools(row)
+    return SFTRecord(messages, tools, unused=row.unused())
 
 
-def _preference(row: dict) -> PreferenceRecord:
+def _prompt(row: _Row) -> PromptRecord:
+    if name := row.first(MESSAGE_LISTS):
+        messages = row.messages(name)
+    elif "prompt" in row:
+        messages = _asked(row, "prompt")
+    elif all(isinstance(row.values.get(name), str | list | dict) for name in ("chosen", "rejected")):
+        # The pair is looked at for what it shares; both answers stay columns.
+        messages, _, _ = _sides(row)
+        row.taken -= {"chosen", "rejected"}
+    elif name := row.first(PROMPTS):
+        messages = _asked(row, name)
+    else:
+        raise _unknown(row, "prompt")
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+        row.unread.append("the last response (a prompt ends in front of it)")
+    messages, tools = check_turns(_with_system(row, messages), last="user"), _tools(row)
+    columns = row.left()
+    for name in columns:
+        if name in RESERVED:
+            raise ValueError(f"the field `{name}` has a name that reward functions are called with; rename it")
+    return PromptRecord(messages, columns, tools, tuple(dict.fromkeys(row.unread)))
+
+
+def _preference(row: _Row) -> PreferenceRecord:
     prompt, chosen, rejected = _sides(row)
+    prompt = _with_system(row, prompt)
     for side in (chosen, rejected):
-        _check(prompt + side, last="assistant")
-    _check(prompt, last="user")
+        check_turns(prompt + side, last="assistant")
+    check_turns(prompt, last="user")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[-1].get("weight") == 0:
+            raise ValueError(f"the last response of `{name}` has weight 0")
     if chosen == rejected:
         raise ValueError("`chosen` equals `rejected`")
-    return PreferenceRecord(prompt, chosen, rejected, _margin(row))
+    margin, tools = _margin(row), _tools(row)
+    return PreferenceRecord(prompt, chosen, rejected, margin, tools, row.unused())
 
 
-def _unpaired(row: dict) -> list[Record]:
+def _unpaired(row: _Row) -> list[Record]:
     if "label" not in row and "chosen" in row and "rejected" in row:
         pair = _preference(row)
-        return [UnpairedRecord(pair.prompt, pair.chosen, True), UnpairedRecord(pair.prompt, pair.rejected, False)]
-    if row.get("label") not in (True, False):
+        sides = ((pair.chosen, True), (pair.rejected, False))
+        return [UnpairedRecord(pair.prompt, side, good, pair.tools, pair.unused) for side, good in sides]
+    if row.values.get("label") not in (True, False):
         raise ValueError("no `label` field that is true or false")
-    dialogues = [_check(dialogue, last="assistant") for dialogue, _ in _dialogues(row, "unpaired")]
-    return [UnpairedRecord(dialogue[:-1], dialogue[-1:], bool(row["label"])) for dialogue in dialogues]
+    records: list[Record] = []
+    for one in map(_Row, _instances(row.values)):
+        desirable = bool(one.take("label"))
+        messages, tools = check_turns(_dialogue(one, "unpaired"), last="assistant"), _tools(one)
+        if messages[-1].get("weight") == 0:
+            raise ValueError("the labeled response has weight 0")
+        records.append(UnpairedRecord(messages[:-1], messages[-1:], desirable, tools, one.unused()))
+    return records
 
 
-def _sides(row: dict) -> tuple[Messages, Messages, Messages]:
+def _dialogue(row: _Row, kind: Kind) -> Messages:
+    """The row's prompt and response, not checked yet."""
+    if name := row.first(MESSAGE_LISTS):
+        return _with_system(row, row.messages(name))
+    for prompt, response in (*PAIRS, *product(PROMPTS, RESPONSES)):
+        if prompt in row and response in row:
+            asked = _asked(row, prompt)
+            return _with_system(row, asked + row.turns(response, "assistant"))
+    raise _unknown(row, kind)
+
+
+def _unknown(row: _Row, kind: Kind) -> ValueError:
+    names = ", ".join(f"`{name}`" for name in row.values)
+    return ValueError(f"no known fields for {kind} data" + (f", only {names}" if names else ""))
+
+
+def _asked(row: _Row, name: str) -> Messages:
+    """The turns of a prompt field, after those of the row's history."""
+    turns = row.turns(name, "user")
+    if name == "instruction" and (more := row.first(("input", "context"))) and len(turns) == 1:
+        texts = turns[0]["content"], read_text(row.take(more), more)
+        turns = [{**turns[0], "content": "\n\n".join(text for text in texts if text)}]
+    if "history" in row:
+        turns = read_history(row.take("history")) + turns
+    return turns
+
+
+def _sides(row: _Row) -> tuple[Messages, Messages, Messages]:
     """Prompt, chosen and rejected, not checked yet."""
     if "chosen" not in row or "rejected" not in row:
         raise ValueError("no `chosen` and `rejected` fields")
-    chosen, rejected = (_turns(row[name], "assistant", name) for name in ("chosen", "rejected"))
-    given = "prompt" if "prompt" in row else "context" if "context" in row else None
-    if given:
-        prompt = _turns(row[given], "user", given)
-        shared = len(prompt)
+    chosen, rejected = row.turns("chosen", "assistant"), row.turns("rejected", "assistant")
+    whole = all(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
+    before = set(row.taken)
+    prompt = _prompt_of_pair(row)
+    if prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         # Some sets give the prompt and repeat it in front of both answers.
-        if chosen[:shared] == prompt == rejected[:shared]:
-            return prompt, chosen[shared:], rejected[shared:]
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    if prompt and not whole:
         return prompt, chosen, rejected
+    row.taken = before
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    while shared and chosen[shared - 1]["role"] != "user":
+    while shared and chosen[shared - 1]["role"] not in ("user", "tool"):
         shared -= 1
     if shared == 0:
         raise ValueError("`chosen` and `rejected` do not share a prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _margin(row: dict) -> float | None:
+def _prompt_of_pair(row: _Row) -> Messages:
+    """Of the field that holds it; empty if none does."""
+    if "prompt" in row:
+        return _asked(row, "prompt")
+    for name in MESSAGE_LISTS:
+        if name in row:
+            messages, unread = read_messages(row.values[name], name)
+            # Some sets repeat the chosen dialogue in such a list.
+            if messages and messages[-1]["role"] != "assistant":
+                row.take(name)
+                row.unread += unread
+                return messages
+    field = row.first((*PROMPTS, "context"))
+    return _asked(row, field) if field else []
+
+
+def _with_system(row: _Row, messages: Messages) -> Messages:
+    """The messages after the system message of the row's own field, if it has one."""
+    name = row.first(SYSTEMS)
+    if name is None:
+        return messages
+    text = read_text(row.take(name), name)
+    if not text.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != text:
+            raise ValueError(f"`{name}` differs from the dialogue's own system message; leave one of them out")
+        return messages
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _tools(row: _Row) -> list[dict] | None:
+    return read_tools(row.take("tools")) if "tools" in row else None
+
+
+def _margin(row: _Row) -> float | None:
     if "margin" in row:
-        margin = row["margin"]
+        margin = row.take("margin")
     elif "score_chosen" in row and "score_rejected" in row:
-        chosen, rejected = row["score_chosen"], row["score_rejected"]
+        chosen, rejected = row.take("score_chosen"), row.take("score_rejected")
         margin = chosen - rejected if _is_number(chosen) and _is_number(rejected) else None
     else:
         return None
@@ -191,72 +356,3 @@ def _margin(row: dict) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _turns(value: Any, role: str, name: str) -> Messages:
-    """Messages from a message list, an HH-RLHF text, or a plain text (which is one message of `role`)."""
-    if isinstance(value, list):
-        return _messages(value, name)
-    text = _text(value, name)
-    if not text.startswith("\n\nHuman:"):
-        return [{"role": role, "content": text}]
-    turns = _hh_turns(text)
-    # An HH-RLHF prompt ends in "Assistant:", the start of a turn that the answers fill.
-    open_turn = role == "user" and turns[-1] == {"role": "assistant", "content": ""}
-    return turns[:-1] if open_turn else turns
-
-
-def _hh_turns(text: str) -> Messages:
-    parts = HH_TURN.split(text)
-    messages: Messages = []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role, content = ROLES[speaker.lower()], content.strip()
-        if messages and messages[-1]["role"] == role:
-            content = messages.pop()["content"] + "\n\n" + content
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _messages(value: Any, name: str) -> Messages:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"`{name}` is not a list of messages")
-    messages = []
-    for message in value:
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"`{name}` has a role that is not system, user or assistant")
-        messages.append(_message(ROLES[role], message.get("content", message.get("value")), name))
-    return messages
-
-
-def _message(role: str, content: Any, name: str) -> dict[str, str]:
-    return {"role": role, "content": _text(content, name)}
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"`{name}` has content that is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"`{name}` has text that is not valid Unicode") from None
-    return value
-
-
-def _without_answer(messages: Messages) -> Messages:
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-def _check(messages: Messages, last: str) -> Messages:
-    """Roles are [system] user assistant user ... `last`, and every content but the system's has text."""
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if not turns:
-        raise ValueError("there are no messages")
-    for i, message in enumerate(turns):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError("the roles do not alternate user, assistant (after an optional system message)")
-        if not message["content"].strip():
-            raise ValueError("an answer is empty" if message["role"] == "assistant" else "a prompt is empty")
-    if turns[-1]["role"] != last:
-        raise ValueError(f"the last message is not from the {last}")
-    return messages

@@ -14,11 +14,17 @@ from typing import Any
 import numpy as np
 
 from coati.data.config import DataConfig
-from coati.data.records import PreferenceRecord, PromptRecord, Record, SFTRecord, UnpairedRecord
-from coati.data.templates import answer_spans, render
+from coati.data.left_out import left_out
+from coati.data.messages import Messages
+from coati.data.records import PromptRecord, Record, SFTRecord, UnpairedRecord
+from coati.data.templates import ChatTemplate, Pieces, TurnRewritten, response_pieces, template_errors
 
 
-class TooLong(ValueError):
+class NotUsed(ValueError):
+    """Why a good row is dropped."""
+
+
+class TooLong(NotUsed):
     """A good row that is dropped for its length."""
 
 
@@ -71,34 +77,45 @@ class PromptSample:
 Sample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """What became of a record: a sample or the reason why there is none; and what of its row is not in the sample."""
+
+    sample: Sample | ValueError
+    notes: list[str]
+
+
 def tokenise(record: Record, tokenizer, config: DataConfig) -> Sample:
     """The sample of one record, for a tokenizer that went through `prepare_tokenizer`.
 
-    Sequences end with the last answer's EOS. Raises `TooLong` for a row over `config.max_length` (or
-    `config.max_prompt_length`) that may not or cannot be cut, and `ValueError` for a row that the template
-    cannot label.
+    Sequences end with the last learned answer's EOS. Raises `TooLong` for a row over `config.max_length` (or
+    `config.max_prompt_length`) that may not or cannot be cut, `NotUsed` for one of which nothing is to be learned, and
+    `ValueError` for a row that the template cannot label.
     """
-    [sample] = tokenise_many([record], tokenizer, config)
-    if isinstance(sample, ValueError):
-        raise sample
-    return sample
+    [tokenised] = tokenise_many([record], tokenizer, config)
+    if isinstance(tokenised.sample, ValueError):
+        raise tokenised.sample
+    return tokenised.sample
 
 
-def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[Sample | ValueError]:
-    """As `tokenise`, in one tokenizer call; a record that fails has its error in its place."""
+def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[Tokenised]:
+    """As `tokenise`, in one tokenizer call."""
     rendered = [_attempt(_render, record, tokenizer, config) for record in records]
-    texts = [text for pieces in rendered if not isinstance(pieces, ValueError) for text, _ in pieces]
+    texts = [piece.text for pieces in rendered if not isinstance(pieces, ValueError) for piece in pieces]
     if not texts:
-        return rendered
+        return [Tokenised(error, []) for error in rendered]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    samples = []
+    results = []
     for record, pieces in zip(records, rendered, strict=True):
-        if not isinstance(pieces, ValueError):
-            pieces = [_Encoded(text, spans, *next(tokens)) for text, spans in pieces]
-            pieces = _attempt(_sample, record, pieces, tokenizer, config)
-        samples.append(pieces)
-    return samples
+        if isinstance(pieces, ValueError):
+            results.append(Tokenised(pieces, []))
+            continue
+        notes = [note for piece in pieces for note in piece.notes]
+        pieces = [_Encoded(piece.text, piece.responses, *next(tokens)) for piece in pieces]
+        sample = _attempt(_sample, record, pieces, tokenizer, config)
+        results.append(Tokenised(sample, list(dict.fromkeys([*record.unused, *notes]))))
+    return results
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -110,31 +127,74 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """A rendered text, the characters of its answers, its token ids and their character offsets."""
+class _Rendered:
+    """A text, the characters of its responses to learn, each in one piece or more, and what it leaves out."""
 
     text: str
-    spans: list[tuple[int, int]]
+    responses: list[Pieces]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A rendered text, the characters of its responses, its token ids and their character offsets."""
+
+    text: str
+    responses: list[Pieces]
     input_ids: list[int]
     offsets: list[tuple[int, int]]
 
 
-def _render(record: Record, tokenizer, config: DataConfig) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The texts to tokenise for a record, each with its answers' spans."""
-    from jinja2 import TemplateError
-
+def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
+    """The texts to tokenise for a record."""
+    template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
-            return [(render(tokenizer, record.prompt, add_generation_prompt=True), [])]
-        if isinstance(record, PreferenceRecord):
-            dialogues = [record.prompt + record.chosen, record.prompt + record.rejected]
-            return [answer_spans(tokenizer, dialogue, len(record.prompt)) for dialogue in dialogues]
-        if isinstance(record, UnpairedRecord):
-            return [answer_spans(tokenizer, record.prompt + record.answer, len(record.prompt))]
-        first = len(record.messages) - 1 if config.train_on == "last" else 0
-        return [answer_spans(tokenizer, record.messages, first)]
-    except TemplateError as error:
+            text = template.render(record.prompt, add_generation_prompt=True)
+            return [_Rendered(text, [], left_out(template, record.prompt, text, is_prompt=True))]
+        if isinstance(record, SFTRecord):
+            first = record.start if config.train_on == "all" else len(record.messages) - 1
+            return [_with_responses(template, record.messages, first, record.start)]
+        sides = [record.answer] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
+        return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
+    except TurnRewritten as error:
+        remedy = "mark responses in it with {% generation %}"
+        if isinstance(record, SFTRecord):
+            remedy += ", or learn each in a row of its own with --train_on each, or only the last with --train_on last"
+        raise ValueError(f"{error} ({remedy})") from None
+    except ValueError:
+        raise
+    except template_errors() as error:
         raise ValueError(f"the chat template refuses the row ({error})") from None
+
+
+def _with_responses(template: ChatTemplate, messages: Messages, first: int, start: int = 0) -> _Rendered:
+    """A dialogue whose responses from message `first` on are learned, unless their weight is 0."""
+    learned = [i for i in range(first, len(messages)) if _is_learned(messages[i])]
+    if not learned:
+        raise NotUsed("the responses to learn have weight 0")
+    eos = template.tokenizer.eos_token
+    if any(_contains(messages[i], eos) for i in learned):
+        raise ValueError(f"an answer contains the EOS token {eos}, which must only end it")
+    text, responses = response_pieces(template, messages, learned)
+    for pieces in responses:
+        if not "".join(text[start:end] for start, end in pieces).replace(eos, "").strip():
+            raise ValueError("the chat template writes nothing of a response but its end")
+    notes = left_out(template, messages, text, is_prompt=False, start=start)
+    if learned[-1] < len(messages) - 1:
+        notes.append("the messages after the last response that is learned")
+    return _Rendered(text, responses, notes)
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _contains(value: Any, text: str) -> bool:
+    """Whether the text is in one of the strings of a message."""
+    if isinstance(value, dict | list):
+        return any(_contains(inner, text) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and text in value
 
 
 def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfig) -> Sample:
@@ -151,24 +211,36 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
 
 
 def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
-    """Mask the answers, each up to its EOS, and leave out what follows the last."""
+    """Mask the responses, each up to its end, and leave out what follows the last."""
     ids, starts = np.array(piece.input_ids), _token_starts(piece.offsets)
-    is_eos = ids == tokenizer.eos_token_id
     mask = np.zeros(len(ids), dtype=bool)
-    for start, end in piece.spans:
-        inside = np.flatnonzero((starts >= start) & (starts < end))
-        after = inside[-1] + 1 if len(inside) else len(ids)
+    for response in piece.responses:
+        in_pieces = [np.flatnonzero((starts >= start) & (starts < end)) for start, end in response]
+        inside = np.concatenate(in_pieces)
         # {% generation %} tags often end in front of the EOS.
-        if after < len(ids) and is_eos[after] and not is_eos[inside].any():
+        after = inside[-1] + 1 if len(inside) else len(ids)
+        if after < len(ids) and ids[after] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[inside]:
             inside = np.append(inside, after)
-        eos = inside[is_eos[inside]]
-        if len(eos) == 0:
-            raise ValueError("the chat template does not end an answer with the EOS token")
-        if len(eos) > 1:
-            raise ValueError(f"an answer contains the EOS token {tokenizer.eos_token}, which must only end it")
-        mask[inside[inside <= eos[0]]] = True
+        mask[inside[inside <= _end_of_response(piece, inside, ids, tokenizer)]] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
+
+
+def _end_of_response(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, tokenizer) -> int:
+    """Where the response's last token is: its EOS, else (some calls of tools) another special token that ends it."""
+    eos = inside[ids[inside] == tokenizer.eos_token_id]
+    if len(eos):
+        rest = "".join(piece.text[slice(*piece.offsets[i])] for i in inside[inside > eos[0]])
+        if rest.replace(tokenizer.eos_token, "").strip():
+            raise ValueError("the chat template goes on with a response after the EOS token")
+        return int(eos[0])
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for i in reversed(inside.tolist()):
+        if ids[i] in special:
+            return i
+        if piece.text[slice(*piece.offsets[i])].strip():
+            break
+    raise ValueError("the chat template does not end an answer with the EOS token")
 
 
 def _token_starts(offsets: list[tuple[int, int]]) -> np.ndarray:

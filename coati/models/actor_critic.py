@@ -3,9 +3,11 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coati.models.actor import Actor
+from coati.models.base import in_float32
 from coati.models.value_head import ValueHead
 from coati.models.wrapper import load_head, save_head
 
@@ -43,13 +45,14 @@ class ActorCritic(Actor):
         with self._last_hidden_states() as hidden:
             output = super().forward(input_ids, attention_mask, **options)
         states = hidden[0].detach() if value_only else hidden[0]
-        values = self.layout.gather(self.v_head(states).squeeze(-1).float())[:, : input_ids.shape[1]]
+        values = in_float32(self.v_head.summary, self.v_head.dropout(states))
+        values = self.layout.gather(values)[:, : input_ids.shape[1]]
         return (*output, values) if isinstance(output, tuple) else (output, values)
 
-    def save_pretrained(self, folder, state_dict=None, merge: bool = False):
+    def save_pretrained(self, folder, state_dict=None, merge: bool = False, dtype: torch.dtype | None = None):
         """As `BaseModel.save_pretrained`, with the head among the weights, or beside an adapter's."""
         state = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(folder, state, merge)
+        super().save_pretrained(folder, state, merge, dtype)
         if self.has_adapter and not merge:
             save_head(folder, state)
 

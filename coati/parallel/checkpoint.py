@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.parallel.launch import Runtime, random_state, restore_random_state
+from coati.parallel.runtime import Runtime, random_state, restore_random_state
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 NAME = "step-" + "[0-9]" * 8

@@ -1,6 +1,11 @@
-"""One model under one plugin: the handful of operations that trainers need."""
+"""One model under one plugin: the handful of operations that trainers need, whatever the plugin.
 
-from collections.abc import Callable, Iterator, Sequence
+The kinds of engine (ddp, zero, gemini, hybrid) stand in files of their own, each answering for its plugin;
+`coati.parallel.factory` chooses.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,41 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coati.config.plugin import PLUGINS, PluginConfig
-from coati.parallel.launch import Runtime
-from coati.parallel.plugins import make_booster, resolve_precision
+from coati.config.plugin import PluginConfig
+from coati.parallel.config import resolve_precision
+from coati.parallel.runtime import Runtime
+from coati.parallel.update import Task, Update
 
-LossOf = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_engine(module: nn.Module, config: PluginConfig, runtime: Runtime, *, generates: bool = False, **settings):
-    """An `Engine` of the kind that the config asks for.
-
-    Args:
-        generates: whether `full()` will be used (under pipeline parallelism that takes a copy of the model).
-    """
-    if config.model_parallel_size == 1:
-        return Engine(module, config, runtime, **settings)
-    from coati.parallel.hybrid import HybridEngine
-
-    return HybridEngine(module, config, runtime, generates=generates, **settings)
-
-
 class Engine:
-    """A model (and its AdamW) sharded by a plugin.
-
-    Losses that `learn` is given are shares of a global loss: their sum over micro-batches and ranks is the loss. The
-    plugins average gradients over ranks, so shares are multiplied by their number to turn that into a sum.
+    """A model, and its AdamW if it trains, under one plugin.
 
     Args:
         module: the model, created alike on every rank.
         config: plugin, precision, clipping.
         optimizer: keywords of AdamW (`weight_decay`, `betas`, `eps`), or None for a frozen model.
-        accumulates: whether several `backward` calls may come before a `step`.
+        accumulates: whether several micro-batches may come before a step.
 
     Attributes:
-        skipped: how many steps in a row have been skipped, up to the last one.
+        module: the plain model.
+        model: the plugin's wrapper around it, or the module itself.
+        data_ranks: the ranks that see different data.
+        skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
+        parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
     """
 
     def __init__(
@@ -55,30 +48,74 @@ class Engine:
         accumulates: bool = True,
     ):
         self.module, self.config, self.runtime = module, config, runtime
-        self.gradient_ranks, self.skipped = runtime.world_size, 0
         self.precision = resolve_precision(config)
-        self.model: Any  # colossalai's wrappers have methods of their own
+        self.data_ranks = runtime.data_ranks(config.model_parallel_size)
+        self.skipped_in_a_row = self.skipped_steps = 0
+        self.model: Any = module  # colossalai's wrappers have methods of their own
         self.optimizer: Any = None
+        self.parameters = sum(count(p) for p in module.parameters())
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
         if optimizer is None:
             module.requires_grad_(False).eval()
+            self.trained_parameters = 0
+            self.hold_frozen()
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
-        if self._autocasts:  # which would cast weights that don't train at every use
-            for parameter in module.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(DTYPES[self.precision])
-        if optimizer is None and config.plugin != "gemini" and config.model_parallel_size == 1:
-            self.model = module.to(runtime.device, DTYPES[self.precision])  # a replica needs no wrapper
-        else:
-            self.booster = make_booster(config, accumulates=accumulates)
-            unboosted = None if optimizer is None else _make_optimizer(module, config, optimizer)
-            self.model, self.optimizer, *_ = self.booster.boost(module, unboosted)
+            self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
+            self.booster = self.make_booster(accumulates)
+            self.model, self.optimizer, *_ = self.booster.boost(module, self.make_optimizer(optimizer))
         self._restore_buffers(buffers)
+
+    # --- what each kind answers for itself
+
+    @classmethod
+    def loads_in(cls, config: PluginConfig) -> torch.dtype:
+        """The dtype that trained weights come in."""
+        return DTYPES[resolve_precision(config)]
+
+    def make_booster(self, accumulates: bool):
+        """Colossal-AI's booster with the plugin."""
+        raise NotImplementedError
+
+    def hold_frozen(self):
+        """Puts a model that doesn't train on the device: a replica needs no wrapper."""
+        self.model = self.module.to(self.runtime.device, DTYPES[self.precision])
+
+    def make_optimizer(self, settings: dict):
+        return torch.optim.AdamW(parameter_groups(self.module, settings), fused=True, **adam(settings))
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the gradients of all micro-batches, summed over ranks."""
+        raise NotImplementedError
+
+    def gradients_are_finite(self) -> bool:
+        """Whether `gradients` have a finite norm. Infinite ones in fp16 are left to the loss scaler, which expects
+        them."""
+        gradients = self.gradients() if self.precision != "fp16" else []
+        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    def drop_gradients(self):
+        self.optimizer.zero_grad()
+
+    def clip_and_step(self) -> float | None:
+        """Clips the gradients, takes the optimizer's step, clears them; returns their L2 norm before clipping."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.optimizer.get_grad_norm()
+
+    def master_weights(self) -> list[Tensor]:
+        """This rank's fp32 copies of low-precision weights, in a fixed order."""
+        return []
+
+    def layout_name(self) -> str:
+        """Names how master weights lie over ranks: they are read back under the same name only."""
+        raise NotImplementedError
+
+    # --- forward
 
     def __call__(self, **inputs):
         """The module's forward, through the plugin. Under Gemini every rank must call it equally often."""
-        with self._autocast():
+        with self.autocast():
             return self.model(**inputs)
 
     def forward_all(self, inputs: Sequence[dict[str, Any]]) -> list:
@@ -86,105 +123,97 @@ class Engine:
         with torch.no_grad():
             return [self(**one) for one in inputs]
 
-    def learn(self, tasks: Sequence[tuple[dict[str, Any], LossOf]]) -> list[dict[str, Tensor]]:
-        """Adds up the gradients of the micro-batches' shares of the loss.
-
-        Args:
-            tasks: for each micro-batch the inputs of the model, and what gives the share of the loss and of the metrics
-                from the model's output.
-
-        Returns:
-            The metrics of each micro-batch.
-        """
-        metrics = []
-        alone = self.config.plugin == "ddp" and self.runtime.world_size == 1  # DDP would copy gradients for no one
-        for i, (inputs, loss_of) in enumerate(tasks):
-            # gradients travel with the last micro-batch only, where that helps
-            travel = i == len(tasks) - 1 and not alone
-            with nullcontext() if travel or not self.booster.plugin.support_no_sync() else self._no_sync():
-                share, of_this = loss_of(self(**inputs))
-                self.booster.backward(share * self.gradient_ranks, self.optimizer)
-            metrics.append(of_this)
-        return metrics
-
-    def step(self, learning_rate: float, finite: bool = True) -> float:
-        """Clips, updates, clears the gradients; returns the gradients' global L2 norm before clipping.
-
-        Where a gradient is NaN or infinite on any rank, or the loss is (`finite` is False), every rank skips the step:
-        weights and optimiser stay as they are, and NaN is returned. Infinite gradients in fp16 are left to the loss
-        scaler, which expects them.
-        """
-        if self.runtime.communicator.any(not (finite and self._finite_gradients())):
-            self.skipped += 1
-            self._drop_gradients()
-            return float("nan")
-        self.skipped = 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
-        plain = self.config.plugin == "ddp" and self.config.model_parallel_size == 1
-        norm = self._clip() if plain else None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if norm is None:
-            norm = self.optimizer.get_grad_norm()
-        return float(norm) if norm is not None else float("nan")
-
-    def _finite_gradients(self) -> bool:
-        """Whether this rank's part of the gradients, summed over ranks by now, has a finite norm."""
-        if self.precision == "fp16":
-            return True
-        if self.config.plugin == "gemini":
-            return not self.model.chunk_manager.overflow_counter.item()
-        if PLUGINS[self.config.plugin] == "zero":
-            stores, groups = self.optimizer.pg_to_grad_store.values(), range(self.optimizer.num_param_groups)
-            gradients = [g for store in stores for i in groups for g in store.get_working_grads_by_group_id(i)]
-        else:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-
-    def _drop_gradients(self):
-        if self.config.plugin != "gemini":
-            self.optimizer.zero_grad()
-            return
-        # Gemini's gradients lie where the weights were, which come back from their fp32 copies: the end of its `step`
-        self.optimizer._set_grad_ptr()
-        self.optimizer._clear_global_norm()
-        self.optimizer.zero_grad()
-        self.optimizer._update_fp16_params()
-        self.model.chunk_manager.accumulating_grads = False
-        self.model.chunk_manager.overflow_counter.zero_()
+    def autocast(self):
+        """What computes in the working precision where weights are wider."""
+        return nullcontext()
 
     @contextmanager
     def full(self) -> Iterator[nn.Module]:
-        """The plain module with all its weights on this rank, for generation: no collective call inside."""
-        with self._autocast():
-            if self.config.plugin != "gemini":
-                yield self.module
-                return
-            manager = self.model.chunk_manager
-            for chunk in manager.get_chunks(self.model.fp16_params):
-                manager.access_chunk(chunk)
-            try:
-                yield self.module
-            finally:
-                self.model._post_forward()
-                self.model.gemini_manager.reset_attributes()
+        """The plain module with unsharded weights on this rank, for generation: no collective call inside."""
+        with self.autocast():
+            yield self.module
+
+    # --- one optimizer step
+
+    @contextmanager
+    def update(self, learning_rate: float) -> Iterator[Update]:
+        """An optimizer step on the terms that are added inside:
+
+            with engine.update(learning_rate) as update:
+                update.add(micro_batches, inputs, loss, count)
+            update.metrics
+
+        A step whose loss or gradient is not finite on some rank is skipped on all of them: weights and optimizer stay
+        as they are.
+
+        Raises:
+            SkippedSteps: `max_skipped_steps` in a row were skipped.
+        """
+        update = Update()
+        yield update
+        update.finish(self, learning_rate)
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Over how many ranks the plugin averages gradients."""
+        return self.data_ranks.world_size
+
+    def accumulate(self, tasks: Sequence[Task]) -> list[dict[str, Tensor]]:
+        """Adds up the gradients of the micro-batches' parts of the loss; returns the metrics of each.
+
+        The plugins average gradients over ranks (`gradient_ranks`); the parts' sum over ranks is the loss, so they are
+        multiplied by the number of ranks.
+        """
+        metrics = []
+        for i, task in enumerate(tasks):
+            # gradients travel with the last micro-batch only, where that helps
+            with nullcontext() if self.travels(i == len(tasks) - 1) else self.no_sync():
+                loss, of_this = task.loss(self(**task.inputs))
+                self.booster.backward(loss * self.gradient_ranks, self.optimizer)
+            metrics.append(of_this)
+        return metrics
+
+    def travels(self, is_last: bool) -> bool:
+        """Whether a micro-batch's gradients are reduced over ranks at once."""
+        return is_last or not self.booster.plugin.support_no_sync()
+
+    def no_sync(self):
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def step(self, learning_rate: float, finite: bool = True) -> float | None:
+        """The step, on all ranks or on none; returns the gradients' global L2 norm before clipping, None where the
+        step was skipped.
+
+        Args:
+            finite: whether this rank's losses are.
+        """
+        if self.runtime.communicator.any(not (finite and self.gradients_are_finite())):
+            self.skipped_in_a_row += 1
+            self.skipped_steps += 1
+            self.drop_gradients()
+            return None
+        self.skipped_in_a_row = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        norm = self.clip_and_step()
+        return float("nan") if norm is None else float(norm)
+
+    # --- files
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's full state on the CPU of rank 0, an empty dict elsewhere. All ranks must call it."""
-        state = self.model.state_dict() if self.config.plugin == "gemini" else self.module.state_dict()
         if not self.runtime.is_main:
             return {}
-        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_optimizer(self, folder: Path):
-        """Optimiser state in shards that any layout can load, and this rank's fp32 master weights."""
+        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights."""
         from safetensors.torch import save_file
 
         if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
             self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
             self.runtime.communicator.barrier()
-        if master := self._master_weights():
+        if master := self.master_weights():
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
             save_file(tensors, folder / self._master_name())
 
@@ -197,12 +226,12 @@ class Engine:
             groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
             for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(settings)  # the stored ones are those of another class of optimiser, and older
+                group.update(settings)  # the stored ones are those of another class of optimizer, and older
             self._count_steps_alike()
         path = folder / self._master_name()
         if path.exists():
             stored = load_file(path)
-            for i, tensor in enumerate(self._master_weights()):
+            for i, tensor in enumerate(self.master_weights()):
                 tensor.data.copy_(stored[str(i)])
 
     def _count_steps_alike(self):
@@ -214,40 +243,7 @@ class Engine:
                 state["step"] = torch.tensor(number, device=weight.device) if is_torch else int(number)
 
     def _master_name(self) -> str:
-        c, runtime = self.config, self.runtime
-        layout = f"{PLUGINS[c.plugin]}-{c.tensor_parallel}-{c.pipeline_parallel}-{c.sequence_parallel}"
-        return f"master-{layout}-{runtime.rank}-of-{runtime.world_size}.safetensors"
-
-    def _master_weights(self) -> list[Tensor]:
-        """This rank's fp32 copies of low-precision weights, in a fixed order."""
-        if self.precision == "fp32" or self.config.plugin == "ddp":
-            return []
-        if self.config.plugin == "gemini":
-            chunks = dict.fromkeys(self.model.chunk_manager.get_chunk(p) for p in self.model.fp16_params)
-            return [chunk.paired_chunk.payload for chunk in chunks]
-        groups = self.optimizer._master_param_groups_of_current_rank
-        return [tensor for group in groups.values() for tensor in group]
-
-    @property
-    def _autocasts(self) -> bool:
-        """Weights are float32 and autocast chooses each operation's precision; elsewhere weights are low themselves."""
-        return self.config.plugin == "ddp" and self.precision != "fp32" and self.config.model_parallel_size == 1
-
-    def _autocast(self):
-        if not self._autocasts:
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision])
-
-    def _no_sync(self):
-        # in fp16 the booster wraps what the ddp plugin has wrapped
-        in_fp16 = self._autocasts and self.precision == "fp16"
-        return self.booster.no_sync(self.model.module if in_fp16 else self.model, self.optimizer)
-
-    def _clip(self) -> Tensor:
-        if self.precision == "fp16":
-            self.optimizer.unscale_grad()
-        limit = self.config.max_grad_norm or float("inf")
-        return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)
+        return f"master-{self.layout_name()}-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
 
     def _restore_buffers(self, buffers: dict[str, Tensor]):
         """Undoes the plugins' cast of buffers: rotary frequencies in bf16 are wrong from some hundred positions on."""
@@ -256,14 +252,20 @@ class Engine:
                 buffer.data = buffers[name].to(self.runtime.device)
 
 
-def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
-    """AdamW over the trainable weights; vectors (biases, norms) are not decayed; a weight's `lr_factor`, if it has one,
+def count(parameter: nn.Parameter) -> int:
+    """Its numbers; of a quantized weight, those that are packed in it."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def parameter_groups(module: nn.Module, settings: dict) -> list[dict]:
+    """The trainable weights for AdamW: vectors (biases, norms) are not decayed; a weight's `lr_factor`, if it has one,
     multiplies its learning rate."""
     kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
             kinds.setdefault((p.ndim >= 2, getattr(p, "lr_factor", 1.0)), []).append(p)
-    groups = [
+    return [
         {
             "params": kinds[kind],
             "weight_decay": settings.get("weight_decay", 0.0) if kind[0] else 0.0,
@@ -271,9 +273,8 @@ def _make_optimizer(module: nn.Module, config: PluginConfig, settings: dict):
         }
         for kind in sorted(kinds, reverse=True)
     ]
-    keywords = dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))
-    if config.plugin == "gemini":  # it takes no other
-        from colossalai.nn.optimizer import HybridAdam
 
-        return HybridAdam(groups, adamw_mode=True, **keywords)
-    return torch.optim.AdamW(groups, fused=True, **keywords)
+
+def adam(settings: dict) -> dict:
+    """AdamW's other keywords; the learning rate is set at each step."""
+    return dict(lr=1e-5, betas=tuple(settings.get("betas", (0.9, 0.999))), eps=settings.get("eps", 1e-8))

@@ -24,6 +24,7 @@ from coati.parallel.pipeline import MicroBatches
 from coati.parallel.policy import DecoderPolicy, split_tensors, transformer_of
 from coati.parallel.sequence import ATTENTION
 from coati.parallel.tensor import gather, shard_of
+from coati.parallel.zero import zero_gradients, zero_master_weights
 
 
 class HybridPlugin(HybridParallelPlugin):
@@ -117,31 +118,91 @@ HybridParallelCheckpointIO.gather_from_sharded_optimizer_state = staticmethod(_g
 
 
 class HybridEngine(Engine):
-    """A model split by tensor, pipeline or sequence parallelism."""
+    """A model split by tensor, pipeline or sequence parallelism, with ZeRO or plain replicas around it.
+
+    Args:
+        generates: under pipeline parallelism, keep a copy with the layers of all stages for `full()`.
+    """
 
     def __init__(self, module: nn.Module, config: PluginConfig, runtime, *, generates: bool = False, **settings):
         first_names: dict[int, str] = {}
         names = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
         self.tied = {name: first_names.setdefault(number, name) for name, number in names}
-        if config.pipeline_parallel > 1 and generates:
-            self.replica = copy.deepcopy(module).requires_grad_(False)
-        super().__init__(module, config, runtime, **settings)
-        self.plugin = self.booster.plugin
         self.pipelined = config.pipeline_parallel > 1
-        self.gradient_ranks = dist.get_world_size(self.plugin.mixed_dp_group)
-        if self.pipelined and generates:
-            self._prepare_replica()
+        self.replica = copy.deepcopy(module).requires_grad_(False) if generates else None
+        super().__init__(module, config, runtime, **settings)
+        if self.replica is not None:
+            self._prepare_replica(self.replica)
+
+    @property
+    def plugin(self) -> HybridPlugin:
+        return self.booster.plugin
+
+    @property
+    def zero_stage(self) -> int:
+        return {"ddp": 0, "zero1": 1, "zero2": 2}[self.config.plugin]
+
+    def make_booster(self, accumulates):
+        from colossalai.booster import Booster
+
+        c = self.config
+        split: dict[str, Any] = dict(tp_size=c.tensor_parallel, pp_size=c.pipeline_parallel)
+        if c.sequence_parallel > 1:
+            split |= dict(sp_size=c.sequence_parallel, enable_sequence_parallelism=True)
+            split |= dict(sequence_parallelism_mode="all_to_all")
+        return Booster(
+            plugin=HybridPlugin(
+                **split,
+                split_sequence=c.split_sequence,
+                zero_stage=self.zero_stage,
+                precision=self.precision,
+                max_norm=c.max_grad_norm,
+                # under pipeline parallelism nothing waits for the stream that reduces before gradients are read
+                overlap_communication=torch.cuda.is_available() and not self.pipelined,
+                broadcast_buffers=False,
+            )
+        )
+
+    def hold_frozen(self):
+        self.booster = self.make_booster(accumulates=False)
+        self.model, *_ = self.booster.boost(self.module)
+
+    def gradients(self):
+        if self.zero_stage > 0:
+            return zero_gradients(self.optimizer)
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def master_weights(self):
+        if self.precision == "fp32":
+            return []
+        if self.zero_stage > 0:
+            return zero_master_weights(self.optimizer)
+        return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
+
+    def layout_name(self):
+        c = self.config
+        kind = "zero" if self.zero_stage else "ddp"
+        return f"{kind}-{c.tensor_parallel}-{c.pipeline_parallel}-{c.sequence_parallel}"
+
+    # --- forward
+
+    def __call__(self, **inputs):
+        return super().__call__(**_for_all_tokens(inputs))
 
     def forward_all(self, inputs):
         if not self.pipelined:
             return super().forward_all(inputs)
-        return _to(self.plugin.scheduler.forward_all(self.model, inputs), self.runtime.device)
+        return self.plugin.scheduler.forward_all(self.model, [_for_all_tokens(one) for one in inputs])
 
-    def learn(self, tasks):
+    @property
+    def gradient_ranks(self):
+        return dist.get_world_size(self.plugin.mixed_dp_group)  # sequence parallel ranks among them
+
+    def accumulate(self, tasks):
         if not self.pipelined:
-            return super().learn(tasks)
+            return super().accumulate(tasks)
         schedule = self.plugin.scheduler
-        scaled = [(inputs, self._scaled(loss_of)) for inputs, loss_of in tasks]
+        scaled = [(_for_all_tokens(task.inputs), self._scaled(task.loss)) for task in tasks]
         self.booster.execute_pipeline(iter(scaled), self.model, schedule.criterion, self.optimizer, return_loss=False)
         return schedule.from_last_stage(schedule.metrics)
 
@@ -156,52 +217,66 @@ class HybridEngine(Engine):
     def full(self):
         """The plain module: under pipeline parallelism a copy with the layers of all stages, whose weights are fetched
         now; under tensor parallelism every rank of the group must generate the same."""
-        if self.pipelined:
-            self._fetch_weights()
-        module = self.replica if self.pipelined else self.module
+        if self.replica is not None:
+            self._fetch_weights(self.replica)
+        module = self.module if self.replica is None else self.replica
         with _whole_sequence(module), _whole_vocabulary(module):
             yield module
 
-    def _prepare_replica(self):
+    def _prepare_replica(self, replica: nn.Module):
         """Splits the copy as the model is split, but for stages; learns which stage holds which weight."""
         if self.config.tensor_parallel > 1:
-            split_tensors(self.replica, self.plugin.tp_group)
-        self.replica.to(self.runtime.device, DTYPES[self.precision]).eval()
+            split_tensors(replica, self.plugin.tp_group)
+        replica.to(self.runtime.device, DTYPES[self.precision]).eval()
         names: list[Any] = [None] * self.config.pipeline_parallel
         dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
         self.owners = {name: stage for stage, held in enumerate(names) for name in held}
 
     @torch.no_grad()
-    def _fetch_weights(self):
-        group, mine = self.plugin.pp_group, dict(self.module.named_parameters())
-        for name, parameter in self.replica.named_parameters():
-            if name in mine:
-                parameter.copy_(mine[name])
+    def _fetch_weights(self, replica: nn.Module):
+        group, held = self.plugin.pp_group, dict(self.module.named_parameters())
+        for name, parameter in replica.named_parameters():
+            if name in held:
+                parameter.copy_(held[name])
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)
 
+    # --- files
+
     def state_dict(self):
-        """The whole state on rank 0: slices joined, stages put together."""
+        """The whole state on rank 0: slices joined, stages put together, a tensor at a time."""
         if self.runtime.rank >= self.config.model_parallel_size:  # another replica
             return {}
+        keeps = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
         state = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             shard = shard_of(tensor)
-            state[name] = (tensor if shard is None else shard.gather(tensor)).detach().cpu()
-        if self.pipelined:
-            at_first = dist.get_rank(self.plugin.pp_group) == 0
-            stages: Any = [None] * self.config.pipeline_parallel if at_first else None
-            first = dist.get_global_rank(self.plugin.pp_group, 0)
-            dist.gather_object(state, stages, dst=first, group=self.plugin.pp_group)
-            state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+            whole = tensor if shard is None else shard.gather(tensor)
+            if keeps:
+                state[name] = whole.detach().cpu()
+        if self.pipelined and keeps:
+            state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
         return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
 
-    def _master_weights(self):
-        if self.precision == "fp32":
-            return []
-        if self.plugin.zero_stage > 0:
-            return super()._master_weights()
-        return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
+    def _collect_stages(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first stage receives the others' tensors, on the host."""
+        group = self.plugin.pp_group
+        held: list[Any] = [None] * self.config.pipeline_parallel
+        dist.all_gather_object(held, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
+        first, stage = dist.get_global_rank(group, 0), dist.get_rank(group)
+        for source in range(1, len(held)):
+            for name, (shape, dtype) in held[source].items():
+                if stage == source:
+                    dist.send(state[name], dst=first, group=group)
+                elif stage == 0:
+                    state[name] = torch.empty(shape, dtype=dtype)
+                    dist.recv(state[name], src=dist.get_global_rank(group, source), group=group)
+        return state
+
+
+def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model that is split gives the log-probs of all tokens, wanted or not."""
+    return {name: value for name, value in inputs.items() if name != "targets"}
 
 
 @contextmanager
@@ -232,9 +307,3 @@ def _whole_vocabulary(module):
     finally:
         for head in heads:
             head.gives_all = False
-
-
-def _to(value, device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return type(value)(_to(part, device) for part in value)

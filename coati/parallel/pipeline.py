@@ -13,6 +13,7 @@ import torch.distributed as dist
 from colossalai.pipeline.schedule import OneForwardOneBackwardSchedule
 from colossalai.pipeline.schedule._utils import model_forward
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 
 class _StageEnd(Exception):
@@ -139,11 +140,27 @@ class MicroBatches(OneForwardOneBackwardSchedule):
                     outputs.append(output)
                 else:
                     self.send_forward(output)
-        return self.from_last_stage(outputs)
+        return self.tensors_from_last_stage(outputs)
 
     def from_last_stage(self, value):
-        """The last stage's object, on every stage."""
+        """The last stage's object without tensors, on every stage."""
         box = [value]
-        source = dist.get_global_rank(self.group, self.stage_manager.num_stages - 1)
-        dist.broadcast_object_list(box, src=source, group=self.group)
+        dist.broadcast_object_list(box, src=self._last_rank, group=self.group)
         return box[0]
+
+    def tensors_from_last_stage(self, value):
+        """The last stage's lists and tuples of tensors, on every stage and its own device."""
+        tensors, structure = tree_flatten(value)
+        shapes, structure = self.from_last_stage(([(x.shape, x.dtype) for x in tensors], treespec_dumps(structure)))
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        received = []
+        for i, (shape, dtype) in enumerate(shapes):
+            at_last = self.stage_manager.is_last_stage()
+            tensor = tensors[i].contiguous() if at_last else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(tensor, src=self._last_rank, group=self.group)
+            received.append(tensor)
+        return tree_unflatten(received, treespec_loads(structure))
+
+    @property
+    def _last_rank(self) -> int:
+        return dist.get_global_rank(self.group, self.stage_manager.num_stages - 1)

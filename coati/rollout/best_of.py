@@ -8,7 +8,7 @@ import torch
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.rollout.generate import Rollout, generate
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def best_of_n(
         rows = owners[start : start + batch_size]
         texts = [prompts[i] for i in rows]
         rollout = _answer(actor, texts, tokenizer, config)
-        answers = [a.strip() for a in tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)]
+        ends = eos_ids(tokenizer, actor)
+        answers = [text.strip() for text in response_texts(tokenizer, rollout.response_ids(), ends)]
         given = {name: [values[i] for i in rows] for name, values in columns.items()}
         given |= dict(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
         given |= dict(response_mask=rollout.response_mask)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from coati.config.generation import GenerationConfig
-from coati.rollout.engine import Completion, OnDone, Request, RolloutEngine, report
+from coati.rollout.engine import RolloutEngine
+from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import pad_left
 from coati.rollout.vllm import VLLMEngine
 

@@ -1,9 +1,9 @@
-"""Token ids around generation: what ends a response, and prompts that end together."""
+"""Token ids around generation: what ends a response, what a response says, and prompts that end together."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from coati.rollout.transfer import upload
 
 
 def eos_ids(tokenizer, model) -> list[int]:
@@ -12,6 +12,15 @@ def eos_ids(tokenizer, model) -> list[int]:
     more = getattr(generation, "eos_token_id", None)
     more = more if isinstance(more, list) else [more]
     return sorted({tokenizer.eos_token_id, *more} - {None})
+
+
+def response_texts(tokenizer, rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> list[str]:
+    """What rewards, samples and reports read of sampled ids: all but EOS, padding and the `ends` of `eos_ids`.
+
+    Other special tokens carry content: `<think>`, or the marks of a tool's call, are often added as such.
+    """
+    without = {tokenizer.eos_token_id, tokenizer.pad_token_id, *ends}
+    return tokenizer.batch_decode([[i for i in row if i not in without] for row in rows], skip_special_tokens=False)
 
 
 def never_ids(model) -> list[int]:
@@ -25,9 +34,3 @@ def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def pad_right(rows: list[list[int]], device: torch.device, repeat: bool = False) -> Tensor:
-    """Token ids `[batch, seq]` with 0, or the row's last token, on the right."""
-    longest = max(len(row) for row in rows)
-    return upload([row + [row[-1] if repeat else 0] * (longest - len(row)) for row in rows], device)

@@ -18,19 +18,28 @@ from torch import Tensor
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
 from coati.errors import UserError, no_room
 from coati.models import Actor
-from coati.models.base import BaseModel
-from coati.models.lora import is_adapter
+from coati.models.adapters import vocabulary
+from coati.models.base import BaseModel, stored_dtype
+from coati.models.generation_config import align_eos
+from coati.models.lora import base_of_adapter, is_adapter
 from coati.models.packed import check_packing
+from coati.models.positions import row_limit
+from coati.models.quantized import is_quantized
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import NAME, lock_folder, write_json
 from coati.parallel.engine import DTYPES
-from coati.parallel.launch import seed_everything, use_deterministic_kernels
+from coati.parallel.factory import engine_class
+from coati.parallel.runtime import seed_everything, use_deterministic_kernels
+from coati.parallel.update import SkippedSteps
 from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar, read_metrics
 from coati.tracking.files import to_json
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
+from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
 from coati.trainers.resume import OTHER_ROWS, UNSAID, changed_settings, lines_of, refuse_other_models
 from coati.trainers.schedule import learning_rate_at
+
+MODELS = ("model", "critic_model", "reward_model")  # settings that name one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +69,12 @@ class Trainer:
         algorithm: the stage's name in logs and reports.
         headline: the evaluation metric that tells the best checkpoint, and whether higher is better.
         rows_per_sample: what the model reads of a sample; 2 for pairs.
+        learns_responses: whether it learns the data's answers, which the chat template must then write and end.
         members: rows of a batch whose common beginning is read once, see `PackedGroups`; 1 for none.
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimiser moves them.
         step: optimiser steps (PPO: iterations) done.
         start: the step that this run begins with, and the rows of training data that were seen before it.
-        skipped_steps: optimiser steps that were left out because the loss or a gradient was not finite.
         lock: on the output folder, on rank 0, so that no other run writes there.
     """
 
@@ -73,19 +82,20 @@ class Trainer:
     headline: tuple[str, bool]
     rows_per_sample = 1
     members = 1
+    learns_responses = True
     lock = None
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
-        check_plugin(config, lora=config.lora_rank > 0, world_size=runtime.world_size)
-        self.communicator = runtime.communicator.sharing(config.model_parallel_size)
+        check_plugin(config, lora=config.lora_rank > 0 or bool(adapters_in(config)), world_size=runtime.world_size)
+        self.communicator = runtime.data_ranks(config.model_parallel_size)
         config.check(self.communicator.world_size)
         if config.lora_rank > 0 and config.model is None:
             raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
         self.evaluators = [import_function(place, "evaluator") for place in config.evaluators]
         self.output = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output / "checkpoints", runtime, config.keep_checkpoints)
-        self.step = self.skipped_steps = 0
+        self.step = 0
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
         try:
@@ -100,6 +110,7 @@ class Trainer:
         self.stored = self._read_stored()
         self.start = (self.stored.get("step", 0), self.stored.get("rows", 0))
         self.tokenizer = self._load_tokenizer()
+        self.said: set[str] = set()
         use_deterministic_kernels(self.config.deterministic)
         seed_everything(self.config.seed)  # models are created alike on every rank
         self.build()
@@ -120,6 +131,10 @@ class Trainer:
         """One step: its metrics (the same on every rank) and the tokens it went through on all ranks."""
         raise NotImplementedError
 
+    def longest_sequence(self) -> int:
+        """The most tokens of a row that this run's models read: known once `build` has the data."""
+        raise NotImplementedError
+
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics (without prefix) and sample rows, on the evaluation data."""
         raise NotImplementedError
@@ -136,6 +151,7 @@ class Trainer:
     def train(self):
         """Runs to the end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
         self._announce()
+        self._try_saving()
         settings = dataclasses.asdict(self.config)
         self.checkpoints.set_aside_after(self.step)
         resume_step = self.step if self.resumed_from else None
@@ -150,6 +166,9 @@ class Trainer:
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide the error
                 tracker.finish("failed")
+            if isinstance(error, SkippedSteps):
+                newest = self.checkpoints.newest() or "not written yet"
+                raise UserError(f"step {self.step + 1}: {error}; the newest checkpoint is {newest}") from error
             if reason := no_room(error):
                 raise UserError(
                     f"{self.output} can't be written at step {self.step} ({reason}): make room there, then go on with "
@@ -158,6 +177,10 @@ class Trainer:
             raise
         finally:
             self._unlock()
+
+    @property
+    def skipped_steps(self) -> int:
+        return sum(engine.skipped_steps for engine in self.engines.values())
 
     def _loop(self, tracker) -> str:
         if self.step == 0:
@@ -208,15 +231,15 @@ class Trainer:
     # --- helpers for algorithms
 
     def inputs(self, batch, targets: Tensor | None = None) -> dict[str, Tensor]:
-        """What a model is called with. A model that is split over processes gives the log-probs of all tokens."""
+        """What a model is called with."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "right_padded": True}
         inputs |= {"members": self.members} if self.members > 1 else {}
-        return inputs if targets is None or self.config.model_parallel_size > 1 else inputs | {"targets": targets}
+        return inputs if targets is None else inputs | {"targets": targets}
 
     def check_packing(self, engine: Engine, batch, targets: Tensor):
         """Refuses models that don't give the same log-probs when what the batch's rows begin with is read once."""
-        tolerance = 1e-3 if resolve_precision(self.config) == "fp32" else 0.2
-        check_packing(engine.module, engine.forward_all, self.inputs(batch, targets), tolerance)
+        exact = resolve_precision(self.config) == "fp32"
+        check_packing(engine.module, engine.forward_all, self.inputs(batch, targets), exact)
 
     def optimise(self, engine: Engine, parts: Sequence[LossPart], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Each part of the loss is divided by its own global count, over all ranks.
@@ -226,33 +249,13 @@ class Trainer:
         Raises:
             UserError: `max_skipped_steps` of this model's steps in a row were skipped.
         """
-        tasks = []
-        for part in parts:
-            count = float(sum(part.count(batch) for batch in part.micro_batches))
-            denominator = max(self.communicator.sum(count).item(), 1.0)
-            for batch in part.micro_batches:
-                loss_of = functools.partial(part.loss, batch=batch, denominator=denominator)
-                targets = part.targets(batch) if part.targets else None
-                tasks.append((self.inputs(batch, targets) | part.options, loss_of))
-        masks = [inputs["attention_mask"] for inputs, _ in tasks]
-        read = {"tokens": sum(mask.sum() for mask in masks), "places": sum(map(Tensor.numel, masks))}
-        metrics = self.communicator.sum_metrics([*engine.learn(tasks), read])
-        metrics["padding_share"] = 1 - metrics.pop("tokens") / metrics.pop("places")
-        bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
-        norm = engine.step(learning_rate, finite=not bad)
-        if engine.skipped:
-            reason = f"{bad[0]} is {metrics[bad[0]]}" if bad else "the gradient is not finite"
-            self._count_skipped(engine.skipped, reason)
-        return {**metrics, "grad_norm": norm}
+        with engine.update(learning_rate) as update:
+            for part in parts:
+                update.add(part.micro_batches, functools.partial(self.inputs_of, part), part.loss, part.count)
+        return update.metrics
 
-    def _count_skipped(self, in_a_row: int, reason: str):
-        self.skipped_steps += 1
-        if in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"{reason} at step {self.step + 1}, skipped {in_a_row} in a row (--max_skipped_steps "
-                f"{self.config.max_skipped_steps}): lower the learning rate or use a wider precision; "
-                f"the newest checkpoint is {self.checkpoints.newest() or 'not written yet'}"
-            )
+    def inputs_of(self, part: LossPart, batch) -> dict[str, Any]:
+        return self.inputs(batch, part.targets(batch) if part.targets else None) | part.options
 
     def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of a global batch."""
@@ -291,21 +294,37 @@ class Trainer:
     def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights."""
         c = self.config
-        # ddp keeps float32 weights and computes under autocast; the others cast the weights themselves
-        dtype = torch.float32 if c.plugin == "ddp" else DTYPES[resolve_precision(c)]
+        dtype = engine_class(c).loads_in(c)
         config = self._model_config(from_scratch=pretrained is None) if c.model_config else None
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
-        vocabulary = model.transformer.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > vocabulary:
+        tokens = vocabulary(model.transformer)
+        if len(self.tokenizer) > tokens:
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {vocabulary}: "
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
                 "use the model's own tokenizer, or resize its embeddings first"
             )
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self._check_length(model)
+        align_eos(model.transformer, self.tokenizer.eos_token_id)
+        for note in model.notes:
+            self._say_once(note)
         return model
+
+    def _check_length(self, model: BaseModel):
+        limit = row_limit(model.transformer)
+        if limit is not None and (longest := self.longest_sequence()) > limit.tokens:
+            raise UserError(
+                f"rows of this run have up to {longest} tokens, and {type(model.transformer).__name__} {limit.reason} "
+                f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of answers: --max_new_tokens)"
+            )
+
+    def _say_once(self, note: str):
+        if note not in self.said:
+            self.runtime.say(note)
+        self.said.add(note)
 
     def frozen_copy(self, start) -> Engine | None:
         """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""
@@ -315,7 +334,16 @@ class Trainer:
         return make_engine(self.model(Actor, start), c, self.runtime)
 
     def engine(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
-        """A trained model under the configured plugin."""
+        """A trained model under the configured plugin.
+
+        Raises:
+            UserError: quantized weights, which only carry adapters.
+        """
+        if is_quantized(model.transformer) and not model.has_adapter:
+            raise UserError(
+                f"the weights of {self.config.model} are quantized, so they can't be trained: train adapters on them "
+                "(--lora_rank 16), or give the model in full precision"
+            )
         settings = dict(optimizer={"weight_decay": self.config.weight_decay}, accumulates=accumulates)
         return make_engine(model, self.config, self.runtime, generates=generates, **settings)
 
@@ -362,7 +390,7 @@ class Trainer:
                 self._save_model(engine, folder / name / "model")
             if self.runtime.is_main:
                 state = {"algorithm": self.algorithm, "step": self.step, "state": self.state()}
-                state["skipped_steps"] = self.skipped_steps
+                state["skipped_steps"] = {name: engine.skipped_steps for name, engine in self.engines.items()}
                 state |= {"world_size": self.runtime.world_size, "plugin": self.config.plugin}
                 state |= {"rows": self.rows_before(self.step), "data": self.data.key}
                 state["settings"] = self._settings()
@@ -395,12 +423,13 @@ class Trainer:
 
     def _restore(self, folder: Path):
         stored = self.stored
-        self.step, self.skipped_steps = stored["step"], stored.get("skipped_steps", 0)
+        self.step = stored["step"]
         if stored.get("data", self.data.key) != self.data.key:
             self.runtime.say(OTHER_ROWS)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
             engine.load_optimizer(folder / name)
+            engine.skipped_steps = stored["skipped_steps"][name]
         if not self.checkpoints.restore_random_state(folder):
             self.runtime.say(
                 f"{folder} was written by {stored['world_size']} processes, now there are {self.runtime.world_size}: "
@@ -408,11 +437,29 @@ class Trainer:
             )
             seed_everything(self.config.seed + 1 + self.communicator.rank + 1000 * self.step)
 
-    def _save_model(self, engine: Engine, folder: Path, merge: bool = False):
+    def _try_saving(self):
+        c, main = self.config, self.runtime.is_main
+        if main:
+            try_saving(self.output, self.engines | self.frozen, self.tokenizer, c.merge_lora)
+            checkpoint = sum(checkpoint_bytes(engine) for engine in (self.engines | self.frozen).values())
+            dtypes = {name: self._export_dtype(engine) for name, engine in self.engines.items()}
+            export = sum(export_bytes(e, c.merge_lora, dtypes[name]) for name, e in self.engines.items())
+            check_room(self.output, checkpoint, export)
+
+    def _export_dtype(self, engine: Engine) -> torch.dtype | None:
+        """Of the final model's weights; None to leave them as they are."""
+        c = self.config
+        if c.export_dtype != "auto":
+            return DTYPES[c.export_dtype]
+        own = None if c.model is None else stored_dtype(base_of_adapter(c.model) if is_adapter(c.model) else c.model)
+        trained = engine.loads_in(c)
+        return own if own is not None and own.itemsize <= trained.itemsize else None
+
+    def _save_model(self, engine: Engine, folder: Path, merge: bool = False, dtype: torch.dtype | None = None):
         state = engine.state_dict()
         if self.runtime.is_main:
             folder.mkdir(parents=True)
-            engine.module.save_pretrained(folder, state, merge)
+            engine.module.save_pretrained(folder, state, merge, dtype)
             self.tokenizer.save_pretrained(str(folder))
 
     def _export(self):
@@ -422,7 +469,7 @@ class Trainer:
             partial = target.with_name(target.name + ".partial")
             if self.runtime.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._save_model(engine, partial, merge=self.config.merge_lora)
+            self._save_model(engine, partial, self.config.merge_lora, self._export_dtype(engine))
             if self.runtime.is_main:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(partial, target)
@@ -432,9 +479,8 @@ class Trainer:
     # --- start
 
     def _announce(self):
-        c, product = self.config, next(iter(self.engines.values())).module
-        total = sum(p.numel() for p in product.parameters())
-        trained = sum(p.numel() for p in product.parameters() if p.requires_grad)
+        c, product = self.config, next(iter(self.engines.values()))
+        total, trained = product.parameters, product.trained_parameters
         size = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
         self.runtime.say(
             f"{self.algorithm}: {size} · {c.plugin} {resolve_precision(c)} · {self.runtime.world_size} x "
@@ -452,7 +498,13 @@ class Trainer:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
-        tokenizer, notes = prepare_tokenizer(tokenizer, self.config.chat_template, self.config.eos_token)
+        tokenizer, notes = prepare_tokenizer(
+            tokenizer,
+            self.config.chat_template,
+            self.config.eos_token,
+            arguments=self.config.template_arguments,
+            learns_responses=self.learns_responses,
+        )
         for note in notes:
             self.runtime.say(note)
         return tokenizer
@@ -483,3 +535,9 @@ def holds_work(output: Path) -> bool:
         return False
     saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
     return saved or any(row["step"] > 0 for row in read_metrics(output))
+
+
+def adapters_in(config) -> list[str]:
+    """Models of the config that are adapters' folders."""
+    sources = [getattr(config, name, None) for name in MODELS]
+    return [source for source in sources if source is not None and is_adapter(source)]

@@ -49,7 +49,7 @@ def main(config_class, load_trainer, description: str, parse=parse_run):
             print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
         trainer_class = load_trainer()
         from coati.parallel import launch
-        from coati.parallel.launch import shutdown
+        from coati.parallel.runtime import shutdown
 
         runtime = launch(config.seed)
         trainer_class(config, runtime).train()

@@ -10,6 +10,7 @@ import torch
 from coati.data import collate_preference
 from coati.losses import pairwise_reward_loss
 from coati.models import RewardModel
+from coati.rollout.prompts import response_texts
 from coati.trainers.config import RewardConfig
 from coati.trainers.supervised import SupervisedTrainer
 
@@ -65,9 +66,8 @@ class RewardTrainer(SupervisedTrainer):
 
     def text_of(self, sequence) -> dict[str, str]:
         start = sequence.loss_mask.index(True)
-        pieces = sequence.input_ids[:start], sequence.input_ids[start:]
-        prompt, response = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
-        return {"prompt": prompt, "response": response.strip()}
+        [response] = response_texts(self.tokenizer, [sequence.input_ids[start:]])
+        return {"prompt": self.tokenizer.decode(sequence.input_ids[:start]), "response": response.strip()}
 
 
 def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:

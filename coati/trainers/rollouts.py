@@ -15,12 +15,12 @@ from coati.losses import kl_divergence, masked_sums, moments, policy_loss
 from coati.losses.masking import keep
 from coati.models import RewardModel
 from coati.parallel import Engine, make_engine
-from coati.parallel.plugins import resolve_precision
+from coati.parallel.config import resolve_precision
 from coati.rewards import ModelReward, PendingScores, Scores, load_rewards
 from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import MicroBatches
 from coati.rollout.generate import has_keys_and_values
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.base import Trainer
 from coati.trainers.config import RolloutConfig
 
@@ -38,6 +38,7 @@ class RolloutTrainer(Trainer):
 
     config: Any  # of a class derived from RolloutConfig
     headline = ("reward", True)
+    learns_responses = False  # those of its data
     pending: PendingScores | None = None
 
     def __init__(self, config: RolloutConfig, runtime, *, rewards=()):
@@ -59,7 +60,7 @@ class RolloutTrainer(Trainer):
         columns, self.pending = columns_of(prompts) if self.rewards.pooled else {}, self.rewards.start()
 
         def score(i: int, completion: Completion):
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+            [text] = self.texts([completion.ids])
             self.pending.submit(i, prompts[i].text, text, {name: values[i] for name, values in columns.items()})
 
         with self.actor.full() as model:
@@ -75,12 +76,16 @@ class RolloutTrainer(Trainer):
                 on_done=score if self.rewards.pooled else None,
             )
 
+    def texts(self, responses: list[list[int]]) -> list[str]:
+        """What rewards and reports read of sampled ids."""
+        ends = eos_ids(self.tokenizer, self.actor.module)
+        return [text.strip() for text in response_texts(self.tokenizer, responses, ends)]
+
     # --- the rewards score
 
     def judge(self, prompts: list, rollout: Rollout) -> tuple[Scores, list[str]]:
         """What all rewards give, and the answers' texts."""
-        responses = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        responses = [text.strip() for text in responses]
+        responses = self.texts(rollout.response_ids())
         columns = columns_of(prompts)
         for name in ("input_ids", "attention_mask", "response_mask"):
             columns[name] = getattr(rollout, name)
@@ -239,6 +244,11 @@ class RolloutTrainer(Trainer):
         self.times[f"seconds/{name}"] = self.times.get(f"seconds/{name}", 0.0) + time.monotonic() - started
 
     # --- data and models
+
+    def longest_sequence(self):
+        """A prompt and its answer."""
+        prompts = [int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None]
+        return max(prompts) + self.config.max_new_tokens
 
     def build(self):
         c, kind = self.config, self.algorithm.upper()

@@ -11,7 +11,7 @@ from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
 from coati.rollout import generate
-from coati.rollout.prompts import eos_ids
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.config import SFTConfig
 from coati.trainers.supervised import SupervisedTrainer
 
@@ -23,6 +23,19 @@ class SFTTrainer(SupervisedTrainer):
     algorithm, kind, model_class = "sft", "sft", Actor
     headline = ("loss", False)
     generates = True
+
+    def longest_sequence(self):
+        """A row, or a sample answer with its prompt."""
+        asked = max((len(prompt) for prompt in self.sample_prompts()), default=None)
+        answered = 0 if asked is None else asked + self.config.max_new_tokens
+        return max(super().longest_sequence(), answered)
+
+    def sample_prompts(self) -> list[list[int]]:
+        """The first evaluation prompts, which are answered for the report."""
+        if self.eval_data is None or not self.generates:
+            return []
+        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
+        return [row.input_ids[: row.loss_mask.index(True)] for row in rows]
 
     def collate(self, samples):
         return collate_sft(samples, self.pad_id)
@@ -46,13 +59,12 @@ class SFTTrainer(SupervisedTrainer):
 
     def samples(self, scores):
         """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
-        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
-        prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
-        engine = self.engines["model"]
+        prompts, engine = self.sample_prompts(), self.engines["model"]
         seeds = [[self.config.seed, place] for place in range(len(prompts))]
         with engine.full() as model:
-            ends = dict(eos_ids=eos_ids(self.tokenizer, model), pad_id=self.pad_id)
-            rollout = generate(model, prompts, self.config, seeds=seeds, tokenizer=self.tokenizer, **ends)
-        answers = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            ends = eos_ids(self.tokenizer, model)
+            how = dict(eos_ids=ends, pad_id=self.pad_id, seeds=seeds, tokenizer=self.tokenizer)
+            rollout = generate(model, prompts, self.config, **how)
+        answers = response_texts(self.tokenizer, rollout.response_ids(), ends)
+        texts = self.tokenizer.batch_decode(prompts)
         return [{"prompt": p, "response": a.strip()} for p, a in zip(texts, answers, strict=True)]

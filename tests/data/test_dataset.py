@@ -65,13 +65,13 @@ def test_the_report_counts_reasons_with_first_lines(tokenizer, config, write_jso
     found = {p.reason: (p.count, p.lines, p.bad) for p in report.problems}
     assert found == {
         "the line is not valid JSON": (1, [2], True),
-        "no known fields for sft data": (6, [3, 6, 7], True),
+        "no known fields for sft data, only `text`": (6, [3, 6, 7], True),
         "an answer is empty": (1, [5], True),
         "the row is longer than --max_length 1024 tokens": (1, [11], False),
     }
     assert report.rows[source] == 11 and report.samples[source] == 2
     assert str(report).splitlines()[0] == f"{source}: 11 rows, 2 samples"
-    assert f"dropped 6 rows: no known fields for sft data ({source}, line 3, 6, 7, ...)" in str(report)
+    assert f"dropped 6 rows: no known fields for sft data, only `text` ({source}, line 3, 6, 7, ...)" in str(report)
 
 
 def test_the_report_fits_one_screen():
@@ -81,6 +81,34 @@ def test_the_report_fits_one_screen():
     for i in range(100):
         report.drop("a", i, f"reason {i}", bad=True)
     assert len(str(report).splitlines()) <= 24 and "85 more rows" in str(report)
+
+
+@pytest.mark.parametrize("train_on", ["all", "each"])
+def test_the_report_counts_what_no_sample_holds(train_on, tokenizer, config, write_jsonl):
+    """REPORT 8: by field, once a row however many samples it gives; also when it is read from the cache."""
+    config.train_on = train_on
+    dialogue = [{"role": "user", "content": "a", "name": "Al"}, {"role": "assistant", "content": "b"}] * 2
+    rows = [{"id": 0, **GOOD[0]}, GOOD[1], {"messages": dialogue, "id": 2}, {"id": 3, "tag": "x", **GOOD[2]}]
+    source = write_jsonl(rows)
+    for _ in range(2):
+        report = build_dataset([source], "sft", tokenizer, config).report
+        assert {(p.reason, p.count, *p.lines) for p in report.unused} == {
+            ("`id`", 3, 1, 3, 4),
+            ("`tag`", 1, 4),
+            ("the chat template leaves out or rewrites `name` of user messages", 1, 3),
+        }
+        assert f"  not used of 3 rows: `id` ({source}, line 1, 3, 4)" in str(report).splitlines()
+        assert report.problems == [] and report.bad_rows == 0
+
+
+def test_the_report_names_every_unused_field_in_few_lines():
+    """REPORT 8: a table may have a hundred columns."""
+    from coati.data import ValidationReport
+
+    report = ValidationReport({"a": 9}, {"a": 9})
+    for name in range(100):
+        report.note("a", 1, f"`field{name}`")
+    assert len(str(report).splitlines()) <= 10 and all(f"`field{name}`" in str(report) for name in range(100))
 
 
 def test_a_bad_row_is_an_error_with_file_line_and_remedy(tokenizer, config, write_jsonl):

@@ -201,7 +201,7 @@ def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
     ids = [tokenizer.eos_token_id if word == "<eos>" else tokenizer.convert_tokens_to_ids("a") for word in words]
     ends = [sum(map(len, words[: i + 1])) for i in range(len(words))]
     return _Encoded(
-        "".join(words), [span], ids, [(end - len(word), end) for word, end in zip(words, ends, strict=True)]
+        "".join(words), [[span]], ids, [(end - len(word), end) for word, end in zip(words, ends, strict=True)]
     )
 
 

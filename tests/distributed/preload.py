@@ -1,6 +1,6 @@
 """Imported once by the process that forks workers: everything that takes seconds, and nothing that starts a thread."""
 
-from coati.parallel.launch import quiet_colossalai
+from coati.parallel.runtime import quiet_colossalai
 
 quiet_colossalai()
 

@@ -64,7 +64,7 @@ def record_rollouts(trainer) -> list[str]:
 def work(jobs: str, file: str):
     """All jobs of one file, one after the other."""
     from coati.parallel import launch
-    from coati.parallel.launch import shutdown
+    from coati.parallel.runtime import shutdown
 
     runtime = launch(0)
     results = {}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from coati.parallel import launch
-from coati.parallel.launch import shutdown
+from coati.parallel.runtime import shutdown
 from tests.conftest import settings_for, trainer_classes
 
 

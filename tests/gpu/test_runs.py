@@ -141,7 +141,7 @@ def test_grpo_runs_with(changes, layout, tiny_world, runtime, tmp_path):
 
 
 def test_more_processes_than_gpus_is_one_clear_error():
-    from coati.parallel.launch import _take_device
+    from coati.parallel.runtime import _take_device
 
     if DEVICE != "cuda":
         pytest.skip("is about GPUs")

@@ -17,7 +17,7 @@ import torch
 from coati.errors import UserError, no_room
 from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest, write_json
 from coati.parallel.communication import Communicator
-from coati.parallel.launch import Runtime, random_state, restore_random_state, seed_everything
+from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
 
 
 def alone(rank: int = 0, world_size: int = 1) -> Runtime:

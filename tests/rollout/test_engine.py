@@ -14,9 +14,9 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
-from coati.rollout.few_rows import FEWEST, MOST, quick_products
-from coati.rollout.graphs import StepGraphs
-from coati.rollout.sampling import BLOCK, Sampler, draw, key_of
+from coati.rollout.engine.graphs import StepGraphs
+from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
+from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
 from tests.models.families import padded, tiny_config
 
 EOS, PAD, VOCABULARY = 2, 0, 50
@@ -308,7 +308,7 @@ def test_products_turned_round_change_no_token(actors, family, two_threads):
     """With 30 rows at first, and fewer and fewer; afterwards the layers are as they were."""
     actor, prompts = actors(family), some_prompts(30)
     turned = []
-    with quick_products(actor):
+    with small_batch_matmul(actor):
         layers = [m for m in actor.modules() if "forward" in vars(m)]
         for layer in layers:
             for rows in (1, FEWEST, MOST, MOST + 1):

@@ -87,7 +87,7 @@ def test_a_run_stops_after_so_many_skipped_steps_in_a_row(tiny_world, runtime, t
     changes = dict(steps=9, save_every=2, micro_batch_size=8, max_skipped_steps=2, eval_data=[])
     trainer = make("sft", tiny_world, runtime, tmp_path, **changes)
     spoil(trainer, "loss", {1, 3, 5, 6})
-    with pytest.raises(UserError, match=r"loss is nan at step 7, skipped 2 in a row .*step-00000006") as error:
+    with pytest.raises(UserError, match=r"step 7: loss is nan, skipped 2 steps in a row .*step-00000006") as error:
         trainer.train()
     assert "\n" not in str(error.value)
     assert [row["skipped_steps"] for row in read_metrics(tmp_path)] == [0, 1, 1, 2, 2, 3]
@@ -111,7 +111,7 @@ def test_models_are_counted_apart_and_a_skipped_update_leaves_the_metrics_of_the
     assert trainer.skipped_steps == 1 and all(map(math.isfinite, metrics.values()))
     trainer = make("ppo", tiny_world, runtime, tmp_path / "always", **changes)
     spoil(trainer, "policy_share", {0, 1, 2, 3})
-    with pytest.raises(UserError, match="policy_loss is nan at step 1, skipped 4 in a row"):
+    with pytest.raises(UserError, match="policy_loss is nan, skipped 4 steps in a row"):
         trainer.train_step(0)
 
 

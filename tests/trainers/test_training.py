@@ -345,7 +345,7 @@ def test_a_diverging_run_stops_with_its_step(tiny_world, runtime, tmp_path):
     trainer = make("sft", tiny_world, runtime, tmp_path, max_skipped_steps=1)
     trainer.engines["model"].module.model.lm_head.weight.data.fill_(float("nan"))
     trainer.eval_data = None
-    with pytest.raises(UserError, match="loss is nan at step 1"):
+    with pytest.raises(UserError, match="step 1: loss is nan"):
         trainer.train()
 
 

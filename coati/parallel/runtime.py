@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +30,7 @@ class Runtime:
     Attributes:
         device: where models live.
         communicator: collective operations.
+        sharing: the communicators of `data_ranks`, by size.
         stop_requested: the signal that asked for a stop (SIGTERM or SIGINT); trainers look at it after each step.
     """
 
@@ -39,6 +40,13 @@ class Runtime:
     device: torch.device
     communicator: Communicator
     stop_requested: str | None = None
+    sharing: dict[int, Communicator] = field(default_factory=dict)
+
+    def data_ranks(self, model_parallel_size: int) -> Communicator:
+        """The communicator over ranks that see different data, where so many neighbors share one model's work."""
+        if model_parallel_size not in self.sharing:
+            self.sharing[model_parallel_size] = self.communicator.sharing(model_parallel_size)
+        return self.sharing[model_parallel_size]
 
     @property
     def is_main(self) -> bool:

@@ -14,7 +14,7 @@ from coati import watch
 from coati.errors import UserError
 from coati.watch import launchers
 
-place = importlib.import_module("coati.parallel.launch")  # coati.parallel.launch is the function
+place = importlib.import_module("coati.parallel.runtime")  # coati.parallel.runtime is the function
 
 STEP = dict(
     SLURM_JOB_ID="7",

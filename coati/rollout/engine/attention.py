@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from coati.rollout.cache import SlotCache
+from coati.rollout.engine.cache import SlotCache
 
 ONE_TOKEN = "coati_one_token"
 

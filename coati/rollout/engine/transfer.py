@@ -31,3 +31,9 @@ class Download:
         if self.event is not None:
             self.event.synchronize()
         return [copy.tolist() for copy in self.copies]
+
+
+def pad_right(rows: list[list[int]], device: torch.device, repeat: bool = False) -> Tensor:
+    """Token ids `[batch, seq]` with 0, or the row's last token, on the right."""
+    longest = max(len(row) for row in rows)
+    return upload([row + [row[-1] if repeat else 0] * (longest - len(row)) for row in rows], device)

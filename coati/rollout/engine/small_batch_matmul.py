@@ -11,7 +11,7 @@ FEWEST, MOST = 9, 48
 
 
 @contextmanager
-def quick_products(model: nn.Module) -> Iterator[None]:
+def small_batch_matmul(model: nn.Module) -> Iterator[None]:
     """Inside, the linear layers of a CPU model in fp32 multiply 9 to 48 rows the other way round, as `(W x^T)^T`.
 
     MKL's `x W^T` on several threads takes as long for 10 rows as for 64; turned round it takes half of that. See

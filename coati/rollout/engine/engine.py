@@ -18,54 +18,14 @@ from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
-from coati.rollout.few_rows import quick_products
-from coati.rollout.graphs import StepGraphs, round_up
-from coati.rollout.prompts import never_ids, pad_right
-from coati.rollout.sampling import Sampler, key_of
-from coati.rollout.transfer import Download, upload
+from coati.rollout.engine.graphs import StepGraphs, round_up
+from coati.rollout.engine.sampling import Sampler, key_of
+from coati.rollout.engine.small_batch_matmul import small_batch_matmul
+from coati.rollout.engine.transfer import Download, pad_right, upload
+from coati.rollout.generator import Completion, OnDone, Request
+from coati.rollout.prompts import never_ids
 
 SHORTEST_PREFIX = 16  # a shorter common beginning of all prompts is not worth a pass of its own
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to complete.
-
-    Attributes:
-        prompt: token ids.
-        seed: of this response's noise: the same seed gives the same response in any batch.
-        max_new_tokens: its longest response, if not that of the configuration.
-    """
-
-    prompt: Sequence[int]
-    seed: int | Sequence[int] = 0
-    max_new_tokens: int | None = None
-
-
-@dataclass
-class Completion:
-    """A response.
-
-    Attributes:
-        ids: the sampled tokens, EOS included.
-        log_probs: of those tokens by the model at the sampling temperature (before top-k and the like); None after
-            beam search.
-        finish_reason: "eos", "stop" (a stop string or id) or "length".
-    """
-
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] | None = field(default_factory=list)
-    finish_reason: str = ""
-
-
-OnDone = Callable[[int, Completion], None]
-
-
-def report(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
-    """The completions, each of which is reported."""
-    for i, completion in enumerate(completions if on_done else ()):
-        on_done(i, completion)
-    return completions
 
 
 @dataclass
@@ -112,7 +72,7 @@ class _Slots:
     """
 
     def __init__(self, slots: int, columns: int, device: torch.device):
-        from coati.rollout.cache import SlotCache  # imports transformers
+        from coati.rollout.engine.cache import SlotCache  # imports transformers
 
         self.cache = SlotCache(slots, columns, device)
         self.tokens, self.drawn, self.keys = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
@@ -176,7 +136,7 @@ class RolloutEngine:
         training = self.model.training
         self.model.eval()
         try:
-            with quick_products(self.model):
+            with small_batch_matmul(self.model):
                 self.run(rows)
         finally:
             self.model.train(training)
@@ -312,7 +272,7 @@ class RolloutEngine:
 
     def decode(self, rows: int, width: int):
         """The device's part of a step: nothing here depends on values that the host would have to read."""
-        from coati.rollout.attention import step_attention, step_mask
+        from coati.rollout.engine.attention import step_attention, step_mask
 
         state, cache = self.state, self.state.cache
         cache.rows, cache.width = rows, width

@@ -1,0 +1,53 @@
+"""Data parallelism: every rank has all weights in float32 and computes in lower precision under autocast."""
+
+import torch
+from torch import nn
+
+from coati.parallel.engine import DTYPES, Engine
+
+
+class DDPEngine(Engine):
+    """A model under torch's DistributedDataParallel."""
+
+    @classmethod
+    def loads_in(cls, config):
+        return torch.float32
+
+    def make_booster(self, accumulates):
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import TorchDDPPlugin
+
+        self._narrow_frozen_weights()
+        in_fp16 = "fp16" if self.precision == "fp16" else None
+        return Booster(plugin=TorchDDPPlugin(broadcast_buffers=False), mixed_precision=in_fp16)
+
+    def _narrow_frozen_weights(self):
+        """Weights beside an adapter: autocast would cast them at every use."""
+        for parameter in self.module.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
+                parameter.data = parameter.data.to(DTYPES[self.precision])
+
+    def autocast(self):
+        return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def travels(self, is_last):
+        return is_last and self.runtime.world_size > 1  # alone, DDP would copy gradients for no one
+
+    def no_sync(self):
+        # in fp16 the booster wraps what the plugin has wrapped
+        return self.booster.no_sync(self.model.module if self.precision == "fp16" else self.model, self.optimizer)
+
+    def gradients(self):
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def clip_and_step(self):
+        if self.precision == "fp16":
+            self.optimizer.unscale_grad()
+        limit = self.config.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def layout_name(self):
+        return "ddp-1-1-1"

@@ -1,0 +1,57 @@
+"""What generates: token ids in, completions out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+        prompt: token ids.
+        seed: of this response's noise: the same seed gives the same response in any batch.
+        max_new_tokens: its longest response, if not that of the configuration.
+    """
+
+    prompt: Sequence[int]
+    seed: int | Sequence[int] = 0
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class Completion:
+    """A response.
+
+    Attributes:
+        ids: the sampled tokens, EOS included.
+        log_probs: of those tokens by the model at the sampling temperature (before top-k and the like); None after
+            beam search.
+        finish_reason: "eos", "stop" (a stop string or id) or "length".
+    """
+
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] | None = field(default_factory=list)
+    finish_reason: str = ""
+
+
+OnDone = Callable[[int, Completion], None]
+
+
+def report(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
+    """The completions, each of which is reported."""
+    for i, completion in enumerate(completions if on_done else ()):
+        on_done(i, completion)
+    return completions
+
+
+class Generator(Protocol):
+    """Completes requests with the weights that a model has now, whatever does the work."""
+
+    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
+        """One completion per request, in their order.
+
+        Args:
+            on_done: called with a request's place and its completion as soon as that is known to have ended.
+        """
