@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
-from coati.rollout.config import GenerationConfig
 from coati.rollout.generate import Rollout, generate
 from coati.rollout.prompts import eos_ids, response_texts
 

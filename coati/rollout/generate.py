@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import eos_ids, pad_left

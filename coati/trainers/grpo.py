@@ -14,14 +14,12 @@ dropout are as in PPO.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.config import option
 from coati.data.collate import SFTBatch
-from coati.errors import UserError, refuse
+from coati.errors import UserError
 from coati.losses import (
     aggregation_weights,
     clip_scores,
@@ -34,9 +32,7 @@ from coati.losses import (
     shape_rewards,
     whiten,
 )
-from coati.losses.group import Advantage, Aggregation, Correction
 from coati.losses.masking import keep
-from coati.losses.policy import PolicyLoss
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.parallel import Engine
@@ -44,87 +40,8 @@ from coati.rewards import Scores
 from coati.rollout import Experience, Rollout
 from coati.rollout.experience import MicroBatches, join_rows, take_rows
 from coati.trainers.base import LossPart
-from coati.trainers.rollouts import RolloutConfig, RolloutTrainer, count_response_tokens
-
-GROUPS = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # advantages that compare answers
-
-
-@dataclass
-class GRPOConfig(RolloutConfig):
-    """Settings of a GRPO run; `steps` are iterations and `batch_size` the prompts of one, each with `group_size`
-    answers."""
-
-    group_size: int = option(8, "answers to a prompt")
-    advantage: Advantage = option("grpo", "what an answer's advantage is, see docs/grpo.md")
-    advantage_std_floor: float = option(0.1, "least standard deviation that rloo_std divides by")
-    policy_loss: PolicyLoss = option("clip", "what is done with the policy's ratio, see docs/grpo.md")
-    aggregation: Aggregation = option("sequence", "mean over tokens, of answers' means, or by max_new_tokens")
-    kl_coefficient: float = option(0.0, "weight of the KL penalty to the reference; 0 needs no reference model")
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "estimate of the KL a token, see docs/ppo.md")
-    kl_in: Literal["loss", "reward"] = option("loss", "where the penalty is")
-    refresh_reference: int = option(0, "iterations after which the reference becomes the policy of then; 0 for never")
-    ppo_epochs: int = option(1, "passes over an iteration's answers")
-    entropy_coefficient: float = option(0.0, "weight of the mean entropy a token, which is taken off the loss")
-    final_temperature: float | None = option(None, "where the temperature arrives, linearly, with the last iteration")
-    dynamic_sampling: bool = option(False, "prompts whose answers all earn the same are replaced by further ones")
-    max_refills: int = option(4, "how often an iteration draws further prompts")
-    overlong_buffer: int = option(0, "last tokens before max_new_tokens in which an answer's score falls; 0 for none")
-    overlong_penalty: float = option(1.0, "by how much it falls in all")
-    mask_truncated: bool = option(False, "answers that are cut at max_new_tokens are left out of the loss")
-    importance_correction: Correction = option("none", "tokens weigh p(training) / p(sampling), bounded")
-    importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it")
-    share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
-
-    @property
-    def answers(self) -> int:
-        return self.batch_size * self.group_size
-
-    @property
-    def members(self) -> int:
-        """Answers that are read as one row."""
-        return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        plain = self.plugin != "gemini" and self.model_parallel_size == 1
-        penalised = self.kl_coefficient != 0
-        compares = self.advantage in GROUPS or self.dynamic_sampling
-        refreshed = self.refresh_reference > 0
-        punished = self.mask_truncated and self.missing_eos_penalty is not None
-        greedy = any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature))
-        unclipped, shared = self.policy_loss in ("cispo", "none"), self.share_prompts
-        refusals = {
-            "group_size must be at least 1": self.group_size < 1,
-            f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2": (
-                self.group_size < 2 and compares
-            ),
-            "the answers of a group must differ: temperature and final_temperature must be above 0": greedy,
-            "an answer is compared with its group, no running mean: leave out normalise_reward": self.normalise_reward,
-            "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward": (
-                penalised and self.kl_in == "loss" and self.kl_estimator == "k1"
-            ),
-            "refresh_reference needs a reference: give kl_coefficient too": refreshed and not penalised,
-            "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA": (
-                refreshed and not (plain and self.lora is None)
-            ),
-            "dynamic_sampling needs max_refills of at least 1": self.dynamic_sampling and self.max_refills < 1,
-            f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}": (
-                not 0 <= self.overlong_buffer <= self.max_new_tokens
-            ),
-            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
-            f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
-            "importance_cap must be at least 1": self.importance_cap < 1,
-            "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
-                shared and (self.members < 2 or max(self.group_size, self.micro_batch_size) % self.members > 0)
-            ),
-            "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
-                shared and self.model_parallel_size > 1
-            ),
-            "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel": (
-                self.entropy_coefficient != 0 and self.tensor_parallel > 1
-            ),
-        }
-        refuse(refusals)
+from coati.trainers.config import GRPOConfig
+from coati.trainers.rollouts import RolloutTrainer, count_response_tokens
 
 
 @dataclass(frozen=True)
@@ -151,6 +68,7 @@ class GRPOTrainer(RolloutTrainer):
         position: rows of the data, epoch after epoch, that have been drawn.
     """
 
+    config: GRPOConfig
     algorithm = "grpo"
 
     def train_step(self, step: int) -> tuple[dict[str, float], int]:
@@ -180,7 +98,7 @@ class GRPOTrainer(RolloutTrainer):
         c = self.config
         if c.dynamic_sampling:
             return self.collect_unequal(step)
-        self.position = step * c.batch_size
+        self.position = self.batches.position(step)
         rollout, judged = self.answer_and_score(step, self.mine(self.draw([], c.batch_size)))
         equal = self.communicator.sum(self.equal(rollout).sum()).item()
         metrics = self.reward_metrics([(*judged, len(rollout.scores))])
@@ -205,9 +123,8 @@ class GRPOTrainer(RolloutTrainer):
 
     def draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
         """The next rows of the data, each with how often the iteration has drawn it before."""
-        size, rows = self.config.batch_size, [row for row, _ in before]
-        for place in range(self.position, self.position + count):
-            rows.append(self.batches.batch(place // size)[place % size])
+        rows = [row for row, _ in before]
+        rows += [self.batches.row(self.position + i) for i in range(count)]
         self.position += count
         return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
 
@@ -324,6 +241,7 @@ class GRPOTrainer(RolloutTrainer):
 
     def load_state(self, state):
         self.position = state["position"]
+        self.batches.start = (self.step, self.position)
 
     def build(self):
         c, self.position = self.config, 0
@@ -351,4 +269,4 @@ class GRPOTrainer(RolloutTrainer):
 
     def load_reference(self, start) -> Engine | None:
         refreshed = self.source("reference") if self.config.refresh_reference else None
-        return super().load_reference(refreshed or start)
+        return super().load_reference(refreshed if refreshed and refreshed.is_dir() else start)

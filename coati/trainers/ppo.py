@@ -13,13 +13,12 @@ minibatches don't depend on the number of processes; dropout is off, so that a p
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from coati.config import option
 from coati.data import BatchSampler, collate_sft
 from coati.errors import UserError
 from coati.losses import (
@@ -44,48 +43,8 @@ from coati.rewards import RunningMoments
 from coati.rollout import Experience, Rollout
 from coati.rollout.experience import MicroBatches
 from coati.trainers.base import LossPart
-from coati.trainers.rollouts import RolloutConfig, RolloutTrainer, count_response_tokens
-
-
-@dataclass
-class PPOConfig(RolloutConfig):
-    """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
-
-    critic_model: str | None = option(None, "where the critic starts; the reward model, else --model, if not given")
-    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic")
-    critic_warmup: int = option(0, "iterations in which only the critic learns")
-    kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold")
-    kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves")
-    gamma: float = option(1.0, "discount a token")
-    gae_lambda: float = option(0.95, "GAE's trade of bias and variance")
-    whiten_advantages: bool = option(True, "advantages get mean 0 and standard deviation 1 over the global batch")
-    shared_trunk: bool = option(False, "policy and critic are two heads of one model: one forward pass gives both")
-    value_coefficient: float = option(0.1, "weight of the value loss beside the policy's, with shared_trunk")
-    value_clip: float = option(0.2, "how far a value may move in an iteration before it stops learning; 0 for no limit")
-    ptx_data: list[str] = option((), "SFT data mixed into the policy's loss, so that it keeps what it knew")
-    ptx_coefficient: float = option(0.0, "weight of that loss")
-
-    @property
-    def longest_row(self) -> int:
-        return max(super().longest_row, self.max_length) if self.ptx_data else super().longest_row
-
-    @property
-    def needs_reference(self) -> bool:
-        return super().needs_reference or self.kl_target is not None
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        if bool(self.ptx_data) != (self.ptx_coefficient > 0):
-            raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
-        if self.shared_trunk and self.model_parallel_size > 1:
-            raise UserError(
-                "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
-                "sequence parallelism, or shared_trunk"
-            )
-        if self.shared_trunk and self.learning_rate <= 0 < self.critic_learning_rate:
-            raise UserError("shared_trunk needs a learning_rate above 0: the value head's is a multiple of it")
-        if self.shared_trunk and self.critic_model:
-            raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
+from coati.trainers.config import PPOConfig
+from coati.trainers.rollouts import RolloutTrainer, count_response_tokens
 
 
 class PPOTrainer(RolloutTrainer):
@@ -265,13 +224,21 @@ class PPOTrainer(RolloutTrainer):
     # --- state
 
     def state(self):
-        return {"kl_coefficient": self.kl_coefficient, "score_moments": asdict(self.score_moments)}
+        state = {"kl_coefficient": self.kl_coefficient, "score_moments": asdict(self.score_moments)}
+        return state | ({} if self.ptx_data is None else {"ptx_rows": self.ptx_sampler.position(self.step)})
 
     def load_state(self, state):
-        self.kl_coefficient = state["kl_coefficient"]
+        if self.config.kl_target is not None:  # else it is what the settings say
+            self.kl_coefficient = state["kl_coefficient"]
         self.score_moments = RunningMoments(**state["score_moments"])
+        if self.ptx_data is not None and "ptx_rows" in state:
+            self.ptx_sampler.start = (self.step, state["ptx_rows"])
 
     # --- the four models
+
+    def longest_sequence(self):
+        text = 0 if self.ptx_data is None else int(self.ptx_data.lengths.max())
+        return max(super().longest_sequence(), text)
 
     def build(self):
         c = self.config

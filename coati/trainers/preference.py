@@ -17,17 +17,16 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.config import option
 from coati.data import collate_sft, collate_unpaired, exchange_answers
+from coati.data.dataset import writing
 from coati.data.sources import hash_file
-from coati.errors import UserError, refuse
+from coati.errors import UserError
 from coati.losses import kto_loss, preference_loss, response_targets
 from coati.losses.masking import keep
 from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
@@ -35,76 +34,10 @@ from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Engine, resolve_precision
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import REFERENCE_FREE, PreferenceConfig
 from coati.trainers.reward import RewardTrainer
 
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
-WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
-SMOOTHED = ("dpo", "robust", "simpo", "cpo")
-NORMALISABLE = ("dpo", "robust", "hinge", "cpo")
-CACHE_VERSION = 1  # count up whenever the same model and data give other log-probs
-
-
-@dataclass
-class PreferenceConfig(TrainerConfig):
-    """Settings of a preference run."""
-
-    loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "cpo", "kto"] = option(
-        "dpo", "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs"
-    )
-    beta: float = option(0.1, "scale of the rewards; with a reference, how strongly it holds the policy")
-    label_smoothing: float = option(0.0, "dpo, robust, simpo, cpo: share of the pairs labelled the wrong way round")
-    gamma: float = option(0.5, "simpo: the margin by which the chosen answer's reward should be the larger")
-    length_normalised: bool = option(False, "dpo, robust, hinge, cpo: average an answer's log-probs (others: always)")
-    nll_coefficient: float | None = option(
-        None, "weight of the chosen answers' negative log-likelihood a token (default: 1 for orpo and cpo, else 0)"
-    )
-    desirable_weight: float = option(1.0, "kto: weight of good answers")
-    undesirable_weight: float = option(1.0, "kto: weight of bad answers")
-    share_prompts: bool = option(
-        False, "read what a pair's answers both begin with once: faster where prompts are long (not for kto)"
-    )
-    cache_reference: bool = option(
-        False, "compute the reference's log-probs once, keep them in --cache_dir and leave its model out (not for kto)"
-    )
-
-    @property
-    def longest_row(self) -> int:
-        return self.max_length if self.loss == "kto" else 2 * self.max_length
-
-    @property
-    def nll_weight(self) -> float:
-        return float(self.loss in WITH_NLL) if self.nll_coefficient is None else self.nll_coefficient
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        most = 0.5 if self.loss == "robust" else 1.0
-        refusals = {
-            f"beta is {self.beta}: it must be above 0": self.beta <= 0,
-            f"label_smoothing is {self.label_smoothing}: it must be at least 0 and less than {most}": (
-                not 0 <= self.label_smoothing < most
-            ),
-            f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}": (
-                self.label_smoothing > 0 and self.loss not in SMOOTHED
-            ),
-            f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}": (
-                self.length_normalised and self.loss not in NORMALISABLE
-            ),
-            "kto has no chosen answers: leave nll_coefficient out": self.loss == "kto" and self.nll_weight != 0,
-            "kto pairs each prompt with another row's answer: batch_size must be at least 2": (
-                self.loss == "kto" and self.batch_size < 2
-            ),
-            "share_prompts reads a pair as one row: leave it out with kto, which has no pairs": (
-                self.share_prompts and self.loss == "kto"
-            ),
-            "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism": (
-                self.share_prompts and self.model_parallel_size > 1
-            ),
-            f"{self.loss} has no reference that stays the same for a row: leave cache_reference out": (
-                self.cache_reference and self.loss in (*REFERENCE_FREE, "kto")
-            ),
-        }
-        refuse(refusals)
+CACHE_VERSION = 2  # count up whenever the same model and data give other log-probs
 
 
 def preference_trainer(config: PreferenceConfig, runtime, **options) -> "PreferenceTrainer":
@@ -120,6 +53,7 @@ class PreferenceTrainer(RewardTrainer):
         cached: by the data's key, the reference's sums of log-probs of chosen and rejected answers, `[rows, 2]`.
     """
 
+    config: PreferenceConfig
     algorithm, model_class = "preference", Actor
     reference: Engine | None = None
 
@@ -214,7 +148,8 @@ class PreferenceTrainer(RewardTrainer):
                 stored = self.measure(data)
                 self.runtime.say(f"reference log-probs of {len(data)} rows: {path}")
                 if self.runtime.is_main:
-                    write_cache(path, stored)
+                    with writing(folder):
+                        write_cache(path, stored)
             self.cached[key] = stored
         self.reference = None
 
@@ -244,6 +179,10 @@ class KTOTrainer(PreferenceTrainer):
 
     kind, rows_per_sample = "unpaired", 1
     headline = ("loss", False)
+
+    def longest_sequence(self):
+        """Other rows' answers are put to each prompt."""
+        return self.config.max_length
 
     def collate(self, samples):
         return collate_unpaired(samples, self.pad_id)

@@ -5,35 +5,20 @@
 Both answers of a pair go through the model in one forward pass.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from coati.config import option
 from coati.data import collate_preference
 from coati.losses import pairwise_reward_loss
 from coati.models import RewardModel
 from coati.rollout.prompts import response_texts
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import RewardConfig
 from coati.trainers.supervised import SupervisedTrainer
-
-
-@dataclass
-class RewardConfig(TrainerConfig):
-    """Settings of a reward-model run."""
-
-    use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
-    label_smoothing: float = option(0.0, "share of the pairs taken to be labelled the wrong way round")
-    centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero")
-
-    @property
-    def longest_row(self) -> int:
-        return 2 * self.max_length
 
 
 class RewardTrainer(SupervisedTrainer):
     """Trains a `RewardModel` on pairs."""
 
+    config: RewardConfig
     algorithm, kind, model_class = "reward", "preference", RewardModel
     headline = ("accuracy", True)
     rows_per_sample = 2

@@ -3,14 +3,12 @@
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coati.config import option
 from coati.data import cut
 from coati.errors import UserError
 from coati.losses import kl_divergence, masked_sums, moments, policy_loss
@@ -18,60 +16,13 @@ from coati.losses.masking import keep
 from coati.models import RewardModel
 from coati.parallel import Engine, make_engine
 from coati.parallel.config import resolve_precision
-from coati.rewards import ModelReward, PendingScores, Scores, ScoringConfig, load_rewards
+from coati.rewards import ModelReward, PendingScores, Scores, load_rewards
 from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
 from coati.rollout.experience import MicroBatches
 from coati.rollout.generate import has_keys_and_values
 from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.base import Trainer
-from coati.trainers.config import TrainerConfig
-
-
-@dataclass
-class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
-    """Settings of runs that learn from their own answers; `steps` are iterations, `batch_size` the prompts of one."""
-
-    kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model")
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL a token, see docs/ppo.md")
-    kl_stop: float | None = option(None, "ends an iteration's updates when the policy has moved this far, nats a token")
-    ppo_epochs: int = option(2, "passes over an iteration's answers")
-    minibatches: int = option(1, "optimiser steps a pass")
-    clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this")
-    clip_high: float = option(0.2, "and from above at 1 + this")
-    dual_clip: float | None = option(None, "bound on the objective of bad actions, as a multiple of the advantage")
-    generation_batch_size: int = option(64, "answers drawn at a time on one process")
-    max_rollout_kl: float = option(0.1, "stop when sampling and training disagree by more than this, nats a token")
-
-    @property
-    def longest_row(self) -> int:
-        return self.max_prompt_length + self.max_new_tokens
-
-    @property
-    def answers(self) -> int:
-        """Answers that an iteration learns from."""
-        return self.batch_size
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_coefficient != 0
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
-        unit = self.minibatches * world_size
-        if self.batch_size % unit:
-            raise UserError(
-                f"batch_size {self.batch_size} is not a multiple of {unit} "
-                f"({self.minibatches} minibatches x {world_size} processes)"
-            )
-        if self.compile_generation and (self.plugin == "gemini" or self.model_parallel_size > 1):
-            raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
-        if self.rollout_engine == "vllm" and (self.plugin == "gemini" or self.model_parallel_size > 1):
-            raise UserError(
-                "vLLM takes models that are whole on every process: ddp, zero1, zero2, or --rollout_engine coati"
-            )
-        if self.num_beams > 1:
-            raise UserError("a policy learns from samples: leave num_beams at 1")
+from coati.trainers.config import RolloutConfig
 
 
 class RolloutTrainer(Trainer):
@@ -293,6 +244,11 @@ class RolloutTrainer(Trainer):
         self.times[f"seconds/{name}"] = self.times.get(f"seconds/{name}", 0.0) + time.monotonic() - started
 
     # --- data and models
+
+    def longest_sequence(self):
+        """A prompt and its answer."""
+        prompts = [int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None]
+        return max(prompts) + self.config.max_new_tokens
 
     def build(self):
         c, kind = self.config, self.algorithm.upper()

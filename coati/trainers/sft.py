@@ -6,32 +6,36 @@ The number counts the answer tokens of the whole step, over all ranks and micro-
 """
 
 import math
-from dataclasses import dataclass
 
 from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
-from coati.rollout import GenerationConfig, generate
+from coati.rollout import generate
 from coati.rollout.prompts import eos_ids, response_texts
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import SFTConfig
 from coati.trainers.supervised import SupervisedTrainer
-
-
-@dataclass
-class SFTConfig(TrainerConfig, GenerationConfig):
-    """Settings of an SFT run; the generation settings are those of the sample answers."""
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
 
 
 class SFTTrainer(SupervisedTrainer):
     """Trains an `Actor` on demonstrations."""
 
+    config: SFTConfig
     algorithm, kind, model_class = "sft", "sft", Actor
     headline = ("loss", False)
     generates = True
+
+    def longest_sequence(self):
+        """A row, or a sample answer with its prompt."""
+        asked = max((len(prompt) for prompt in self.sample_prompts()), default=None)
+        answered = 0 if asked is None else asked + self.config.max_new_tokens
+        return max(super().longest_sequence(), answered)
+
+    def sample_prompts(self) -> list[list[int]]:
+        """The first evaluation prompts, which are answered for the report."""
+        if self.eval_data is None or not self.generates:
+            return []
+        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
+        return [row.input_ids[: row.loss_mask.index(True)] for row in rows]
 
     def collate(self, samples):
         return collate_sft(samples, self.pad_id)
@@ -55,9 +59,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def samples(self, scores):
         """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
-        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
-        prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
-        engine = self.engines["model"]
+        prompts, engine = self.sample_prompts(), self.engines["model"]
         seeds = [[self.config.seed, place] for place in range(len(prompts))]
         with engine.full() as model:
             ends = eos_ids(self.tokenizer, model)

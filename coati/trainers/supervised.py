@@ -31,6 +31,9 @@ class SupervisedTrainer(Trainer):
         accumulates = rows > c.micro_batch_size
         self.engines = {"model": self.engine(model, accumulates=accumulates, generates=self.generates)}
 
+    def longest_sequence(self):
+        return max(int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None)
+
     def collate(self, samples: list) -> Any:
         """A batch from samples."""
         raise NotImplementedError
@@ -116,7 +119,8 @@ class SupervisedTrainer(Trainer):
             if (part_of_row == k).any():
                 metrics |= {f"{metric}/{name}": value for metric, value in self.averages(found[k]).items()}
         first = self.communicator.gather([pair for pair in scores.items() if pair[0] < self.config.samples])
-        return metrics, self.samples(dict(sorted(pair for part in first for pair in part)))
+        samples = self.samples(dict(sorted(pair for part in first for pair in part))) if self.config.samples else []
+        return metrics, samples
 
     def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
         """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real

@@ -252,7 +252,7 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(group_size=0), "group_size must be at least 1"),
+        (dict(group_size=0), "group_size is 0: it must be at least 1"),
         (dict(group_size=1), "group_size must be at least 2"),
         (dict(group_size=1, advantage="remax", dynamic_sampling=True), "group_size must be at least 2"),
         (dict(temperature=0.0), "temperature"),
