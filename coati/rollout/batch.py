@@ -19,10 +19,11 @@ class RolloutBatch:
     Per-token tensors are `[batch, seq]` and aligned with the tokens.
 
     Attributes:
+        samples: what the rows were made of.
         input_ids: int64.
         attention_mask: bool, False on padding.
         response_mask: bool, True on the tokens that the policy sampled; they may stand in several parts.
-        sampling_log_probs: float32, of those tokens at sampling; 0 elsewhere. None where a generator gave none.
+        sampling_log_probs: float32, of those tokens at sampling; 0 elsewhere.
         token_rewards: float32, 0 outside the response.
         lengths: tokens of each row, on the host.
         finished: bool `[batch]`, the response ended by itself.
@@ -30,10 +31,11 @@ class RolloutBatch:
         temperature: of the distribution that was sampled from; log-probs of it are meant throughout.
     """
 
+    samples: list[Sample]
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
-    sampling_log_probs: Tensor | None
+    sampling_log_probs: Tensor
     token_rewards: Tensor
     lengths: list[int]
     finished: Tensor
@@ -49,7 +51,7 @@ class RolloutBatch:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device) -> "RolloutBatch":
-        """A row per sample."""
+        """A row per sample; each must have log-probs."""
         lengths = [len(sample.tokens) for sample in samples]
         shape = (len(samples), max(lengths))
         input_ids = torch.full(shape, pad_id)
@@ -59,16 +61,15 @@ class RolloutBatch:
             input_ids[i, :length] = torch.tensor(sample.tokens)
             attention_mask[i, :length] = True
             response_mask[i, :length] = torch.tensor(sample.response_mask)
-            if sample.log_probs is not None:
-                log_probs[i, :length] = torch.tensor(sample.log_probs)
+            log_probs[i, :length] = torch.tensor(sample.log_probs)
             if sample.token_rewards is not None:
                 token_rewards[i, :length] = torch.tensor(sample.token_rewards)
-        known = all(sample.log_probs is not None for sample in samples)
         return cls(
+            samples=list(samples),
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             response_mask=response_mask.to(device),
-            sampling_log_probs=log_probs.to(device) if known else None,
+            sampling_log_probs=log_probs.to(device),
             token_rewards=token_rewards.to(device),
             lengths=lengths,
             finished=torch.tensor([not sample.truncated for sample in samples], device=device),
@@ -84,22 +85,22 @@ class Experience:
     Per-token tensors are float32 `[batch, seq]`, aligned with the tokens and meaningless outside `response_mask`.
 
     Attributes:
-        input_ids: int64 `[batch, seq]`; attention_mask, response_mask: bool `[batch, seq]`; lengths: as a batch's.
+        input_ids, attention_mask, lengths, temperature: as `RolloutBatch` has them.
+        response_mask: bool `[batch, seq]`, the tokens that are learned.
         log_probs: of the policy that sampled, as training computes them.
         reference_log_probs: of the reference model.
         advantages: what the policy learns from.
         values, returns: the critic's estimate before each token, and what it learns; None without a critic.
-        temperature: that the log-probs are at.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
     lengths: list[int]
+    temperature: float
     log_probs: Tensor
     reference_log_probs: Tensor
     advantages: Tensor
-    temperature: float
     values: Tensor | None = None
     returns: Tensor | None = None
 
@@ -110,14 +111,47 @@ class Experience:
         """Some rows, without the columns that only other rows need."""
         return take_rows(self, index)
 
+    @classmethod
+    def of(
+        cls,
+        batch: RolloutBatch,
+        learned: Tensor,
+        log_probs: Tensor,
+        reference_log_probs: Tensor,
+        advantages: Tensor,
+        values: Tensor | None = None,
+        returns: Tensor | None = None,
+    ) -> "Experience":
+        """A batch with what was found out about it, all `[batch, seq]`.
+
+        Args:
+            learned: its response tokens, or some of them.
+        """
+        return cls(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            response_mask=learned,
+            lengths=batch.lengths,
+            temperature=batch.temperature,
+            log_probs=log_probs,
+            reference_log_probs=reference_log_probs,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+        )
+
 
 def take_rows(batch: Batch, index: Sequence[int]) -> Batch:
     """Some rows of a batch, cut to the longest of them."""
-    lengths = [batch.lengths[i] for i in index]
-    rows, taken = torch.as_tensor(index, device=batch.input_ids.device), {"lengths": lengths}
+    index = list(index)
+    rows = torch.tensor(index, device=batch.input_ids.device)
+    longest = max(batch.lengths[i] for i in index)
+    taken = {}
     for name in (field.name for field in fields(batch)):
         value = getattr(batch, name)
-        if isinstance(value, Tensor):
+        if isinstance(value, list):
+            taken[name] = [value[i] for i in index]
+        elif isinstance(value, Tensor):
             some = value[rows]
-            taken[name] = some[:, : max(lengths)] if some.ndim == 2 else some
+            taken[name] = some[:, :longest] if some.ndim == 2 else some
     return replace(batch, **taken)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from coati.rewards import Scorer
 from coati.rollout.batch import RolloutBatch
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.samples import Sample, SampleGroup
@@ -33,6 +33,12 @@ class Prompt:
     text: str
     columns: dict[str, Any]
 
+    @classmethod
+    def of(cls, sample: Sample) -> "Prompt":
+        """What was asked for a sample, without noise to draw from."""
+        first = sample.response_mask.index(True)
+        return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
+
 
 class RolloutSource(Protocol):
     """Gives an algorithm finished, scored samples."""
@@ -44,8 +50,8 @@ class RolloutSource(Protocol):
     def state(self) -> dict[str, Any]:
         """What must be remembered to go on, as JSON."""
 
-    def load_state(self, state: dict[str, Any]):
-        """The inverse of `state`."""
+    def load_state(self, state: dict[str, Any], k: int):
+        """The inverse of `state`; iteration k comes next."""
 
 
 class ScoredGeneration:
@@ -138,7 +144,7 @@ class SynchronousRollouts:
         max_refills: None to take every group as it is.
 
     Attributes:
-        position: rows of the data, epoch after epoch, that have been drawn; with `max_refills` it is state.
+        position: rows of the data, epoch after epoch, that have been drawn.
     """
 
     def __init__(
@@ -157,7 +163,7 @@ class SynchronousRollouts:
     ):
         self.generation, self.data, self.order, self.shape, self.ranks = generation, data, order, shape, ranks
         self.seed, self.sampling, self.pad_id, self.device = seed, sampling, pad_id, device
-        self.max_refills, self.position = max_refills, 0
+        self.max_refills, self.position = max_refills, order.start[1]
 
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
@@ -171,15 +177,17 @@ class SynchronousRollouts:
 
     def prompts_of(self, k: int) -> list[Prompt]:
         """This rank's prompts of iteration k where every group is taken as it is."""
-        self.position = k * self.shape.prompts
+        self.position = self.order.position(k)
         mine = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
         return self._prompts(k, mine)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
 
-    def load_state(self, state: dict[str, Any]):
-        self.position = state["position"]
+    def load_state(self, state: dict[str, Any], k: int):
+        if "position" in state:  # PPO's first checkpoints have none
+            self.position = state["position"]
+            self.order.start = (k, self.position)
 
     def _take_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
         found = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
@@ -216,9 +224,8 @@ class SynchronousRollouts:
 
     def _draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
         """The next rows of the data, each with how often the iteration has drawn it before."""
-        size, rows = self.shape.prompts, [row for row, _ in before]
-        for place in range(self.position, self.position + count):
-            rows.append(self.order.batch(place // size)[place % size])
+        rows = [row for row, _ in before]
+        rows += [self.order.row(place) for place in range(self.position, self.position + count)]
         self.position += count
         return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
 
