@@ -30,3 +30,11 @@ class Reward:
 
     def load(self):
         """Gets ready in the process that it works in; what can fail for good fails here."""
+
+
+def columns_of(samples: Sequence[Sample]) -> dict[str, list]:
+    """The data's other fields of each sample's row, None where a row lacks one, and whether its response was cut
+    (`truncated`)."""
+    names = dict.fromkeys(name for sample in samples for name in sample.columns)
+    columns = {name: [sample.columns.get(name) for sample in samples] for name in names}
+    return columns | {"truncated": [sample.truncated for sample in samples]}

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from coati.config import Settings, option
 from coati.errors import UserError
+from coati.rewards.answers import Style
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     import torch
 
-    from coati.rewards.base import Reward, WeightedRewards
+    from coati.rewards.base import Reward
+    from coati.rewards.scorer import Scorer
 
 PLAIN = "{prompt}{response}"
 
@@ -32,7 +34,14 @@ class ScoringConfig(Settings):
         "rewards by rule: math, gsm8k, choice, exact, regex, format, json, reasoning_gym, python; see docs/rewards.md",
     )
     verifier_weights: list[float] | None = option(None, "one weight a verifier; 1 each if not given")
-    answer_column: str = option("answer", "the data's column with the right answer, for verifiers")
+    answer_column: str = option(
+        "answer", "the data's column with the right answer, for verifiers; a.b for the field b of an object a"
+    )
+    answer_style: Style = option(
+        "stated",
+        "what math, gsm8k and choice read: boxed (a box alone), marked (also what follows `The answer is` or ####), "
+        "stated (also a last line that is the answer), anywhere (also the last number of all); see docs/rewards.md",
+    )
     regex_pattern: str | None = option(
         None, "what the verifier regex looks for; its first group, if any, is the answer"
     )
@@ -81,7 +90,7 @@ class ScoringConfig(Settings):
 
 def load_rewards(
     config: ScoringConfig, model: Reward | None = None, device: torch.device | str = "cpu", given: Sequence[Reward] = ()
-) -> WeightedRewards:
+) -> Scorer:
     """The rewards of a run.
 
     Args:
@@ -93,9 +102,9 @@ def load_rewards(
         UserError: no reward at all, or not one weight a function, verifier, classifier or endpoint; one can't be
             loaded.
     """
-    from coati.rewards.base import WeightedRewards
     from coati.rewards.function import load_function
     from coati.rewards.http import HTTPReward
+    from coati.rewards.scorer import Scorer
     from coati.rewards.verifiable import make_verifier
 
     c = config
@@ -118,7 +127,7 @@ def load_rewards(
             "--reward_classifiers FOLDER or --reward_urls URL"
         )
     limits = dict(timeout=c.reward_timeout, failure_score=c.reward_failure_score)
-    return WeightedRewards(rewards, workers=c.reward_workers, **limits)
+    return Scorer(rewards, workers=c.reward_workers, **limits)
 
 
 def _weighted(kind: str, sources: list[str], weights: list[float] | None) -> list[tuple[str, float]]:
