@@ -235,9 +235,19 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
         return self.max_prompt_length + self.max_new_tokens
 
     @property
-    def answers(self) -> int:
-        """Answers that an iteration learns from."""
+    def responses(self) -> int:
+        """Responses that an iteration learns from."""
         return self.batch_size
+
+    @property
+    def shared_prefix_group(self) -> int:
+        """Responses that are read as one row; 1 for each alone."""
+        return 1
+
+    @property
+    def refills(self) -> int | None:
+        """How often an iteration may draw further prompts; None where it takes all that it has drawn."""
+        return None
 
     @property
     def needs_reference(self) -> bool:
@@ -350,13 +360,16 @@ class GRPOConfig(RolloutConfig):
     share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
 
     @property
-    def answers(self) -> int:
+    def responses(self) -> int:
         return self.batch_size * self.group_size
 
     @property
-    def members(self) -> int:
-        """Answers that are read as one row."""
+    def shared_prefix_group(self) -> int:
         return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
+
+    @property
+    def refills(self) -> int | None:
+        return self.max_refills if self.dynamic_sampling else None
 
     def check(self, world_size: int):
         super().check(world_size)

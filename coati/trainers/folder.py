@@ -20,7 +20,7 @@ from coati.tracking import read_metrics
 from coati.tracking.files import to_json
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
 from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
-from coati.trainers.resume import changed_settings, lines_of, refuse_other_models
+from coati.trainers.resume import UNSAID, changed_settings, lines_of, refuse_other_models
 
 
 class RunFolder:
@@ -65,8 +65,9 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, as JSON has them."""
-        return json.loads(to_json(dataclasses.asdict(self.config)))
+        """The settings that a checkpoint tells, as JSON has them."""
+        settings = json.loads(to_json(dataclasses.asdict(self.config)))
+        return {name: value for name, value in settings.items() if name not in UNSAID}
 
     # --- saving
 
