@@ -1,4 +1,4 @@
-"""What a rollout leaves: samples, token by token. Free of torch, since the processes that score samples do without it."""
+"""What a rollout leaves: samples, token by token. Free of torch, as the processes that score samples are."""
 
 from dataclasses import dataclass, field
 from typing import Any

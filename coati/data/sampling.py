@@ -114,7 +114,9 @@ def shard_batch(
     """This rank's micro-batches of a global batch.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
-    the same number of micro-batches, see `split_micro_batches`. Raises `UserError` when the ranks cannot get equally many rows.
+    the same number of micro-batches, see `split_micro_batches`.
+
+    Raises `UserError` when the ranks cannot get equally many rows.
     """
     if len(batch) % world_size:
         raise UserError(f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either.")

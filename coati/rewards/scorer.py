@@ -47,9 +47,7 @@ class Scorer:
         """Has a finished sample scored by the rewards that work in processes of their own, for `score` to collect."""
         return {name: self.pool.submit(name, sample) for name in self.pooled}
 
-    def score(
-        self, samples: Sequence[Sample], begun: "Sequence[dict[str, Future[Outcome]]]" = ()
-    ) -> dict[str, float]:
+    def score(self, samples: Sequence[Sample], begun: "Sequence[dict[str, Future[Outcome]]]" = ()) -> dict[str, float]:
         """Fills in what the samples earned: `rewards`, `failed`, `score` and `token_rewards`. A sample that no reward
         has an opinion on gets 0, and a line in the log.
 
@@ -153,8 +151,8 @@ def _number(name: str, value, sample: Sample, must: str) -> float | None:
         raise UserError(f"reward {name!r} gave {str(value)[:80]}: {must}") from error
     if not math.isfinite(number):
         raise UserError(
-            f"reward {name!r} gave {number} for the response {sample.response[:80]!r}: a reward must be finite, or None "
-            "for a response that it has no opinion on"
+            f"reward {name!r} gave {number} for the response {sample.response[:80]!r}: a reward must be finite, or "
+            "None for a response that it has no opinion on"
         )
     return number
 

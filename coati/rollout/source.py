@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from coati.config.generation import GenerationConfig
 from coati.rewards import Scorer
 from coati.rollout.batch import RolloutBatch
-from coati.config.generation import GenerationConfig
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.samples import Sample, SampleGroup

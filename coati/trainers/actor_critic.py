@@ -45,9 +45,7 @@ class PolicyAndCritic(Protocol):
     def evaluate(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> Evaluation:
         """Log-probs and values of iteration k's batch, whose `parts` are the rows of its micro-batches."""
 
-    def update(
-        self, micro_batches: list[Experience], texts: list[SFTBatch], k: int, rates: Rates
-    ) -> dict[str, float]:
+    def update(self, micro_batches: list[Experience], texts: list[SFTBatch], k: int, rates: Rates) -> dict[str, float]:
         """One optimizer step of both, on this rank's micro-batches; returns its metrics.
 
         Args:

@@ -1,5 +1,5 @@
-"""Preference optimization on pairs: a policy learns from pairs of responses without a reward model (DPO: Rafailov et al.,
-2305.18290; IPO, SimPO, ORPO and the others are named in coati/losses/preference.py).
+"""Preference optimization on pairs: a policy learns from pairs of responses without a reward model (DPO: Rafailov et
+al., 2305.18290; IPO, SimPO, ORPO and the others are named in coati/losses/preference.py).
 
 One step:
     1. the reference's log-probs of both responses of each pair (`preference.py`)

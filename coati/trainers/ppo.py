@@ -94,9 +94,7 @@ class PPOTrainer(RolloutTrainer):
         rates = Rates(self.learning_rate(k, c.learning_rate), self.learning_rate(k, c.critic_learning_rate))
         texts = self.texts(k)
         with clock("learn"):
-            metrics |= learn(
-                experience, self.batching, c, k, lambda micro: self.models.update(micro, texts, k, rates)
-            )
+            metrics |= learn(experience, self.batching, c, k, lambda micro: self.models.update(micro, texts, k, rates))
 
         metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
         metrics |= value_metrics(values, returns, mask, self.ranks)

@@ -1,4 +1,4 @@
-"""The reference of preference optimization: the log-probs of whole responses under the policy that a run starts from."""
+"""The reference of preference optimization: log-probs of whole responses under the policy that a run starts from."""
 
 import hashlib
 import json

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models import RewardModel
@@ -196,4 +194,3 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }
-

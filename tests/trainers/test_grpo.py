@@ -54,14 +54,14 @@ def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny
     trainer.actor.module.next_logits = lambda ids, *a, **k: (read.append(ids.shape), next_logits(ids, *a, **k))[1]
     trainer.set_temperature(0)
     rollout, _ = trainer.collect(0)
-    assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.batches.batch(0)})
+    assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.order.batch(0)})
     answers = rollout.response_ids()
     assert len(answers) == 8 * 4 and all(len({*map(tuple, answers[i : i + 4])}) > 1 for i in range(0, 32, 4))
     prompts = [
         ids[~mask & seen].tolist()
         for ids, mask, seen in zip(rollout.input_ids, rollout.response_mask, rollout.attention_mask, strict=True)
     ]
-    assert prompts == [trainer.data[row].input_ids for row in trainer.batches.batch(0) for _ in range(4)]
+    assert prompts == [trainer.data[row].input_ids for row in trainer.order.batch(0) for _ in range(4)]
 
 
 def test_the_loss_sees_what_the_rewards_gave(tiny_world, runtime, tmp_path):
@@ -78,7 +78,7 @@ def test_the_loss_sees_what_the_rewards_gave(tiny_world, runtime, tmp_path):
 def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_path):
     options = dict(advantage="rloo", kl_in="reward", kl_estimator="k1", kl_coefficient=0.3)
     trainer = make(tiny_world, runtime, tmp_path, **options)
-    trainer.reference.module.model.lm_head.weight.data.mul_(0.5)
+    trainer.reference.engine.module.model.lm_head.weight.data.mul_(0.5)
     trainer.set_temperature(0)
     rollout, _ = trainer.collect(0)
     experience, metrics = trainer.experience(rollout)
@@ -190,7 +190,7 @@ def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_pat
     trainer = make(tiny_world, runtime, tmp_path, advantage="remax", group_size=2, minibatches=1)
     trainer.set_temperature(0)
     rollout, _ = trainer.collect(0)
-    prompts = [trainer.data[row] for row in trainer.batches.batch(0)]
+    prompts = [trainer.data[row] for row in trainer.order.batch(0)]
     greedy = make(tiny_world, runtime, tmp_path / "greedy").answer(
         prompts, [9] * 8, dataclasses.replace(trainer.config, temperature=0.0)
     )

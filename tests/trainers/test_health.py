@@ -118,7 +118,7 @@ def test_models_are_counted_apart_and_a_skipped_update_leaves_the_metrics_of_the
 def test_a_kl_that_is_not_finite_does_not_spoil_its_coefficient(tiny_world, runtime, tmp_path):
     changes = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, micro_batch_size=8, max_skipped_steps=9)
     trainer = make("ppo", tiny_world, runtime, tmp_path, **changes)
-    trainer.reference.module.model.lm_head.weight.data.fill_(math.nan)
+    trainer.reference.engine.module.model.lm_head.weight.data.fill_(math.nan)
     metrics, _ = trainer.train_step(0)
     assert math.isnan(metrics["kl"]) and trainer.kl_coefficient == trainer.config.kl_coefficient
     assert trainer.skipped_steps > 0
@@ -126,7 +126,7 @@ def test_a_kl_that_is_not_finite_does_not_spoil_its_coefficient(tiny_world, runt
 
 def test_both_estimates_of_the_kl_and_how_answers_end_are_logged(tiny_world, runtime, tmp_path):
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0, kl_estimator="k2", learning_rate=0.0)
-    head = trainer.reference.module.model.lm_head.weight.data
+    head = trainer.reference.engine.module.model.lm_head.weight.data
     head.mul_(0.5)  # now the reference differs from the policy
     prompts = trainer.take_prompts(0)
     rollout = trainer.answer(prompts)

@@ -96,7 +96,7 @@ def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, t
 def test_the_steps_loss_is_the_oracles_on_log_probs_of_plain_transformers(loss, tiny_world, runtime, tmp_path):
     """The policy and, as the reference, the model in the folder that the run started from; the answers' tokens only."""
     trainer = moved(tiny_world, runtime, tmp_path, loss=loss, nll_coefficient=0.3, beta=0.4, learning_rate=0.0)
-    pairs = [trainer.data[row] for row in trainer.batches.batch(0)]
+    pairs = [trainer.data[row] for row in trainer.order.batch(0)]
     chosen, rejected = (answers_of(trainer, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected"))
     found, _ = trainer.train_step(0)
     _, expected = oracle.preference_loss(loss, chosen, rejected, len(pairs), 0.4, 0.0, 0.5, 0.3)
@@ -114,7 +114,7 @@ def test_the_kto_loss_is_the_oracles_with_the_kl_of_exchanged_answers(tiny_world
     settings = dict(loss="kto", beta=0.4, undesirable_weight=1.5, model=str(tmp_path / "bad"))
     trainer = make(tiny_world, runtime, tmp_path / "run", **settings)
     trainer.engines["model"].module.model.load_state_dict(first)
-    rows = sorted(trainer.batches.batch(0))
+    rows = sorted(trainer.order.batch(0))
     samples = [trainer.data[row] for row in rows]
     mixed = []
     for i, asked in enumerate(samples):
@@ -358,7 +358,7 @@ def test_exchanged_answers_belong_to_other_prompts_and_keep_to_the_length(tiny_w
 def test_kto_batches_are_not_sorted_into_one_sort(tiny_world, runtime, tmp_path):
     """The chosen answers here are the longer ones."""
     trainer = make(tiny_world, runtime, tmp_path, loss="kto")
-    shares = [sum(trainer.data[row].desirable for row in trainer.batches.batch(k)) / 8 for k in range(10)]
+    shares = [sum(trainer.data[row].desirable for row in trainer.order.batch(k)) / 8 for k in range(10)]
     assert sum(shares) == 5.0 and all(0 < share < 1 for share in shares)
 
 

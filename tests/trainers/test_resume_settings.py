@@ -35,7 +35,7 @@ def checkpoint(tiny_world, runtime, tmp_path_factory):
 
 
 def rows_of(trainer, steps) -> list[int]:
-    return [row for step in steps for row in trainer.batches.batch(step)]
+    return [row for step in steps for row in trainer.order.batch(step)]
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo"])
@@ -71,7 +71,7 @@ def test_so_do_batches_of_a_third_size_and_those_of_the_first_again(checkpoint, 
 
 def prompts_drawn(trainer) -> list[int]:
     """The rows that the next iteration of GRPO draws."""
-    trainer.position = trainer.batches.position(trainer.step)
+    trainer.position = trainer.order.position(trainer.step)
     return [row for row, _ in trainer.draw([], trainer.config.batch_size)]
 
 

@@ -86,7 +86,7 @@ def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runti
     trainer = make(tiny_world, runtime, tmp_path, policy=policy, rewards=[Short()], **changes)
     trainer.train()
     assert not torch.equal(policy.state_dict()[head], before)
-    assert trainer.reference.module.model is not base
+    assert trainer.reference.engine.module.model is not base
     first = next(row for row in read_metrics(tmp_path) if "kl" in row)
     assert first["kl"] == 0 and "reward/short" in first
 

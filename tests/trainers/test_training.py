@@ -140,7 +140,7 @@ def test_each_of_several_evaluation_files_is_measured_as_if_it_were_alone(algori
 def test_every_epoch_sees_every_row_in_another_order(tiny_world, runtime, tmp_path):
     """PITFALL 25: the shuffle changes from epoch to epoch and no epoch is short."""
     trainer = make("sft", tiny_world, runtime, tmp_path)
-    epochs = [[row for k in range(e * 5, e * 5 + 5) for row in trainer.batches.batch(k)] for e in range(3)]
+    epochs = [[row for k in range(e * 5, e * 5 + 5) for row in trainer.order.batch(k)] for e in range(3)]
     assert all(sorted(rows) == list(range(40)) for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -194,7 +194,7 @@ def test_forward_passes_that_are_not_needed_are_left_out(tiny_world, runtime, tm
 def test_rewards_stand_on_the_last_response_token_and_kl_on_all(tiny_world, runtime, tmp_path):
     """PITFALL 1, 2, 3 and 5: score on the last response token; values and KL of response tokens only; KL >= 0 here."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0, kl_estimator="k3", whiten_advantages=False)
-    trainer.reference.module.model.lm_head.weight.data.mul_(0.5)  # now the reference differs from the policy
+    trainer.reference.engine.module.model.lm_head.weight.data.mul_(0.5)  # now the reference differs from the policy
     prompts = trainer.take_prompts(0)
     rollout = trainer.answer(prompts)
     scores, *_ = trainer.score(prompts, rollout)
