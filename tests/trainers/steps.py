@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
-from coati.rollout import prompt_of
+from coati.rollout import Experience, RolloutBatch, prompt_of
 from tests.conftest import settings_for, trainer_classes
 
 # name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
@@ -117,6 +118,57 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
     how = ("seconds/", "padding_share")
     metrics = {name: value for name, value in metrics.items() if not name.startswith(how)}
     return metrics, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What an iteration of PPO or GRPO went through."""
+
+    batch: RolloutBatch
+    experience: Experience
+    metrics: dict[str, float]
+
+
+def iterate(
+    trainer, k: int = 0, change: Callable[[RolloutBatch], RolloutBatch] | None = None, learns: bool = False
+) -> Iteration:
+    """The trainer's real iteration k.
+
+    Args:
+        change: makes another batch of what was sampled.
+        learns: False to leave the models as they are.
+    """
+    seen: dict[str, Any] = {}
+    rollouts = trainer.rollouts.next
+
+    def changed(k):
+        batch, metrics = rollouts(k)
+        seen["batch"] = change(batch) if change else batch
+        return seen["batch"], metrics
+
+    def learn(function, experience, *arguments):
+        seen["experience"] = experience
+        return function(experience, *arguments) if learns else {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.rollouts, "next", changed)
+        _wrap(patch, "learn", learn)
+        metrics = trainer.step(k)
+    return Iteration(**seen, metrics=metrics)
+
+
+def change_losses(engine, change: Callable):
+    """Has the engine's updates use `change(loss, metrics)` of each micro-batch's part of a loss and its metrics."""
+    update_of = engine.update
+
+    @contextmanager
+    def changed(rate):
+        with update_of(rate) as update:
+            add = update.add
+            update.add = lambda parts, inputs, loss, count: add(parts, inputs, lambda *a: change(*loss(*a)), count)
+            yield update
+
+    engine.update = changed
 
 
 def run_job(job: dict, runtime) -> list[dict[str, float]]:
