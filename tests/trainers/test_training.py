@@ -231,6 +231,7 @@ def test_the_reference_stays_the_first_policy_after_a_resume(tiny_world, runtime
 def test_sampling_and_training_that_disagree_stop_the_run(tiny_world, runtime, tmp_path):
     """PITFALL 32: a planted mismatch is noticed."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
+
     def spoil(batch):
         trainer.actor.module.model.lm_head.weight.data.mul_(30)
         return batch
