@@ -448,7 +448,7 @@ def test_rewards_are_called_with_every_name_that_is_not_reserved():
     for name in ("prompts", "responses"):
         assert name in RESERVED
         sample.columns = {name: "x"}
-        with pytest.raises(TypeError):
+        with pytest.raises(UserError, match="multiple values"):
             scorer.score([sample])
 
 
