@@ -1,4 +1,4 @@
-"""Preference optimization: `colossalai run --nproc_per_node 2 examples/train_preference.py --config FILE.yaml`, as `coati dpo`."""
+"""Preferences: `colossalai run --nproc_per_node 2 examples/train_preference.py --config FILE.yaml`, as `coati dpo`."""
 
 from coati.commands import train
 

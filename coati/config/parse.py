@@ -57,9 +57,8 @@ def parse_settings(
         origin: what errors call the settings.
     """
     hints = get_type_hints(config_class)
-    flags, unknown = _parser(config_class, hints, description, defaults or {}).parse_known_args(
-        [_with_underscores(word, hints) for word in argv]
-    )
+    parser = _parser(config_class, hints, description, defaults or {})
+    flags, unknown = parser.parse_known_args([_with_underscores(word, hints) for word in argv])
     if unknown:
         raise UserError(f"{unknown[0]!r} is no flag of this command: --help lists them")
     values: dict[str, Any] = dict(defaults or {})
