@@ -93,8 +93,10 @@ class Verifier(Reward):
         if not has(row, column):
             raise self.no_column(row, column)
         given = look_up(row, column)
-        if given is None or given == []:
+        if given is None:
             raise ValueError(f"the row has no {column!r}")
+        if given == []:
+            raise ValueError(f"the row has no {column}: the list is empty")
         refuse_objects(given, column)
         return [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
 

@@ -92,6 +92,9 @@ class RolloutTrainer(Trainer):
             )
         self.reference = self.build_reference()
         scorer = load_rewards(c, self.load_reward_model(), self.runtime.device, self.given_rewards)
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                scorer.check([data[row].columns for row in range(0, len(data), 1 + len(data) // 1000)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
@@ -186,11 +189,13 @@ class RolloutTrainer(Trainer):
 def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
+    failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
     return {
         "prompt": sample.prompt,
         "response": sample.response,
         "reward": sample.total_reward,
         **rewards,
+        **failed,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }

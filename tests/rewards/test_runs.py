@@ -12,14 +12,13 @@ from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
 
 RULES = """
-class Tokens:
-    name = "even"
+from coati.rewards import Reward
 
-    def score(self, prompts, responses, **columns):
-        raise AssertionError
+class Tokens(Reward):
+    name, on_tokens = "even", True
 
-    def score_tokens(self, prompts, responses, *, input_ids, **columns):
-        return (input_ids % 2 == 0).float() + input_ids / 1000
+    def score(self, samples):
+        return [[float(token % 2 == 0) + token / 1000 for token in sample.tokens] for sample in samples]
 
 even = Tokens()
 """
@@ -54,24 +53,31 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
     assert sum(trained[0][f"seconds/reward/{name}"] for name in weights) <= trained[0]["seconds/score"]
 
 
-def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path):
-    """Normalising and clipping leave it alone: they are for the scores of whole answers."""
+def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path, monkeypatch):
+    """Normalising and clipping leave it alone: they are for the scores of whole responses."""
+    from coati.trainers import ppo
+
+    gae, seen = ppo.gae, []
     (tmp_path / "rules.py").write_text(RULES)
     places = [f"{tmp_path}/rules.py:even", tiny_world["rewards"] + ":length"]
     changes = dict(reward_functions=places, reward_function_weights=[3.0, 1.0], temperature=1.0)
     changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalise_reward=True)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scores, token_rewards, metrics = trainer.score(prompts, rollout)
-    experience, _ = trainer.experience(rollout, scores, token_rewards)
-    assert scores.abs().max() == 0.25
-    ids, mask = rollout.input_ids, rollout.response_mask
+    monkeypatch.setattr(
+        ppo, "gae", lambda values, rewards, mask, *a: seen.append(rewards) or gae(values, rewards, mask, *a)
+    )
+    rollouts, batches = trainer.rollouts.next, []
+    monkeypatch.setattr(trainer.rollouts, "next", lambda k: batches.append(rollouts(k)) or batches[-1])
+    metrics = trainer.step(0)
+    [(batch, _)], [rewards] = batches, seen
+    ids, mask = batch.input_ids, batch.response_mask
     expected = torch.where(mask, 3.0 * ((ids % 2 == 0).float() + ids / 1000), 0.0)
     assert metrics["reward/even"] == pytest.approx(expected.sum(1).mean().item() / 3, rel=1e-5)
+    of_responses = (rewards - expected).sum(1)
+    assert of_responses.abs().max() == pytest.approx(0.25) and len(of_responses.unique()) > 1
     last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
-    expected[torch.arange(len(ids)), last] += scores
-    torch.testing.assert_close(experience.rewards, expected)
+    expected[torch.arange(len(ids)), last] += of_responses
+    torch.testing.assert_close(rewards, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -117,34 +123,35 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
     AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
     changes = dict(reward_model=str(tmp_path / "judge"), reward_functions=[])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    assert trainer.critic.module.value_head.weight.equal(classifier.score.weight)
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scored, _ = trainer.judge(prompts, rollout)
+    assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
+    batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
         expected = [
             classifier.eval()(ids[mask][None]).logits[0, 0]
-            for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
-    torch.testing.assert_close(scored.total, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.scores, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_answers_are_scored_while_others_are_generated(tiny_world, runtime, tmp_path, monkeypatch):
+def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tmp_path, monkeypatch):
     """In a process of their own, and with the same scores."""
     (tmp_path / "rules.py").write_text("def words(prompts, responses, **c):\n    return [len(r) for r in responses]\n")
     (tmp_path / "rules.py").open("a").write("words.per_response = True\n")
     changes = dict(reward_functions=[f"{tmp_path}/rules.py:words"], reward_workers=1, max_rollout_kl=9.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    submitted, submit = [], trainer.rewards.pool.submit
-    monkeypatch.setattr(trainer.rewards.pool, "submit", lambda *asked: submitted.append(asked) or submit(*asked))
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    assert len(submitted) == len(prompts), "all were submitted before generation was over"
-    scored, responses = trainer.judge(prompts, rollout)
-    assert len(submitted) == len(prompts), "none was asked for again"
-    assert scored.total.tolist() == [len(text) for text in responses]
-    assert scored.total.tolist() == trainer.judge(prompts, rollout)[0].total.tolist()
-    trainer.rewards.pool.close()
+    scorer, begun = trainer.generation.scorer, []
+    submit, score = scorer.pool.submit, scorer.score
+    monkeypatch.setattr(scorer.pool, "submit", lambda *asked: begun.append(asked) or submit(*asked))
+    before = []
+    monkeypatch.setattr(scorer, "score", lambda *given: before.append(len(begun)) or score(*given))
+    batch, _ = trainer.rollouts.next(0)
+    assert before == [len(batch)], "all were begun before generation was over"
+    assert len(begun) == len(batch), "none was asked for again"
+    expected = [len(sample.response) for sample in batch.samples]
+    assert batch.scores.tolist() == expected and len(set(expected)) > 1
+    score(batch.samples)
+    assert [sample.score for sample in batch.samples] == expected
+    scorer.pool.close()
 
 
 def test_the_documented_settings_parse(tmp_path):
