@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from coati.errors import UserError
-from coati.rewards.answers import Style, extract_letters, extract_number, stated_answer
+from coati.rewards.answers import Style, extract_letters, extract_number, plain, stated_answer
 from coati.rewards.base import Reward
 from coati.rewards.sandbox import check_sandbox, run_tests
 from coati.samples import Sample
@@ -122,7 +122,8 @@ class Verifier(Reward):
 class MathVerifier(Verifier):
     """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
 
-    A number's right answer is a number: "67 - 67" is none, lest the question be paid for.
+    A number's right answer is a number: "67 - 67" is none, lest the question be paid for. Nor is an expression right
+    that stands in the prompt, unless it is written as the right answer is.
 
     Args:
         answer_style: what counts as an answer, see `coati.rewards.answers`.
@@ -141,7 +142,8 @@ class MathVerifier(Verifier):
             if (wanted := extract_number(right, "stated")) is not None:
                 equal = number is not None and same_number(wanted, number, right, given)
             else:
-                equal = self.same_expression(right, text if self.answer_style == "anywhere" and not given else given)
+                found = text if self.answer_style == "anywhere" and not given else given
+                equal = not is_of_prompt(found, sample.prompt, right) and self.same_expression(right, found)
             if equal:
                 return True
         return False
@@ -360,7 +362,8 @@ class ReasoningGymVerifier(Verifier):
 class PythonVerifier(Verifier):
     """The response's program passes the tests of its row in the sandbox.
 
-    Of several fenced blocks the program is the last one that defines a name which the tests use.
+    Of several fenced blocks the program is the last one that defines a name which the tests use. What stands in a
+    thought is none.
     """
 
     tests_column: str = "tests"
@@ -382,7 +385,10 @@ class PythonVerifier(Verifier):
         if not tests.strip():
             raise ValueError("the row has no tests")
         names = {*re.findall(r"[^\W\d]\w*", tests)} - defined(tests)
-        program = fenced(sample.response, lambda block: names & defined(block), "python", "python3", "py", "py3")
+        text = after_thought(sample)
+        if tagged := re.fullmatch(r"\s*<answer>(.*)</answer>\s*", text, re.DOTALL):
+            text = tagged[1]
+        program = fenced(text, lambda block: names & defined(block), "python", "python3", "py", "py3")
         return run_tests(textwrap.dedent(program), tests, self.python_timeout).passed
 
 
@@ -397,15 +403,22 @@ def scorer_of(task: str) -> tuple[Callable[[str, dict], float], bool]:
 
 
 def final_part(sample: Sample) -> tuple[str, bool]:
-    """What the response says once it has thought, and whether that was cut off.
+    """What stands in the last `<answer>` tags, else all that the response says once it has thought; and whether that
+    was cut off."""
+    text = after_thought(sample)
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start == -1:
+        return text, sample.truncated
+    start += len("<answer>")
+    return text[start : text.find("</answer>", start)], False
 
-    It is what stands in the last `<answer>` tags, else what follows `</think>`. The prompt may have opened the thought.
-    """
-    thought = sample.prompt.rstrip().endswith("<think>") and "</think>" not in sample.response
-    text = "" if thought else sample.response.rpartition("</think>")[2].partition("<think>")[0]
-    if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
-        return found[-1], False
-    return text, sample.truncated
+
+def after_thought(sample: Sample) -> str:
+    """What follows `</think>`, nothing if the thought has no end. The prompt may have opened it."""
+    if sample.prompt.rstrip().endswith("<think>") and "</think>" not in sample.response:
+        return ""
+    return sample.response.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def look_up(row: dict[str, Any], column: str):
@@ -456,23 +469,39 @@ def same_number(right: Fraction, given: Fraction, right_text: str, given_text: s
     return right in scaled or (right.denominator > 1 and any(math.isclose(right, x, rel_tol=2e-6) for x in scaled))
 
 
+def is_of_prompt(given: str, prompt: str, right: str) -> bool:
+    """Whether an expression stands in the prompt, and is another than the right one."""
+    given, prompt, right = ("".join(plain(text).split()) for text in (given, prompt, right))
+    return given != right and given in prompt
+
+
 def fenced(text: str, fits: Callable[[str], Any], *languages: str) -> str:
     """The last fenced block that fits, of those in one of the languages, else of those that name none; without one that
     fits the last in one of the languages, else all of the text. A fence may lack its other end."""
-    fence = r"^[ \t]*(?:```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|```+([\w+-]*)[ \t]*$"
-    named, unnamed, start, language = [], [], 0, ""
-    for mark in [*re.finditer(fence, text, re.MULTILINE), None]:
-        block = text[start : mark.start() if mark else len(text)]
-        if language in languages:
-            named.append(block)
-        elif not language:
-            unnamed.append(block)
-        if mark:
-            start, language = mark.end(), (mark[1] or mark[2] or "").lower()
+    blocks = between_fences(text)
+    named = [block for language, block in blocks if language in languages]
+    unnamed = [block for language, block in blocks if not language]
     for block in reversed([*unnamed, *named]):
         if fits(block):
             return block
     return named[-1] if named else text
+
+
+def between_fences(text: str) -> list[tuple[str, str]]:
+    """What stands before, between and after fences, each with the language that the fence before it names, or "".
+
+    Which fences open and which close isn't told apart, as one may lack its other end. But a block in a language goes on
+    over fences that can't end it: with fewer marks, or indented by four columns more, as in a docstring.
+    """
+    fence = r"^([ \t]*)(```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|()(```+)([\w+-]*)[ \t]*$"
+    blocks, start, language, indent, marks = [], 0, "", "", ""
+    for found in re.finditer(fence, text, re.MULTILINE):
+        found_indent, found_marks, found_language = found.groups()[:3] if found[2] else found.groups()[3:]
+        if language and (len(found_marks) < len(marks) or len(found_indent) > len(indent) + 3):
+            continue
+        blocks.append((language, text[start : found.start()]))
+        start, language, indent, marks = found.end(), found_language.lower(), found_indent, found_marks
+    return [*blocks, (language, text[start:])]
 
 
 def defined(program: str) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from coati.errors import UserError
 from coati.rewards import HTTPReward, Scorer
-from tests.rewards.samples import samples, scored
+from tests.rewards.samples import Constant, of_reward, samples, scored
 
 PROMPTS, RESPONSES = ["a", "b", "c"], ["x", "yy", "zzz"]
 
@@ -126,6 +126,13 @@ def test_a_bad_reply_is_an_error_at_once(body, server):
     with pytest.raises(UserError, match=r"/score replied b.*one number for each of 3 responses"):
         reward(server).score(samples(PROMPTS, RESPONSES))
     assert len(server.asked) == 1
+
+
+def test_null_from_an_endpoint_is_no_opinion(server):
+    """REPORT 30."""
+    server.script = [{"rewards": [1.0, None, 2]}]
+    found = scored(Scorer([(reward(server), 2.0), (Constant(0.5), 1.0)]), PROMPTS, RESPONSES)
+    assert of_reward("127.0.0.1", found) == [1.0, None, 2] and [s.score for s in found] == [2.5, 0.5, 4.5]
 
 
 def test_nan_from_an_endpoint_is_named(server):

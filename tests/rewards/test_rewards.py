@@ -144,6 +144,117 @@ def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
     assert [sample.rewards for sample in found] == [{"reward": 1.0, "reward_2": 2.0}] * 3
 
 
+def test_a_reward_without_an_opinion_leaves_the_others_alone(caplog):
+    """REPORT 30: None is no 0 of its own; with tokens too."""
+    some = FunctionReward(lambda prompts, responses, **c: [None, 3.0, None], "some")
+    other = FunctionReward(lambda prompts, responses, **c: (1.0, None, None), "other")
+    found = scored(Scorer([(some, 0.5), (other, 2.0)]), PROMPTS, RESPONSES)
+    assert [sample.score for sample in found] == [2.0, 1.5, 0.0]
+    assert of_reward("some", found) == [None, 3.0, None] and of_reward("other", found) == [1.0, None, None]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "1 of 3 responses are scored by no reward and get 0, such as ''" in line
+
+
+def test_a_reward_of_tokens_may_have_no_opinion(monkeypatch):
+    """REPORT 30."""
+    reward, made = TokenIds(), tokens()
+    monkeypatch.setattr(reward, "score", lambda samples: [[0.0, 1.0, 2.0], None, [0.0] * 4])
+    Scorer([(reward, 2.0), (Constant(1.0), 1.0)]).score(made)
+    assert of_reward("ids", made) == [3.0, None, 0.0]
+    assert [sample.total_reward for sample in made] == [7.0, 1.0, 1.0] and made[1].token_rewards is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_of_one_response_may_have_no_opinion(write_module, workers):
+    """REPORT 30: it has not failed."""
+    path = write_module(
+        "def some(prompts, responses, **columns):\n    return [len(responses[0]) or None]\nsome.per_response = True\n"
+    )
+    scorer = Scorer([(load_function(f"{path}:some"), 1.0), (Constant(1.0), 1.0)], workers=workers)
+    found = scored(scorer, PROMPTS, RESPONSES)
+    assert [sample.score for sample in found] == [5.0, 16.0, 1.0]
+    assert [(sample.rewards["some"], sample.failed["some"]) for sample in found][2] == (None, False)
+    if scorer.pool:
+        scorer.pool.close()
+
+
+def completions_only(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def completions_first(completions, prompts, **kwargs):
+    return [0.0] * len(completions)
+
+
+def completions_and_answer(completions, answer):
+    return [0.0] * len(completions)
+
+
+def by_name(*, prompts, completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def nothing():
+    return []
+
+
+async def later(prompts, responses, **kwargs):
+    return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    "function", [completions_only, completions_first, completions_and_answer, by_name, nothing, later]
+)
+def test_a_function_with_another_signature_is_refused_at_the_start(function):
+    """REPORT 30: in one line that has both signatures."""
+    name = function.__name__
+    with pytest.raises(UserError) as error:
+        FunctionReward(function)
+    line = str(error.value)
+    assert f"reward function {name}(" in line and f"is called as {name}(prompts, responses, **columns)" in line
+    assert "\n" not in line
+
+
+def no_columns(prompts, completions):
+    return [1.0] * len(completions)
+
+
+def named(prompts, completions, answer, note="none", truncated=None):
+    assert truncated is not None
+    return [float(a is None and n is None) for a, n in zip(answer, note, strict=True)]
+
+
+def only_by_name(prompts, responses, *, answer, **others):
+    assert others.keys() == {"note", "truncated", "input_ids", "response_mask"}
+    return [float(a is None) for a in answer]
+
+
+def anything(*texts, **columns):
+    return [float(len(texts) == 2)] * len(texts[1])
+
+
+class Callable:
+    def __call__(self, prompts, completions, **kwargs):
+        return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [no_columns, named, only_by_name, anything, Callable()])
+def test_a_function_gets_the_columns_that_it_takes(function):
+    """REPORT 30: all of them, those that it names, or none; None where rows lack one."""
+    reward = FunctionReward(function)
+    reward.check([{"answer": "a"}, {"note": "b"}])
+    assert reward.score(samples(["", ""], ["x", "y"], note=[None, None])) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("function", "lacking"), [(named, "answer"), (only_by_name, "answer")])
+def test_a_column_that_no_row_has_is_named_before_anything_is_generated(function, lacking):
+    """REPORT 30: with the columns that are there."""
+    with pytest.raises(UserError) as error:
+        Scorer([(Constant(1.0), 1.0), (FunctionReward(function), 1.0)]).check([{"gold": 1}, {"note": 2}])
+    line = str(error.value)
+    assert f"asks for {lacking}, but the columns are gold, input_ids, note, response_mask, truncated" in line
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_no_number_is_named_with_its_response(bad):
     """PITFALL 7: NaN is refused where it arises, before it meets a loss."""

@@ -98,6 +98,59 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
     assert trained["seconds/reward/gsm8k"] >= 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            dict(verifiers=["gsm8k"], reward_functions=[]),
+            "reads the column 'answer', which the prompts' rows don't have",
+        ),
+        (dict(verifiers=["gsm8k"], reward_functions=[], answer_column="gold"), "name one of its fields: gold.value"),
+        (dict(reward_functions=["{rules}:asks"]), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
+        (
+            dict(reward_functions=["{rules}:completions"]),
+            r"is called as completions\(prompts, responses, \*\*columns\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("bad", ["train_data", "eval_data"])
+def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generated(
+    tiny_world, runtime, tmp_path, changes, says, bad
+):
+    """REPORT 15, REPORT 30: those of training and of evaluation."""
+    (tmp_path / "rules.py").write_text(
+        "def asks(prompts, responses, solution):\n    return [0.0] * len(responses)\n"
+        "def completions(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    good = {"answer": "1", "gold": "1", "solution": "1"}
+    files = {"train_data": good, "eval_data": good} | {bad: {"gold": {"value": 1}}}
+    for name, columns in files.items():
+        rows = [{"prompt": sentence(i, 3)} | columns for i in range(8)]
+        changes = changes | {name: [write_rows(tmp_path / f"{name}.jsonl", rows)]}
+    places = [place.format(rules=tmp_path / "rules.py") for place in changes["reward_functions"]]
+    with pytest.raises(UserError, match=says):
+        make(tiny_world, runtime, tmp_path / "run", **changes | {"reward_functions": places})
+
+
+def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
+    """REPORT 30: its mean is that of the responses that it has an opinion on, in training and evaluation."""
+    (tmp_path / "rules.py").write_text(
+        "def some(prompts, responses, kind, **c):\n    return [None if k == 'chat' else 3.0 for k in kind]\n"
+        "def none(prompts, responses, **c):\n    return [None] * len(responses)\n"
+    )
+    rows = [{"prompt": sentence(i, 3), "kind": "chat" if i < 6 else "code"} for i in range(8)]
+    data = [write_rows(tmp_path / "rows.jsonl", rows)]
+    places = [f"{tmp_path}/rules.py:some", f"{tmp_path}/rules.py:none"]
+    changes = dict(reward_functions=places, train_data=data, eval_data=data, steps=1)
+    make(tiny_world, runtime, tmp_path / "run", **changes).train()
+    written = read_metrics(tmp_path / "run")
+    [trained] = [row for row in written if "reward" in row]
+    evaluated = next(row for row in written if "eval/reward" in row)
+    assert trained["reward/some/judged"] == 2 / 8
+    for row, prefix in ((trained, ""), (evaluated, "eval/")):
+        assert row[f"{prefix}reward"] == pytest.approx(3 * 2 / 8) and row[f"{prefix}reward/some"] == 3
+
+
 def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_world, runtime, tmp_path):
     from coati.models import RewardModel
     from tests.models.families import tiny_config

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coati.errors import UserError
 from coati.rewards import ScoringConfig, load_rewards
 from coati.rewards.answers import extract_number
-from coati.rewards.verifiable import ExactVerifier, GSM8KVerifier, fenced, final_part, make_verifier, normalise
+from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, make_verifier, normalise
 from tests.conftest import ROOT
 from tests.rewards.samples import samples
 
@@ -229,20 +229,75 @@ def test_any_task_of_reasoning_gym(task):
 def test_a_task_that_evaluates_the_answer_must_be_allowed():
     gym = pytest.importorskip("reasoning_gym")
     entry = gym.create_dataset("countdown", size=1, seed=3)[0]
-    with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
-        verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"])
+    for refusing in (
+        lambda: verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"]),
+        lambda: make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": entry["metadata"]}]),
+    ):
+        with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
+            refusing()
+
+
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+ALLOWED = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=TESTS)
+GOOD = "def add(a, b):\n    return a + b\n"
+BAD = GOOD.replace("+", "-")
 
 
 def test_programs(sandboxed):
-    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
-    allowed = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=tests)
-    good = "def add(a, b):\n    return a + b\n"
-    assert verdict("python", good, **allowed) == 1
-    assert verdict("python", f"Sure!\n```python\n{good}```\nThat adds.", **allowed) == 1
-    assert verdict("python", f"```python\n{good.replace('+', '-')}```", **allowed) == 0
-    assert verdict("python", "", **allowed) == 0
+    assert verdict("python", GOOD, **ALLOWED) == 1
+    assert verdict("python", f"Sure!\n```python\n{GOOD}```\nThat adds.", **ALLOWED) == 1
+    assert verdict("python", f"```python\n{BAD}```", **ALLOWED) == 0
+    assert verdict("python", "", **ALLOWED) == 0
     with pytest.raises(ValueError, match="the row has no tests"):
-        verdict("python", good, **allowed | dict(tests=[]))
+        verdict("python", GOOD, **ALLOWED | dict(tests=[]))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{GOOD}```",
+        f"```python\n{GOOD}",
+        f"```python3\n{GOOD}```",
+        f"```py\n{GOOD}```\nIt adds.",
+        f"```{{.python}}\n{GOOD}```",
+        f"~~~python\n{GOOD}~~~",
+        f"Here ```python\n{GOOD}```",
+        f"```python\n{GOOD.rstrip()}```",
+        "1. Add:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
+        f"```bash\npip install x\n```\n```python\n{GOOD}```",
+        f"```python\n{GOOD}```\nOutput:\n```\n3\n```",
+        f"```python\n{GOOD}```\n```output\n3\n```",
+        f"```python\n{GOOD}```\n```python\n>>> add(1, 2)\n3\n```",
+        f"```python\n{GOOD}```\nUse it:\n```python\nfrom solution import add\nresult = add(1, 2)\n```",
+        f"```python\n{BAD}```\nOops:\n```python\n{GOOD}```",
+        f"<think>```python\n{BAD}```</think>\n```python\n{GOOD}```",
+        f"<answer>\n{GOOD}</answer>",
+        '''```python\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n```''',
+        '''````python\ndef add(a, b):\n    """\n```\n3\n```\n    """\n    return a + b\n````''',
+    ],
+)
+def test_a_right_program_is_found_between_its_fences(sandboxed, response):
+    """REPORT 13: one fence of two, other names of the language, blocks of output and of usage after it."""
+    assert verdict("python", response, **ALLOWED) == 1
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"```python\n{GOOD}```\nOops:\n```python\n{BAD}```",
+        f"<think>```python\n{GOOD}```</think>\nNo.",
+        f"<think>```python\n{GOOD}```</think>\n```python\n{BAD}```",
+        f"<think>\n{GOOD}",
+        f"```js\n{GOOD}```\n```python\n{BAD}```",
+        f"```python\n{GOOD}def more(",
+        "```python\nimport os\nos._exit(0)\n```",
+        "```python\ndef add(a, b)\n```",
+        "```python\nresult = 3\n```\n```python\n",
+    ],
+)
+def test_a_program_that_was_dropped_or_is_unfinished_is_not_paid(sandboxed, response):
+    """REPORT 13: the last one counts, and what was only thought of doesn't."""
+    assert verdict("python", response, **ALLOWED) == 0
 
 
 @pytest.fixture
@@ -307,6 +362,93 @@ def test_a_missing_column_is_named():
         verdict("gsm8k", "1", "1", settings={"answer_column": "solution"})
     with pytest.raises(ValueError, match="the row has no 'answer'"):
         verdict("gsm8k", "1", None)
+
+
+@pytest.mark.parametrize(
+    ("column", "answer", "right"),
+    [
+        ("answer.value", {"value": "18", "unit": "eggs 3"}, "18"),
+        ("answer.value", {"value": [17, 18]}, "18"),
+        ("answer.a.b", {"a": {"b": 18}}, "18"),
+        ("answer.text", [{"text": "17"}, {"text": "18"}], "18"),
+        ("answer.0", {"0": "18"}, "18"),
+        ("answer", ["17", "18"], "18"),
+        ("answer", 18, "18"),
+        ("answer", 18.5, "18.5"),
+        ("answer", [1e-05], "0.00001"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gsm8k", "exact"])
+def test_a_dotted_column_names_the_field_with_the_right_answer(name, column, answer, right):
+    """REPORT 15: of an object, or of each object in a list; a list of texts has several right answers."""
+    assert verdict(name, right, answer, settings={"answer_column": column}) == 1
+    assert verdict(name, "3", answer, settings={"answer_column": column}) == 0
+    make_verifier(name, ScoringConfig(answer_column=column)).check([{"answer": answer}])
+
+
+def test_a_column_with_a_dot_in_its_name_is_itself():
+    """REPORT 15."""
+    settings = {"answer_column": "gold.answer"}
+    assert verdict("gsm8k", "18", settings=settings, **{"gold.answer": "18", "gold": {"answer": "17"}}) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            {"value": 18, "unit": "eggs"},
+            r"'answer' holds \{'value': 18.*name one of its fields: answer.value, answer.unit",
+        ),
+        ([{"text": "18"}], r"name one of its fields: answer.text"),
+        ([["18"], ["19"]], r"holds \[\['18'\].*no text, number or list of these$"),
+        (["18", None], r"holds \['18', None\]"),
+        ([{}], r"holds \[\{\}\]"),
+        ({}, r"holds \{\}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gsm8k", "math", "choice", "exact", "regex"])
+def test_a_right_answer_that_is_an_object_is_refused_at_the_start(name, answer, says):
+    """REPORT 15: one line before anything is generated; nothing is read out of how Python would print it."""
+    pytest.importorskip("math_verify")
+    settings = {"regex_pattern": r"(\d+)", "reward_workers": 1}
+    verifier = make_verifier(name, ScoringConfig(**settings))
+    with pytest.raises(UserError, match=says) as error:
+        verifier.check([{"answer": "18"}, {"answer": None}, {}, {"answer": answer}])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=says):
+        verdict(name, "18", answer, settings=settings)
+
+
+def test_a_column_that_no_row_has_is_refused_at_the_start():
+    """REPORT 15: what a verifier doesn't read may be missing."""
+    rows = [{"solution": "1"}, {"gold": {"value": 1}}]
+    for name, column in (("gsm8k", "answer"), ("exact", "gold.text"), ("choice", "solution.text")):
+        with pytest.raises(UserError, match=f"verifier {name} reads the column '{column}', which .* don't have"):
+            make_verifier(name, ScoringConfig(answer_column=column)).check(rows)
+    make_verifier("gsm8k", ScoringConfig(answer_column="gold.value")).check(rows)
+    make_verifier("format", ScoringConfig()).check(rows)
+    make_verifier("regex", ScoringConfig(regex_pattern="x")).check(rows)
+    make_verifier("gsm8k", ScoringConfig()).check([])
+
+
+def test_the_tests_of_programs_may_be_a_field(sandboxed):
+    """REPORT 15."""
+    settings = ALLOWED["settings"] | {"tests_column": "reward_model.ground_truth"}
+    assert verdict("python", GOOD, settings=settings, reward_model={"ground_truth": TESTS}) == 1
+    with pytest.raises(UserError, match=r"name one of its fields: reward_model\.ground_truth"):
+        make_verifier("python", ScoringConfig(**settings | {"tests_column": "reward_model"})).check(
+            [{"reward_model": {"ground_truth": TESTS}}]
+        )
+
+
+@pytest.mark.parametrize("metadata", [None, {}, "countdown", {"difficulty": 3}])
+def test_metadata_that_name_no_task_are_refused_at_the_start(metadata):
+    """REPORT 15."""
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match="reasoning_gym reads the field `source_dataset` of the column 'metadata'"):
+        make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": metadata}])
+    with pytest.raises(UserError, match="reasoning_gym reads the column 'metadata'"):
+        make_verifier("reasoning_gym", ScoringConfig()).check([{"answer": "1"}])
 
 
 def test_the_settings_reach_the_verifier():
