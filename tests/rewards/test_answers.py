@@ -11,7 +11,7 @@ from coati.rewards import ScoringConfig
 from coati.rewards.verifiable import make_verifier
 from tests.rewards.samples import samples
 
-SECONDS = 3.0  # for a response of 20,000 characters, on a busy machine
+SECONDS = 1.5  # of CPU time, for a response of 60,000 characters
 
 
 def paid(name: str, response: str, answer, prompt: str = "", finish_reason: str = "eos", **settings) -> float:
@@ -290,9 +290,9 @@ HUGE = [r"9^{9^{9^{9}}}", "100000000!", "(x+1)^{100000}", r"\sqrt{" * 300 + "2" 
 @pytest.mark.parametrize("expression", HUGE, ids=lambda text: text[:12])
 def test_a_huge_expression_is_wrong_at_once_where_a_number_is_right(expression):
     """REPORT 12: no algebra is done with it."""
-    started = time.monotonic()
+    started = time.process_time()
     assert paid("math", rf"\boxed{{{expression}}}", "7") == paid("gsm8k", rf"\boxed{{{expression}}}", "7") == 0
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 PIECES = ["(", "1,", "1 ", "1/", "9", "$", r"\boxed{", r"\boxed{1}", "The answer is ", "answer to ", "{", "}", r"\frac"]
@@ -318,11 +318,11 @@ PIECES += ["if the answer is 1", "$1$", "'", '"', " 'a", "#### ", "1e9", r"1\,",
 @pytest.mark.parametrize("piece", PIECES, ids=repr)
 def test_a_response_that_repeats_itself_is_read_in_no_time(piece):
     """REPORT 12: policies learn to write such; none may hang whoever reads it."""
-    text = piece * (20_000 // len(piece))
+    text = piece * (60_000 // len(piece))
     for name, answer in (("gsm8k", "7"), ("choice", "E"), ("exact", "7"), ("math", "7")):
-        started = time.monotonic()
+        started = time.process_time()
         assert paid(name, text, answer) == 0
-        assert time.monotonic() - started < SECONDS, name
+        assert time.process_time() - started < SECONDS, name
 
 
 # --- texts
