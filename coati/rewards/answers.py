@@ -34,7 +34,7 @@ _MARK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # "1." counts a line only before a number, or it may be one itself: "the answer is\n18. She ..."
-_ITEM = re.compile(r"[ \t]*(?:[-*•][ \t]+|\d{1,2}[.)][ \t]+(?=[-$\\]?\d))")
+_ITEM = re.compile(r"^[ \t]*(?:[-*•][ \t]+|\d{1,2}[.)][ \t]+(?=[-$\\]?\d))")
 # what is quoted is said by somebody else: `they ask for "\boxed{answer}"`
 _QUOTE = re.compile(r"\"[^\"\n]+\"|“[^”\n]+”|「[^」\n]+」|`[^`\n]+`|(?<!\w)'[^'\n]+'(?!\w)|^[ \t]*>.*$", re.MULTILINE)
 _DOUBT = re.compile(
@@ -78,26 +78,24 @@ def stated_answer(text: str, style: Style = "stated", truncated: bool = False) -
 
 
 def _own_words(text: str) -> str:
-    """The text without the statements that it quotes and without bullets, but for those of a list of several things."""
-    quotes = [quote for quote in _QUOTE.finditer(text) if _is_statement(quote[0])]
-    for quote in reversed(quotes):
-        around = text[: quote.start()] + text[quote.end() :]
-        if re.search(r"\w", around):
-            text = around
-    lines = text.split("\n")
-    items = [_ITEM.match(line) for line in lines]
-    numbers = [i for i, line in enumerate(lines) if line.strip()]  # of lines that aren't blank
-    for before, i, after in zip([None, *numbers], numbers, [*numbers[1:], None], strict=False):
-        if items[i]:
-            alone = not any(n is not None and items[n] for n in (before, after))
-            lines[i] = ("" if alone else "• ") + lines[i][items[i].end() :]
+    """The text without the statements that it quotes, unless it is nothing else, and without the mark of a list's only
+    item; those of several become bullets, which no number begins with."""
+    spoken = _QUOTE.sub(lambda quote: "" if _is_statement(quote[0]) else quote[0], text)
+    lines = (spoken if re.search(r"\w", spoken) else text).split("\n")
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    is_item = [False, *(_ITEM.match(lines[i]) is not None for i in filled), False]
+    for n, i in enumerate(filled, start=1):
+        if is_item[n]:
+            of_several = is_item[n - 1] or is_item[n + 1]
+            lines[i] = _ITEM.sub("• " if of_several else "", lines[i])
     return "\n".join(lines)
 
 
 def _is_statement(quote: str) -> bool:
-    """Whether it is more than an answer in quotation marks."""
+    """Whether words with a box or a mark are quoted, and not an answer alone."""
     words = re.sub(r"\\(?:boxed|fbox)\s*\{[^{}]*\}", "", quote)
-    return re.search(r"\w", words) is not None and (words != quote or _MARK.search(quote) is not None)
+    has_box, has_mark = words != quote, _MARK.search(quote) is not None
+    return (has_box or has_mark) and re.search(r"\w", words) is not None
 
 
 def _last_box(text: str) -> tuple[int, int, str] | None:
@@ -159,8 +157,8 @@ _NUMBER = (
     r"|(?P<decimal>(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\w))?))"
 )
 _CHANGES = re.compile(
-    r"\b(?:or|hundred|thousand|[mb]illion|trillion|dozen|half|third|quarter|squared|cubed|pi|plus|minus|times|divided|choose)s?\b"
-    r"|[万亿千百⁰¹²³⁴-⁹]|[\d=+*^_<>~\\|?!…]|\.\.",
+    r"\b(?:or|hundred|thousand|[mb]illion|trillion|dozen|half|third|quarter|squared|cubed|pi|plus|minus|times|divided"
+    r"|choose)s?\b|[万亿千百⁰¹²³⁴-⁹]|[\d=+*^_<>~\\|?!…]|\.\.",
     re.IGNORECASE,
 )
 # what may stand before an "=" at its end: the variable, or the function, that is given a value

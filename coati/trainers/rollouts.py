@@ -25,6 +25,8 @@ from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
 from coati.trainers.trainer import Trainer
 
+ROWS_CHECKED = 1000  # by the rewards, of each data set, before anything is generated
+
 
 class RolloutTrainer(Trainer):
     """Trains an `Actor` on its own responses. An algorithm fills in `build_models` and `step`.
@@ -94,7 +96,8 @@ class RolloutTrainer(Trainer):
         scorer = load_rewards(c, self.load_reward_model(), self.runtime.device, self.given_rewards)
         for data in (self.data, self.eval_data):
             if data is not None:
-                scorer.check([data[row].columns for row in range(0, len(data), 1 + len(data) // 1000)])
+                every = 1 + len(data) // ROWS_CHECKED
+                scorer.check([data[row].columns for row in range(0, len(data), every)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
