@@ -192,8 +192,8 @@ def _peak_of_run(case: Case, folder: Path, runtime, output: str) -> float:
         with torch.profiler.record_function("models are built"):
             gc.collect()
         for step in range(STEPS):
-            trainer.train_step(step)
-            trainer.step += 1
+            trainer.step(step)
+            trainer.steps_done += 1
         del trainer, engine
         gc.collect()
     return _peak_of_events(profiler)
