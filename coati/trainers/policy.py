@@ -39,7 +39,9 @@ class LanguageModel:
             parts: rows of the micro-batches.
         """
         outputs = self.engine.forward_all([self.inputs(batch.rows(part)) for part in parts])
-        return in_batch_order(parts, outputs, batch.input_ids.shape)
+        # an `ActorCritic` tells its values too
+        log_probs = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        return in_batch_order(parts, log_probs, batch.input_ids.shape)
 
 
 class Policy:
