@@ -21,7 +21,7 @@ WEIGHTS = 2 * 1000 * 64 + 64 + 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 
 
 def sft(gpus: int = 1, shape=LLAMA, on_gpu: bool = True, **settings):
     settings = {"precision": "bf16", "plugin": "zero2", "max_length": 128, "micro_batch_size": 4, **settings}
-    return plan(Workload("sft", SFTConfig(**settings), {"model": shape}, gpus, on_gpu))
+    return plan(Workload("sft", SFTConfig(**settings), shape, gpus, on_gpu))
 
 
 def kinds(found, moment: str | None = None) -> Counter:
@@ -33,8 +33,8 @@ def kinds(found, moment: str | None = None) -> Counter:
 
 def test_zero_divides_the_optimiser_states_by_the_ranks():
     one, four = kinds(sft(1)), kinds(sft(4))
-    assert one["optimiser states"] == 12 * WEIGHTS
-    assert four["optimiser states"] == 3 * WEIGHTS
+    assert one["optimizer states"] == 12 * WEIGHTS
+    assert four["optimizer states"] == 3 * WEIGHTS
     assert one["parameters"] == pytest.approx(2 * WEIGHTS, rel=0.01)  # and a few buffers
     assert four["parameters"] == one["parameters"]
 
@@ -42,13 +42,13 @@ def test_zero_divides_the_optimiser_states_by_the_ranks():
 def test_ddp_keeps_float32_weights_and_buckets():
     found = kinds(sft(4, plugin="ddp"))
     assert found["parameters"] == pytest.approx(4 * WEIGHTS, rel=0.01)
-    assert found["optimiser states"] >= 8 * WEIGHTS
+    assert found["optimizer states"] >= 8 * WEIGHTS
     assert found["communication"] == 4 * WEIGHTS
 
 
 def test_offloading_leaves_no_states_on_the_gpu():
-    assert kinds(sft(plugin="zero2-offload"))["optimiser states"] == 0
-    assert kinds(sft(plugin="zero2-offload", on_gpu=False))["optimiser states"] == 12 * WEIGHTS
+    assert kinds(sft(plugin="zero2-offload"))["optimizer states"] == 0
+    assert kinds(sft(plugin="zero2-offload", on_gpu=False))["optimizer states"] == 12 * WEIGHTS
 
 
 def test_precision_halves_activations_but_not_the_float32_logits():
@@ -64,7 +64,7 @@ def test_checkpointing_saves_most_activations():
 
 def test_lora_has_states_of_its_adapters_only():
     found = kinds(sft(lora_rank=4))
-    assert 0 < found["optimiser states"] < 12 * WEIGHTS / 5
+    assert 0 < found["optimizer states"] < 12 * WEIGHTS / 5
     assert found["parameters"] > 2 * WEIGHTS
 
 
@@ -98,8 +98,9 @@ def test_splitting_a_batch_over_ranks_halves_the_logits(kind):
 )
 def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
     config = PPOConfig(precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16)
+    config.reward_model = "scorer"
     models = ("actor", "critic", "reference", "reward model")
-    found = plan(Workload("ppo", config, dict.fromkeys(models, shape), 2))
+    found = plan(Workload("ppo", config, shape, 2))
     assert {"generate", "score", "evaluate", "learn"} <= set(found.phases)
     assert set(models) <= {model for (model, kind), n in found.peak.items() if n and kind == "parameters"}
     assert kinds(found, "generate")["KV cache"] > 0
@@ -141,7 +142,7 @@ def test_the_settings_tell_the_algorithm(tmp_path):
     (tmp_path / "ppo.yaml").write_text(f"model: {tmp_path}\nreward_functions: [rules.py:f]\n")
     argv = ["--config", str(tmp_path / "ppo.yaml"), "--model_config", str(shape)]
     workload = read_workload(argv, None, 1, True)
-    assert workload.algorithm == "ppo" and set(workload.shapes) == {"actor", "critic", "reference"}
+    assert workload.algorithm == "ppo"
     assert read_workload(["--model_config", str(shape), "--centering", "1"], None, 1, True).algorithm == "reward"
 
 
