@@ -83,6 +83,14 @@ def _cases() -> list[Case]:
     cases.append(Case("ppo", 2, SMALL, {"plugin": "zero2", **half, **many}))
     cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **lean}))
     cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **many, **lean}))
+    cases.append(Case("ppo", 2, LARGE, {"plugin": "gemini", **lean}))
+    cases.append(Case("ppo", 1, SMALL, {"plugin": "ddp", "shared_trunk": True}))
+    for settings in ({}, {"loss": "orpo"}, {"share_prompts": True}, {"cache_reference": True}):
+        cases.append(Case("preference", 1, SMALL, {"plugin": "zero2", **settings}))
+    cases.append(Case("preference", 2, SMALL, {"plugin": "ddp", "loss": "kto", **half}))
+    for settings in ({}, {"kl_coefficient": 0.1}, {"share_prompts": True, "batch_size": 8}):
+        cases.append(Case("grpo", 1, SMALL, {"plugin": "zero2", **settings}))
+    cases.append(Case("grpo", 2, SMALL, {"plugin": "ddp", "lora_rank": 8, "kl_coefficient": 0.1, **half}))
     for kind in ("tensor", "pipeline", "sequence"):
         for algorithm in ("sft", "ppo"):
             cases.append(Case(algorithm, 2, SMALL, {"plugin": "zero1", f"{kind}_parallel": 2, **many}))

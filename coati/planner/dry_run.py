@@ -121,9 +121,7 @@ def _go_through(workload: Workload, layers: int, part: Part, depths: dict[str, i
         runtime = PlannedRuntime(workload.gpus)
         trainer = ALGORITHMS[workload.algorithm].trainer()(config, runtime, make_factory=factory)
         try:
-            for engine in trainer.factory.engines:
-                engine.done.clear()  # what was tried while others were not there yet
-                depths[engine.name] = engine.depth
+            depths |= trainer.factory.depths
             live.moments.clear()
             with live:
                 live.moment("evaluate")
@@ -137,6 +135,7 @@ def _go_through(workload: Workload, layers: int, part: Part, depths: dict[str, i
 def _planned(workload: Workload, folder: Path):
     """The settings of the run, but for places that are read or written."""
     c = workload.config
+    (folder / "cache").mkdir()
     changes = dict(
         output_dir=str(folder / "run"),
         cache_dir=str(folder / "cache"),

@@ -57,7 +57,6 @@ class PlannedEngine(Engine):
         if self.generating is not None:
             self.generating.requires_grad_(False).eval()
             self._take_memory(self.generating, trained=False, accumulates=False, on_gpu=on_gpu)
-        self.depth = module.depth
         self.done: Counter[tuple] = Counter()
         self.shapes: dict[tuple, Any] = {}
         head = module.transformer.get_output_embeddings()

@@ -110,6 +110,9 @@ class PlannedFactory(Factory):
         shape_of: the transformers config of the model in a folder.
         layers: that deeper models are cut down to.
         part: which part of split models is this rank's.
+
+    Attributes:
+        depths: layers that the models really have, by name.
     """
 
     def __init__(
@@ -126,15 +129,17 @@ class PlannedFactory(Factory):
     ):
         self.live, self.shape_of, self.layers, self.part, self.on_gpu = live, shape_of, layers, part, on_gpu
         self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
-        self.engines: list[PlannedEngine] = []
+        self.depths: dict[str, int] = {}
 
     def dataset(self, sources, kind, weights=None):
         if not sources:
             return None
         c, learned = self.config, sources != self.config.eval_data
-        rows = c.batch_size
-        if not learned:  # evaluation prompts are not gone through: their number is not known
-            rows = 1 if kind == "prompt" else max(c.samples, 1) * self.runtime.world_size
+        rows = 1  # which is in all batches, on every rank
+        if learned and kind == "prompt":  # equal prompts would be read once
+            rows = c.batch_size
+        if not learned and kind == "sft":  # whose first rows are completed
+            rows = max(c.samples, 1)
         return LongestRows(kind, rows, c, learned=learned)
 
     def model(self, model_class, pretrained, *, lora=None):
@@ -162,9 +167,8 @@ class PlannedFactory(Factory):
 
     def _engine(self, name: str, model, **how) -> PlannedEngine:
         how |= dict(on_gpu=self.on_gpu)
-        engine = PlannedEngine(self.live, name, model, self.config, self.runtime, self.part, **how)
-        self.engines.append(engine)
-        return engine
+        self.depths[name] = model.depth
+        return PlannedEngine(self.live, name, model, self.config, self.runtime, self.part, **how)
 
     def generator(self, engine, batch_size=64):
         return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, batch_size)
