@@ -6,12 +6,13 @@ folder without a manifest, or whose files don't match it, is never loaded. What 
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from coati.errors import UserError
+from coati.files import ASIDE, aside_of, remove_asides, remove_folder, sync, write_json, written_aside
 from coati.parallel.runtime import Runtime, random_state, restore_random_state
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -32,23 +33,22 @@ class Checkpoints:
         """Writes one checkpoint on all ranks.
 
         Args:
-            write: fills the folder it is given; called on every rank.
+            write: fills the folder it is given, and syncs what it has written; called on every rank.
             metric: higher is better; None where there is nothing to compare.
         """
         target = self.folder / f"step-{step:08d}"
-        partial = target.with_suffix(".partial")
-        try:
-            self._write(partial, write)
+        if self.runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_asides(self.folder)
+        with written_by_all(target, self.runtime) as aside:
             if self.runtime.is_main:
-                _write_manifest(partial, step, metric)
-                if target.exists():
-                    _remove(target)
-                os.replace(partial, target)
-                _sync(self.folder)
-        except Exception:
-            if self.runtime.is_main:  # room for the logs, if the disk is full
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+                aside.mkdir()
+            self.runtime.communicator.barrier()
+            write(aside)
+            self._save_random_state(aside)
+            self.runtime.communicator.barrier()
+            if self.runtime.is_main:
+                _write_manifest(aside, step, metric)
         if self.runtime.is_main:
             self._remove_old()
         self.runtime.communicator.barrier()
@@ -100,20 +100,11 @@ class Checkpoints:
         restore_random_state(load_file(path))
         return True
 
-    def _write(self, partial: Path, write: Callable[[Path], None]):
-        if self.runtime.is_main:
-            for leftover in self.folder.glob("*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        self.runtime.communicator.barrier()
-        write(partial)
-        self._save_random_state(partial)
-        self.runtime.communicator.barrier()
-
     def _save_random_state(self, folder: Path):
         from safetensors.torch import save_file
 
         save_file(random_state(), folder / self._random_name())
+        sync(folder / self._random_name())
 
     def _random_name(self) -> str:
         return f"random-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
@@ -125,7 +116,13 @@ class Checkpoints:
         best = self.best()
         for folder in self._complete()[: -self.keep]:
             if folder != best:
-                _remove(folder)
+                remove_folder(folder)
+
+
+def written_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
+    """`written_aside` for a folder that several ranks write into. They enter and leave together: rank 0 alone makes it,
+    and renames it when all have synced what they wrote."""
+    return written_aside(target) if runtime.is_main else nullcontext(aside_of(target))
 
 
 def lock_folder(folder: Path):
@@ -156,7 +153,7 @@ def incomplete(folder: Path) -> str | None:
     """Why a folder is not a whole checkpoint; None if it is."""
     if not folder.is_dir():
         return "no such folder"
-    if folder.suffix == ".partial" or not (folder / MANIFEST).exists():
+    if folder.suffix == ASIDE or not (folder / MANIFEST).exists():
         return f"{MANIFEST} is missing: the save was interrupted"
     try:
         files = dict(read_manifest(folder)["files"])
@@ -170,31 +167,6 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
-def write_json(path: Path, value):
-    """Aside and renamed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
-
-
 def _write_manifest(folder: Path, step: int, metric: float | None):
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     write_json(folder / MANIFEST, {"step": step, "metric": metric, "files": files})
-    for path in (folder, *folder.rglob("*")):  # on disk before the rename makes them count
-        _sync(path)
-
-
-def _sync(path: Path):
-    """A file, or the names in a folder."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _remove(folder: Path):
-    """A kill in the middle leaves a partial folder, which the next save clears."""
-    doomed = folder.with_suffix(".removed.partial")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.config.plugin import PluginConfig
+from coati.files import sync
 from coati.parallel.config import resolve_precision
 from coati.parallel.runtime import Runtime
 from coati.parallel.update import Task, Update
@@ -207,15 +208,23 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_optimizer(self, folder: Path):
-        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights."""
+        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights. Each rank syncs the
+        files that it wrote itself: only its own machine may have their content in memory."""
         from safetensors.torch import save_file
 
         if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
             self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
             self.runtime.communicator.barrier()
+            for path in self.own_shards(folder / "optimizer"):
+                sync(path)
         if master := self.master_weights():
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
             save_file(tensors, folder / self._master_name())
+            sync(folder / self._master_name())
+
+    def own_shards(self, folder: Path) -> list[Path]:
+        """The files of the optimizer's state that this rank wrote."""
+        return list(folder.iterdir()) if self.runtime.is_main else []
 
     def load_optimizer(self, folder: Path):
         """The inverse of `save_optimizer`. Master weights are only read back under the same layout; otherwise they

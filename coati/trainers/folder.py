@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,11 @@ from typing import Any
 import torch
 
 from coati.errors import UserError
+from coati.files import sync, write_json
 from coati.models.base import stored_dtype
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Checkpoints, Engine, Runtime
-from coati.parallel.checkpoint import NAME, lock_folder, write_json
+from coati.parallel.checkpoint import NAME, lock_folder, written_by_all
 from coati.parallel.engine import DTYPES
 from coati.tracking import read_metrics
 from coati.tracking.files import to_json
@@ -112,13 +111,8 @@ class RunFolder:
         """The finished models as HF folders, written aside and renamed."""
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
-            aside = target.with_name(target.name + ".partial")
-            if self.runtime.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
-            if self.runtime.is_main:
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(aside, target)
+            with written_by_all(target, self.runtime) as aside:
+                self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
         self.runtime.communicator.barrier()
         self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
 
@@ -130,6 +124,7 @@ class RunFolder:
             folder.mkdir(parents=True)
             engine.module.save_pretrained(folder, state, merge, dtype)
             tokenizer.save_pretrained(str(folder))
+            sync(folder)
 
     def _export_dtype(self, engine: Engine) -> torch.dtype | None:
         """Of the final model's weights; None to leave them as they are."""
