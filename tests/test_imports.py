@@ -18,12 +18,12 @@ MAY_IMPORT = {
     "losses": set(),
     "models": {"losses"},
     "data": {"losses", "models"},
-    "rewards": {"losses", "models"},
-    "rollout": {"losses", "models", "rewards"},
+    "rewards": {"losses", "models", "samples"},
+    "rollout": {"losses", "models", "rewards", "samples"},
     "parallel": {"models", "watch"},
     "tracking": set(),
     "planner": {"losses", "models", "rollout", "parallel", "trainers"},
-    "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch"},
+    "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch", "samples"},
 }
 
 

@@ -400,7 +400,11 @@ class GRPOConfig(RolloutConfig):
             "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
             f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
             "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
-                shared and (self.shared_prefix_group < 2 or max(self.group_size, self.micro_batch_size) % self.shared_prefix_group > 0)
+                shared
+                and (
+                    self.shared_prefix_group < 2
+                    or max(self.group_size, self.micro_batch_size) % self.shared_prefix_group > 0
+                )
             ),
             "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
                 shared and self.model_parallel_size > 1

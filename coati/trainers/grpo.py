@@ -67,7 +67,6 @@ class GRPOTrainer(RolloutTrainer):
         with clock("evaluate"):
             log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
             reference = self.reference.log_probs(batch, parts) if self.reference else log_probs
-        with clock("baseline"):
             baseline = self.greedy_scores(batch.samples, k) if c.advantage == "remax" else None
 
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)

@@ -16,6 +16,7 @@ from coati.losses import response_targets
 from coati.losses.masking import keep
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Engine, Runtime, resolve_precision
+from coati.parallel.factory import engine_class
 from coati.trainers.batching import Batching
 from coati.trainers.config import PreferenceConfig
 
@@ -129,7 +130,7 @@ def _name_of_reference(c: PreferenceConfig) -> list:
     if c.model_config and Path(c.model_config).is_file():
         files.append(Path(c.model_config))
     hashes = [hash_file(path) for path in files]
-    return [CACHE_VERSION, resolve_precision(c), c.plugin == "ddp", *hashes, *map(_revision_of, folders)]
+    return [CACHE_VERSION, resolve_precision(c), str(engine_class(c).loads_in(c)), *hashes, *map(_revision_of, folders)]
 
 
 def _revision_of(model: Path) -> str | None:
