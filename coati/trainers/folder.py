@@ -13,11 +13,20 @@ from coati.files import sync, write_json
 from coati.models.base import stored_dtype
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Checkpoints, Engine, Runtime
-from coati.parallel.checkpoint import NAME, lock_folder, written_by_all
+from coati.parallel.checkpoint import written_by_all
 from coati.parallel.engine import DTYPES
+from coati.run_layout import (
+    FINAL_MODEL,
+    LOCK,
+    TRAINER_STATE,
+    checkpoints_of,
+    list_checkpoints,
+    model_in,
+    training_state_in,
+)
 from coati.tracking import read_metrics
-from coati.tracking.files import to_json
-from coati.trainers.config import FINAL_MODEL, TrainerConfig
+from coati.tracking.files import RUN, to_json
+from coati.trainers.config import TrainerConfig
 from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
 from coati.trainers.resume import UNSAID, changed_settings, lines_of, refuse_other_models
 
@@ -40,7 +49,7 @@ class RunFolder:
     def __init__(self, config: TrainerConfig, runtime: Runtime, algorithm: str):
         self.config, self.runtime, self.algorithm = config, runtime, algorithm
         self.path = Path(config.output_dir)
-        self.checkpoints = Checkpoints(self.path / "checkpoints", runtime, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(checkpoints_of(self.path), runtime, config.keep_checkpoints)
         self.lock = None
         if runtime.is_main:
             self._make()
@@ -60,7 +69,7 @@ class RunFolder:
 
     def model_in_checkpoint(self, name: str) -> Path | None:
         """The folder of a model in the checkpoint that the run resumes from."""
-        return self.resumed_from / name / "model" if self.resumed_from else None
+        return model_in(self.resumed_from, name) if self.resumed_from else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -98,12 +107,12 @@ class RunFolder:
 
         def write(folder: Path):
             for name, engine in engines.items():
-                self._write_model(engine, tokenizer, folder / name / "model")
-                engine.save_optimizer(folder / name)
+                self._write_model(engine, tokenizer, model_in(folder, name))
+                engine.save_optimizer(training_state_in(folder, name))
             for name, engine in frozen.items():
-                self._write_model(engine, tokenizer, folder / name / "model")
+                self._write_model(engine, tokenizer, model_in(folder, name))
             if self.runtime.is_main:
-                write_json(folder / "trainer.json", state)
+                write_json(folder / TRAINER_STATE, state)
 
         self.checkpoints.save(step, write, score)
 
@@ -162,7 +171,7 @@ class RunFolder:
         """Says which settings are others now."""
         if self.resumed_from is None:
             return {}
-        stored = json.loads((self.resumed_from / "trainer.json").read_text())
+        stored = json.loads((self.resumed_from / TRAINER_STATE).read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{self.resumed_from} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
         changed = changed_settings(stored.get("settings", {}), self.settings)
@@ -175,7 +184,27 @@ class RunFolder:
 
 def holds_work(output: Path) -> bool:
     """Whether a run has left more in its folder than what it writes before its first step."""
-    if not (output / "run.json").exists():
+    if not (output / RUN).exists():
         return False
-    saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
-    return saved or any(row["step"] > 0 for row in read_metrics(output))
+    saved = (output / FINAL_MODEL).exists() or list_checkpoints(checkpoints_of(output))
+    return bool(saved) or any(row["step"] > 0 for row in read_metrics(output))
+
+
+def lock_folder(folder: Path):
+    """A lock on a run's folder, held until it is released or this process ends; None where the file system has none.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}: wait for its end, or name another folder with --output_dir"
+        ) from error
+    except (OSError, NotImplementedError):  # some network file systems can't lock
+        return None
+    return lock

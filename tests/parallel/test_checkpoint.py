@@ -14,9 +14,10 @@ import torch
 
 from coati.errors import UserError, no_room
 from coati.files import aside_of
-from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest
+from coati.parallel.checkpoint import Checkpoints
 from coati.parallel.communication import Communicator
 from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
+from coati.run_layout import MANIFEST, incomplete, read_manifest
 from tests.kills import killed_before, was_killed
 
 
