@@ -42,5 +42,6 @@ REPORTS = {
 }
 
 
-def test_tests_name_reports_that_exist():
-    assert named_tests("REPORT").keys() <= REPORTS.keys()
+def test_every_report_has_a_test_that_names_it():
+    named = named_tests("REPORT").keys()
+    assert named == REPORTS.keys(), f"no test names {sorted(REPORTS.keys() - named)}; unknown are {sorted(named - REPORTS.keys())}"

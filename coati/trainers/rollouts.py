@@ -26,6 +26,8 @@ from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
 from coati.trainers.trainer import Trainer
 
+ROWS_CHECKED = 1000  # by the rewards, of each data set, before anything is generated
+
 
 class RolloutTrainer(Trainer):
     """Trains an `Actor` on its own responses. An algorithm fills in `build_models` and `step`.
@@ -93,6 +95,10 @@ class RolloutTrainer(Trainer):
             )
         self.reference = self.build_reference()
         scorer = load_rewards(c, self.load_reward_model(), self.runtime.device, self.given_rewards)
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                every = 1 + len(data) // ROWS_CHECKED
+                scorer.check([data[row].columns for row in range(0, len(data), every)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
@@ -187,11 +193,13 @@ class RolloutTrainer(Trainer):
 def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
+    failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
     return {
         "prompt": sample.prompt,
         "response": sample.response,
         "reward": sample.total_reward,
         **rewards,
+        **failed,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }

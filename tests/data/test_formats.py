@@ -5,6 +5,7 @@ import json
 import pytest
 
 from coati.data import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
+from coati.errors import UserError
 
 
 def user(text):
