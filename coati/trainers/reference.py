@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from coati.data.dataset import writing
 from coati.data.sources import hash_file
+from coati.files import written_aside
 from coati.losses import response_targets
 from coati.losses.masking import keep
 from coati.models.lora import base_of_adapter, is_adapter
@@ -147,9 +147,8 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _write(path: Path, log_probs: Tensor):
-    """Written aside and renamed, so that what is there is whole."""
+    from filelock import FileLock
     from safetensors.torch import save_file
 
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({"log_probs": log_probs.contiguous()}, aside)
-    os.replace(aside, path)
+    with FileLock(f"{path}.lock"), written_aside(path) as aside:  # another run may compute the same
+        save_file({"log_probs": log_probs.contiguous()}, aside)

@@ -17,6 +17,7 @@ from coati.rollout import (
     prompt_of,
 )
 from coati.rollout.prompts import eos_ids
+from coati.run_layout import ACTOR
 from coati.samples import Sample
 from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
@@ -85,7 +86,7 @@ class RolloutTrainer(Trainer):
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()
         self.engines = self.build_models()
-        self.actor = self.engines["actor"]
+        self.actor = self.engines[ACTOR]
         if not has_keys_and_values(self.actor.module):
             raise UserError(
                 f"{self.algorithm} needs a policy whose layers all keep keys and values; "

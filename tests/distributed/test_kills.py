@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coati.parallel.checkpoint import MANIFEST, NAME
+from coati.run_layout import MANIFEST, list_checkpoints
 from coati.tracking.files import read_run
 from examples.stages import fill_figures
 from tests.conftest import ROOT, settings_for
@@ -107,7 +107,7 @@ def strike(attempt: Attempt, kill: Kill) -> str:
     output, before = attempt.output, steps_saved(attempt.output)
 
     def saved() -> bool:
-        names = [path.name for path in (output / "checkpoints").glob(NAME)]
+        names = [path.name for path in list_checkpoints(output / "checkpoints")]
         return max(names, default="") >= f"step-{kill.saves + (int(before[-1][5:]) if before else 0):08d}"
 
     match kill.moment:
