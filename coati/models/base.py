@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coati.errors import UserError
 from coati.models.classifier import score_weight, stored_classifier
 from coati.models.layout import Layout
-from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
+from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter, merged_on_host
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -115,6 +115,8 @@ class BaseModel(nn.Module):
             if not layout.is_plain:  # transformers counts from 0 in each process's part
                 columns = torch.arange(input_ids.shape[1], device=input_ids.device)
                 inputs["position_ids"] = layout.split(columns.expand_as(input_ids))
+            with one_document_a_row():
+                return self.model(**inputs)
         elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self.takes_positions:
@@ -146,7 +148,7 @@ class BaseModel(nn.Module):
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            merged = copy.deepcopy(self.model).merge_and_unload()
+            merged = merged_on_host(self.model)
             merged.save_pretrained(str(folder), state_dict=merged.state_dict() | head)
         elif self.has_adapter:
             adapters = {k: v for k, v in inner.items() if "lora_" in k}
@@ -219,6 +221,20 @@ def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+
+
+@contextmanager
+def one_document_a_row():
+    """Inside, transformers doesn't look at positions to see whether a row holds several documents, which would make a
+    GPU's host wait in each forward pass."""
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def hidden_size(config) -> int:

@@ -1,8 +1,10 @@
 """Low-rank adapters, through peft."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +41,15 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     except ValueError as error:
         found = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(found)}") from error
+
+
+def merged_on_host(model: nn.Module) -> nn.Module:
+    """A copy of a model with its adapters added to the weights, in the host's memory: a GPU may have no room for it."""
+    held = [*model.parameters(), *model.buffers()]
+    # deepcopy takes what the memo holds for already copied
+    memo: dict[int, Any] = {id(x): x.detach().to("cpu", copy=True) for x in held}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo).merge_and_unload()
 
 
 def is_adapter(folder: str | Path) -> bool:

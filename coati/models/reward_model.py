@@ -1,13 +1,12 @@
 """The reward model."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from coati.errors import UserError
 from coati.models.base import ValueHeadModel
 from coati.models.classifier import at_last_token, save_classifier
+from coati.models.lora import merged_on_host
 
 
 class RewardModel(ValueHeadModel):
@@ -62,7 +61,7 @@ class RewardModel(ValueHeadModel):
             raise UserError("a sequence classifier is stored whole: merge its adapters (merge=True)")
         state = self.state_dict() if state_dict is None else state_dict
         if self.has_adapter:
-            trunk = copy.deepcopy(self.model).merge_and_unload().state_dict()
+            trunk = merged_on_host(self.model).state_dict()
         else:
             trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         save_classifier(folder, self.config, trunk, state["value_head.weight"], pad_token_id)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coati.rollout.generate import Rollout
+from coati.transfer import to_device, upload
 
 Batch = TypeVar("Batch", "Experience", Rollout)
 
@@ -45,12 +47,19 @@ class Experience:
 
     def rows(self, index: list[int] | Tensor) -> "Experience":
         """Some rows, cut to the longest of them."""
-        return take_rows(self, torch.as_tensor(index, device=self.input_ids.device))
+        return take_rows(self, index)
 
 
-def take_rows(batch: Batch, index: list[int] | Tensor) -> Batch:
-    """Some rows of an experience or a rollout, cut to the longest of them."""
-    seq = int(batch.attention_mask[index].sum(1).max())
+def take_rows(batch: Batch, index: list[int] | Tensor, seq: int | None = None) -> Batch:
+    """Some rows of an experience or a rollout, cut to the longest of them.
+
+    Args:
+        seq: the longest one's length, where the host knows it; else it waits for the device to tell.
+    """
+    if not isinstance(index, Tensor):
+        index = upload(index, batch.input_ids.device)
+    if seq is None:
+        seq = int(batch.attention_mask[index].sum(1).max())
     tensors = {f.name: x for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
     cut = {name: x[index] for name, x in tensors.items()}
     return replace(batch, **{name: x[:, :seq] if x.ndim == 2 else x for name, x in cut.items()})
@@ -64,7 +73,7 @@ def join_rows(batches: Sequence[Batch], pad_id: int, device: torch.device) -> Ba
         fill = pad_id if name == "input_ids" else 0
         parts = [getattr(batch, name) for batch in batches]
         parts = [pad(x, (0, seq - x.shape[1]), value=fill) if x.ndim == 2 else x for x in parts]
-        joined[name] = torch.cat(parts).to(device)
+        joined[name] = to_device(torch.cat(parts), device)
     return replace(batches[0], **joined)
 
 
@@ -82,6 +91,11 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each of the rollout's rows."""
+        return self.rollout.attention_mask.sum(1).tolist()
+
     def sample(self, i: int) -> "MicroBatches":
         """An eighth of one micro-batch, of whole groups; of all in turn, as `i` goes on."""
         turn, which = divmod(i, len(self.rows))
@@ -92,16 +106,16 @@ class MicroBatches:
     def mask(self) -> Tensor:
         """Which rows of the rollout are there, bool `[batch]`."""
         mask = torch.zeros(len(self.rollout.input_ids), dtype=torch.bool, device=self.rollout.input_ids.device)
-        mask[[row for rows in self.rows for row in rows]] = True
+        mask[upload([row for rows in self.rows for row in rows], mask.device)] = True
         return mask
 
     def __iter__(self) -> Iterator[Rollout]:
         for rows in self.rows:
-            yield take_rows(self.rollout, rows)
+            yield take_rows(self.rollout, rows, max(self.lengths[row] for row in rows))
 
     def restore(self, outputs: Sequence[Tensor]) -> Tensor:
         """Outputs `[rows, seq]` of the micro-batches in the rollout's order, float32 `[batch, seq]`; 0 elsewhere."""
         whole = torch.zeros(self.rollout.input_ids.shape, device=self.rollout.input_ids.device)
         for rows, output in zip(self.rows, outputs, strict=True):
-            whole[rows, : output.shape[1]] = output
+            whole[upload(rows, whole.device), : output.shape[1]] = output
         return whole

@@ -12,6 +12,7 @@ from coati.rollout.engine import RolloutEngine
 from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import pad_left
 from coati.rollout.vllm import VLLMEngine
+from coati.transfer import to_device
 
 KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -38,11 +39,12 @@ class Rollout:
 
     def response_ids(self) -> list[list[int]]:
         """The sampled ids of each response."""
-        return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
+        rows, masks = self.input_ids.cpu(), self.response_mask.cpu()
+        return [row[mask].tolist() for row, mask in zip(rows, masks, strict=True)]
 
     def to(self, device):
         """The same on another device."""
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if x is not None})
+        return replace(self, **{name: to_device(x, device) for name, x in vars(self).items() if x is not None})
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], completions: list[Completion], pad_id: int, device) -> "Rollout":
@@ -60,7 +62,7 @@ class Rollout:
         sampled = all(completion.log_probs is not None for completion in completions)
         finished = torch.tensor([completion.finish_reason != "length" for completion in completions])
         tensors = (input_ids, attention_mask, response_mask, log_probs if sampled else None, finished)
-        return cls(*(None if x is None else x.to(device) for x in tensors))
+        return cls(*(None if x is None else to_device(x, device) for x in tensors))
 
 
 def generate(
