@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "coati").rglob("*.py"))
 ALL_FILES = [p for folder in ("coati", "examples", "applications") for p in sorted((ROOT / folder).rglob("*.py"))]
 
-# What each part may import of ours, besides itself, coati.config, coati.errors and coati.transfer (docs: "imports point one way").
+# What each part may import of ours, besides itself, coati.config, coati.errors and coati.transfer (docs: "imports point one
+# way").
 MAY_IMPORT = {
     "losses": set(),
     "models": {"losses"},

@@ -271,6 +271,15 @@ class StrictTensor(torch.Tensor):
         made.inner = inner
         return made
 
+    @property
+    def data(self) -> "StrictTensor":
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other: "StrictTensor"):
+        self.inner = other.inner
+        torch.Tensor.data.__set__(self, other)  # sizes and strides
+
     def tolist(self):
         device.wait("tolist")
         return self.inner.tolist()
@@ -286,8 +295,6 @@ class StrictTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.data.__set__ and isinstance(args[1], StrictTensor):
-            args[0].inner = args[1].inner  # what follows, in C++, sets sizes only
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -514,7 +521,7 @@ def install() -> StrictDevice:
     if _libraries:
         return device
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-    torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied in Module.to
+    _move_modules_in_place()
     _pin_in_words_only()
     library = torch.library.Library("aten", "IMPL")
     for full_name in torch._C._dispatch_get_all_op_names():
@@ -562,6 +569,19 @@ def _factory(full_name: str):
     arguments, returns = func._schema.arguments, func._schema.returns
     takes_device = any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
     return func if takes_device and len(returns) == 1 and "Tensor" in str(returns[0].type) else None
+
+
+def _move_modules_in_place():
+    """`Module.to` leaves parameters the objects that they are, with their attributes, as it does for CUDA."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    swap = torch.utils.swap_tensors
+
+    def swap_values(old: torch.Tensor, new: torch.Tensor):
+        attributes = {name: value for name, value in vars(old).items() if name != "inner"}
+        swap(old, new)
+        vars(old).update(attributes)
+
+    torch.utils.swap_tensors = swap_values
 
 
 def _pin_in_words_only():

@@ -10,12 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from colossalai.pipeline import p2p
 
 from coati.parallel import accelerator, launch
 from coati.parallel.runtime import Runtime, shutdown
 from tests.conftest import trainer_classes
 from tests.device import faults, strict
 from tests.device.strict import device
+
+CHECK_DEVICE, BATCH_ISEND_IRECV = p2p._check_device, p2p.dist.batch_isend_irecv
+WHO = {p2p.dist.isend: "dst", p2p.dist.irecv: "src"}
 
 
 class StrictAccelerator(accelerator.HostAccelerator):
@@ -65,13 +69,27 @@ def call(function: str, arguments: dict, file: str, fault: str | None = None, wa
 
 
 def use_strict_device(runtime: Runtime):
-    accelerator.set_accelerator(StrictAccelerator())
-    runtime.device = runtime.communicator.device = strict.DEVICE
+    use(runtime, StrictAccelerator())
 
 
 def use_cpu(runtime: Runtime):
-    accelerator.set_accelerator(accelerator.HostAccelerator())
-    runtime.device = runtime.communicator.device = strict.CPU
+    use(runtime, accelerator.HostAccelerator())
+
+
+def use(runtime: Runtime, kind: accelerator.HostAccelerator):
+    """Runs of this runtime are on the accelerator's device from now on."""
+    accelerator.set_accelerator(kind)
+    runtime.device = runtime.communicator.device = kind.current_device()
+    runtime.sharing.clear()  # communicators that know the old one
+    # stages exchange tensors on the device, as they do with NCCL
+    on_device = isinstance(kind, StrictAccelerator)
+    p2p._check_device = (lambda group: (strict.DEVICE, True)) if on_device else CHECK_DEVICE
+    p2p.dist.batch_isend_irecv = one_by_one if on_device else BATCH_ISEND_IRECV
+
+
+def one_by_one(operations: list) -> list:
+    """Sends and receives that torch would join where a backend of the device can."""
+    return [one.op(one.tensor, group=one.group, tag=one.tag, **{WHO[one.op]: one.peer}) for one in operations]
 
 
 def train(runtime: Runtime, jobs: dict[str, dict]) -> dict[str, dict]:
@@ -86,8 +104,8 @@ def train(runtime: Runtime, jobs: dict[str, dict]) -> dict[str, dict]:
     results: dict[str, dict] = {}
     for name, job in jobs.items():
         results[name] = {}
-        for kind, use in (("cpu", use_cpu), ("strict", use_strict_device)):
-            use(runtime)
+        for kind, use_device in (("cpu", use_cpu), ("strict", use_strict_device)):
+            use_device(runtime)
             output = str(Path(job["settings"]["output_dir"]) / kind)
             results[name][kind] = run(runtime, job["algorithm"], job["settings"] | {"output_dir": output})
     return results
@@ -109,6 +127,7 @@ def run(runtime: Runtime, algorithm: str, settings: dict) -> dict:
         trainer.train_step = recorded
         trainer.train()
     except Exception:  # whatever it is, the test says it
+        traceback.print_exc()
         return {"error": traceback.format_exc()}
     devices = {p.device.type for engine in trainer.engines.values() for p in engine.module.parameters()}
     return {"steps": steps, "devices": sorted(devices)}
