@@ -4,6 +4,8 @@
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    (CPU only)
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"  (CUDA 13.0)
 TORCH ?= torch==2.13.0
+# and test-newest installs
+TORCH_NEWEST ?= torch
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +13,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 QUICK := not slow and not gpu and not slurm
 
-.PHONY: help install quickstart test test-slurm trl test-vllm test-all mutation bench bench-gpu lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-vllm test-newest test-all mutation bench bench-gpu lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -36,6 +38,11 @@ trl: $(READY)  ## Make three environments with TRL 1.12, 1.16 and 0.11 (10 minut
 test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engine
 	tools/install_vllm.sh $(PY) $(TORCH)
 	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+
+test-newest: $(READY)  ## Make .venv-newest with the newest packages that setup.py allows, and run the tests of `make test` there
+	tools/install_newest.sh $(PY) $(TORCH_NEWEST)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "$(QUICK) and distributed"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "$(QUICK) and not distributed"
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

@@ -60,8 +60,9 @@ def _machine() -> list[str]:
 
 def _plugins():
     """Asks the same check that a run asks, so the two can't disagree."""
+    from coati.config.plugin import PLUGINS, PluginConfig
     from coati.errors import UserError
-    from coati.parallel.config import PLUGINS, PluginConfig, check_plugin
+    from coati.parallel.config import check_plugin
 
     for plugin in PLUGINS:
         runs, refusals = [], []

@@ -1,7 +1,13 @@
 """The one exception that a user is meant to read."""
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -28,3 +34,22 @@ def run_command(command: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why the disk took no more, if that is what an error of Python, safetensors, tokenizers or torch says."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
+        number = int(found[1])
+    if number in FULL:
+        return os.strerror(number)
+    if re.search(r"inline_container\.cc|PytorchStreamWriter|iostream error", str(error)):  # torch.save
+        return "torch.save could not finish a file"
+    return None
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why nothing can be written, if that is what an error says: there is no room, or no permission."""
+    if isinstance(error, OSError) and error.errno in FORBIDDEN:
+        return os.strerror(error.errno)
+    return no_room(error)

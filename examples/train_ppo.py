@@ -1,13 +1,14 @@
 """PPO: `colossalai run --nproc_per_node 2 examples/train_ppo.py --config FILE.yaml`."""
 
+from coati.trainers.config import PPOConfig
 from coati.trainers.main import main
 
 
 def load_trainer():
-    from coati.trainers.ppo import PPOConfig, PPOTrainer
+    from coati.trainers.ppo import PPOTrainer
 
-    return PPOConfig, PPOTrainer
+    return PPOTrainer
 
 
 if __name__ == "__main__":
-    main(load_trainer, "PPO")
+    main(PPOConfig, load_trainer, "PPO")

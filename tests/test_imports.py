@@ -12,18 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "coati").rglob("*.py"))
 ALL_FILES = [p for folder in ("coati", "examples", "applications") for p in sorted((ROOT / folder).rglob("*.py"))]
 
-# What each part may import of ours, besides itself, coati.config, coati.errors and coati.transfer (docs: "imports point one
-# way").
+# What each part may import of ours, besides itself, coati.config, coati.errors and coati.transfer (docs: "imports point
+# one way").
 MAY_IMPORT = {
+    "config": set(),
     "losses": set(),
     "models": {"losses"},
     "data": {"losses", "models"},
-    "rewards": {"losses", "models"},
-    "rollout": {"losses", "models", "rewards"},
+    "rewards": {"losses", "models", "samples"},
+    "rollout": {"losses", "models", "rewards", "samples"},
     "parallel": {"models", "watch"},
     "tracking": set(),
     "planner": {"losses", "models", "rollout", "parallel", "trainers"},
-    "trainers": {"losses", "models", "data", "rewards", "rollout", "parallel", "tracking", "watch"},
+    "trainers": {"losses", "models", "data", "rewards", "rollout", "samples", "parallel", "tracking", "watch"},
 }
 
 

@@ -16,9 +16,10 @@ INTRODUCTION = """\
 
 <!-- Written by tools/write_configuration.py: change the help texts in the code, then run it. -->
 
-Each setting is a key of the YAML file and a flag: `learning_rate: 1.0e-5` or `--learning_rate 1e-5`. A flag wins over
+Each setting is a key of the YAML file and a flag: `learning_rate: 1e-5` or `--learning_rate 1e-5`. A flag wins over
 the file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
-true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list.
+true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says
+what a word is: `run_name: 1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
 of reward models, `train_preference.py` those of all runs and of preference optimisation, `train_ppo.py` and
@@ -27,16 +28,20 @@ of reward models, `train_preference.py` those of all runs and of preference opti
 
 
 def page() -> str:
+    from coati.config.generation import GenerationConfig
+    from coati.config.plugin import PluginConfig
     from coati.data.config import DataConfig
-    from coati.parallel.config import PluginConfig
-    from coati.rollout import GenerationConfig
     from coati.tracking.config import TrackingConfig
-    from coati.trainers.config import ModelConfig, RunConfig, TrainerConfig
-    from coati.trainers.grpo import GRPOConfig
-    from coati.trainers.ppo import PPOConfig
-    from coati.trainers.preference import PreferenceConfig
-    from coati.trainers.reward import RewardConfig
-    from coati.trainers.rollouts import RolloutConfig
+    from coati.trainers.config import (
+        GRPOConfig,
+        ModelConfig,
+        PPOConfig,
+        PreferenceConfig,
+        RewardConfig,
+        RolloutConfig,
+        RunConfig,
+        TrainerConfig,
+    )
 
     common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
     of_rollouts = {field.name: field.default for field in dataclasses.fields(RolloutConfig)}
@@ -60,8 +65,15 @@ def page() -> str:
 def _section(title: str, config_class, left_out: set[str]) -> str:
     rows = [field for field in dataclasses.fields(config_class) if field.name not in left_out]
     types = typing.get_type_hints(config_class)
-    lines = "".join(f"| `{f.name}` | {_type(types[f.name])} | {_default(f)} | {_help(f)} |\n" for f in rows)
+    lines = "".join(f"| `{f.name}` | {_values(f, types[f.name])} | {_default(f)} | {_help(f)} |\n" for f in rows)
     return f"\n## {title}\n\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n{lines}"
+
+
+def _values(field, hint) -> str:
+    """Type and range."""
+    from coati.config import range_of
+
+    return ", ".join(filter(None, [_type(hint), range_of(field)]))
 
 
 def _type(hint) -> str:

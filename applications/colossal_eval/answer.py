@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.files import replace_file
 from colossal_eval.models import load_model, model_folder
@@ -16,17 +16,17 @@ from colossal_eval.records import Question, read_questions
 
 
 @dataclass
-class AnswerConfig:
+class AnswerConfig(Settings):
     """Settings of answer.py."""
 
-    model: str = option("", "a model folder, LoRA adapter, coati run or checkpoint")
-    questions: str = option("runs/eval/data/mt_bench", "what prepare.py made of MT-Bench")
-    output: str = option("", "the file to write; its name is the model's in the judge's report")
-    max_new_tokens: int = option(512, "longest answer")
-    temperature: float = option(0.0, "of sampling; 0 for greedy")
-    seed: int = option(0, "of sampling")
+    model: str = option("", "a model folder, LoRA adapter, coati run or checkpoint", path="model")
+    questions: str = option("runs/eval/data/mt_bench", "what prepare.py made of MT-Bench", path="file")
+    output: str = option("", "the file to write; its name is the model's in the judge's report", path="output")
+    max_new_tokens: int = option(512, "longest answer", ge=1)
+    temperature: float = option(0.0, "of sampling; 0 for greedy", ge=0)
+    seed: int = option(0, "of sampling", ge=0)
     dtype: str = option("float32", "of the weights: float32, bfloat16 or float16")
-    limit: int | None = option(None, "only the first questions")
+    limit: int | None = option(None, "only the first questions", ge=1)
 
 
 def answer(config: AnswerConfig) -> list[dict]:

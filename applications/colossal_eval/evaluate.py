@@ -33,10 +33,14 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class EvaluateConfig(TrackingConfig):
     """Settings of evaluate.py."""
 
-    models: list[str] = option((), "model folders, LoRA adapters, coati runs or checkpoints; one column each")
+    models: list[str] = option(
+        (), "model folders, LoRA adapters, coati runs or checkpoints; one column each", path="model"
+    )
     tasks: list[str] = option((), f"prepared benchmarks: {', '.join(SETTINGS)}")
-    data: str = option("runs/eval/data", "what prepare.py wrote")
-    output: str = option("runs/eval/out", "folder of answers, records and report; gone on with if it is there")
+    data: str = option("runs/eval/data", "what prepare.py wrote", path="output")
+    output: str = option(
+        "runs/eval/out", "folder of answers, records and report; gone on with if it is there", path="output"
+    )
     shots: int | None = option(None, "few-shot examples; default: 5, gaokao_bench 0")
     methods: list[str] = option((), "of single-answer questions: first_token, generate, choice_perplexity")
     max_new_tokens: int | None = option(None, "longest generated answer; default: 32, gsm8k 256")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.generate import generate, has_keys_and_values, stop_at
 from coati.rollout.generator import Request

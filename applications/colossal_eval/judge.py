@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
@@ -31,18 +31,22 @@ PAUSE = 1.0  # seconds, doubled with every attempt
 
 
 @dataclass
-class JudgeConfig:
+class JudgeConfig(Settings):
     """Settings of judge.py."""
 
-    questions: str = option("runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form")
-    answers: list[str] = option((), "files of answers, one a model; the file's name is the model's")
-    references: str | None = option(None, "file of right answers, for questions that have them")
-    prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given")
-    output: str = option("runs/eval/judge", "folder of judgements and report; gone on with if it is there")
+    questions: str = option(
+        "runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form", path="file"
+    )
+    answers: list[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
+    references: str | None = option(None, "file of right answers, for questions that have them", path="file")
+    prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
+    output: str = option(
+        "runs/eval/judge", "folder of judgements and report; gone on with if it is there", path="output"
+    )
     judge: str = option("", "the judge's name at the endpoint")
     endpoint: str | None = option(None, "URL of the API, such as http://localhost:8000/v1; else OPENAI_BASE_URL")
     api_key_variable: str = option("OPENAI_API_KEY", "the environment variable that holds the key")
-    temperature: float = option(0.0, "of the judge")
+    temperature: float = option(0.0, "of the judge", ge=0)
     max_tokens: int = option(2048, "longest judgement")
     workers: int = option(8, "judgements asked for at the same time")
     attempts: int = option(4, "how often a judgement is asked for before it counts as failed")

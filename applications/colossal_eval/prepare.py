@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_eval.converters import CONVERTERS
 from colossal_eval.records import SUMMARY, to_line
@@ -20,12 +20,14 @@ SHOWN = 20
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Settings):
     """Settings of prepare.py."""
 
     benchmark: str = option("", f"one of {', '.join(CONVERTERS)}")
-    data: str = option("", "folder with the published files, or datasets:NAME, such as datasets:cais/mmlu")
-    output: str = option("runs/eval/data", "folder for the task files; the benchmark gets a folder in it")
+    data: str = option("", "folder with the published files, or datasets:NAME, such as datasets:cais/mmlu", path="file")
+    output: str = option(
+        "runs/eval/data", "folder for the task files; the benchmark gets a folder in it", path="output"
+    )
     subjects: list[str] = option((), "only these subjects; each must be there")
     bad_rows: str = option("error", "error: malformed rows end the conversion; drop: they are named and left out")
 

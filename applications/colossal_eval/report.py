@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.files import read_lines, read_object, replace_file
 from colossal_eval.published import compare_published
@@ -155,11 +155,11 @@ def write_report(output: Path, models: list[str], benchmarks: list[str], publish
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Settings):
     """Settings of report.py."""
 
-    output: str = option("runs/eval/out", "the folder of an evaluation")
-    models: list[str] = option((), "columns; default: those of the last run")
+    output: str = option("runs/eval/out", "the folder of an evaluation", path="output")
+    models: list[str] = option((), "columns; default: those of the last run", path="model")
     tasks: list[str] = option((), "benchmarks; default: those of the last run")
     published: bool = option(False, "compare with the figures of the Colossal-LLaMA-2 card")
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_llama.command import new_folder
 from colossal_llama.corpus import read_texts, sample_texts
@@ -22,14 +22,14 @@ REPORT = "extension.json"
 
 
 @dataclass
-class ExtendConfig:
+class ExtendConfig(Settings):
     """Settings of `extend_tokenizer`."""
 
-    tokenizer: str = option("", "folder of the tokenizer to extend (a model's folder will do)")
-    output: str = option("", "folder of the extended tokenizer; must not exist")
-    corpus: list[str] = option((), ".jsonl and .txt files to learn from, and to measure on")
+    tokenizer: str = option("", "folder of the tokenizer to extend (a model's folder will do)", path="model")
+    output: str = option("", "folder of the extended tokenizer; must not exist", path="output")
+    corpus: list[str] = option((), ".jsonl and .txt files to learn from, and to measure on", path="file")
     field: str = option("text", "the field of .jsonl rows; without it, source and target")
-    pieces: str | None = option(None, '.jsonl file of {"piece": "..."}: add these instead of learning any')
+    pieces: str | None = option(None, '.jsonl file of {"piece": "..."}: add these instead of learning any', path="file")
     size: int = option(10000, "tokens to add at most, when they are learned")
     min_frequency: int = option(10, "how often a learned piece must occur")
     characters: list[str] = option(
@@ -39,9 +39,9 @@ class ExtendConfig:
     dead: Literal["reach", "drop", "keep"] = option(
         "reach", "pieces that would never be produced: add what leads to them, leave them out, or only report them"
     )
-    old_text: list[str] = option((), "files in the old language, to see that their tokens stay")
+    old_text: list[str] = option((), "files in the old language, to see that their tokens stay", path="file")
     sample_size: int = option(1000, "documents, drawn from corpus and old text, to check on")
-    seed: int = option(0, "of the sample")
+    seed: int = option(0, "of the sample", ge=0)
     progress: Literal["auto", "bar", "plain", "off"] = option("auto", "what the terminal shows meanwhile")
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_llama.command import new_folder
 
@@ -24,18 +24,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass
-class InitConfig:
+class InitConfig(Settings):
     """Settings of `init_model`."""
 
-    model: str = option("", "folder of the model: config.json and safetensors files")
-    tokenizer: str = option("", "folder of the extended tokenizer")
-    output: str = option("", "folder of the model with new rows; must not exist")
-    old_tokenizer: str | None = option(None, "folder of the model's tokenizer, unless it is in the model's folder")
+    model: str = option("", "folder of the model: config.json and safetensors files", path="model")
+    tokenizer: str = option("", "folder of the extended tokenizer", path="model")
+    output: str = option("", "folder of the model with new rows; must not exist", path="output")
+    old_tokenizer: str | None = option(
+        None, "folder of the model's tokenizer, unless it is in the model's folder", path="model"
+    )
     rule: Literal["mean", "original", "random"] = option(
         "mean", "new rows: mean of the text's old pieces, the mean as Colossal-LLaMA-2 took it, or normal noise"
     )
     pad_to_multiple_of: int = option(1, "round the number of rows up to a multiple, such as 64")
-    seed: int = option(0, "of the random rule")
+    seed: int = option(0, "of the random rule", ge=0)
     progress: Literal["auto", "bar", "plain", "off"] = option("auto", "what the terminal shows meanwhile")
 
 
@@ -68,7 +70,8 @@ def init_model(config: InitConfig) -> dict[str, int]:
         print(f"{source}: {rows} rows -> {size} for {len(sources)} new tokens ({config.rule}), to {config.output}")
         _write_weights(files, tensors, plan, folder, config)
         suppressed = sorted(set(range(kept, size)) - set(sources))
-        _write_rest(source, Path(config.tokenizer), folder, size, suppressed)
+        _write_rest(source, Path(config.tokenizer), folder, size)
+        _suppress(folder, suppressed, set(sources))
         _check_shapes(folder, tensors)
     return {"old_rows": rows, "new_tokens": len(sources), "rows": size, "suppressed": len(suppressed)}
 
@@ -151,8 +154,8 @@ def _data_size(path: Path) -> int:
     return path.stat().st_size - read_header(path)[1]
 
 
-def _write_rest(source: Path, tokenizer: Path, folder: Path, size: int, suppressed: list[int]) -> None:
-    """The config with the new size, the generation config, the tokenizer's files."""
+def _write_rest(source: Path, tokenizer: Path, folder: Path, size: int) -> None:
+    """The config with the new size, the tokenizer's files, and whatever else the model has."""
     from colossal_llama.tokenizer_folder import REPLACED, WEIGHTS
 
     settings = _read_json(source / "config.json")
@@ -165,14 +168,23 @@ def _write_rest(source: Path, tokenizer: Path, folder: Path, size: int, suppress
             elif file.name == "additional_chat_templates":
                 shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
     _write_json(folder / "config.json", settings)
-    if suppressed:
-        from transformers import AutoConfig, GenerationConfig
 
-        path = folder / "generation_config.json"
-        if not path.exists():
-            GenerationConfig.from_model_config(AutoConfig.from_pretrained(str(folder))).save_pretrained(str(folder))
-        generation = _read_json(path)
-        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), *suppressed})
+
+def _suppress(folder: Path, unused: list[int], new: set[int]) -> None:
+    """Lists the ids without a token in the generation config. Those that have become tokens leave the list, on which an
+    earlier extension may have put them; what somebody else has put there stays."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path = folder / "generation_config.json"
+    if unused and not path.exists():
+        GenerationConfig.from_model_config(AutoConfig.from_pretrained(str(folder))).save_pretrained(str(folder))
+    if not path.exists():
+        return
+    generation = _read_json(path)
+    before = generation.get("suppress_tokens") or []
+    now = sorted({*(token for token in before if token not in new), *unused})
+    if now != before:
+        generation["suppress_tokens"] = now
         _write_json(path, generation)
 
 

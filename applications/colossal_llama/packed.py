@@ -1,5 +1,6 @@
 """Packed rows on disk, as `prepare_pretrain` writes them, and the order in which a stage reads them."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -55,6 +56,7 @@ class PackedDataset:
         lengths: tokens of each row, int `[rows]`.
         category_of_row: index into `categories`, int `[rows]`.
         bucket_of_row: int `[rows]`.
+        key: tells the rows from any others.
 
     Raises:
         UserError: a folder isn't what `prepare_pretrain` leaves when it has finished.
@@ -65,6 +67,7 @@ class PackedDataset:
         import pyarrow.compute as pc
 
         self.manifests = [read_manifest(folder) for folder in folders]
+        self.key = hashlib.sha256(json.dumps(self.manifests, sort_keys=True).encode()).hexdigest()
         parts, buckets = [], []
         for folder in folders:
             for k, path in enumerate(sorted(Path(folder).glob("bucket_*"))):
@@ -103,6 +106,7 @@ class MixedOrder:
         steps: batches; or, if 0,
         tokens: the stage ends with the batch that reaches them; or, if 0,
         epochs: the tokens of the chosen buckets and categories, times this.
+        start: a batch, and the row that it begins with, see `BatchSampler`.
 
     Raises:
         UserError: a bucket or category that isn't there, a share that isn't above 0.
@@ -119,8 +123,9 @@ class MixedOrder:
         epochs: float = 1.0,
         buckets: Sequence[int] = (),
         mix: dict[str, float] | None = None,
+        start: tuple[int, int] = (0, 0),
     ):
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed, self.start = data, batch_size, seed, start
         self.buckets = list(buckets) or sorted(set(data.bucket_of_row.tolist()))
         if missing := sorted(set(self.buckets) - set(data.bucket_of_row.tolist())):
             raise UserError(f"there is no bucket {missing[0]}: the data has 0 to {data.bucket_of_row.max()}")
@@ -131,21 +136,26 @@ class MixedOrder:
         for row in self._stream():
             rows.append(row)
             seen += data.lengths[row]
-            if len(rows) % batch_size == 0 and (len(rows) == steps * batch_size if steps else seen >= tokens):
+            batches, rest = divmod(len(rows) - start[1], batch_size)
+            if rest == 0 and batches >= 0 and (start[0] + batches >= steps if steps else seen >= tokens):
                 break
         self.rows, self.tokens = np.array(rows), int(seen)
 
     def __len__(self) -> int:
         """Batches."""
-        return len(self.rows) // self.batch_size
+        return self.start[0] + (len(self.rows) - self.start[1]) // self.batch_size
+
+    def position(self, k: int) -> int:
+        """Rows before batch `k`."""
+        return self.start[1] + (k - self.start[0]) * self.batch_size
 
     def batch(self, k: int) -> list[int]:
         """Rows of batch `k`, over all ranks and micro-batches."""
-        return self.rows[k * self.batch_size : (k + 1) * self.batch_size].tolist()
+        return self.rows[self.position(k) : self.position(k + 1)].tolist()
 
     def epoch(self, k: int) -> float:
         """Rows seen before batch `k`, by how many the chosen buckets and categories have."""
-        return k * self.batch_size / self.chosen.sum()
+        return self.position(k) / self.chosen.sum()
 
     def _shares(self, mix: dict[str, float] | None) -> dict[int, float]:
         names, chosen = self.data.categories.tolist(), np.isin(self.data.bucket_of_row, self.buckets)

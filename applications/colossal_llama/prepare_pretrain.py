@@ -9,19 +9,21 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 
 OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Settings):
     """What to read, how to tokenise and pack it, and where to."""
 
-    data: list[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}")
-    tokenizer: str = option("", "a folder with the tokenizer of the model to be trained")
-    output: str = option("", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is whole")
+    data: list[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
+    tokenizer: str = option("", "a folder with the tokenizer of the model to be trained", path="model")
+    output: str = option(
+        "", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is whole", path="output"
+    )
     category: str | None = option(None, "the category of rows that name none")
     max_length: int = option(4096, "the longest row, in tokens; longer documents are cut, nothing is left out")
     buckets: int = option(10, "parts of the data, each with its share of every category, to train on one by one")
@@ -41,6 +43,7 @@ class PrepareConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("data", "tokenizer", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; --help says what it is.")

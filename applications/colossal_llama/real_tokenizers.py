@@ -19,7 +19,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_llama.command import new_folder
 
@@ -30,10 +30,10 @@ CONFIG = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": 
 
 
 @dataclass
-class FetchConfig:
+class FetchConfig(Settings):
     """Settings of `real_tokenizers`."""
 
-    output: str = option("", "folder to put a folder for each tokenizer into; must not exist")
+    output: str = option("", "folder to put a folder for each tokenizer into; must not exist", path="output")
 
 
 def fetch(config: FetchConfig) -> None:

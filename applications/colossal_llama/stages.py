@@ -2,13 +2,14 @@
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coati.config import parse_settings, read_yaml, take_config_path
 from coati.errors import UserError
-from coati.trainers.base import FINAL_MODEL
-from colossal_llama.pretraining import PretrainConfig
+from coati.trainers.config import FINAL_MODEL
+from coati.trainers.paths import check_paths
+from colossal_llama.settings import PretrainConfig
 
 
 @dataclass
@@ -52,6 +53,8 @@ def parse_stages(config_class: type[PretrainConfig], description: str, argv: lis
             raise UserError(f"{origin}: give it a name of letters, digits and dashes, such as `name: warm-up`")
         settings = shared | {key: _as_list(value) for key, value in stage.items() if key != "name"}
         config = parse_settings(config_class, settings, flags, origin, description)
+        # an earlier stage may leave a later one's model
+        check_paths(replace(config, model=None) if configs else config)
         if configs and "model" not in stage:
             config.model = str(Path(configs[-1].output_dir) / FINAL_MODEL)
             config.model_config = None

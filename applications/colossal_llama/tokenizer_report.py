@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from coati.config import option, parse_config
+from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from colossal_llama.command import new_folder
 from colossal_llama.corpus import read_texts, sample_texts
@@ -25,16 +25,18 @@ BATCH = 64
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Settings):
     """Settings of `tokenizer_report`."""
 
-    tokenizers: list[str] = option((), "tokenizer folders; a row each")
-    corpus: list[str] = option((), ".jsonl and .txt files; a table each")
-    output: str = option("", "folder for report.md, report.json and report.svg; must not exist")
-    base: str | None = option(None, "tokenizer folder that others extend: how many of their further tokens are used?")
+    tokenizers: list[str] = option((), "tokenizer folders; a row each", path="model")
+    corpus: list[str] = option((), ".jsonl and .txt files; a table each", path="file")
+    output: str = option("", "folder for report.md, report.json and report.svg; must not exist", path="output")
+    base: str | None = option(
+        None, "tokenizer folder that others extend: how many of their further tokens are used?", path="model"
+    )
     field: str = option("text", "the field of .jsonl rows; without it, source and target")
-    samples: int = option(0, "documents to draw from each file; 0: all")
-    seed: int = option(0, "of the drawing")
+    samples: int = option(0, "documents to draw from each file; 0: all", ge=0)
+    seed: int = option(0, "of the drawing", ge=0)
     progress: Literal["auto", "bar", "plain", "off"] = option("auto", "what the terminal shows meanwhile")
 
 

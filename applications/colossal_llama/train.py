@@ -2,19 +2,15 @@
 FILE.yaml`."""
 
 from coati.trainers.main import main
+from colossal_llama.settings import PretrainConfig
+from colossal_llama.stages import parse_stages
 
 
 def load_trainer():
-    from colossal_llama.pretraining import PretrainConfig, StagedPretraining
+    from colossal_llama.pretraining import StagedPretraining
 
-    return PretrainConfig, StagedPretraining
-
-
-def parse(config_class, description: str):
-    from colossal_llama.stages import parse_stages
-
-    return parse_stages(config_class, description)
+    return StagedPretraining
 
 
 if __name__ == "__main__":
-    main(load_trainer, "continued pre-training", parse)
+    main(PretrainConfig, load_trainer, "continued pre-training", parse_stages)

@@ -1,18 +1,16 @@
-"""From files of dialogues to batches: formats, chat templates and masks, tokenising, collating, sampling."""
+"""From files of dialogues to batches: formats, chat templates and masks, tokenising, collating, sampling.
 
-from coati.data.collate import (
-    PreferenceBatch,
-    SFTBatch,
-    UnpairedBatch,
-    collate_preference,
-    collate_sft,
-    collate_unpaired,
-)
+Batches are imported when they are asked for: that a data file is missing is said before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from coati.data.config import DataConfig
 from coati.data.dataset import TokenisedDataset, build_dataset
 from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
 from coati.data.report import ValidationReport
-from coati.data.sampling import BatchSampler, cut, deal
+from coati.data.sampling import BatchSampler, shard_batch, split_micro_batches
 from coati.data.sources import load_rows
 from coati.data.templates import prepare_tokenizer
 from coati.data.tokenise import (
@@ -25,6 +23,17 @@ from coati.data.tokenise import (
     tokenise,
 )
 
+if TYPE_CHECKING:
+    from coati.data.collate import (
+        PreferenceBatch,
+        SFTBatch,
+        UnpairedBatch,
+        collate_preference,
+        collate_sft,
+        collate_unpaired,
+    )
+
+BATCHES = ("PreferenceBatch", "SFTBatch", "UnpairedBatch", "collate_preference", "collate_sft", "collate_unpaired")
 __all__ = [
     "BatchSampler",
     "DataConfig",
@@ -46,11 +55,17 @@ __all__ = [
     "collate_preference",
     "collate_sft",
     "collate_unpaired",
-    "cut",
-    "deal",
     "exchange_answers",
     "load_rows",
     "parse_record",
     "prepare_tokenizer",
+    "shard_batch",
+    "split_micro_batches",
     "tokenise",
 ]
+
+
+def __getattr__(name: str):
+    if name not in BATCHES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("coati.data.collate"), name)

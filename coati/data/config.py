@@ -7,29 +7,35 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from coati.config.options import Settings
 from coati.errors import UserError
 
 
 @dataclass
-class DataConfig:
-    """Which rows to read and how to turn them into tokens (parsable by `transformers.HfArgumentParser`).
+class DataConfig(Settings):
+    """Which rows to read and how to turn them into tokens.
 
     Raises `UserError` when a length is not positive or the weights do not fit the sources.
     """
 
     train_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files (.jsonl, .json, .parquet) or `datasets` names (org/name/config:split)."},
+        metadata={
+            "help": "Files (.jsonl, .json, .parquet) or `datasets` names (org/name/config:split).",
+            "path": "data",
+        },
     )
     train_weights: list[float] | None = field(
         default=None,
         metadata={"help": "One weight a source: 2.0 is seen twice an epoch, 0.5 a random half each epoch."},
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on."})
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest SFT or preference row, in tokens, answer and EOS included."}
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on.", "path": "data"}
     )
-    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt row, in tokens."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest SFT or preference row, in tokens, answer and EOS included.", "ge": 1}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt row, in tokens.", "ge": 1})
     too_long: Literal["drop", "truncate_prompt"] = field(
         default="drop", metadata={"help": "What to do with a longer row: drop it, or cut the prompt's left end."}
     )
@@ -41,7 +47,8 @@ class DataConfig:
         metadata={"help": "SFT learns every assistant turn of a dialogue, the last only, or each in a row of its own."},
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "A jinja file to use instead of the tokenizer's own chat template."}
+        default=None,
+        metadata={"help": "A jinja file to use instead of the tokenizer's own chat template.", "path": "file"},
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -51,13 +58,11 @@ class DataConfig:
         default=None, metadata={"help": "The token that ends an answer, when it is not the tokenizer's own EOS token."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where tokenised data is kept (default ~/.cache/coati)."}
+        default=None, metadata={"help": "Where tokenised data is kept (default ~/.cache/coati).", "path": "output"}
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_prompt_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; give a positive number of tokens.")
+        super().__post_init__()
         check_weights(self.train_weights, self.train_data, "--train_weights")
         self.chat_template_kwargs = self.template_arguments
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from coati.data.tokenise import (
     UnpairedSample,
     tokenise_many,
 )
-from coati.errors import UserError
+from coati.errors import UserError, unwritable
 
 # Count up whenever the same rows and settings give other tokens or other files.
 FORMAT_VERSION = 2
@@ -88,12 +89,25 @@ def build_dataset(
         raise UserError(f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir.") from None
     folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
     if not folder.exists():
-        with FileLock(f"{folder}.lock"):
+        with writing(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, sources, kind, tokenizer, config)
     data = TokenisedDataset(folder, sources, weights)
     _raise_on_problems(data, config)
     return data
+
+
+@contextmanager
+def writing(cache: Path) -> Iterator[None]:
+    """Raises `UserError` where the block finds the cache folder full or read-only."""
+    try:
+        yield
+    except Exception as error:
+        place = getattr(error, "filename", None)  # errors of writing, unlike those of opening, name none
+        reason = unwritable(error) if place is None or str(place).startswith(str(cache)) else None
+        if reason is None:
+            raise
+        raise UserError(f"The cache folder {cache} can't be written ({reason}); change --cache_dir.") from error
 
 
 def _raise_on_problems(data: TokenisedDataset, config: DataConfig) -> None:

@@ -24,6 +24,8 @@ class BatchSampler:
         weights_per_row: how often a row is seen in an epoch, `[rows]`. 2.0: twice. 0.5: rows of that weight
             take turns, a random half each epoch and the other half in the next.
         shuffle: False gives the rows in order.
+        start: a batch, and the row of the endless stream that it begins with: a run that goes on with batches of
+            another size goes on at the row where it stopped.
 
     Raises `UserError` when there are no rows, or nothing with a weight above 0.
     """
@@ -36,10 +38,11 @@ class BatchSampler:
         *,
         weights_per_row: Sequence[float] | None = None,
         shuffle: bool = True,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be 1 or more.")
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.batch_size, self.seed, self.shuffle, self.start = batch_size, seed, shuffle, start
         weights = np.ones(rows) if weights_per_row is None else np.asarray(weights_per_row, float)
         if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
@@ -60,11 +63,22 @@ class BatchSampler:
 
     def epoch(self, k: int) -> float:
         """Epochs gone by before batch `k`."""
-        return k * self.batch_size / self.epoch_size
+        return self.position(k) / self.epoch_size
+
+    def position(self, k: int) -> int:
+        """Rows of the stream before batch `k`."""
+        batch, row = self.start
+        return row + (k - batch) * self.batch_size
 
     def batch(self, k: int) -> list[int]:
         """Rows of global batch `k`, always `batch_size` of them."""
-        return self._stream(k * self.batch_size, (k + 1) * self.batch_size).tolist()
+        return self._stream(self.position(k), self.position(k + 1)).tolist()
+
+    def row(self, position: int) -> int:
+        """The row at this position of the stream."""
+        batch, start = self.start
+        k, place = divmod(position - start, self.batch_size)
+        return self.batch(batch + k)[place]
 
     def _stream(self, start: int, end: int) -> np.ndarray:
         """Positions `start` to `end` of the epochs laid end to end."""
@@ -89,7 +103,7 @@ class BatchSampler:
         return np.array([orders[p // len(group)][p % len(group)] for p in positions], dtype=np.int64)
 
 
-def deal(
+def shard_batch(
     batch: Sequence[int],
     lengths: Sequence[int],
     rank: int,
@@ -100,18 +114,20 @@ def deal(
     """This rank's micro-batches of a global batch.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
-    the same number of micro-batches, see `cut`. Raises `UserError` when the ranks cannot get equally many rows.
+    the same number of micro-batches, see `split_micro_batches`.
+
+    Raises `UserError` when the ranks cannot get equally many rows.
     """
     if len(batch) % world_size:
         raise UserError(f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either.")
     if micro_batch_size < 1:
         raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
     rows = sorted(batch, key=lambda row: lengths[row])
-    mine, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
-    return [mine[part] for part in cut(widths, micro_batch_size, max_tokens)]
+    local_shard, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
+    return [local_shard[part] for part in split_micro_batches(widths, micro_batch_size, max_tokens)]
 
 
-def cut(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
+def split_micro_batches(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
     """Micro-batches of rows that are sorted by length: of `micro_batch_size` rows each, or, given `max_tokens`, of as
     many as have no more tokens together with their padding (one row at least)."""
     if max_tokens is None:

@@ -41,6 +41,11 @@ def load_rows(source: str) -> Iterator[tuple[int, Any]]:
     return chain.from_iterable(read[part] for _, part in _slices(source, split, {"train": len(read)}))
 
 
+def check_source(source: str) -> None:
+    """Raise `UserError` when `source` is a file that does not exist or has an unknown format; nothing is read."""
+    _local(source)
+
+
 def fingerprint(source: str) -> str:
     """A hash of the source's content; `UserError` when it does not exist."""
     place = _local(source)

@@ -1,10 +1,8 @@
 """Low-rank adapters, through peft."""
 
-import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -43,23 +41,17 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(found)}") from error
 
 
-def merged_on_host(model: nn.Module) -> nn.Module:
-    """A copy of a model with its adapters added to the weights, in the host's memory: a GPU may have no room for it."""
-    held = [*model.parameters(), *model.buffers()]
-    # deepcopy takes what the memo holds for already copied
-    memo: dict[int, Any] = {id(x): x.detach().to("cpu", copy=True) for x in held}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo).merge_and_unload()
-
-
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
 def is_untrained_adapter(model: nn.Module) -> bool:
-    """Whether the model's trainable adapter changes nothing yet: B is 0 until the first step."""
-    second = [p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
-    return bool(second) and not any(p.any() for p in second)
+    """Whether a model trains LoRA alone, which changes nothing yet: B is 0 until the first step. Biases that train
+    beside it are none of it: switching the adapter off would not bring the old ones back."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    second = [p for name, p in trained.items() if "lora_B" in name]
+    alone = all("lora_A" in name or "lora_B" in name for name in trained)
+    return bool(second) and alone and not any(p.any() for p in second)
 
 
 def base_of_adapter(folder: str | Path) -> str:
@@ -72,10 +64,3 @@ def base_of_adapter(folder: str | Path) -> str:
     if not base:
         raise UserError(f"{folder}/adapter_config.json lacks base_model_name_or_path: add the path of the base model")
     return base
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Puts a saved adapter on its base model, trainable."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)

@@ -6,6 +6,7 @@ The names are imported when they are asked for: a run's settings are checked bef
 import importlib.util
 from importlib import import_module
 
+from coati.config.plugin import PluginConfig
 from coati.errors import UserError
 
 INSTALL_COLOSSALAI = "pip install --no-deps colossalai==0.5.0 galore_torch bitsandbytes"
@@ -13,7 +14,6 @@ HOME = {
     "Checkpoints": "checkpoint",
     "Communicator": "communication",
     "Engine": "engine",
-    "PluginConfig": "config",
     "Runtime": "runtime",
     "Update": "update",
     "check_plugin": "config",
@@ -21,7 +21,7 @@ HOME = {
     "make_engine": "factory",
     "resolve_precision": "config",
 }
-__all__ = ["INSTALL_COLOSSALAI", *HOME]
+__all__ = ["INSTALL_COLOSSALAI", "PluginConfig", *HOME]
 
 if importlib.util.find_spec("colossalai") is None:
     raise UserError(

@@ -4,11 +4,9 @@ A checkpoint is written into `step-N.partial`, listed with the size of every fil
 folder without a manifest, or whose files don't match it, is never loaded. What is removed becomes `.partial` first.
 """
 
-import errno
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +14,8 @@ from pathlib import Path
 from coati.errors import UserError
 from coati.parallel.runtime import Runtime, random_state, restore_random_state
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 NAME = "step-" + "[0-9]" * 8
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Checkpoints:
@@ -131,6 +128,26 @@ class Checkpoints:
                 _remove(folder)
 
 
+def lock_folder(folder: Path):
+    """A lock on a run's folder, held until it is released or this process ends; None where the file system has none.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}: wait for its end, or name another folder with --output_dir"
+        ) from error
+    except (OSError, NotImplementedError):  # some network file systems can't lock
+        return None
+    return lock
+
+
 def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
@@ -158,18 +175,6 @@ def write_json(path: Path, value):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
-
-
-def no_room(error: BaseException) -> str | None:
-    """Why the disk took no more, if that is what an error of Python, safetensors, tokenizers or torch says."""
-    number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
-        number = int(found[1])
-    if number in FULL:
-        return os.strerror(number)
-    if re.search(r"inline_container\.cc|PytorchStreamWriter|iostream error", str(error)):  # torch.save
-        return "torch.save could not finish a file"
-    return None
 
 
 def _write_manifest(folder: Path, step: int, metric: float | None):

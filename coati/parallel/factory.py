@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from coati.parallel.config import PluginConfig
+from coati.config.plugin import PluginConfig
 from coati.parallel.ddp import DDPEngine
 from coati.parallel.engine import Engine
 from coati.parallel.gemini import GeminiEngine

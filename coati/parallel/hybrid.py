@@ -18,7 +18,7 @@ from colossalai.checkpoint_io import HybridParallelCheckpointIO
 from torch import nn
 from torch.nn.functional import pad
 
-from coati.parallel.config import PluginConfig
+from coati.config.plugin import PluginConfig
 from coati.parallel.engine import DTYPES, Engine
 from coati.parallel.pipeline import MicroBatches
 from coati.parallel.policy import DecoderPolicy, split_tensors, transformer_of

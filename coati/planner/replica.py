@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from coati.parallel.config import PluginConfig
+from coati.config.plugin import PluginConfig
 from coati.parallel.engine import DTYPES
 from coati.planner.live import LiveMemory
 

@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
     known, rest = parser.parse_known_args(argv)
     if known.gpus < 1:
         raise UserError(f"--gpus is {known.gpus}: give at least 1")
-    from coati.planner.dry_run import plan
-
     workload = read_workload(rest, known.algorithm, known.gpus, known.device == "cuda")
+    from coati.planner.dry_run import plan  # loads torch, so not before the settings are read
+
     found = plan(workload)
     print(table(workload, found))
     fits = found.peak.total() <= USABLE * known.memory * GIB
@@ -48,8 +48,6 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
     Raises:
         UserError: as `main`.
     """
-    from coati.planner.dry_run import Workload
-
     classes = config_classes()
     algorithm = algorithm or _tell_algorithm(argv, classes)
     config = parse_config(classes[algorithm], argv)
@@ -57,7 +55,9 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
         config.precision = "bf16" if on_gpu or config.plugin == "gemini" else "fp32"
     if on_gpu:  # as large, and this machine need not have a GPU
         config.precision = config.precision.replace("fp16", "bf16")
-        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "sdpa")
+        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
+    from coati.planner.dry_run import Workload
+
     return Workload(algorithm, config, _shapes(config, algorithm), gpus, on_gpu)
 
 
@@ -132,9 +132,7 @@ def _changes(workload) -> list[dict]:
 
 def config_classes() -> dict[str, type]:
     """The settings of every algorithm."""
-    from coati.trainers.ppo import PPOConfig
-    from coati.trainers.reward import RewardConfig
-    from coati.trainers.sft import SFTConfig
+    from coati.trainers.config import PPOConfig, RewardConfig, SFTConfig
 
     return {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
@@ -143,7 +141,7 @@ def _tell_algorithm(argv: list[str], classes: dict[str, type]) -> str:
     """The algorithm whose settings alone have a name that is used."""
     path, rest = take_config_path(argv)
     used = set(read_yaml(path)) if path else set()
-    used |= {word[2:].split("=")[0] for word in rest if word.startswith("--")}
+    used |= {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     fields = {name: {f.name for f in dataclasses.fields(c)} for name, c in classes.items()}
     used &= set().union(*fields.values())  # parse_config finds the misspelt ones
     fitting = [name for name in ALGORITHMS if used <= fields[name]]

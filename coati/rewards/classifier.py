@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.base import load_transformer, quiet_transformers
+from coati.models.base import load_transformer
 from coati.models.classifier import at_last_token, reads_last_token
 from coati.models.lora import is_adapter
+from coati.models.positions import row_limit
+from coati.models.quiet import quiet_transformers
+from coati.rewards.base import Reward
+from coati.rewards.config import PLAIN
 
-PLAIN = "{prompt}{response}"
 
-
-class SequenceClassifierReward:
+class SequenceClassifierReward(Reward):
     """Scores texts with a sequence classifier of transformers. Its tokenizer may be another than the policy's: prompt
     and response are joined as text and tokenised anew.
 
@@ -79,9 +81,9 @@ class SequenceClassifierReward:
         self._inputs = inspect.signature(reader.forward).parameters
 
     @torch.no_grad()
-    def score(self, prompts: list[str], responses: list[str], **columns) -> Tensor:
+    def score(self, samples):
         """Rewards, float32 `[batch]`, on the model's device."""
-        rows = self._encode(prompts, responses)
+        rows = self._encode([sample.prompt for sample in samples], [sample.response for sample in samples])
         shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         scores = torch.zeros(len(rows), device=self.model.device)
         for start in range(0, len(rows), self.batch_size):
@@ -208,6 +210,8 @@ class SequenceClassifierReward:
     def _max_length(self, wanted: int | None) -> int | None:
         config = self.model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+        if (table := row_limit(self.model)) is not None:  # RoBERTa's is two shorter than its config says
+            limits.append(table.tokens)
         limit = min([n for n in limits if n is not None and n > 0], default=None)
         if wanted is None:
             own = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none

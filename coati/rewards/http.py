@@ -8,18 +8,16 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import torch
-from torch import Tensor
-
 from coati.errors import UserError
+from coati.rewards.base import Reward, columns_of
 
 logger = logging.getLogger(__name__)
 BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
 
 
-class HTTPReward:
+class HTTPReward(Reward):
     """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
-    number a response. `columns` holds the data's other fields; what JSON can't hold, such as token ids, is left out.
+    number per response. `columns` holds the data's other fields, but for what JSON can't hold, and `truncated`.
 
     Args:
         timeout: seconds that the endpoint may be silent.
@@ -46,21 +44,24 @@ class HTTPReward:
         self.url, self.timeout, self.retries, self.wait, self.batch_size = url, timeout, retries, wait, batch_size
         self.headers, self.name = {"Content-Type": "application/json"} | (headers or {}), name or parts.hostname
 
-    def score(self, prompts: list[str], responses: list[str], **columns) -> Tensor:
-        """Rewards, float32 `[batch]`.
+    def score(self, samples):
+        """What the endpoint gives.
 
         Raises:
             UserError: the endpoint fails in all tries, or refuses the request, or replies with anything else than one
                 number a response.
         """
-        columns = {name: values for name, values in columns.items() if _fits_json(values)}
+        columns = {name: values for name, values in columns_of(samples).items() if _fits_json(values)}
         rewards: list[float] = []
-        for start in range(0, len(responses), self.batch_size):
+        for start in range(0, len(samples), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            asked = {"prompts": prompts[rows], "responses": responses[rows]}
-            asked["columns"] = {name: values[rows] for name, values in columns.items()}
-            rewards += self._read(self._post(json.dumps(asked).encode()), len(asked["responses"]))
-        return torch.tensor(rewards, dtype=torch.float32)
+            asked = {
+                "prompts": [sample.prompt for sample in samples[rows]],
+                "responses": [sample.response for sample in samples[rows]],
+                "columns": {name: values[rows] for name, values in columns.items()},
+            }
+            rewards += self._read(self._post(json.dumps(asked).encode()), len(samples[rows]))
+        return rewards
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self.retries + 1):

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from coati.rewards.base import Reward
 from coati.rewards.function import load_function
+from coati.samples import Sample
 
 SECONDS_TO_START = 120.0
 PR_SET_PDEATHSIG = 1
@@ -29,19 +31,21 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one answer: a score, or why there is none."""
+    """What became of one answer: a score, None if the reward doesn't judge it, or why there is none."""
 
     score: float | None
     error: str = ""
 
 
-def score_one(reward, prompt: str, response: str, row: dict[str, Any]) -> Outcome:
-    """One answer's score. Whatever the reward raises, and a score that isn't finite, is a failure."""
+def score_one(reward: Reward, sample: Sample) -> Outcome:
+    """One sample's score, or None. Whatever the reward raises, and a score that isn't finite, is a failure."""
     try:
-        [score] = reward.score([prompt], [response], **{name: [value] for name, value in row.items()})
-        if not math.isfinite(score := float(score)):
+        [score] = reward.score([sample])
+        if score is None:
+            return Outcome(None)
+        if not math.isfinite(score):
             raise ValueError(f"a reward must be finite, not {score}")
-        return Outcome(score)
+        return Outcome(float(score))
     except Exception as error:  # a user's function may fail in any way
         return Outcome(None, describe(error))
 
@@ -66,9 +70,10 @@ class Pool:
         for worker in self.workers:
             worker.start()
 
-    def submit(self, name: str, prompt: str, response: str, row: dict[str, Any]) -> "Future[Outcome]":
+    def submit(self, name: str, sample: Sample) -> "Future[Outcome]":
+        """Has a sample scored by the reward of this name."""
         future: Future[Outcome] = Future()
-        self.tasks.put((future, name, prompt, response, row))
+        self.tasks.put((future, name, sample))
         return future
 
 
@@ -143,8 +148,7 @@ def work(fd: int):
     try:
         rewards = {name: load_function(x) if isinstance(x, str) else x for name, x in sent.items()}
         for reward in rewards.values():
-            if hasattr(reward, "load"):
-                reward.load()
+            reward.load()
     except Exception as error:
         channel.send(describe(error))
         return
@@ -152,4 +156,8 @@ def work(fd: int):
     with contextlib.suppress(EOFError):
         while True:
             asked = channel.recv()
-            channel.send(score_one(rewards[asked[0]], *asked[1:]) if asked else Outcome(0.0))
+            if asked is None:  # whether it has started
+                channel.send(Outcome(None))
+            else:
+                name, sample = asked
+                channel.send(score_one(rewards[name], sample))

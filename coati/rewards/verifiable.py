@@ -1,34 +1,46 @@
-r"""Rewards by rule: 1 for an answer that is right, 0 for one that isn't, told from the data's own columns.
+r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, told from the data's own columns.
 
-Each scores an answer by itself (`per_response`), so that it can work while others are still being generated. The rules
-stand in docs/rewards.md. Where an answer has `<answer>` tags, what stands in the last of them is read.
+Each scores a response by itself (`per_response`), so that it can work while others are still being generated. The rules
+stand in docs/rewards.md. What stands in `<think>` tags is not read, and of `<answer>` tags only the last.
 """
 
 import inspect
 import json
+import math
 import re
 import string
 import sys
+import textwrap
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
+from numbers import Number
 from pathlib import Path
 from typing import Any, ClassVar
 
 from coati.errors import UserError
-from coati.rewards.answers import extract_letters, extract_number
+from coati.rewards.answers import Style, extract_letters, extract_number, stated_answer
+from coati.rewards.base import Reward
 from coati.rewards.sandbox import check_sandbox, run_tests
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
-PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}。，、；：？！“”‘’（）《》…—–]")
+PERCENT = re.compile(r"%|\bpercent")
+# for `normalise`
+DASHES = str.maketrans({"−": "-", "–": "-", "—": " "})
+QUOTES = re.compile(r"[\"“”„«»‘’《》「」『』【】]|(?<=\w)'(?=\w)")
+# a point or a comma in a number counts, a colon between digits, "!" in "5!" and "!="
+PUNCTUATION = re.compile(r"\.(?!\w)|(?<!\d)[,:]|[,:](?!\d)|[;?。、]|(?<![\d)])!(?!=)")
+ARTICLE = re.compile(r"(?<!\S)(?:the\s+(?=\w)|an?\s+(?=[^\W\d_]{2}))")
 
 
 @dataclass
-class Verifier:
-    """A rule; `verdict` is what each fills in. Its fields are those of `ScoringConfig` that it needs.
+class Verifier(Reward):
+    """A rule; `verdict` is what each fills in.
 
     Args:
         answer_column: the data's column with the right answer, or a list of them.
@@ -36,7 +48,6 @@ class Verifier:
 
     answer_column: str = "answer"
 
-    name: ClassVar[str]
     package: ClassVar[str | None] = None
     per_response: ClassVar[bool] = True
 
@@ -49,84 +60,148 @@ class Verifier:
         if self.package:
             __import__(self.package)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], **columns) -> list[float]:
-        """One number a response, mostly 0 or 1.
+    @property
+    def worker_spec(self):
+        return self
+
+    def score(self, samples):
+        """One number per response, mostly 0 or 1.
 
         Raises:
             UserError: there is no such column.
             ValueError: a row has no right answer that can be read.
         """
-        scores = []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            row = {name: values[i] for name, values in columns.items()}
-            scores.append(float(self.verdict(prompt, response, row)))
-        return scores
+        return [float(self.verdict(s.prompt, s.response, s.columns | {"truncated": s.truncated})) for s in samples]
 
     def verdict(self, prompt: str, response: str, row: dict[str, Any]) -> float:
         raise NotImplementedError
 
     def given(self, row: dict[str, Any], column: str | None = None):
-        """What the row has in a column, by default that of the right answer."""
+        """What the row has in a column, by default that of the right answer. `a.b` is field `b` of the object `a`."""
         column = column or self.answer_column
-        if column not in row:
-            raise UserError(
-                f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
-                f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, --tests_column)"
-            )
-        if row[column] is None:
+        value, *names = (row[column],) if column in row else (row, *column.split("."))
+        for name in names:
+            if not isinstance(value, dict) or name not in value:
+                raise UserError(
+                    f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
+                    f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, "
+                    "--tests_column)"
+                )
+            value = value[name]
+        if value is None:
             raise ValueError(f"the row has no {column!r}")
-        return row[column]
+        return value
 
     def accepted(self, row: dict[str, Any], column: str | None = None) -> list[str]:
         """The right answers as texts."""
+        column = column or self.answer_column
         given = self.given(row, column)
-        return [str(answer) for answer in (given if isinstance(given, list) else [given])]
+        texts = [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
+        if not texts:
+            raise ValueError(f"the row has no {column}: the list is empty")
+        if None in texts:
+            fields = ", ".join(given) if isinstance(given, dict) else ""
+            remedy = f"; name one of its fields as {column}.FIELD ({fields})" if fields else ""
+            raise UserError(f"{column!r} holds {str(given)[:80]}, which is no text, number or list of these{remedy}")
+        return texts
 
 
+@dataclass
 class MathVerifier(Verifier):
-    """Equal as mathematics, by math-verify: LaTeX, fractions, units, sets, in \\boxed{} or not."""
+    """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
+
+    A number's right answer is a number: "67 - 67" is none, lest the question be paid for.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name, package = "math", "math_verify"
 
     def verdict(self, prompt, response, row):
-        from math_verify import parse, verify
-
-        # its time limit is a signal, which only a main thread gets
-        seconds = SECONDS_OF_ALGEBRA if threading.current_thread() is threading.main_thread() else None
-        answer = parse(in_answer_tags(response), parsing_timeout=seconds)
-        for text in self.accepted(row):
-            text = text.rpartition("####")[2].strip()
-            marked = re.search(r"\$|\\boxed|\\\(|\\\[", text)
-            if not (right := parse(text if marked else f"${text}$", parsing_timeout=seconds)):
-                raise ValueError(f"{text!r} can't be read as mathematics")
-            if verify(right, answer, timeout_seconds=seconds):
+        text, truncated = final_part(prompt, response, row)
+        given = stated_answer(text, self.answer_style, truncated)
+        number = extract_number(text, self.answer_style, truncated)
+        for right in self.accepted(row):
+            right = stated_answer(right, "marked") or right.strip()
+            if (wanted := extract_number(right, "stated")) is not None:
+                equal = number is not None and same_number(wanted, number, right, given)
+            else:
+                equal = self.same_expression(right, text if self.answer_style == "anywhere" and not given else given)
+            if equal:
                 return True
         return False
 
+    def same_expression(self, right: str, given: str) -> bool:
+        """Whether math-verify finds them equal."""
+        from math_verify import verify
+        from sympy import Number as SympyNumber
 
+        wanted, found = self.parse(right), self.parse(given) if given else []
+        if not wanted:
+            raise ValueError(f"{right!r} can't be read as mathematics")
+        if isinstance(wanted[0], SympyNumber) and not (found and isinstance(found[0], SympyNumber)):
+            return False
+        return verify(wanted, found, timeout_seconds=self.seconds())
+
+    def parse(self, text: str) -> list:
+        from math_verify import parse
+
+        if whole := re.fullmatch(r"\$+([^$]+)(?<!\\)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", text, re.DOTALL):
+            text = whole[whole.lastindex]
+        delimited = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(|\\\[", text, re.DOTALL)
+        return parse(text if delimited else rf"\boxed{{{text}}}", parsing_timeout=self.seconds())
+
+    def seconds(self) -> int | None:
+        """math-verify's time limit is a signal, which only a main thread gets."""
+        return SECONDS_OF_ALGEBRA if threading.current_thread() is threading.main_thread() else None
+
+
+@dataclass
 class GSM8KVerifier(Verifier):
-    """The same number, read as `extract_number` says."""
+    """The same number, read as `extract_number` says.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name = "gsm8k"
 
     def verdict(self, prompt, response, row):
-        right = [extract_number(text) for text in self.accepted(row)]
+        right = [extract_number(text, "stated") for text in self.accepted(row)]
         if None in right:
             raise ValueError(f"no number in {self.given(row)!r}")
-        return extract_number(in_answer_tags(response)) in right
+        text, truncated = final_part(prompt, response, row)
+        return extract_number(text, self.answer_style, truncated) in right
 
 
+@dataclass
 class ChoiceVerifier(Verifier):
-    """The same letter or letters, read as `extract_letters` says."""
+    """The same letter or letters, read as `extract_letters` says.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name = "choice"
 
     def verdict(self, prompt, response, row):
-        right = sorted(set(re.findall("[A-Z]", "".join(self.accepted(row)))))
-        if not right:
-            raise ValueError(f"no capital letter in {self.given(row)!r}")
-        labels = [chr(code) for code in range(ord("A"), max(ord("E"), ord(right[-1])) + 1)]
-        return extract_letters(in_answer_tags(response), labels) == right
+        right = set()
+        for text in self.accepted(row):
+            labels = list(string.ascii_uppercase)
+            letters = extract_letters(text, labels, "marked") or extract_letters(rf"\boxed{{{text}}}", labels, "boxed")
+            if not letters:
+                raise ValueError(f"no capital letter of a choice in {text!r}")
+            right.update(letters)
+        text, truncated = final_part(prompt, response, row)
+        labels = string.ascii_uppercase[: max(5, string.ascii_uppercase.index(max(right)) + 1)]
+        return extract_letters(text, list(labels), self.answer_style, truncated) == sorted(right)
 
 
 class ExactVerifier(Verifier):
@@ -135,7 +210,8 @@ class ExactVerifier(Verifier):
     name = "exact"
 
     def verdict(self, prompt, response, row):
-        return normalise(in_answer_tags(response)) in {normalise(text) for text in self.accepted(row)}
+        text, _ = final_part(prompt, response, row)
+        return normalise(text) in {normalise(text) for text in self.accepted(row)}
 
 
 @dataclass
@@ -209,7 +285,7 @@ class JSONVerifier(Verifier):
         from referencing import Registry
 
         try:
-            value = json.loads(fenced(in_answer_tags(response), "json"))
+            value = json.loads(fenced(final_part(prompt, response, row)[0], is_json, "json"))
         except (ValueError, RecursionError):
             return False
         return validator_for(self.rules)(self.rules, registry=Registry()).is_valid(value)  # fetches no other schema
@@ -237,12 +313,15 @@ class ReasoningGymVerifier(Verifier):
             )
         # some tasks have many answers, and give none
         entry = {"question": prompt, "answer": row.get(self.answer_column), "metadata": about}
-        return scorer(in_answer_tags(response).strip(), entry)
+        return scorer(final_part(prompt, response, row)[0].strip(), entry)
 
 
 @dataclass
 class PythonVerifier(Verifier):
-    """The answer's last fenced block, or all of it, passes the tests of its row in the sandbox."""
+    """The response's program passes the tests of its row in the sandbox.
+
+    Of several fenced blocks the program is the last one that defines a name which the tests use.
+    """
 
     tests_column: str = "tests"
     python_timeout: float = 10.0
@@ -259,7 +338,9 @@ class PythonVerifier(Verifier):
         tests = "\n".join(self.accepted(row, self.tests_column))
         if not tests.strip():
             raise ValueError("the row has no tests")
-        return run_tests(fenced(response, "python", "py"), tests, self.python_timeout).passed
+        names = {*re.findall(r"[^\W\d]\w*", tests)} - defined(tests)
+        program = fenced(response, lambda block: names & defined(block), "python", "python3", "py", "py3")
+        return run_tests(textwrap.dedent(program), tests, self.python_timeout).passed
 
 
 @cache
@@ -272,25 +353,82 @@ def scorer_of(task: str) -> tuple[Callable[[str, dict], float], bool]:
     return scorer, re.search(r"\b(eval|exec|parse_expr|sympify)\(", module) is not None
 
 
-def in_answer_tags(response: str) -> str:
-    """What stands in the last `<answer>` tags; all of it without them."""
-    found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return found[-1] if found else response
+def final_part(prompt: str, response: str, row: dict[str, Any]) -> tuple[str, bool]:
+    """What the response says once it has thought, and whether that was cut off.
+
+    It is what stands in the last `<answer>` tags, else what follows `</think>`. The prompt may have opened the thought.
+    """
+    thought = prompt.rstrip().endswith("<think>") and "</think>" not in response
+    text = "" if thought else response.rpartition("</think>")[2].partition("<think>")[0]
+    if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        return found[-1], False
+    return text, bool(row.get("truncated", False))
 
 
-def fenced(text: str, *languages: str) -> str:
-    """The last fenced block of the text that is in one of the languages or says none; all of it without one."""
-    blocks = re.findall(r"^[ \t]*```([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
-    found = [block for language, block in blocks if language.lower() in ("", *languages)]
-    return found[-1] if found else text
+def as_text(answer) -> str | None:
+    """A right answer as a text, None if it is none: an object, a list, nothing."""
+    if isinstance(answer, float) and math.isfinite(answer):
+        return f"{Decimal(str(answer)):f}"  # not 1e-05
+    return str(answer) if isinstance(answer, (str, Number)) else None
+
+
+def same_number(right: Fraction, given: Fraction, right_text: str, given_text: str) -> bool:
+    """Equal, up to rounding where the right one isn't whole. 50 % is 50 or a half, as math-verify has it."""
+    scaled = [given]
+    if bool(PERCENT.search(right_text)) != bool(PERCENT.search(given_text)):
+        scaled.append(given / 100 if PERCENT.search(given_text) else given * 100)
+    return right in scaled or (right.denominator > 1 and any(math.isclose(right, x, rel_tol=2e-6) for x in scaled))
+
+
+def fenced(text: str, fits: Callable[[str], Any], *languages: str) -> str:
+    """The last fenced block that fits, of those in one of the languages, else of those that name none; without one that
+    fits the last in one of the languages, else all of the text. A fence may lack its other end."""
+    fence = r"^[ \t]*(?:```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|```+([\w+-]*)[ \t]*$"
+    named, unnamed, start, language = [], [], 0, ""
+    for mark in [*re.finditer(fence, text, re.MULTILINE), None]:
+        block = text[start : mark.start() if mark else len(text)]
+        if language in languages:
+            named.append(block)
+        elif not language:
+            unnamed.append(block)
+        if mark:
+            start, language = mark.end(), (mark[1] or mark[2] or "").lower()
+    for block in reversed([*unnamed, *named]):
+        if fits(block):
+            return block
+    return named[-1] if named else text
+
+
+def defined(program: str) -> set[str]:
+    """The names that a Python program defines at its outermost level, or that of an indented block."""
+    found = re.findall(
+        r"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", program, re.M
+    )
+    return {name for pair in found for name in pair if name}
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def normalise(text: str) -> str:
-    """One case and one form of each character, no punctuation, no a/an/the, single blanks. A text of which nothing is
-    left by that keeps its punctuation and articles, or every such text would equal an empty one."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    bare = re.sub(r"\b(a|an|the)\b", " ", PUNCTUATION.sub("", plain))
-    return " ".join((bare if bare.strip() else plain).split())
+    """One case and one form of each character, single blanks, no a/an/the before a word, no quotes, no emphasis around
+    the whole, and no punctuation but what counts: signs, operators, brackets, points and colons in numbers.
+
+    A text of which nothing is left by that keeps its punctuation, or every such text would equal an empty one.
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().translate(DASHES).split())
+    bare = plain
+    while len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'*_`$":
+        bare = bare[1:-1].strip()
+    bare = re.sub(r"^[(\[](\w+)[)\]]$", r"\1", bare)
+    bare = QUOTES.sub("", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare))
+    bare = " ".join(ARTICLE.sub("", PUNCTUATION.sub(" ", bare)).split())
+    return bare or plain
 
 
 def make_verifier(name: str, config) -> Verifier:
@@ -302,9 +440,21 @@ def make_verifier(name: str, config) -> Verifier:
     Raises:
         UserError: there is none, it lacks a setting or a package, or it isn't allowed.
     """
-    kinds = {kind.name: kind for kind in Verifier.__subclasses__()}
-    if name not in kinds:
-        raise UserError(f"there is no verifier {name!r}: choose from {', '.join(kinds)}")
+    if name not in VERIFIERS:
+        raise UserError(f"there is no verifier {name!r}: choose from {', '.join(VERIFIERS)}")
     if name == "math" and config.reward_workers < 1:
         raise UserError("the verifier math can hang, and only a process of its own can be ended: --reward_workers 1")
-    return kinds[name](**{field.name: getattr(config, field.name) for field in fields(kinds[name])})
+    return VERIFIERS[name](config)
+
+
+VERIFIERS: dict[str, Callable[[Any], Verifier]] = {
+    "math": lambda c: MathVerifier(c.answer_column, c.answer_style),
+    "gsm8k": lambda c: GSM8KVerifier(c.answer_column, c.answer_style),
+    "choice": lambda c: ChoiceVerifier(c.answer_column, c.answer_style),
+    "exact": lambda c: ExactVerifier(c.answer_column),
+    "regex": lambda c: RegexVerifier(c.answer_column, c.regex_pattern),
+    "format": lambda c: FormatVerifier(c.answer_column, c.format_tags),
+    "json": lambda c: JSONVerifier(c.answer_column, c.json_schema),
+    "reasoning_gym": lambda c: ReasoningGymVerifier(c.answer_column, c.allow_code_execution),
+    "python": lambda c: PythonVerifier(c.answer_column, c.tests_column, c.python_timeout, c.allow_code_execution),
+}

@@ -25,6 +25,11 @@ def response_texts(tokenizer, rows: Sequence[Sequence[int]], ends: Sequence[int]
     return tokenizer.batch_decode([[i for i in row if i not in without] for row in rows], skip_special_tokens=False)
 
 
+def response_text(tokenizer, ids: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """`response_texts` of one row."""
+    return response_texts(tokenizer, [ids], ends)[0]
+
+
 def never_ids(model) -> list[int]:
     """Tokens that are never sampled, by the model's generation config: rows that only fill its vocabulary up."""
     return getattr(getattr(model.transformer, "generation_config", None), "suppress_tokens", None) or []

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from coati.config import Settings, option
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Settings):
     """Where metrics and samples go besides the run folder, and what the terminal shows."""
 
-    wandb: Literal["online", "offline", "disabled"] = field(
-        default="disabled",
-        metadata={"help": "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled."},
+    wandb: Literal["online", "offline", "disabled"] = option(
+        "disabled", "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled."
     )
-    wandb_project: str = field(default="coati", metadata={"help": "The Weights & Biases project."})
-    run_name: str | None = field(default=None, metadata={"help": "The run's name; the run folder's name if absent."})
-    tensorboard: bool = field(
-        default=False, metadata={"help": "Also write TensorBoard event files to RUN_DIR/tensorboard."}
-    )
-    progress: Literal["auto", "bar", "plain", "off"] = field(
-        default="auto",
-        metadata={"help": "bar, plain (a line now and then), off, or auto: a bar on a terminal, plain elsewhere."},
+    wandb_project: str = option("coati", "The Weights & Biases project.")
+    run_name: str | None = option(None, "The run's name; the run folder's name if absent.")
+    tensorboard: bool = option(False, "Also write TensorBoard event files to RUN_DIR/tensorboard.")
+    progress: Literal["auto", "bar", "plain", "off"] = option(
+        "auto", "bar, plain (a line now and then), off, or auto: a bar on a terminal, plain elsewhere."
     )
 
 

@@ -5,33 +5,49 @@ import os
 import sys
 import time
 import traceback
+from typing import TypeVar
 
 from coati.config import parse_config
 from coati.errors import UserError
+from coati.trainers.paths import check_paths
 from coati.watch import watch_launcher
+
+Config = TypeVar("Config")
 
 SECONDS_FOR_RANK_0 = 10
 
 
-def main(load_trainer, description: str, parse=parse_config):
+def parse_run(config_class: type[Config], description: str) -> Config:
+    """The settings of a run, checked as far as that is quick.
+
+    Raises:
+        UserError: see `parse_config`, `check_paths` and the settings' own `check`.
+    """
+    config = parse_config(config_class, description=description)
+    check_paths(config)
+    config.check(max(1, _processes() // config.model_parallel_size))
+    return config
+
+
+def main(config_class, load_trainer, description: str, parse=parse_run):
     """Runs one training script.
 
     Exit status: 0 for a finished run or one that saved when it was asked to stop, 2 for a mistake of the user's, 1 for
     any other error. No rank waits for the others once it has failed.
 
     Args:
-        load_trainer: returns `(config class, trainer class)`; called late, since importing torch takes seconds and the
-            user should see a line first.
+        load_trainer: returns the trainer class; called once the settings are known to be right, since importing torch
+            takes seconds.
         parse: makes the config from its class and the description, out of the command line.
     """
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    if is_main and "--help" not in sys.argv and "-h" not in sys.argv:
-        print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
     watch_launcher()
     runtime = None
     try:
-        config_class, trainer_class = load_trainer()
-        config = parse(config_class, description=description)
+        config = parse(config_class, description)
+        if is_main:
+            print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
+        trainer_class = load_trainer()
         from coati.parallel import launch
         from coati.parallel.runtime import shutdown
 
@@ -49,6 +65,11 @@ def main(load_trainer, description: str, parse=parse_config):
         if runtime is None or runtime.first_to_fail():  # another rank's error is only the echo of the first
             traceback.print_exc()
         _end(1)
+
+
+def _processes() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 
 
 def _end(status: int):

@@ -1,40 +1,37 @@
-"""Supervised fine-tuning: maximise the likelihood of the demonstrated answers (InstructGPT, 2203.02155, section 3.1).
+"""Supervised fine-tuning: maximize the likelihood of the demonstrated responses (InstructGPT, 2203.02155, section 3.1).
 
-    loss = - sum over answer tokens of log p(token | everything before) / number of answer tokens
+    loss = - sum over response tokens of log p(token | everything before) / number of response tokens
 
-The number counts the answer tokens of the whole step, over all ranks and micro-batches.
+The number counts the response tokens of the whole step, over all ranks and micro-batches.
 """
 
 import math
-from dataclasses import dataclass
 
 from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
-from coati.rollout import GenerationConfig, generate
+from coati.rollout import PolicyGenerator, Request
 from coati.rollout.prompts import eos_ids, response_texts
-from coati.trainers.config import TrainerConfig
+from coati.trainers.config import SFTConfig
 from coati.trainers.supervised import SupervisedTrainer
-
-
-@dataclass
-class SFTConfig(TrainerConfig, GenerationConfig):
-    """Settings of an SFT run; the generation settings are those of the sample answers."""
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
 
 
 class SFTTrainer(SupervisedTrainer):
     """Trains an `Actor` on demonstrations."""
 
+    config: SFTConfig
     algorithm, kind, model_class = "sft", "sft", Actor
-    headline = ("loss", False)
+    best_metric = ("loss", False)
     generates = True
 
+    def longest_sequence(self):
+        """A row, or a sample response with its prompt."""
+        asked = max((len(prompt) for prompt in self.sample_prompts()), default=None)
+        responded = 0 if asked is None else asked + self.config.max_new_tokens
+        return max(super().longest_sequence(), responded)
+
     def collate(self, samples):
-        return collate_sft(samples, self.pad_id)
+        return collate_sft(samples, self.factory.pad_id)
 
     def targets(self, batch):
         return response_targets(batch.loss_mask)
@@ -45,24 +42,28 @@ class SFTTrainer(SupervisedTrainer):
     def loss(self, log_probs, batch, denominator):
         return cross_entropy(log_probs, self.targets(batch), denominator)
 
-    def tally(self, log_probs, batch, rows):
+    def accumulate(self, log_probs, batch, rows):
         targets = self.targets(batch) & rows[:, None]
         return {"total": cross_entropy(log_probs, targets, 1.0)[0], "tokens": targets.sum()}
 
-    def averages(self, sums):
+    def finalize(self, sums):
         loss = sums["total"] / max(sums["tokens"], 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
-    def samples(self, scores):
-        """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
+    def sample_prompts(self) -> list[list[int]]:
+        """The first evaluation prompts, which are completed for the report."""
+        if self.eval_data is None or not self.generates:
+            return []
         rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
-        prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
-        engine = self.engines["model"]
-        seeds = [[self.config.seed, place] for place in range(len(prompts))]
-        with engine.full() as model:
-            ends = eos_ids(self.tokenizer, model)
-            how = dict(eos_ids=ends, pad_id=self.pad_id, seeds=seeds, tokenizer=self.tokenizer)
-            rollout = generate(model, prompts, self.config, **how)
-        answers = response_texts(self.tokenizer, rollout.response_ids(), ends)
+        return [row.input_ids[: row.loss_mask.index(True)] for row in rows]
+
+    def samples(self, row_scores):
+        """Responses to the first evaluation prompts, drawn with the same noise at every evaluation."""
+        prompts = self.sample_prompts()
+        requests = [Request(prompt, [self.config.seed, place]) for place, prompt in enumerate(prompts)]
+        generator = PolicyGenerator(self.model.full, self.tokenizer, self.factory.pad_id)
+        completions = generator.generate(requests, self.config)
+        ends = eos_ids(self.tokenizer, self.model.module)
+        responses = response_texts(self.tokenizer, [completion.ids for completion in completions], ends)
         texts = self.tokenizer.batch_decode(prompts)
-        return [{"prompt": p, "response": a.strip()} for p, a in zip(texts, answers, strict=True)]
+        return [{"prompt": p, "response": r.strip()} for p, r in zip(texts, responses, strict=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.colossal_llama.conftest import write_byte_level
+from tests.colossal_llama.conftest import write_byte_level, write_jsonl
 
 
 def configs(size: int) -> dict:
@@ -366,3 +366,40 @@ def test_a_model_of_seven_billion_needs_little_memory(tokenizers, tmp_path):
     assert abs(written - size - 2 * 2 * 4096 * (rows - 32000)) < 10_000  # the headers differ in spaces
     for folder in ("in", "out"):
         shutil.rmtree(tmp_path / folder)
+
+
+@pytest.fixture(scope="module")
+def extended_twice(tokenizers, extended, tmp_path_factory) -> list[str]:
+    """Tokenizers: one extended, the same with three more tokens."""
+    from colossal_llama.extend_tokenizer import ExtendConfig, extend
+
+    root, first = tmp_path_factory.mktemp("twice"), extended["byte-level"]["settings"]["output"]
+    pieces = write_jsonl(root / "pieces.jsonl", [{"piece": piece} for piece in ("zqx", "qxz", "xzq")])
+    extend(ExtendConfig(tokenizer=first, output=str(root / "second"), pieces=pieces, sample_size=10, progress="off"))
+    return [first, str(root / "second")]
+
+
+@pytest.mark.parametrize("rows_left", [0, 1, 64])
+@pytest.mark.parametrize(("architecture", "own"), [("llama", []), ("llama", [5]), ("phi", [])])
+def test_extended_twice_only_ids_without_a_token_are_suppressed(
+    rows_left, own, architecture, tokenizers, extended_twice, tmp_path
+):
+    """REPORT 21: whether the second extension fills all padding of the first or leaves some; what somebody else
+    suppresses stays suppressed."""
+    from colossal_llama.init_model import InitConfig, init_model
+
+    first, second = (len(tokenizer_of(folder)) for folder in extended_twice)
+    start = save_model(tmp_path / "in", tokenizers["byte-level"], architecture)
+    one = InitConfig(str(start), extended_twice[0], str(tmp_path / "one"), pad_to_multiple_of=second + rows_left)
+    init_model(one)
+    path = tmp_path / "one" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["suppress_tokens"] == list(range(first, second + rows_left))
+    path.write_text(json.dumps(settings | {"suppress_tokens": sorted([*own, *settings["suppress_tokens"]])}))
+    run(model=tmp_path / "one", tokenizer=extended_twice[1], output=tmp_path / "two")
+    found = json.loads((tmp_path / "two" / "generation_config.json").read_text())["suppress_tokens"]
+    assert found == own + list(range(second, second + rows_left))
+    model = load(tmp_path / "two")
+    assert (model.generation_config.suppress_tokens or []) == found
+    bias = model.get_output_embeddings().bias
+    assert bias is None or bias[first:second].min() > -100

@@ -69,6 +69,24 @@ def test_each_category_is_read_bucket_by_bucket_and_each_row_once(rows, buckets,
         assert all(a <= b for a, b in pairwise(places))
 
 
+@quick
+@given(data(), st.integers(1, 5), st.integers(1, 5), st.integers(0, 6), st.integers(1, 400))
+def test_batches_of_another_size_go_on_where_the_stage_stopped(rows, before, now, step, tokens):
+    """REPORT 20: from step `step` on, with the same rows in the same order, to the same number of tokens."""
+    first = MixedOrder(rows, before, 0, tokens=max(tokens, rows.lengths.sum() * 2))
+    step = min(step, len(first))
+    order = MixedOrder(rows, now, 0, tokens=tokens, start=(step, step * before))
+    seen = first.rows[: step * before].tolist()
+    for k in range(step, len(order)):
+        assert len(order.batch(k)) == now and order.epoch(k) == len(seen) / len(rows.lengths)
+        seen += order.batch(k)
+    whole = MixedOrder(rows, 1, 0, steps=len(seen)).rows.tolist() if seen else []
+    assert seen == whole
+    if len(order) > step:
+        read, last = rows.lengths[seen].sum(), rows.lengths[order.batch(len(order) - 1)].sum()
+        assert read >= tokens > read - last
+
+
 @pytest.mark.parametrize(("options", "tokens"), [(dict(epochs=2.0), 100), (dict(steps=3), 15), (dict(tokens=12), 15)])
 def test_a_stage_is_as_long_as_it_is_told(options, tokens):
     """Epochs are those of the buckets and categories that take part."""

@@ -81,6 +81,14 @@ def test_resuming_inside_a_stage_is_bitwise_the_same(make, tmp_path):
     assert {k: v for k, v in last[0].items() if k.startswith("seen/")}.items() <= last[1].items()
 
 
+def test_a_stage_that_trains_other_weights_cannot_go_on(make, tmp_path):
+    """REPORT 20: the optimizer has no states for them."""
+    make("first", steps=1).train()
+    place = str(tmp_path / "first" / "checkpoints" / "step-00000001")
+    with pytest.raises(UserError, match="freeze none in the checkpoint, all-but-embeddings now"):
+        make("other", resume=place, freeze="all-but-embeddings")
+
+
 def test_all_but_the_embeddings_can_be_frozen(make, tmp_path):
     trainer = make(freeze="all-but-embeddings")
     before = {name: tensor.clone() for name, tensor in trainer.engines["model"].module.state_dict().items()}

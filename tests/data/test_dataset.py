@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coati.config import parse_config
 from coati.data import DataConfig, build_dataset, dataset, prepare_tokenizer, tokenise
 from coati.data.records import parse_record
 from coati.errors import UserError
@@ -201,6 +202,7 @@ def test_a_build_that_fails_leaves_no_data(tokenizer, config, write_jsonl, monke
 CHILD = """
 import sys, time
 from transformers import PreTrainedTokenizerFast
+from coati.config import parse_config
 from coati.data import DataConfig, build_dataset, dataset, prepare_tokenizer
 source, tokenizer, cache, mode = sys.argv[1:]
 tokenizer, _ = prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer))
@@ -244,13 +246,9 @@ def test_importing_is_fast():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_config_is_parsed_by_transformers():
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(DataConfig)
-    [config] = parser.parse_args_into_dataclasses(
-        ["--train_data", "a", "b", "--train_weights", "1", "0.5", "--too_long", "truncate_prompt"]
-    )
+def test_config_is_parsed():
+    flags = ["--train_data", "a", "b", "--train_weights", "1", "0.5", "--too_long", "truncate_prompt"]
+    config = parse_config(DataConfig, flags)
     assert config == DataConfig(train_data=["a", "b"], train_weights=[1.0, 0.5], too_long="truncate_prompt")
     with pytest.raises(UserError, match="max_length is 0"):
         DataConfig(max_length=0)

@@ -117,14 +117,14 @@ def run(runtime: Runtime, algorithm: str, settings: dict) -> dict:
     steps = []
     try:
         trainer = trainer_class(config_class(**settings), runtime)
-        train_step = trainer.train_step
+        step = trainer.step
 
-        def recorded(step):
-            metrics, tokens = train_step(step)
-            steps.append({k: v for k, v in metrics.items() if not k.startswith("seconds/")} | {"tokens": tokens})
-            return metrics, tokens
+        def recorded(k):
+            metrics = step(k)
+            steps.append({name: x for name, x in metrics.items() if not name.startswith("seconds/")})
+            return metrics
 
-        trainer.train_step = recorded
+        trainer.step = recorded
         trainer.train()
     except Exception:  # whatever it is, the test says it
         traceback.print_exc()
@@ -140,7 +140,7 @@ def waits_of_steps(runtime: Runtime, jobs: dict[str, dict]) -> dict[str, dict[st
         config_class, trainer_class = trainer_classes(job["algorithm"])
         trainer = trainer_class(config_class(**job["settings"]), runtime)
         with device.counting() as waits:
-            trainer.train_step(0)
+            trainer.step(0)
         results[name] = {place: n for place, n in waits.items() if not place.startswith("event.synchronize")}
     return results
 
@@ -154,7 +154,7 @@ SAMPLING = {
 
 def waits_of_decoding(runtime: Runtime, layers: int, rows: int, sampling: str) -> dict:
     """What the host waits for in the steps of coati's engine, by place, and how many steps there were."""
-    from coati.rollout.config import GenerationConfig
+    from coati.config.generation import GenerationConfig
     from coati.rollout.engine import RolloutEngine
     from coati.rollout.generator import Request
 

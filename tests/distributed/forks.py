@@ -59,7 +59,8 @@ def train(algorithm: str, config: str):
     from coati.trainers.main import main
 
     sys.argv = [algorithm, "--config", config]
-    main(lambda: trainer_classes(algorithm), algorithm)
+    config_class, trainer_class = trainer_classes(algorithm)
+    main(config_class, lambda: trainer_class, algorithm)
 
 
 def wait(ranks: Sequence[BaseProcess], seconds: float) -> list[int | None]:

@@ -2,6 +2,7 @@
 
 import signal
 
+from coati.trainers.config import RewardConfig
 from coati.trainers.main import main
 from examples.train_rm import load_trainer
 
@@ -12,4 +13,4 @@ def fail(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, fail)
-    main(load_trainer, "reward model")
+    main(RewardConfig, load_trainer, "reward model")

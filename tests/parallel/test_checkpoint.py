@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from coati.errors import UserError
-from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, no_room, read_manifest, write_json
+from coati.errors import UserError, no_room
+from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest, write_json
 from coati.parallel.communication import Communicator
 from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
-from coati.rollout.config import GenerationConfig
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.sampling import Sampler, key_of
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coati.rollout.config import GenerationConfig
+from coati.config.generation import GenerationConfig
 from coati.transfer import upload
 
 BLOCK = 128

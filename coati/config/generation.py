@@ -5,31 +5,35 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from coati.config import option
+from coati.config.options import Settings, option
 from coati.errors import UserError
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Settings):
     """How responses are drawn."""
 
-    max_new_tokens: int = option(128, "longest response, in tokens")
-    min_new_tokens: int = option(0, "shortest response, in tokens")
-    temperature: float = option(1.0, "of sampling; 0 for greedy")
-    top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all")
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability")
-    min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest one's probability")
-    repetition_penalty: float = option(1.0, "makes tokens that are there already less likely; 1 for no difference")
+    max_new_tokens: int = option(128, "longest response, in tokens", ge=1)
+    min_new_tokens: int = option(0, "shortest response, in tokens", ge=0)
+    temperature: float = option(1.0, "of sampling; 0 for greedy", ge=0)
+    top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all", ge=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability", gt=0, le=1)
+    min_p: float = option(
+        0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1
+    )
+    repetition_penalty: float = option(
+        1.0, "makes tokens that are there already less likely; 1 for no difference", gt=0
+    )
     stop: list[str] = option((), "texts that end a response, beside EOS")
     compile_generation: bool = option(
         False,
         "torch.compile the step of a token: a minute at the start (on a CPU with g++ only), then 1.3 times as fast",
     )
-    num_beams: int = option(1, "beam search with that many beams instead of sampling")
+    num_beams: int = option(1, "beam search with that many beams instead of sampling", ge=1)
     rollout_engine: Literal["coati", "vllm"] = option(
         "coati", "what generates: coati's own engine, or vLLM (docs/ppo.md)"
     )
-    vllm_cache: float = option(1.0, "GiB on each process for vLLM's keys and values")
+    vllm_cache: float = option(1.0, "GiB on each process for vLLM's keys and values", gt=0)
 
     def check_generation(self):
         """Raises a UserError for settings that contradict each other."""

@@ -1,0 +1,69 @@
+"""How a model is spread over processes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coati.config.options import Settings, option
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a plugin is like.
+
+    Attributes:
+        shards_weights: ranks share the weights; elsewhere each has all of them between steps.
+        computes_in_fp32, trains_adapters: whether it can.
+        splits: with which kinds of model parallelism it goes together.
+    """
+
+    shards_weights: bool = False
+    computes_in_fp32: bool = True
+    trains_adapters: bool = True
+    splits: tuple[str, ...] = ()
+
+
+PLUGINS = {
+    "ddp": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
+    "zero1": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
+    "zero2": Plugin(splits=("tensor_parallel", "sequence_parallel")),
+    "zero2-offload": Plugin(),
+    "gemini": Plugin(shards_weights=True, computes_in_fp32=False, trains_adapters=False),
+}
+
+
+@dataclass
+class PluginConfig(Settings):
+    """How a model is spread over the processes."""
+
+    plugin: Literal["ddp", "zero1", "zero2", "zero2-offload", "gemini"] = option(
+        "ddp", "what is sharded, see docs/plugins.md"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere"
+    )
+    tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)", ge=1)
+    pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)", ge=1)
+    sequence_parallel: int = option(1, "processes that share each sequence (with ddp, zero1, zero2)", ge=1)
+    split_sequence: bool = option(
+        False, "with tensor_parallel: each process holds a part of the sequence between layers"
+    )
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this global L2 norm; 0 for no clipping", ge=0)
+    max_skipped_steps: int = option(
+        3, "stop after this many steps in a row with a loss or gradient that isn't finite", ge=1
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
+    shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)", ge=0, le=1)
+    offload_optimizer_fraction: float = option(
+        0.0, "gemini: share of the optimizer states kept on the host", ge=0, le=1
+    )
+    offload_parameter_fraction: float = option(0.0, "gemini: share of the parameters kept on the host", ge=0, le=1)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that work on one micro-batch together."""
+        return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
+
+    @property
+    def holds_whole_models(self) -> bool:
+        """Whether each process has all weights of a model between steps."""
+        return self.model_parallel_size == 1 and not PLUGINS[self.plugin].shards_weights
