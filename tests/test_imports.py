@@ -12,13 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "coati").rglob("*.py"))
 ALL_FILES = [p for folder in ("coati", "examples", "applications") for p in sorted((ROOT / folder).rglob("*.py"))]
 
-<<<<<<< HEAD
 # What each part may import of ours, besides itself and EVERYWHERE (docs: "imports point one way").
-EVERYWHERE = {"config", "errors", "files"}
-=======
-# What each part may import of ours, besides itself, coati.config, coati.errors and coati.transfer (docs: "imports point
-# one way").
->>>>>>> devices
+EVERYWHERE = {"config", "errors", "files", "transfer"}
 MAY_IMPORT = {
     "config": set(),
     "losses": set(),
@@ -26,7 +21,6 @@ MAY_IMPORT = {
     "data": {"losses", "models"},
     "rewards": {"losses", "models", "samples"},
     "rollout": {"losses", "models", "rewards", "samples"},
-<<<<<<< HEAD
     "parallel": {"models", "watch", "run_layout"},
     "tracking": set(),
     "planner": {"losses", "models", "rollout", "parallel", "trainers"},
@@ -38,20 +32,16 @@ MAY_IMPORT = {
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"errors", "doctor", "planner", "run", "tracking"},
+    "cli": {"commands", "doctor", "errors", "initial", "planner", "run", "tracking"},
+    "commands": {"trainers"},
     "doctor": {"errors", "config", "parallel"},
     "errors": set(),
     "files": set(),
     "run": set(),
     "run_layout": {"files"},
     "samples": set(),
+    "transfer": set(),
     "watch": set(),
-=======
-    "parallel": {"models", "watch"},
-    "tracking": set(),
-    "planner": {"losses", "models", "rollout", "parallel", "trainers"},
-    "trainers": {"losses", "models", "data", "rewards", "rollout", "samples", "parallel", "tracking", "watch"},
->>>>>>> devices
 }
 
 
@@ -86,11 +76,7 @@ def test_the_walk_sees_the_code():
 @pytest.mark.parametrize("part", MAY_IMPORT)
 def test_imports_point_one_way(part):
     folder = ROOT / "coati" / part
-<<<<<<< HEAD
     allowed = MAY_IMPORT[part] | {part} | EVERYWHERE
-=======
-    allowed = MAY_IMPORT[part] | {part, "config", "errors", "transfer"}
->>>>>>> devices
     wrong = {
         label(p): sorted(parts_imported(p) & {q.stem for q in (ROOT / "coati").iterdir()} - allowed)
         for p in folder.rglob("*.py")
