@@ -36,10 +36,10 @@ class PluginConfig(Settings):
     """How a model is spread over the processes."""
 
     plugin: Literal["ddp", "zero1", "zero2", "zero2-offload", "gemini"] = option(
-        "ddp", "what is sharded, see docs/plugins.md"
+        "ddp", "what is sharded, see docs/plugins.md", common=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere"
+        "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere", common=True
     )
     tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)", ge=1)
     pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)", ge=1)
@@ -51,7 +51,9 @@ class PluginConfig(Settings):
     max_skipped_steps: int = option(
         3, "stop after this many steps in a row with a loss or gradient that isn't finite", ge=1
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, 4/3 time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, 4/3 time", common=True
+    )
     shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)", ge=0, le=1)
     offload_optimizer_fraction: float = option(
         0.0, "gemini: share of the optimizer states kept on the host", ge=0, le=1
