@@ -44,4 +44,5 @@ REPORTS = {
 
 def test_every_report_has_a_test_that_names_it():
     named = named_tests("REPORT").keys()
-    assert named == REPORTS.keys(), f"no test names {sorted(REPORTS.keys() - named)}; unknown are {sorted(named - REPORTS.keys())}"
+    missing, unknown = sorted(REPORTS.keys() - named), sorted(named - REPORTS.keys())
+    assert not missing and not unknown, f"no test names {missing}; there are no reports {unknown}"
