@@ -128,7 +128,10 @@ class VLLMEngine:
             stopped = any(said)
             count = said.index(True) + 1 if stopped else count
         log_probs = [place[token].logprob for token, place in zip(ids, output.logprobs, strict=True)]
-        reason = "eos" if ids[count - 1] in self.eos_ids else "stop" if stopped else "length"
+        if ids[count - 1] in self.eos_ids:
+            reason = "eos"
+        else:
+            reason = "stop" if stopped else "length"
         return Completion(ids[:count], log_probs[:count], reason)
 
 

@@ -38,6 +38,7 @@ from coati.models.lora import is_untrained_adapter
 from coati.parallel import Runtime
 from coati.rewards import RunningMoments
 from coati.rollout import Experience
+from coati.run_layout import ACTOR, CRITIC
 from coati.trainers.actor_critic import PolicyAndCritic, Rates, SharedTrunk, TwoModels
 from coati.trainers.config import PPOConfig
 from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn
@@ -144,26 +145,26 @@ class PPOTrainer(RolloutTrainer):
         self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
         super().build()
         policy = Policy(self.actor, c, self.ranks)
-        self.models = SharedTrunk(policy, c) if c.shared_trunk else TwoModels(policy, self.engines["critic"], c)
+        self.models = SharedTrunk(policy, c) if c.shared_trunk else TwoModels(policy, self.engines[CRITIC], c)
 
     def build_models(self):
         c, in_checkpoint = self.config, self.folder.model_in_checkpoint
         several = self.accumulates()
         if c.shared_trunk:
-            actor = self.factory.model(ActorCritic, in_checkpoint("actor") or self.given_policy or c.model, lora=c.lora)
+            actor = self.factory.model(ActorCritic, in_checkpoint(ACTOR) or self.given_policy or c.model, lora=c.lora)
             for parameter in actor.v_head.parameters():
                 parameter.lr_factor = c.critic_learning_rate / (c.learning_rate or 1.0)
         else:
-            actor = self.factory.model(Actor, in_checkpoint("actor") or c.model, lora=c.lora)
-        models = {"actor": actor}
+            actor = self.factory.model(Actor, in_checkpoint(ACTOR) or c.model, lora=c.lora)
+        models = {ACTOR: actor}
         if not c.shared_trunk:
             start = c.critic_model or c.reward_model or c.model
-            models["critic"] = self.factory.model(Critic, in_checkpoint("critic") or start, lora=c.lora)
+            models[CRITIC] = self.factory.model(Critic, in_checkpoint(CRITIC) or start, lora=c.lora)
         for model in models.values():
             disable_dropout(model)
         engines = {}
         for name, model in models.items():
-            is_actor = name == "actor"
+            is_actor = name == ACTOR
             accumulates = several or (is_actor and self.text_data is not None)
             engines[name] = self.factory.trained(model, accumulates=accumulates, generates=is_actor)
         return engines

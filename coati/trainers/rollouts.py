@@ -17,11 +17,14 @@ from coati.rollout import (
     prompt_of,
 )
 from coati.rollout.prompts import eos_ids
+from coati.run_layout import ACTOR
 from coati.samples import Sample
 from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
 from coati.trainers.trainer import Trainer
+
+ROWS_CHECKED = 1000  # by the rewards, of each data set, before anything is generated
 
 
 class RolloutTrainer(Trainer):
@@ -83,7 +86,7 @@ class RolloutTrainer(Trainer):
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()
         self.engines = self.build_models()
-        self.actor = self.engines["actor"]
+        self.actor = self.engines[ACTOR]
         if not has_keys_and_values(self.actor.module):
             raise UserError(
                 f"{self.algorithm} needs a policy whose layers all keep keys and values; "
@@ -91,6 +94,10 @@ class RolloutTrainer(Trainer):
             )
         self.reference = self.build_reference()
         scorer = self.factory.scorer(self.load_reward_model(), self.given_rewards)
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                every = 1 + len(data) // ROWS_CHECKED
+                scorer.check([data[row].columns for row in range(0, len(data), every)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
@@ -169,11 +176,13 @@ class RolloutTrainer(Trainer):
 def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
+    failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
     return {
         "prompt": sample.prompt,
         "response": sample.response,
         "reward": sample.total_reward,
         **rewards,
+        **failed,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }

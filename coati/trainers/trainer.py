@@ -11,6 +11,7 @@ from coati.models.lora import is_adapter
 from coati.parallel import Engine, Runtime, check_plugin
 from coati.parallel.runtime import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
+from coati.run_layout import training_state_in
 from coati.trainers.config import TrainerConfig
 from coati.trainers.factory import Factory
 from coati.trainers.folder import RunFolder
@@ -144,7 +145,7 @@ class Trainer:
             self.runtime.say(OTHER_ROWS)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
-            engine.load_optimizer(self.folder.resumed_from / name)
+            engine.load_optimizer(training_state_in(self.folder.resumed_from, name))
             engine.skipped_steps = stored["skipped_steps"][name]
         if not self.folder.checkpoints.restore_random_state(self.folder.resumed_from):
             self.runtime.say(
