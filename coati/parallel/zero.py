@@ -73,7 +73,7 @@ class ZeroEngine(Engine):
                 precision=self.precision,
                 max_norm=self.config.max_grad_norm,
                 cpu_offload=self.config.plugin == "zero2-offload",
-                overlap_communication=torch.cuda.is_available(),  # CPU tensors have no record_stream
+                overlap_communication=self.runtime.device.type != "cpu",  # whose tensors have no record_stream
                 initial_scale=2**16,
             )
         )

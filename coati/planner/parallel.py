@@ -80,7 +80,7 @@ class Part:
         return {name: value for name, value in inputs.items() if name != "targets"}
 
     def forward(self, model: BaseModel, inputs: dict[str, Any]):
-        """What the rank computes: its tokens of a sequence that is split; hidden states, on all stages but the last."""
+        """What the rank computes: of a split sequence, its tokens; on all stages but the last, hidden states."""
         inputs = self.inputs(inputs)
         length = -(-inputs["input_ids"].shape[1] // self.sizes.sequence)
         inputs = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
