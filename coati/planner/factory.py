@@ -7,6 +7,7 @@ import torch
 
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
 from coati.models import Actor, ActorCritic, Critic, RewardModel
+from coati.models.actor import CHUNK
 from coati.models.lora import is_adapter
 from coati.parallel import Communicator, Engine, Runtime
 from coati.parallel.factory import ENGINES
@@ -154,6 +155,8 @@ class PlannedFactory(Factory):
                 add_adapter(model, pretrained)
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.on_gpu:  # tensors without data pass for a CPU's
+            model.logits_at_once = CHUNK["cuda"]
         model.depth = depth
         return model
 
