@@ -38,7 +38,10 @@ class Engine:
         data_ranks: the ranks that see different data.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
         parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
+        memory: what the kind keeps on one rank, see `coati.parallel.memory`.
     """
+
+    memory: type
 
     def __init__(
         self,

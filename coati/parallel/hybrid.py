@@ -158,7 +158,7 @@ class HybridEngine(Engine):
                 precision=self.precision,
                 max_norm=c.max_grad_norm,
                 # under pipeline parallelism nothing waits for the stream that reduces before gradients are read
-                overlap_communication=torch.cuda.is_available() and not self.pipelined,
+                overlap_communication=self.runtime.device.type != "cpu" and not self.pipelined,
                 broadcast_buffers=False,
             )
         )

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from coati.rewards.base import Reward
 from coati.samples import Sample
+from coati.transfer import to_device
 
 
 class ModelReward(Reward):
@@ -49,4 +50,4 @@ def pad_right(samples: Sequence[Sample], pad_id: int, device: torch.device) -> t
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids.to(device), mask.to(device)
+    return to_device(ids, device), to_device(mask, device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coati.samples import Sample
+from coati.transfer import to_device, upload
 
 Batch = TypeVar("Batch", "RolloutBatch", "Experience")
 
@@ -66,14 +67,14 @@ class RolloutBatch:
                 token_rewards[i, :length] = torch.tensor(sample.token_rewards)
         return cls(
             samples=list(samples),
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            response_mask=response_mask.to(device),
-            sampling_log_probs=log_probs.to(device),
-            token_rewards=token_rewards.to(device),
+            input_ids=to_device(input_ids, device),
+            attention_mask=to_device(attention_mask, device),
+            response_mask=to_device(response_mask, device),
+            sampling_log_probs=to_device(log_probs, device),
+            token_rewards=to_device(token_rewards, device),
             lengths=lengths,
-            finished=torch.tensor([not sample.truncated for sample in samples], device=device),
-            scores=torch.tensor([sample.score for sample in samples], dtype=torch.float32, device=device),
+            finished=upload([not sample.truncated for sample in samples], device, torch.bool),
+            scores=upload([sample.score for sample in samples], device, torch.float32),
             temperature=temperature,
         )
 
@@ -144,7 +145,7 @@ class Experience:
 def take_rows(batch: Batch, index: Sequence[int]) -> Batch:
     """Some rows of a batch, cut to the longest of them."""
     index = list(index)
-    rows = torch.tensor(index, device=batch.input_ids.device)
+    rows = upload(index, batch.input_ids.device)
     longest = max(batch.lengths[i] for i in index)
     taken = {}
     for name in (field.name for field in fields(batch)):

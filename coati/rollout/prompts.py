@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coati.transfer import upload
+
 
 def eos_ids(tokenizer, model) -> list[int]:
     """Tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
@@ -39,3 +41,9 @@ def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def pad_right(rows: list[list[int]], device: torch.device, repeat: bool = False) -> Tensor:
+    """Token ids `[batch, seq]` with 0, or the row's last token, on the right."""
+    longest = max(len(row) for row in rows)
+    return upload([row + [row[-1] if repeat else 0] * (longest - len(row)) for row in rows], device)

@@ -165,6 +165,13 @@ def _start(model, config: GenerationConfig, slots: int):
     return llm
 
 
+def memory(model, config: GenerationConfig) -> dict[str, int]:
+    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and keys and values."""
+    weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
+    width = next(model.parameters()).dtype.itemsize
+    return {"parameters": width * sum(weights.values()), "KV cache": int(config.vllm_cache * 2**30)}
+
+
 def _weights(model) -> list[tuple[str, torch.Tensor]]:
     """The weights by their names in a checkpoint, with adapters added in."""
     from transformers.core_model_loading import revert_weight_conversion

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coati.data import shard_batch, split_micro_batches
+from coati.transfer import upload
 
 
 class Batching:
@@ -71,5 +72,5 @@ def in_batch_order(parts: Sequence[Sequence[int]], outputs: Sequence[Tensor], sh
     """Outputs `[rows, seq]` of micro-batches, put where their rows are in a batch: float32 of `shape`, 0 elsewhere."""
     whole = torch.zeros(shape, device=outputs[0].device)
     for rows, output in zip(parts, outputs, strict=True):
-        whole[torch.as_tensor(rows, device=whole.device), : output.shape[1]] = output.float()
+        whole[upload(rows, whole.device), : output.shape[1]] = output.float()
     return whole

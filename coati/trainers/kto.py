@@ -23,6 +23,7 @@ from coati.losses.preference import Answers
 from coati.trainers.pairs import text_of
 from coati.trainers.preference import PreferenceTrainer
 from coati.trainers.reference import response_sums
+from coati.transfer import upload
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -75,7 +76,7 @@ class KTOTrainer(PreferenceTrainer):
         policy = response_sums(self.model, batches, self.inputs)
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for chunk, ours, theirs in zip(chunks, policy, self.reference.sums_of(batches), strict=True):
-            real = torch.tensor([is_real for _, is_real in chunk], device=self.runtime.device)
+            real = upload([is_real for _, is_real in chunk], self.runtime.device, torch.bool)
             total += keep(ours - theirs, real).sum()
         return self.ranks.sum(total) / n
 

@@ -11,6 +11,7 @@ from coati.parallel import Engine, resolve_precision
 from coati.rollout import RolloutBatch
 from coati.trainers.batching import in_batch_order, model_inputs
 from coati.trainers.config import RolloutConfig
+from coati.transfer import upload
 
 
 class LanguageModel:
@@ -73,7 +74,7 @@ class Policy:
             checked = an_eighth(parts, k, self.group)
             again = self.model.log_probs(batch, checked)
             looked_at = torch.zeros_like(batch.finished)
-            looked_at[[row for part in checked for row in part]] = True
+            looked_at[upload([row for part in checked for row in part], mask.device)] = True
             return batch.sampling_log_probs, self.rollout_kl(batch, again, mask & looked_at[:, None])
         log_probs = self.model.log_probs(batch, parts)
         return log_probs, self.rollout_kl(batch, log_probs, mask)

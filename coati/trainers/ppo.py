@@ -13,7 +13,6 @@ minibatches don't depend on the number of processes; dropout is off, so that a p
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -37,7 +36,7 @@ from coati.models import Actor, ActorCritic, Critic
 from coati.models.base import disable_dropout
 from coati.models.lora import is_untrained_adapter
 from coati.parallel import Runtime
-from coati.rewards import Reward, RunningMoments
+from coati.rewards import RunningMoments
 from coati.rollout import Experience
 from coati.run_layout import ACTOR, CRITIC
 from coati.trainers.actor_critic import PolicyAndCritic, Rates, SharedTrunk, TwoModels
@@ -52,7 +51,7 @@ class PPOTrainer(RolloutTrainer):
 
     Args:
         policy: a model to train instead of `config.model`: an `AutoModelForCausalLMWithValueHead`, with `shared_trunk`.
-        rewards: rewards of weight 1 beside those that `config` names.
+        **options: those of `RolloutTrainer`.
 
     Attributes:
         models: policy and critic.
@@ -64,13 +63,11 @@ class PPOTrainer(RolloutTrainer):
     algorithm = "ppo"
     models: PolicyAndCritic
 
-    def __init__(
-        self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, rewards: Sequence[Reward] = ()
-    ):
+    def __init__(self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, **options):
         if policy is not None and not config.shared_trunk:
             raise UserError("a value-head model is policy and critic at once: set shared_trunk")
         self.given_policy = policy
-        super().__init__(config, runtime, rewards=rewards)
+        super().__init__(config, runtime, **options)
 
     def step(self, k):
         """One iteration."""

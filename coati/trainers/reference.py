@@ -19,6 +19,7 @@ from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.factory import engine_class
 from coati.trainers.batching import Batching
 from coati.trainers.config import PreferenceConfig
+from coati.transfer import to_device
 
 CACHE_VERSION = 2  # count up whenever the same model and data give other log-probs
 
@@ -73,7 +74,7 @@ class CachedReference:
     def sums(self, data, chunks: Sequence[Sequence[int]], batches: Sequence) -> list[Tensor]:
         """See `Reference`."""
         # chosen responses first, as in the batch
-        return [self.of_sets[data.key][list(chunk)].T.flatten().to(self.device) for chunk in chunks]
+        return [to_device(self.of_sets[data.key][list(chunk)].T.flatten(), self.device) for chunk in chunks]
 
 
 def cached_reference(

@@ -10,6 +10,7 @@ from coati.models.base import BaseModel
 from coati.run_layout import ONLY_MODEL
 from coati.trainers.batching import Batching, model_inputs
 from coati.trainers.trainer import Trainer
+from coati.transfer import upload
 
 
 class SupervisedTrainer(Trainer):
@@ -96,8 +97,7 @@ class SupervisedTrainer(Trainer):
         rate = self.learning_rate(k, self.config.learning_rate)
         with self.model.update(rate) as update:
             update.add(micro_batches, self.inputs, self.loss, self.count)
-        tokens = self.ranks.sum(sum(int(b.attention_mask.sum()) for b in micro_batches)).item()
-        return {**update.metrics, "learning_rate": rate, "epoch": self.order.epoch(k + 1), "tokens": tokens}
+        return {**update.metrics, "learning_rate": rate, "epoch": self.order.epoch(k + 1), "tokens": update.tokens}
 
     def inputs(self, batch) -> dict[str, Any]:
         """What the model is called with."""
@@ -126,7 +126,7 @@ class SupervisedTrainer(Trainer):
         sums: list[list[dict[str, Tensor]]] = [[] for _ in names]
         row_scores: dict[int, Any] = {}
         for output, batch, real, rows in self.eval_outputs():
-            parts = torch.as_tensor(part_of_row[rows], device=real.device)
+            parts = upload(part_of_row[rows], real.device)
             for part in range(len(names)):
                 sums[part].append(self.accumulate(output, batch, real & (parts == part)))
             numbers = [row for row, is_real in zip(rows, real.tolist(), strict=True) if is_real]
@@ -158,4 +158,4 @@ class SupervisedTrainer(Trainer):
         outputs = self.model.forward_all([self.inputs(batch) for batch in batches])
         self.model.model.train()
         for output, batch, chunk, rows in zip(outputs, batches, chunks, numbers, strict=True):
-            yield output, batch, torch.tensor([real for _, real in chunk], device=self.runtime.device), rows
+            yield output, batch, upload([real for _, real in chunk], self.runtime.device, torch.bool), rows
