@@ -7,7 +7,7 @@ from coati.config import Settings, option
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
-from coati.errors import UserError, refuse
+from coati.errors import UserError
 from coati.rewards.config import ScoringConfig
 from coati.run_layout import FINAL_MODEL  # noqa: F401 (applications take it from here)
 from coati.tracking.config import TrackingConfig
@@ -189,31 +189,28 @@ class PreferenceConfig(TrainerConfig):
 
     def check(self, world_size: int):
         super().check(world_size)
-        refusals = {
-            f"label_smoothing is {self.label_smoothing}: for robust it must be less than 0.5": (
-                self.loss == "robust" and self.label_smoothing >= 0.5
-            ),
-            f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}": (
-                self.label_smoothing > 0 and self.loss not in SMOOTHED
-            ),
-            f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}": (
-                self.length_normalised and self.loss not in NORMALISABLE
-            ),
-            "kto has no chosen answers: leave nll_coefficient out": self.loss == "kto" and self.nll_weight != 0,
-            "kto pairs each prompt with another row's answer: batch_size must be at least 2": (
-                self.loss == "kto" and self.batch_size < 2
-            ),
-            "share_prompts reads a pair as one row: leave it out with kto, which has no pairs": (
-                self.share_prompts and self.loss == "kto"
-            ),
-            "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism": (
-                self.share_prompts and self.model_parallel_size > 1
-            ),
-            f"{self.loss} has no reference that stays the same for a row: leave cache_reference out": (
-                self.cache_reference and self.loss in (*REFERENCE_FREE, "kto")
-            ),
-        }
-        refuse(refusals)
+        if self.loss == "robust" and self.label_smoothing >= 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}: for robust it must be less than 0.5")
+        if self.label_smoothing > 0 and self.loss not in SMOOTHED:
+            raise UserError(f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}")
+        if self.length_normalised and self.loss not in NORMALISABLE:
+            raise UserError(f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}")
+        if self.loss == "kto":
+            self._check_kto()
+        if self.share_prompts and self.splits_models:
+            raise UserError(
+                "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism"
+            )
+        if self.cache_reference and self.loss in (*REFERENCE_FREE, "kto"):
+            raise UserError(f"{self.loss} has no reference that stays the same for a row: leave cache_reference out")
+
+    def _check_kto(self):
+        if self.nll_weight != 0:
+            raise UserError("kto has no chosen answers: leave nll_coefficient out")
+        if self.batch_size < 2:
+            raise UserError("kto pairs each prompt with another row's answer: batch_size must be at least 2")
+        if self.share_prompts:
+            raise UserError("share_prompts reads a pair as one row: leave it out with kto, which has no pairs")
 
 
 @dataclass
@@ -271,9 +268,9 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
                 f"batch_size {self.batch_size} is not a multiple of {unit} "
                 f"({self.minibatches} minibatches x {world_size} processes)"
             )
-        if self.compile_generation and (self.plugin == "gemini" or self.model_parallel_size > 1):
+        if self.compile_generation and not self.holds_whole_models:
             raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
-        if self.rollout_engine == "vllm" and (self.plugin == "gemini" or self.model_parallel_size > 1):
+        if self.rollout_engine == "vllm" and not self.holds_whole_models:
             raise UserError(
                 "vLLM takes models that are whole on every process: ddp, zero1, zero2, or --rollout_engine coati"
             )
@@ -317,7 +314,7 @@ class PPOConfig(RolloutConfig):
         super().check(world_size)
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
             raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
-        if self.shared_trunk and self.model_parallel_size > 1:
+        if self.shared_trunk and self.splits_models:
             raise UserError(
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
                 "sequence parallelism, or shared_trunk"
@@ -384,44 +381,55 @@ class GRPOConfig(RolloutConfig):
 
     def check(self, world_size: int):
         super().check(world_size)
-        plain = self.plugin != "gemini" and self.model_parallel_size == 1
-        penalised = self.kl_coefficient != 0
+        self._check_groups()
+        self._check_reference()
+        self._check_lengths()
+        if self.policy_loss in ("cispo", "none") and self.dual_clip is not None:
+            raise UserError(f"policy_loss {self.policy_loss} has no dual_clip: leave it out")
+        if self.share_prompts:
+            self._check_shared_prompts()
+        if self.entropy_coefficient != 0 and self.tensor_parallel > 1:
+            raise UserError(
+                "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
+            )
+
+    def _check_groups(self):
         compares = self.advantage in GROUPS or self.dynamic_sampling
-        refreshed = self.refresh_reference > 0
-        punished = self.mask_truncated and self.missing_eos_penalty is not None
-        greedy = any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature))
-        unclipped, shared = self.policy_loss in ("cispo", "none"), self.share_prompts
-        refusals = {
-            f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2": (
-                self.group_size < 2 and compares
-            ),
-            "the answers of a group must differ: temperature and final_temperature must be above 0": greedy,
-            "an answer is compared with its group, no running mean: leave out normalise_reward": self.normalise_reward,
-            "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward": (
-                penalised and self.kl_in == "loss" and self.kl_estimator == "k1"
-            ),
-            "refresh_reference needs a reference: give kl_coefficient too": refreshed and not penalised,
-            "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA": (
-                refreshed and not (plain and self.lora is None)
-            ),
-            "dynamic_sampling needs max_refills of at least 1": self.dynamic_sampling and self.max_refills < 1,
-            f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}": (
-                not 0 <= self.overlong_buffer <= self.max_new_tokens
-            ),
-            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
-            f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
-            "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
-                shared
-                and (
-                    self.shared_prefix_group < 2
-                    or max(self.group_size, self.micro_batch_size) % self.shared_prefix_group > 0
-                )
-            ),
-            "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
-                shared and self.model_parallel_size > 1
-            ),
-            "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel": (
-                self.entropy_coefficient != 0 and self.tensor_parallel > 1
-            ),
-        }
-        refuse(refusals)
+        if compares and self.group_size < 2:
+            raise UserError(f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2")
+        for temperature in (self.temperature, self.final_temperature):
+            if temperature is not None and temperature <= 0:
+                raise UserError("the answers of a group must differ: temperature and final_temperature must be above 0")
+        if self.normalise_reward:
+            raise UserError("an answer is compared with its group, no running mean: leave out normalise_reward")
+        if self.dynamic_sampling and self.max_refills < 1:
+            raise UserError("dynamic_sampling needs max_refills of at least 1")
+
+    def _check_reference(self):
+        if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise UserError(
+                "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
+            )
+        if self.refresh_reference == 0:
+            return
+        if self.kl_coefficient == 0:
+            raise UserError("refresh_reference needs a reference: give kl_coefficient too")
+        if not self.holds_whole_models or self.lora is not None:
+            raise UserError(
+                "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA"
+            )
+
+    def _check_lengths(self):
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise UserError(f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}")
+        if self.mask_truncated and self.missing_eos_penalty is not None:
+            raise UserError("mask_truncated leaves out what missing_eos_penalty punishes: choose one")
+
+    def _check_shared_prompts(self):
+        group = self.shared_prefix_group
+        if group < 2 or max(self.group_size, self.micro_batch_size) % group > 0:
+            raise UserError(
+                "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"
+            )
+        if self.splits_models:
+            raise UserError("share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism")
