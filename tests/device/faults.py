@@ -49,6 +49,11 @@ def wait_for_each_row():
     Download.__init__, Download.lists = one_by_one, lambda self: self.copies
 
 
+def pageable_copies():
+    """Batches travel from memory that isn't pinned."""
+    torch.Tensor.pin_memory = lambda self: self
+
+
 def tokens_read_too_early():
     """The engine reads copies that are still on their way."""
     from coati.transfer import Download

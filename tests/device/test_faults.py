@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.device.jobs import make_job
-from tests.device.test_waits import DECODING
+from tests.device.jobs import make_job, sizes
+from tests.device.test_waits import BUDGETS, DECODING
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +34,14 @@ def test_a_planted_fault_ends_a_run_and_is_named(
     message = strict_device("error_of", fault=fault, **job).strip().splitlines()[-1]
     assert error in message
     assert place in message
+
+
+@pytest.mark.parametrize("run", ["sft", "grpo"])
+def test_batches_that_are_not_pinned_are_over_the_budget(run, strict_device, device_world, tmp_path):
+    jobs = {"run": make_job("run", run, device_world, tmp_path, **sizes(run))}
+    waits = strict_device("waits_of_steps", fault="pageable_copies", jobs=jobs)["run"]
+    assert sum(waits.values()) > BUDGETS[run][0]
+    assert any(place.startswith("copy from pageable memory: coati/transfer.py") for place in waits)
 
 
 def test_copies_that_are_read_before_they_arrived_are_nonsense(strict_device):
