@@ -19,7 +19,7 @@ from tests.trainers.steps import iterate
 
 FAMILIES = ("llama", "qwen3", "gpt2", "mistral")
 PLUGINS = ("ddp", "zero1", "zero2")  # autocast of fp32 weights, and bf16 weights with fp32 copies
-ANSWERS = dict(temperature=1.0, max_new_tokens=24, batch_size=8)
+RESPONSES = dict(temperature=1.0, max_new_tokens=16, batch_size=8)
 
 
 def sharp(model_class, family: str = "llama"):
@@ -69,14 +69,14 @@ def test_logits_differ_as_those_of_trained_models_do(sharp_world):
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_sampling_differs_from_training_by_less_than_stops_a_run(algorithm, plugin, sharp_world, runtime, tmp_path):
     """And by more than nothing: all log-probs are computed again."""
-    metrics = iterate(make(algorithm, sharp_world, runtime, tmp_path, plugin=plugin, **ANSWERS)).metrics
+    metrics = iterate(make(algorithm, sharp_world, runtime, tmp_path, plugin=plugin, **RESPONSES)).metrics
     assert 1e-6 < metrics["rollout_kl"] < 0.02
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_weights_of_a_few_steps_ago_are_more_than_rounding(plugin, sharp_world, runtime, tmp_path):
     """The default limit tells a sampler whose weights were not synced from one that rounds."""
-    trainer = make("grpo", sharp_world, runtime, tmp_path, plugin=plugin, **ANSWERS)
+    trainer = make("grpo", sharp_world, runtime, tmp_path, plugin=plugin, **RESPONSES)
 
     def move(batch):
         generator = torch.Generator().manual_seed(4)
@@ -91,27 +91,26 @@ def test_weights_of_a_few_steps_ago_are_more_than_rounding(plugin, sharp_world, 
 # --- shared prompts
 
 
-def groups(members: int = 4):
-    """Three groups of rows with prompts of some length, as a call's keywords."""
+def shared_prompts(members: int = 4) -> dict:
+    """Groups of rows with prompts of some length, as a call's keywords."""
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 300, (n,), generator=generator) for n in (30, 12, 5)]
     responses = torch.randint(3, 300, (members, len(prompts), 16), generator=generator)
     ids, mask = padded([torch.cat([p, r]) for of in responses for p, r in zip(prompts, of, strict=True)], "right")
-    starts = torch.tensor([len(p) for p in prompts]).repeat(members)
+    starts = torch.tensor([len(prompt) for prompt in prompts]).repeat(members)
     targets = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
-    return dict(
-        input_ids=ids, attention_mask=mask, targets=targets, right_padded=True, shared_prefix_group=members
-    ), targets
+    inputs = dict(input_ids=ids, attention_mask=mask, targets=targets)
+    return inputs | dict(right_padded=True, shared_prefix_group=members)
 
 
-def forward_all_of(actor, weights: str):
-    """Of a model with bf16 weights, or under autocast."""
+def forward_all_of(model, weights: str):
+    """Of a model with bf16 weights, or of fp32 weights under autocast."""
     if weights == "bf16":
-        actor.bfloat16()
+        model.bfloat16()
 
     def forward_all(inputs):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=weights == "fp32"):
-            return [actor(**one) for one in inputs]
+            return [model(**one) for one in inputs]
 
     return forward_all
 
@@ -119,8 +118,8 @@ def forward_all_of(actor, weights: str):
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES[:3])
 def test_prompts_that_are_read_once_are_taken(family, weights):
-    actor, (inputs, _) = sharp(Actor, family).eval(), groups()
-    check_packing(actor, forward_all_of(actor, weights), inputs, exact=False)
+    actor = sharp(Actor, family).eval()
+    check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
@@ -136,10 +135,10 @@ def test_rows_that_are_packed_wrongly_are_refused(fault, weights, monkeypatch):
         everything = torch.ones_like(packed.visible).tril()  # as if responses saw one another
         return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.places)
 
-    actor, (inputs, _) = sharp(Actor).eval(), groups()
+    actor = sharp(Actor).eval()
     monkeypatch.setattr(PackedGroups, "of", wrong)
     with pytest.raises(UserError, match="share_prompts"):
-        check_packing(actor, forward_all_of(actor, weights), inputs, exact=False)
+        check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
 
 
 # --- rewards and values
@@ -168,7 +167,7 @@ def values_of(output, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_rewards_of_a_run_are_those_of_the_model_in_fp32(plugin, sharp_world, runtime, tmp_path):
     """Of the same responses, up to the rounding of the reward model's trunk."""
-    changes = dict(reward_model=sharp_world["judge"], reward_functions=[], plugin=plugin) | ANSWERS
+    changes = dict(reward_model=sharp_world["judge"], reward_functions=[], plugin=plugin) | RESPONSES
     trainer = make("grpo", sharp_world, runtime, tmp_path, **changes)
     batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
@@ -189,13 +188,18 @@ RESUMED = {
 }
 
 
+CASES = [(algorithm, plugin) for plugin in ("ddp", "zero2") for algorithm in RESUMED]
+QUICK = [("sft", "zero2"), ("grpo", "ddp")]
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "plugin"), [(algorithm, plugin) for plugin in ("ddp", "zero2") for algorithm in RESUMED]
+    ("algorithm", "plugin"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(algorithm, plugin, sharp_world, runtime, tmp_path):
     """The fp32 weights that bf16 ones are rounded from go on too: at this learning rate some steps change no bf16
     weight by themselves."""
     changes = dict(RESUMED[algorithm], plugin=plugin, steps=4, save_every=2, eval_data=[], learning_rate=1e-4)
+    changes |= dict(ppo_epochs=1, batch_size=4) if algorithm in ("ppo", "grpo") else {}
     make(algorithm, sharp_world, runtime, tmp_path / "whole", **changes).train()
     changes |= dict(resume=str(tmp_path / "whole" / "checkpoints" / "step-00000002"))
     make(algorithm, sharp_world, runtime, tmp_path / "resumed", **changes).train()
