@@ -39,6 +39,11 @@ class Sample:
     score: float = 0.0
     token_rewards: list[float] | None = None
 
+    @classmethod
+    def of_texts(cls, prompt: str, response: str, **columns: Any) -> "Sample":
+        """Texts without tokens, for rewards that read texts."""
+        return cls(0, columns, prompt, response, tokens=[], response_mask=[], log_probs=None, finish_reason="eos")
+
     @property
     def truncated(self) -> bool:
         """Whether the response was cut at its greatest length."""

@@ -1,6 +1,6 @@
 """Fills in the code that documentation quotes: `python tools/write_quotes.py`.
 
-A mark in a page names the object whose source the code block below it is; a test holds that the committed pages are
+A mark in a page names the object whose source the code block below it is. A test holds that the committed pages are
 what this writes:
 
     <!-- source: coati.trainers.ppo:PPOTrainer.step -->

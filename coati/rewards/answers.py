@@ -33,7 +33,10 @@ _MARK = re.compile(
     r"(?=\S)(?![^\W\d_]{2})",
     re.IGNORECASE | re.MULTILINE,
 )
-_BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE)
+# "1." counts a line only before a number, or it may be one itself: "the answer is\n18. She ..."
+_ITEM = re.compile(r"^[ \t]*(?:[-*•][ \t]+|\d{1,2}[.)][ \t]+(?=[-$\\]?\d))")
+# what is quoted is said by somebody else: `they ask for "\boxed{answer}"`
+_QUOTE = re.compile(r"\"[^\"\n]+\"|“[^”\n]+”|「[^」\n]+」|`[^`\n]+`|(?<!\w)'[^'\n]+'(?!\w)|^[ \t]*>.*$", re.MULTILINE)
 _DOUBT = re.compile(
     r"\b(?:if|whether|suppose|assum\w*|not|never|wrong|false|incorrect|doubt\w*)\b|n['’]t\b", re.IGNORECASE
 )
@@ -44,6 +47,13 @@ _REMARK = (
     r"|\b(?:since|because|as|so|but|when|where|which|that)\b"
 )
 _ANSWER = re.compile(rf"(?:{_MATH}|(?!{_REMARK}).)*", re.DOTALL | re.IGNORECASE)
+# what takes an answer back that stands before it: ", or 19", "(or 19)", ", no wait, 19", ", which is wrong"
+_TAKEN_BACK = re.compile(
+    r"[\s,;(（-]*(?:I\s+\w+,?\s+|maybe\s+|perhaps\s+)?(?:or|no|wait|actually|sorry|scratch)\b"
+    r"|[\s,;(（]*(?:which|that|but|though)\b[^.\n]*\b(?:wrong|incorrect|false)\b"
+    r"|[^.\n]*\b(?:else|otherwise)\b",
+    re.IGNORECASE,
+)
 _CLAIM = re.compile(rf".*(?:{_IS}|\b(?:it|that)['’]s\b|[:：](?=\s))", re.IGNORECASE)
 
 
@@ -53,17 +63,39 @@ def stated_answer(text: str, style: Style = "stated", truncated: bool = False) -
     Args:
         truncated: the text was cut off.
     """
-    text = _BULLET.sub("", text)
+    text = _own_words(text)
     box = _last_box(text)
     end = box[1] if box else 0
     if style != "boxed":
         finished = _finished(text, end) if truncated else text
         marks = [mark for mark in _MARK.finditer(finished, end) if not _doubted(text[: mark.start()])]
         if marks:
-            return _ANSWER.match(finished, marks[-1].end())[0].strip()
+            answer = _ANSWER.match(finished, marks[-1].end())
+            return "" if _TAKEN_BACK.match(finished, answer.end()) else answer[0].strip()
     if box:
         return box[2]
     return "" if truncated or style in ("boxed", "marked") else _last_line(text)
+
+
+def _own_words(text: str) -> str:
+    """The text without the statements that it quotes, unless it is nothing else, and without the mark of a list's only
+    item; those of several become bullets, which no number begins with."""
+    spoken = _QUOTE.sub(lambda quote: "" if _is_statement(quote[0]) else quote[0], text)
+    lines = (spoken if re.search(r"\w", spoken) else text).split("\n")
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    is_item = [False, *(_ITEM.match(lines[i]) is not None for i in filled), False]
+    for n, i in enumerate(filled, start=1):
+        if is_item[n]:
+            of_several = is_item[n - 1] or is_item[n + 1]
+            lines[i] = _ITEM.sub("• " if of_several else "", lines[i])
+    return "\n".join(lines)
+
+
+def _is_statement(quote: str) -> bool:
+    """Whether words with a box or a mark are quoted, and not an answer alone."""
+    words = re.sub(r"\\(?:boxed|fbox)\s*\{[^{}]*\}", "", quote)
+    has_box, has_mark = words != quote, _MARK.search(quote) is not None
+    return (has_box or has_mark) and re.search(r"\w", words) is not None
 
 
 def _last_box(text: str) -> tuple[int, int, str] | None:
@@ -76,6 +108,8 @@ def _last_box(text: str) -> tuple[int, int, str] | None:
         if token[1] or token[0] == "{":
             opened.append(token)
         elif token[0] == "}" and opened and (opening := opened.pop())[1]:
+            while found and found[-1][0] > opening.start():  # boxes inside this one
+                found.pop()
             found.append((opening.start(), token.end(), text[opening.end() : token.start()]))
     found += [(token.start(), len(text), "") for token in opened if token[1]]
     if not found:
@@ -84,6 +118,8 @@ def _last_box(text: str) -> tuple[int, int, str] | None:
     while found and text[found[-1][1] : first].strip(" \t\n$,;、") in ("", "and", "or", "和", "或"):
         first, _, before = found.pop()
         content = f"{before}, {content}"
+    while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{([^{}]*)\}\s*", content):
+        content = inner[1]
     return first, end, content.strip()
 
 
@@ -118,11 +154,11 @@ _THOUSANDS = re.compile(r"(?<=\d)(?:,?\\[!,;: ]|\{,\}|[ ~\u00a0\u2009\u202f])(?=
 _NUMBER = (
     r"(?P<sign>[-+]?)\s*[€£¥₹]?\s*"
     r"(?:(?:(?P<whole>\d+)\s+(?:and\s+)?)?(?P<top>[-+]?\d+)\s*/\s*(?P<bottom>\d+)"
-    r"|(?P<decimal>(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d*)?|\.\d+))"
+    r"|(?P<decimal>(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\w))?))"
 )
 _CHANGES = re.compile(
-    r"\b(?:or|hundred|thousand|[mb]illion|trillion|dozen|half|third|quarter|squared|cubed|pi|plus|minus|times)s?\b"
-    r"|[万亿千百]|[\d=+*^_<>~\\|?!…]|\.\.",
+    r"\b(?:or|hundred|thousand|[mb]illion|trillion|dozen|half|third|quarter|squared|cubed|pi|plus|minus|times|divided"
+    r"|choose)s?\b|[万亿千百⁰¹²³⁴-⁹]|[\d=+*^_<>~\\|?!…]|\.\.",
     re.IGNORECASE,
 )
 # what may stand before an "=" at its end: the variable, or the function, that is given a value
@@ -142,7 +178,7 @@ def extract_number(text: str, style: Style = "anywhere", truncated: bool = False
     number = to_number(stated_answer(text, style, truncated and style != "anywhere"))
     if number is not None or style != "anywhere":
         return number
-    found = [*re.finditer(rf"(?<![\w.]){_NUMBER}", _plain(text))]
+    found = [*re.finditer(rf"(?<![\w.]){_NUMBER}", plain(text))]
     return _value(found[-1]) if found else None
 
 
@@ -151,7 +187,7 @@ def to_number(answer: str) -> Fraction | None:
 
     None if the answer is no number, or several, or an equation, or a sum that is left to do: "67 - 67", "16/2".
     """
-    *before, last = re.split(r"(?<![!<>=])=(?!=)|≈", _plain(answer))
+    *before, last = re.split(r"(?<![!<>=])=(?!=)|≈", plain(answer))
     if before:
         named = _NAME.sub("", before[0])
         if named != before[0] and re.search(r"[\d)+*/^-]\s*$", named):
@@ -169,7 +205,7 @@ def _value(number: re.Match) -> Fraction | None:
         return None
     sign = -1 if number["sign"] == "-" else 1
     if number["decimal"]:
-        return sign * Fraction(number["decimal"].replace(",", "").rstrip("."))
+        return sign * Fraction(number["decimal"].replace(",", ""))
     top, bottom, whole = int(number["top"]), int(number["bottom"]), int(number["whole"] or 0)
     if bottom == 0 or top % bottom == 0 or (number["whole"] and not 0 < top < bottom):
         return None
@@ -178,12 +214,12 @@ def _value(number: re.Match) -> Fraction | None:
 
 def _is_unit(text: str) -> bool:
     """Whether what follows a number leaves it as it is: "dollars a day", "%", "cm^2"; not "million", "x", "+ 3"."""
-    text = re.sub(r"(?<=[a-zA-Z])\s?\^?[23²³](?!\w)", "", text).replace(" a ", " ")
+    text = re.sub(r"(?<=[a-zA-Z])(?:\s?\^\s?[23]|[23²³])(?!\w)", "", text).replace(" a ", " ")
     letters = re.findall(r"(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", text)
     return not _CHANGES.search(text) and not _DOUBT.search(text) and set(letters) <= set("gmhlLsCF")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text without LaTeX's dress: fractions as 3/4, thousands with commas, no dollar signs, braces or emphasis."""
     text = _COMMANDS.sub("", re.sub(r"<<[^<>]*>>", "", text))
     text = re.sub(r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)", r" \1/\2", text)
@@ -216,11 +252,12 @@ def extract_letters(text: str, labels: list[str], style: Style = "stated", trunc
     group = rf"(?<![A-Za-z])({letter}(?:[ ,，、&/]*(?:(?:and\b|和|及|与) *)?{letter}){{0,25}})(?![A-Za-z])"
     opening = rf"\s*[(（\[【*\"'“]*{group}\s*(?:[)）\]】.．、,，:：;；。*\"'”]|\n|$)"
     truncated = truncated and style != "anywhere"
+    text = _own_words(text)
     box = _last_box(text)
     if style == "boxed":
-        return _letters(re.match(opening, _plain(box[2])), labels) if box else []
+        return _letters(re.match(opening, plain(box[2])), labels) if box else []
     text = _finished(text, box[1] if box else 0) if truncated else text
-    text = _plain(f"{text[: box[0]]} Answer: {box[2]} .\n{text[box[1] :]}" if box else text)
+    text = plain(f"{text[: box[0]]} Answer: {box[2]} .\n{text[box[1] :]}" if box else text)
     marked = re.finditer(rf"{_LETTER_MARK}{group}|{group}{_IS_CORRECT}", text, re.IGNORECASE | re.MULTILINE)
     found = [mark for mark in marked if not _doubted(text[: mark.start()])]
     if found or truncated or style == "marked":
@@ -242,7 +279,10 @@ def _letters(found: re.Match | None, labels: list[str]) -> list[str]:
     if found is None:
         return []
     given, after = found[found.lastindex], found.string[found.end(found.lastindex) :]
-    if re.match(r"[)）\]】\s]*(?:or\b|或|[?？])", after) or (given == labels[0] and _are_listed(labels[1:3], after)):
+    rest = re.sub(r"^[)）\]】*_]+", "", after)
+    if re.match(r"\s*[,，]?\s*(?:或|[?？])", rest) or _TAKEN_BACK.match(rest):
+        return []
+    if given == labels[0] and _are_listed(labels[1:3], after):
         return []
     return [label for label in labels if label in given]
 

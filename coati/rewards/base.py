@@ -23,18 +23,28 @@ class Reward:
     on_tokens = False
     worker_spec: Any = None
 
-    def score(self, samples: Sequence[Sample]) -> Sequence[float | None] | Sequence[Sequence[float]]:
-        """One number per sample, None where it has no opinion (the others alone count); with `on_tokens` one per token
-        of each sample, of which those of sampled tokens count."""
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | None] | Sequence[Sequence[float] | None]:
+        """One number per sample; with `on_tokens` one per token of each sample, of which those of sampled tokens count.
+        None for a sample that it has no opinion on: the other rewards alone count there."""
         raise NotImplementedError
+
+    def check(self, rows: Sequence[dict[str, Any]]):
+        """Is asked once, before anything is generated.
+
+        Args:
+            rows: the columns of some of the data's rows.
+
+        Raises:
+            UserError: it can't score rows like these.
+        """
 
     def load(self):
         """Gets ready in the process that it works in; what can fail for good fails here."""
 
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, list]:
-    """The data's other fields of each sample's row, None where a row lacks one, and whether its response was cut
-    (`truncated`)."""
+    """By name, a value per sample: the data's other fields, None where a row lacks one, and whether the response was
+    cut at its greatest length (`truncated`)."""
     names = dict.fromkeys(name for sample in samples for name in sample.columns)
     columns = {name: [sample.columns.get(name) for sample in samples] for name in names}
     return columns | {"truncated": [sample.truncated for sample in samples]}

@@ -10,58 +10,72 @@ from pathlib import Path
 from coati.errors import UserError
 from coati.rewards.base import Reward, columns_of
 
+GIVEN = ("truncated", "input_ids", "response_mask")  # columns that every sample has
+OF_RESPONSES = ("response", "responses", "completion", "completions", "output", "outputs")
+
 
 class FunctionReward(Reward):
     """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None for one that it
     has no opinion on. It may name the columns that it takes instead: `function(prompts, responses, answer)`.
 
-    Columns are lists, one entry per response: the data's other fields, `truncated`, and the token ids of prompt and
-    response, `input_ids`, with `response_mask`, True on those that were sampled.
+    Columns are lists with a value per response: the data's other fields, None where a row lacks one; `truncated`,
+    whether the response was cut at its greatest length; and the token ids of prompt and response, `input_ids`, with
+    `response_mask`, True on those that were sampled.
 
-    A function with the attribute `per_response = True` looks at each answer alone, and is given one at a time.
+    A function with the attribute `per_response = True` looks at each response alone, and is given one at a time.
 
     Args:
         place: where another process finds the function.
 
     Raises:
-        UserError: the function takes no prompts and responses, in that order.
+        UserError: the function takes no prompts and responses, in that order, or is a coroutine's.
     """
 
     def __init__(self, function: Callable, name: str | None = None, place: str | None = None):
-        self.function, self.name, self.worker_spec = function, name or function.__name__, place
+        self.function, self.worker_spec = function, place
+        self.name = name or getattr(function, "__name__", "function")
         self.per_response = getattr(function, "per_response", False)
-        try:
-            self.signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some builtins have none
-            self.signature = inspect.signature(lambda prompts, responses, **columns: None)
-        if not takes_prompts_and_responses(self.signature):
+        self.signature = signature_of(function)
+        if not takes_prompts_and_responses(self.signature) or inspect.iscoroutinefunction(function):
+            raise UserError(f"{self._described()}: give it these parameters, in this order, and no `async`")
+        texts = self.signature.bind_partial([], []).arguments
+        columns = [p for p in self.signature.parameters.values() if p.name not in texts]
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in columns)
+        self.takes = {p.name for p in columns if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.needs = {p.name for p in columns if p.name in self.takes and p.default is p.empty}
+
+    def check(self, rows):
+        columns = {*GIVEN}.union(*rows)
+        if lacking := self.needs - columns:
             raise UserError(
-                f"reward function {self.name}{self.signature} is called as {self.name}(prompts, responses, **columns), "
-                "with two lists of texts and the data's columns: give it these parameters, in this order"
+                f"{self._described()}: it asks for {', '.join(sorted(lacking))}, but the columns are "
+                f"{', '.join(sorted(columns))}"
             )
 
     def score(self, samples):
-        """What the function returns.
-
-        Raises:
-            UserError: it asks for a column that isn't there.
-        """
-        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+        """What the function returns."""
         columns = columns_of(samples)
         columns["input_ids"] = [sample.tokens for sample in samples]
         columns["response_mask"] = [sample.response_mask for sample in samples]
-        parameters = self.signature.parameters.values()
-        given = columns
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            given = {name: values for name, values in columns.items() if name in self.signature.parameters}
-        try:
-            self.signature.bind(prompts, responses, **given)
-        except TypeError as error:
-            raise UserError(
-                f"reward function {self.name}{self.signature} can't be called with the columns "
-                f"{', '.join(columns) or '(none)'}: {error}"
-            ) from error
-        return self.function(prompts, responses, **given)
+        for name in self.needs - columns.keys():  # other rows of the data have it, see `check`
+            columns[name] = [None] * len(samples)
+        if not self.takes_all:
+            columns = {name: values for name, values in columns.items() if name in self.takes}
+        return self.function([s.prompt for s in samples], [s.response for s in samples], **columns)
+
+    def _described(self) -> str:
+        return (
+            f"reward function {self.name}{self.signature} is called as {self.name}(prompts, responses, **columns), "
+            "with two lists of texts and the data's columns"
+        )
+
+
+def signature_of(function: Callable) -> inspect.Signature:
+    """What a function takes; some builtins don't say, and are taken for reward functions."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda prompts, responses, **columns: None)
 
 
 def takes_prompts_and_responses(signature: inspect.Signature) -> bool:
@@ -70,8 +84,8 @@ def takes_prompts_and_responses(signature: inspect.Signature) -> bool:
         signature.bind_partial([], [])
     except TypeError:
         return False
-    first, second = [*signature.parameters, "", ""][:2]
-    return first not in ("responses", "completions") and second != "prompts"
+    names = [*signature.parameters]
+    return names[0] not in OF_RESPONSES and "prompts" not in names[1:]
 
 
 def load_function(place: str) -> Reward:

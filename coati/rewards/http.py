@@ -17,7 +17,8 @@ BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
 
 class HTTPReward(Reward):
     """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
-    number per response. `columns` holds the data's other fields, but for what JSON can't hold, and `truncated`.
+    number per response, or null for one that the endpoint has no opinion on. `columns` holds the data's other fields,
+    but for what JSON can't hold, and `truncated`.
 
     Args:
         timeout: seconds that the endpoint may be silent.
@@ -49,10 +50,10 @@ class HTTPReward(Reward):
 
         Raises:
             UserError: the endpoint fails in all tries, or refuses the request, or replies with anything else than one
-                number a response.
+                number or null per response.
         """
         columns = {name: values for name, values in columns_of(samples).items() if _fits_json(values)}
-        rewards: list[float] = []
+        rewards: list[float | None] = []
         for start in range(0, len(samples), self.batch_size):
             rows = slice(start, start + self.batch_size)
             asked = {
@@ -81,10 +82,10 @@ class HTTPReward(Reward):
             f"allow more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
         ) from cause
 
-    def _read(self, reply: bytes, count: int) -> list[float]:
+    def _read(self, reply: bytes, count: int) -> list[float | None]:
         try:
             rewards = json.loads(reply)["rewards"]
-            good = len(rewards) == count and all(type(reward) in (int, float) for reward in rewards)
+            good = len(rewards) == count and all(type(reward) in (int, float, type(None)) for reward in rewards)
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:

@@ -30,6 +30,7 @@ class ModelReward(Reward):
     ):
         self.forward_all, self.pad_id, self.device, self.split, self.name = forward_all, pad_id, device, split, name
 
+    @torch.no_grad()
     def score(self, samples):
         """Rewards of whole sequences (prompt and response), `[batch]`."""
         parts = self.split([len(sample.tokens) for sample in samples])

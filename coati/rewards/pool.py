@@ -1,6 +1,6 @@
-"""Scores answers one at a time in processes of their own, which can be ended, while generation goes on.
+"""Scores samples one at a time in processes of their own, which can be ended, while generation goes on.
 
-Each process belongs to a thread that hands it one answer after another, waits for the score no longer than a limit,
+Each process belongs to a thread that hands it one sample after another, waits for the score no longer than a limit,
 and replaces it where it hangs or dies. The processes import neither torch nor the run's script.
 """
 
@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one answer: a score, None if the reward doesn't judge it, or why there is none."""
+    """What became of one sample: a score, None if the reward has no opinion on it, or why there is none."""
 
     score: float | None
     error: str = ""
@@ -60,7 +60,7 @@ class Pool:
 
     Args:
         rewards: by name: a reward that can be pickled, or the place of a function (`FILE.py:function`).
-        timeout: seconds for one answer.
+        timeout: seconds for one sample.
     """
 
     def __init__(self, rewards: dict[str, Any], workers: int, timeout: float):
@@ -94,7 +94,7 @@ class _Worker(threading.Thread):
         self.channel: Connection | None = None
 
     def run(self):
-        self.ask(None)  # starts the process now, while the models load; if that fails, the first answer says how
+        self.ask(None)  # starts the process now, while the models load; if that fails, the first sample says how
         while (task := self.tasks.get()) is not None and not self.closed:
             future, *asked = task
             future.set_result(self.ask(asked))
@@ -139,7 +139,7 @@ class _Worker(threading.Thread):
 
 def work(fd: int):
     """What a worker's process does until the trainer is gone."""
-    if sys.platform == "linux":  # even while it is stuck in an answer
+    if sys.platform == "linux":  # even while it is stuck in a sample
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = Connection(fd)
     trainer, sent = channel.recv()

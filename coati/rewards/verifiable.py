@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from coati.errors import UserError
-from coati.rewards.answers import Style, extract_letters, extract_number, stated_answer
+from coati.rewards.answers import Style, extract_letters, extract_number, plain, stated_answer
 from coati.rewards.base import Reward
 from coati.rewards.sandbox import check_sandbox, run_tests
+from coati.samples import Sample
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
 PERCENT = re.compile(r"%|\bpercent")
@@ -64,53 +65,65 @@ class Verifier(Reward):
     def worker_spec(self):
         return self
 
+    def check(self, rows):
+        column = self.column()
+        if column is not None:
+            for row in self.having(rows, column):
+                refuse_objects(look_up(row, column), column)
+
     def score(self, samples):
         """One number per response, mostly 0 or 1.
 
         Raises:
-            UserError: there is no such column.
+            UserError: there is no such column, or it holds no texts.
             ValueError: a row has no right answer that can be read.
         """
-        return [float(self.verdict(s.prompt, s.response, s.columns | {"truncated": s.truncated})) for s in samples]
+        return [float(self.verdict(sample)) for sample in samples]
 
-    def verdict(self, prompt: str, response: str, row: dict[str, Any]) -> float:
+    def verdict(self, sample: Sample) -> float:
         raise NotImplementedError
 
-    def given(self, row: dict[str, Any], column: str | None = None):
-        """What the row has in a column, by default that of the right answer. `a.b` is field `b` of the object `a`."""
-        column = column or self.answer_column
-        value, *names = (row[column],) if column in row else (row, *column.split("."))
-        for name in names:
-            if not isinstance(value, dict) or name not in value:
-                raise UserError(
-                    f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
-                    f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, "
-                    "--tests_column)"
-                )
-            value = value[name]
-        if value is None:
-            raise ValueError(f"the row has no {column!r}")
-        return value
+    def column(self) -> str | None:
+        """The column that it reads, if any."""
+        return self.answer_column
 
-    def accepted(self, row: dict[str, Any], column: str | None = None) -> list[str]:
+    def accepted(self, row: dict[str, Any]) -> list[str]:
         """The right answers as texts."""
-        column = column or self.answer_column
-        given = self.given(row, column)
-        texts = [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
-        if not texts:
+        column = self.column()
+        if not has(row, column):
+            raise self.no_column(row, column)
+        given = look_up(row, column)
+        if given is None:
+            raise ValueError(f"the row has no {column!r}")
+        if given == []:
             raise ValueError(f"the row has no {column}: the list is empty")
-        if None in texts:
-            fields = ", ".join(given) if isinstance(given, dict) else ""
-            remedy = f"; name one of its fields as {column}.FIELD ({fields})" if fields else ""
-            raise UserError(f"{column!r} holds {str(given)[:80]}, which is no text, number or list of these{remedy}")
-        return texts
+        refuse_objects(given, column)
+        return [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
+
+    def having(self, rows: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+        """The rows that have a column; the samples of others, in data of several kinds, will count as failures.
+
+        Raises:
+            UserError: none has it.
+        """
+        found = [row for row in rows if has(row, column)]
+        if rows and not found:
+            raise self.no_column(rows[0], column)
+        return found
+
+    def no_column(self, row: dict[str, Any], column: str) -> UserError:
+        return UserError(
+            f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
+            f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, --tests_column)"
+        )
 
 
 @dataclass
 class MathVerifier(Verifier):
     """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
 
-    A number's right answer is a number: "67 - 67" is none, lest the question be paid for.
+    A number's right answer is a number: "67 - 67" is none, lest the question be paid for. Nor is an expression right
+    that stands in the prompt, unless it is written as the right answer is.
 
     Args:
         answer_style: what counts as an answer, see `coati.rewards.answers`.
@@ -120,16 +133,17 @@ class MathVerifier(Verifier):
 
     name, package = "math", "math_verify"
 
-    def verdict(self, prompt, response, row):
-        text, truncated = final_part(prompt, response, row)
+    def verdict(self, sample):
+        text, truncated = final_part(sample)
         given = stated_answer(text, self.answer_style, truncated)
         number = extract_number(text, self.answer_style, truncated)
-        for right in self.accepted(row):
+        for right in self.accepted(sample.columns):
             right = stated_answer(right, "marked") or right.strip()
             if (wanted := extract_number(right, "stated")) is not None:
                 equal = number is not None and same_number(wanted, number, right, given)
             else:
-                equal = self.same_expression(right, text if self.answer_style == "anywhere" and not given else given)
+                found = text if self.answer_style == "anywhere" and not given else given
+                equal = not is_of_prompt(found, sample.prompt, right) and self.same_expression(right, found)
             if equal:
                 return True
         return False
@@ -171,11 +185,11 @@ class GSM8KVerifier(Verifier):
 
     name = "gsm8k"
 
-    def verdict(self, prompt, response, row):
-        right = [extract_number(text, "stated") for text in self.accepted(row)]
+    def verdict(self, sample):
+        right = [extract_number(text, "stated") for text in self.accepted(sample.columns)]
         if None in right:
-            raise ValueError(f"no number in {self.given(row)!r}")
-        text, truncated = final_part(prompt, response, row)
+            raise ValueError(f"no number in {look_up(sample.columns, self.answer_column)!r}")
+        text, truncated = final_part(sample)
         return extract_number(text, self.answer_style, truncated) in right
 
 
@@ -191,15 +205,15 @@ class ChoiceVerifier(Verifier):
 
     name = "choice"
 
-    def verdict(self, prompt, response, row):
+    def verdict(self, sample):
         right = set()
-        for text in self.accepted(row):
+        for text in self.accepted(sample.columns):
             labels = list(string.ascii_uppercase)
             letters = extract_letters(text, labels, "marked") or extract_letters(rf"\boxed{{{text}}}", labels, "boxed")
             if not letters:
                 raise ValueError(f"no capital letter of a choice in {text!r}")
             right.update(letters)
-        text, truncated = final_part(prompt, response, row)
+        text, truncated = final_part(sample)
         labels = string.ascii_uppercase[: max(5, string.ascii_uppercase.index(max(right)) + 1)]
         return extract_letters(text, list(labels), self.answer_style, truncated) == sorted(right)
 
@@ -209,9 +223,9 @@ class ExactVerifier(Verifier):
 
     name = "exact"
 
-    def verdict(self, prompt, response, row):
-        text, _ = final_part(prompt, response, row)
-        return normalise(text) in {normalise(text) for text in self.accepted(row)}
+    def verdict(self, sample):
+        text, _ = final_part(sample)
+        return normalise(text) in {normalise(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -231,11 +245,14 @@ class RegexVerifier(Verifier):
         except re.error as error:
             raise UserError(f"--regex_pattern {self.regex_pattern!r} is no regular expression: {error}") from error
 
-    def verdict(self, prompt, response, row):
-        *_, last = None, *re.finditer(self.regex_pattern, response, re.DOTALL)
+    def column(self):
+        return self.answer_column if re.compile(self.regex_pattern).groups else None
+
+    def verdict(self, sample):
+        *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
-        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(row)}
+        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -250,9 +267,13 @@ class FormatVerifier(Verifier):
         if not self.format_tags:
             raise UserError("the verifier format needs --format_tags")
 
-    def verdict(self, prompt, response, row):
+    def column(self):
+        return None
+
+    def verdict(self, sample):
         opening = f"<{self.format_tags[0]}>"
-        text = opening + response if prompt.rstrip().endswith(opening) else response
+        opened = sample.prompt.rstrip().endswith(opening)
+        text = opening + sample.response if opened else sample.response
         form = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in self.format_tags)
         once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.format_tags)
         return once and re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL) is not None
@@ -280,12 +301,15 @@ class JSONVerifier(Verifier):
             reason = str(error).splitlines()[0]
             raise UserError(f"--json_schema {self.json_schema} can't be read as a JSON schema: {reason}") from error
 
-    def verdict(self, prompt, response, row):
+    def column(self):
+        return None
+
+    def verdict(self, sample):
         from jsonschema.validators import validator_for
         from referencing import Registry
 
         try:
-            value = json.loads(fenced(final_part(prompt, response, row)[0], is_json, "json"))
+            value = json.loads(fenced(final_part(sample)[0], is_json, "json"))
         except (ValueError, RecursionError):
             return False
         return validator_for(self.rules)(self.rules, registry=Registry()).is_valid(value)  # fetches no other schema
@@ -303,24 +327,43 @@ class ReasoningGymVerifier(Verifier):
 
     name, package = "reasoning_gym", "reasoning_gym"
 
-    def verdict(self, prompt, response, row):
-        about = self.given(row, "metadata")
-        scorer, evaluates = scorer_of(about["source_dataset"])
+    def verdict(self, sample):
+        about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)
+        # some tasks have many answers, and give none
+        entry = {"question": sample.prompt, "answer": answer, "metadata": about}
+        return self.scorer(about)(final_part(sample)[0].strip(), entry)
+
+    def check(self, rows):
+        for row in self.having(rows, "metadata"):
+            self.scorer(row["metadata"])
+
+    def scorer(self, about: Any) -> Callable[[str, dict], float]:
+        """That of the task which a row's metadata name.
+
+        Raises:
+            UserError: they name none, or one that may not be scored.
+        """
+        task = about.get("source_dataset") if isinstance(about, dict) else None
+        if task is None:
+            raise UserError(
+                "the verifier reasoning_gym reads the field `source_dataset` of the column 'metadata', which a row "
+                "doesn't have"
+            )
+        scorer, evaluates = scorer_of(task)
         if evaluates and not self.allow_code_execution:
             raise UserError(
-                f"reasoning-gym scores {about['source_dataset']} by evaluating the answer as Python, in no sandbox: "
-                "leave the task out, or give --allow_code_execution true"
+                f"reasoning-gym scores {task} by evaluating the answer as Python, in no sandbox: leave the task out, "
+                "or give --allow_code_execution true"
             )
-        # some tasks have many answers, and give none
-        entry = {"question": prompt, "answer": row.get(self.answer_column), "metadata": about}
-        return scorer(final_part(prompt, response, row)[0].strip(), entry)
+        return scorer
 
 
 @dataclass
 class PythonVerifier(Verifier):
     """The response's program passes the tests of its row in the sandbox.
 
-    Of several fenced blocks the program is the last one that defines a name which the tests use.
+    Of several fenced blocks the program is the last one that defines a name which the tests use. What stands in a
+    thought is none.
     """
 
     tests_column: str = "tests"
@@ -334,12 +377,18 @@ class PythonVerifier(Verifier):
             raise UserError("the verifier python runs what the model writes: give --allow_code_execution true as well")
         check_sandbox()
 
-    def verdict(self, prompt, response, row):
-        tests = "\n".join(self.accepted(row, self.tests_column))
+    def column(self):
+        return self.tests_column
+
+    def verdict(self, sample):
+        tests = "\n".join(self.accepted(sample.columns))
         if not tests.strip():
             raise ValueError("the row has no tests")
         names = {*re.findall(r"[^\W\d]\w*", tests)} - defined(tests)
-        program = fenced(response, lambda block: names & defined(block), "python", "python3", "py", "py3")
+        text = after_thought(sample)
+        if tagged := re.fullmatch(r"\s*<answer>(.*)</answer>\s*", text, re.DOTALL):
+            text = tagged[1]
+        program = fenced(text, lambda block: names & defined(block), "python", "python3", "py", "py3")
         return run_tests(textwrap.dedent(program), tests, self.python_timeout).passed
 
 
@@ -353,16 +402,56 @@ def scorer_of(task: str) -> tuple[Callable[[str, dict], float], bool]:
     return scorer, re.search(r"\b(eval|exec|parse_expr|sympify)\(", module) is not None
 
 
-def final_part(prompt: str, response: str, row: dict[str, Any]) -> tuple[str, bool]:
-    """What the response says once it has thought, and whether that was cut off.
+def final_part(sample: Sample) -> tuple[str, bool]:
+    """What stands in the last `<answer>` tags, else all that the response says once it has thought; and whether that
+    was cut off."""
+    text = after_thought(sample)
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start == -1:
+        return text, sample.truncated
+    start += len("<answer>")
+    return text[start : text.find("</answer>", start)], False
 
-    It is what stands in the last `<answer>` tags, else what follows `</think>`. The prompt may have opened the thought.
+
+def after_thought(sample: Sample) -> str:
+    """What follows `</think>`, nothing if the thought has no end. The prompt may have opened it."""
+    if sample.prompt.rstrip().endswith("<think>") and "</think>" not in sample.response:
+        return ""
+    return sample.response.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def look_up(row: dict[str, Any], column: str):
+    """What a row has in a column. `a.b` is the field `b` of the object `a`, or of each object in the list `a`.
+
+    Raises:
+        KeyError or TypeError: it has no such column.
     """
-    thought = prompt.rstrip().endswith("<think>") and "</think>" not in response
-    text = "" if thought else response.rpartition("</think>")[2].partition("<think>")[0]
-    if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
-        return found[-1], False
-    return text, bool(row.get("truncated", False))
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = [one[name] for one in value] if isinstance(value, list) else value[name]
+    return value
+
+
+def has(row: dict[str, Any], column: str) -> bool:
+    """Whether `look_up` finds it."""
+    try:
+        look_up(row, column)
+    except (KeyError, TypeError):
+        return False
+    return True
+
+
+def refuse_objects(given, column: str):
+    """Raises a `UserError` unless it is a text, a number, a list of these, or None."""
+    values = given if isinstance(given, list) else [given]
+    if given is None or all(as_text(value) is not None for value in values):
+        return
+    fields = dict.fromkeys(name for value in values if isinstance(value, dict) for name in value)
+    remedy = f"; name one of its fields: {', '.join(f'{column}.{name}' for name in fields)}" if fields else ""
+    raise UserError(f"the column {column!r} holds {str(given)[:80]}, which is no text, number or list of these{remedy}")
 
 
 def as_text(answer) -> str | None:
@@ -380,23 +469,39 @@ def same_number(right: Fraction, given: Fraction, right_text: str, given_text: s
     return right in scaled or (right.denominator > 1 and any(math.isclose(right, x, rel_tol=2e-6) for x in scaled))
 
 
+def is_of_prompt(given: str, prompt: str, right: str) -> bool:
+    """Whether an expression stands in the prompt, and is another than the right one."""
+    given, prompt, right = ("".join(plain(text).split()) for text in (given, prompt, right))
+    return given != right and given in prompt
+
+
 def fenced(text: str, fits: Callable[[str], Any], *languages: str) -> str:
     """The last fenced block that fits, of those in one of the languages, else of those that name none; without one that
     fits the last in one of the languages, else all of the text. A fence may lack its other end."""
-    fence = r"^[ \t]*(?:```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|```+([\w+-]*)[ \t]*$"
-    named, unnamed, start, language = [], [], 0, ""
-    for mark in [*re.finditer(fence, text, re.MULTILINE), None]:
-        block = text[start : mark.start() if mark else len(text)]
-        if language in languages:
-            named.append(block)
-        elif not language:
-            unnamed.append(block)
-        if mark:
-            start, language = mark.end(), (mark[1] or mark[2] or "").lower()
+    blocks = between_fences(text)
+    named = [block for language, block in blocks if language in languages]
+    unnamed = [block for language, block in blocks if not language]
     for block in reversed([*unnamed, *named]):
         if fits(block):
             return block
     return named[-1] if named else text
+
+
+def between_fences(text: str) -> list[tuple[str, str]]:
+    """What stands before, between and after fences, each with the language that the fence before it names, or "".
+
+    Which fences open and which close isn't told apart, as one may lack its other end. But a block in a language goes on
+    over fences that can't end it: with fewer marks, or indented by four columns more, as in a docstring.
+    """
+    fence = r"^([ \t]*)(```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|()(```+)([\w+-]*)[ \t]*$"
+    blocks, start, language, indent, marks = [], 0, "", "", ""
+    for found in re.finditer(fence, text, re.MULTILINE):
+        found_indent, found_marks, found_language = found.groups()[:3] if found[2] else found.groups()[3:]
+        if language and (len(found_marks) < len(marks) or len(found_indent) > len(indent) + 3):
+            continue
+        blocks.append((language, text[start : found.start()]))
+        start, language, indent, marks = found.end(), found_language.lower(), found_indent, found_marks
+    return [*blocks, (language, text[start:])]
 
 
 def defined(program: str) -> set[str]:

@@ -72,7 +72,9 @@ def best_of_n(
     columns = columns or [{}] * len(prompts)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, pad, batch_size)
-    generation = ScoredGeneration(generator, Scorer([(reward, 1.0)]), tokenizer, eos_ids(tokenizer, actor))
+    scorer = Scorer([(reward, 1.0)])
+    scorer.check(columns)
+    generation = ScoredGeneration(generator, scorer, tokenizer, eos_ids(tokenizer, actor))
     asked = [
         Prompt(row, [seed, row, i], ids, text, of_row)
         for row, (ids, text, of_row) in enumerate(zip(rows, prompts, columns, strict=True))

@@ -9,12 +9,12 @@ from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
 from coati.errors import UserError, refuse
 from coati.rewards.config import ScoringConfig
+from coati.run_layout import FINAL_MODEL  # noqa: F401 (applications take it from here)
 from coati.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.models import LoraSettings
 
-FINAL_MODEL = "model"  # the folder in --output_dir
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
 SMOOTHED = ("dpo", "robust", "simpo", "cpo")

@@ -1,6 +1,7 @@
 """The making of what a run needs: tokenizer, data, models and their engines."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
@@ -14,6 +15,8 @@ from coati.models.positions import row_limit
 from coati.models.quantized import is_quantized
 from coati.parallel import Engine, Runtime, make_engine
 from coati.parallel.factory import engine_class
+from coati.rewards import Reward, Scorer, load_rewards
+from coati.rollout import Generator, PolicyGenerator
 from coati.trainers.config import TrainerConfig
 
 
@@ -119,6 +122,42 @@ class Factory:
         if c.lora is not None and not (c.model and is_adapter(c.model)):
             return None
         return self.frozen(self.model(Actor, start))
+
+    # --- rollouts
+
+    def generator(self, engine: Engine, batch_size: int = 64) -> Generator:
+        """Completes prompts with the weights that an engine has at the time of each call.
+
+        Args:
+            batch_size: rows generated together.
+        """
+        return PolicyGenerator(engine.full, self.tokenizer, self.pad_id, batch_size)
+
+    def scorer(self, reward_model: Reward | None, given: Sequence[Reward]) -> Scorer:
+        """The rewards of the settings.
+
+        Args:
+            reward_model: that of the settings, loaded.
+            given: further ones, of weight 1.
+        """
+        return load_rewards(self.config, reward_model, self.runtime.device, given)
+
+    def check_reward_vocabulary(self, source: str):
+        """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
+        from transformers import AutoTokenizer
+
+        try:
+            theirs = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the reward model in {source} has no tokenizer beside it: copy the policy's there, or give "
+                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
+            ) from error
+        if theirs.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"the reward model in {source} has another vocabulary than the policy: train it with the "
+                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
+            )
 
     def _check_length(self, model: BaseModel):
         limit, longest = row_limit(model.transformer), self.longest_sequence

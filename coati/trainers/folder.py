@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,24 @@ from typing import Any
 import torch
 
 from coati.errors import UserError
+from coati.files import sync, write_json
 from coati.models.base import stored_dtype
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Checkpoints, Engine, Runtime
-from coati.parallel.checkpoint import NAME, lock_folder, write_json
+from coati.parallel.checkpoint import written_by_all
 from coati.parallel.engine import DTYPES
+from coati.run_layout import (
+    FINAL_MODEL,
+    LOCK,
+    TRAINER_STATE,
+    checkpoints_of,
+    list_checkpoints,
+    model_in,
+    training_state_in,
+)
 from coati.tracking import read_metrics
-from coati.tracking.files import to_json
-from coati.trainers.config import FINAL_MODEL, TrainerConfig
+from coati.tracking.files import RUN, to_json
+from coati.trainers.config import TrainerConfig
 from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
 from coati.trainers.resume import UNSAID, changed_settings, lines_of, refuse_other_models
 
@@ -41,7 +49,7 @@ class RunFolder:
     def __init__(self, config: TrainerConfig, runtime: Runtime, algorithm: str):
         self.config, self.runtime, self.algorithm = config, runtime, algorithm
         self.path = Path(config.output_dir)
-        self.checkpoints = Checkpoints(self.path / "checkpoints", runtime, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(checkpoints_of(self.path), runtime, config.keep_checkpoints)
         self.lock = None
         if runtime.is_main:
             self._make()
@@ -61,7 +69,7 @@ class RunFolder:
 
     def model_in_checkpoint(self, name: str) -> Path | None:
         """The folder of a model in the checkpoint that the run resumes from."""
-        return self.resumed_from / name / "model" if self.resumed_from else None
+        return model_in(self.resumed_from, name) if self.resumed_from else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,12 +107,12 @@ class RunFolder:
 
         def write(folder: Path):
             for name, engine in engines.items():
-                self._write_model(engine, tokenizer, folder / name / "model")
-                engine.save_optimizer(folder / name)
+                self._write_model(engine, tokenizer, model_in(folder, name))
+                engine.save_optimizer(training_state_in(folder, name))
             for name, engine in frozen.items():
-                self._write_model(engine, tokenizer, folder / name / "model")
+                self._write_model(engine, tokenizer, model_in(folder, name))
             if self.runtime.is_main:
-                write_json(folder / "trainer.json", state)
+                write_json(folder / TRAINER_STATE, state)
 
         self.checkpoints.save(step, write, score)
 
@@ -112,13 +120,8 @@ class RunFolder:
         """The finished models as HF folders, written aside and renamed."""
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
-            aside = target.with_name(target.name + ".partial")
-            if self.runtime.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
-            if self.runtime.is_main:
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(aside, target)
+            with written_by_all(target, self.runtime) as aside:
+                self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
         self.runtime.communicator.barrier()
         self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
 
@@ -130,6 +133,7 @@ class RunFolder:
             folder.mkdir(parents=True)
             engine.module.save_pretrained(folder, state, merge, dtype)
             tokenizer.save_pretrained(str(folder))
+            sync(folder)
 
     def _export_dtype(self, engine: Engine) -> torch.dtype | None:
         """Of the final model's weights; None to leave them as they are."""
@@ -167,7 +171,7 @@ class RunFolder:
         """Says which settings are others now."""
         if self.resumed_from is None:
             return {}
-        stored = json.loads((self.resumed_from / "trainer.json").read_text())
+        stored = json.loads((self.resumed_from / TRAINER_STATE).read_text())
         if stored["algorithm"] != self.algorithm:
             raise UserError(f"{self.resumed_from} is a checkpoint of {stored['algorithm']}, not of {self.algorithm}")
         changed = changed_settings(stored.get("settings", {}), self.settings)
@@ -180,7 +184,27 @@ class RunFolder:
 
 def holds_work(output: Path) -> bool:
     """Whether a run has left more in its folder than what it writes before its first step."""
-    if not (output / "run.json").exists():
+    if not (output / RUN).exists():
         return False
-    saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
-    return saved or any(row["step"] > 0 for row in read_metrics(output))
+    saved = (output / FINAL_MODEL).exists() or list_checkpoints(checkpoints_of(output))
+    return bool(saved) or any(row["step"] > 0 for row in read_metrics(output))
+
+
+def lock_folder(folder: Path):
+    """A lock on a run's folder, held until it is released or this process ends; None where the file system has none.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}: wait for its end, or name another folder with --output_dir"
+        ) from error
+    except (OSError, NotImplementedError):  # some network file systems can't lock
+        return None
+    return lock

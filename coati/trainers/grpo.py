@@ -39,6 +39,7 @@ from coati.models.base import disable_dropout
 from coati.models.packed import check_packing
 from coati.parallel import resolve_precision
 from coati.rollout import Experience, Prompt, RolloutBatch
+from coati.run_layout import ACTOR, REFERENCE
 from coati.samples import Sample
 from coati.trainers.actor_critic import named_norm
 from coati.trainers.batching import model_inputs
@@ -67,7 +68,6 @@ class GRPOTrainer(RolloutTrainer):
         with clock("evaluate"):
             log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
             reference = self.reference.log_probs(batch, parts) if self.reference else log_probs
-        with clock("baseline"):
             baseline = self.greedy_scores(batch.samples, k) if c.advantage == "remax" else None
 
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
@@ -190,20 +190,20 @@ class GRPOTrainer(RolloutTrainer):
         super().build()
         self.policy = Policy(self.actor, c, self.ranks, group=c.shared_prefix_group)
         if c.refresh_reference:
-            self.frozen = {"reference": self.reference.engine}
+            self.frozen = {REFERENCE: self.reference.engine}
         if c.share_prompts:
             batch, targets = self.longest_group()
             inputs = model_inputs(batch, targets, shared_prefix_group=c.shared_prefix_group)
             check_packing(self.actor.module, self.actor.forward_all, inputs, resolve_precision(c) == "fp32")
 
     def build_models(self):
-        start = self.folder.model_in_checkpoint("actor") or self.config.model
+        start = self.folder.model_in_checkpoint(ACTOR) or self.config.model
         actor = self.factory.model(Actor, start, lora=self.config.lora)
         disable_dropout(actor)
-        return {"actor": self.factory.trained(actor, accumulates=self.accumulates(), generates=True)}
+        return {ACTOR: self.factory.trained(actor, accumulates=self.accumulates(), generates=True)}
 
     def build_reference(self):
-        refreshed = self.folder.model_in_checkpoint("reference") if self.config.refresh_reference else None
+        refreshed = self.folder.model_in_checkpoint(REFERENCE) if self.config.refresh_reference else None
         if refreshed is None or not refreshed.is_dir():
             return super().build_reference()
         frozen = self.factory.frozen(self.factory.model(Actor, refreshed))

@@ -70,7 +70,7 @@ class Policy:
             UserError: they disagree by more than `max_rollout_kl`.
         """
         c, mask = self.config, batch.response_mask
-        if resolve_precision(c) == "fp32" and c.model_parallel_size == 1 and c.rollout_engine == "coati":
+        if resolve_precision(c) == "fp32" and not c.splits_models and c.rollout_engine == "coati":
             checked = an_eighth(parts, k, self.group)
             again = self.model.log_probs(batch, checked)
             looked_at = torch.zeros_like(batch.finished)

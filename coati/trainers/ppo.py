@@ -13,7 +13,6 @@ minibatches don't depend on the number of processes; dropout is off, so that a p
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -37,8 +36,9 @@ from coati.models import Actor, ActorCritic, Critic
 from coati.models.base import disable_dropout
 from coati.models.lora import is_untrained_adapter
 from coati.parallel import Runtime
-from coati.rewards import Reward, RunningMoments
+from coati.rewards import RunningMoments
 from coati.rollout import Experience
+from coati.run_layout import ACTOR, CRITIC
 from coati.trainers.actor_critic import PolicyAndCritic, Rates, SharedTrunk, TwoModels
 from coati.trainers.config import PPOConfig
 from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn
@@ -51,7 +51,7 @@ class PPOTrainer(RolloutTrainer):
 
     Args:
         policy: a model to train instead of `config.model`: an `AutoModelForCausalLMWithValueHead`, with `shared_trunk`.
-        rewards: rewards of weight 1 beside those that `config` names.
+        **options: those of `RolloutTrainer`.
 
     Attributes:
         models: policy and critic.
@@ -63,13 +63,11 @@ class PPOTrainer(RolloutTrainer):
     algorithm = "ppo"
     models: PolicyAndCritic
 
-    def __init__(
-        self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, rewards: Sequence[Reward] = ()
-    ):
+    def __init__(self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, **options):
         if policy is not None and not config.shared_trunk:
             raise UserError("a value-head model is policy and critic at once: set shared_trunk")
         self.given_policy = policy
-        super().__init__(config, runtime, rewards=rewards)
+        super().__init__(config, runtime, **options)
 
     def step(self, k):
         """One iteration."""
@@ -147,26 +145,26 @@ class PPOTrainer(RolloutTrainer):
         self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
         super().build()
         policy = Policy(self.actor, c, self.ranks)
-        self.models = SharedTrunk(policy, c) if c.shared_trunk else TwoModels(policy, self.engines["critic"], c)
+        self.models = SharedTrunk(policy, c) if c.shared_trunk else TwoModels(policy, self.engines[CRITIC], c)
 
     def build_models(self):
         c, in_checkpoint = self.config, self.folder.model_in_checkpoint
         several = self.accumulates()
         if c.shared_trunk:
-            actor = self.factory.model(ActorCritic, in_checkpoint("actor") or self.given_policy or c.model, lora=c.lora)
+            actor = self.factory.model(ActorCritic, in_checkpoint(ACTOR) or self.given_policy or c.model, lora=c.lora)
             for parameter in actor.v_head.parameters():
                 parameter.lr_factor = c.critic_learning_rate / (c.learning_rate or 1.0)
         else:
-            actor = self.factory.model(Actor, in_checkpoint("actor") or c.model, lora=c.lora)
-        models = {"actor": actor}
+            actor = self.factory.model(Actor, in_checkpoint(ACTOR) or c.model, lora=c.lora)
+        models = {ACTOR: actor}
         if not c.shared_trunk:
             start = c.critic_model or c.reward_model or c.model
-            models["critic"] = self.factory.model(Critic, in_checkpoint("critic") or start, lora=c.lora)
+            models[CRITIC] = self.factory.model(Critic, in_checkpoint(CRITIC) or start, lora=c.lora)
         for model in models.values():
             disable_dropout(model)
         engines = {}
         for name, model in models.items():
-            is_actor = name == "actor"
+            is_actor = name == ACTOR
             accumulates = several or (is_actor and self.text_data is not None)
             engines[name] = self.factory.trained(model, accumulates=accumulates, generates=is_actor)
         return engines

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from torch import Tensor
 
 from coati.data.dataset import writing
 from coati.data.sources import hash_file
+from coati.files import written_aside
 from coati.losses import response_targets
 from coati.losses.masking import keep
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Engine, Runtime, resolve_precision
+from coati.parallel.factory import engine_class
 from coati.trainers.batching import Batching
 from coati.trainers.config import PreferenceConfig
 from coati.transfer import to_device
@@ -130,7 +131,7 @@ def _name_of_reference(c: PreferenceConfig) -> list:
     if c.model_config and Path(c.model_config).is_file():
         files.append(Path(c.model_config))
     hashes = [hash_file(path) for path in files]
-    return [CACHE_VERSION, resolve_precision(c), c.plugin == "ddp", *hashes, *map(_revision_of, folders)]
+    return [CACHE_VERSION, resolve_precision(c), str(engine_class(c).loads_in(c)), *hashes, *map(_revision_of, folders)]
 
 
 def _revision_of(model: Path) -> str | None:
@@ -147,9 +148,8 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _write(path: Path, log_probs: Tensor):
-    """Written aside and renamed, so that what is there is whole."""
+    from filelock import FileLock
     from safetensors.torch import save_file
 
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({"log_probs": log_probs.contiguous()}, aside)
-    os.replace(aside, path)
+    with FileLock(f"{path}.lock"), written_aside(path) as aside:  # another run may compute the same
+        save_file({"log_probs": log_probs.contiguous()}, aside)

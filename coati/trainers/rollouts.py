@@ -7,10 +7,8 @@ from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
-from coati.rewards import ModelReward, Reward, Scorer, load_rewards
+from coati.rewards import ModelReward, Reward, Scorer
 from coati.rollout import (
-    Generator,
-    PolicyGenerator,
     RolloutSource,
     ScoredGeneration,
     Shape,
@@ -19,11 +17,14 @@ from coati.rollout import (
     prompt_of,
 )
 from coati.rollout.prompts import eos_ids
+from coati.run_layout import ACTOR
 from coati.samples import Sample
 from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
 from coati.trainers.trainer import Trainer
+
+ROWS_CHECKED = 1000  # by the rewards, of each data set, before anything is generated
 
 
 class RolloutTrainer(Trainer):
@@ -31,6 +32,7 @@ class RolloutTrainer(Trainer):
 
     Args:
         rewards: rewards of weight 1 beside those that `config` names.
+        **options: those of `Trainer`.
 
     Attributes:
         data, eval_data: the prompts; order: those of each iteration.
@@ -45,9 +47,9 @@ class RolloutTrainer(Trainer):
     reference: LanguageModel | None
     rollouts: RolloutSource
 
-    def __init__(self, config: RolloutConfig, runtime: Runtime, *, rewards: Sequence[Reward] = ()):
+    def __init__(self, config: RolloutConfig, runtime: Runtime, *, rewards: Sequence[Reward] = (), **options):
         self.given_rewards = rewards
-        super().__init__(config, runtime)
+        super().__init__(config, runtime, **options)
 
     # --- for the algorithm to fill in
 
@@ -84,22 +86,23 @@ class RolloutTrainer(Trainer):
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()
         self.engines = self.build_models()
-        self.actor = self.engines["actor"]
+        self.actor = self.engines[ACTOR]
         if not has_keys_and_values(self.actor.module):
             raise UserError(
                 f"{self.algorithm} needs a policy whose layers all keep keys and values; "
                 f"{self.actor.module.config.model_type} has others"
             )
         self.reference = self.build_reference()
-        scorer = load_rewards(c, self.load_reward_model(), self.runtime.device, self.given_rewards)
+        scorer = self.factory.scorer(self.load_reward_model(), self.given_rewards)
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                every = 1 + len(data) // ROWS_CHECKED
+                scorer.check([data[row].columns for row in range(0, len(data), every)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
     def build_generation(self, scorer: Scorer) -> ScoredGeneration:
-        pad_id = self.factory.pad_id
-        generator: Generator = PolicyGenerator(
-            self.actor.full, self.tokenizer, pad_id, self.config.generation_batch_size
-        )
+        generator = self.factory.generator(self.actor, self.config.generation_batch_size)
         return ScoredGeneration(generator, scorer, self.tokenizer, eos_ids(self.tokenizer, self.actor.module))
 
     def build_rollouts(self) -> RolloutSource:
@@ -124,23 +127,10 @@ class RolloutTrainer(Trainer):
         Raises:
             UserError: its tokenizer is another one.
         """
-        from transformers import AutoTokenizer
-
         c = self.config
         if c.reward_model is None:
             return None
-        try:
-            theirs = AutoTokenizer.from_pretrained(c.reward_model)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the reward model in {c.reward_model} has no tokenizer beside it: copy the policy's there, or give "
-                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
-            ) from error
-        if theirs.get_vocab() != self.tokenizer.get_vocab():
-            raise UserError(
-                f"the reward model in {c.reward_model} has another vocabulary than the policy: train it with the "
-                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
-            )
+        self.factory.check_reward_vocabulary(c.reward_model)
         engine = self.factory.frozen(self.factory.model(RewardModel, c.reward_model))
         return ModelReward(engine.forward_all, self.factory.pad_id, self.runtime.device, self.batching.split)
 
@@ -186,11 +176,13 @@ class RolloutTrainer(Trainer):
 def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
+    failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
     return {
         "prompt": sample.prompt,
         "response": sample.response,
         "reward": sample.total_reward,
         **rewards,
+        **failed,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }

@@ -10,7 +10,7 @@ import math
 from coati.data import collate_sft
 from coati.losses import cross_entropy, response_targets
 from coati.models import Actor
-from coati.rollout import PolicyGenerator, Request
+from coati.rollout import Request
 from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.config import SFTConfig
 from coati.trainers.supervised import SupervisedTrainer
@@ -61,8 +61,7 @@ class SFTTrainer(SupervisedTrainer):
         """Responses to the first evaluation prompts, drawn with the same noise at every evaluation."""
         prompts = self.sample_prompts()
         requests = [Request(prompt, [self.config.seed, place]) for place, prompt in enumerate(prompts)]
-        generator = PolicyGenerator(self.model.full, self.tokenizer, self.factory.pad_id)
-        completions = generator.generate(requests, self.config)
+        completions = self.factory.generator(self.model).generate(requests, self.config)
         ends = eos_ids(self.tokenizer, self.model.module)
         responses = response_texts(self.tokenizer, [completion.ids for completion in completions], ends)
         texts = self.tokenizer.batch_decode(prompts)

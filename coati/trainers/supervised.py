@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
+from coati.run_layout import ONLY_MODEL
 from coati.trainers.batching import Batching, model_inputs
 from coati.trainers.trainer import Trainer
 from coati.transfer import upload
@@ -38,10 +39,10 @@ class SupervisedTrainer(Trainer):
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
         self.batching = Batching(self.ranks, c.micro_batch_size, budget)
         self.factory.longest_sequence = self.longest_sequence()
-        start = self.folder.model_in_checkpoint("model") or c.model
+        start = self.folder.model_in_checkpoint(ONLY_MODEL) or c.model
         accumulates = c.batch_size // self.ranks.world_size > c.micro_batch_size
         self.model = self.factory.trained(self.make_model(start), accumulates=accumulates, generates=self.generates)
-        self.engines = {"model": self.model}
+        self.engines = {ONLY_MODEL: self.model}
 
     def make_model(self, start) -> BaseModel:
         """The model that is trained, from a folder."""

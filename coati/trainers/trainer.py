@@ -3,6 +3,7 @@
 An algorithm fills in `build`, `step` and `evaluate`; `coati.trainers.loop` runs them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from coati.errors import UserError
@@ -10,6 +11,7 @@ from coati.models.lora import is_adapter
 from coati.parallel import Engine, Runtime, check_plugin
 from coati.parallel.runtime import seed_everything, use_deterministic_kernels
 from coati.rewards import import_function
+from coati.run_layout import training_state_in
 from coati.trainers.config import TrainerConfig
 from coati.trainers.factory import Factory
 from coati.trainers.folder import RunFolder
@@ -22,6 +24,9 @@ MODELS = ("model", "critic_model", "reward_model")  # settings that name one
 
 class Trainer:
     """An algorithm with all that it needs for a run.
+
+    Args:
+        make_factory: makes the factory of data and models; that of `coati plan` makes models without weights.
 
     Attributes:
         algorithm: its name in logs and reports.
@@ -39,8 +44,8 @@ class Trainer:
     learns_responses = True
     total_steps: int
 
-    def __init__(self, config: TrainerConfig, runtime: Runtime):
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: TrainerConfig, runtime: Runtime, *, make_factory: Callable[..., Factory] = Factory):
+        self.config, self.runtime, self.make_factory = config, runtime, make_factory
         check_plugin(config, lora=config.lora_rank > 0 or bool(adapters_in(config)), world_size=runtime.world_size)
         self.ranks = runtime.data_ranks(config.model_parallel_size)
         config.check(self.ranks.world_size)
@@ -61,7 +66,7 @@ class Trainer:
         stored = self.folder.stored
         self.start = (stored.get("step", 0), stored.get("rows", 0))
         self.steps_done = self.start[0]
-        self.factory = Factory(self.config, self.runtime, learns_responses=self.learns_responses)
+        self.factory = self.make_factory(self.config, self.runtime, learns_responses=self.learns_responses)
         use_deterministic_kernels(self.config.deterministic)
         seed_everything(self.config.seed)  # models are created alike on every rank
         self.build()
@@ -140,7 +145,7 @@ class Trainer:
             self.runtime.say(OTHER_ROWS)
         self.load_state(stored["state"])
         for name, engine in self.engines.items():
-            engine.load_optimizer(self.folder.resumed_from / name)
+            engine.load_optimizer(training_state_in(self.folder.resumed_from, name))
             engine.skipped_steps = stored["skipped_steps"][name]
         if not self.folder.checkpoints.restore_random_state(self.folder.resumed_from):
             self.runtime.say(

@@ -11,10 +11,10 @@ import yaml
 
 from coati.data.dataset import writing
 from coati.errors import UserError
-from coati.parallel.checkpoint import LOCK, lock_folder
+from coati.run_layout import LOCK
 from coati.tracking import read_metrics, read_run
 from coati.trainers import loop, reference
-from coati.trainers.folder import holds_work
+from coati.trainers.folder import holds_work, lock_folder
 from tests.conftest import ROOT, settings_for, trainer_classes
 
 ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo"]
@@ -125,7 +125,7 @@ def test_two_runs_started_at_once_are_one_run_and_one_line(tiny_world, tmp_path)
 
 def test_a_killed_run_gives_its_folder_back(tmp_path):
     """REPORT 28: the lock is the process's, not the file's."""
-    code = "from pathlib import Path; from coati.parallel.checkpoint import lock_folder\nimport time\n"
+    code = "from pathlib import Path; from coati.trainers.folder import lock_folder\nimport time\n"
     code += f"lock = lock_folder(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"

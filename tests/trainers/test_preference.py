@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from coati.errors import UserError
+from coati.files import aside_of
 from coati.losses import response_targets
 from coati.tracking import read_metrics, read_samples
 from coati.trainers.config import PreferenceConfig
@@ -229,7 +230,7 @@ def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, ru
 
 
 def cache_files(folder: Path) -> set[Path]:
-    return set(folder.glob("reference-*"))
+    return set(folder.glob("reference-*.safetensors"))
 
 
 def no_model(self):
@@ -295,8 +296,8 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
     make(tiny_world, runtime, tmp_path / "first", **settings)
     [file] = cache_files(tmp_path / "cache")
     whole = file.read_bytes()
-    file.rename(file.with_name(f"{file.name}.1.partial"))
-    file.with_name(f"{file.name}.1.partial").write_bytes(whole[:-8])
+    file.rename(aside_of(file))
+    aside_of(file).write_bytes(whole[:-8])
     make(tiny_world, runtime, tmp_path / "second", **settings)
     assert file.read_bytes() == whole
 

@@ -7,7 +7,7 @@ import pytest
 
 from coati.data import BatchSampler
 from coati.errors import UserError
-from coati.parallel.checkpoint import write_json
+from coati.files import write_json
 from tests.conftest import settings_for, trainer_classes
 
 STEPS = 2  # before the checkpoint

@@ -83,9 +83,7 @@ class _SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor):
         # zeros: what is masked is still multiplied by a probability of 0, which doesn't hide a NaN
         self.keys, self.values = (
-            torch.zeros(
-                self.cache.slots, x.shape[1], self.cache.columns, x.shape[3], dtype=stored_as(x), device=x.device
-            )
+            x.new_zeros((self.cache.slots, x.shape[1], self.cache.columns, x.shape[3]), dtype=stored_as(x))
             for x in (key_states, value_states)
         )
         self.is_initialized = True

@@ -157,14 +157,18 @@ class RolloutEngine:
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
         self.launched: deque[tuple[list[_Row], Download]] = deque()
-        while True:
-            self.admit(waiting)
-            if self.rows:
-                self.step()
-            elif self.launched:
-                self.collect()
-            elif not self.ready:
-                return
+        try:
+            while True:
+                self.admit(waiting)
+                if self.rows:
+                    self.step()
+                elif self.launched:
+                    self.collect()
+                elif not self.ready:
+                    return
+        finally:
+            self.state.cache.layers.clear()  # a cache refers to itself: its memory would wait for the garbage collector
+            del self.state, self.graphs
 
     def room(self, prefilled, columns: int, rows: int) -> int:
         """How many slots there are: as many as asked for, or as fit into four fifths of the GPU's free memory."""
