@@ -11,8 +11,8 @@ from pathlib import Path
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.files import replace_file
-from colossal_eval.models import load_model, model_folder
-from colossal_eval.records import Question, read_questions
+from colossal_eval.benchmarks.question import Question, read_questions
+from colossal_eval.run.model_loading import load_model, model_folder
 
 
 @dataclass

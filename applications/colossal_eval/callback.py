@@ -15,8 +15,8 @@ from pathlib import Path
 from coati.errors import UserError
 from colossal_eval.evaluate import EvaluateConfig, options, run_benchmark
 from colossal_eval.report import headline
-from colossal_eval.scoring import mean, per_byte_perplexity
-from colossal_eval.tasks import subjects_of, write_tasks
+from colossal_eval.run.task_yaml import subjects_of, write_tasks
+from colossal_eval.scores.metrics import mean, per_byte_perplexity
 
 
 class Benchmarks:
@@ -42,9 +42,9 @@ class Benchmarks:
             UserError: it is no language model.
         """
         from coati.models import Actor
-        from colossal_eval.harness import CoatiLM
-        from colossal_eval.models import Loaded, longest
-        from colossal_eval.store import AnswerStore
+        from colossal_eval.run.harness_model import CoatiLM
+        from colossal_eval.run.model_loading import Loaded, longest
+        from colossal_eval.run.response_store import AnswerStore
 
         engine = next(iter(trainer.engines.values()))
         if not isinstance(engine.module, Actor):

@@ -20,10 +20,10 @@ from coati.config import option, parse_config
 from coati.errors import UserError
 from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
-from colossal_eval.models import column_names, model_folder
 from colossal_eval.report import slug, write_report
-from colossal_eval.scoring import choice_log_probs, random_guess, size
-from colossal_eval.tasks import SETTINGS, TaskOptions, load_tasks, subjects_of, write_tasks
+from colossal_eval.run.model_loading import column_names, model_folder
+from colossal_eval.run.task_yaml import SETTINGS, TaskOptions, load_tasks, subjects_of, write_tasks
+from colossal_eval.scores.metrics import choice_log_probs, random_guess, size
 
 MARK = "evaluation.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -141,9 +141,9 @@ def track(report: dict, config: EvaluateConfig, output: Path) -> None:
 
 
 def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) -> None:
-    from colossal_eval.harness import CoatiLM
-    from colossal_eval.models import load_model
-    from colossal_eval.store import AnswerStore
+    from colossal_eval.run.harness_model import CoatiLM
+    from colossal_eval.run.model_loading import load_model
+    from colossal_eval.run.response_store import AnswerStore
 
     output = Path(config.output).expanduser()
     loaded = load_model(name, folder, config.dtype, runtime.device, config.max_length)

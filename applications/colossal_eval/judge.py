@@ -22,10 +22,10 @@ from coati.errors import UserError, run_command
 from coati.tracking.config import TrackingConfig
 from coati.tracking.files import replace_file
 from coati.tracking.progress import progress_bar
-from colossal_eval.judge_report import summarise, table
-from colossal_eval.judging import OURS, Case, make_case, read_answers, read_templates, read_verdict
-from colossal_eval.records import Question, read_questions
-from colossal_eval.store import AnswerStore, digest
+from colossal_eval.benchmarks.question import Question, read_questions
+from colossal_eval.llm_judge.judge_prompts import OURS, Case, make_case, read_answers, read_templates, read_verdict
+from colossal_eval.llm_judge.verdicts import summarise, table
+from colossal_eval.run.response_store import AnswerStore, digest
 
 PAUSE = 1.0  # seconds, doubled with every attempt
 

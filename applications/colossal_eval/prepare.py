@@ -11,10 +11,10 @@ from pathlib import Path
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_eval.converters import CONVERTERS
-from colossal_eval.records import SUMMARY, to_line
-from colossal_eval.sources import Row
-from colossal_eval.subjects import SUBJECTS, TOTALS, Subject
+from colossal_eval.benchmarks.converters import CONVERTERS
+from colossal_eval.benchmarks.published_rows import Row
+from colossal_eval.benchmarks.question import SUMMARY, to_line
+from colossal_eval.benchmarks.subjects import SUBJECTS, TOTALS, Subject
 
 SHOWN = 20
 
@@ -143,7 +143,7 @@ def rows_of(config: PrepareConfig):
     if not config.data:
         raise UserError("--data is missing: name the folder with the benchmark's published files")
     if config.data.startswith("datasets:"):
-        from colossal_eval.hub import hub_rows
+        from colossal_eval.benchmarks.datasets_hub import hub_rows
 
         return hub_rows(config.benchmark, config.data.removeprefix("datasets:"))
     return CONVERTERS[config.benchmark](Path(config.data).expanduser())

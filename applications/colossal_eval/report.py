@@ -14,12 +14,12 @@ from pathlib import Path
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
 from coati.tracking.files import read_lines, read_object, replace_file
-from colossal_eval.published import compare_published
-from colossal_eval.render import KINDS, markdown, page, sections, texts_section
-from colossal_eval.scoring import macro_mean, mean, per_byte_perplexity
-from colossal_eval.significance import compare
-from colossal_eval.subjects import ACROSS
-from colossal_eval.tasks import SETTINGS
+from colossal_eval.benchmarks.subjects import ACROSS
+from colossal_eval.results.published_figures import compare_published
+from colossal_eval.results.tables import KINDS, markdown, page, sections, texts_section
+from colossal_eval.run.task_yaml import SETTINGS
+from colossal_eval.scores.metrics import macro_mean, mean, per_byte_perplexity
+from colossal_eval.scores.significance import compare
 
 
 def slug(name: str) -> str:
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write_again(config: ReportConfig) -> None:
-    from colossal_eval.models import column_names
+    from colossal_eval.run.model_loading import column_names
 
     output = Path(config.output).expanduser()
     last = read_object(output / "evaluation.json")
