@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coati.errors import UserError
-from colossal_eval.benchmarks.published_rows import Row, csv_rows, fields, jsonl_rows, letters, row, strip_letter
-from colossal_eval.benchmarks.question import Question
+from colossal_eval.benchmarks.published_rows import Row, check_object, csv_rows, jsonl_rows, make_row, strip_letter
+from colossal_eval.benchmarks.question import Question, letters
 from colossal_eval.benchmarks.subjects import AGIEVAL
 
 SHOTS = "few_shot_prompts.csv"
@@ -30,7 +30,7 @@ def agieval(folder: Path) -> Iterator[Row]:
     yield from _examples(shots, list(tasks))
     for name, path in tasks.items():
         for number, (line, value) in enumerate(jsonl_rows(path)):
-            yield row("test", name, f"{path}:{line}", _question, value, f"{name}/test/{number}")
+            yield make_row("test", name, f"{path}:{line}", _question, value, f"{name}/test/{number}")
 
 
 def _only(folder: Path, name: str) -> Path | None:
@@ -53,7 +53,7 @@ def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:
             cell = cells[header.index(column)] if column in header[: len(cells)] else ""
             if cell:
                 place = f"{path}:{line} ({name})"
-                yield row("dev", name, place, _example, cell, f"{name}/dev/{number}")
+                yield make_row("dev", name, place, _example, cell, f"{name}/dev/{number}")
 
 
 def _example(cell: str, id: str) -> Question:
@@ -70,14 +70,18 @@ def _example(cell: str, id: str) -> Question:
 def _question(value: dict | ValueError, id: str) -> Question:
     """`id` begins with the task's name. Options of one string list all choices in it: they stay in the question's text,
     and there are four."""
-    name, value = id.split("/")[0], fields(value)
-    options, label = value.get("options") or [], value.get("label")
+    name, value = id.split("/")[0], check_object(value)
+    options = value.get("options") or []
     question = value["question"].strip()
     in_text = len(options) == 1
     if in_text:
         question = f"{question}\n{options[0].strip()}"
-    answers = _letters(label) if options else [str(value["answer"]).strip()] if value.get("answer") else []
-    kind = "cloze" if not options else "single_choice" if len(answers) == 1 else "multi_choice"
+    if options:
+        answers = _right_letters(value.get("label"))
+        kind = "single_choice" if len(answers) == 1 else "multi_choice"
+    else:
+        answers = [str(value["answer"]).strip()] if value.get("answer") else []
+        kind = "cloze"
     chinese = (name.startswith("gaokao") or name in CHINESE) and name not in ENGLISH
     return Question(
         id=id,
@@ -93,7 +97,7 @@ def _question(value: dict | ValueError, id: str) -> Question:
     )
 
 
-def _letters(label) -> list[str]:
-    """The right letters, from "B", "A B D", "ABD" or a list."""
+def _right_letters(label) -> list[str]:
+    """From "B", "A B D", "ABD" or a list."""
     text = "".join(label) if isinstance(label, list) else str(label or "")
     return sorted({letter for letter in text if not letter.isspace()})

@@ -10,16 +10,15 @@ from colossal_eval.benchmarks.agieval import agieval
 from colossal_eval.benchmarks.gaokao_bench import gaokao_bench
 from colossal_eval.benchmarks.published_rows import (
     Row,
+    check_object,
     check_pairs,
     csv_rows,
-    fields,
-    files,
     find_root,
     jsonl_rows,
-    letters,
-    row,
+    make_row,
+    subject_files,
 )
-from colossal_eval.benchmarks.question import Question
+from colossal_eval.benchmarks.question import Question, letters
 from colossal_eval.benchmarks.subjects import CEVAL, CMMLU, MMLU, SUBJECTS
 
 SHOTS = 8  # GSM8K's few-shot examples are the first rows of its training file
@@ -71,17 +70,19 @@ def ceval(folder: Path) -> Iterator[Row]:
 
 def _tables(benchmark: str, root: Path, table: dict, folders: dict, suffix: str, header) -> Iterator[Row]:
     """`folders`: of each split. `suffix`: of the files, `{}` for the folder's name."""
-    found = {split: files(root / name, suffix.format(name), table) for split, name in folders.items()}
-    check_pairs(
-        found["dev"],
-        found["test"],
-        lambda split, subject: root / folders[split] / (subject + suffix.format(folders[split])),
-    )
+
+    def path_of(split: str, subject: str) -> Path:
+        return root / folders[split] / (subject + suffix.format(folders[split]))
+
+    found = {split: subject_files(root / name, suffix.format(name), table) for split, name in folders.items()}
+    check_pairs(found["dev"], found["test"], path_of)
     for split, paths in found.items():
         for subject, path in paths.items():
             for number, (line, cells) in enumerate(csv_rows(path, header)):
-                cells = cells if header is None else cells[1:7]
-                yield row(split, subject, f"{path}:{line}", lettered, benchmark, f"{subject}/{split}/{number}", cells)
+                if header is not None:
+                    cells = cells[1:7]
+                id, place = f"{subject}/{split}/{number}", f"{path}:{line}"
+                yield make_row(split, subject, place, lettered, benchmark, id, cells)
 
 
 def gsm8k(folder: Path) -> Iterator[Row]:
@@ -93,12 +94,12 @@ def gsm8k(folder: Path) -> Iterator[Row]:
         for number, (line, value) in enumerate(jsonl_rows(path)):
             if split == "dev" and number == SHOTS:
                 break
-            yield row(split, "gsm8k", f"{path}:{line}", word_problem, value, f"gsm8k/{split}/{number}")
+            yield make_row(split, "gsm8k", f"{path}:{line}", word_problem, value, f"gsm8k/{split}/{number}")
 
 
 def word_problem(value: dict | ValueError, id: str) -> Question:
     """A GSM8K question from `question` and `answer`. Raises ValueError: the answer doesn't end in a number."""
-    value = fields(value)
+    value = check_object(value)
     solution, mark, answer = value["answer"].rpartition("####")
     if not mark or not answer.strip():
         raise ValueError("the answer doesn't end in a line '#### N'")
@@ -121,16 +122,16 @@ def mt_bench(folder: Path) -> Iterator[Row]:
     if (path := root / "reference_answer" / "gpt-4.jsonl").is_file():
         for line, value in jsonl_rows(path):
             try:
-                references[fields(value)["question_id"]] = fields(value)["choices"][0]["turns"]
+                references[check_object(value)["question_id"]] = check_object(value)["choices"][0]["turns"]
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"{path}:{line} is no reference answer ({error}): get the file again") from None
     for line, value in jsonl_rows(root / "question.jsonl"):
         place = f"{root / 'question.jsonl'}:{line}"
-        yield row("test", "mt_bench", place, _dialogue, value, references)
+        yield make_row("test", "mt_bench", place, _dialogue, value, references)
 
 
 def _dialogue(value: dict | ValueError, references: dict) -> Question:
-    value = fields(value)
+    value = check_object(value)
     question, *turns = value["turns"]
     return Question(
         id=f"mt_bench/{value['question_id']}",
@@ -151,15 +152,27 @@ def texts(folder: Path) -> Iterator[Row]:
     if not paths:
         raise UserError(f"{folder} holds no *.txt and no *.jsonl")
     for path in paths:
-        for line, value in [(1, {})] if path.suffix == ".txt" else jsonl_rows(path):
-            yield row("test", path.stem, f"{path}:{line}", _document, path, value, f"{path.stem}/{line}")
+        if path.suffix == ".txt":
+            yield make_row("test", path.stem, f"{path}:1", _text_file, path)
+            continue
+        for line, value in jsonl_rows(path):
+            yield make_row("test", path.stem, f"{path}:{line}", _text_row, path, line, value)
 
 
-def _document(path: Path, value: dict | ValueError, id: str) -> Question:
-    value = fields(value)
-    text = path.read_text(encoding="utf-8") if path.suffix == ".txt" else value.get("text", value.get("target"))
+def _text_file(path: Path) -> Question:
+    return _document(path, 1, path.read_text(encoding="utf-8"))
+
+
+def _text_row(path: Path, line: int, value: dict | ValueError) -> Question:
+    value = check_object(value)
+    text = value.get("text", value.get("target"))
     if not isinstance(text, str):
         raise ValueError("it has no text in `text` or `target`")
+    return _document(path, line, text)
+
+
+def _document(path: Path, line: int, text: str) -> Question:
+    id = f"{path.stem}/{line}"
     return Question(id=id, subject=path.stem, category="texts", language="", kind="text", question=text)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coati.errors import UserError
-from colossal_eval.benchmarks.published_rows import Row, find_root, letters, row
-from colossal_eval.benchmarks.question import Question
+from colossal_eval.benchmarks.published_rows import Row, find_root, make_row
+from colossal_eval.benchmarks.question import Question, letters
 from colossal_eval.benchmarks.subjects import GAOKAO
 
 LAYOUTS = (
@@ -29,19 +29,15 @@ _OPTION = re.compile(r"(?<![A-Za-z])([A-D])\s*[．.、]")
 def gaokao_bench(folder: Path) -> Iterator[Row]:
     """Both the layout of 2023 (`data/Multiple-choice_Questions`) and the present `Data/Objective_Questions`."""
     expected = f"one of {', '.join(LAYOUTS)} in it"
-    for name in LAYOUTS:
-        if (folder / name).is_dir():
-            root = folder / name
-            break
-    else:
-        root = find_root(folder, [f"{next(iter(GAOKAO))}.json"], (), expected)
+    known = [folder / name for name in LAYOUTS if (folder / name).is_dir()]
+    root = known[0] if known else find_root(folder, [f"{next(iter(GAOKAO))}.json"], (), expected)
     paths = [root / f"{name}.json" for name in GAOKAO if (root / f"{name}.json").is_file()]
     if not paths:
         raise UserError(f"{root} has no {next(iter(GAOKAO))}.json or the like; expected GAOKAO-Bench's objective part")
     for path in paths:
         for number, entry in enumerate(_entries(path)):
             place = f"{path}: entry {number + 1}"
-            yield row("test", path.stem, place, _questions, entry, f"{path.stem}/{number}")
+            yield make_row("test", path.stem, place, _questions, entry, f"{path.stem}/{number}")
 
 
 def _entries(path: Path) -> list[dict]:

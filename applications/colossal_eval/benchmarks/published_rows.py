@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from coati.data import load_rows
 from coati.errors import UserError
-from colossal_eval.benchmarks.question import LETTERS, Question, check
+from colossal_eval.benchmarks.question import Question, check
 
 
 @dataclass
@@ -28,13 +28,12 @@ class Row:
     questions: list[Question] | ValueError
 
 
-def row(split: str, subject: str, place: str, make: Callable[..., Question | list[Question]], *arguments) -> Row:
+def make_row(split: str, subject: str, place: str, make: Callable[..., Question | list[Question]], *arguments) -> Row:
     """The row of what `make(*arguments)` returns, or of the ValueError that it or `check` raises."""
     try:
         made = make(*arguments)
-        return Row(
-            split, subject, place, [check(question) for question in (made if isinstance(made, list) else [made])]
-        )
+        questions = made if isinstance(made, list) else [made]
+        return Row(split, subject, place, [check(question) for question in questions])
     except (KeyError, TypeError) as error:
         return Row(split, subject, place, ValueError(f"a field is missing or of the wrong type ({error})"))
     except ValueError as error:
@@ -55,7 +54,7 @@ def find_root(folder: Path, parts: list[str], inside: tuple[str, ...], expected:
     raise UserError(f"{folder} has no {' and '.join(parts)}; expected {expected}")
 
 
-def files(folder: Path, suffix: str, table: dict) -> dict[str, Path]:
+def subject_files(folder: Path, suffix: str, table: dict) -> dict[str, Path]:
     """Subject to file, for the files of `folder` that end in `suffix`, in the order of their names.
 
     Raises:
@@ -72,11 +71,12 @@ def files(folder: Path, suffix: str, table: dict) -> dict[str, Path]:
 def check_pairs(dev: dict[str, Path], test: dict[str, Path], name: Callable[[str, str], Path]) -> None:
     """Raises a UserError that names the file which is missing beside one that is there."""
     for split, here, there in (("dev", dev, test), ("test", test, dev)):
-        if missing := [subject for subject in there if subject not in here]:
-            raise UserError(
-                f"{name(split, missing[0])} is missing, though {there[missing[0]]} is there: "
-                "few-shot examples and questions of a subject come together"
-            )
+        for subject in there:
+            if subject not in here:
+                raise UserError(
+                    f"{name(split, subject)} is missing, though {there[subject]} is there: "
+                    "few-shot examples and questions of a subject come together"
+                )
 
 
 def csv_rows(path: Path, header: list[str] | None = None) -> Iterator[tuple[int, list[str]]]:
@@ -112,24 +112,15 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
     Raises:
         UserError: the file is absent, or has no lines.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected one JSON object a line")
     empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            empty = False
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            yield number, value if isinstance(value, dict) else ValueError("the line is no JSON object")
+    for number, value in load_rows(str(path)):
+        empty = False
+        yield number, value if isinstance(value, dict) else ValueError("the line is no JSON object")
     if empty:
-        raise UserError(f"{path} is empty; expected one JSON object a line")
+        raise UserError(f"{path} is empty; expected one JSON object per line")
 
 
-def fields(value: dict | ValueError) -> dict:
+def check_object(value: dict | ValueError) -> dict:
     """The object itself; raises it if it is an error."""
     if isinstance(value, ValueError):
         raise value
@@ -139,8 +130,3 @@ def fields(value: dict | ValueError) -> dict:
 def strip_letter(option: str) -> str:
     """The option without the letter that many benchmarks write before it: "(B) 3" and "B. 3" are "3"."""
     return re.sub(r"^\s*(?:[(（][A-J][)）]|[A-J][.．、:：])\s*", "", option).strip()
-
-
-def letters(count: int) -> list[str]:
-    """The first `count` letters."""
-    return list(LETTERS[:count])

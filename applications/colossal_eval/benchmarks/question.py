@@ -1,22 +1,11 @@
-"""The one record that every benchmark's questions are turned into, and the folder that holds them.
-
-`FOLDER/BENCHMARK/test/SUBJECT.jsonl` has the scored questions, `dev/SUBJECT.jsonl` those that few-shot examples are
-taken from, and `summary.json` the counts. One JSON object a line with the fields of `Question`.
-"""
+"""The one record that every benchmark's questions are turned into."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from coati.errors import UserError
 
 LETTERS = "ABCDEFGHIJ"
 KINDS = ("single_choice", "multi_choice", "cloze", "math", "dialogue", "text")
-SUMMARY = "summary.json"
 
 
 @dataclass
@@ -28,9 +17,10 @@ class Question:
         subject: the published file's name of it; `category` groups subjects.
         language: "en" or "zh".
         kind: "single_choice", "multi_choice" (several letters), "cloze" (a short text), "math" (a number at the end of
-            the reasoning), "dialogue" (judged, not scored here), "text" (`question` is a document that is read).
+            the reasoning), "dialogue" (for an LLM judge, not scored here), "text" (`question` is a document that is
+            read).
         choices: the texts, without letters; empty where the question's own text lists them.
-        labels: the letters, one a choice.
+        labels: the letters, one per choice.
         answers: the right letters, or the accepted texts.
         passage: read before the question.
         solution: reasoning that ends in the answer, for few-shot examples.
@@ -51,6 +41,11 @@ class Question:
     turns: list[str] = field(default_factory=list)
 
 
+def letters(count: int) -> list[str]:
+    """The first `count` letters."""
+    return list(LETTERS[:count])
+
+
 def check(question: Question) -> Question:
     """The question itself.
 
@@ -62,7 +57,7 @@ def check(question: Question) -> Question:
     if question.kind not in KINDS:
         raise ValueError(f"the kind {question.kind!r} is none of {', '.join(KINDS)}")
     if question.kind.endswith("choice"):
-        if len(question.labels) < 2 or question.labels != list(LETTERS[: len(question.labels)]):
+        if len(question.labels) < 2 or question.labels != letters(len(question.labels)):
             raise ValueError(f"the letters of the choices are {question.labels}, not A, B, ...")
         if wrong := [answer for answer in question.answers if answer not in question.labels]:
             raise ValueError(f"the answer {wrong[0]!r} is none of {', '.join(question.labels)}")
@@ -73,41 +68,3 @@ def check(question: Question) -> Question:
     if not question.answers and question.kind not in ("dialogue", "text"):
         raise ValueError("there is no answer")
     return question
-
-
-def to_line(question: Question) -> str:
-    """The question as a line of JSON."""
-    return json.dumps(dataclasses.asdict(question), ensure_ascii=False) + "\n"
-
-
-def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of one file.
-
-    Raises:
-        UserError: the file is absent, or a line is no question; names file and line.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: make it with applications/colossal_eval/prepare.py")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield check(Question(**json.loads(line)))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}:{number} is no question ({error}): prepare the benchmark again") from None
-
-
-def read_summary(folder: Path) -> dict:
-    """`summary.json` of one benchmark's folder.
-
-    Raises:
-        UserError: it is absent or broken.
-    """
-    try:
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} holds no prepared benchmark ({SUMMARY} is missing): "
-            f"run applications/colossal_eval/prepare.py --benchmark {folder.name}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / SUMMARY} is not JSON ({error}): prepare the benchmark again") from None

@@ -1,34 +1,60 @@
-"""What judgements say about models: mean ratings, and who wins against whom."""
+"""What a judge's words mean, and what its judgments say about models: mean ratings, and who wins against whom."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from colossal_eval.llm_judge.judge_prompts import settle
+from colossal_eval.results.tables import markdown_table, with_error
 from colossal_eval.scores.metrics import mean
 
+RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+CHOICE = re.compile(r"\[\[([ABC])\]\]")
+MIRRORED = {"A": "B", "B": "A", "C": "C"}  # the same verdict where the models stand the other way round
 
-def summarise(records: Sequence[dict]) -> dict:
+
+def read_verdict(kind: str, text: str) -> float | str | None:
+    """The last grade (1 to 10) or choice ("A", "B" or "C") in double brackets; None if there is none."""
+    found = (RATING if kind == "single" else CHOICE).findall(text)
+    if not found:
+        return None
+    if kind == "pairwise":
+        return found[-1]
+    rating = float(found[-1])
+    return rating if 1 <= rating <= 10 else None
+
+
+def settle(first: str, second: str) -> float:
+    """What the first model gets of a comparison that was made in both orders: 1 if both say it is better, 0 if both
+    say the other is, 0.5 where they disagree or see no difference (MT-Bench's conservative rule).
+
+    Args:
+        first: the choice where the first model was A.
+        second: the choice where it was B.
+    """
+    if first == "A" and second == "B":
+        return 1.0
+    if first == "B" and second == "A":
+        return 0.0
+    return 0.5
+
+
+def summarize(records: Sequence[dict]) -> dict:
     """Ratings and comparisons, from records of `judge.py`; those without a verdict are counted and left out.
 
     A question's turns are averaged before anything else, so that errors are over questions, which are independent.
     """
+    judged = [record for record in records if record["verdict"] is not None]
     ratings: dict = defaultdict(lambda: defaultdict(list))
-    orders: dict = defaultdict(dict)
-    for record in (record for record in records if record["verdict"] is not None):
-        place = record["category"], record["id"]
+    for record in judged:
         if record["kind"] == "single":
-            ratings[record["models"][0]][place].append(record["verdict"])
-        else:
-            first, second = record["models"]
-            pair = tuple(sorted((first, second)))
-            orders[(*pair, *place, record["turn"])][first == pair[0]] = record["verdict"]
+            ratings[record["models"][0]][record["category"], record["id"]].append(record["verdict"])
     return {
-        "judged": sum(record["verdict"] is not None for record in records),
-        "failed": sum(record["verdict"] is None for record in records),
+        "judged": len(judged),
+        "failed": len(records) - len(judged),
         "ratings": {model: _ratings(found) for model, found in sorted(ratings.items())},
-        "comparisons": _comparisons(orders),
+        "comparisons": _comparisons([record for record in judged if record["kind"] == "pairwise"]),
     }
 
 
@@ -45,41 +71,38 @@ def _score(values: Sequence[float]) -> dict:
     return {"value": score.value, "stderr": score.stderr, "questions": len(values)}
 
 
-def _comparisons(orders: dict) -> list[dict]:
+def _comparisons(records: Sequence[dict]) -> list[dict]:
     """For each pair, the first model's share of wins, ties halved; a turn counts if it was judged in both orders."""
-    pairs: dict = defaultdict(lambda: defaultdict(list))
+    verdicts = {(*r["models"], r["category"], r["id"], r["turn"]): r["verdict"] for r in records}
+    shares: dict = defaultdict(lambda: defaultdict(list))
     agreed: dict = defaultdict(list)
-    for (first, second, category, question, _), verdicts in orders.items():
-        if len(verdicts) == 2:
-            pairs[first, second][category, question].append(settle(verdicts[True], verdicts[False]))
-            mirrored = {"A": "B", "B": "A", "C": "C"}[verdicts[False]]
-            agreed[first, second].append(float(verdicts[True] == mirrored))
+    for (first, second, category, question, turn), verdict in verdicts.items():
+        other = verdicts.get((second, first, category, question, turn))
+        if first < second and other is not None:
+            shares[first, second][category, question].append(settle(verdict, other))
+            agreed[first, second].append(verdict == MIRRORED[other])
     found = []
-    for (first, second), outcomes in sorted(pairs.items()):
-        values = [sum(turns) / len(turns) for turns in outcomes.values()]
-        consistent = agreed[first, second]
-        share = {"consistent": sum(consistent) / len(consistent)}
-        found.append({"first": first, "second": second, "wins": _score(values)} | share)
+    for (first, second), questions in sorted(shares.items()):
+        wins = _score([sum(turns) / len(turns) for turns in questions.values()])
+        consistent = sum(agreed[first, second]) / len(agreed[first, second])
+        found.append({"first": first, "second": second, "wins": wins, "consistent": consistent})
     return found
 
 
-def table(report: dict) -> str:
+def report_text(report: dict) -> str:
     """The report as markdown."""
     lines = [f"Judged by {report['judge']}: {report['judged']} judgements, {report['failed']} failed.", ""]
-    lines += ["| model | category | rating of 1 to 10 | questions |", "|---|---|---|---|"]
-    for model, categories in report["ratings"].items():
-        lines += [
-            f"| {model} | {name} | {_shown(score)} | {score['questions']} |" for name, score in categories.items()
-        ]
+    rows = [
+        [model, name, with_error(score), str(score["questions"])]
+        for model, categories in report["ratings"].items()
+        for name, score in categories.items()
+    ]
+    lines.append(markdown_table(["model", "category", "rating of 1 to 10", "questions"], rows))
     if report["comparisons"]:
-        lines += ["", "| model | beside | wins (ties halved) | questions | same verdict in both orders |"]
-        lines.append("|---|---|---|---|---|")
-    for found in report["comparisons"]:
-        wins = found["wins"]
-        cells = (found["first"], found["second"], _shown(wins), wins["questions"], f"{found['consistent']:.0%}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        header = ["model", "beside", "wins (ties halved)", "questions", "same verdict in both orders"]
+        rows = []
+        for found in report["comparisons"]:
+            wins, consistent = found["wins"], f"{found['consistent']:.0%}"
+            rows.append([found["first"], found["second"], with_error(wins), str(wins["questions"]), consistent])
+        lines += ["", markdown_table(header, rows)]
     return "\n".join(lines) + "\n"
-
-
-def _shown(score: dict) -> str:
-    return f"{score['value']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 
-from colossal_eval.results.tables import title
+from colossal_eval.results.summaries import title
 
 GREY = "#8a93a3"  # readable on coati's light and dark pages
 

@@ -1,11 +1,10 @@
-"""The report's tables, as markdown and as one HTML page with charts."""
+"""The report's tables, and all of them as markdown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from html import escape
 
-KINDS = {"single_choice": "", "multi_choice": " (several answers)", "cloze": " (cloze)", "math": ""}
+from colossal_eval.results.summaries import title
 
 
 @dataclass
@@ -19,19 +18,19 @@ class Section:
     lines: list[str] = field(default_factory=list)
 
 
+def with_error(score: dict, digits: int = 2, scale: int = 1) -> str:
+    """A score as "25.31 ± 0.38", times `scale`; without an error where there is none."""
+    text = f"{scale * score['value']:.{digits}f}"
+    return text if score["stderr"] is None else f"{text} ± {scale * score['stderr']:.{digits}f}"
+
+
 def percent(score: dict) -> str:
-    """A score as "25.31 ± 0.38", in percent."""
-    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.2f}"
-    return f"{100 * score['value']:.2f}{error}"
-
-
-def title(row: dict) -> str:
-    """A row's name: the benchmark, and the kind of its questions where it isn't the usual one."""
-    return row["benchmark"] + KINDS[row["kind"]]
+    """A score in percent."""
+    return with_error(score, scale=100)
 
 
 def sections(rows: list[dict], models: list[str], published: list[dict] | None) -> list[Section]:
-    """The report's parts, from `report.report_rows` and `published.compare_published`."""
+    """The report's parts, from `summaries.report_rows` and `published_figures.compare_published`."""
 
     def cells(row: dict, *path: str) -> list[str]:
         found = [row["models"][model] for model in models]
@@ -63,19 +62,17 @@ def sections(rows: list[dict], models: list[str], published: list[dict] | None) 
 
 
 def texts_section(rows: list[dict], models: list[str]) -> Section:
-    """What the models make of texts, from `report.text_rows`."""
-    note = "Perplexity a byte ± standard error over documents; a uniform guess has 256. Differences are in nats a byte."
-    lines = []
+    """What the models make of texts, from `summaries.text_rows`."""
+    note = "Perplexity per byte ± standard error over documents; 256 is a uniform guess. Differences: nats per byte."
+    lines, compared = [], []
     for row in rows:
-        errors = ["" if s["stderr"] is None else f" ± {s['stderr']:.3f}" for s in row["models"].values()]
-        cells = [f"{s['value']:.3f}{e}" for s, e in zip(row["models"].values(), errors, strict=True)]
+        cells = [with_error(score, 3) for score in row["models"].values()]
         lines.append([row["name"], f"{row['n']:,}", f"{row['bytes']:,}", *cells])
-    told = [
-        f"{row['name']}: {d['models'][1]} - {d['models'][0]} = {d['value']:+.4f} nats a byte, p = {d['p_value']:.2g}"
-        for row in rows
-        for d in row["differences"]
-    ]
-    return Section("Texts", ["text", "documents", "bytes", *models], lines, note, told)
+        for difference in row["differences"]:
+            first, second = difference["models"]
+            value, p = difference["value"], difference["p_value"]
+            compared.append(f"{row['name']}: {second} - {first} = {value:+.4f} nats per byte, p = {p:.2g}")
+    return Section("Texts", ["text", "documents", "bytes", *models], lines, note, compared)
 
 
 def _difference(row: dict, difference: dict) -> list[str]:
@@ -106,40 +103,12 @@ def markdown(parts: list[Section]) -> str:
     """The sections as markdown."""
     text = ["# Evaluation"]
     for part in parts:
-        text += [f"## {part.title}", part.note, _table(part) if part.rows else ""]
+        text += [f"## {part.title}", part.note, markdown_table(part.header, part.rows) if part.rows else ""]
         text.append("\n".join(f"- {line}" for line in part.lines))
     return "\n\n".join(paragraph for paragraph in text if paragraph) + "\n"
 
 
-def _table(part: Section) -> str:
-    lines = [part.header, ["---"] + ["---:"] * (len(part.header) - 1), *part.rows]
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns but the first are figures."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def page(parts: list[Section], rows: list[dict], models: list[str]) -> str:
-    """One HTML page in the style of coati's run reports, charts inside, nothing loaded from elsewhere.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    from coati.tracking.style import STYLE
-    from colossal_eval.results.charts import bars, radar
-
-    body = []
-    for i, part in enumerate(parts):
-        body.append(f"<section><h2>{escape(part.title)}</h2><p>{escape(part.note)}</p>")
-        if part.rows:
-            body.append(_html_table(part))
-        body.append("".join(f"<p>{escape(line)}</p>" for line in part.lines) + "</section>")
-        if i == 0 and rows:
-            figures = "".join(f"<figure>{chart}</figure>" for chart in (bars(rows, models), radar(rows, models)))
-            body.append(f'<section><h2>Charts</h2><div class="grid">{figures}</div></section>')
-    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body><h1>Evaluation</h1>{''.join(body)}</body></html>\n"
-
-
-def _html_table(part: Section) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in part.header)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in part.rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<table class="overview"><tr>{head}</tr>{body}</table>'

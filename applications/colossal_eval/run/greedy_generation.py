@@ -1,4 +1,4 @@
-"""Greedy answers by coati's rollout engine."""
+"""Greedy responses by coati's rollout engine."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.generate import generate, has_keys_and_values, stop_at
 from coati.rollout.generator import Request
-from colossal_eval.run.log_probs import Scorer
+from colossal_eval.run.log_probs import LogProbScorer
 
 
-def answer(scorer: Scorer, tokenizer, prompts: list[np.ndarray], limit: tuple[int, tuple[str, ...]], ends: list[int]):
-    """Greedy responses, lists of ids, up to `limit`: the most tokens, and texts that end a response.
+def respond(
+    scorer: LogProbScorer, tokenizer, prompts: list[np.ndarray], max_new_tokens: int, stop: list[str], ends: list[int]
+) -> list[list[int]]:
+    """One response per prompt, as ids; what goes through the model is added to the scorer's usage.
 
     Args:
+        stop: texts that end a response.
         ends: ids that end a response.
     """
-    config = GenerationConfig(max_new_tokens=limit[0], temperature=0.0, stop=list(limit[1]))
-    asked = [prompt.tolist() for prompt in prompts]
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
+    ids = [prompt.tolist() for prompt in prompts]
     if has_keys_and_values(scorer.actor):
-        stop = stop_at(tokenizer, config.stop) if config.stop else None
-        engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stop, slots=len(prompts))
-        responses = [made.ids for made in engine.generate([Request(prompt) for prompt in asked])]
+        stopped = stop_at(tokenizer, stop) if stop else None
+        engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stopped, slots=len(ids))
+        responses = [completion.ids for completion in engine.generate([Request(prompt) for prompt in ids])]
         scorer.usage.read += engine.prompt_tokens
         scorer.usage.padding += engine.padding_tokens
     else:
-        rollout = generate(scorer.actor, asked, config, eos_ids=ends, pad_id=0, tokenizer=tokenizer)
+        rollout = generate(scorer.actor, ids, config, eos_ids=ends, pad_id=0, tokenizer=tokenizer)
         responses = rollout.response_ids()
-        scorer.usage.read += sum(map(len, asked))
+        scorer.usage.read += sum(map(len, ids))
     scorer.usage.read += sum(map(len, responses))
     return responses

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from coati.errors import UserError
+from coati.rollout.engine.engine import common_beginning
 from coati.rollout.generate import has_keys_and_values
 
 CPU_TOKENS = 8192
 LOGITS = 2**26  # at a time
-SHORTEST_PREFIX = 16
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """Token ids the model reads, `[length]` int, of which the last `count` positions are scored against `targets`.
 
     Attributes:
@@ -49,16 +49,6 @@ class Usage:
     padding: int = 0
 
 
-def common_prefix(rows: list[np.ndarray]) -> int:
-    """How many leading ids all rows share."""
-    shortest = min(len(row) for row in rows)
-    length = shortest
-    for row in rows[1:]:
-        different = np.nonzero(row[:length] != rows[0][:length])[0]
-        length = int(different[0]) if len(different) else length
-    return length
-
-
 @dataclass(frozen=True)
 class Room:
     """What a batch may hold.
@@ -81,16 +71,19 @@ class Room:
         return n == 1 or (self.batching and fits and n * count * self.vocabulary <= LOGITS)
 
 
-def plan(rows: list[Row], groups: list[list[int]], room: Room) -> list[Batch]:
+def plan(rows: list[TokenRow], groups: list[list[int]], room: Room) -> list[Batch]:
     """Batches of the rows, group by group (a group is a task), longest first."""
     batches = []
     for group in groups:
-        prefix = common_prefix([rows[i].ids[: len(rows[i].ids) - rows[i].count] for i in group]) if room.sharing else 0
-        prefix = prefix if prefix >= SHORTEST_PREFIX and len(group) > 1 else 0
+        prefix = 0
+        if room.sharing:
+            # up to the first token that is scored in some row: it goes through the model with the row
+            prefix = common_beginning([rows[i].ids[: len(rows[i].ids) - rows[i].count + 1].tolist() for i in group])
         current: list[int] = []
         longest = count = 0
         for i in sorted(group, key=lambda i: (-len(rows[i].ids), tuple(rows[i].ids))):
-            longest, count = max(longest, len(rows[i].ids)), max(count, rows[i].count)
+            longest = max(longest, len(rows[i].ids))
+            count = max(count, rows[i].count)
             if not room.holds(len(current) + 1, longest, prefix, count):
                 batches.append(Batch(current, prefix))
                 current, longest, count = [], len(rows[i].ids), rows[i].count
@@ -99,7 +92,7 @@ def plan(rows: list[Row], groups: list[list[int]], room: Room) -> list[Batch]:
     return batches
 
 
-class Scorer:
+class LogProbScorer:
     """Scores rows with one model.
 
     Args:
@@ -123,7 +116,7 @@ class Scorer:
         self._prefix: tuple[bytes, list] | None = None
 
     @torch.no_grad()
-    def score(self, rows: list[Row], prefix: int) -> list[list[tuple[float, bool]]]:
+    def score(self, rows: list[TokenRow], prefix: int) -> list[list[tuple[float, bool]]]:
         """For each row and target: its log-prob in nats, and whether the greedy choice is the same all along.
 
         Raises:
@@ -143,7 +136,7 @@ class Scorer:
         half = len(rows) // 2
         return self.score(rows[:half], prefix) + self.score(rows[half:], prefix)
 
-    def _score(self, rows: list[Row], prefix: int) -> list[list[tuple[float, bool]]]:
+    def _score(self, rows: list[TokenRow], prefix: int) -> list[list[tuple[float, bool]]]:
         width = max(len(row.ids) for row in rows) - prefix
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), prefix + width, dtype=torch.bool)
@@ -152,14 +145,14 @@ class Scorer:
             rest = len(row.ids) - prefix
             ids[i, width - rest :] = torch.from_numpy(row.ids[prefix:].astype(np.int64))
             mask[i, prefix + width - rest :] = True
-        self.count(mask[:, prefix:])
+        self._count(mask[:, prefix:])
         keep = max(row.count for row in rows)
-        cache = self.lend(rows[0].ids[:prefix], len(rows)) if prefix else None
+        cache = self._lend(rows[0].ids[:prefix], len(rows)) if prefix else None
         logits = self._logits(ids, mask, keep, cache)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return _read(log_probs, rows)
 
-    def count(self, mask: torch.Tensor) -> None:
+    def _count(self, mask: torch.Tensor) -> None:
         """Add the tokens of a batch, bool `[batch, width]`, to the usage."""
         read = int(mask.sum())
         self.usage.read += read
@@ -177,7 +170,7 @@ class Scorer:
             inputs["logits_to_keep"] = keep
         return actor.model(**inputs).logits[:, -keep:]
 
-    def lend(self, prefix: np.ndarray, count: int):
+    def _lend(self, prefix: np.ndarray, count: int):
         """A cache that holds the beginning for `count` rows; the last beginning is kept."""
         from transformers import DynamicCache
 
@@ -189,7 +182,7 @@ class Scorer:
         return DynamicCache([(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in self._prefix[1]])
 
 
-def _read(log_probs: torch.Tensor, rows: list[Row]) -> list[list[tuple[float, bool]]]:
+def _read(log_probs: torch.Tensor, rows: list[TokenRow]) -> list[list[tuple[float, bool]]]:
     """`[batch, keep, vocabulary]` to each target's sum and whether it is the greedy choice; copied once."""
     keep, greedy = log_probs.shape[1], log_probs.argmax(-1).tolist()
     places = [
@@ -198,12 +191,17 @@ def _read(log_probs: torch.Tensor, rows: list[Row]) -> list[list[tuple[float, bo
         for target in row.targets
         for t, token in enumerate(target)
     ]
-    chosen = log_probs[tuple(torch.tensor(places, device=log_probs.device).T)]
-    values = iter(chosen.double().tolist())
-    return [
-        [(sum(next(values) for _ in target), greedy[i][keep - row.count :] == list(target)) for target in row.targets]
-        for i, row in enumerate(rows)
-    ]
+    in_row, column, token = torch.tensor(places, device=log_probs.device).T
+    values = log_probs[in_row, column, token].double().tolist()
+    found, start = [], 0
+    for i, row in enumerate(rows):
+        of_row = []
+        for target in row.targets:
+            end = start + len(target)
+            of_row.append((sum(values[start:end]), greedy[i][keep - row.count :] == list(target)))
+            start = end
+        found.append(of_row)
+    return found
 
 
 def _slides(config) -> bool:

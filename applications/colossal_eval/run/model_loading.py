@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from colossal_eval.run.response_store import hash_files
+from coati.trainers.config import FINAL_MODEL
 
 _FILES = ("config.json", "adapter_config.json")
-_INSIDE = ("model", "actor/model", "model/model")
+# the language model of a run, and of a checkpoint of PPO and GRPO or of any other algorithm
+_INSIDE = (FINAL_MODEL, "actor/model", "model/model")
 
 
 @dataclass
 class Loaded:
-    """A model ready to answer.
+    """A model ready to respond.
 
     Attributes:
         actor: a `coati.models.Actor` in evaluation mode.
-        max_length: the longest sequence of tokens that it reads, answer included.
+        max_length: the longest sequence of tokens that it reads, response included.
         fingerprint: a hash of its files, and of its base model's if it is an adapter.
     """
 
@@ -35,22 +37,24 @@ def model_folder(path: str) -> Path:
     Raises:
         UserError: there is none in it.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     for candidate in (folder, *(folder / name for name in _INSIDE)):
         if any((candidate / name).is_file() for name in _FILES):
             return candidate
-    for step in sorted((folder / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True):
-        if (step / "manifest.json").is_file():
-            return model_folder(str(step))
     if not folder.is_dir():
         raise UserError(f"--models {path} is no folder; models are read from folders, nothing is downloaded")
+    from coati.parallel.checkpoint import MANIFEST, NAME
+
+    for step in sorted((folder / "checkpoints").glob(NAME), reverse=True):
+        if (step / MANIFEST).is_file():
+            return model_folder(str(step))
     raise UserError(
         f"--models {path} holds neither {' nor '.join(_FILES)}, nor {', '.join(_INSIDE)}, nor coati checkpoints"
     )
 
 
 def column_names(paths: list[str]) -> list[str]:
-    """A short name a model: the folder's own, or the whole path where two would be the same.
+    """A short name per model: the folder's own, or the whole path where two would be the same.
 
     Raises:
         UserError: a model that is named twice.
@@ -83,15 +87,28 @@ def load_model(name: str, folder: Path, dtype: str, device, max_length: int | No
     rows = actor.transformer.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer in {place} has {len(tokenizer)} tokens, the model in {folder} only {rows}")
-    most = longest(actor, tokenizer)
-    if max_length is not None and max_length > most:
-        raise UserError(f"--max_length {max_length} is more than the {most} tokens that {folder} can read")
-    fingerprint = hash_files(folder) + (hash_files(base) if base != folder and base.is_dir() else "")
-    return Loaded(name, actor, tokenizer, max_length or most, fingerprint)
+    longest = longest_sequence(actor, tokenizer)
+    if max_length is not None and max_length > longest:
+        raise UserError(f"--max_length {max_length} is more than the {longest} tokens that {folder} can read")
+    fingerprint = hash_files(folder)
+    if base != folder and base.is_dir():
+        fingerprint += hash_files(base)
+    return Loaded(name, actor, tokenizer, max_length or longest, fingerprint)
 
 
-def longest(actor, tokenizer) -> int:
+def longest_sequence(actor, tokenizer) -> int:
     """The longest sequence, in tokens, that a model and its tokenizer say they read."""
     config = actor.transformer.config.get_text_config()
     known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     return min([n for n in known if n] + [int(min(tokenizer.model_max_length, 2**20))])
+
+
+def hash_files(folder: Path) -> str:
+    """A hash of the names and contents of all files directly in `folder`."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        whole.update(f"{path.name}\n{path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()[:32]

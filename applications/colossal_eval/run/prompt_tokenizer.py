@@ -7,11 +7,11 @@ from functools import lru_cache
 import numpy as np
 
 
-class Text:
+class PromptTokenizer:
     """A tokenizer as the harness uses it.
 
     Args:
-        max_length: tokens that the model reads, answer included.
+        max_length: tokens that the model reads, response included.
     """
 
     def __init__(self, tokenizer, max_length: int):
@@ -39,7 +39,7 @@ class Text:
         self._encoded.clear()
 
     def fits(self, prompt: str, new_tokens: int) -> bool:
-        """Whether the prompt and an answer of so many tokens are no longer than what the model reads."""
+        """Whether the prompt and a response of so many tokens are no longer than what the model reads."""
         return len(self.encode(prompt)) + new_tokens <= self.max_length
 
     def count(self, text: str) -> int:
@@ -50,7 +50,7 @@ class Text:
         """Ids of `text` after `prompt`; at least one.
 
         Tokenizers look no further back than a line: the prompt's last one decides. Where its tokens and those of `text`
-        can't be told apart (a token reaches over the border), `text` is tokenised by itself.
+        can't be told apart (a token reaches over the border), `text` is tokenized by itself.
         """
         return self._after(last_line(prompt), text)
 

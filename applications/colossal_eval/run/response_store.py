@@ -1,7 +1,7 @@
-"""Answers on disk: appended as they come, so that a run that was killed goes on where it stopped.
+"""Responses on disk: appended as they come, so that a run that was killed goes on where it stopped.
 
 Each rank writes its own `answers-RANK.jsonl`; all of them are read, whatever the number of ranks is now. A line has the
-answer, and the hash of all that it depends on: the model's files, how it is run, and the whole request.
+response (as `answer`), and the hash of all that it depends on: the model's files, how it is run, the whole request.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class AnswerStore:
-    """The answers of a folder.
+class ResponseStore:
+    """The responses in a folder.
 
     Args:
         folder: made if it isn't there.
         rank: of this process.
 
     Attributes:
-        reused, added: answers of this process's run, by where they came from.
+        reused, added: responses of this process's run, by where they came from.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
-        self._answers: dict[str, Any] = {}
+        self._responses: dict[str, Any] = {}
         for path in sorted(folder.glob("answers-*.jsonl")):
             self.merge(read_lines(path))
         self._path = folder / f"answers-{rank}.jsonl"
@@ -42,14 +42,14 @@ class AnswerStore:
         self.reused = self.added = 0
 
     def __contains__(self, key: str) -> bool:
-        return key in self._answers
+        return key in self._responses
 
     def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
+        return self._responses[key]
 
     def append(self, records: Iterable[dict]) -> None:
-        """Keep answers, `{"key", "answer", ...}` each, and have them on disk when this returns."""
-        new = [record for record in records if record["key"] not in self._answers]
+        """Keep responses, `{"key", "answer", ...}` each, and have them on disk when this returns."""
+        new = [record for record in records if record["key"] not in self._responses]
         if not new:
             return
         with self._path.open("a", encoding="utf-8", errors="replace") as file:
@@ -60,10 +60,10 @@ class AnswerStore:
         self.added += len(new)
 
     def merge(self, records: Iterable[dict]) -> None:
-        """Take answers that are on disk. The first of a key stays: of a question that is there twice, the ranks in
+        """Take responses that are on disk. The first of a key stays: of a question that is there twice, the ranks in
         their order give what one rank alone would."""
         for record in records:
-            self._answers.setdefault(record["key"], record["answer"])
+            self._responses.setdefault(record["key"], record["answer"])
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -74,14 +74,3 @@ def _cut_torn_line(path: Path) -> None:
         content = file.read()
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
-
-
-def hash_files(folder: Path) -> str:
-    """A hash of the names and contents of all files directly in `folder`."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        whole.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()[:32]

@@ -8,62 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from coati.errors import UserError
-from colossal_eval.benchmarks.question import read_questions, read_summary
-
-METHODS = ("first_token", "generate", "choice_perplexity")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a benchmark is asked by default, after the Colossal-LLaMA-2 card (see `published.py`).
-
-    Attributes:
-        shots: few-shot examples.
-        methods: of questions with one right letter; other kinds are answered by generation.
-        headline: the metric of the report's table.
-        max_new_tokens: longest generated answer.
-    """
-
-    shots: int = 5
-    methods: tuple[str, ...] = ("first_token",)
-    headline: str = "first_token"
-    max_new_tokens: int = 32
-
-
-SETTINGS = {
-    "mmlu": Setting(),
-    "cmmlu": Setting(),
-    "ceval": Setting(),
-    "agieval": Setting(methods=("first_token", "generate"), headline="combined"),
-    "gaokao_bench": Setting(shots=0, methods=("first_token", "generate")),
-    "gsm8k": Setting(headline="exact_match", max_new_tokens=256),
-    "texts": Setting(shots=0, methods=(), headline="nats_per_byte"),
-}
-
-
-@dataclass
-class TaskOptions:
-    """What a run changes: None or empty keeps the benchmark's setting."""
-
-    shots: int | None = None
-    methods: list[str] = field(default_factory=list)
-    max_new_tokens: int | None = None
-
-    def check(self) -> None:
-        """Raises a UserError for an unknown method."""
-        if unknown := [method for method in self.methods if method not in METHODS]:
-            raise UserError(f"--methods {unknown[0]!r} is none of {', '.join(METHODS)}")
+from colossal_eval.benchmarks.benchmark_settings import METHODS, SETTINGS, TaskOptions
+from colossal_eval.benchmarks.prepared_folder import read_questions, read_summary
 
 
 def subjects_of(benchmark: str, data: Path) -> dict[str, dict]:
     """The subjects of a prepared benchmark, with title, category and counts.
 
     Raises:
-        UserError: a benchmark that is not prepared, or that is judged instead of scored.
+        UserError: a benchmark that is not prepared, or that is for a judge.
     """
     if benchmark not in SETTINGS:
         raise UserError(f"--tasks {benchmark!r} is none of {', '.join(SETTINGS)}")
@@ -76,29 +32,31 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
     Raises:
         UserError: see `subjects_of`.
     """
-    categories: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    headline = SETTINGS[benchmark].headline
     for subject, about in subjects_of(benchmark, data).items():
         kinds = Counter(q.kind for q in read_questions(data / benchmark / "test" / f"{subject}.jsonl"))
         for kind in sorted(kinds):
             name = _name(benchmark, subject) + ("_multi" if kind == "multi_choice" else "")
             config = task_config(benchmark, data, kind, {"task": name, "subject": subject, **about}, options)
-            _write(folder / f"{name}.yaml", config)
+            _write(folder / f"{name}.yaml", config, "TextTask" if kind == "text" else "QuestionTask")
             group = _name(benchmark, about["category"]) + "_group" + ("" if kind == "single_choice" else f"_{kind}")
-            categories.setdefault(group, []).append(name)
-    headline = SETTINGS[benchmark].headline
-    for group, members in categories.items():
-        metric = headline if group.endswith(("_group", "_text")) else "exact_match"
-        _write(folder / f"{group}.yaml", _group(group, members, metric))
-    _write(folder / f"{benchmark}.yaml", _group(benchmark, list(categories), headline))
-    return [name for members in categories.values() for name in members]
+            groups.setdefault(group, []).append(name)
+            metric = headline if kind in ("single_choice", "text") else "exact_match"
+            _write(folder / f"{group}.yaml", _group(group, groups[group], metric))
+    _write(folder / f"{benchmark}.yaml", _group(benchmark, list(groups), headline))
+    return [name for members in groups.values() for name in members]
 
 
 def task_config(benchmark: str, data: Path, kind: str, about: dict, options: TaskOptions) -> dict:
     """The configuration of one `QuestionTask` or `TextTask`."""
     setting = SETTINGS[benchmark]
-    methods = options.methods or list(setting.methods)
-    if kind != "single_choice":
-        methods = [] if kind == "text" else ["generate"]
+    if kind == "single_choice":
+        methods = options.methods or setting.methods
+    elif kind == "text":
+        methods = []
+    else:
+        methods = ["generate"]
     return {
         "task": about["task"],
         "task_alias": about["subject"],
@@ -122,15 +80,14 @@ def _group(name: str, members: list[str], metric: str) -> dict:
     return {"group": name, "task": members, "aggregate_metric_list": weighted, "metadata": {"version": 1.0}}
 
 
-def _write(path: Path, config: dict) -> None:
+def _write(path: Path, config: dict, task_class: str | None = None) -> None:
     import yaml
 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
-    # a YAML tag, by which lm-eval finds the class
-    task = "TextTask" if config.get("kind") == "text" else "QuestionTask"
-    line = f"class: !function colossal_eval.run.harness_tasks.{task}\n" if "kind" in config else ""
-    path.write_text(line + text, encoding="utf-8")
+    if task_class is not None:  # a YAML tag, by which lm-eval finds the class
+        text = f"class: !function colossal_eval.run.harness_tasks.{task_class}\n{text}"
+    path.write_text(text, encoding="utf-8")
 
 
 def load_tasks(folder: Path, benchmark: str) -> dict:

@@ -1,12 +1,24 @@
-"""Comparing the answer that generated text gives with those that are accepted."""
+"""What a generated text is worth: the answer that it states, beside those that are accepted."""
 
 from __future__ import annotations
 
 import re
 
 from coati.rewards.answers import extract_letters, extract_number, to_number
+from colossal_eval.benchmarks.question import Question
+from colossal_eval.scores.metrics import exact_match, multi_choice
 
-__all__ = ["extract_letters", "extract_number", "same_number", "same_text", "to_number"]
+
+def score_text(question: Question, text: str) -> float:
+    """The score of a response to a question of any kind, 0 to 1."""
+    if question.kind == "math":
+        return float(same_number(text, question.answers))
+    if question.kind == "cloze":
+        return float(same_text(text, question.answers))
+    given = extract_letters(text, question.labels)
+    if question.kind == "multi_choice":
+        return multi_choice(given, question.answers, question.labels)
+    return exact_match(given, question.answers)
 
 
 def same_number(text: str, accepted: list[str], stated: bool = True) -> bool:
@@ -18,7 +30,7 @@ def same_number(text: str, accepted: list[str], stated: bool = True) -> bool:
 def same_text(text: str, accepted: list[str]) -> bool:
     """Whether the first line of `text`, or what it states as its answer, equals an accepted text up to TeX's notation.
 
-    Notation is compared as AGIEval does it: by the normalisation of MATH (Hendrycks et al. 2021).
+    Notation is compared as AGIEval does it: by the normalization of MATH (Hendrycks et al. 2021).
     """
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 

@@ -36,20 +36,12 @@ def choice_log_probs(variants: Sequence[Sequence[float]]) -> list[float]:
 
 def argmax(values: Sequence[float]) -> int:
     """The first place of the largest value."""
-    return max(range(len(values)), key=lambda i: (values[i], -i))
+    return values.index(max(values))
 
 
 def first_token(log_probs: Sequence[float], right: int) -> float:
     r"""1 if argmax_c l_c is the right choice, else 0. The first of equals counts as chosen."""
     return float(argmax(log_probs) == right)
-
-
-def normalised(log_probs: Sequence[float]) -> list[float]:
-    r"""p_c = exp(l_c) / sum_c' exp(l_c'): the probabilities among the choices alone."""
-    total = log_sum_exp(log_probs)
-    if math.isinf(total):
-        return [1 / len(log_probs)] * len(log_probs)
-    return [math.exp(value - total) for value in log_probs]
 
 
 def exact_match(given: Sequence[str], right: Sequence[str]) -> float:
@@ -60,11 +52,6 @@ def exact_match(given: Sequence[str], right: Sequence[str]) -> float:
 def combined(exact: float, first: float) -> float:
     r"""max(exact match, first token): right if either is, as the Colossal-LLaMA-2 card scores AGIEval."""
     return max(exact, first)
-
-
-def perplexity(log_prob: float, tokens: int) -> float:
-    r"""exp(-l / tokens), l the log-prob of the whole text."""
-    return math.exp(min(-log_prob / tokens, 700.0))
 
 
 def choice_perplexity(log_probs: Sequence[float], tokens: Sequence[int], right: int) -> float:
@@ -108,7 +95,7 @@ def macro_mean(parts: Sequence[Score]) -> Score:
     return Score(value, known, sum(part.n for part in parts))
 
 
-def size(text: str) -> int:
+def utf8_bytes(text: str) -> int:
     """UTF-8 bytes."""
     return len(text.encode("utf-8", errors="replace"))
 

@@ -91,7 +91,7 @@ def test_texts_have_a_perplexity_a_byte(tiny, runtime, tmp_path):
         expected = math.log(row["models"]["second"]["value"]) - rate
         assert difference["value"] == pytest.approx(expected, rel=1e-4)
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| all | 3 |" in page and "nats a byte, p = " in page
+    assert "| all | 3 |" in page and "nats per byte, p = " in page
     from coati.tracking import read_metrics
 
     [row] = read_metrics(tmp_path / "out")
@@ -143,8 +143,8 @@ def test_other_settings_do_not_reuse_answers(tiny, prepared, runtime, tmp_path, 
         (dict(models=[]), "at least one model"),
         (dict(tasks=["nlu"]), "'nlu' is none of mmlu"),
         (dict(tasks=["cmmlu"]), "holds no prepared benchmark"),
-        (dict(limit=0), "--limit 0 must be at least 1"),
-        (dict(shots=-1), "must not be negative"),
+        (dict(limit=0), "limit is 0: it must be at least 1"),
+        (dict(shots=-1), "shots is -1: it must be at least 0"),
         (dict(dtype="int8"), "is none of float32"),
         (dict(methods=["guess"]), "'guess' is none of first_token"),
         (dict(models=["/nowhere"]), "is no folder"),

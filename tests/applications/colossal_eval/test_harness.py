@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.errors import UserError
-from colossal_eval.evaluate import EvaluateConfig, run_benchmark
+from colossal_eval.benchmarks.benchmark_settings import TaskOptions
 from colossal_eval.prepare import PrepareConfig, prepare
-from colossal_eval.run.log_probs import Room, Row, common_prefix, plan
-from colossal_eval.run.response_store import AnswerStore
-from colossal_eval.run.task_yaml import TaskOptions, load_tasks, write_tasks
+from colossal_eval.run.log_probs import Room, TokenRow, plan
+from colossal_eval.run.question_records import run_benchmark
+from colossal_eval.run.response_store import ResponseStore
+from colossal_eval.run.task_yaml import load_tasks, write_tasks
 from colossal_eval.scores.metrics import mean
 from tests.applications.colossal_eval.conftest import DATA, calm, make_model
 
@@ -24,7 +25,7 @@ LETTERS = "ABCD"
 def run(lm, benchmark, prepared, tmp_path, limit=None, **options):
     """Records by id, and lm-eval's results."""
     write_tasks(benchmark, prepared, tmp_path / "tasks", TaskOptions(**options))
-    records, results = run_benchmark(lm, tmp_path / "tasks", benchmark, EvaluateConfig(limit=limit))
+    records, results = run_benchmark(lm, tmp_path / "tasks", benchmark, limit)
     return {record["id"]: record for record in records}, results
 
 
@@ -114,7 +115,9 @@ def test_groups_are_weighted_by_size(harness, prepared, tmp_path):
 def test_a_question_costs_its_own_tokens_and_the_examples_once(harness, prepared, tmp_path):
     lm = harness()
     records, _ = run(lm, "mmlu", prepared, tmp_path)
-    lengths = {id: len(lm.text.encode(prompt)) for id, prompt in prompts_of("mmlu", prepared, tmp_path).items()}
+    lengths = {
+        id: len(lm.prompt_tokenizer.encode(prompt)) for id, prompt in prompts_of("mmlu", prepared, tmp_path).items()
+    }
     per_question = lm.scorer.usage.read / len(records)
     assert per_question < 0.4 * sum(lengths.values()) / len(lengths)
 
@@ -164,11 +167,11 @@ def test_whole_texts_are_read_in_windows(tiny, harness):
     from transformers import AutoModelForCausalLM
 
     lm = harness()
-    lm.text.max_length = 40
+    lm.prompt_tokenizer.max_length = 40
     text = "What is 12 + 3 in anatomy? " * 12
     request = Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))
     [found] = lm.loglikelihood_rolling([request])
-    model, ids, total = AutoModelForCausalLM.from_pretrained(tiny["first"]), lm.text._plain(text), 0.0
+    model, ids, total = AutoModelForCausalLM.from_pretrained(tiny["first"]), lm.prompt_tokenizer._plain(text), 0.0
     for start in range(0, len(ids), 39):
         part = list(ids[start : start + 39])
         # the last window is as long as the others
@@ -188,7 +191,7 @@ def test_questions_that_never_fit_score_0_and_are_counted(harness, prepared, tmp
 def test_batches_are_halved_when_memory_runs_out(harness, prepared, tmp_path, monkeypatch):
     expected, _ = run(harness(), "mmlu", prepared, tmp_path)
     lm = harness()
-    lm.store = AnswerStore(tmp_path / "others")
+    lm.store = ResponseStore(tmp_path / "others")
     whole = lm.scorer._score
 
     def too_much(rows, prefix):
@@ -201,7 +204,7 @@ def test_batches_are_halved_when_memory_runs_out(harness, prepared, tmp_path, mo
     for id, record in records.items():
         assert record["log_probs"] == pytest.approx(expected[id]["log_probs"], abs=1e-5)
     monkeypatch.setattr(lm.scorer, "_score", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
-    lm.store = AnswerStore(tmp_path / "third")
+    lm.store = ResponseStore(tmp_path / "third")
     with pytest.raises(UserError, match="does not fit into the memory"):
         run(lm, "mmlu", prepared, tmp_path)
 
@@ -217,7 +220,7 @@ rows = st.lists(
 @given(rows, st.integers(1, 100), st.booleans(), st.booleans())
 def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, batching):
     drawn = sorted(drawn, key=lambda row: row[0])
-    made = [Row(np.array([7] * 20 * (task > 0) + ids, np.int32), count, ()) for task, ids, count in drawn]
+    made = [TokenRow(np.array([7] * 20 * (task > 0) + ids, np.int32), count, ()) for task, ids, count in drawn]
     groups = [[i for i, _ in g] for _, g in groupby(enumerate(drawn), key=lambda item: item[1][0])]
     room = Room(tokens, 10, sharing, batching)
     batches = plan(made, groups, room)
@@ -237,8 +240,10 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
 
 
 @calm
-@given(st.lists(st.lists(st.integers(0, 1), max_size=8), min_size=1, max_size=5))
-def test_the_common_beginning_is_the_longest(lists):
-    n = common_prefix([np.array(ids, np.int32) for ids in lists])
+@given(st.lists(st.lists(st.integers(0, 1), max_size=8), min_size=2, max_size=5, unique_by=tuple), st.integers(1, 3))
+def test_the_beginning_that_is_read_once_is_the_longest_before_what_is_scored(lists, count):
+    lists = [[7] * 16 + ids for ids in lists]
+    made = [TokenRow(np.array([*ids, *[9] * (count - 1)], np.int32), count, ()) for ids in lists]
+    [n] = {batch.prefix for batch in plan(made, [list(range(len(made)))], Room(10_000, 10))}
     assert len({tuple(ids[:n]) for ids in lists}) == 1
-    assert any(len(ids) == n for ids in lists) or len({ids[n] for ids in lists}) > 1
+    assert any(len(ids) == n + 1 for ids in lists) or len({ids[n] for ids in lists}) > 1

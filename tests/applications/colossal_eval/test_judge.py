@@ -10,16 +10,12 @@ import pytest
 
 from coati.errors import UserError
 from colossal_eval import answer, judge
-from colossal_eval.benchmarks.question import Question, to_line
-from colossal_eval.llm_judge.judge_prompts import (
-    KINDS,
-    choose_template,
-    make_case,
-    read_answers,
-    read_templates,
-    read_verdict,
-    settle,
-)
+from colossal_eval.benchmarks.prepared_folder import to_line
+from colossal_eval.benchmarks.question import Question
+from colossal_eval.llm_judge import endpoint as judge_endpoint
+from colossal_eval.llm_judge.cases import make_case, read_responses
+from colossal_eval.llm_judge.judge_prompts import KINDS, choose_prompt, read_prompts
+from colossal_eval.llm_judge.verdicts import read_verdict, settle
 from tests.applications.colossal_eval.conftest import DATA
 
 SHARED = DATA / "mt_bench"
@@ -86,7 +82,7 @@ def endpoint():
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Questions, a reference for one, and the answers of two models."""
-    monkeypatch.setattr(judge, "PAUSE", 0.001)
+    monkeypatch.setattr(judge_endpoint, "PAUSE", 0.001)
     (tmp_path / "mt_bench" / "test").mkdir(parents=True)
     (tmp_path / "mt_bench" / "test" / "all.jsonl").write_text("".join(map(to_line, QUESTIONS)))
     for name in ("good", "bad"):
@@ -199,13 +195,13 @@ def test_the_command_says_what_is_wrong(place, endpoint, capsys):
 def test_wrong_prompts_name_the_line(row, words, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(row + "\n")
     with pytest.raises(UserError) as error:
-        read_templates(tmp_path / "prompts.jsonl")
+        read_prompts(tmp_path / "prompts.jsonl")
     assert words in str(error.value)
 
 
 def test_our_prompts_fit_every_case():
     """Nothing of a template is left in what the judge reads, but what the answers themselves have in braces."""
-    templates = read_templates()
+    templates = read_prompts()
     for question in QUESTIONS:
         for turn in (1, 2):
             for answers in ({"x": ["a1", "a2"]}, {"x": ["a1", "a2"], "y": ["b1", "b2"]}):
@@ -220,16 +216,16 @@ def test_our_prompts_fit_every_case():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/mt_bench is not on this machine")
 def test_fastchats_prompts_are_read():
     path = SHARED / "judge_prompts.jsonl"
-    templates = read_templates(path)
+    templates = read_prompts(path)
     found = {
-        (kind, turn, ref): choose_template(templates, kind, turn, ref).name
+        (kind, turn, ref): choose_prompt(templates, kind, turn, ref).name
         for kind in KINDS
         for turn in (1, 2)
         for ref in (False, True)
     }
     assert found["single", 1, False] == "single-v1" and found["pairwise", 2, True] == "pair-math-v1-multi-turn"
     assert len(set(found.values())) == 8
-    assert len(read_answers(SHARED / "reference_answer" / "gpt-4.jsonl")) == 24
+    assert len(read_responses(SHARED / "reference_answer" / "gpt-4.jsonl")) == 24
 
 
 @pytest.mark.parametrize(
@@ -273,7 +269,7 @@ def test_a_model_answers_every_turn_with_the_dialogue_before_it(place, tiny_worl
     )
     words = ["--model", tiny_world["policy"], "--questions", str(place / "mt_bench"), "--max_new_tokens", "4"]
     assert answer.main([*words, "--output", str(place / "mine.jsonl")]) == 0
-    found = read_answers(place / "mine.jsonl")
+    found = read_responses(place / "mine.jsonl")
     assert {key: len(turns) for key, turns in found.items()} == {"81": 2, "101": 2}
     assert len(read) == 4 and json.dumps(found["81"][0])[1:-1] in read[2] and "Shorter." in read[2]
     assert answer.main([*words, "--output", str(place / "mine.jsonl")]) == 2  # it is there

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from coati.errors import UserError
-from colossal_eval.run import log_probs as forward
+from colossal_eval.run import log_probs
 from colossal_eval.run.model_loading import column_names, load_model, model_folder
-from colossal_eval.run.response_store import AnswerStore
+from colossal_eval.run.response_store import ResponseStore
 from tests.applications.colossal_eval.conftest import make_model
 from tests.applications.colossal_eval.test_harness import run
 
 
 def test_the_store_survives_a_torn_line_and_reads_all_ranks(tmp_path):
-    first, second = AnswerStore(tmp_path, 0), AnswerStore(tmp_path, 1)
+    first, second = ResponseStore(tmp_path, 0), ResponseStore(tmp_path, 1)
     first.append([{"key": "a", "answer": [[-0.1, True]]}, {"key": "b", "answer": "text\n"}])
     second.append([{"key": "c", "answer": -math.inf}])
     path = tmp_path / "answers-0.jsonl"
     path.write_bytes(path.read_bytes() + b'{"key": "d", "ans')
-    again = AnswerStore(tmp_path, 0)
+    again = ResponseStore(tmp_path, 0)
     assert (again["a"], again["b"], again["c"], "d" in again) == ([[-0.1, True]], "text\n", -math.inf, False)
     again.append([{"key": "d", "answer": "whole"}, {"key": "a", "answer": "not taken"}])
-    assert AnswerStore(tmp_path, 0)["d"] == "whole"
+    assert ResponseStore(tmp_path, 0)["d"] == "whole"
     assert again["a"] == [[-0.1, True]]
     assert again.added == 1
 
@@ -84,4 +84,4 @@ def test_changed_weights_are_another_model(tiny, tmp_path, runtime):
     for path in tiny["first"].glob("token*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert load_model("m", tmp_path, "float32", runtime.device).fingerprint != before
-    assert forward.token_budget(load_model("m", tmp_path, "float32", runtime.device).actor) == forward.CPU_TOKENS
+    assert log_probs.token_budget(load_model("m", tmp_path, "float32", runtime.device).actor) == log_probs.CPU_TOKENS

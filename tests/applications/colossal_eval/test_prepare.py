@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coati.errors import UserError
 from colossal_eval.benchmarks.datasets_hub import hub_rows
 from colossal_eval.benchmarks.gaokao_bench import split_numbered, split_options
-from colossal_eval.benchmarks.question import read_questions, read_summary
+from colossal_eval.benchmarks.prepared_folder import read_questions, read_summary
 from colossal_eval.benchmarks.subjects import ACROSS, SUBJECTS, TOTALS
 from colossal_eval.prepare import PrepareConfig, main, prepare
 from tests.applications.colossal_eval.conftest import (

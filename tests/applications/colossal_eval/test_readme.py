@@ -5,7 +5,7 @@ import shlex
 
 from coati.config import parse_config
 from colossal_eval import answer, judge, prepare, report
-from colossal_eval.benchmarks.question import to_line
+from colossal_eval.benchmarks.prepared_folder import to_line
 from colossal_eval.evaluate import EvaluateConfig, evaluate
 from tests.applications.colossal_eval.conftest import make_mmlu, make_model
 from tests.applications.colossal_eval.test_judge import QUESTIONS, Endpoint, fair

@@ -4,9 +4,11 @@ import pytest
 import yaml
 
 from coati.errors import UserError
+from colossal_eval.benchmarks.benchmark_settings import TaskOptions
 from colossal_eval.benchmarks.question import Question
-from colossal_eval.run.prompt_tokenizer import Text, last_line
-from colossal_eval.run.task_yaml import TaskOptions, load_tasks, write_tasks
+from colossal_eval.run.prompt_tokenizer import PromptTokenizer, last_line
+from colossal_eval.run.task_yaml import load_tasks, write_tasks
+from colossal_eval.scores.generated_text import score_text
 from tests.applications.colossal_eval.conftest import byte_tokenizer
 
 
@@ -51,10 +53,10 @@ def test_examples_are_left_out_whole_and_counted(prepared, tmp_path, harness):
     doc = task.eval_docs[0]
     by_shots = [task.fewshot_context(doc, shots) for shots in range(6)]
     for shots in range(6):
-        task.model = harness()
-        room = len(task.model.text.encode(by_shots[shots]))
+        tokenizer = task.prompt_tokenizer = harness().prompt_tokenizer
+        room = len(tokenizer.encode(by_shots[shots]))
         for spare, dropped in ((1, 5 - shots), (0, 6 - shots)):
-            task.model.text.max_length = room + spare
+            tokenizer.max_length = room + spare
             text = task.fewshot_context(doc, 5)
             context = task.contexts[doc["id"]]
             if spare or shots:
@@ -68,20 +70,17 @@ def test_examples_are_left_out_whole_and_counted(prepared, tmp_path, harness):
 
 def test_the_chat_template_gets_an_example_a_turn_and_one_bos(prepared, tmp_path, harness):
     task = tasks_of("mmlu", prepared, tmp_path, shots=1)["tasks"]["mmlu_anatomy"]
-    task.model = harness()
-    text = task.fewshot_context(
-        task.eval_docs[1], 1, apply_chat_template=True, chat_template=task.model.apply_chat_template
-    )
+    model = harness()
+    task.prompt_tokenizer = model.prompt_tokenizer
+    text = task.fewshot_context(task.eval_docs[1], 1, apply_chat_template=True, chat_template=model.apply_chat_template)
     head = "The following are multiple choice questions (with answers) about anatomy."
     shot = "Question: What is 0 + 0 in anatomy?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:"
     asked = "Question: What is 3 + 1 in anatomy?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:"
     assert text == f"<bos><user>{head}\n\n{shot}\n<assistant>A\n<user>{asked}\n<assistant>"
-    assert task.model.text.encode(text).tolist().count(0) == 1  # PITFALL 18
-    task.model.loaded.tokenizer.chat_template = None
+    assert model.prompt_tokenizer.encode(text).tolist().count(0) == 1  # PITFALL 18
+    model.loaded.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        task.fewshot_context(
-            task.eval_docs[1], 1, apply_chat_template=True, chat_template=task.model.apply_chat_template
-        )
+        task.fewshot_context(task.eval_docs[1], 1, apply_chat_template=True, chat_template=model.apply_chat_template)
 
 
 def tokenizer_of(kind: str):
@@ -115,7 +114,7 @@ def tokenizer_of(kind: str):
 )
 def test_letters_are_single_tokens_of_their_own_after_the_prompt(kind, styles):
     """ "A" and " A" both count where both are one token; where they are the same token, once."""
-    text, prompt = Text(tokenizer_of(kind), 100), "What?\nAnswer:"
+    text, prompt = PromptTokenizer(tokenizer_of(kind), 100), "What?\nAnswer:"
     assert text.letter_styles(prompt, tuple("ABCD")) == styles
     encoded = text.encode(prompt).tolist()
     for style in styles:
@@ -125,7 +124,7 @@ def test_letters_are_single_tokens_of_their_own_after_the_prompt(kind, styles):
 
 
 def test_prompts_begin_as_the_tokenizer_begins_and_never_end_with_eos():
-    text = Text(tokenizer_of("characters"), 100)
+    text = PromptTokenizer(tokenizer_of("characters"), 100)
     assert text.encode("A").tolist() == [1, 3]
     assert text.encode("<bos>A").tolist() == [1, 3]
     assert last_line("a\nAnswer:") == "Answer:"
@@ -142,14 +141,12 @@ def test_unknown_names_are_refused(prepared, tmp_path):
 
 
 def test_texts_are_worth_what_their_kind_says():
-    from colossal_eval.run.harness_tasks import judge_text
-
     one = Question("q", "s", "c", "en", "single_choice", "?", list("wxyz"), list("ABCD"), ["B"])
     several = Question("q", "s", "c", "zh", "multi_choice", "?", list("wxyz"), list("ABCD"), ["A", "C"])
     number = Question("q", "s", "c", "en", "math", "?", answers=["2000"], solution="")
-    assert [judge_text(one, text) for text in (" B", "A good one. The answer is B.", "AB", "")] == [1, 1, 0, 0]
-    assert [judge_text(several, text) for text in ("AC", "A", "ABC", "ABCD", "")] == [1, 0.5, 0.5, 0, 0]
-    assert [judge_text(number, text) for text in ("so\n#### 2,000", "The answer is 2000.0", "2000", "#### 1")] == [
+    assert [score_text(one, text) for text in (" B", "A good one. The answer is B.", "AB", "")] == [1, 1, 0, 0]
+    assert [score_text(several, text) for text in ("AC", "A", "ABC", "ABCD", "")] == [1, 0.5, 0.5, 0, 0]
+    assert [score_text(number, text) for text in ("so\n#### 2,000", "The answer is 2000.0", "2000", "#### 1")] == [
         1,
         1,
         0,
