@@ -138,7 +138,8 @@ class Actor(BaseModel):
             attention_mask: as the transformers model takes it; None for causal attention.
             last: `[batch]`, the column of each row's last token, if rows are padded on the right.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **self._options)
+        inputs[self.cache_name] = cache
         if position_ids is not None and self.takes_positions:
             inputs["position_ids"] = position_ids
         if last is None:

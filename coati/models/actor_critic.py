@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coati.models.actor import Actor
@@ -48,10 +49,10 @@ class ActorCritic(Actor):
         values = self.layout.gather(values)[:, : input_ids.shape[1]]
         return (*output, values) if isinstance(output, tuple) else (output, values)
 
-    def save_pretrained(self, folder, state_dict=None, merge: bool = False):
+    def save_pretrained(self, folder, state_dict=None, merge: bool = False, dtype: torch.dtype | None = None):
         """As `BaseModel.save_pretrained`, with the head among the weights, or beside an adapter's."""
         state = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(folder, state, merge)
+        super().save_pretrained(folder, state, merge, dtype)
         if self.has_adapter and not merge:
             save_head(folder, state)
 

@@ -2,16 +2,22 @@
 
 import copy
 import inspect
-from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.adapters import has_more_tokens, load_adapter, merged, unsaved, without_data
+from coati.models.attention import check_attention, set_eager_where_capped
+from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
+from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
-from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter, load_adapter
+from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter
+from coati.models.quantized import check_mergeable, is_quantized, prepare
+from coati.models.quiet import quiet_transformers
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -24,7 +30,8 @@ class BaseModel(nn.Module):
             model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
-        **kwargs: handed to `from_pretrained` (or `from_config`): dtype, attn_implementation, revision, ...
+        **kwargs: handed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
+            given: what the model supports), ...
 
     Attributes:
         model: the transformers model (inside a PeftModel if there are adapters).
@@ -32,7 +39,9 @@ class BaseModel(nn.Module):
         last_hidden_state_size: width of the last hidden states, which value heads read.
         takes_positions: whether the transformer reads position ids.
         hides_right_padding: whether causal attention alone keeps real tokens from padding to their right.
+        cache_name: the keyword by which it takes a cache.
         layout: how sequence and vocabulary lie over processes; sharded models get another.
+        notes: lines on what was changed in the stored model, for its user.
 
     Raises:
         ValueError: neither `pretrained` nor `config`; a folder without a model; FlashAttention-2 without CUDA.
@@ -52,22 +61,40 @@ class BaseModel(nn.Module):
         if pretrained is None and config is None:
             raise UserError(f"{type(self).__name__} needs a pretrained path, a config, or both")
         if kwargs.get("attn_implementation") == "flash_attention_2" and not torch.cuda.is_available():
-            raise UserError("flash_attention_2 needs CUDA: use attn_implementation sdpa on this machine")
-        self.model = self._load_transformer(pretrained, config, kwargs)
+            raise UserError(
+                "flash_attention_2 needs CUDA: leave attn_implementation at auto, which is sdpa on this machine"
+            )
+        is_adapted = isinstance(pretrained, str | Path) and is_adapter(pretrained)
+        source = base_of_adapter(pretrained) if is_adapted else pretrained
+        self.model, head = self._load_transformer(source, config, kwargs)
         self.config = self.model.config
         self.last_hidden_state_size = hidden_size(self.config)
-        if isinstance(pretrained, str | Path) and is_adapter(pretrained):
-            self.model = load_adapter(self.model, pretrained)
+        if is_adapted:
+            self.model, head_of_adapter = load_adapter(self.model, pretrained)
+            head = head_of_adapter or self._stored_head(pretrained) or head
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
+        self._make_head(head, pretrained)
+        self.notes = [note for note in (repair_generation_config(self.transformer), router_note(self.config)) if note]
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
         causal = {part.is_causal for part in self.transformer.modules() if hasattr(part, "is_causal")}
         self.hides_right_padding = self.takes_positions and causal == {True}
+        self.cache_name = cache_name(self.transformer)
+        # for a loss that balances experts, which is none of ours; from there, it needs masks as for whole rows
+        self._options = {"output_router_logits": False} if "output_router_logits" in forward else {}
 
-    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
-        return load_transformer(self.auto_class, pretrained, config, kwargs)
+    def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The transformers model of a folder (or name, or the model itself), and the head that is stored there."""
+        return load_transformer(self.auto_class, source, config, kwargs), self._stored_head(source)
+
+    def _stored_head(self, source) -> dict[str, Tensor]:
+        """The tensors of a head that lie beside a transformer."""
+        return {}
+
+    def _make_head(self, stored: dict[str, Tensor], source):
+        """Adds this class's head; with these tensors (by the last part of their names), if there are any."""
 
     @property
     def has_adapter(self) -> bool:
@@ -106,7 +133,7 @@ class BaseModel(nn.Module):
                 kernels that take none are faster, and a GPU doesn't wait for the host to look at it.
         """
         layout = self.layout
-        inputs = {"input_ids": layout.split(input_ids), "use_cache": False}
+        inputs = {"input_ids": layout.split(input_ids), "use_cache": False, **self._options}
         if position_ids is not None:
             inputs["position_ids"] = layout.split(position_ids)
             if attention_mask is not None and attention_mask.dim() == 4:
@@ -134,26 +161,59 @@ class BaseModel(nn.Module):
         self.train(training)
         return torch.equal(outputs[0][:, 2:], outputs[1][:, 2:])
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, merge: bool = False):
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        merge: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         """Writes a HF folder that plain transformers opens.
 
         With adapters: the adapter's folder, or with `merge` the weights with the adapters added in.
 
         Args:
             state_dict: this module's full state if it isn't in the module itself (sharded plugins); CPU tensors.
+            dtype: of the transformer's weights; as they are if not given. Adapters by themselves stay as they are.
         """
         state = self.state_dict() if state_dict is None else state_dict
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            merged = copy.deepcopy(self.model).merge_and_unload()
-            merged.save_pretrained(str(folder), state_dict=merged.state_dict() | head)
+            whole = merged(self.model)
+            whole = whole if dtype is None else whole.to(dtype)
+            whole.save_pretrained(str(folder), state_dict=whole.state_dict() | head)
         elif self.has_adapter:
-            adapters = {k: v for k, v in inner.items() if "lora_" in k}
-            self.model.save_pretrained(str(folder), state_dict=adapters, save_embedding_layers=False)
+            more = has_more_tokens(self.model)
+            self.model.save_pretrained(str(folder), state_dict=inner, save_embedding_layers=more)
             self.config.save_pretrained(str(folder))
         else:
+            inner = inner if dtype is None else cast(inner, dtype)
             self.transformer.save_pretrained(str(folder), state_dict=inner | head)
+            if dtype is not None:  # it wrote the module's own
+                config = copy.deepcopy(self.config)
+                config.dtype = dtype
+                config.save_pretrained(str(folder))
+
+    def try_saving(self, folder: str | Path, merge: bool = False):
+        """Writes what `save_pretrained` writes, but no weights: what can fail there fails here.
+
+        Raises:
+            UserError: an adapter that can't be merged, or whose folder would not hold all that trains.
+        """
+        if not self.has_adapter:
+            self.transformer.save_pretrained(str(folder), state_dict={})
+            return
+        if lost := unsaved(self.model):
+            raise UserError(f"{len(lost)} trained weights have no place in the adapter's folder: {lost[0]}")
+        for config in self.model.peft_config.values():
+            config.save_pretrained(str(folder))
+        self.config.save_pretrained(str(folder))
+        if not merge:
+            return
+        check_mergeable(self.transformer)
+        if not is_quantized(self.transformer):
+            merged(without_data(self.model)).save_pretrained(str(folder), state_dict={})
 
 
 class ValueHeadModel(BaseModel):
@@ -161,41 +221,43 @@ class ValueHeadModel(BaseModel):
 
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
     `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
-    head, where that is a linear layer at the last token. Otherwise the head is drawn anew.
+    head, where that is a linear layer at the last token; so does an adapter that was trained on one. Otherwise the
+    head is drawn anew.
     """
 
     head_bias = True
-    _stored_score: Tensor | None = None
 
-    def __init__(self, pretrained=None, config=None, *, lora: LoraSettings | None = None, **kwargs):
-        super().__init__(pretrained, config, lora=lora, **kwargs)
+    def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
+        if not isinstance(source, str | Path) or (stored := stored_classifier(source)) is None:
+            return super()._load_transformer(source, config, kwargs)
+        if config is not None:
+            config = copy.deepcopy(config)
+            config.num_labels = stored.num_labels
+        classifier = load_transformer("AutoModelForSequenceClassification", source, config, kwargs)
+        return classifier.base_model, {"weight": score_weight(classifier).detach()}
+
+    def _stored_head(self, source) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        path = Path(source) / VALUE_HEAD_FILE if isinstance(source, str | Path) else None
+        return load_file(path) if path is not None and path.is_file() else {}
+
+    def _make_head(self, stored: dict[str, Tensor], source):
         self.value_head = nn.Linear(self.last_hidden_state_size, 1, bias=self.head_bias)
         nn.init.normal_(self.value_head.weight, std=1 / (self.last_hidden_state_size + 1))
         if self.head_bias:
             nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(self.model.parameters()).dtype)
-        path = None if pretrained is None else Path(pretrained) / VALUE_HEAD_FILE
-        if self._stored_score is not None:
-            self.value_head.weight.data.copy_(self._stored_score)
-            del self._stored_score
-        elif path is not None and path.is_file():
-            from safetensors.torch import load_file
-
-            # a critic may start from a reward model, whose head has no bias
-            wrong = self.value_head.load_state_dict(load_file(path), strict=False)
-            if problems := [key for key in wrong.missing_keys + wrong.unexpected_keys if key != "bias"]:
-                raise UserError(f"{path} doesn't hold a value head of this model: {problems[0]}")
-
-    def _load_transformer(self, pretrained, config, kwargs: dict) -> nn.Module:
-        is_place = isinstance(pretrained, str | Path) and not is_adapter(pretrained)
-        if not is_place or (stored := stored_classifier(pretrained)) is None:
-            return super()._load_transformer(pretrained, config, kwargs)
-        if config is not None:
-            config = copy.deepcopy(config)
-            config.num_labels = stored.num_labels
-        classifier = load_transformer("AutoModelForSequenceClassification", pretrained, config, kwargs)
-        self._stored_score = score_weight(classifier).detach()
-        return classifier.base_model
+        if not stored:
+            return
+        own = self.value_head.state_dict()
+        # a critic may start from a reward model, whose head has no bias
+        wrong = [name for name in own.keys() ^ stored.keys() if name != "bias" or name in stored]
+        wrong += [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+        if wrong:
+            found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
+            raise UserError(f"the head in {source} ({found}) is no value head of this model: {wrong[0]}")
+        self.value_head.load_state_dict(stored, strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
         """The head's output at every position, float32 `[batch, seq]`."""
@@ -203,11 +265,11 @@ class ValueHeadModel(BaseModel):
         values = in_float32(self.value_head, hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
 
-    def save_pretrained(self, folder, state_dict=None, merge: bool = False):
+    def save_pretrained(self, folder, state_dict=None, merge: bool = False, dtype: torch.dtype | None = None):
         """As `BaseModel.save_pretrained`, with the head."""
         from safetensors.torch import save_file
 
-        super().save_pretrained(folder, state_dict, merge)
+        super().save_pretrained(folder, state_dict, merge, dtype)
         state = self.state_dict() if state_dict is None else state_dict
         head = {k.removeprefix("value_head."): v.contiguous() for k, v in state.items() if k.startswith("value_head.")}
         save_file(head, Path(folder) / VALUE_HEAD_FILE)
@@ -219,6 +281,44 @@ def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+
+
+def _stay_in_evaluation(part: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of a module whose parts change their mode, and which doesn't."""
+    nn.Module.train(part, mode)
+    part.training = False
+    return part
+
+
+def stored_dtype(source: str | Path) -> torch.dtype | None:
+    """What the config of a checkpoint on this machine says of its weights."""
+    from transformers import AutoConfig
+
+    try:
+        dtype = getattr(AutoConfig.from_pretrained(str(source), local_files_only=True), "dtype", None)
+    except (OSError, ValueError):
+        return None
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def router_note(config) -> str | None:
+    """What becomes of a setting for a loss that isn't ours."""
+    if not getattr(config.get_text_config(), "output_router_logits", False):
+        return None
+    return "config.json asks for router logits, for a loss that balances experts: it is no part of this training"
+
+
+def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point tensors in another dtype; tied ones stay one tensor."""
+    done: dict[tuple, Tensor] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            done.setdefault(_place(tensor), tensor.to(dtype))
+    return {name: done.get(_place(tensor), tensor) for name, tensor in state.items()}
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def hidden_size(config) -> int:
@@ -236,8 +336,12 @@ def hidden_size(config) -> int:
 
 
 def disable_dropout(module: nn.Module):
-    """Sets every dropout probability to 0: with dropout, a policy's ratio to itself is not 1."""
+    """Takes all noise out of training: with it, a policy's ratio to itself is not 1. Dropout probabilities become 0;
+    routers of experts, which jitter their inputs or draw experts in training, choose as in evaluation."""
     for part in module.modules():
+        if any("jitter" in name for name in vars(part)):
+            part.train = MethodType(_stay_in_evaluation, part)
+            part.train()
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         # some models keep the probability as a number: attention_dropout, dropout, layerdrop, ...
@@ -246,20 +350,38 @@ def disable_dropout(module: nn.Module):
                 setattr(part, name, 0.0)
 
 
-def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Module:
-    """What transformers' `auto_class` makes of a checkpoint (of an adapter folder: of its base), a config or both.
+def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
+    """What transformers' `auto_class` makes of a checkpoint, a config or both.
+
+    Args:
+        auto_class: one of transformers' auto classes, or its name.
+        kwargs: `attn_implementation` may be "auto": what the model supports.
 
     Raises:
-        UserError: it can't be loaded, or lacks weights.
+        UserError: it can't be loaded, or lacks weights; an attention kernel that the model can't use.
     """
     import transformers
 
     if isinstance(pretrained, nn.Module):
         return pretrained
-    auto = getattr(transformers, auto_class)
+    auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
+    asked = kwargs.get("attn_implementation", "auto")
+    if asked == "auto":
+        kwargs = {name: value for name, value in kwargs.items() if name != "attn_implementation"}
     if pretrained is None:
-        return auto.from_config(config, **kwargs)
-    source = base_of_adapter(pretrained) if is_adapter(pretrained) else str(pretrained)
+        check_attention(config, asked)
+        try:
+            model = auto.from_config(config, **kwargs)
+        except ValueError as error:
+            raise UserError(f"can't make a model of this config: {str(error).splitlines()[0]}") from error
+    else:
+        model = _load_checkpoint(auto, str(pretrained), config, asked, kwargs)
+    if asked == "auto":
+        set_eager_where_capped(model)
+    return model
+
+
+def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.Module:
     if config is not None:
         kwargs = {**kwargs, "config": config}
     with quiet_transformers():  # its report calls the head that we leave out "unexpected", and errors are ours to raise
@@ -275,17 +397,6 @@ def load_transformer(auto_class: str, pretrained, config, kwargs: dict) -> nn.Mo
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
         )
+    check_attention(model.config, asked)
+    prepare(model, kwargs.get("dtype"))
     return model
-
-
-@contextmanager
-def quiet_transformers():
-    """Transformers logs errors only."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

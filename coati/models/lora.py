@@ -46,9 +46,12 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def is_untrained_adapter(model: nn.Module) -> bool:
-    """Whether the model's trainable adapter changes nothing yet: B is 0 until the first step."""
-    second = [p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
-    return bool(second) and not any(p.any() for p in second)
+    """Whether a model trains LoRA alone, which changes nothing yet: B is 0 until the first step. Biases that train
+    beside it are none of it: switching the adapter off would not bring the old ones back."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    second = [p for name, p in trained.items() if "lora_B" in name]
+    alone = all("lora_A" in name or "lora_B" in name for name in trained)
+    return bool(second) and alone and not any(p.any() for p in second)
 
 
 def base_of_adapter(folder: str | Path) -> str:
@@ -61,10 +64,3 @@ def base_of_adapter(folder: str | Path) -> str:
     if not base:
         raise UserError(f"{folder}/adapter_config.json lacks base_model_name_or_path: add the path of the base model")
     return base
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Puts a saved adapter on its base model, trainable."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)

@@ -1,12 +1,11 @@
 """The reward model."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from coati.errors import UserError
-from coati.models.base import ValueHeadModel
+from coati.models.adapters import merged
+from coati.models.base import ValueHeadModel, cast
 from coati.models.classifier import at_last_token, save_classifier
 
 
@@ -43,6 +42,7 @@ class RewardModel(ValueHeadModel):
         folder,
         state_dict=None,
         merge: bool = False,
+        dtype: torch.dtype | None = None,
         as_sequence_classifier: bool = False,
         pad_token_id: int | None = None,
     ):
@@ -57,12 +57,13 @@ class RewardModel(ValueHeadModel):
             UserError: transformers has no classifier of this architecture with one linear head at the last token.
         """
         if not as_sequence_classifier:
-            return super().save_pretrained(folder, state_dict, merge)
+            return super().save_pretrained(folder, state_dict, merge, dtype)
         if self.has_adapter and not merge:
             raise UserError("a sequence classifier is stored whole: merge its adapters (merge=True)")
         state = self.state_dict() if state_dict is None else state_dict
         if self.has_adapter:
-            trunk = copy.deepcopy(self.model).merge_and_unload().state_dict()
+            trunk = merged(self.model).state_dict()
         else:
             trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        trunk = trunk if dtype is None else cast(trunk, dtype)
         save_classifier(folder, self.config, trunk, state["value_head.weight"], pad_token_id)

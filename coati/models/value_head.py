@@ -26,12 +26,17 @@ class ValueHead(nn.Module):
         v_head_initializer_range: float = 0.2,
     ):
         super().__init__()
-        if v_head_init_strategy not in (None, "normal"):
-            raise UserError(f"v_head_init_strategy is {v_head_init_strategy!r}: give None or 'normal'")
-        self.dropout = nn.Dropout(getattr(config, "summary_dropout_prob", summary_dropout_prob) or 0.0)
+        dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.summary = nn.Linear(hidden_size(config), 1, dtype=torch.float32)
-        if v_head_init_strategy == "normal":
-            nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
+        self.init_weights(v_head_init_strategy, v_head_initializer_range)
+
+    def init_weights(self, strategy: str | None, initializer_range: float = 0.2):
+        """Draws the weights anew by "normal"; None leaves them as they are."""
+        if strategy not in (None, "normal"):
+            raise UserError(f"v_head_init_strategy is {strategy!r}: give None or 'normal'")
+        if strategy == "normal":
+            nn.init.normal_(self.summary.weight, std=initializer_range)
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.adapters import load_adapter
 from coati.models.base import load_transformer
+from coati.models.cache import cache_name, cache_of
+from coati.models.generation_config import repair_generation_config
 from coati.models.lora import base_of_adapter
 from coati.models.value_head import ValueHead
 
@@ -20,6 +24,18 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 logger = logging.getLogger(__name__)
+
+
+class _OfTransformers:
+    """A class attribute that is a class of transformers, which is imported when it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner):
+        import transformers
+
+        return getattr(transformers, self.name)
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -33,13 +49,20 @@ class PreTrainedModelWrapper(nn.Module):
         score_module, supports_rm_adapter, rm_adapter_name: the linear layer and the name of a reward adapter.
         **head: `ValueHead`'s keywords.
 
+    Attributes:
+        transformers_parent_class: the auto class of transformers that loads what is wrapped.
+        lm_head_namings: what the language-model head may be called, where the model doesn't say which one it is.
+        supported_args: the keywords of the head.
+
     Raises:
         UserError: not a language model of this class's kind, no language-model head, prompt or prefix tuning.
     """
 
+    transformers_parent_class: Any = None
     auto_class = ""
+    lm_head_namings: tuple[str, ...] = ()
     is_encoder_decoder = False
-    supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
+    supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
     def __init__(
         self,
@@ -50,16 +73,27 @@ class PreTrainedModelWrapper(nn.Module):
         **head,
     ):
         super().__init__()
-        base = check_language_model(pretrained_model, self.auto_class, self.is_encoder_decoder)
+        base = check_language_model(pretrained_model, type(self))
         self.pretrained_model = pretrained_model
         self.is_peft_model = base is not pretrained_model
-        self.v_head = ValueHead(base.config, **head).to(base.get_output_embeddings().weight.device)
+        shape = {name: value for name, value in head.items() if name == "summary_dropout_prob"}
+        self.v_head = ValueHead(base.config, **shape).to(language_model_head(base, self.lm_head_namings).weight.device)
+        self._init_weights(**head)
         self.supports_rm_adapter, self.rm_adapter_name = supports_rm_adapter, rm_adapter_name
         if score_module is not None:
             self.score = score_module
         self.register_state_dict_post_hook(_hide_prefix)
         self.register_load_state_dict_pre_hook(_restore_prefix)
         self.train(base.training)
+
+    def _init_weights(
+        self,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+        summary_dropout_prob: float | None = None,
+    ):
+        """Draws the head's weights anew, given `ValueHead`'s keywords; strategy None leaves them as they are."""
+        self.v_head.init_weights(v_head_init_strategy, v_head_initializer_range)
 
     def __getattr__(self, name: str):
         try:
@@ -82,7 +116,7 @@ class PreTrainedModelWrapper(nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder (full model, or adapter) or name, whose head is read if there is
-                one and drawn anew, with a warning, if not; or a model.
+                one and drawn anew, with a warning, if not; or a model, whose own `v_head`, if any, becomes the head.
             peft_config: adds a new adapter.
             is_trainable: whether the adapter of an adapter folder trains.
             reward_adapter: folder or name of an adapter with a `score` layer, for `compute_reward_score`.
@@ -92,14 +126,16 @@ class PreTrainedModelWrapper(nn.Module):
             UserError: neither path nor model, a checkpoint that doesn't fit, an unsuitable adapter.
         """
         if reward_adapter is not None and not isinstance(reward_adapter, str):
-            raise UserError(f"reward_adapter is a {type(reward_adapter).__name__}: give a folder or a hub name")
+            kind = type(reward_adapter).__name__
+            raise UserError(f"reward_adapter is a {kind}: give a folder or a hub name, as a string")
         model, source = pretrained_model_name_or_path, None
         head = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         kbit = {name: kwargs.pop(name) for name in KBIT_OPTIONS if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if isinstance(model, (str, Path)):
             source = str(model)
-            model = _load_base(cls.auto_class, source, is_trainable, hub, kwargs)
+            model = _load_base(cls.transformers_parent_class, source, is_trainable, hub, kwargs)
+        carried = _take_head(model)
         if peft_config is not None:
             model = _add_adapter(model, peft_config, kbit)
         rewards = {}
@@ -109,13 +145,19 @@ class PreTrainedModelWrapper(nn.Module):
             )
             rewards = dict(score_module=score, supports_rm_adapter=True, rm_adapter_name=reward_adapter_name)
         wrapper = cls(model, **rewards, **head)
-        if source is not None:
-            wrapper._read_head(source, hub)
+        if note := repair_generation_config(check_language_model(model, cls)):
+            logger.warning(note)
+        if source is None:
+            wrapper._fill_head(carried, type(model).__name__)
+        elif state := load_head(source, **hub):
+            wrapper._fill_head(state, source)
+        else:
+            logger.warning("%s has no value head (%s*): a new one is drawn", source, HEAD)
         return wrapper
 
-    def _read_head(self, source: str, hub: dict):
-        if (state := load_head(source, **hub)) is None:
-            logger.warning("%s has no value head (%s*): a new one is drawn", source, HEAD)
+    def _fill_head(self, state: dict[str, Tensor], source: str):
+        """Takes over the tensors `v_head.*`, if there are any."""
+        if not state:
             return
         try:
             self.v_head.load_state_dict({key.removeprefix("v_head."): value for key, value in state.items()})
@@ -146,12 +188,13 @@ class PreTrainedModelWrapper(nn.Module):
                 encoder-decoder, `seq` is the decoder's.
         """
         kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
-        output, hidden = self._run(
-            input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        if past_key_values is not None:
+            base = self.pretrained_model.get_base_model() if self.is_peft_model else self.pretrained_model
+            kwargs[cache_name(base)] = past_key_values
+        output, hidden = self._run(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         values = self.v_head(hidden).squeeze(-1).to(output.logits.device)
         result = (output.logits.float(), output.loss, values)
-        return (*result, output.past_key_values) if return_past_key_values else result
+        return (*result, cache_of(output)) if return_past_key_values else result
 
     def _run(self, **inputs):
         """The wrapped model's output and the last hidden states, `[batch, seq, hidden]`."""
@@ -173,16 +216,23 @@ class PreTrainedModelWrapper(nn.Module):
         if not self.is_peft_model:
             self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
             return
-        names = [name for name in self.peft_config if name != self.rm_adapter_name]
-        self.pretrained_model.save_pretrained(folder, **{"state_dict": state, "selected_adapters": names, **kwargs})
+        options = {"state_dict": state, "selected_adapters": [n for n in self.peft_config if n != self.rm_adapter_name]}
+        # by its class: `push_to_hub` makes the model's own method this one
+        type(self.pretrained_model).save_pretrained(self.pretrained_model, folder, **{**options, **kwargs})
         if kwargs.get("is_main_process", True):
             save_head(folder, state)
 
     def push_to_hub(self, *args, **kwargs):
-        """transformers' `push_to_hub` of what `save_pretrained` writes."""
-        from transformers.utils import PushToHubMixin
-
-        return PushToHubMixin.push_to_hub(self, *args, **kwargs)
+        """The wrapped model's `push_to_hub`, of what `save_pretrained` writes. The model carries the head then."""
+        model = self.pretrained_model
+        model.v_head = self.v_head
+        if not self.is_peft_model:
+            return model.push_to_hub(*args, **kwargs)
+        model.save_pretrained = self.save_pretrained  # its own leaves out what is no adapter
+        try:
+            return model.push_to_hub(*args, **kwargs)
+        finally:
+            del model.save_pretrained
 
     @classmethod
     def add_and_load_reward_modeling_adapter(
@@ -200,11 +250,11 @@ class PreTrainedModelWrapper(nn.Module):
         Raises:
             UserError: no peft model, or an adapter without `score` weights.
         """
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from peft.utils.save_and_load import load_peft_weights
 
         if not isinstance(pretrained_model, PeftModel):
-            raise UserError("a reward adapter needs a model with a peft adapter: give peft_config as well")
+            raise UserError("reward_adapter needs a model with a peft adapter, a PeftModel: give peft_config as well")
         state = load_peft_weights(adapter_model_id, device="cpu", token=token)
         parts = {key.rpartition(".")[2]: value for key, value in state.items() if _is_score(key)}
         if "weight" not in parts:
@@ -212,8 +262,16 @@ class PreTrainedModelWrapper(nn.Module):
                 f"the adapter {adapter_model_id} has no score layer: train it on AutoModelForSequenceClassification "
                 "with modules_to_save=['score']"
             )
+        if getattr(PeftConfig.from_pretrained(adapter_model_id, token=token), "bias", "none") != "none":
+            raise UserError(
+                f"the reward adapter {adapter_model_id} trains biases of the base model, which are the policy's too: "
+                "train it with bias='none'"
+            )
         with _kept(pretrained_model):
-            pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+            found = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+        wrong = [*found.missing_keys, *(key for key in found.unexpected_keys if not _is_score(key))]
+        if wrong:
+            raise UserError(f"the reward adapter {adapter_model_id} doesn't fit this model: {wrong[0]}")
         labels, width = parts["weight"].shape
         score = nn.Linear(width, labels, bias="bias" in parts, device=pretrained_model.device, dtype=torch.float32)
         score.load_state_dict(parts)
@@ -233,7 +291,9 @@ class PreTrainedModelWrapper(nn.Module):
             UserError: there is no reward adapter.
         """
         if not self.supports_rm_adapter:
-            raise UserError("this model has no reward adapter: load it with reward_adapter=FOLDER")
+            raise UserError(
+                "this model has no reward modeling adapter, no reward adapter: load it with reward_adapter=FOLDER"
+            )
         with _kept(self.pretrained_model):
             self.pretrained_model.set_adapter(self.rm_adapter_name, inference_mode=True)
             self.pretrained_model.eval()
@@ -244,13 +304,17 @@ class PreTrainedModelWrapper(nn.Module):
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
     """A causal language model with a value head."""
 
+    transformers_parent_class = _OfTransformers("AutoModelForCausalLM")
     auto_class = "AutoModelForCausalLM"
+    lm_head_namings = ("lm_head", "embed_out")
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder with a value head on the decoder's last hidden states."""
 
+    transformers_parent_class = _OfTransformers("AutoModelForSeq2SeqLM")
     auto_class = "AutoModelForSeq2SeqLM"
+    lm_head_namings = ("lm_head", "embed_out", "output_projection")
     is_encoder_decoder = True
 
 
@@ -297,8 +361,8 @@ def _read_head_of_file(file: str) -> dict[str, Tensor]:
         return {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(HEAD)}  # noqa: SIM118
 
 
-def check_language_model(model, auto_class: str, is_encoder_decoder: bool) -> nn.Module:
-    """The transformers model itself, inside any adapter.
+def check_language_model(model, wrapper: type[PreTrainedModelWrapper]) -> nn.Module:
+    """The transformers model itself, inside any adapter, which `wrapper` is for.
 
     Raises:
         UserError: as `PreTrainedModelWrapper` says.
@@ -307,15 +371,20 @@ def check_language_model(model, auto_class: str, is_encoder_decoder: bool) -> nn
     from transformers import PreTrainedModel
 
     if not isinstance(model, (PreTrainedModel, PeftModel)):
-        raise UserError(f"a value head goes on a transformers model or its folder or name, not on {type(model)}")
+        raise UserError(
+            "a value head goes on a transformers model (a PreTrainedModel or PeftModel) or its folder or name, not on "
+            f"{type(model)}"
+        )
     base = model
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         for config in model.peft_config.values():
             _check_adapter(config)
     name = type(base).__name__
-    if base.get_output_embeddings() is None or bool(base.config.is_encoder_decoder) != is_encoder_decoder:
-        raise UserError(f"{name} is no language model with a language-model head that {auto_class} would load")
+    has_head = language_model_head(base, wrapper.lm_head_namings) is not None
+    if not has_head or bool(base.config.is_encoder_decoder) != wrapper.is_encoder_decoder:
+        kind = wrapper.transformers_parent_class.__name__
+        raise UserError(f"{name} is no language model with a language model head that {kind} would load")
     if any(parameter.is_meta for parameter in base.parameters()):
         raise UserError(
             f"weights of {name} are offloaded: a value head needs a device_map that fits without offloading"
@@ -323,18 +392,40 @@ def check_language_model(model, auto_class: str, is_encoder_decoder: bool) -> nn
     return base
 
 
+def language_model_head(base: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The output layer of a transformers model: what it says is one, or else has one of the names."""
+    if (head := base.get_output_embeddings()) is not None:
+        return head
+    return next((module for name, module in base.named_modules() if name.rpartition(".")[2] in names), None)
+
+
+def _take_head(model) -> dict[str, Tensor]:
+    """Removes a head from a model that carries one, and gives its tensors, `v_head.*`."""
+    owners = [part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)]
+    owners += [model.get_base_model()] if hasattr(model, "get_base_model") else []
+    for owner in owners:
+        if "v_head" in owner._modules:
+            head = owner.v_head
+            del owner.v_head
+            return {f"v_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return {}
+
+
 def _check_adapter(config):
     from peft import PeftConfig
 
     if not isinstance(config, PeftConfig):
-        raise UserError(f"peft_config is a {type(config).__name__}: give a peft config such as LoraConfig")
+        kind = type(config).__name__
+        raise UserError(f"peft_config is a {kind}: give a peft config such as LoraConfig, which is a peft.PeftConfig")
     if config.is_prompt_learning:
-        raise UserError(f"{type(config).__name__}: prompt and prefix tuning don't work with a value head; use LoRA")
+        raise UserError(
+            f"{type(config).__name__}: prompt and prefix tuning don't work with a value head (no PromptLearningConfig "
+            "does): use LoRA"
+        )
 
 
-def _load_base(auto_class: str, source: str, is_trainable: bool, hub: dict, kwargs: dict) -> nn.Module:
+def _load_base(auto_class, source: str, is_trainable: bool, hub: dict, kwargs: dict) -> nn.Module:
     """The model of a folder or name, inside its adapter if it is an adapter's."""
-    from peft import PeftModel
     from transformers.utils.peft_utils import find_adapter_config_file
 
     kwargs = dict(kwargs)
@@ -345,7 +436,8 @@ def _load_base(auto_class: str, source: str, is_trainable: bool, hub: dict, kwar
     for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
         kwargs.pop(name, None)
     base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
-    return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **hub)
+    adapted, _ = load_adapter(base, source, is_trainable, **hub)
+    return adapted
 
 
 def _add_adapter(model: nn.Module, peft_config, kbit: dict) -> nn.Module:
@@ -390,7 +482,11 @@ def _hide_prefix(module: nn.Module, state: dict, prefix: str, metadata):
 
 
 def _restore_prefix(module: nn.Module, state: dict, prefix: str, *unused):
+    twice = "v_head" in module.pretrained_model._modules  # the model carries the head too, see `push_to_hub`
     for key in [key for key in state if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
-        if name.partition(".")[0] not in module._modules:
+        first = name.partition(".")[0]
+        if first == "v_head" and twice:
+            state[f"{prefix}pretrained_model.{name}"] = state[key]
+        elif first not in module._modules:
             state[f"{prefix}pretrained_model.{name}"] = state.pop(key)

@@ -172,8 +172,11 @@ class _TorchAdamExtension(_Extension):
 
 def install():
     """Prepares Colossal-AI for this machine, once a process."""
+    # colossalai's pipeline asks for these, the second over gloo where torch has NCCL; only Huawei's torch has them
     if not hasattr(dist, "is_hccl_available"):
-        setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010 - colossalai's pipeline asks for it; only Huawei's torch has it
+        setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010
+    if not hasattr(dist.Backend, "HCCL"):
+        setattr(dist.Backend, "HCCL", "hccl")  # noqa: B010
     _mend_gemini()
     for loader in (FusedOptimizerLoader, CPUAdamLoader):
         loader.REGISTRY = [_TorchAdamExtension]

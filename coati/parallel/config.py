@@ -27,7 +27,8 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
     _check_sizes(config, plugin, lora, world_size)
     if lora and not plugin.trains_adapters:
         raise UserError(
-            f"{config.plugin} can't train LoRA adapters: use --plugin zero2, or train all weights (--lora_rank 0)"
+            f"{config.plugin} can't train LoRA adapters: use --plugin zero2, or all weights (--lora_rank 0, adapters "
+            "merged)"
         )
     if config.precision == "fp32" and not plugin.computes_in_fp32:
         raise UserError(f"{config.plugin} computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
@@ -48,12 +49,15 @@ def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: i
         )
     if not used:
         return
+    if lora:
+        raise UserError(
+            f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or all weights (--lora_rank 0, "
+            "adapters merged)"
+        )
     if world_size is not None and world_size % config.model_parallel_size:
         raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
     if not plugin.splits:
         raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
-    if lora:
-        raise UserError(f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or --lora_rank 0")
     if sizes["pipeline_parallel"] > 1 and "pipeline_parallel" not in plugin.splits:
         raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
     if sizes["sequence_parallel"] > 1 and len(used) > 1:

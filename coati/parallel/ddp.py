@@ -24,7 +24,7 @@ class DDPEngine(Engine):
     def _narrow_frozen_weights(self):
         """Weights beside an adapter: autocast would cast them at every use."""
         for parameter in self.module.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
                 parameter.data = parameter.data.to(DTYPES[self.precision])
 
     def autocast(self):

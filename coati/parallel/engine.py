@@ -4,6 +4,7 @@ The kinds of engine (ddp, zero, gemini, hybrid) stand in files of their own, eac
 `coati.parallel.factory` chooses.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,6 +35,7 @@ class Engine:
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
+        parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
     """
 
     def __init__(
@@ -51,12 +53,15 @@ class Engine:
         self.skipped_in_a_row = self.skipped_steps = 0
         self.model: Any = module  # colossalai's wrappers have methods of their own
         self.optimizer: Any = None
+        self.parameters = sum(count(p) for p in module.parameters())
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
         if optimizer is None:
             module.requires_grad_(False).eval()
+            self.trained_parameters = 0
             self.hold_frozen()
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
+            self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
             self.booster = self.make_booster(accumulates)
             self.model, self.optimizer, *_ = self.booster.boost(module, self.make_optimizer(optimizer))
         self._restore_buffers(buffers)
@@ -245,6 +250,12 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             if name in buffers and buffer.dtype != torch.float32:
                 buffer.data = buffers[name].to(self.runtime.device)
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Its numbers; of a quantized weight, those that are packed in it."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def parameter_groups(module: nn.Module, settings: dict) -> list[dict]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from coati.errors import UserError
+from coati.models.attention import soft_cap
 from coati.models.layout import Layout
 
 ATTENTION = "coati_ulysses"
@@ -92,11 +93,13 @@ def use_split_attention(transformer, group):
     it is given, whatever length the model takes it to have.
 
     Raises:
-        UserError: its heads don't divide, or it takes no positions.
+        UserError: its heads don't divide, or it takes no positions, or its attention is more than sdpa computes.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config, ranks = transformer.config, 1 if group is None else dist.get_world_size(group)
+    if soft_cap(config) or not transformer._supports_sdpa:
+        raise UserError(f"sequences of {config.model_type} can't be split: its attention is more than sdpa computes")
     if config.num_attention_heads % ranks:
         raise UserError(
             f"the model has {config.num_attention_heads} attention heads: they don't divide among sequence_parallel "

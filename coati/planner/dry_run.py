@@ -253,17 +253,19 @@ class _DryRun:
         with live, replica.computing(whole=True):
             ids, mask = torch.zeros(2, rows, prompt, dtype=torch.long)  # whole, also under sequence parallelism
             cache = _counted_cache(live, replica.name)
-            output = module(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            options = {replica.module.cache_name: cache, "use_cache": True}
+            output = module(ids, attention_mask=mask, logits_to_keep=1, **options)
             _draw(output.logits[:, -1])
             filled = [(layer.keys, layer.values) for layer in cache.layers]
-        del output, cache
+        del output, cache, options
         live.moment(f"{phase}: last token")
         with live, replica.computing(whole=True):
             cache = _counted_cache(live, replica.name)
             for i in range(len(filled)):
                 cache.update(*(_longer(kept, prompt + new - 1) for kept in filled.pop(0)), i)
             mask = torch.ones(rows, prompt + new, dtype=torch.long)
-            output = module(ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+            options = {replica.module.cache_name: cache, "use_cache": True}
+            output = module(ids[:, -1:], attention_mask=mask, **options)
             _draw(output.logits[:, -1])
         for part in training:
             part.training = True

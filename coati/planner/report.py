@@ -55,7 +55,7 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
         config.precision = "bf16" if on_gpu or config.plugin == "gemini" else "fp32"
     if on_gpu:  # as large, and this machine need not have a GPU
         config.precision = config.precision.replace("fp16", "bf16")
-        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "sdpa")
+        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
     from coati.planner.dry_run import Workload
 
     return Workload(algorithm, config, _shapes(config, algorithm), gpus, on_gpu)

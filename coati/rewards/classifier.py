@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.base import load_transformer, quiet_transformers
+from coati.models.base import load_transformer
 from coati.models.classifier import at_last_token, reads_last_token
 from coati.models.lora import is_adapter
+from coati.models.positions import row_limit
+from coati.models.quiet import quiet_transformers
 from coati.rewards.config import PLAIN
 
 
@@ -207,6 +209,8 @@ class SequenceClassifierReward:
     def _max_length(self, wanted: int | None) -> int | None:
         config = self.model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+        if (table := row_limit(self.model)) is not None:  # RoBERTa's is two shorter than its config says
+            limits.append(table.tokens)
         limit = min([n for n in limits if n is not None and n > 0], default=None)
         if wanted is None:
             own = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none

@@ -19,6 +19,7 @@ import torch
 
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
+from coati.models.adapters import merged
 from coati.rollout.generator import Completion, OnDone, Request, report
 from coati.rollout.prompts import never_ids
 
@@ -165,7 +166,7 @@ def _weights(model) -> list[tuple[str, torch.Tensor]]:
     """The weights by their names in a checkpoint, with adapters added in."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = copy.deepcopy(model.model).merge_and_unload() if model.has_adapter else model.transformer
+    whole = merged(model.model) if model.has_adapter else model.transformer
     return list(revert_weight_conversion(whole, whole.state_dict()).items())
 
 

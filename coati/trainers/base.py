@@ -12,16 +12,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, deal, prepare_tokenizer
 from coati.errors import UserError, no_room
 from coati.models import Actor
-from coati.models.base import BaseModel
-from coati.models.lora import is_adapter
+from coati.models.adapters import vocabulary
+from coati.models.base import BaseModel, stored_dtype
+from coati.models.generation_config import align_eos
+from coati.models.lora import base_of_adapter, is_adapter
 from coati.models.packed import check_packing
+from coati.models.positions import row_limit
+from coati.models.quantized import is_quantized
 from coati.parallel import Checkpoints, Engine, Runtime, check_plugin, make_engine, resolve_precision
 from coati.parallel.checkpoint import NAME, lock_folder, write_json
+from coati.parallel.engine import DTYPES
 from coati.parallel.factory import engine_class
 from coati.parallel.runtime import seed_everything, use_deterministic_kernels
 from coati.parallel.update import SkippedSteps
@@ -29,8 +35,11 @@ from coati.rewards import import_function
 from coati.tracking import make_tracker, progress_bar, read_metrics
 from coati.tracking.files import to_json
 from coati.trainers.config import FINAL_MODEL, TrainerConfig
-from coati.trainers.resume import OTHER_ROWS, changed_settings, lines_of, refuse_other_models
+from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
+from coati.trainers.resume import OTHER_ROWS, UNSAID, changed_settings, lines_of, refuse_other_models
 from coati.trainers.schedule import learning_rate_at
+
+MODELS = ("model", "critic_model", "reward_model")  # settings that name one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
-        check_plugin(config, lora=config.lora_rank > 0, world_size=runtime.world_size)
+        check_plugin(config, lora=config.lora_rank > 0 or bool(adapters_in(config)), world_size=runtime.world_size)
         self.communicator = runtime.data_ranks(config.model_parallel_size)
         config.check(self.communicator.world_size)
         if config.lora_rank > 0 and config.model is None:
@@ -101,6 +110,7 @@ class Trainer:
         self.stored = self._read_stored()
         self.start = (self.stored.get("step", 0), self.stored.get("rows", 0))
         self.tokenizer = self._load_tokenizer()
+        self.said: set[str] = set()
         use_deterministic_kernels(self.config.deterministic)
         seed_everything(self.config.seed)  # models are created alike on every rank
         self.build()
@@ -121,6 +131,10 @@ class Trainer:
         """One step: its metrics (the same on every rank) and the tokens it went through on all ranks."""
         raise NotImplementedError
 
+    def longest_sequence(self) -> int:
+        """The most tokens of a row that this run's models read: known once `build` has the data."""
+        raise NotImplementedError
+
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics (without prefix) and sample rows, on the evaluation data."""
         raise NotImplementedError
@@ -137,6 +151,7 @@ class Trainer:
     def train(self):
         """Runs to the end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
         self._announce()
+        self._try_saving()
         settings = dataclasses.asdict(self.config)
         self.checkpoints.set_aside_after(self.step)
         resume_step = self.step if self.resumed_from else None
@@ -284,15 +299,32 @@ class Trainer:
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
-        vocabulary = model.transformer.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > vocabulary:
+        tokens = vocabulary(model.transformer)
+        if len(self.tokenizer) > tokens:
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {vocabulary}: "
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
                 "use the model's own tokenizer, or resize its embeddings first"
             )
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self._check_length(model)
+        align_eos(model.transformer, self.tokenizer.eos_token_id)
+        for note in model.notes:
+            self._say_once(note)
         return model
+
+    def _check_length(self, model: BaseModel):
+        limit = row_limit(model.transformer)
+        if limit is not None and (longest := self.longest_sequence()) > limit.tokens:
+            raise UserError(
+                f"rows of this run have up to {longest} tokens, and {type(model.transformer).__name__} {limit.reason} "
+                f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of answers: --max_new_tokens)"
+            )
+
+    def _say_once(self, note: str):
+        if note not in self.said:
+            self.runtime.say(note)
+        self.said.add(note)
 
     def frozen_copy(self, start) -> Engine | None:
         """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""
@@ -302,7 +334,16 @@ class Trainer:
         return make_engine(self.model(Actor, start), c, self.runtime)
 
     def engine(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
-        """A trained model under the configured plugin."""
+        """A trained model under the configured plugin.
+
+        Raises:
+            UserError: quantized weights, which only carry adapters.
+        """
+        if is_quantized(model.transformer) and not model.has_adapter:
+            raise UserError(
+                f"the weights of {self.config.model} are quantized, so they can't be trained: train adapters on them "
+                "(--lora_rank 16), or give the model in full precision"
+            )
         settings = dict(optimizer={"weight_decay": self.config.weight_decay}, accumulates=accumulates)
         return make_engine(model, self.config, self.runtime, generates=generates, **settings)
 
@@ -358,8 +399,9 @@ class Trainer:
         self.checkpoints.save(self.step, write, score)
 
     def _settings(self) -> dict[str, Any]:
-        """All settings, as JSON has them."""
-        return json.loads(to_json(dataclasses.asdict(self.config)))
+        """The settings that a checkpoint tells, as JSON has them."""
+        settings = json.loads(to_json(dataclasses.asdict(self.config)))
+        return {name: value for name, value in settings.items() if name not in UNSAID}
 
     def _read_stored(self) -> dict[str, Any]:
         """What the checkpoint's trainer.json says; empty for a new run. Says which settings are others now.
@@ -395,11 +437,29 @@ class Trainer:
             )
             seed_everything(self.config.seed + 1 + self.communicator.rank + 1000 * self.step)
 
-    def _save_model(self, engine: Engine, folder: Path, merge: bool = False):
+    def _try_saving(self):
+        c, main = self.config, self.runtime.is_main
+        if main:
+            try_saving(self.output, self.engines | self.frozen, self.tokenizer, c.merge_lora)
+            checkpoint = sum(checkpoint_bytes(engine) for engine in (self.engines | self.frozen).values())
+            dtypes = {name: self._export_dtype(engine) for name, engine in self.engines.items()}
+            export = sum(export_bytes(e, c.merge_lora, dtypes[name]) for name, e in self.engines.items())
+            check_room(self.output, checkpoint, export)
+
+    def _export_dtype(self, engine: Engine) -> torch.dtype | None:
+        """Of the final model's weights; None to leave them as they are."""
+        c = self.config
+        if c.export_dtype != "auto":
+            return DTYPES[c.export_dtype]
+        own = None if c.model is None else stored_dtype(base_of_adapter(c.model) if is_adapter(c.model) else c.model)
+        trained = engine.loads_in(c)
+        return own if own is not None and own.itemsize <= trained.itemsize else None
+
+    def _save_model(self, engine: Engine, folder: Path, merge: bool = False, dtype: torch.dtype | None = None):
         state = engine.state_dict()
         if self.runtime.is_main:
             folder.mkdir(parents=True)
-            engine.module.save_pretrained(folder, state, merge)
+            engine.module.save_pretrained(folder, state, merge, dtype)
             self.tokenizer.save_pretrained(str(folder))
 
     def _export(self):
@@ -409,7 +469,7 @@ class Trainer:
             partial = target.with_name(target.name + ".partial")
             if self.runtime.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._save_model(engine, partial, merge=self.config.merge_lora)
+            self._save_model(engine, partial, self.config.merge_lora, self._export_dtype(engine))
             if self.runtime.is_main:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(partial, target)
@@ -419,9 +479,8 @@ class Trainer:
     # --- start
 
     def _announce(self):
-        c, product = self.config, next(iter(self.engines.values())).module
-        total = sum(p.numel() for p in product.parameters())
-        trained = sum(p.numel() for p in product.parameters() if p.requires_grad)
+        c, product = self.config, next(iter(self.engines.values()))
+        total, trained = product.parameters, product.trained_parameters
         size = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
         self.runtime.say(
             f"{self.algorithm}: {size} · {c.plugin} {resolve_precision(c)} · {self.runtime.world_size} x "
@@ -476,3 +535,9 @@ def holds_work(output: Path) -> bool:
         return False
     saved = (output / FINAL_MODEL).exists() or any((output / "checkpoints").glob(NAME))
     return saved or any(row["step"] > 0 for row in read_metrics(output))
+
+
+def adapters_in(config) -> list[str]:
+    """Models of the config that are adapters' folders."""
+    sources = [getattr(config, name, None) for name in MODELS]
+    return [source for source in sources if source is not None and is_adapter(source)]

@@ -33,12 +33,17 @@ class ModelConfig(Settings):
     tokenizer: str | None = option(
         None, "folder or name of the tokenizer, if it isn't in --model's folder", path="model"
     )
-    attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2 (CUDA only)")
+    attn_implementation: str = option(
+        "auto", "sdpa, eager or flash_attention_2 (CUDA only); auto: sdpa where the model supports it, else eager"
+    )
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
     lora_target_modules: list[str] = option(("all-linear",), "names of the layers that get adapters")
     merge_lora: bool = option(True, "the final export has the adapters merged into the weights")
+    export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "of the final model's weights; auto: that of --model, unless it was trained in a narrower one"
+    )
 
     @property
     def lora(self) -> "LoraSettings | None":

@@ -236,6 +236,10 @@ class PPOTrainer(RolloutTrainer):
 
     # --- the four models
 
+    def longest_sequence(self):
+        text = 0 if self.ptx_data is None else int(self.ptx_data.lengths.max())
+        return max(super().longest_sequence(), text)
+
     def build(self):
         c = self.config
         if c.model is None and self.policy is None:

@@ -37,7 +37,7 @@ from coati.parallel import Engine, resolve_precision
 from coati.trainers.config import REFERENCE_FREE, PreferenceConfig
 from coati.trainers.reward import RewardTrainer
 
-CACHE_VERSION = 1  # count up whenever the same model and data give other log-probs
+CACHE_VERSION = 2  # count up whenever the same model and data give other log-probs
 
 
 def preference_trainer(config: PreferenceConfig, runtime, **options) -> "PreferenceTrainer":
@@ -179,6 +179,10 @@ class KTOTrainer(PreferenceTrainer):
 
     kind, rows_per_sample = "unpaired", 1
     headline = ("loss", False)
+
+    def longest_sequence(self):
+        """Other rows' answers are put to each prompt."""
+        return self.config.max_length
 
     def collate(self, samples):
         return collate_unpaired(samples, self.pad_id)

@@ -4,7 +4,19 @@ from typing import Any
 
 from coati.errors import UserError
 
-UNSAID = ("resume", "output_dir")
+# What a run writes, where and how often: it trains the same
+UNSAID = (
+    "resume",
+    "output_dir",
+    "cache_dir",
+    "run_name",
+    "wandb",
+    "wandb_project",
+    "tensorboard",
+    "progress",
+    "samples",
+)
+UNSAID += ("log_every", "eval_every", "save_every", "keep_checkpoints")
 # Built into the checkpoint's weights
 FIXED = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "shared_trunk", "freeze")
 ORDER = "rows come in another order from here on: of this epoch some may be seen again, others not at all"
@@ -39,8 +51,7 @@ MEANING = {
 
 def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What both have and differ in: name -> (in the checkpoint, now)."""
-    both = [name for name in now if name in stored and name not in UNSAID]
-    return {name: (stored[name], now[name]) for name in both if stored[name] != now[name]}
+    return {name: (stored[name], now[name]) for name in now if name in stored and stored[name] != now[name]}
 
 
 def refuse_other_models(changed: dict[str, tuple[Any, Any]], folder):

@@ -245,6 +245,11 @@ class RolloutTrainer(Trainer):
 
     # --- data and models
 
+    def longest_sequence(self):
+        """A prompt and its answer."""
+        prompts = [int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None]
+        return max(prompts) + self.config.max_new_tokens
+
     def build(self):
         c, kind = self.config, self.algorithm.upper()
         self.data = self.dataset(c.train_data, "prompt", c.train_weights)

@@ -24,6 +24,19 @@ class SFTTrainer(SupervisedTrainer):
     headline = ("loss", False)
     generates = True
 
+    def longest_sequence(self):
+        """A row, or a sample answer with its prompt."""
+        asked = max((len(prompt) for prompt in self.sample_prompts()), default=None)
+        answered = 0 if asked is None else asked + self.config.max_new_tokens
+        return max(super().longest_sequence(), answered)
+
+    def sample_prompts(self) -> list[list[int]]:
+        """The first evaluation prompts, which are answered for the report."""
+        if self.eval_data is None or not self.generates:
+            return []
+        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
+        return [row.input_ids[: row.loss_mask.index(True)] for row in rows]
+
     def collate(self, samples):
         return collate_sft(samples, self.pad_id)
 
@@ -46,9 +59,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def samples(self, scores):
         """Answers to the first evaluation prompts, drawn from the same random numbers at every evaluation."""
-        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
-        prompts = [row.input_ids[: row.loss_mask.index(True)] for row in rows]
-        engine = self.engines["model"]
+        prompts, engine = self.sample_prompts(), self.engines["model"]
         seeds = [[self.config.seed, place] for place in range(len(prompts))]
         with engine.full() as model:
             ends = eos_ids(self.tokenizer, model)

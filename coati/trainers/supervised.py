@@ -31,6 +31,9 @@ class SupervisedTrainer(Trainer):
         accumulates = rows > c.micro_batch_size
         self.engines = {"model": self.engine(model, accumulates=accumulates, generates=self.generates)}
 
+    def longest_sequence(self):
+        return max(int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None)
+
     def collate(self, samples: list) -> Any:
         """A batch from samples."""
         raise NotImplementedError

@@ -62,7 +62,7 @@ def everything(engine) -> dict[str, torch.Tensor]:
     tensors = dict(engine.state_dict())
     for i, state in enumerate(engine.optimizer.optim.state.values()):
         tensors |= {f"state.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors |= {f"master.{i}": tensor for i, tensor in enumerate(engine._master_weights())}
+    tensors |= {f"master.{i}": tensor for i, tensor in enumerate(engine.master_weights())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

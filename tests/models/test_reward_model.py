@@ -7,6 +7,7 @@ import torch
 
 from coati.errors import UserError
 from coati.models import Critic, LoraSettings, RewardModel
+from coati.models.attention import set_eager_where_capped
 from tests.models.decoders import DECODERS, decoder_config
 from tests.models.families import GROUPED, SHARED, padded, rows, tiny_config
 
@@ -23,7 +24,13 @@ def classifier(config):
     import transformers
 
     torch.manual_seed(0)
-    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    return with_our_attention(transformers.AutoModelForSequenceClassification.from_config(config).eval())
+
+
+def with_our_attention(plain):
+    """Transformers leaves soft caps out by default; ours doesn't."""
+    set_eager_where_capped(plain)
+    return plain
 
 
 def opened(folder):
@@ -32,7 +39,7 @@ def opened(folder):
 
     plain, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
-    return plain.eval()
+    return with_our_attention(plain.eval())
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -370,6 +370,156 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(adapters, monkeypatch):
     assert torch.equal(pushed["head"]["v_head.summary.weight"], model.v_head.summary.weight)
 
 
+# --- as TRL 0.11
+
+CLASSES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
+
+
+def test_class_attributes_are_trls():
+    """REPORT 33: by class and by instance; a subclass may give its own."""
+    import transformers
+
+    heads = ("lm_head", "embed_out")
+    expected = [(transformers.AutoModelForCausalLM, heads)]
+    expected += [(transformers.AutoModelForSeq2SeqLM, (*heads, "output_projection"))]
+    for model_class, family, (parent, namings) in zip(CLASSES, ("gpt2", "t5"), expected, strict=True):
+        for owner in (model_class, make(family)):
+            assert owner.transformers_parent_class is parent
+            assert tuple(owner.lm_head_namings) == namings
+            assert set(owner.supported_args) == {
+                "summary_dropout_prob",
+                "v_head_initializer_range",
+                "v_head_init_strategy",
+            }
+
+
+def test_a_subclass_loads_by_its_own_parent_class(tmp_path):
+    """REPORT 33: the attribute is what `from_pretrained` loads with."""
+    import transformers
+
+    class OfGPT2(AutoModelForCausalLMWithValueHead):
+        transformers_parent_class = transformers.GPT2LMHeadModel
+
+    language_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    assert isinstance(OfGPT2.from_pretrained(tmp_path / "gpt2").pretrained_model, transformers.GPT2LMHeadModel)
+    with pytest.raises(UserError, match="no language model with a language model head that GPT2LMHeadModel would load"):
+        OfGPT2(transformers.AutoModel.from_config(config_of("gpt2")))
+
+
+def test_a_head_is_found_by_its_name_where_the_model_does_not_say(monkeypatch):
+    """REPORT 33: that is what `lm_head_namings` is for."""
+    base = language_model("gpt_neox")
+    monkeypatch.setattr(type(base), "get_output_embeddings", lambda self: None)
+    assert AutoModelForCausalLMWithValueHead(base).v_head.summary.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_init_weights_draws_the_head_anew(family):
+    """REPORT 33."""
+    model = make(family)
+    before = model.v_head.summary.weight.clone()
+    model._init_weights()
+    assert torch.equal(model.v_head.summary.weight, before)
+    model._init_weights(v_head_init_strategy="normal", v_head_initializer_range=7.0, summary_dropout_prob=0.3)
+    assert model.v_head.summary.weight.std() > 2
+    assert model.v_head.summary.bias == 0
+    with pytest.raises(UserError, match="'xavier': give None or 'normal'"):
+        model._init_weights(v_head_init_strategy="xavier")
+
+
+@pytest.mark.parametrize(
+    ("dropout", "kind"), [(0, nn.Identity), (0.0, nn.Identity), (None, nn.Identity), (0.2, nn.Dropout)]
+)
+def test_no_dropout_is_no_layer(dropout, kind):
+    """REPORT 33: from the keyword and from the config."""
+    assert type(ValueHead(config_of("gpt2"), summary_dropout_prob=dropout).dropout) is kind
+    config = config_of("llama")
+    config.summary_dropout_prob = dropout
+    assert type(ValueHead(config).dropout) is kind
+    assert type(make("gpt2", summary_dropout_prob=dropout).v_head.dropout) is kind
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_head_that_the_base_carries_is_taken_over(family, adapters):
+    """REPORT 33: all-linear adapters are for the language model, not for its head."""
+    base = language_model(family)
+    base.v_head = ValueHead(base.config, v_head_init_strategy="normal")
+    expected = {name: tensor.clone() for name, tensor in base.v_head.state_dict().items()}
+    names = set(language_model(family).state_dict())
+    options = {"peft_config": lora()} if adapters else {}
+    model = value_head_class(family).from_pretrained(base, **options).eval()
+    assert all(torch.equal(model.v_head.state_dict()[name], tensor) for name, tensor in expected.items())
+    if not adapters:
+        assert set(model.state_dict()) == names | {f"v_head.{name}" for name in expected}
+    assert not [name for name, _ in model.named_parameters() if "v_head" in name and "lora" in name]
+
+
+def test_a_head_of_another_shape_on_the_base_is_refused():
+    """REPORT 33."""
+    base = language_model("gpt2")
+    base.v_head = nn.Linear(32, 1)
+    with pytest.raises(UserError, match="the value head in GPT2LMHeadModel doesn't fit"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(base)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_push_to_hub_calls_the_base_models_with_its_head_on_it(adapters, monkeypatch, tmp_path):
+    """REPORT 33: positional and keyword arguments get through; afterwards states are what they were."""
+    model = with_adapter("llama") if adapters else make("llama")
+    before, calls = set(model.state_dict()), []
+
+    def push(self, *args, **kwargs):
+        assert self.v_head is model.v_head
+        self.save_pretrained(str(tmp_path))
+        calls.append((self, args, kwargs))
+        return "address"
+
+    monkeypatch.setattr(type(model.pretrained_model), "push_to_hub", push)
+    assert model.push_to_hub("someone/model", private=True, commit_message="first") == "address"
+    [(base, args, kwargs)] = calls
+    assert base is model.pretrained_model
+    assert (args, kwargs) == (("someone/model",), {"private": True, "commit_message": "first"})
+    assert torch.equal(load_head(tmp_path)["v_head.summary.weight"], model.v_head.summary.weight)
+    assert set(model.state_dict()) == before
+    assert not model.load_state_dict(model.state_dict()).missing_keys
+    assert "save_pretrained" not in vars(model.pretrained_model)
+
+
+def test_errors_have_trls_words(tmp_path):
+    """REPORT 33: those that its users search for."""
+    import peft
+
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    language_model("llama").save_pretrained(tmp_path)
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    cases = {
+        "PreTrainedModel": lambda: load(17),
+        "PeftModel": lambda: load(language_model("llama"), reward_adapter=str(tmp_path)),
+        "reward modeling adapter": lambda: make("llama").compute_reward_score(torch.tensor([[3, 4]])),
+        "PromptLearningConfig": lambda: load(language_model("llama"), peft_config=tuning),
+        "peft.PeftConfig": lambda: load(language_model("llama"), peft_config=3),
+        "string": lambda: load(language_model("llama"), peft_config=lora(), reward_adapter=tmp_path),
+        "language model head": lambda: AutoModelForCausalLMWithValueHead(language_model("t5")),
+    }
+    for words, call in cases.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_contradictory_generation_config_does_not_stop_a_save(family, tmp_path, caplog):
+    """REPORT 1: with a warning that says what was changed."""
+    language_model(family).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    with caplog.at_level(logging.WARNING):
+        model = value_head_class(family).from_pretrained(tmp_path / "base")
+    assert "do_sample" in caplog.text
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["top_p"] == 0.6
+
+
 # --- adapters
 
 
@@ -562,20 +712,28 @@ def test_scores_are_float32_under_a_bf16_model(reward_adapter):
     assert (model.dtype, model.score.weight.dtype, scores.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_a_reward_adapter_with_biases_loads(reward_adapter, tmp_path):
-    """TRL takes any bias for the score's."""
+@pytest.mark.parametrize("kind", [dict(lora_bias=True), dict(bias="all"), dict(bias="lora_only")], ids=str)
+def test_only_biases_of_its_own_are_in_a_reward_adapter(tmp_path, kind):
+    """REPORT 2: TRL takes any bias for the score's. Those of the base model are the policy's too: loading them would
+    change it."""
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    base = reward_adapter[0].parent / "base"
-    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, attention_bias=True)
-    config = lora(task_type="SEQ_CLS", target_modules=["q_proj"], bias="all")
-    get_peft_model(classifier, config).save_pretrained(tmp_path / "biased")
-    policy = language_model("llama", attention_bias=True)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        policy, peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(tmp_path / "biased")
-    )
+    language_model("llama", attention_bias=True).save_pretrained(tmp_path / "base")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    config = lora(task_type="SEQ_CLS", target_modules=["q_proj"], **kind)
+    classifier = get_peft_model(classifier, config).eval()
+    classifier.save_pretrained(tmp_path / "biased")
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    options = dict(peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(tmp_path / "biased"))
+    if "bias" in kind:
+        with pytest.raises(UserError, match="trains biases of the base model"):
+            load(tmp_path / "base", **options)
+        return
+    model, batch = load(tmp_path / "base", **options), batch_of("llama")
     assert model.score.bias is None
+    last = batch["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(model.compute_reward_score(**batch)[torch.arange(2), last], classifier(**batch).logits)
 
 
 def test_a_frozen_policy_adapter_stays_frozen(reward_adapter, tmp_path):
@@ -599,6 +757,25 @@ def test_the_policys_folder_has_no_reward_adapter(reward_adapter, tmp_path):
     batch = batch_of("llama")
     same_outputs(again(**batch), model(**batch))
     assert torch.equal(again.compute_reward_score(**batch), model.compute_reward_score(**batch))
+
+
+@pytest.mark.parametrize("change", ["a tensor is missing", "a layer is unknown"])
+def test_a_reward_adapter_is_loaded_whole(reward_adapter, change):
+    """REPORT 2: peft says what it could not place, and leaves the rest random."""
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = reward_adapter
+    state = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in state if "layers.1" in name and "lora_B" in name)
+    tensor = state.pop(name) if change == "a tensor is missing" else state[name].clone()
+    if change == "a layer is unknown":
+        state[name.replace("layers.1", "layers.7")] = tensor
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    place = "layers.1" if change == "a tensor is missing" else "layers.7"
+    with pytest.raises(UserError, match=rf"reward adapter .* doesn't fit this model: .*{place}"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            folder.parent / "base", peft_config=lora(task_type="CAUSAL_LM"), reward_adapter=str(folder)
+        )
 
 
 def test_reward_adapters_that_do_not_fit_are_errors(reward_adapter, tmp_path):

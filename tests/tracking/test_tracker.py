@@ -142,7 +142,7 @@ def test_run_json_describes_the_run(tmp_path):
     run = read_run(tmp_path)
     assert (run["algorithm"], run["name"], run["status"]) == ("ppo", "first", "running")
     assert (run["settings"], run["world_size"]) == (SETTINGS, 1)
-    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # of the build both may say more
     assert {"python", "transformers", "colossalai", "coati"} <= run["versions"].keys()
     tracker.finish("interrupted")
     tracker.finish("finished")

@@ -121,6 +121,13 @@ def test_each_setting_that_changed_is_one_line(name, checkpoint, tiny_world, run
     trainer.train()
 
 
+def test_what_a_run_writes_and_how_often_is_not_worth_a_line(checkpoint, tiny_world, runtime, tmp_path, capsys):
+    changes = dict(save_every=1, log_every=2, progress="plain", run_name="again", samples=1)
+    resumed = dict(steps=STEPS, eval_data=[], resume=str(checkpoint("sft")))
+    make("sft", tiny_world, runtime, tmp_path / "run", **resumed, **changes)
+    assert "resumed" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", ["another file", "another row in the file", "another length limit"])
 def test_other_training_data_is_said(change, checkpoint, tiny_world, runtime, tmp_path, capsys):
     """REPORT 20: also where no setting has changed, but what is in the file."""

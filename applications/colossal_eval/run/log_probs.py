@@ -161,8 +161,8 @@ class LogProbScorer:
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache) -> torch.Tensor:
         """Logits of the last `keep` positions, `[batch, keep, vocabulary]`."""
         actor, mask = self.actor, mask.to(self.device)
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask}
-        inputs |= {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask, **actor._options}
+        inputs |= {"use_cache": False} if cache is None else {actor.cache_name: cache, "use_cache": True}
         if actor.takes_positions:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :]

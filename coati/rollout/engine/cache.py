@@ -84,8 +84,9 @@ class _SlotLayer(CacheLayerMixin):
         """One token of every row."""
         rows, width = self.cache.rows, self.cache.width
         slots, columns = self.cache.order[:rows], self.cache.lengths[:rows]
-        self.keys[slots, :, columns] = key_states[:, :, 0]
-        self.values[slots, :, columns] = value_states[:, :, 0]
+        # under autocast the dtype may change from the prompt's pass to a step
+        self.keys[slots, :, columns] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[slots, :, columns] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_seq_length(self) -> int:

@@ -1,0 +1,244 @@
+"""Adapters that peft wrote: put on a model, compared with what is trained, and added to its weights."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coati.errors import UserError
+from coati.models.quantized import dequantize, is_quantized
+
+PREFIX = "base_model.model."  # of every name in an adapter's file
+LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
+
+
+def load_adapter(
+    model: nn.Module, source: str | Path, is_trainable: bool = True, **hub
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Puts a saved adapter on its base model, whatever the adapter was trained on: the model without a head, or one
+    with the head of a language model or of a sequence classifier. Where it was trained with more tokens than `model`
+    has, the embeddings get their number.
+
+    Args:
+        model: a transformers model. Without a head, it has no use for what the adapter holds of a language model's.
+        source: folder or hub name of the adapter.
+        **hub: token, revision, cache_dir, subfolder, ...
+
+    Returns:
+        The model with its adapter; and where the adapter brings a classifier's head that the model lacks, `score`, its
+        weight.
+
+    Raises:
+        UserError: prompt or prefix tuning; tensors that the model has no place for, or that are not in the file; sizes
+            that don't fit.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(source), **hub)
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{source} is an adapter of {config.peft_type.value}, which adds tokens: give one of LoRA's kind"
+        )
+    config.inference_mode = not is_trainable
+    stored, heads = _names_for(model, load_peft_weights(str(source), device="cpu", **hub))
+    score = {name.removeprefix("score."): heads[name] for name in heads if name in ("score.weight", "score.bias")}
+    others = [name for name in heads if name.partition(".")[0] not in LANGUAGE_MODEL_HEADS]
+    others = [name for name in others if name.removeprefix("score.") not in score]
+    if _is_trunk(model):
+        _aim_at_trunk(config, model)
+    places = _embedding_places(model)
+    _resize_embeddings(model, places, stored, config, source)
+    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    kind = type(model).__name__
+    try:
+        adapted = wrap(model, config)
+        result = set_peft_model_state_dict(adapted, stored)
+    except KeyError as error:
+        raise UserError(
+            f"the adapter in {source} lacks {error.args[0]}, which its adapter_config.json asks for"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter in {source} doesn't fit {kind}: {str(error).splitlines()[-1].strip()}") from error
+    own, state = {id(tensor) for tensor in adapter_state(adapted).values()}, adapted.state_dict(keep_vars=True)
+    own -= {id(state[name]) for name in state.keys() - {*result.missing_keys}}  # tied ones have another name
+    if missing := [name for name in result.missing_keys if id(state[name]) in own]:
+        raise UserError(f"the adapter in {source} lacks {len(missing)} tensors that {kind} needs: {missing[0]}")
+    lost = [name for name in result.unexpected_keys if not _is_twice(stored, name, places)]
+    if unexpected := lost + others:
+        raise UserError(
+            f"the adapter in {source} holds {len(unexpected)} tensors that {kind} has no place for "
+            f"({unexpected[0].removeprefix(PREFIX)}): merge it into the model that it was trained on, and give that"
+        )
+    if not is_trainable:
+        adapted.eval()
+    return adapted, score
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a folder of a peft model's adapter holds, by the names there: the model's own parameters."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), save_embedding_layers=False)
+
+
+def unsaved(model: nn.Module) -> list[str]:
+    """Trained parameters of a peft model that the folder of its adapter would not hold."""
+    saved = {id(tensor) for tensor in adapter_state(model).values()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+
+
+def has_more_tokens(model: nn.Module) -> bool:
+    """Whether a peft model's embeddings have another number of rows than those of the base that its adapter names, so
+    that the adapter's folder must hold them."""
+    from transformers import AutoConfig
+
+    base = model.peft_config[model.active_adapters[0]].base_model_name_or_path
+    if not base:
+        return False
+    try:
+        stored = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
+        return stored.vocab_size != vocabulary(model.get_base_model())
+    except (OSError, ValueError):  # the base has gone in the meantime
+        return True
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a peft model's transformers model with the adapters added to the weights, exactly: those of a quantized
+    model are dequantized first and stay so; embeddings and output layer are tied no more if an adapter tells them
+    apart.
+
+    Raises:
+        UserError: a quantization that can't be undone.
+    """
+    whole = copy.deepcopy(model)
+    if is_quantized(whole.get_base_model()):
+        whole = _dequantized(whole)
+    _untie(whole.get_base_model())
+    plain = whole.merge_and_unload()
+    rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if columns is not None and rows.weight is not columns.weight:
+        plain.config.get_text_config().tie_word_embeddings = plain.config.tie_word_embeddings = False
+    return plain
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes but no data, for trying what is done with a model. Tied weights stay tied."""
+    memo: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of a transformers model's input embeddings, inside any adapter."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """A quantized peft model on plain weights. The model is taken apart."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config, state = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
+    again = type(model)(dequantize(model.unload()), config)
+    set_peft_model_state_dict(again, state)
+    return again
+
+
+def _untie(base: nn.Module):
+    """Gives the output layer a weight of its own where it shares the embeddings' and an adapter changes either: what
+    is added to one would be added to both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    rows, columns = base.get_input_embeddings(), base.get_output_embeddings()
+    if columns is None or isinstance(columns, AuxiliaryTrainingWrapper):  # the latter is a copy already
+        return
+    if isinstance(rows, BaseTunerLayer) or isinstance(columns, BaseTunerLayer):
+        inner = columns.get_base_layer() if isinstance(columns, BaseTunerLayer) else columns
+        inner.weight = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
+
+
+def _embedding_places(model: nn.Module) -> list[str]:
+    """How the names of an adapter's tensors for the embeddings begin; and for the output layer, if there is one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [PREFIX + names[id(layer)] + "." for layer in layers if layer is not None]
+
+
+def _is_twice(stored: dict[str, Tensor], name: str, places: list[str]) -> bool:
+    """Whether a tensor for the output layer is that of the embeddings, as peft writes it where they are tied."""
+    twin = name.replace(places[-1], places[0])
+    return twin != name and name in stored and twin in stored and torch.equal(stored[name], stored[twin])
+
+
+def _is_trunk(model: nn.Module) -> bool:
+    return model.base_model is model
+
+
+def _names_for(model: nn.Module, stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An adapter's tensors by the names that they have for `model`; and those of a head that it lacks."""
+    own = {name.replace(".modules_to_save.", "."): tensor for name, tensor in stored.items()}  # older releases of peft
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
+    prefix, head = model.base_model_prefix + ".", {}
+    of_trunk = not any(name.startswith(prefix) for name in own)
+    if _is_trunk(model) and not of_trunk:
+        head = {name: tensor for name, tensor in own.items() if not name.startswith(prefix)}
+        own = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+    elif of_trunk and not _is_trunk(model):
+        own = {prefix + name: tensor for name, tensor in own.items()}
+    return {PREFIX + name: tensor for name, tensor in own.items()}, head
+
+
+def _aim_at_trunk(config, model: nn.Module):
+    """Makes an adapter's config fit the model without a head."""
+    config.task_type = None  # peft's classes for tasks look for a head
+    prefix = model.base_model_prefix + "."
+    for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        names = getattr(config, name, None)
+        if isinstance(names, (list, set)):
+            setattr(config, name, type(names)(full.removeprefix(prefix) for full in names))
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, name, None) or {}
+        setattr(config, name, {full.removeprefix(prefix): value for full, value in pattern.items()})
+    there = [f".{name}" for name, _ in model.named_modules()]
+    wanted = getattr(config, "modules_to_save", None) or ()
+    config.modules_to_save = [name for name in wanted if any(one.endswith(f".{name}") for one in there)] or None
+
+
+def _resize_embeddings(model: nn.Module, places: list[str], stored: dict[str, Tensor], config, source):
+    """Gives the embeddings the number of rows that the adapter's tensors have.
+
+    Raises:
+        UserError: it is another number, and the adapter doesn't hold the rows.
+    """
+    parts = [{k.removeprefix(place): v for k, v in stored.items() if k.startswith(place)} for place in places]
+    sizes = {size for part, columns in zip(parts, (False, True), strict=False) for size in _rows(part, columns)}
+    had, tokens = vocabulary(model), getattr(config, "trainable_token_indices", None) or []
+    last = max([t for part in tokens.values() for t in part] if isinstance(tokens, dict) else tokens, default=0)
+    sizes |= {last + 1} if last >= had and not sizes else set()
+    if sizes <= {had}:
+        return
+    if len(sizes) > 1:
+        raise UserError(f"the adapter in {source} has embeddings of several sizes: {sorted(sizes)}")
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if not all(any(_is_whole(name) for name in part) for part in parts[: 1 if tied else None]):
+        raise UserError(
+            f"the adapter in {source} was trained with {sizes.pop()} tokens and doesn't hold their embeddings, and its "
+            f"base model has {had}: save it with its embeddings (peft: save_embedding_layers=True), or merged"
+        )
+    model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+
+
+def _rows(part: dict[str, Tensor], is_output: bool) -> set[int]:
+    """How many tokens the tensors that an adapter has for the embeddings, or for the output layer, are for."""
+    found = {tensor.shape[0] for name, tensor in part.items() if _is_whole(name)}
+    found |= {tensor.shape[1] for name, tensor in part.items() if name.startswith("lora_embedding_A")}
+    return found | {tensor.shape[0] for name, tensor in part.items() if is_output and name.startswith("lora_B")}
+
+
+def _is_whole(name: str) -> bool:
+    """`weight`, `base_layer.weight`, `token_adapter.base_layer.weight`, `original_module.weight`."""
+    return name.endswith("weight") and "lora_" not in name
