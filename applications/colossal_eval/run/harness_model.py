@@ -45,7 +45,7 @@ class CoatiLM(LM):
     """A loaded model for lm-eval. To lm-eval it is a single process: ranks share the work inside it.
 
     Args:
-        loaded: see `models.load_model`.
+        loaded: see `model_loading.load_model`.
         store: where responses are kept.
         communicator: of all ranks.
         batch_tokens: tokens of a batch, None to find it from the memory.

@@ -63,7 +63,7 @@ class PromptTokenizer:
     def letter_styles(self, prompt: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The ways to write a letter, of "A" and " A", that give every letter one token of its own after the prompt.
 
-        Both are right answers, so their probabilities are added (`scoring.choice_log_probs`). Two ways that give the
+        Both are right answers, so their probabilities are added (`metrics.choice_log_probs`). Two ways that give the
         same tokens are one. If neither gives single tokens, " A" is scored as the several tokens that it is.
         """
         return self._styles(last_line(prompt), labels)

@@ -32,9 +32,10 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
     Raises:
         UserError: see `subjects_of`.
     """
-    groups: dict[str, list[str]] = {}
+    subjects = subjects_of(benchmark, data)
     headline = SETTINGS[benchmark].headline
-    for subject, about in subjects_of(benchmark, data).items():
+    groups: dict[str, list[str]] = {}
+    for subject, about in subjects.items():
         kinds = Counter(q.kind for q in read_questions(data / benchmark / "test" / f"{subject}.jsonl"))
         for kind in sorted(kinds):
             name = _name(benchmark, subject) + ("_multi" if kind == "multi_choice" else "")

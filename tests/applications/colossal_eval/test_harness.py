@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.errors import UserError
+from coati.rollout.engine.engine import SHORTEST_PREFIX
 from colossal_eval.benchmarks.benchmark_settings import TaskOptions
 from colossal_eval.prepare import PrepareConfig, prepare
 from colossal_eval.run.log_probs import Room, TokenRow, plan
@@ -242,7 +243,7 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
 @calm
 @given(st.lists(st.lists(st.integers(0, 1), max_size=8), min_size=2, max_size=5, unique_by=tuple), st.integers(1, 3))
 def test_the_beginning_that_is_read_once_is_the_longest_before_what_is_scored(lists, count):
-    lists = [[7] * 16 + ids for ids in lists]
+    lists = [[7] * (SHORTEST_PREFIX + 1) + ids for ids in lists]
     made = [TokenRow(np.array([*ids, *[9] * (count - 1)], np.int32), count, ()) for ids in lists]
     [n] = {batch.prefix for batch in plan(made, [list(range(len(made)))], Room(10_000, 10))}
     assert len({tuple(ids[:n]) for ids in lists}) == 1
