@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from colossal_eval import report
 from colossal_eval.evaluate import EvaluateConfig, evaluate, main
 from colossal_eval.prepare import PrepareConfig, prepare
 from colossal_eval.results.published_figures import CARD, compare_published
+from colossal_eval.run.response_store import ResponseStore
 from tests.applications.colossal_eval.conftest import make_mmlu, write_jsonl
 from tests.conftest import ROOT
 
@@ -191,13 +191,10 @@ def test_two_ranks_and_a_killed_run_give_the_records_of_one(tiny, prepared, runt
     assert all((tmp_path / "two" / "answers" / f"answers-{rank}.jsonl").stat().st_size for rank in (0, 1))
 
     killed = settings(tiny, many, tmp_path / "killed", **changes)
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags(killed)], env=environment())
-    answers = tmp_path / "killed" / "answers" / "answers-0.jsonl"
-    while not (answers.exists() and answers.stat().st_size) and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = answers.read_bytes().count(b"\n")
+    code = "import sys; from tests.applications.colossal_eval import test_evaluate as t; t.main_killed(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *flags(killed)], env=environment())
+    assert done.returncode == -signal.SIGKILL
+    kept = (tmp_path / "killed" / "answers" / "answers-0.jsonl").read_bytes().count(b"\n")
     whole = (tmp_path / "one" / "answers" / "answers-0.jsonl").read_bytes().count(b"\n")
     assert 0 < kept < whole
     assert not (tmp_path / "killed" / "records").exists()
@@ -205,6 +202,18 @@ def test_two_ranks_and_a_killed_run_give_the_records_of_one(tiny, prepared, runt
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{kept} answers reused" in done.stdout
     assert records_of(tmp_path / "killed") == expected
+
+
+def main_killed(argv: list[str]):
+    """The command in a process that is killed when the first answers are on disk."""
+    append = ResponseStore.append
+
+    def append_and_die(store, records):
+        append(store, records)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ResponseStore.append = append_and_die
+    main(argv)
 
 
 def prepare_many(tmp_path) -> Path:
