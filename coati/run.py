@@ -15,10 +15,10 @@ SECONDS_TO_END = 10  # for the other processes once one has failed; the reason i
 
 
 def run(processes: int, command: list[str]) -> int:
-    """Starts the script `processes` times and waits; returns the exit status of the first to fail, or 0.
+    """Starts a command `processes` times and waits; returns the exit status of the first to fail, or 0.
 
     Args:
-        command: a Python script and its arguments.
+        command: what Python is started with: a script, or -m and a module, and arguments.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -13,11 +13,13 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coati.config import parse_config
 from coati.errors import UserError
+from coati.tracking import read_metrics
 from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
@@ -199,6 +201,26 @@ def check_report(folder: str, place, runtime):
 def test_examples_of_a_page_give_what_they_say(page):
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_worked_algorithm_trains_as_the_real_one(tiny_world, runtime, tmp_path):
+    """CONTRIBUTING's DPO, for three steps; the curve is that of `coati/trainers/dpo.py`."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = "".join(example.source for example in doctest.DocTestParser().get_examples(page))
+    worked: dict[str, Any] = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), worked)
+    settings = settings_for("preference", tiny_world, steps=3, eval_every=1) | dict(loss="dpo")
+    config_class, trainer_class = trainer_classes("preference")
+    trainer_class(config_class(**settings | dict(output_dir=str(tmp_path / "real"))), runtime).train()
+    fields = {field.name for field in dataclasses.fields(worked["PlainDPOConfig"])}
+    settings = {name: value for name, value in settings.items() if name in fields}
+    worked_config = worked["PlainDPOConfig"](**settings | dict(output_dir=str(tmp_path / "worked")))
+    worked["PlainDPOTrainer"](worked_config, runtime).train()
+    real, ours = (read_metrics(tmp_path / name) for name in ("real", "worked"))
+    assert len(ours) == 4
+    for row, expected in zip(ours, real, strict=True):
+        names = [name for name in row if name.removeprefix("eval/") in ("loss", "accuracy", "pairs")]
+        assert names and {n: row[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-3)
 
 
 def test_reward_examples_give_what_they_say():

@@ -45,6 +45,10 @@ class GenerationConfig(Settings):
             raise UserError(
                 "vLLM samples, uncompiled: leave out num_beams and compile_generation, or rollout_engine vllm"
             )
+        self.check_installed()
+
+    def check_installed(self):
+        """Raises a UserError for what the settings need and this machine lacks."""
         if self.rollout_engine == "vllm" and find_spec("vllm") is None:
             raise UserError(
                 "rollout_engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm "

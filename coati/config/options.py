@@ -28,14 +28,16 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     path: PathKind | None = None,
+    common: bool = False,
 ):
     """A dataclass field that carries its own help text; a tuple stands for the default of a list.
 
     Args:
         ge, gt, le, lt: the bounds of a number, or of each number of a list: at least, above, at most, below.
         path: what a text names; `~` at its beginning is the home folder then.
+        common: whether `--help` shows it; `--help-all` shows the others too.
     """
-    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "path": path}
+    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "path": path, "common": common or None}
     metadata = {name: value for name, value in given.items() if value is not None}
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

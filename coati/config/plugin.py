@@ -64,6 +64,11 @@ class PluginConfig(Settings):
         return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
 
     @property
+    def splits_models(self) -> bool:
+        """Whether several processes work on one micro-batch together."""
+        return self.model_parallel_size > 1
+
+    @property
     def holds_whole_models(self) -> bool:
         """Whether each process has all weights of a model between steps."""
-        return self.model_parallel_size == 1 and not PLUGINS[self.plugin].shards_weights
+        return not self.splits_models and not PLUGINS[self.plugin].shards_weights

@@ -33,7 +33,7 @@ PAIRS = [
 ]
 SYSTEMS = ("system", "system_prompt")
 # What rewards are called with besides the row's fields.
-RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask")
+RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask", "truncated")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Answers:
         reference = None if self.reference is None else self.reference.to(dtype)
         return Answers(self.log_probs.to(dtype), self.lengths.to(dtype), reference)
 
+    def rows(self, index: Tensor) -> "Answers":
+        """Some of them."""
+        reference = None if self.reference is None else self.reference[index]
+        return Answers(self.log_probs[index], self.lengths[index], reference)
+
     @property
     def log_ratios(self) -> Tensor:
         """log pi / pi_ref of whole answers."""

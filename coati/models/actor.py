@@ -36,7 +36,7 @@ class Actor(BaseModel):
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         adapter: bool = True,
-        members: int = 1,
+        shared_prefix_group: int = 1,
         right_padded: bool = False,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
@@ -51,11 +51,13 @@ class Actor(BaseModel):
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
-            members: rows i, i + batch / members and so on are a group, and what they all begin with is read once, see
-                `PackedGroups`. For whole models only.
+            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and what they all begin with is
+                read once, see `PackedGroups`. For whole models only.
             right_padded: padding stands on the right only, see `run`.
         """
-        packed = PackedGroups.of(input_ids, attention_mask, members) if members > 1 else None
+        packed = None
+        if shared_prefix_group > 1:
+            packed = PackedGroups.of(input_ids, attention_mask, shared_prefix_group)
         inputs = (input_ids, attention_mask, position_ids, right_padded)
         if packed:
             inputs = packed.inputs(self.model.dtype)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from coati.models.actor import Actor
 from coati.models.base import in_float32
-from coati.models.value_head import ValueHead
-from coati.models.wrapper import load_head, save_head
+from coati.models.value_head import ValueHead, load_head, save_head
 
 
 class ActorCritic(Actor):

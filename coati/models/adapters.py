@@ -107,14 +107,15 @@ def has_more_tokens(model: nn.Module) -> bool:
 def merged(model: nn.Module) -> nn.Module:
     """A copy of a peft model's transformers model with the adapters added to the weights, exactly: those of a quantized
     model are dequantized first and stay so; embeddings and output layer are tied no more if an adapter tells them
-    apart.
+    apart. The copy is in the host's memory, as a GPU may have no room for it; on "meta" if the model is.
 
     Raises:
         UserError: a quantization that can't be undone.
     """
-    whole = copy.deepcopy(model)
-    if is_quantized(whole.get_base_model()):
-        whole = _dequantized(whole)
+    if is_quantized(model.get_base_model()):
+        whole = _dequantized(copy.deepcopy(model))
+    else:
+        whole = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
     _untie(whole.get_base_model())
     plain = whole.merge_and_unload()
     rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()
@@ -123,12 +124,13 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
-def without_data(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no data, for trying what is done with a model. Tied weights stay tied."""
+def copied_to(model: nn.Module, device: str) -> nn.Module:
+    """A copy on another device; on "meta" it has shapes but no data. Tied weights stay tied."""
+    # deepcopy takes what the memo holds for already copied
     memo: dict[int, Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        empty = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        copied = tensor.detach().to(device, copy=True)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
     return copy.deepcopy(model, memo)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.adapters import has_more_tokens, load_adapter, merged, unsaved, without_data
+from coati.models.adapters import copied_to, has_more_tokens, load_adapter, merged, unsaved
 from coati.models.attention import check_attention, set_eager_where_capped
 from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
@@ -142,6 +143,8 @@ class BaseModel(nn.Module):
             if not layout.is_plain:  # transformers counts from 0 in each process's part
                 columns = torch.arange(input_ids.shape[1], device=input_ids.device)
                 inputs["position_ids"] = layout.split(columns.expand_as(input_ids))
+            with one_document_a_row():
+                return self.model(**inputs)
         elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self.takes_positions:
@@ -213,7 +216,7 @@ class BaseModel(nn.Module):
             return
         check_mergeable(self.transformer)
         if not is_quantized(self.transformer):
-            merged(without_data(self.model)).save_pretrained(str(folder), state_dict={})
+            merged(copied_to(self.model, "meta")).save_pretrained(str(folder), state_dict={})
 
 
 class ValueHeadModel(BaseModel):
@@ -281,6 +284,20 @@ def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+
+
+@contextmanager
+def one_document_a_row():
+    """Inside, transformers doesn't look at positions to see whether a row holds several documents, which would make a
+    GPU's host wait in each forward pass."""
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _stay_in_evaluation(part: nn.Module, mode: bool = True) -> nn.Module:

@@ -71,13 +71,13 @@ def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inpu
 
     Args:
         forward_all: calls it with each of several inputs.
-        inputs: of a call with `members` and `targets`.
+        inputs: of a call with `shared_prefix_group` and `targets`.
         exact: it computes in float32. In lower precision an unlikely token's log-prob may be far off by rounding alone,
             so the mean over tokens counts (k3 of one from the other).
     """
     attention = model.config._attn_implementation
     if attention in ("sdpa", "eager") and model.takes_positions:
-        once, separately = forward_all([inputs, inputs | {"members": 1}])
+        once, separately = forward_all([inputs, inputs | {"shared_prefix_group": 1}])
         difference = (once - separately)[inputs["targets"]]
         kl = (difference.exp() - 1 - difference).mean()
         if bool(difference.abs().max() < 1e-3 if exact else kl < MOST_KL):

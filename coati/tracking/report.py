@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
+from coati.files import replace_file
 from coati.tracking.charts import COLOURS, Line, Points, line_chart, number
-from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples, replace_file
+from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
 from coati.tracking.style import STYLE
 
 TITLES = {

@@ -9,12 +9,12 @@ from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
 from coati.errors import UserError, refuse
 from coati.rewards.config import ScoringConfig
+from coati.run_layout import FINAL_MODEL  # noqa: F401 (applications take it from here)
 from coati.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.models import LoraSettings
 
-FINAL_MODEL = "model"  # the folder in --output_dir
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
 SMOOTHED = ("dpo", "robust", "simpo", "cpo")
@@ -235,9 +235,19 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
         return self.max_prompt_length + self.max_new_tokens
 
     @property
-    def answers(self) -> int:
-        """Answers that an iteration learns from."""
+    def responses(self) -> int:
+        """Responses that an iteration learns from."""
         return self.batch_size
+
+    @property
+    def shared_prefix_group(self) -> int:
+        """Responses that are read as one row; 1 for each alone."""
+        return 1
+
+    @property
+    def refills(self) -> int | None:
+        """How often an iteration may draw further prompts; None where it takes all that it has drawn."""
+        return None
 
     @property
     def needs_reference(self) -> bool:
@@ -350,13 +360,16 @@ class GRPOConfig(RolloutConfig):
     share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
 
     @property
-    def answers(self) -> int:
+    def responses(self) -> int:
         return self.batch_size * self.group_size
 
     @property
-    def members(self) -> int:
-        """Answers that are read as one row."""
+    def shared_prefix_group(self) -> int:
         return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
+
+    @property
+    def refills(self) -> int | None:
+        return self.max_refills if self.dynamic_sampling else None
 
     def check(self, world_size: int):
         super().check(world_size)
@@ -387,7 +400,11 @@ class GRPOConfig(RolloutConfig):
             "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
             f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
             "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
-                shared and (self.members < 2 or max(self.group_size, self.micro_batch_size) % self.members > 0)
+                shared
+                and (
+                    self.shared_prefix_group < 2
+                    or max(self.group_size, self.micro_batch_size) % self.shared_prefix_group > 0
+                )
             ),
             "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
                 shared and self.model_parallel_size > 1

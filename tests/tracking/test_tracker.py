@@ -153,7 +153,7 @@ def test_run_json_describes_the_run(tmp_path):
     assert (second["start"], second["wandb_id"]) == (first["start"], first["wandb_id"])
     assert [session["resume_step"] for session in second["sessions"]] == [None, 3]
     assert second["sessions"][0]["end"] == first["sessions"][0]["end"]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_killed_session_ends_at_its_last_line(tmp_path):

@@ -81,7 +81,7 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
 def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not (work.path / SETTINGS).exists():
-        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, f"{SETTINGS}.tmp"})
+        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, f"{SETTINGS}.partial"})
         if foreign:
             raise UserError(f"{work.path} holds {foreign[0]}, which is not ours; move it or give another --output.")
         work.write(SETTINGS, json.dumps(settings))

@@ -1,6 +1,5 @@
 """Language models with a value head, under TRL's names and with TRL's checkpoints. TRL dropped its own in 1.13."""
 
-import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.adapters import load_adapter
-from coati.models.base import load_transformer
 from coati.models.cache import cache_name, cache_of
+from coati.models.compat.wrapped import add_adapter, check_language_model, language_model_head, load_base, take_head
 from coati.models.generation_config import repair_generation_config
-from coati.models.lora import base_of_adapter
-from coati.models.value_head import ValueHead
+from coati.models.value_head import HEAD, ValueHead, load_head, save_head
 
-HEAD = "v_head.summary."
-SAFE, BIN = "model.safetensors", "pytorch_model.bin"
-WEIGHT_FILES = (SAFE, f"{SAFE}.index.json", BIN, f"{BIN}.index.json")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
@@ -134,10 +128,10 @@ class PreTrainedModelWrapper(nn.Module):
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if isinstance(model, (str, Path)):
             source = str(model)
-            model = _load_base(cls.transformers_parent_class, source, is_trainable, hub, kwargs)
-        carried = _take_head(model)
+            model = load_base(cls.transformers_parent_class, source, is_trainable, hub, kwargs)
+        carried = take_head(model)
         if peft_config is not None:
-            model = _add_adapter(model, peft_config, kbit)
+            model = add_adapter(model, peft_config, kbit)
         rewards = {}
         if reward_adapter is not None:
             score = cls.add_and_load_reward_modeling_adapter(
@@ -316,140 +310,6 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     auto_class = "AutoModelForSeq2SeqLM"
     lm_head_namings = ("lm_head", "embed_out", "output_projection")
     is_encoder_decoder = True
-
-
-def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
-    """The tensors `v_head.summary.*` of a checkpoint (safetensors or bin, in one file or several), on the CPU.
-
-    Args:
-        source: folder or hub name.
-        **hub_kwargs: token, revision, cache_dir, subfolder, ...
-
-    Returns:
-        name -> tensor, or None if the checkpoint has no head.
-    """
-    from transformers.utils import cached_file
-
-    for name in WEIGHT_FILES:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        files = [] if found is None else [found]
-        if found is not None and name.endswith(".json"):
-            shards = json.loads(Path(found).read_text())["weight_map"]
-            wanted = sorted({shard for key, shard in shards.items() if key.startswith(HEAD)})
-            files = [cached_file(source, shard, **hub_kwargs) for shard in wanted]
-        if head := {key: value for file in files for key, value in _read_head_of_file(file).items()}:
-            return head
-    return None
-
-
-def save_head(folder: str | Path, state: dict[str, Tensor]):
-    """Writes the head of a wrapper's state beside its adapter."""
-    from safetensors.torch import save_file
-
-    head = {key: value.contiguous() for key, value in state.items() if key.startswith(HEAD)}
-    save_file(head, Path(folder) / SAFE, metadata={"format": "pt"})
-
-
-def _read_head_of_file(file: str) -> dict[str, Tensor]:
-    if not file.endswith(".safetensors"):
-        from transformers.modeling_utils import load_state_dict
-
-        return {key: value for key, value in load_state_dict(file).items() if key.startswith(HEAD)}
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(HEAD)}  # noqa: SIM118
-
-
-def check_language_model(model, wrapper: type[PreTrainedModelWrapper]) -> nn.Module:
-    """The transformers model itself, inside any adapter, which `wrapper` is for.
-
-    Raises:
-        UserError: as `PreTrainedModelWrapper` says.
-    """
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, (PreTrainedModel, PeftModel)):
-        raise UserError(
-            "a value head goes on a transformers model (a PreTrainedModel or PeftModel) or its folder or name, not on "
-            f"{type(model)}"
-        )
-    base = model
-    if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        for config in model.peft_config.values():
-            _check_adapter(config)
-    name = type(base).__name__
-    has_head = language_model_head(base, wrapper.lm_head_namings) is not None
-    if not has_head or bool(base.config.is_encoder_decoder) != wrapper.is_encoder_decoder:
-        kind = wrapper.transformers_parent_class.__name__
-        raise UserError(f"{name} is no language model with a language model head that {kind} would load")
-    if any(parameter.is_meta for parameter in base.parameters()):
-        raise UserError(
-            f"weights of {name} are offloaded: a value head needs a device_map that fits without offloading"
-        )
-    return base
-
-
-def language_model_head(base: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The output layer of a transformers model: what it says is one, or else has one of the names."""
-    if (head := base.get_output_embeddings()) is not None:
-        return head
-    return next((module for name, module in base.named_modules() if name.rpartition(".")[2] in names), None)
-
-
-def _take_head(model) -> dict[str, Tensor]:
-    """Removes a head from a model that carries one, and gives its tensors, `v_head.*`."""
-    owners = [part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)]
-    owners += [model.get_base_model()] if hasattr(model, "get_base_model") else []
-    for owner in owners:
-        if "v_head" in owner._modules:
-            head = owner.v_head
-            del owner.v_head
-            return {f"v_head.{name}": tensor for name, tensor in head.state_dict().items()}
-    return {}
-
-
-def _check_adapter(config):
-    from peft import PeftConfig
-
-    if not isinstance(config, PeftConfig):
-        kind = type(config).__name__
-        raise UserError(f"peft_config is a {kind}: give a peft config such as LoraConfig, which is a peft.PeftConfig")
-    if config.is_prompt_learning:
-        raise UserError(
-            f"{type(config).__name__}: prompt and prefix tuning don't work with a value head (no PromptLearningConfig "
-            "does): use LoRA"
-        )
-
-
-def _load_base(auto_class, source: str, is_trainable: bool, hub: dict, kwargs: dict) -> nn.Module:
-    """The model of a folder or name, inside its adapter if it is an adapter's."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    kwargs = dict(kwargs)
-    config = kwargs.pop("config", None)
-    found = find_adapter_config_file(source, **hub)
-    if found is None:
-        return load_transformer(auto_class, source, config, kwargs)
-    for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
-        kwargs.pop(name, None)
-    base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
-    adapted, _ = load_adapter(base, source, is_trainable, **hub)
-    return adapted
-
-
-def _add_adapter(model: nn.Module, peft_config, kbit: dict) -> nn.Module:
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    _check_adapter(peft_config)
-    if isinstance(model, PeftModel):
-        logger.warning("peft_config is ignored: the model has an adapter already")
-        return model
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, **kbit)
-    return get_peft_model(model, peft_config)
 
 
 def _is_score(key: str) -> bool:

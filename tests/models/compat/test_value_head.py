@@ -10,7 +10,7 @@ from torch import nn
 
 from coati.errors import UserError
 from coati.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead
-from coati.models.wrapper import load_head
+from coati.models.value_head import load_head
 from tests.models.language_models import CAUSAL, SEQ2SEQ, batch_of, config_of, language_model, value_head_class
 
 FAMILIES = CAUSAL + SEQ2SEQ

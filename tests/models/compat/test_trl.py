@@ -70,7 +70,7 @@ def exchanged(tmp_path_factory):
             for case in CASES:
                 family, _, lora = case.partition("-")
                 write_case(root / case, family, bool(lora), release)
-            command = [str(venv / "bin" / "python"), str(ROOT / "tests/models/trl_exchange.py"), str(root)]
+            command = [str(venv / "bin" / "python"), str(ROOT / "tests/models/compat/trl_exchange.py"), str(root)]
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             assert ended.returncode == 0, ended.stderr[-4000:]
