@@ -10,7 +10,7 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from coati.tracking.files import replace_file
+from coati.files import replace_file
 from colossal_eval.benchmarks.prepared_folder import read_dialogues
 from colossal_eval.benchmarks.question import Question
 from colossal_eval.run.model_loading import Loaded, load_model, model_folder
@@ -61,7 +61,7 @@ def answer(config: AnswerConfig) -> list[dict]:
 
 def respond_to_turns(loaded: Loaded, questions: list[Question], config: AnswerConfig) -> list[list[str]]:
     """The responses to each question's turns, each given with the dialogue so far."""
-    from coati.rollout import GenerationConfig, generate
+    from coati.rollout import GenerationConfig, Request, complete
     from coati.rollout.prompts import eos_ids, response_texts
 
     sampling = GenerationConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
@@ -72,10 +72,13 @@ def respond_to_turns(loaded: Loaded, questions: list[Question], config: AnswerCo
         asked = [i for i, question in enumerate(questions) if turn <= len(question.turns)]
         for i in asked:
             dialogues[i].append({"role": "user", "content": [questions[i].question, *questions[i].turns][turn]})
-        prompts = [_prompt(loaded, dialogues[i], questions[i], config.max_new_tokens) for i in asked]
-        seeds = [[config.seed, turn, i] for i in asked]
-        rollout = generate(loaded.actor, prompts, sampling, eos_ids=ends, pad_id=0, seeds=seeds, tokenizer=tokenizer)
-        for i, text in zip(asked, response_texts(tokenizer, rollout.response_ids(), ends), strict=True):
+        requests = [
+            Request(_prompt(loaded, dialogues[i], questions[i], config.max_new_tokens), [config.seed, turn, i])
+            for i in asked
+        ]
+        completions = complete(loaded.actor, requests, sampling, eos_ids=ends, tokenizer=tokenizer)
+        texts = response_texts(tokenizer, [completion.ids for completion in completions], ends)
+        for i, text in zip(asked, texts, strict=True):
             responses[i].append(text.strip())
             dialogues[i].append({"role": "assistant", "content": responses[i][-1]})
     return responses

@@ -55,10 +55,10 @@ class Benchmarks:
             training = model.training
             model.eval()
             length = longest_sequence(model, trainer.tokenizer)
-            loaded = Loaded("model", model, trainer.tokenizer, length, str(trainer.step))
+            loaded = Loaded("model", model, trainer.tokenizer, length, str(trainer.steps_done))
             store = ResponseStore(folder / "answers", trainer.runtime.rank)
             trainer.runtime.communicator.barrier()  # nobody writes before all have read
-            lm = CoatiLM(loaded, store, trainer.communicator, batch_tokens=self.config.batch_tokens)
+            lm = CoatiLM(loaded, store, trainer.ranks, batch_tokens=self.config.batch_tokens)
             for name in self.config.tasks:
                 records, _ = run_benchmark(lm, folder / "tasks", name, self.config.limit, self.config.chat_template)
                 scores |= _scores(name, records)
@@ -67,7 +67,7 @@ class Benchmarks:
 
     def _folder(self, trainer) -> Path:
         """For the tasks, and the responses of this step, which a killed run may have left unfinished."""
-        folder = trainer.output / "benchmarks"
+        folder = trainer.folder.path / "benchmarks"
         if trainer.runtime.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             for name in self.config.tasks:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from coati.config import option, parse_config
 from coati.errors import UserError
+from coati.files import replace_file
 from coati.tracking.config import TrackingConfig
-from coati.tracking.files import replace_file
 from colossal_eval.benchmarks.benchmark_settings import SETTINGS, TaskOptions
 from colossal_eval.report import EVALUATION, write_report
 from colossal_eval.run.model_loading import column_names, load_model, model_folder

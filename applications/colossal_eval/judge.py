@@ -16,8 +16,8 @@ from pathlib import Path
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
+from coati.files import replace_file
 from coati.tracking.config import TrackingConfig
-from coati.tracking.files import replace_file
 from coati.tracking.progress import progress_bar
 from colossal_eval.benchmarks.prepared_folder import read_dialogues
 from colossal_eval.llm_judge.cases import Case, make_cases, read_responses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
+from coati.files import written_aside
 from colossal_eval.benchmarks.converters import CONVERTERS
 from colossal_eval.benchmarks.prepared_folder import describe, write_questions, write_summary
 from colossal_eval.benchmarks.published_rows import Row
@@ -56,16 +56,11 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.output) / config.benchmark
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or give another --output")
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(folder) as aside:
+        aside.mkdir(parents=True)
         found = write_questions(rows, aside, config.subjects)
         check_problems(found.problems, config.bad_rows)
         write_summary(aside, config.benchmark, config.data, found)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print("\n".join([*describe(config.benchmark, found), f"written to {folder}"]))
     return folder
 

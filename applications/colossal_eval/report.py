@@ -10,7 +10,8 @@ from pathlib import Path
 
 from coati.config import Settings, option, parse_config
 from coati.errors import run_command
-from coati.tracking.files import read_object, replace_file
+from coati.files import replace_file
+from coati.tracking.files import read_object
 from colossal_eval.results.published_figures import compare_published
 from colossal_eval.results.summaries import report_rows, text_rows
 from colossal_eval.results.tables import markdown, sections, texts_section

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from coati.errors import UserError
+from coati.files import written_aside
 
 
 @contextmanager
@@ -22,14 +22,9 @@ def new_folder(output: str) -> Iterator[Path]:
     target = Path(output)
     if target.exists():
         raise UserError(f"{target} exists; name another --output or remove it.")
-    aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{aside} cannot be made ({error.strerror}); change --output.") from None
-    try:
-        yield aside
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with written_aside(target) as folder:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}); change --output.") from None
+        yield folder

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from coati.config.generation import GenerationConfig
-from coati.rollout.engine import RolloutEngine
-from coati.rollout.generate import generate, has_keys_and_values, stop_at
-from coati.rollout.generator import Request
+from coati.rollout import Request, RolloutEngine, complete, has_keys_and_values
+from coati.rollout.generate import stop_at
 from colossal_eval.run.log_probs import LogProbScorer
 
 
@@ -21,16 +20,16 @@ def respond(
         ends: ids that end a response.
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
-    ids = [prompt.tolist() for prompt in prompts]
+    requests = [Request(prompt.tolist()) for prompt in prompts]
     if has_keys_and_values(scorer.actor):
         stopped = stop_at(tokenizer, stop) if stop else None
-        engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stopped, slots=len(ids))
-        responses = [completion.ids for completion in engine.generate([Request(prompt) for prompt in ids])]
+        engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stopped, slots=len(requests))
+        completions = engine.generate(requests)
         scorer.usage.read += engine.prompt_tokens
         scorer.usage.padding += engine.padding_tokens
     else:
-        rollout = generate(scorer.actor, ids, config, eos_ids=ends, pad_id=0, tokenizer=tokenizer)
-        responses = rollout.response_ids()
-        scorer.usage.read += sum(map(len, ids))
+        completions = complete(scorer.actor, requests, config, eos_ids=ends, tokenizer=tokenizer)
+        scorer.usage.read += sum(map(len, prompts))
+    responses = [completion.ids for completion in completions]
     scorer.usage.read += sum(map(len, responses))
     return responses

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.trainers.config import FINAL_MODEL
-
-_FILES = ("config.json", "adapter_config.json")
-# the language model of a run, and of a checkpoint of PPO and GRPO or of any other algorithm
-_INSIDE = (FINAL_MODEL, "actor/model", "model/model")
+from coati.run_layout import find_model
 
 
 @dataclass
@@ -37,20 +33,15 @@ def model_folder(path: str) -> Path:
     Raises:
         UserError: there is none in it.
     """
-    folder = Path(path)
-    for candidate in (folder, *(folder / name for name in _INSIDE)):
-        if any((candidate / name).is_file() for name in _FILES):
-            return candidate
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         raise UserError(f"--models {path} is no folder; models are read from folders, nothing is downloaded")
-    from coati.parallel.checkpoint import MANIFEST, NAME
-
-    for step in sorted((folder / "checkpoints").glob(NAME), reverse=True):
-        if (step / MANIFEST).is_file():
-            return model_folder(str(step))
-    raise UserError(
-        f"--models {path} holds neither {' nor '.join(_FILES)}, nor {', '.join(_INSIDE)}, nor coati checkpoints"
-    )
+    folder = find_model(Path(path))
+    if folder is None:
+        raise UserError(
+            f"--models {path} holds neither config.json nor adapter_config.json, nor a finished coati run, "
+            "nor coati checkpoints that are complete"
+        )
+    return folder
 
 
 def column_names(paths: list[str]) -> list[str]:

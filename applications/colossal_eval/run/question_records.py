@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.tracking.files import read_lines, replace_file
+from coati.files import replace_file
+from coati.tracking.files import read_lines
 from colossal_eval.benchmarks.question import Question
 from colossal_eval.run.task_yaml import load_tasks
 from colossal_eval.scores.metrics import random_guess, utf8_bytes

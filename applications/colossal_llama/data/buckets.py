@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from coati.errors import UserError
+from coati.files import ASIDE, written_aside
 from colossal_llama.data.bin_packing import best_fit, cut
-from colossal_llama.data.token_store import TokenStore, written_aside
+from colossal_llama.data.token_store import TokenStore
 
 BATCH_TOKENS = 1 << 22  # of rows that are in memory at a time
 IGNORED = -100
@@ -70,7 +71,7 @@ def write_bucket(task: BucketTask) -> int:
     columns = {name: lists for name in ("input_ids", "labels", "position_ids")}
     features = datasets.Features({**columns, "category": datasets.Value("string")})
     at_a_time = max(1, BATCH_TOKENS // task.max_length)
-    table = task.output.with_name(f"{task.output.name}.rows.partial")
+    table = task.output.with_name(f"{task.output.name}.rows{ASIDE}")
     with ArrowWriter(features=features, path=str(table)) as writer:
         for start in range(0, len(rows), at_a_time):
             writer.write_table(_table([rows[i] for i in order[start : start + at_a_time]], store))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from coati.files import written_aside
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.document_tokens import encode, load_backend
 from colossal_llama.data.documents import Document, Part, read_documents
@@ -33,23 +31,6 @@ class TokeniseTask:
     eos_id: int
     filters: Filters
     deduplication: Deduplication
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which becomes `path` at the end, when all of it is on the disk."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    yield aside
-    for file in aside.rglob("*") if aside.is_dir() else [aside]:
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-    os.replace(aside, path)
-
-
-def remove_asides(folder: Path) -> None:
-    """Remove what processes that were killed have left of `written_aside`."""
-    for aside in folder.glob("*.partial"):
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
 def tokenise_part(task: TokeniseTask) -> int:

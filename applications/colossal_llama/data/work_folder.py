@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.tracking.files import read_object, replace_file
-from colossal_llama.data.token_store import remove_asides
+from coati.files import aside_of, remove_asides, replace_file, sync_entry
+from coati.tracking.files import read_object
 
 SETTINGS, MANIFEST, LOCK = "settings.json", "manifest.json", "lock"
 
@@ -52,6 +52,7 @@ class WorkFolder:
         for name in ("tokenizer.json", LOCK):
             (self.path / name).unlink(missing_ok=True)
         os.rename(self.path, self.output)
+        sync_entry(self.output.parent)
         (self.output / SETTINGS).unlink()
 
 
@@ -63,7 +64,7 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
     """
     from filelock import FileLock, Timeout
 
-    work = WorkFolder(output.with_name(output.name + ".partial"), output)
+    work = WorkFolder(aside_of(output), output)
     try:
         work.path.mkdir(parents=True, exist_ok=True)
         with FileLock(work.path / LOCK, timeout=0):
@@ -81,7 +82,7 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
 def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not (work.path / SETTINGS).exists():
-        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, f"{SETTINGS}.partial"})
+        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, aside_of(work.path / SETTINGS).name})
         if foreign:
             raise UserError(f"{work.path} holds {foreign[0]}, which is not ours; move it or give another --output.")
         work.write(SETTINGS, json.dumps(settings))

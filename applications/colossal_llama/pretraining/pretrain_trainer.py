@@ -7,38 +7,53 @@ The number counts the tokens of the whole step, over all ranks and micro-batches
 
 from coati.errors import UserError
 from coati.losses import z_loss
+from coati.trainers.batching import model_inputs
 from coati.trainers.sft import SFTTrainer
 from colossal_llama.data.packed_rows import MixedOrder, PackedDataset, collate
 from colossal_llama.pretraining.stage_settings import PretrainConfig
 
 
 class PretrainTrainer(SFTTrainer):
-    """Trains an `Actor` on packed rows."""
+    """Trains an `Actor` on packed rows.
+
+    Attributes:
+        seen: tokens so far by category.
+    """
 
     config: PretrainConfig
     algorithm = "pretrain"
     generates = False
 
-    def dataset(self, sources, kind, weights=None):
+    def load_data(self, sources, weights=None):
         if not sources:
             return None
         data, limit = PackedDataset(sources), self.config.max_length
-        if data.lengths.max() > limit:
-            raise UserError(
-                f"{sources[0]} has rows of {data.lengths.max()} tokens: set max_length to that, not {limit}"
-            )
+        longest = data.lengths.max()
+        if longest > limit:
+            raise UserError(f"{sources[0]} has rows of {longest} tokens: set max_length to that, not {limit}")
         return data
 
-    def sampler(self, data: PackedDataset) -> MixedOrder:
+    def make_order(self):
         c = self.config
-        length = {"steps": c.steps} if c.steps else {"tokens": c.tokens} if c.tokens else {"epochs": c.epochs}
-        order = MixedOrder(data, c.batch_size, c.seed, **length, buckets=c.buckets, mix=c.shares, start=self.start)
-        self.total_steps = len(order)
-        self.seen = dict.fromkeys(data.categories.tolist(), 0)
-        return order
+        order = MixedOrder(
+            self.data,
+            c.batch_size,
+            c.seed,
+            steps=c.steps,
+            tokens=c.tokens,
+            epochs=c.epochs,
+            buckets=c.buckets,
+            mix=c.shares,
+            start=self.start,
+        )
+        return order, len(order)
 
-    def model(self, model_class, pretrained, *, lora=None):
-        c, model = self.config, super().model(model_class, pretrained, lora=lora)
+    def build(self):
+        super().build()
+        self.seen = dict.fromkeys(self.data.categories.tolist(), 0)
+
+    def make_model(self, start):
+        c, model = self.config, super().make_model(start)
         if c.document_mask and not model.keeps_documents_apart():
             raise UserError(f"{type(model.transformer).__name__} can't keep documents apart: --document_mask False")
         embeddings = model.transformer.get_input_embeddings()
@@ -54,41 +69,44 @@ class PretrainTrainer(SFTTrainer):
         return model
 
     def collate(self, samples):
-        return collate(samples, self.pad_id)
+        return collate(samples, self.factory.pad_id)
 
-    def inputs(self, batch, targets=None):
-        more = {"position_ids": batch.position_ids} if self.config.document_mask else {}
-        return super().inputs(batch, targets) | more | ({"with_log_partition": True} if self.config.z_loss else {})
+    def inputs(self, batch):
+        options = {}
+        if self.config.document_mask:
+            options["position_ids"] = batch.position_ids
+        if self.config.z_loss:
+            options["with_log_partition"] = True
+        return model_inputs(batch, self.targets(batch), **options)
 
     def loss(self, output, batch, denominator):
         if not self.config.z_loss:
             return super().loss(output, batch, denominator)
         log_probs, log_partition = output
         loss, metrics = super().loss(log_probs, batch, denominator)
-        scale, more = z_loss(log_partition, self.targets(batch), denominator)
-        return loss + self.config.z_loss * scale, metrics | more
+        scale, scale_metrics = z_loss(log_partition, self.targets(batch), denominator)
+        return loss + self.config.z_loss * scale, metrics | scale_metrics
 
-    def train_step(self, step: int):
-        metrics, tokens = super().train_step(step)
-        rows = self.batches.batch(step)
-        for row in rows:
+    def step(self, k):
+        metrics = super().step(k)
+        for row in self.order.batch(k):
             self.seen[self.data.categories[self.data.category_of_row[row]]] += int(self.data.lengths[row])
-        return metrics | {f"seen/{name}": seen for name, seen in self.seen.items()}, tokens
+        return metrics | {f"seen/{name}": tokens for name, tokens in self.seen.items()}
 
     def state(self):
-        return super().state() | {"seen": self.seen}
+        return {"seen": self.seen}
 
     def load_state(self, state):
-        super().load_state(state)
         self.seen = state["seen"]
 
     def parts_of(self, data):
         return data.categories.tolist(), data.category_of_row
 
-    def tally(self, output, batch, rows):
-        return super().tally(output[0] if self.config.z_loss else output, batch, rows)
+    def accumulate(self, output, batch, rows):
+        log_probs = output[0] if self.config.z_loss else output
+        return super().accumulate(log_probs, batch, rows)
 
-    def samples(self, scores):
+    def samples(self, row_scores):
         return []
 
 
@@ -117,4 +135,4 @@ class StagedPretraining:
         """Trains one stage; nothing of it is left in memory."""
         trainer = self.trainer_class(stage, self.runtime)
         trainer.train()
-        return trainer.step == trainer.total_steps
+        return trainer.steps_done == trainer.total_steps

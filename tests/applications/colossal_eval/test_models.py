@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coati.errors import UserError
+from coati.run_layout import ACTOR, checkpoint_of_step, checkpoints_of, model_in, write_manifest
 from colossal_eval.run import log_probs
 from colossal_eval.run.model_loading import column_names, load_model, model_folder
 from colossal_eval.run.response_store import ResponseStore
@@ -30,13 +31,14 @@ def test_the_store_survives_a_torn_line_and_reads_all_ranks(tmp_path):
 def test_models_are_found_in_runs_and_checkpoints(tiny, tmp_path):
     assert model_folder(str(tiny["first"])) == tiny["first"]
     for step in (10, 20, 30):
-        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08}" / "actor" / "model"
+        checkpoint = checkpoint_of_step(checkpoints_of(tmp_path / "run"), step)
+        folder = model_in(checkpoint, ACTOR)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         if step < 30:  # the last one was interrupted
-            (folder.parents[1] / "manifest.json").write_text("{}")
+            write_manifest(checkpoint, step, None)
     assert model_folder(str(tmp_path / "run")).parts[-3:] == ("step-00000020", "actor", "model")
-    assert model_folder(str(folder.parents[1])) == folder
+    assert model_folder(str(checkpoint)) == folder
     with pytest.raises(UserError, match="is no folder"):
         model_folder(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="nor coati checkpoints"):

@@ -64,7 +64,7 @@ def test_a_stage_learns_counts_its_tokens_and_leaves_a_plain_model(make, tmp_pat
     first, last = (row for row in (rows[0], rows[-1]))
     assert last["eval/loss"] < first["eval/loss"] - 0.1
     assert last["eval/loss/zh"] < first["eval/loss/zh"]
-    assert last["seen/zh"] + last["seen/en"] == sum(row.get("tokens", 0) for row in rows) == trainer.batches.tokens
+    assert last["seen/zh"] + last["seen/en"] == sum(row.get("tokens", 0) for row in rows) == trainer.order.tokens
     assert last["seen/en"] / last["seen/zh"] == pytest.approx(3, rel=0.05)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
@@ -73,7 +73,7 @@ def test_resuming_inside_a_stage_is_bitwise_the_same(make, tmp_path):
     changes = dict(neftune_noise_alpha=5.0, z_loss=1e-2, steps=5)
     make("whole", **changes).train()
     resumed = make("resumed", **changes, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000002"))
-    assert resumed.step == 2
+    assert resumed.steps_done == 2
     resumed.train()
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -207,10 +207,10 @@ def test_a_stopped_run_goes_on_in_the_stage_where_it_was(plan_file, runtime, tmp
     runtime.stop_requested = None
 
     class Stop(PretrainTrainer):
-        def train_step(self, step):
-            if self.config.run_name == "knowledge" and step == 1:
+        def step(self, k):
+            if self.config.run_name == "knowledge" and k == 1:
                 self.runtime.stop_requested = "SIGTERM"
-            return super().train_step(step)
+            return super().step(k)
 
     stopped = StagedPretraining(plan, runtime)
     stopped.trainer_class = Stop
