@@ -24,6 +24,7 @@ from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+APPLICATIONS = sorted((ROOT / "applications").glob("*/README.md"))  # their own tests run their commands
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
 ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
@@ -351,7 +352,7 @@ def test_a_refused_combination_says_what_the_page_says(settings, monkeypatch):
     assert f"`{refusal.value}`" in (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *APPLICATIONS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     dead = []
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
