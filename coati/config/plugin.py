@@ -12,11 +12,15 @@ class Plugin:
 
     Attributes:
         shards_weights: ranks share the weights; elsewhere each has all of them between steps.
-        computes_in_fp32, trains_adapters: whether it can.
+        shards_gradients: and the gradients, so that they cost less memory with every rank.
+        offloads: optimizer states are on the host.
+        computes_in_fp32: whether it can; trains_adapters: whether it can train some of the weights only.
         splits: with which kinds of model parallelism it goes together.
     """
 
     shards_weights: bool = False
+    shards_gradients: bool = False
+    offloads: bool = False
     computes_in_fp32: bool = True
     trains_adapters: bool = True
     splits: tuple[str, ...] = ()
@@ -25,9 +29,9 @@ class Plugin:
 PLUGINS = {
     "ddp": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
     "zero1": Plugin(splits=("tensor_parallel", "pipeline_parallel", "sequence_parallel")),
-    "zero2": Plugin(splits=("tensor_parallel", "sequence_parallel")),
-    "zero2-offload": Plugin(),
-    "gemini": Plugin(shards_weights=True, computes_in_fp32=False, trains_adapters=False),
+    "zero2": Plugin(shards_gradients=True, splits=("tensor_parallel", "sequence_parallel")),
+    "zero2-offload": Plugin(shards_gradients=True, offloads=True),
+    "gemini": Plugin(shards_weights=True, shards_gradients=True, computes_in_fp32=False, trains_adapters=False),
 }
 
 
@@ -69,6 +73,16 @@ class PluginConfig(Settings):
     def splits_models(self) -> bool:
         """Whether several processes work on one micro-batch together."""
         return self.model_parallel_size > 1
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        """Whether no process has the logits of all tokens."""
+        return self.tensor_parallel > 1
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether no process has all tokens of a row between layers."""
+        return self.sequence_parallel > 1 or self.split_sequence
 
     @property
     def holds_whole_models(self) -> bool:

@@ -388,7 +388,7 @@ class GRPOConfig(RolloutConfig):
             raise UserError(f"policy_loss {self.policy_loss} has no dual_clip: leave it out")
         if self.share_prompts:
             self._check_shared_prompts()
-        if self.entropy_coefficient != 0 and self.tensor_parallel > 1:
+        if self.entropy_coefficient != 0 and self.splits_vocabulary:
             raise UserError(
                 "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
             )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coati.config import option
+from coati.config.plugin import PLUGINS
 from coati.errors import UserError
 from coati.trainers.config import TrainerConfig
 
@@ -37,14 +38,13 @@ class PretrainConfig(TrainerConfig):
 
     def check(self, world_size: int):
         super().check(world_size)
-        split = self.sequence_parallel > 1 or self.split_sequence
-        if self.document_mask and split:
+        if self.document_mask and self.splits_sequences:
             raise UserError("a split sequence attends to whole rows: --document_mask False, or sequence_parallel 1")
         if self.document_mask and self.attn_implementation == "flash_attention_2" and self.micro_batch_size > 1:
             raise UserError("flash_attention_2 keeps documents apart in a single row only: micro_batch_size 1, or sdpa")
-        if self.neftune_noise_alpha and self.model_parallel_size > 1:
+        if self.neftune_noise_alpha and self.splits_models:
             raise UserError("NEFTune's noise would differ between the parts of a split model: neftune_noise_alpha 0")
         if self.freeze != "none" and self.lora_rank:
             raise UserError("LoRA freezes all weights but its own: freeze none, or lora_rank 0")
-        if self.freeze != "none" and self.plugin == "gemini":
-            raise UserError("Gemini trains all weights: freeze none, or plugin zero2")
+        if self.freeze != "none" and not PLUGINS[self.plugin].trains_adapters:
+            raise UserError(f"{self.plugin} trains all weights: freeze none, or plugin zero2")
