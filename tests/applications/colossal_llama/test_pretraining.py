@@ -104,7 +104,7 @@ def test_z_loss_pulls_the_log_partition_to_zero(make):
         trainer.train()
         batch = trainer.load(trainer.data, [0, 1, 2])
         engine = trainer.engines["model"]
-        inputs = trainer.inputs(batch, trainer.targets(batch)) | {"with_log_partition": True}
+        inputs = trainer.inputs(batch) | {"with_log_partition": True}
         return engine(**inputs)[1][trainer.targets(batch)].square().mean().item()
 
     assert after(z_loss=1.0) < after() / 2
