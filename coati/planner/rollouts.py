@@ -47,7 +47,7 @@ class PlannedGenerator:
                 self.vllm.append(self.live.make(nbytes, ("vLLM", kind)))
 
     def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
-        """The first prompts and those that are read when their slots are free again: the others take no more. Beams
+        """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams
         are rows. Models that `RolloutEngine` doesn't run are not gone through."""
         work = (len(requests), max((len(r.prompt) for r in requests), default=0))
         if work in self.done or not requests:
@@ -56,7 +56,7 @@ class PlannedGenerator:
         with self.engine.full() as model:
             if not has_keys_and_values(model):
                 return
-            rows = [request for request in requests for _ in range(sampling.num_beams)][: 2 * self.batch_size]
+            rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
             plain = replace(sampling, num_beams=1, compile_generation=False)
             engine = FirstAndLastToken(model, plain, eos_ids=[self.eos_id], slots=self.batch_size)
             engine.hold = lambda tensors: self.live.hold(tensors, (self.engine.name, "KV cache"))
