@@ -30,9 +30,14 @@ class Wanted:
 
 
 class Actor(BaseModel):
-    """A causal language model that gives the log-probs of given tokens, and generates."""
+    """A causal language model that gives the log-probs of given tokens, and generates.
+
+    Attributes:
+        logits_at_once: how many numbers of them there may be, as `CHUNK` says for the device if None.
+    """
 
     auto_class = "AutoModelForCausalLM"
+    logits_at_once: int | None = None
     _head_is_last: bool | None = None  # not known before the first forward pass
 
     def forward(
@@ -132,7 +137,8 @@ class Actor(BaseModel):
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             return _measure(Layout(), head(states), ids, wanted)
 
-        length = max(CHUNK.get(hidden.device.type, 2**24) // self.config.get_text_config().vocab_size, ROWS)
+        at_once = self.logits_at_once or CHUNK.get(hidden.device.type, 2**24)
+        length = max(at_once // self.config.get_text_config().vocab_size, ROWS)
         recomputes = len(ids) > length and torch.is_grad_enabled()
         if recomputes and is_plain(head) and wanted.entropy != "trained" and not wanted.log_partition:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too

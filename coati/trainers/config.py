@@ -26,7 +26,7 @@ GROUPS = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # adva
 class ModelConfig(Settings):
     """Where the model and its tokenizer come from."""
 
-    model: str | None = option(None, "folder or name of a pretrained model", path="model")
+    model: str | None = option(None, "folder or name of a pretrained model", path="model", common=True)
     model_config: str | None = option(
         None, "a config.json to start from random weights (with --model: overrides it)", path="model"
     )
@@ -36,7 +36,7 @@ class ModelConfig(Settings):
     attn_implementation: str = option(
         "auto", "sdpa, eager or flash_attention_2 (CUDA only); auto: sdpa where the model supports it, else eager"
     )
-    lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0)
+    lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
     lora_target_modules: list[str] = option(("all-linear",), "names of the layers that get adapters")
@@ -59,35 +59,38 @@ class RunConfig(Settings):
     """How long, how fast, how often."""
 
     output_dir: str = option(
-        "runs/run", "everything the run writes: logs, samples, checkpoints, the final model", path="output"
+        "runs/run", "everything the run writes: logs, samples, checkpoints, the final model", path="output", common=True
     )
-    seed: int = option(42, "of weights, data order, dropout and sampling", ge=0, lt=2**32)
+    seed: int = option(42, "of weights, data order, dropout and sampling", ge=0, lt=2**32, common=True)
     deterministic: bool = option(False, "the same bits in every run on a GPU, by slower kernels")
-    steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs", ge=0)
-    epochs: float = option(1.0, "passes over the data, when --steps is 0", gt=0)
-    batch_size: int = option(64, "rows of one step over all processes and micro-batches", ge=1)
-    micro_batch_size: int = option(8, "rows of one forward and backward pass on one process", ge=1)
+    steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs", ge=0, common=True)
+    epochs: float = option(1.0, "passes over the data, when --steps is 0", gt=0, common=True)
+    batch_size: int = option(64, "rows of one step over all processes and micro-batches", ge=1, common=True)
+    micro_batch_size: int = option(8, "rows of one forward and backward pass on one process", ge=1, common=True)
     max_tokens_per_batch: int | None = option(
         None,
         "tokens of one forward and backward pass on one process, padding included, instead of --micro_batch_size",
         ge=1,
     )
-    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0)
+    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0, common=True)
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "how it falls to --final_rate after warm-up")
     warmup: float = option(0.03, "share of the steps over which it rises from 0", ge=0, le=1)
     final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak", ge=0, le=1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", ge=0)
     log_every: int = option(1, "steps between two lines in the logs", ge=1)
     eval_every: int = option(
-        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0
+        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0, common=True
     )
     evaluators: list[str] = option(
         (), "functions of the trainer, FILE.py:name, that give more metrics to evaluations", path="function"
     )
-    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0)
+    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0, common=True)
     keep_checkpoints: int = option(2, "how many of the newest stay; the best stays too", ge=1)
     resume: str = option(
-        "never", "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint", path="checkpoint"
+        "never",
+        "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint",
+        path="checkpoint",
+        common=True,
     )
     samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
 
@@ -150,9 +153,13 @@ class PreferenceConfig(TrainerConfig):
     """Settings of a preference run."""
 
     loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "cpo", "kto"] = option(
-        "dpo", "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs"
+        "dpo",
+        "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs",
+        common=True,
     )
-    beta: float = option(0.1, "scale of the rewards; with a reference, how strongly it holds the policy", gt=0)
+    beta: float = option(
+        0.1, "scale of the rewards; with a reference, how strongly it holds the policy", gt=0, common=True
+    )
     label_smoothing: float = option(
         0.0, "dpo, robust, simpo, cpo: share of the pairs labelled the wrong way round", ge=0, lt=1
     )
@@ -210,7 +217,9 @@ class PreferenceConfig(TrainerConfig):
 class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
     """Settings of runs that learn from their own answers; `steps` are iterations, `batch_size` the prompts of one."""
 
-    kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0)
+    kl_coefficient: float = option(
+        0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL a token, see docs/ppo.md")
     kl_stop: float | None = option(
         None, "ends an iteration's updates when the policy has moved this far, nats a token", ge=0
@@ -276,7 +285,7 @@ class PPOConfig(RolloutConfig):
     critic_model: str | None = option(
         None, "where the critic starts; the reward model, else --model, if not given", path="model"
     )
-    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0)
+    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0, common=True)
     critic_warmup: int = option(0, "iterations in which only the critic learns", ge=0)
     kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold", gt=0)
     kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves", gt=0)
@@ -321,7 +330,7 @@ class GRPOConfig(RolloutConfig):
     """Settings of a GRPO run; `steps` are iterations and `batch_size` the prompts of one, each with `group_size`
     answers."""
 
-    group_size: int = option(8, "answers to a prompt", ge=1)
+    group_size: int = option(8, "answers to a prompt", ge=1, common=True)
     advantage: Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"] = option(
         "grpo", "what an answer's advantage is, see docs/grpo.md"
     )
@@ -332,7 +341,9 @@ class GRPOConfig(RolloutConfig):
     aggregation: Literal["token", "sequence", "constant"] = option(
         "sequence", "mean over tokens, of answers' means, or by max_new_tokens"
     )
-    kl_coefficient: float = option(0.0, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0)
+    kl_coefficient: float = option(
+        0.0, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "estimate of the KL a token, see docs/ppo.md")
     kl_in: Literal["loss", "reward"] = option("loss", "where the penalty is")
     refresh_reference: int = option(
@@ -377,7 +388,7 @@ class GRPOConfig(RolloutConfig):
             raise UserError(f"policy_loss {self.policy_loss} has no dual_clip: leave it out")
         if self.share_prompts:
             self._check_shared_prompts()
-        if self.entropy_coefficient != 0 and self.tensor_parallel > 1:
+        if self.entropy_coefficient != 0 and self.splits_vocabulary:
             raise UserError(
                 "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
             )

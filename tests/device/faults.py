@@ -1,7 +1,12 @@
 """Faults that a GPU would show, planted into a process that has the strict device: what the tests of this folder must
 catch."""
 
+import os
+import time
+
 import torch
+
+LONG = 6.0  # seconds that rank 0 takes
 
 
 def mask_on_the_cpu():
@@ -49,6 +54,11 @@ def wait_for_each_row():
     Download.__init__, Download.lists = one_by_one, lambda self: self.copies
 
 
+def pageable_copies():
+    """Batches travel from memory that isn't pinned."""
+    torch.Tensor.pin_memory = lambda self: self
+
+
 def tokens_read_too_early():
     """The engine reads copies that are still on their way."""
     from coati.transfer import Download
@@ -61,6 +71,33 @@ def gradients_read_too_early():
     from tests.device.work import StrictAccelerator
 
     StrictAccelerator.synchronize = lambda self, device=None: None
+
+
+def rank_0_prepares_and_writes_slowly():
+    """Data that takes long to tokenize, and models that take long to write."""
+    from coati.data import dataset
+    from coati.models.base import BaseModel
+
+    build, save = dataset._build, BaseModel.save_pretrained
+    dataset._build = slowly(build)
+    BaseModel.save_pretrained = slowly(save)
+
+
+def rank_0_steps_slowly():
+    """The others wait in a collective call on the device's tensors."""
+    from coati.parallel.ddp import DDPEngine
+
+    forward = DDPEngine.__call__
+    DDPEngine.__call__ = slowly(forward)
+
+
+def slowly(function):
+    def slow(*args, **kwargs):
+        if os.environ["RANK"] == "0":
+            time.sleep(LONG)
+        return function(*args, **kwargs)
+
+    return slow
 
 
 def pipeline_overlaps():

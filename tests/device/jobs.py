@@ -26,6 +26,16 @@ RUNS = {
 }
 
 
+def sizes(run: str, times: int = 1, micro_batches: int = 1, updates: int = 1) -> dict:
+    """Settings of a step of `times` as many rows, in so many micro-batches and updates, without evaluation."""
+    algorithm, _ = RUNS[run]
+    generates = algorithm in ("ppo", "grpo")
+    batch_size = times * (4 if generates else 8)
+    rows = batch_size * (2 if algorithm == "grpo" else 1)  # two responses per prompt
+    of_updates = dict(minibatches=1, ppo_epochs=updates) if generates else {}
+    return dict(batch_size=batch_size, micro_batch_size=rows // micro_batches, eval_data=[]) | of_updates
+
+
 def make_job(name: str, run: str, world: dict[str, str], folder: Path, **changes) -> dict:
     """One step of a run of `RUNS`, with fewer answers than other tests have; the output goes to FOLDER/NAME."""
     algorithm, of_run = RUNS[run]

@@ -573,14 +573,25 @@ def _factory(full_name: str):
 
 def _move_modules_in_place():
     """`Module.to` leaves parameters the objects that they are, with their attributes, as it does for CUDA."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    swap = torch.utils.swap_tensors
+    apply, swap, set_swapping = (
+        torch.nn.Module._apply,
+        torch.utils.swap_tensors,
+        torch.__future__.set_swap_module_params_on_conversion,
+    )
+
+    def apply_in_place(self, function, recurse=True):
+        set_swapping(True)
+        try:
+            return apply(self, function, recurse)
+        finally:
+            set_swapping(False)
 
     def swap_values(old: torch.Tensor, new: torch.Tensor):
         attributes = {name: value for name, value in vars(old).items() if name != "inner"}
         swap(old, new)
         vars(old).update(attributes)
 
+    torch.nn.Module._apply = apply_in_place
     torch.utils.swap_tensors = swap_values
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.device.jobs import make_job
-from tests.device.test_waits import DECODING
+from tests.device.faults import LONG
+from tests.device.jobs import make_job, sizes
+from tests.device.test_waits import BUDGETS, DECODING
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +35,35 @@ def test_a_planted_fault_ends_a_run_and_is_named(
     message = strict_device("error_of", fault=fault, **job).strip().splitlines()[-1]
     assert error in message
     assert place in message
+
+
+@pytest.mark.slow
+def test_pipeline_stages_that_reduce_on_another_stream_are_caught(strict_device, device_world, tmp_path):
+    fine, faulty = (
+        make_job(name, "sft", device_world, tmp_path, plugin="zero1", pipeline_parallel=2, eval_data=[])
+        for name in ("fine", "faulty")
+    )
+    assert strict_device("error_of", processes=4, **fine) == ""
+    assert "MissingWait" in strict_device("error_of", processes=4, fault="pipeline_overlaps", **faulty)
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_what_rank_0_prepares_and_writes_without_the_devices_watchdog(
+    strict_device, device_world, tmp_path
+):
+    """Which would end the run after ten minutes; here it is planted to do so earlier."""
+    world, impatient = device_world | {"cache": str(tmp_path / "cache")}, dict(processes=2, watchdog=LONG / 2)
+    waits, works = (make_job(name, "sft", world, tmp_path, save_every=1) for name in ("waits", "works"))
+    assert strict_device("error_of", fault="rank_0_prepares_and_writes_slowly", **impatient, **waits) == ""
+    assert "imed out" in strict_device("error_of_rank_1", fault="rank_0_steps_slowly", **impatient, **works)
+
+
+@pytest.mark.parametrize("run", ["sft", "grpo"])
+def test_batches_that_are_not_pinned_are_over_the_budget(run, strict_device, device_world, tmp_path):
+    jobs = {"run": make_job("run", run, device_world, tmp_path, **sizes(run))}
+    waits = strict_device("waits_of_steps", fault="pageable_copies", jobs=jobs)["run"]
+    assert sum(waits.values()) > BUDGETS[run][0]
+    assert any(place.startswith("copy from pageable memory: coati/transfer.py") for place in waits)
 
 
 def test_copies_that_are_read_before_they_arrived_are_nonsense(strict_device):

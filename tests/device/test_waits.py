@@ -8,23 +8,24 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from coati.models import Actor, RewardModel
-from tests.device.jobs import make_job
+from tests.device.jobs import make_job, sizes
 
 pytestmark = pytest.mark.distributed
 DECODING = 1  # waits of one token of all rows
-# Waits of a step with one micro-batch (of PPO and GRPO: an iteration with one update), and of one update more. Those of
-# decoding are not among them.
+# Waits of a step with one micro-batch (of PPO and GRPO: an iteration with one update, without decoding), of one
+# micro-batch more, and of one update more.
 BUDGETS = {
-    "sft": (6, None),
-    "reward": (4, None),
-    "dpo": (8, None),
-    "kto": (9, None),
-    "ppo": (38, 11),
-    "ppo, shared trunk": (22, 7),
-    "grpo": (23, 8),
-    "grpo, shared prompts": (28, 9),
+    "sft": (5, 1, 0),
+    "reward": (3, 0, 0),
+    "dpo": (7, 4, 0),
+    "kto": (7, 4, 0),
+    "ppo": (19, 2, 9),
+    "ppo, shared trunk": (14, 3, 5),
+    "grpo": (12, 1, 6),
+    "grpo, dynamic": (13, 1, 6),
+    "grpo, shared prompts": (16, 4, 7),
 }
-LEARNS_FROM_ANSWERS = [run for run, (_, update) in BUDGETS.items() if update is not None]
+LEARNS_FROM_RESPONSES = [run for run in BUDGETS if run.startswith(("ppo", "grpo"))]
 
 
 def listed(waits: dict[str, int]) -> str:
@@ -46,22 +47,20 @@ def test_a_token_of_all_rows_waits_once_whatever_layers_and_rows(sampling, stric
 
 @pytest.fixture(scope="module")
 def steps(strict_device, device_world, tmp_path_factory) -> dict[str, dict[str, int]]:
-    """The waits of a step, by run and size: `small`, `large` with twice the layers and rows, `again` with one update
-    more."""
+    """The waits of a step, by run and size: `small`, `large` with twice the layers and rows, `split` into two
+    micro-batches, `again` with one update more."""
     folder, jobs = tmp_path_factory.mktemp("steps"), {}
     deep = device_world | deeper(device_world, folder)
     for run in BUDGETS:
-        rows = 4 if run in LEARNS_FROM_ANSWERS else 8
-        for size, world, n, updates in (
-            ("small", device_world, rows, 1),
-            ("large", deep, 2 * rows, 1),
-            ("again", device_world, rows, 2),
+        for size, world, changes in (
+            ("small", device_world, {}),
+            ("large", deep, dict(times=2)),
+            ("split", device_world, dict(micro_batches=2)),
+            ("again", device_world, dict(updates=2)),
         ):
-            changes = dict(batch_size=n, micro_batch_size=2 * n, eval_data=[])
-            changes |= dict(minibatches=1, ppo_epochs=updates) if run in LEARNS_FROM_ANSWERS else {}
-            if size != "again" or run in LEARNS_FROM_ANSWERS:
+            if size != "again" or run in LEARNS_FROM_RESPONSES:
                 name = f"{run}, {size}"
-                jobs[name] = make_job(name, run, world, folder, **changes)
+                jobs[name] = make_job(name, run, world, folder, **sizes(run, **changes))
     return strict_device("waits_of_steps", jobs=jobs)
 
 
@@ -79,13 +78,19 @@ def deeper(world: dict[str, str], folder) -> dict[str, str]:
 
 @pytest.mark.parametrize("run", BUDGETS)
 def test_a_step_keeps_to_its_budget_of_waits(run, steps):
-    small, (budget, _) = steps[f"{run}, small"], BUDGETS[run]
+    small, (budget, *_) = steps[f"{run}, small"], BUDGETS[run]
     assert sum(small.values()) <= budget, listed(small)
 
 
-@pytest.mark.parametrize("run", LEARNS_FROM_ANSWERS)
+@pytest.mark.parametrize("run", BUDGETS)
+def test_a_micro_batch_keeps_to_its_budget_of_waits(run, steps):
+    split, (_, budget, _) = more(steps[f"{run}, split"], steps[f"{run}, small"]), BUDGETS[run]
+    assert sum(split.values()) <= budget, listed(split)
+
+
+@pytest.mark.parametrize("run", LEARNS_FROM_RESPONSES)
 def test_an_update_keeps_to_its_budget_of_waits(run, steps):
-    update, (_, budget) = more(steps[f"{run}, again"], steps[f"{run}, small"]), BUDGETS[run]
+    update, (*_, budget) = more(steps[f"{run}, again"], steps[f"{run}, small"]), BUDGETS[run]
     assert sum(update.values()) <= budget, listed(update)
 
 

@@ -187,3 +187,12 @@ def tiny_actor(layers: int):
 def error_of(runtime: Runtime, algorithm: str, settings: dict) -> str:
     """What a run says that must fail; empty if it doesn't."""
     return run(runtime, algorithm, settings).get("error", "")
+
+
+def error_of_rank_1(runtime: Runtime, algorithm: str, settings: dict) -> str:
+    """The same, of the rank that waits."""
+    error = error_of(runtime, algorithm, settings)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if not runtime.is_main:
+        store.set("error", error)
+    return store.get("error").decode()
