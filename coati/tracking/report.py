@@ -256,15 +256,16 @@ def _pairs(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
 
 def _sample_table(pairs: list[tuple[dict, dict]], steps: list[int]) -> str:
     scored = any("reward" in row for pair in pairs for row in pair)
+    compared = len(steps) > 1
     header = "<th>Prompt</th>"
-    for when in ("before", "after") if len(steps) > 1 else ("",):
+    for when in ["before", "after"] if compared else [""]:
         header += f"<th>Response {when}</th>"
         if scored:
             header += f"<th class='n'>Reward {when}</th>"
     lines = []
     for before, after in pairs:
         cells = _text_cell(after.get("prompt"))
-        for row in (before, after) if len(steps) > 1 else (after,):
+        for row in [before, after] if compared else [after]:
             cells += _text_cell(row.get("response"))
             if scored:
                 cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>"
