@@ -322,7 +322,7 @@ APPLICATIONS = {
     "colossal_llama.init_model.InitConfig": ("model", "tokenizer", "output", "old_tokenizer"),
     "colossal_llama.prepare_pretrain.PrepareConfig": ("data", "tokenizer", "output"),
     "colossal_llama.tokenizer_report.ReportConfig": ("output", "base"),
-    "colossal_llama.settings.PretrainConfig": ("model", "output_dir"),
+    "colossal_llama.pretraining.stage_settings.PretrainConfig": ("model", "output_dir"),
     "colossal_eval.evaluate.EvaluateConfig": ("data", "output"),
     "colossal_eval.answer.AnswerConfig": ("model", "output"),
     "colossal_eval.judge.JudgeConfig": ("output", "references"),

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "rollout": {"losses", "models", "rewards", "samples"},
     "parallel": {"models", "watch", "run_layout"},
     "tracking": set(),
-    "planner": {"losses", "models", "rollout", "parallel", "trainers"},
+    "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers"},
     "trainers": {
         *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
         *("watch", "samples", "run_layout"),

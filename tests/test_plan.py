@@ -66,6 +66,12 @@ def test_precision_halves_activations_but_not_the_float32_logits():
     assert low["logits"] >= (2 + 4) * logits, "bf16 logits and their float32 copy"
 
 
+def test_a_gpu_has_more_logits_at_a_time():
+    wide = LlamaConfig(**SHAPE | {"vocab_size": 100_000}, num_hidden_layers=1)
+    cpu, gpu = (kinds(sft(shape=wide, on_gpu=on_gpu, plugin="ddp"))["logits"] for on_gpu in (False, True))
+    assert gpu > 3 * cpu
+
+
 def test_checkpointing_saves_most_activations():
     assert kinds(sft(gradient_checkpointing=True))["activations"] < 0.5 * kinds(sft())["activations"]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from coati.commands import COMMANDS
 from coati.config import parse_config
 from coati.errors import UserError
 from coati.tracking import read_metrics
@@ -24,6 +25,7 @@ from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+APPLICATIONS = sorted((ROOT / "applications").glob("*/README.md"))  # their own tests run their commands
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
 ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
@@ -58,7 +60,9 @@ def words_of(command: str) -> list[str]:
 
 
 def is_training(command: str) -> bool:
-    return any(script in command for script in ALGORITHM_OF) and "--help" not in command
+    words = command.split()
+    is_command = words[0] == "coati" and any(word in COMMANDS for word in words) and words[1] != "init"
+    return (is_command or any(script in command for script in ALGORITHM_OF)) and "--help" not in command
 
 
 def short(command: str) -> str:
@@ -82,13 +86,14 @@ def place(tmp_path_factory, tiny_world) -> dict[str, str]:
 def parse_training(command: str) -> tuple[str, int, list[str]]:
     """(algorithm, processes, the script's arguments) of a documented training command."""
     words = words_of(command)
-    start = next(i for i, word in enumerate(words) if word.startswith("examples/train_"))
-    launcher = words[:start]
+    start = next(i for i, word in enumerate(words) if word.startswith("examples/train_") or word in COMMANDS)
+    launcher, name = words[:start], Path(words[start]).name
     processes = 1
-    if launcher != ["python"]:
-        assert launcher[:3] == ["colossalai", "run", "--nproc_per_node"]
+    if len(launcher) > 1:
+        assert launcher[0] in ("coati", "colossalai") and launcher[1:3] == ["run", "--nproc_per_node"]
         processes = int(launcher[3])
-    return ALGORITHM_OF[Path(words[start]).name], processes, words[start + 1 :]
+    algorithm = COMMANDS[name].algorithm if name in COMMANDS else ALGORITHM_OF[name]
+    return algorithm, processes, words[start + 1 :]
 
 
 def small_arguments(algorithm: str, arguments: list[str], place: dict[str, str]) -> list[str]:
@@ -152,6 +157,18 @@ def test_other_command_works(command, place, runtime, monkeypatch, capsys):
         case ["make", *targets]:
             done = subprocess.run(["make", "-n", *targets], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+        case ["coati", "--help"]:
+            from coati.cli import main
+
+            assert main(["--help"]) == 0 and "train from preferences" in capsys.readouterr().out
+        case ["coati", "init", method]:
+            from coati.cli import main
+
+            assert main(["init", method]) == 0 and f"coati {method} --config" in capsys.readouterr().out
+        case ["coati", method, "--help-all"]:
+            with pytest.raises(SystemExit, match="0"):
+                parse_config(trainer_classes(method)[0], ["--help-all"])
+            assert "--kl_coefficient" in capsys.readouterr().out
         case ["coati", "doctor"]:
             from coati.cli import main
 
@@ -351,7 +368,7 @@ def test_a_refused_combination_says_what_the_page_says(settings, monkeypatch):
     assert f"`{refusal.value}`" in (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *APPLICATIONS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     dead = []
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.command import new_folder
+from colossal_llama.files import new_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,8 +49,8 @@ def init_model(config: InitConfig) -> dict[str, int]:
     Raises:
         UserError: a folder is not what it should be, the tokenizers don't fit each other or the model.
     """
-    from colossal_llama.embeddings import RowPlan, find_token_tensors, token_sources
-    from colossal_llama.tokenizer_folder import load_backend
+    from colossal_llama.model.token_rows import RowPlan, find_token_tensors, token_sources
+    from colossal_llama.tokenizer.tokenizer_folder import load_backend
 
     if config.pad_to_multiple_of < 1:
         raise UserError(f"--pad_to_multiple_of is {config.pad_to_multiple_of}; give 1 or more.")
@@ -82,7 +82,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or the index is broken or names a missing file.
     """
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     if not folder.is_dir():
         raise UserError(f"The model folder {str(folder)!r} does not exist; correct --model.")
@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _rows(path: Path, name: str) -> int:
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     return read_header(path)[0][name]["shape"][0]
 
@@ -126,7 +126,7 @@ def _write_weights(files: dict[str, Path], tensors, plan, folder: Path, config: 
 
     from coati.tracking.config import TrackingConfig
     from coati.tracking.progress import progress_bar
-    from colossal_llama.safetensors_copy import NewRows, copy_file
+    from colossal_llama.model.safetensors_copy import NewRows, copy_file
 
     dropped = {tensors.head} if tensors.tied and tensors.head else set()
     paths = sorted(set(files.values()))
@@ -149,14 +149,14 @@ def _write_weights(files: dict[str, Path], tensors, plan, folder: Path, config: 
 
 
 def _data_size(path: Path) -> int:
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     return path.stat().st_size - read_header(path)[1]
 
 
 def _write_rest(source: Path, tokenizer: Path, folder: Path, size: int) -> None:
     """The config with the new size, the tokenizer's files, and whatever else the model has."""
-    from colossal_llama.tokenizer_folder import REPLACED, WEIGHTS
+    from colossal_llama.tokenizer.tokenizer_folder import REPLACED, WEIGHTS
 
     settings = _read_json(source / "config.json")
     holder = settings if "vocab_size" in settings else settings.get("text_config", settings)
@@ -190,8 +190,8 @@ def _suppress(folder: Path, unused: list[int], new: set[int]) -> None:
 
 def _check_shapes(folder: Path, before) -> None:
     """Every tensor of the result has the shape that transformers expects by the new config."""
-    from colossal_llama.embeddings import find_token_tensors
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
+    from colossal_llama.model.token_rows import find_token_tensors
 
     files = weight_files(folder)
     expected = find_token_tensors(folder, set(files)).shapes

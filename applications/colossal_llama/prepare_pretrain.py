@@ -67,7 +67,7 @@ class PrepareConfig(Settings):
     @property
     def filters(self):
         """The quality filters."""
-        from colossal_llama.quality import Filters
+        from colossal_llama.data.quality_filters import Filters
 
         names = ("min_characters", "max_symbol_share", "max_digit_share", "max_repeated_lines")
         return Filters(**{name: getattr(self, name) for name in names})
@@ -75,7 +75,7 @@ class PrepareConfig(Settings):
     @property
     def deduplication(self):
         """How duplicates are found."""
-        from colossal_llama.deduplicate import Deduplication
+        from colossal_llama.data.deduplication import Deduplication
 
         return Deduplication(self.deduplicate, self.minhash_threshold)
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(argv: list[str] | None) -> None:
     config = parse_config(PrepareConfig, argv, "packs documents into rows for continued pre-training")
     print("prepare_pretrain: loading transformers and datasets ...", flush=True)
-    from colossal_llama.preparation import prepare
+    from colossal_llama.data.preparation import prepare
 
     prepare(config)
 

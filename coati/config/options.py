@@ -67,7 +67,8 @@ def check_ranges(config):
     problems = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        for number in value if isinstance(value, list) else [value]:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
             if isinstance(number, int | float) and not isinstance(number, bool) and not _in_range(number, field):
                 problems.append(f"{field.name} is {number}: it must be {range_of(field) or 'finite'}")
     if problems:
@@ -75,8 +76,10 @@ def check_ranges(config):
 
 
 def _in_range(number: float, field: dataclasses.Field) -> bool:
+    if not math.isfinite(number):
+        return False
     bounds = [(compare, field.metadata[bound]) for bound, (_, compare) in BOUNDS.items() if bound in field.metadata]
-    return math.isfinite(number) and all(compare(number, bound) for compare, bound in bounds)
+    return all(compare(number, bound) for compare, bound in bounds)
 
 
 def expand_home(config):

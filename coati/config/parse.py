@@ -80,8 +80,12 @@ def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
     """The word after `--config`, and the other words."""
     paths, rest, words = [], [], iter(argv)
     for word in words:
-        if word == "--config" and (path := next(words, None)) is not None:
-            paths.append(path)
+        if word == "--config":
+            path = next(words, None)
+            if path is None:  # nothing follows: the parser of the flags says so
+                rest.append(word)
+            else:
+                paths.append(path)
         elif word.startswith("--config="):
             paths.append(word.split("=", 1)[1])
         else:
@@ -113,8 +117,8 @@ def _read(value, hint):
     Raises:
         ValueError: it can't be one; the message goes on after the setting's name.
     """
-    is_union = get_origin(hint) in (Union, UnionType)
-    kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind is not NoneType]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    kinds = [kind for kind in kinds if kind is not NoneType]
     if isinstance(value, dict):
         if any(get_origin(kind) is dict for kind in kinds):
             return plain(value)
@@ -122,7 +126,8 @@ def _read(value, hint):
     [kind] = [kind for kind in kinds if get_origin(kind) is not dict]
     if get_origin(kind) is list:
         [entry] = get_args(kind)
-        return [_read_word(word, entry) for word in (value if isinstance(value, list) else [value])]
+        words = value if isinstance(value, list) else [value]
+        return [_read_word(word, entry) for word in words]
     if isinstance(value, list):
         raise ValueError(f"is a list; it takes {_words_for(kind)}")
     return _read_word(value, kind)
@@ -203,7 +208,8 @@ def _grouped(config_class) -> list[tuple[str, list[dataclasses.Field]]]:
         names = [name for name in vars(cls).get("__annotations__", {}) if name in left]
         fields = sorted((left.pop(name) for name in names), key=lambda field: "common" not in field.metadata)
         if fields:
-            groups.append(((cls.__doc__ or cls.__name__).partition("\n")[0].partition(";")[0].rstrip("."), fields))
+            title = (cls.__doc__ or cls.__name__).partition("\n")[0].partition(";")[0]
+            groups.append((title.rstrip("."), fields))
     return groups
 
 
@@ -235,5 +241,6 @@ def _help(field: dataclasses.Field, defaults: Mapping[str, Any]) -> str:
     default = defaults.get(field.name, field.default)
     if default is dataclasses.MISSING:
         default = field.default_factory()
-    facts = [range_of(field), f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}"]
-    return f"{field.metadata['help']} ({'; '.join(filter(None, facts))})".replace("%", "%%")
+    words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    facts = [fact for fact in (range_of(field), f"default: {words}") if fact]
+    return f"{field.metadata['help']} ({'; '.join(facts)})".replace("%", "%%")

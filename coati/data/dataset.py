@@ -233,7 +233,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> Sample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
-    sides = [TokenSequence(*side) for side in zip(row["input_ids"], row["loss_masks"], strict=True)]
+    sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]
     if len(sides) == 2:
         return PreferenceSample(sides[0], sides[1], row["margin"])
     return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -59,7 +60,7 @@ class BatchSampler:
     @property
     def batches_per_epoch(self) -> int:
         """Batches that it takes to see every row of an epoch."""
-        return -(-self.epoch_size // self.batch_size)
+        return math.ceil(self.epoch_size / self.batch_size)
 
     def epoch(self, k: int) -> float:
         """Epochs gone by before batch `k`."""
@@ -92,7 +93,9 @@ class BatchSampler:
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
         extras = [self._share(i, epoch) for i in range(len(self._groups))]
         rows = np.concatenate([self._whole, *extras])
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(rows) if self.shuffle else np.sort(rows)
+        if not self.shuffle:
+            return np.sort(rows)
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(rows)
 
     def _share(self, index: int, epoch: int) -> np.ndarray:
         """The rows of a fractional group that `epoch` sees: the next slice of its endless permutations."""

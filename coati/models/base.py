@@ -207,7 +207,8 @@ class BaseModel(nn.Module):
         if not self.has_adapter:
             self.transformer.save_pretrained(str(folder), state_dict={})
             return
-        if lost := unsaved(self.model):
+        lost = unsaved(self.model)
+        if lost:
             raise UserError(f"{len(lost)} trained weights have no place in the adapter's folder: {lost[0]}")
         for config in self.model.peft_config.values():
             config.save_pretrained(str(folder))
@@ -231,7 +232,8 @@ class ValueHeadModel(BaseModel):
     head_bias = True
 
     def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
-        if not isinstance(source, str | Path) or (stored := stored_classifier(source)) is None:
+        stored = stored_classifier(source) if isinstance(source, str | Path) else None
+        if stored is None:
             return super()._load_transformer(source, config, kwargs)
         if config is not None:
             config = copy.deepcopy(config)
@@ -347,7 +349,8 @@ def hidden_size(config) -> int:
     for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
         # OPT projects its hidden states back to the embedding's width before the head
         for name in ("word_embed_proj_dim", "hidden_size", "d_model", "n_embd"):
-            if isinstance(size := getattr(part, name, None), int):
+            size = getattr(part, name, None)
+            if isinstance(size, int):
                 return size
     raise UserError(f"{type(config).__name__} has no hidden_size (nor word_embed_proj_dim, d_model, n_embd)")
 
@@ -407,10 +410,11 @@ def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
-    if wrong := sorted(info["mismatched_keys"]):
+    wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    if wrong:
         name, theirs, ours = wrong[0]
         raise UserError(f"the weights in {source} don't fit its config: {name} is {list(theirs)}, not {list(ours)}")
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
         )

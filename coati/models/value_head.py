@@ -70,7 +70,10 @@ def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
             shards = json.loads(Path(found).read_text())["weight_map"]
             wanted = sorted({shard for key, shard in shards.items() if key.startswith(HEAD)})
             files = [cached_file(source, shard, **hub_kwargs) for shard in wanted]
-        if head := {key: value for file in files for key, value in _read_head_of_file(file).items()}:
+        head = {}
+        for file in files:
+            head.update(_read_head_of_file(file))
+        if head:
             return head
     return None
 

@@ -88,7 +88,8 @@ class Checkpoints:
         if resume == "auto":
             return self.newest()
         folder = Path(resume)
-        if problem := incomplete(folder):
+        problem = incomplete(folder)
+        if problem:
             raise UserError(
                 f"{folder} is not a complete checkpoint ({problem}); --resume auto takes the newest whole one"
             )

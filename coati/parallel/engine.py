@@ -172,7 +172,8 @@ class Engine:
         metrics = []
         for i, task in enumerate(tasks):
             # gradients travel with the last micro-batch only, where that helps
-            with nullcontext() if self.travels(i == len(tasks) - 1) else self.no_sync():
+            travels = self.travels(is_last=i == len(tasks) - 1)
+            with nullcontext() if travels else self.no_sync():
                 loss, of_this = task.loss(self(**task.inputs))
                 self.booster.backward(loss * self.gradient_ranks, self.optimizer)
             metrics.append(of_this)
@@ -221,7 +222,8 @@ class Engine:
             self.runtime.communicator.barrier()
             for path in self.own_shards(folder / OPTIMIZER):
                 sync(path)
-        if master := self.master_weights():
+        master = self.master_weights()
+        if master:
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
             save_file(tensors, folder / self._master_name())
             sync(folder / self._master_name())

@@ -33,6 +33,11 @@ def memory_class(config: PluginConfig) -> type[EngineMemory]:
     return ENGINES[config.plugin].memory
 
 
+def describing_class(config: PluginConfig) -> type[Engine]:
+    """The class that tells an engine's memory and dtypes, without colossalai."""
+    return Engine if config.splits_models else ENGINES[config.plugin]
+
+
 def make_engine(
     module: nn.Module, config: PluginConfig, runtime: Runtime, *, generates: bool = False, **settings
 ) -> Engine:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from coati.models.base import BaseModel
 from coati.parallel import Engine, Runtime
 from coati.parallel.engine import DTYPES
-from coati.parallel.factory import ENGINES, memory_class
+from coati.parallel.factory import describing_class, memory_class
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
 
@@ -45,7 +45,7 @@ class PlannedEngine(Engine):
     ):
         self.live, self.name, self.module, self.model, self.part = live, name, module, module, part
         self.config, self.runtime, self.precision = config, runtime, config.precision
-        self.kind = ENGINES[config.plugin] if config.model_parallel_size == 1 else Engine
+        self.kind = describing_class(config)
         self.data_ranks = runtime.data_ranks(config.model_parallel_size)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.generating = part.copy_with_all_layers(module) if generates else None

@@ -7,9 +7,10 @@ import torch
 
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
 from coati.models import Actor, ActorCritic, Critic, RewardModel
+from coati.models.actor import CHUNK
 from coati.models.lora import is_adapter
-from coati.parallel import Communicator, Engine, Runtime
-from coati.parallel.factory import ENGINES
+from coati.parallel import Communicator, Runtime
+from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
@@ -146,7 +147,7 @@ class PlannedFactory(Factory):
         depth = cut_layers(shape, self.layers)
         if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
             shape.attention_dropout = shape.attn_pdrop = 0.0
-        kind = ENGINES[c.plugin] if c.model_parallel_size == 1 else Engine
+        kind = describing_class(c)
         with torch.device("meta"):
             how = dict(lora=lora, dtype=kind.loads_in(c), attn_implementation=c.attn_implementation)
             model = model_class(None, shape, **how)
@@ -154,6 +155,8 @@ class PlannedFactory(Factory):
                 add_adapter(model, pretrained)
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.on_gpu:  # tensors without data pass for a CPU's
+            model.logits_at_once = CHUNK["cuda"]
         model.depth = depth
         return model
 

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from coati.config import parse_config, read_yaml, take_config_path
+from coati.config.plugin import PLUGINS
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 
@@ -51,7 +52,7 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
     algorithm = algorithm or _tell_algorithm(argv)
     config = parse_config(ALGORITHMS[algorithm].config, argv)
     if config.precision == "auto":
-        config.precision = "bf16" if on_gpu or config.plugin == "gemini" else "fp32"
+        config.precision = "fp32" if PLUGINS[config.plugin].computes_in_fp32 and not on_gpu else "bf16"
     if on_gpu:  # as large, and this machine need not have a GPU
         config.precision = config.precision.replace("fp16", "bf16")
         config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
@@ -117,15 +118,16 @@ def _changes(workload) -> list[dict]:
             changes.append({name: getattr(c, name) // 2})
     if c.precision == "fp32":
         changes.append({"precision": "bf16"})
-    if workload.gpus > 1 and c.plugin in ("ddp", "zero1"):
+    plugin = PLUGINS[c.plugin]
+    if workload.gpus > 1 and not plugin.shards_gradients:
         changes.append({"plugin": "zero2"})
-    if c.plugin in ("ddp", "zero1", "zero2"):
+    if not plugin.offloads and not plugin.shards_weights:
         changes.append({"plugin": "zero2-offload"})
-    if workload.gpus > 1 and c.plugin != "gemini" and c.lora_rank == 0 and c.model_parallel_size == 1:
+    if workload.gpus > 1 and not plugin.shards_weights and c.lora_rank == 0 and not c.splits_models:
         changes.append({"plugin": "gemini", "precision": "bf16" if c.precision == "fp32" else c.precision})
-    if c.plugin == "gemini" and c.offload_optimizer_fraction < 1:
+    if plugin.shards_weights and c.offload_optimizer_fraction < 1:
         changes.append({"offload_optimizer_fraction": 1.0})
-    if c.plugin in ("ddp", "zero1", "zero2") and workload.gpus % (2 * c.model_parallel_size) == 0:
+    if "tensor_parallel" in plugin.splits and workload.gpus % (2 * c.model_parallel_size) == 0:
         changes.append({"tensor_parallel": 2 * c.tensor_parallel})
     return changes
 

@@ -23,15 +23,18 @@ PLAIN = "{prompt}{response}"
 class ScoringConfig(Settings):
     """What scores responses, for every algorithm that learns from a reward."""
 
-    reward_model: str | None = option(None, "folder of a reward model that uses the policy's tokenizer", path="model")
+    reward_model: str | None = option(
+        None, "folder of a reward model that uses the policy's tokenizer", path="model", common=True
+    )
     reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
     reward_functions: list[str] = option(
-        (), "FILE.py:function or module:function, called with prompts and responses", path="function"
+        (), "FILE.py:function or module:function, called with prompts and responses", path="function", common=True
     )
     reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
     verifiers: list[str] = option(
         (),
         "rewards by rule: math, gsm8k, choice, exact, regex, format, json, reasoning_gym, python; see docs/rewards.md",
+        common=True,
     )
     verifier_weights: list[float] | None = option(None, "one weight a verifier; 1 each if not given")
     answer_column: str = option(

@@ -139,11 +139,11 @@ class MathVerifier(Verifier):
         number = extract_number(text, self.answer_style, truncated)
         for right in self.accepted(sample.columns):
             right = stated_answer(right, "marked") or right.strip()
-            if (wanted := extract_number(right, "stated")) is not None:
+            if (wanted := right_number(right)) is not None:
                 equal = number is not None and same_number(wanted, number, right, given)
             else:
                 found = text if self.answer_style == "anywhere" and not given else given
-                equal = not is_of_prompt(found, sample.prompt, right) and self.same_expression(right, found)
+                equal = self.same_expression(right, found) and not is_of_prompt(found, sample.prompt, right)
             if equal:
                 return True
         return False
@@ -186,7 +186,7 @@ class GSM8KVerifier(Verifier):
     name = "gsm8k"
 
     def verdict(self, sample):
-        right = [extract_number(text, "stated") for text in self.accepted(sample.columns)]
+        right = [right_number(text) for text in self.accepted(sample.columns)]
         if None in right:
             raise ValueError(f"no number in {look_up(sample.columns, self.answer_column)!r}")
         text, truncated = final_part(sample)
@@ -459,6 +459,11 @@ def as_text(answer) -> str | None:
     if isinstance(answer, float) and math.isfinite(answer):
         return f"{Decimal(str(answer)):f}"  # not 1e-05
     return str(answer) if isinstance(answer, (str, Number)) else None
+
+
+def right_number(text: str) -> Fraction | None:
+    """The number that a right answer is; one that is written as an object or a list, in JSON or LaTeX, is none."""
+    return None if text.lstrip().startswith(("{", "[")) else extract_number(text, "stated")
 
 
 def same_number(right: Fraction, given: Fraction, right_text: str, given_text: str) -> bool:

@@ -33,9 +33,9 @@ class SupervisedTrainer(Trainer):
 
     def build(self):
         c = self.config
-        self.data = self.factory.dataset(c.train_data, self.kind, c.train_weights)
-        self.eval_data = self.factory.dataset(c.eval_data, self.kind)
-        self.order, self.total_steps = self.factory.order(self.data, self.start)
+        self.data = self.load_data(c.train_data, c.train_weights)
+        self.eval_data = self.load_data(c.eval_data)
+        self.order, self.total_steps = self.make_order()
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
         self.batching = Batching(self.ranks, c.micro_batch_size, budget)
         self.factory.longest_sequence = self.longest_sequence()
@@ -43,6 +43,14 @@ class SupervisedTrainer(Trainer):
         accumulates = c.batch_size // self.ranks.world_size > c.micro_batch_size
         self.model = self.factory.trained(self.make_model(start), accumulates=accumulates, generates=self.generates)
         self.engines = {ONLY_MODEL: self.model}
+
+    def load_data(self, sources: list[str], weights: list[float] | None = None):
+        """The rows of some sources, with `lengths`, `source_names`, `source_of_row` and `key`; None for no sources."""
+        return self.factory.dataset(sources, self.kind, weights)
+
+    def make_order(self):
+        """The order of the training data (its `batch(k)` and `epoch(k)`), and how many steps the run has."""
+        return self.factory.order(self.data, self.start)
 
     def make_model(self, start) -> BaseModel:
         """The model that is trained, from a folder."""

@@ -246,6 +246,14 @@ def test_a_function_gets_the_columns_that_it_takes(function):
     assert reward.score(samples(["", ""], ["x", "y"], note=[None, None])) == [1.0, 1.0]
 
 
+def test_what_every_function_is_given_is_no_field_of_the_data():
+    """REPORT 30: a field `truncated` would be hidden by the column of that name."""
+    from coati.data.records import RESERVED
+    from coati.rewards.function import GIVEN
+
+    assert {*GIVEN, "prompts", "responses"} <= {*RESERVED}
+
+
 @pytest.mark.parametrize(("function", "lacking"), [(named, "answer"), (only_by_name, "answer")])
 def test_a_column_that_no_row_has_is_named_before_anything_is_generated(function, lacking):
     """REPORT 30: with the columns that are there."""

@@ -419,6 +419,13 @@ def test_a_right_answer_that_is_an_object_is_refused_at_the_start(name, answer, 
         verdict(name, "18", answer, settings=settings)
 
 
+@pytest.mark.parametrize("answer", ['{"unit": "eggs", "value": 5}', "{'value': 5}", "[5]", '["5", "6"]', "{5: 5}"])
+def test_a_text_of_an_object_or_a_list_is_not_read_for_a_number(answer):
+    """REPORT 15: as data sets that keep JSON in texts have it."""
+    with pytest.raises(ValueError, match="no number in"):
+        verdict("gsm8k", "5", answer)
+
+
 def test_a_column_that_no_row_has_is_refused_at_the_start():
     """REPORT 15: what a verifier doesn't read may be missing."""
     rows = [{"solution": "1"}, {"gold": {"value": 1}}]

@@ -46,7 +46,8 @@ def check_language_model(model, wrapper) -> nn.Module:
 
 def language_model_head(base: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     """The output layer of a transformers model: what it says is one, or else has one of the names."""
-    if (head := base.get_output_embeddings()) is not None:
+    head = base.get_output_embeddings()
+    if head is not None:
         return head
     return next((module for name, module in base.named_modules() if name.rpartition(".")[2] in names), None)
 

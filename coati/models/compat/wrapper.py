@@ -139,11 +139,14 @@ class PreTrainedModelWrapper(nn.Module):
             )
             rewards = dict(score_module=score, supports_rm_adapter=True, rm_adapter_name=reward_adapter_name)
         wrapper = cls(model, **rewards, **head)
-        if note := repair_generation_config(check_language_model(model, cls)):
+        note = repair_generation_config(check_language_model(model, cls))
+        if note:
             logger.warning(note)
         if source is None:
             wrapper._fill_head(carried, type(model).__name__)
-        elif state := load_head(source, **hub):
+            return wrapper
+        state = load_head(source, **hub)
+        if state:
             wrapper._fill_head(state, source)
         else:
             logger.warning("%s has no value head (%s*): a new one is drawn", source, HEAD)
@@ -193,7 +196,9 @@ class PreTrainedModelWrapper(nn.Module):
     def _run(self, **inputs):
         """The wrapped model's output and the last hidden states, `[batch, seq, hidden]`."""
         output = self.pretrained_model(**{**inputs, "output_hidden_states": True, "return_dict": True})
-        return output, (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
+        if self.is_encoder_decoder:
+            return output, output.decoder_hidden_states[-1]
+        return output, output.hidden_states[-1]
 
     def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs):
         """A folder that this class, TRL and plain transformers (or peft) open.
