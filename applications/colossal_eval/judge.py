@@ -96,7 +96,11 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
     for key, case in zip(keys, cases, strict=True):
         record = {"id": case.question.id, "category": case.question.category, "turn": case.turn, "kind": case.kind}
         record |= {"models": list(case.models), "messages": case.messages}
-        yield record | (store[key] if key in store else {"verdict": None, "errors": failures[key]})
+        if key in store:
+            record |= store[key]
+        else:
+            record |= {"verdict": None, "errors": failures[key]}
+        yield record
 
 
 def judge(config: JudgeConfig) -> dict:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.files import new_folder
+from colossal_llama.output_folder import new_folder
 from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
 
 REPORT = "extension.json"

@@ -176,14 +176,9 @@ class Actor(BaseModel):
             attention_mask: as the transformers model takes it; None for causal attention.
             last: `[batch]`, the column of each row's last token, if rows are padded on the right.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **self._options)
-        inputs[self.cache_name] = cache
-        if position_ids is not None and self.takes_positions:
-            inputs["position_ids"] = position_ids
         if last is None:
-            if self._keeps_logits:
-                inputs["logits_to_keep"] = 1
-            return self.model(**inputs).logits[:, -1]
+            return self.last_logits(input_ids, 1, cache, attention_mask, position_ids)[:, -1]
+        inputs = self._inputs(input_ids, cache, attention_mask, position_ids)
         rows = torch.arange(len(last), device=last.device)
         head = self.transformer.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, states: (states[0][rows, last][:, None],))
@@ -191,6 +186,34 @@ class Actor(BaseModel):
             return self.model(**inputs).logits[:, -1]
         finally:
             hook.remove()
+
+    def last_logits(
+        self,
+        input_ids: Tensor,
+        count: int,
+        cache=None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the tokens after each of a row's last `count`, `[batch, count, vocabulary]`.
+
+        Args:
+            cache: a transformers cache of what comes before, to which the new tokens are added; None for nothing.
+            input_ids, attention_mask, position_ids: see `next_logits`.
+        """
+        inputs = self._inputs(input_ids, cache, attention_mask, position_ids)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = count
+        return self.model(**inputs).logits[:, -count:]
+
+    def _inputs(self, input_ids: Tensor, cache, attention_mask, position_ids: Tensor | None) -> dict:
+        """What the transformers model is called with."""
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **self._options)
+        if cache is not None:
+            inputs[self.cache_name] = cache
+        if position_ids is not None and self.takes_positions:
+            inputs["position_ids"] = position_ids
+        return inputs
 
     @cached_property
     def compiled_next_logits(self) -> Callable[..., Tensor]:

@@ -214,7 +214,7 @@ class QuestionTask(Task):
         if "generate" in self.methods:
             scores["exact_match"] = score_text(question, given.text)
             if self.kind == "math":
-                scores["last_number"] = float(same_number(given.text, question.answers, stated=False))
+                scores["last_number"] = float(same_number(given.text, question.answers, style="anywhere"))
             if "first_token" in scores:
                 scores["combined"] = metrics.combined(scores["exact_match"], scores["first_token"])
         if "choice_perplexity" in self.methods:

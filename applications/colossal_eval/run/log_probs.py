@@ -8,6 +8,7 @@ on the rows alone, never on the number of ranks or on what was answered before, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class LogProbScorer:
         self.batching = has_keys_and_values(actor)
         self.sharing = self.batching and kinds == {"full_attention"} and not _slides(config)
         self.usage = Usage()
-        self._prefix: tuple[bytes, list] | None = None
+        self._prefix: tuple[bytes, Any] | None = None
 
     @torch.no_grad()
     def score(self, rows: list[TokenRow], prefix: int) -> list[list[tuple[float, bool]]]:
@@ -160,37 +161,31 @@ class LogProbScorer:
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache) -> torch.Tensor:
         """Logits of the last `keep` positions, `[batch, keep, vocabulary]`."""
-        actor, mask = self.actor, mask.to(self.device)
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask, **actor._options}
-        inputs |= {"use_cache": False} if cache is None else {actor.cache_name: cache, "use_cache": True}
-        if actor.takes_positions:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :]
-        if actor._keeps_logits:
-            inputs["logits_to_keep"] = keep
-        return actor.model(**inputs).logits[:, -keep:]
+        mask = mask.to(self.device)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
+        return self.actor.last_logits(ids.to(self.device), keep, cache, mask, positions)
 
     def _lend(self, prefix: np.ndarray, count: int):
         """A cache that holds the beginning for `count` rows; the last beginning is kept."""
         from transformers import DynamicCache
 
+        from coati.rollout.engine.cache import lend
+
         if self._prefix is None or self._prefix[0] != prefix.tobytes():
             cache, ids = DynamicCache(), torch.from_numpy(prefix.astype(np.int64))[None]
             self._logits(ids, torch.ones_like(ids, dtype=torch.bool), 1, cache)
             self.usage.read += len(prefix)
-            self._prefix = (prefix.tobytes(), [(layer.keys, layer.values) for layer in cache.layers])
-        return DynamicCache([(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in self._prefix[1]])
+            self._prefix = (prefix.tobytes(), cache)
+        return lend(self._prefix[1], count)
 
 
 def _read(log_probs: torch.Tensor, rows: list[TokenRow]) -> list[list[tuple[float, bool]]]:
     """`[batch, keep, vocabulary]` to each target's sum and whether it is the greedy choice; copied once."""
     keep, greedy = log_probs.shape[1], log_probs.argmax(-1).tolist()
-    places = [
-        (i, keep - row.count + t, token)
-        for i, row in enumerate(rows)
-        for target in row.targets
-        for t, token in enumerate(target)
-    ]
+    places = []
+    for i, row in enumerate(rows):
+        for target in row.targets:
+            places += [(i, keep - row.count + t, token) for t, token in enumerate(target)]
     in_row, column, token = torch.tensor(places, device=log_probs.device).T
     values = log_probs[in_row, column, token].double().tolist()
     found, start = [], 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coati.rewards.answers import extract_letters, extract_number, to_number
+from coati.rewards.answers import Style, extract_letters, extract_number, to_number
 from colossal_eval.benchmarks.question import Question
 from colossal_eval.scores.metrics import exact_match, multi_choice
 
@@ -15,15 +15,15 @@ def score_text(question: Question, text: str) -> float:
         return float(same_number(text, question.answers))
     if question.kind == "cloze":
         return float(same_text(text, question.answers))
-    given = extract_letters(text, question.labels)
+    given = extract_letters(text, question.labels, "anywhere")
     if question.kind == "multi_choice":
         return multi_choice(given, question.answers, question.labels)
     return exact_match(given, question.answers)
 
 
-def same_number(text: str, accepted: list[str], stated: bool = True) -> bool:
+def same_number(text: str, accepted: list[str], style: Style = "marked") -> bool:
     """Whether the number that `text` gives as its answer, see `extract_number`, is one of the accepted."""
-    number = extract_number(text, stated)
+    number = extract_number(text, style)
     return number is not None and number in {to_number(answer) for answer in accepted}
 
 

@@ -20,7 +20,7 @@ def cut(lengths: Sequence[int], max_length: int) -> tuple[np.ndarray, np.ndarray
     `start[i]` to `stop[i]` (exclusive) of document `document[i]`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    counts = -(-lengths // max_length)
+    counts = (lengths + max_length - 1) // max_length
     document = np.repeat(np.arange(len(lengths)), counts)
     first_piece = np.cumsum(counts) - counts
     start = (np.arange(len(document)) - first_piece[document]) * max_length

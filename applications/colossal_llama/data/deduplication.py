@@ -45,10 +45,9 @@ class Deduplication:
         128 hashes (standard error up to 0.044), so that documents near the threshold can go either way.
         """
         if self.kind == "none":
-            return np.array([True for _ in signatures], dtype=bool)
+            return np.ones(len(list(signatures)), dtype=bool)
         if self.kind == "exact":
-            seen: set[bytes] = set()
-            return np.array([not (s in seen or seen.add(s)) for s in signatures], dtype=bool)
+            return _is_new(signatures)
         return self._is_first_of_its_kind(signatures)
 
     def _is_first_of_its_kind(self, signatures: Iterable[bytes]) -> np.ndarray:
@@ -67,6 +66,16 @@ class Deduplication:
                 kept[number] = hashes
                 index.insert(number, sketch)
         return np.array(is_first, dtype=bool)
+
+
+def _is_new(signatures: Iterable[bytes]) -> np.ndarray:
+    """Whether none before it equals it, bool `[documents]`."""
+    seen: set[bytes] = set()
+    is_new = []
+    for signature in signatures:
+        is_new.append(signature not in seen)
+        seen.add(signature)
+    return np.array(is_new, dtype=bool)
 
 
 def normalise(text: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from coati.errors import UserError
 from colossal_llama.data.documents import Document
+from colossal_llama.tokenizer.tokenizer_folder import load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -40,26 +41,12 @@ class TokenizerData:
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
-def load_tokenizer(folder: str, bos: Literal["auto", "always", "never"]) -> TokenizerData:
+def read_tokenizer(folder: str, bos: Literal["auto", "always", "never"]) -> TokenizerData:
     """Read a model's tokenizer.
 
-    Raises `UserError` if there is none, or it gives no character offsets, or it lacks a special token.
+    Raises `UserError` if it can't be loaded, see `load_tokenizer`, or lacks a special token.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"The tokenizer folder {folder} does not exist (looked in {Path.cwd()}); correct --tokenizer.")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    # transformers raises many kinds of errors for the many ways in which a folder holds no tokenizer
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{folder} holds no tokenizer that transformers can load ({reason}).") from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"The tokenizer in {folder} ({type(tokenizer).__name__}) gives no character offsets, by which sources are "
-            "told from targets; use a fast tokenizer (a tokenizer.json made with the `tokenizers` library)."
-        )
+    tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {folder} has no EOS token to end documents with; set its eos_token.")
     if bos == "always" and tokenizer.bos_token_id is None:
@@ -74,7 +61,7 @@ def load_tokenizer(folder: str, bos: Literal["auto", "always", "never"]) -> Toke
 
 
 @lru_cache(maxsize=1)
-def load_backend(path: str):
+def text_tokenizer(path: str):
     """The `tokenizers.Tokenizer` in a JSON file, without truncation and padding, for texts without special tokens."""
     from tokenizers import Tokenizer
 

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,14 +20,12 @@ from coati.errors import UserError
 from coati.tracking.config import TrackingConfig
 from coati.tracking.progress import progress_bar
 from colossal_llama.data import buckets, documents, token_store
-from colossal_llama.data.document_tokens import TokenizerData, load_tokenizer
+from colossal_llama.data.document_tokens import TokenizerData, read_tokenizer
 from colossal_llama.data.left_out_rows import Problems
 from colossal_llama.data.manifest import Counts, measure_bucket, print_tables, summarise
+from colossal_llama.data.preparation_settings import PrepareConfig
 from colossal_llama.data.work_folder import WorkFolder, open_work_folder
 from colossal_llama.data.worker_processes import Run, workers
-
-if TYPE_CHECKING:
-    from colossal_llama.prepare_pretrain import PrepareConfig
 
 FORMAT_VERSION = 1  # count up whenever the same rows and settings give other files
 Chosen = list[dict[str, np.ndarray]]
@@ -60,7 +57,7 @@ def prepare(config: PrepareConfig) -> None:
     output = Path(config.output).expanduser()
     if output.exists():
         raise UserError(f"The output folder {output} exists; remove it or give another --output.")
-    tokenizer = load_tokenizer(config.tokenizer, config.bos)
+    tokenizer = read_tokenizer(config.tokenizer, config.bos)
     parts, hashes = read_files(config)
     _announce(config, tokenizer, parts)
     with workers(config.processes) as run:

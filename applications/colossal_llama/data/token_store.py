@@ -11,7 +11,7 @@ import numpy as np
 
 from coati.files import written_aside
 from colossal_llama.data.deduplication import Deduplication
-from colossal_llama.data.document_tokens import encode, load_backend
+from colossal_llama.data.document_tokens import encode, text_tokenizer
 from colossal_llama.data.documents import Document, Part, read_documents
 from colossal_llama.data.left_out_rows import Problem, Problems
 from colossal_llama.data.quality_filters import Filters
@@ -44,14 +44,14 @@ def tokenise_part(task: TokeniseTask) -> int:
 
     dropped = Problems()
     rows = list(_tokenised(task, dropped))
-    ids, source_tokens, categories, lines, signatures = zip(*rows, strict=True) if rows else ([],) * 5
+    ids = [row.input_ids for row in rows]
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *ids])),
-        "source_tokens": pa.array(source_tokens, pa.int32()),
-        "category": pa.array(categories, pa.string()),
-        "line": pa.array(lines, pa.int64()),
-        "signature": pa.array(signatures, pa.binary()),
+        "source_tokens": pa.array([row.source_tokens for row in rows], pa.int32()),
+        "category": pa.array([row.document.category for row in rows], pa.string()),
+        "line": pa.array([row.document.line for row in rows], pa.int64()),
+        "signature": pa.array([row.signature for row in rows], pa.binary()),
     }
     metadata = {"path": task.part.path, "dropped": json.dumps(dropped.as_json())}
     table = pa.table(columns).replace_schema_metadata(metadata)
@@ -60,8 +60,18 @@ def tokenise_part(task: TokeniseTask) -> int:
     return int(ends[-1])
 
 
-def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[tuple[np.ndarray, int, str, int, bytes]]:
-    backend = load_backend(task.tokenizer)
+@dataclass(frozen=True)
+class _Tokenised:
+    """A document, its tokens, int32 `[tokens]`, of which the first `source_tokens` are not trained on."""
+
+    document: Document
+    input_ids: np.ndarray
+    source_tokens: int
+    signature: bytes
+
+
+def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[_Tokenised]:
+    backend = text_tokenizer(task.tokenizer)
     chosen: list[Document] = []
     for document in read_documents(task.part, task.category, Problems()):
         reason = task.filters.reason_to_drop(document.source + document.target)
@@ -74,7 +84,7 @@ def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[tuple[np.ndarr
         signatures = task.deduplication.signatures([d.source + d.target for d in batch])
         encoded = encode(batch, backend, task.bos_id, task.eos_id)
         for document, (ids, source_tokens), signature in zip(batch, encoded, signatures, strict=True):
-            yield ids, source_tokens, document.category, document.line, signature
+            yield _Tokenised(document, ids, source_tokens, signature)
 
 
 class TokenStore:

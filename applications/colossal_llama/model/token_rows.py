@@ -57,10 +57,12 @@ def find_token_tensors(folder: Path, names: set[str]) -> TokenTensors:
 
     def find(module, parameter: str, required: bool = True) -> str | None:
         name = f"{modules[id(module)]}.{parameter}"
-        known = [name for name in (name, name.removeprefix(prefix), prefix + name) if name in names]
-        if required and not known:
+        for spelling in (name, name.removeprefix(prefix), prefix + name):
+            if spelling in names:
+                return spelling
+        if required:
             raise UserError(f"{folder} has no tensor {name}; only models saved by transformers can be extended.")
-        return known[0] if known else None
+        return None
 
     return TokenTensors(
         embedding=find(embedding, "weight"),

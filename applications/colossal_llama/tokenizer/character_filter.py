@@ -60,7 +60,11 @@ class CharacterFilter:
 
 
 def _characters_from(prefix: bytes) -> list[str]:
-    length = 2 if prefix[0] < 0xE0 else 3 if prefix[0] < 0xF0 else 4
+    length = 2
+    if prefix[0] >= 0xE0:
+        length = 3
+    if prefix[0] >= 0xF0:
+        length = 4
     bits = 6 * (length - len(prefix))
     first = prefix[0] & (0x7F >> length)
     for byte in prefix[1:]:

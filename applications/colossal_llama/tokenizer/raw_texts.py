@@ -25,8 +25,9 @@ def read_texts(paths: Iterable[str | Path], field: str = "text") -> Iterator[str
     for path in map(Path, paths):
         if path.suffix not in (".jsonl", ".txt"):
             raise UserError(f"{path} is neither a .jsonl nor a .txt file; convert it.")
+        texts = _jsonl(path, field) if path.suffix == ".jsonl" else _txt(path)
         empty = True
-        for text in _jsonl(path, field) if path.suffix == ".jsonl" else _txt(path):
+        for text in texts:
             if text.strip():
                 empty = False
                 yield text

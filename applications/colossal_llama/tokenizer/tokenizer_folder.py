@@ -50,20 +50,23 @@ def load_tokenizer(folder: str | Path):
     """transformers' tokenizer of a folder; nothing is downloaded, no code from the folder runs.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read it, or it is none of the `tokenizers` library.
     """
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise UserError(f"The tokenizer folder {str(folder)!r} does not exist; correct the path.")
+        raise UserError(f"The tokenizer folder {folder} does not exist (looked in {Path.cwd()}); correct the path.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     # What is raised for broken files of so many kinds is documented nowhere.
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"transformers cannot load a tokenizer from {folder} ({reason}); check its files.") from error
+        raise UserError(f"{folder} holds no tokenizer that transformers can load ({reason}).") from error
     if not tokenizer.is_fast:
-        raise UserError(f"{folder} has no fast tokenizer; save it with a tokenizer.json.")
+        raise UserError(
+            f"The tokenizer in {folder} ({type(tokenizer).__name__}) gives no character offsets; use a fast one "
+            "(a tokenizer.json made with the `tokenizers` library)."
+        )
     return tokenizer
 
 
@@ -73,9 +76,11 @@ def _read_spec(folder: Path) -> dict[str, Any]:
         return json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
     try:
         spec = json.loads(path.read_bytes())
-        return spec if spec["model"] and isinstance(spec["model"], dict) else {}["model"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a file of the tokenizers library; write it again.") from None
+    except ValueError:
+        spec = None
+    if not isinstance(spec, dict) or not spec.get("model") or not isinstance(spec["model"], dict):
+        raise UserError(f"{path} is not a file of the tokenizers library; write it again.")
+    return spec
 
 
 def load_backend(folder: str | Path):

@@ -14,6 +14,12 @@ from transformers.cache_utils import CacheLayerMixin
 from coati.transfer import upload
 
 
+def lend(cache: Cache, rows: int) -> DynamicCache:
+    """A cache of so many rows, all of which go on after the one row of `cache`; nothing is copied until they do."""
+    shape = (rows, -1, -1, -1)
+    return DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in cache.layers])
+
+
 class SlotCache(Cache):
     """Room for `slots` rows of `columns` tokens, which is taken when the first rows come.
 

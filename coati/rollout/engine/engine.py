@@ -209,13 +209,11 @@ class RolloutEngine:
         """The keys and values of some prompts (up to `end`), and the logits of their next tokens."""
         from transformers import DynamicCache
 
+        from coati.rollout.engine.cache import lend
+
         start, cache = 0, DynamicCache()
         if beginning is not None:
-            start = beginning.get_seq_length()
-            kept = [(layer.keys, layer.values) for layer in beginning.layers]
-            cache = DynamicCache(
-                [(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1)) for k, v in kept]
-            )
+            start, cache = beginning.get_seq_length(), lend(beginning, len(batch))
         prompts = [list(group[0].request.prompt)[start:end] for group in batch]
         lengths = [len(prompt) for prompt in prompts]
         ids = pad_right(prompts, self.device)

@@ -93,7 +93,7 @@ def test_numbers_are_read_after_the_last_mark(text, value):
 
 def test_equal_numbers_and_texts_are_the_same():
     assert same_number("#### 2.50", ["2.5"])
-    assert same_number("some 3 lamps", ["3"], stated=False)
+    assert same_number("some 3 lamps", ["3"], style="anywhere")
     assert not same_number("some 3 lamps", ["3"])
     assert not same_number("#### 2.51", ["2.5"])
     assert same_text("$\\frac{1}{2}$\nmore", ["$\\frac12$"])

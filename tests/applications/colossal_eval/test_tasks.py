@@ -145,6 +145,7 @@ def test_texts_are_worth_what_their_kind_says():
     several = Question("q", "s", "c", "zh", "multi_choice", "?", list("wxyz"), list("ABCD"), ["A", "C"])
     number = Question("q", "s", "c", "en", "math", "?", answers=["2000"], solution="")
     assert [score_text(one, text) for text in (" B", "A good one. The answer is B.", "AB", "")] == [1, 1, 0, 0]
+    assert [score_text(one, text) for text in ("Since x grows, (B) it is.", "(A) falls, thus (B) it is.")] == [1, 0]
     assert [score_text(several, text) for text in ("AC", "A", "ABC", "ABCD", "")] == [1, 0.5, 0.5, 0, 0]
     assert [score_text(number, text) for text in ("so\n#### 2,000", "The answer is 2000.0", "2000", "#### 1")] == [
         1,

@@ -108,7 +108,9 @@ def test_bad_input_is_named_and_leaves_nothing(tokenizers, texts, tmp_path, caps
     assert "Nothing to compare" in refusal("--tokenizers", folder)
     assert "'byte-level' names" in refusal("--tokenizers", folder, folder, "--corpus", corpus)
     (tmp_path / "empty").mkdir()
-    assert "transformers cannot load" in refusal("--tokenizers", str(tmp_path / "empty"), "--corpus", corpus)
+    assert "holds no tokenizer that transformers can load" in refusal(
+        "--tokenizers", str(tmp_path / "empty"), "--corpus", corpus
+    )
     (tmp_path / "out").mkdir()
     assert main(["--tokenizers", folder, "--corpus", corpus, "--output", str(tmp_path / "out")]) == 2
     assert "out exists" in capsys.readouterr().err
