@@ -37,6 +37,7 @@ SINGLE_MAY_IMPORT = {
     "doctor": {"errors", "config", "parallel"},
     "errors": set(),
     "files": set(),
+    "initial": {"commands", "trainers"},
     "run": set(),
     "run_layout": {"files"},
     "samples": set(),

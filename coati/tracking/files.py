@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
-from coati.files import replace_file, written_aside  # noqa: F401 (applications take it from here)
+from coati.files import written_aside
 
 METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
 _NON_FINITE = ("nan", "inf", "-inf")

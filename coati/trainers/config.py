@@ -9,7 +9,6 @@ from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
 from coati.errors import UserError
 from coati.rewards.config import ScoringConfig
-from coati.run_layout import FINAL_MODEL  # noqa: F401 (applications take it from here)
 from coati.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:  # settings are read before torch is loaded

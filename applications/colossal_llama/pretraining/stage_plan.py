@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coati.config import parse_settings, read_yaml, take_config_path
 from coati.errors import UserError
-from coati.trainers.config import FINAL_MODEL
+from coati.run_layout import FINAL_MODEL
 from coati.trainers.paths import check_paths
 from colossal_llama.pretraining.stage_settings import PretrainConfig
 
