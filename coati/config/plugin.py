@@ -45,6 +45,7 @@ class PluginConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 on GPUs (fp16 on those before Ampere) and under gemini, fp32 elsewhere", common=True
     )
+    device: Literal["auto", "cpu"] = option("auto", "auto: GPUs, if the machine has any; cpu: no GPU in any case")
     tensor_parallel: int = option(1, "processes that share each layer's weights (with ddp, zero1, zero2)", ge=1)
     pipeline_parallel: int = option(1, "processes that share the layers (with ddp, zero1)", ge=1)
     sequence_parallel: int = option(1, "processes that share each sequence (with ddp, zero1, zero2)", ge=1)

@@ -51,6 +51,7 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
     """
     algorithm = algorithm or _tell_algorithm(argv)
     config = parse_config(ALGORITHMS[algorithm].config, argv)
+    on_gpu = on_gpu and config.device != "cpu"
     if config.precision == "auto":
         config.precision = "fp32" if PLUGINS[config.plugin].computes_in_fp32 and not on_gpu else "bf16"
     if on_gpu:  # as large, and this machine need not have a GPU

@@ -56,6 +56,8 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
     runtime = None
     try:
         config = parse(config_class, description, **how)
+        if config.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
         if is_main:
             print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
         trainer_class = load_trainer()

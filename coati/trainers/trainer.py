@@ -46,6 +46,8 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, runtime: Runtime, *, make_factory: Callable[..., Factory] = Factory):
         self.config, self.runtime, self.make_factory = config, runtime, make_factory
+        if config.device == "cpu" and runtime.device.type != "cpu":
+            raise UserError("device is cpu, but this process uses a GPU already: start it with CUDA_VISIBLE_DEVICES=")
         check_plugin(config, lora=config.lora_rank > 0 or bool(adapters_in(config)), world_size=runtime.world_size)
         self.ranks = runtime.data_ranks(config.model_parallel_size)
         config.check(self.ranks.world_size)
