@@ -13,6 +13,7 @@ RUNS = {
     "sft, bf16": ("sft", dict(precision="bf16")),
     "reward": ("reward", dict(use_margin=True, centering=0.01)),
     "dpo": ("preference", dict(share_prompts=True)),
+    "dpo, prompts apart": ("preference", {}),
     "kto": ("preference", dict(loss="kto")),
     "ppo": ("ppo", dict(scored_by_model=True, temperature=1.0)),
     "ppo, shared trunk": ("ppo", dict(SAMPLING, shared_trunk=True, dual_clip=3.0, kl_stop=0.1)),

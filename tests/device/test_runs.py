@@ -9,7 +9,7 @@ import pytest
 from tests.device.jobs import RUNS, make_job
 
 pytestmark = pytest.mark.distributed
-# each run once here or on two ranks, each plugin several times; the rest of the table is slow
+# almost every run once here or on two ranks, each plugin several times; the rest of the table is slow
 QUICK = {
     "sft, lora": "zero2",
     "sft, checkpointing": "zero1",
@@ -62,17 +62,14 @@ def test_a_run_under_every_plugin_on_a_strict_device_gives_what_the_cpu_gives(ru
     compare(slow[f"{run}, {plugin}"], run)
 
 
-# one model's work on two ranks; with ZeRO, Colossal-AI refuses fp32
-LAYOUTS = {
-    "tp2": dict(tensor_parallel=2),
-    "pp2": dict(pipeline_parallel=2),
-    "sp2": dict(sequence_parallel=2),
-}
+# one model's work on two ranks
+LAYOUTS = {name: dict([(f"{name}_parallel", 2)]) for name in ("tensor", "pipeline", "sequence")}
 ON_TWO = {name: dict(plugin=name) for name in ("ddp", "zero1", "zero2")} | LAYOUTS
+SPLIT = ("sft", "reward", "dpo, prompts apart", "kto", "ppo", "grpo")  # shared prompts need whole models
 TWO_QUICK = [("sft", "zero1"), ("kto", "zero2"), ("ppo", "ddp"), ("grpo, dynamic", "zero2")]
-TWO_QUICK += [("reward", "tp2"), ("grpo", "pp2"), ("sft", "sp2")]
+TWO_QUICK += [("reward", "tensor"), ("grpo", "pipeline"), ("sft", "sequence")]
 TWO_SLOW = [(run, name) for run in RUNS for name in ("ddp", "zero2") if (run, name) not in TWO_QUICK]
-TWO_SLOW += [(run, name) for run in ("sft", "reward", "dpo", "kto", "ppo", "grpo") for name in LAYOUTS]
+TWO_SLOW += [(run, name) for run in SPLIT for name in LAYOUTS]
 TWO_SLOW = [case for case in TWO_SLOW if case not in TWO_QUICK]
 
 
