@@ -375,9 +375,8 @@ def test_rewards_in_a_file_of_rows_are_handed_their_columns(tiny_world, runtime,
     (tmp_path / "seen.py").write_text(
         "def seen(prompts, responses, answer_length, **columns):\n    return [float(n) for n in answer_length]\n"
     )
-    trainer = make(
-        "ppo", tiny_world, runtime, tmp_path / "run", train_data=[path], reward_functions=[f"{tmp_path}/seen.py:seen"]
-    )
+    changes = dict(train_data=[path], eval_data=[], reward_functions=[f"{tmp_path}/seen.py:seen"])
+    trainer = make("ppo", tiny_world, runtime, tmp_path / "run", **changes)
     metrics = trainer.step(0)
     assert metrics["reward"] == pytest.approx(3.5)
 
