@@ -273,10 +273,16 @@ def test_vllm_has_weights_and_a_cache_of_its_own():
     assert found.peak["vLLM", "parameters"] == pytest.approx(found.peak["actor", "parameters"], rel=0.01)
 
 
-def test_prompts_that_are_read_once_take_less():
-    long = dict(max_prompt_length=64, group_size=4, micro_batch_size=4)
-    whole, shared = (kinds(plan_of("grpo", share_prompts=share, **long), "learn") for share in (False, True))
-    assert shared["activations"] < 0.5 * whole["activations"]
+def test_what_is_read_once_is_the_prompt_and_not_the_responses():
+    def activations(**lengths):
+        whole, shared = (
+            kinds(plan_of("grpo", share_prompts=share, group_size=4, micro_batch_size=4, **lengths), "learn")
+            for share in (False, True)
+        )
+        return shared["activations"] / whole["activations"]
+
+    assert activations(max_prompt_length=64, max_new_tokens=4) < 0.5  # 80 tokens for 272
+    assert activations(max_prompt_length=8, max_new_tokens=64) > 0.8  # 264 for 288
 
 
 def test_gemini_shards_frozen_models_too():

@@ -54,8 +54,10 @@ class ZeroMemory(EngineMemory):
             self.gradients.append(kept)
 
     def step_bytes(self):
-        """Adam gets its gradients in float32."""
-        return 0 if self.dtype == torch.float32 else 4 * self.numel / self.ranks
+        """Adam gets its gradients in float32; then the ranks' parts of the weights are gathered, a bucket at a time."""
+        part = self.numel / self.ranks
+        gradients = 0 if self.dtype == torch.float32 else 4 * part
+        return max(gradients, self.dtype.itemsize * min(part, BUCKET) * (1 + self.ranks))
 
 
 class ZeroEngine(Engine):

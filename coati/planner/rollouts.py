@@ -14,9 +14,11 @@ from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, 
 from coati.rollout.generator import OnDone, report
 from coati.rollout.vllm import memory
 
+FIRST_TOKEN = 3  # those before are the tokenizer's own
+
 
 class PlannedGenerator:
-    """Completes requests with token 0, as far as they may go.
+    """Completes requests as far as they may go, each with another first token: responses of a group have to differ.
 
     Args:
         eos_id: no completion ends with it.
@@ -38,7 +40,8 @@ class PlannedGenerator:
         else:
             self.run_engine(requests, sampling)
         limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
-        return report([Completion([0] * n, [0.0] * n, "length") for n in limits], on_done)
+        completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
+        return report(completions, on_done)
 
     def start_vllm(self, sampling: GenerationConfig):
         """It stays once it has started."""
