@@ -9,7 +9,7 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The same values on the device. From pinned memory they travel behind what the device is doing; from other memory
     the host would wait for all of that first."""
-    if tensor.device.type != "cpu" or torch.device(device).type == "cpu":
+    if tensor.device.type != "cpu" or torch.device(device).type in ("cpu", "meta"):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

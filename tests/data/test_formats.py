@@ -5,7 +5,6 @@ import json
 import pytest
 
 from coati.data import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
-from coati.errors import UserError
 
 
 def user(text):
@@ -449,7 +448,7 @@ def test_rewards_are_called_with_every_name_that_is_not_reserved():
     for name in ("prompts", "responses"):
         assert name in RESERVED
         sample.columns = {name: "x"}
-        with pytest.raises(UserError, match="multiple values"):
+        with pytest.raises(TypeError, match="multiple values"):
             scorer.score([sample])
 
 
