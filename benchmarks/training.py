@@ -42,6 +42,7 @@ LATEST = ROOT / ".venv-trl-1.16/bin/python"
 LAST_PPO = ROOT / ".venv-trl/bin/python"
 DATA_ROWS = 512
 GROUP = 4
+PARTS = ("generate", "score", "evaluate", "learn")  # of an iteration
 REWARD = """def reward(prompts, responses, **columns):
     return [float(len(text) % 7) for text in responses]
 """
@@ -144,9 +145,10 @@ def prepare_coati(settings: dict):
     def work() -> dict:
         tokens, parts = 0, Counter()
         for _ in range(settings["steps"]):
-            tokens += trainer.train_step(trainer.step)[1]
-            trainer.step += 1
-            parts.update(trainer.times if rolls_out else {})
+            metrics = trainer.step(trainer.steps_done)
+            trainer.steps_done += 1
+            tokens += metrics["tokens"]
+            parts.update({f"seconds/{part}": metrics[f"seconds/{part}"] for part in PARTS} if rolls_out else {})
         samples = settings["batch_size"] * settings["steps"]
         return {"amount": samples if rolls_out else tokens, "parts": parts}
 

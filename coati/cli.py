@@ -1,4 +1,4 @@
-"""`coati doctor`, `coati plan`, `coati report` and `coati run`."""
+"""The `coati` command: methods that train, and what helps with them."""
 
 import argparse
 import sys
@@ -6,45 +6,95 @@ from pathlib import Path
 
 from coati.errors import UserError
 
+TOOLS = {
+    "init": "a commented configuration of a method, for the hardware of this machine",
+    "run": "start a method on every GPU of this machine: coati run --nproc_per_node 8 ppo --config FILE.yaml",
+    "plan": "memory of a run on every rank, before it is started",
+    "report": "one HTML page of curves, samples and settings",
+    "doctor": "versions, devices, and which plugins can run here",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The `coati` command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="coati", description="SFT, reward models and RLHF on Colossal-AI.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="versions, devices, and which plugins can run here")
-    commands.add_parser("plan", help="memory of a run on every rank, before it is started")
-    report = commands.add_parser("report", help="one HTML page of curves, samples and settings")
-    report.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
-    )
-    report.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
-    run = commands.add_parser("run", help="start a script on every GPU of this machine")
-    run.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
-    run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py ...", help="the script and its arguments")
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs a command; returns its exit status (a method that trains ends the process with its own)."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if argv[:1] == ["plan"]:  # its flags are those of the training scripts
-            from coati.planner import main as plan
+        if name in ("-h", "--help"):
+            print(overview())
+        elif name in TOOLS:
+            return use(name, rest)
+        else:
+            from coati.commands import COMMANDS, train
 
-            return plan(argv[1:])
-        arguments = parser.parse_args(argv)
-        if arguments.command == "doctor":
-            from coati.doctor import diagnose
-
-            return diagnose()
-        if arguments.command == "run":
-            from coati.run import run as start
-
-            if arguments.nproc_per_node < 1 or not arguments.script:
-                raise UserError("say what to start: coati run --nproc_per_node 2 SCRIPT.py --config FILE.yaml")
-            return start(arguments.nproc_per_node, arguments.script)
-        from coati.tracking import write_report
-
-        print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html"))
+            if name not in COMMANDS:
+                raise UserError(f"there is no command {name!r}: coati --help lists them")
+            train(name, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def overview() -> str:
+    """All commands, in groups."""
+    from coati.commands import GROUPS
+
+    groups = {f"train {group}": {n: c.title for n, c in members.items()} for group, members in GROUPS.items()}
+    groups["tools"] = TOOLS
+    lines = ["usage: coati COMMAND --config FILE.yaml [--SETTING VALUE ...]", ""]
+    for title, members in groups.items():
+        lines += [f"{title}:", *(f"  {name:<14}{text}" for name, text in members.items()), ""]
+    return "\n".join([*lines, "coati COMMAND --help lists a command's settings."])
+
+
+def use(name: str, argv: list[str]) -> int:
+    """Runs one of `TOOLS`."""
+    if name == "plan":  # its flags are those of the methods
+        from coati.planner import main as plan
+
+        return plan(argv)
+    parser = argparse.ArgumentParser(prog=f"coati {name}", description=TOOLS[name])
+    if name == "init":
+        from coati.commands import COMMANDS
+
+        parser.add_argument("method", choices=list(COMMANDS), metavar="METHOD", help=", ".join(COMMANDS))
+        options = parser.parse_args(argv)
+        from coati.initial import initial_settings
+
+        print(initial_settings(options.method))
+    elif name == "report":
+        parser.add_argument(
+            "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
+        )
+        parser.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+        options = parser.parse_args(argv)
+        from coati.tracking import write_report
+
+        print(write_report(options.runs, options.output or options.runs[0] / "report.html"))
+    elif name == "run":
+        parser.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
+        parser.add_argument(
+            "command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="a method or a script, and its arguments"
+        )
+        options = parser.parse_args(argv)
+        return start(options.nproc_per_node, options.command)
+    else:
+        parser.parse_args(argv)
+        from coati.doctor import diagnose
+
+        return diagnose()
+    return 0
+
+
+def start(processes: int, command: list[str]) -> int:
+    """Starts a method or a Python script so many times."""
+    from coati.commands import COMMANDS
+    from coati.run import run
+
+    if processes < 1 or not command:
+        raise UserError("say what to start: coati run --nproc_per_node 2 ppo --config FILE.yaml")
+    is_method = command[0] in COMMANDS
+    return run(processes, ["-m", "coati.cli", *command] if is_method else command)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,6 @@ class UserError(ValueError):
     """
 
 
-def refuse(mistakes: dict[str, bool]):
-    """Raises the first of these messages that is true."""
-    for message, is_made in mistakes.items():
-        if is_made:
-            raise UserError(message)
-
-
 def run_command(command: Callable[[], object]) -> int:
     """The exit status of a command: the number that it returns, else 0; 2 for a mistake of the user's, which goes to
     stderr."""

@@ -15,15 +15,17 @@ SECONDS_TO_END = 10  # for the other processes once one has failed; the reason i
 
 
 def run(processes: int, command: list[str]) -> int:
-    """Starts the script `processes` times and waits; returns the exit status of the first to fail, or 0.
+    """Starts a command `processes` times and waits; returns the exit status of the first to fail, or 0. The processes
+    share the cores out, unless OMP_NUM_THREADS is set.
 
     Args:
-        command: a Python script and its arguments.
+        command: what Python is started with: a script, or -m and a module, and arguments.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     workers: list[subprocess.Popen] = []
     asked: list[int] = []
 
@@ -34,7 +36,7 @@ def run(processes: int, command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     for rank in map(str, range(processes)):
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
         # in a session of its own: a terminal's Ctrl-C arrives once, through us
         workers.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
     for number in asked:  # came before the last one had started

@@ -90,7 +90,9 @@ def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
     while all(map(lives, chain)):
         if not select.select([signals], [], [], POLL)[0]:
             continue
-        for number in filter(STOPS.__contains__, os.read(signals, 64)):
+        for number in os.read(signals, 64):
+            if number not in STOPS:
+                continue
             if number == signal.SIGINT and not interrupted:
                 _end_after(chain, left_behind)
             if interrupted:  # a second Ctrl-C, of which torchrun makes SIGTERM
@@ -133,15 +135,17 @@ def clean_up(torchrun: int, *others: int):
     """Waits until torchrun has ended, or has had no worker for 10 s and is killed; then sends SIGTERM to the others."""
     idle_since = time.monotonic()
     with contextlib.suppress(psutil.NoSuchProcess):
-        while lives(process := psutil.Process(torchrun)):
+        process = psutil.Process(torchrun)
+        while lives(process):
             if any(map(lives, process.children())):
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > SECONDS_WITHOUT_WORKERS:
                 process.kill()
             time.sleep(0.2)
     time.sleep(1)  # for the last lines of output to get through
-    for pid in filter(psutil.pid_exists, others):
-        os.kill(pid, signal.SIGTERM)
+    for pid in others:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _nothing_to_save(number, frame):

@@ -4,14 +4,15 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from coati.data import prepare_tokenizer
 from coati.models import Actor
-from coati.rewards import WeightedRewards, load_function
-from coati.rollout import GenerationConfig, generate
-from coati.rollout.prompts import eos_ids, response_texts
+from coati.rewards import Scorer, load_function
+from coati.rollout import GenerationConfig, PolicyGenerator, Prompt, ScoredGeneration
+from coati.rollout.prompts import eos_ids
 from examples.stages import train
 
 
@@ -110,14 +111,16 @@ def answer(model: Path, questions: Questions, seed: list[int]) -> list[Answered]
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    repeated = [i for i in range(len(rows)) for _ in range(n)]
+    prompts = []
+    for i, row in enumerate(rows):
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        prompts += [Prompt(i, [*seed, i * n + k], ids[i], texts[i], columns) for k in range(n)]
     ends = eos_ids(tokenizer, actor)
-    options = dict(eos_ids=ends, pad_id=ends[0], seeds=[[*seed, k] for k in range(len(repeated))], batch_size=256)
-    config = GenerationConfig(max_new_tokens=questions.max_new_tokens)
-    rollout = generate(actor, [ids[i] for i in repeated], config, **options)
-    responses = [text.strip() for text in response_texts(tokenizer, rollout.response_ids(), ends)]
-    columns = {name: [rows[i][name] for i in repeated] for name in rows[0] if name != "prompt"}
-    rewards = WeightedRewards([(load_function(questions.reward), 1.0)])
-    scores = rewards.score([texts[i] for i in repeated], responses, **columns).total.tolist()
+    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, ends[0], batch_size=256)
+    scorer = Scorer([(load_function(questions.reward), 1.0)])
+    generation = ScoredGeneration(generator, scorer, tokenizer, ends)
+    samples = generation.sample(prompts, GenerationConfig(max_new_tokens=questions.max_new_tokens)).samples
+    responses = [sample.response for sample in samples]
+    rewards = [sample.total_reward for sample in samples]
     groups = [slice(i * n, i * n + n) for i in range(len(rows))]
-    return [Answered(row["prompt"], responses[g], scores[g]) for row, g in zip(rows, groups, strict=True)]
+    return [Answered(row["prompt"], responses[g], rewards[g]) for row, g in zip(rows, groups, strict=True)]

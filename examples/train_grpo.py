@@ -1,14 +1,6 @@
-"""GRPO and its relatives: `colossalai run --nproc_per_node 2 examples/train_grpo.py --config FILE.yaml`."""
+"""GRPO: `colossalai run --nproc_per_node 2 examples/train_grpo.py --config FILE.yaml`, as `coati grpo`."""
 
-from coati.trainers.config import GRPOConfig
-from coati.trainers.main import main
-
-
-def load_trainer():
-    from coati.trainers.grpo import GRPOTrainer
-
-    return GRPOTrainer
-
+from coati.commands import train
 
 if __name__ == "__main__":
-    main(GRPOConfig, load_trainer, "GRPO")
+    train("grpo")

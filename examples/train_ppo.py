@@ -1,14 +1,6 @@
-"""PPO: `colossalai run --nproc_per_node 2 examples/train_ppo.py --config FILE.yaml`."""
+"""PPO: `colossalai run --nproc_per_node 2 examples/train_ppo.py --config FILE.yaml`, as `coati ppo`."""
 
-from coati.trainers.config import PPOConfig
-from coati.trainers.main import main
-
-
-def load_trainer():
-    from coati.trainers.ppo import PPOTrainer
-
-    return PPOTrainer
-
+from coati.commands import train
 
 if __name__ == "__main__":
-    main(PPOConfig, load_trainer, "PPO")
+    train("ppo")

@@ -1,14 +1,6 @@
-"""reward model: `colossalai run --nproc_per_node 2 examples/train_rm.py --config FILE.yaml`."""
+"""Reward model: `colossalai run --nproc_per_node 2 examples/train_rm.py --config FILE.yaml`, as `coati reward`."""
 
-from coati.trainers.config import RewardConfig
-from coati.trainers.main import main
-
-
-def load_trainer():
-    from coati.trainers.reward import RewardTrainer
-
-    return RewardTrainer
-
+from coati.commands import train
 
 if __name__ == "__main__":
-    main(RewardConfig, load_trainer, "reward model")
+    train("reward")

@@ -1,14 +1,6 @@
-"""supervised fine-tuning: `colossalai run --nproc_per_node 2 examples/train_sft.py --config FILE.yaml`."""
+"""SFT: `colossalai run --nproc_per_node 2 examples/train_sft.py --config FILE.yaml`, as `coati sft`."""
 
-from coati.trainers.config import SFTConfig
-from coati.trainers.main import main
-
-
-def load_trainer():
-    from coati.trainers.sft import SFTTrainer
-
-    return SFTTrainer
-
+from coati.commands import train
 
 if __name__ == "__main__":
-    main(SFTConfig, load_trainer, "supervised fine-tuning")
+    train("sft")

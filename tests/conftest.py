@@ -154,7 +154,7 @@ def trainer_classes(algorithm: str):
 
         return PreferenceConfig, preference_trainer
     if algorithm == "pretrain":
-        from colossal_llama.pretraining import PretrainConfig, PretrainTrainer
+        from colossal_llama.pretraining.pretrain_trainer import PretrainConfig, PretrainTrainer
 
         return PretrainConfig, PretrainTrainer
     if algorithm == "grpo":

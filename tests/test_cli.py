@@ -2,7 +2,8 @@
 
 import pytest
 
-from coati.cli import main
+from coati.cli import TOOLS, main
+from coati.commands import COMMANDS
 from coati.tracking import Tracker, TrackingConfig
 
 
@@ -29,8 +30,14 @@ def test_report_of_nothing_is_one_clear_error(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"]])
-def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "usage: coati" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_all_commands_are_listed_in_groups(arguments, capsys):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: coati COMMAND") and "train from preferences:" in text
+    assert all(f"\n  {name} " in text for name in (*COMMANDS, *TOOLS))
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert main(["unknown"]) == 2
+    assert capsys.readouterr().err == "error: there is no command 'unknown': coati --help lists them\n"

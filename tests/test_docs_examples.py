@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_doctests(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_code_that_pages_quote_is_the_code_of_now():
+    script = runpy.run_path(str(ROOT / "tools" / "write_quotes.py"))
+    pages = script["pages_with_quotes"]()
+    assert pages
+    for page in pages:
+        assert script["filled"](page.read_text()) == page.read_text(), "run tools/write_quotes.py"
 
 
 def config_class(path: Path):

@@ -1,17 +1,25 @@
 """The memory planner: its arithmetic, its words, and real runs beside it (docs/memory.md has more of those)."""
 
+import dataclasses
+import importlib
 import json
+import pkgutil
 from collections import Counter
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
+import coati.trainers
 from coati.cli import main
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.planner.dry_run import Workload, plan
 from coati.planner.report import read_workload, verdict
-from coati.trainers.ppo import PPOConfig
-from coati.trainers.sft import SFTConfig
+from coati.rewards.config import ScoringConfig
+from coati.trainers.algorithms import ALGORITHMS
+from coati.trainers.config import PPOConfig, SFTConfig, TrainerConfig
+from coati.trainers.trainer import Trainer
 
 # Attention narrow enough to be a small part, and a vocabulary that is no other width
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
@@ -21,7 +29,7 @@ WEIGHTS = 2 * 1000 * 64 + 64 + 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 
 
 def sft(gpus: int = 1, shape=LLAMA, on_gpu: bool = True, **settings):
     settings = {"precision": "bf16", "plugin": "zero2", "max_length": 128, "micro_batch_size": 4, **settings}
-    return plan(Workload("sft", SFTConfig(**settings), {"model": shape}, gpus, on_gpu))
+    return plan(Workload("sft", SFTConfig(**settings), shape, gpus, on_gpu))
 
 
 def kinds(found, moment: str | None = None) -> Counter:
@@ -33,8 +41,8 @@ def kinds(found, moment: str | None = None) -> Counter:
 
 def test_zero_divides_the_optimiser_states_by_the_ranks():
     one, four = kinds(sft(1)), kinds(sft(4))
-    assert one["optimiser states"] == 12 * WEIGHTS
-    assert four["optimiser states"] == 3 * WEIGHTS
+    assert one["optimizer states"] == 12 * WEIGHTS
+    assert four["optimizer states"] == 3 * WEIGHTS
     assert one["parameters"] == pytest.approx(2 * WEIGHTS, rel=0.01)  # and a few buffers
     assert four["parameters"] == one["parameters"]
 
@@ -42,13 +50,13 @@ def test_zero_divides_the_optimiser_states_by_the_ranks():
 def test_ddp_keeps_float32_weights_and_buckets():
     found = kinds(sft(4, plugin="ddp"))
     assert found["parameters"] == pytest.approx(4 * WEIGHTS, rel=0.01)
-    assert found["optimiser states"] >= 8 * WEIGHTS
+    assert found["optimizer states"] >= 8 * WEIGHTS
     assert found["communication"] == 4 * WEIGHTS
 
 
 def test_offloading_leaves_no_states_on_the_gpu():
-    assert kinds(sft(plugin="zero2-offload"))["optimiser states"] == 0
-    assert kinds(sft(plugin="zero2-offload", on_gpu=False))["optimiser states"] == 12 * WEIGHTS
+    assert kinds(sft(plugin="zero2-offload"))["optimizer states"] == 0
+    assert kinds(sft(plugin="zero2-offload", on_gpu=False))["optimizer states"] == 12 * WEIGHTS
 
 
 def test_precision_halves_activations_but_not_the_float32_logits():
@@ -58,13 +66,19 @@ def test_precision_halves_activations_but_not_the_float32_logits():
     assert low["logits"] >= (2 + 4) * logits, "bf16 logits and their float32 copy"
 
 
+def test_a_gpu_has_more_logits_at_a_time():
+    wide = LlamaConfig(**SHAPE | {"vocab_size": 100_000}, num_hidden_layers=1)
+    cpu, gpu = (kinds(sft(shape=wide, on_gpu=on_gpu, plugin="ddp"))["logits"] for on_gpu in (False, True))
+    assert gpu > 3 * cpu
+
+
 def test_checkpointing_saves_most_activations():
     assert kinds(sft(gradient_checkpointing=True))["activations"] < 0.5 * kinds(sft())["activations"]
 
 
 def test_lora_has_states_of_its_adapters_only():
     found = kinds(sft(lora_rank=4))
-    assert 0 < found["optimiser states"] < 12 * WEIGHTS / 5
+    assert 0 < found["optimizer states"] < 12 * WEIGHTS / 5
     assert found["parameters"] > 2 * WEIGHTS
 
 
@@ -98,8 +112,9 @@ def test_splitting_a_batch_over_ranks_halves_the_logits(kind):
 )
 def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
     config = PPOConfig(precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16)
+    config.reward_model = "scorer"
     models = ("actor", "critic", "reference", "reward model")
-    found = plan(Workload("ppo", config, dict.fromkeys(models, shape), 2))
+    found = plan(Workload("ppo", config, shape, 2))
     assert {"generate", "score", "evaluate", "learn"} <= set(found.phases)
     assert set(models) <= {model for (model, kind), n in found.peak.items() if n and kind == "parameters"}
     assert kinds(found, "generate")["KV cache"] > 0
@@ -141,7 +156,7 @@ def test_the_settings_tell_the_algorithm(tmp_path):
     (tmp_path / "ppo.yaml").write_text(f"model: {tmp_path}\nreward_functions: [rules.py:f]\n")
     argv = ["--config", str(tmp_path / "ppo.yaml"), "--model_config", str(shape)]
     workload = read_workload(argv, None, 1, True)
-    assert workload.algorithm == "ppo" and set(workload.shapes) == {"actor", "critic", "reference"}
+    assert workload.algorithm == "ppo"
     assert read_workload(["--model_config", str(shape), "--centering", "1"], None, 1, True).algorithm == "reward"
 
 
@@ -155,3 +170,152 @@ def test_plans_are_within_15_percent_of_real_peaks():
     ]
     for case, planned, measured in compare(cases):
         assert planned == pytest.approx(measured, rel=0.15), case
+
+
+TINY = LlamaConfig(**SHAPE, num_hidden_layers=1)
+RUN = dict(precision="bf16", plugin="zero2", batch_size=4, micro_batch_size=2, max_length=16, samples=2)
+ROLLOUTS = dict(max_prompt_length=8, max_new_tokens=4, verifiers=["math"])
+SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
+    "sft": dict(max_new_tokens=4),
+    "reward": {},
+    "preference": {},
+    "ppo": ROLLOUTS,
+    "grpo": ROLLOUTS | dict(group_size=2),
+}
+MORE = {
+    "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],
+    "reward": [dict(use_margin=True), dict(gradient_checkpointing=True)],
+    "preference": [dict(share_prompts=True), dict(cache_reference=True), dict(lora_rank=2)],
+    "ppo": [
+        dict(shared_trunk=True),
+        dict(lora_rank=2),
+        dict(ptx_data=["texts"], ptx_coefficient=0.1),
+        dict(kl_target=1.0, normalise_reward=True),
+        dict(reward_classifiers=["classifier"]),
+        dict(rollout_engine="vllm", plugin="ddp"),
+    ],
+    "grpo": [
+        dict(dynamic_sampling=True),
+        dict(share_prompts=True),
+        dict(kl_coefficient=0.1, refresh_reference=1),
+        dict(kl_coefficient=0.1, lora_rank=2),
+        dict(rollout_engine="vllm"),
+        dict(plugin="gemini", entropy_coefficient=0.1),
+    ],
+}
+
+
+def choices(config: type) -> list[dict]:
+    """Settings that have, between them, each value of every setting of this algorithm alone that has a few to choose
+    from."""
+    shared = {f.name for parent in (TrainerConfig, GenerationConfig, ScoringConfig) for f in dataclasses.fields(parent)}
+    own = {name: get_args(kind) for name, kind in get_type_hints(config).items() if get_origin(kind) is Literal}
+    own = {name: values for name, values in own.items() if name not in shared}
+    most = max([len(values) for values in own.values()], default=0)
+    return [{name: values[i % len(values)] for name, values in own.items()} for i in range(most)]
+
+
+CASES = [
+    (name, changes)
+    for name, algorithm in ALGORITHMS.items()
+    for changes in [dict(eval_data=["held out"]), *choices(algorithm.config), *MORE[name]]
+]
+
+
+def plan_of(name: str, gpus: int = 2, own=TINY, others=(), **changes):
+    config = ALGORITHMS[name].config(**{**RUN, **SETTINGS[name], **changes})
+    return plan(Workload(name, config, own, gpus, others=dict(others)))
+
+
+def models(found) -> set[str]:
+    """Those that have weights in some phase."""
+    items = [item for phase in found.phases.values() for item in phase.items()]
+    return {model for (model, kind), nbytes in items if kind == "parameters" and nbytes}
+
+
+def test_every_trainer_is_an_algorithm():
+    for module in pkgutil.iter_modules(coati.trainers.__path__, "coati.trainers."):
+        importlib.import_module(module.name)
+    waiting, found = [Trainer], set()
+    while waiting:
+        kind = waiting.pop()
+        derived = [
+            c for c in kind.__subclasses__() if c.__module__.startswith("coati.")
+        ]  # others are not the package's
+        waiting += derived
+        if not derived:
+            found.add(kind.algorithm)
+    assert found == set(ALGORITHMS) == set(SETTINGS)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda value: str(value))
+def test_every_algorithm_can_be_planned(name, changes):
+    found = plan_of(name, **changes)
+    assert found.phases["learn"].total() > 0
+    assert kinds(found, "learn")["optimizer states"] > 0
+    rolls_out = "max_prompt_length" in SETTINGS[name]
+    assert ("generate" in found.phases) == (rolls_out or (name == "sft" and "eval_data" in changes))
+
+
+def test_models_are_those_of_the_run():
+    shared = models(plan_of("preference"))
+    assert shared == {"actor", "reference"}
+    assert models(plan_of("preference", loss="orpo")) == {"actor"}
+    assert models(plan_of("preference", lora_rank=2)) == {"actor"}
+    assert models(plan_of("preference", cache_reference=True)) == {"actor"}
+    assert models(plan_of("grpo")) == {"actor"}
+    assert models(plan_of("grpo", kl_coefficient=0.1)) == {"actor", "reference"}
+    assert models(plan_of("ppo")) == {"actor", "critic", "reference"}
+    assert models(plan_of("ppo", shared_trunk=True, kl_coefficient=0.0)) == {"actor"}
+    assert models(plan_of("ppo", reward_classifiers=["c"])) == {"actor", "critic", "reference", "classifier"}
+
+
+def test_vllm_has_weights_and_a_cache_of_its_own():
+    found = plan_of("grpo", rollout_engine="vllm", vllm_cache=0.5)
+    assert found.peak["vLLM", "KV cache"] == 2**29
+    assert found.peak["vLLM", "parameters"] == pytest.approx(found.peak["actor", "parameters"], rel=0.01)
+
+
+def test_what_is_read_once_is_the_prompt_and_not_the_responses():
+    def activations(**lengths):
+        whole, shared = (
+            kinds(plan_of("grpo", share_prompts=share, group_size=4, micro_batch_size=4, **lengths), "learn")
+            for share in (False, True)
+        )
+        return shared["activations"] / whole["activations"]
+
+    assert activations(max_prompt_length=64, max_new_tokens=4) < 0.5  # 80 tokens for 272
+    assert activations(max_prompt_length=8, max_new_tokens=64) > 0.8  # 264 for 288
+
+
+def test_gemini_shards_frozen_models_too():
+    large = LlamaConfig(**SHAPE | {"hidden_size": 1024, "vocab_size": 32000}, num_hidden_layers=1)
+    one, eight = (plan_of("preference", gpus, large, plugin="gemini", batch_size=8).peak for gpus in (1, 8))
+    assert eight["reference", "parameters"] < 0.2 * one["reference", "parameters"]
+
+
+def test_a_reward_model_of_another_depth_is_continued_by_its_own():
+    deep, shallow = (LlamaConfig(**SHAPE, num_hidden_layers=layers) for layers in (16, 2))
+    found = plan_of("ppo", own=deep, others={"scorer": shallow}, reward_model="scorer").peak
+    width = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 * 64
+    assert found["reward model", "parameters"] == pytest.approx(2 * (1000 * 64 + 2 * width), rel=0.01)
+    assert found["actor", "parameters"] == pytest.approx(2 * (2 * 1000 * 64 + 16 * width), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(rollout_engine="vllm", plugin="gemini"), "vLLM takes models that are whole"),
+        (dict(batch_size=3), "not a multiple"),
+        (dict(group_size=1), "group_size must be at least 2"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(changes, words):
+    with pytest.raises(UserError, match=words):
+        plan_of("grpo", **changes)
+
+
+def test_a_plan_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan_of("preference", cache_reference=True, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())

@@ -13,15 +13,19 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coati.commands import COMMANDS
 from coati.config import parse_config
 from coati.errors import UserError
+from coati.tracking import read_metrics
 from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+APPLICATIONS = sorted((ROOT / "applications").glob("*/README.md"))  # their own tests run their commands
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
 ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
@@ -56,7 +60,9 @@ def words_of(command: str) -> list[str]:
 
 
 def is_training(command: str) -> bool:
-    return any(script in command for script in ALGORITHM_OF) and "--help" not in command
+    words = command.split()
+    is_command = words[0] == "coati" and any(word in COMMANDS for word in words) and words[1] != "init"
+    return (is_command or any(script in command for script in ALGORITHM_OF)) and "--help" not in command
 
 
 def short(command: str) -> str:
@@ -80,13 +86,14 @@ def place(tmp_path_factory, tiny_world) -> dict[str, str]:
 def parse_training(command: str) -> tuple[str, int, list[str]]:
     """(algorithm, processes, the script's arguments) of a documented training command."""
     words = words_of(command)
-    start = next(i for i, word in enumerate(words) if word.startswith("examples/train_"))
-    launcher = words[:start]
+    start = next(i for i, word in enumerate(words) if word.startswith("examples/train_") or word in COMMANDS)
+    launcher, name = words[:start], Path(words[start]).name
     processes = 1
-    if launcher != ["python"]:
-        assert launcher[:3] == ["colossalai", "run", "--nproc_per_node"]
+    if len(launcher) > 1:
+        assert launcher[0] in ("coati", "colossalai") and launcher[1:3] == ["run", "--nproc_per_node"]
         processes = int(launcher[3])
-    return ALGORITHM_OF[Path(words[start]).name], processes, words[start + 1 :]
+    algorithm = COMMANDS[name].algorithm if name in COMMANDS else ALGORITHM_OF[name]
+    return algorithm, processes, words[start + 1 :]
 
 
 def small_arguments(algorithm: str, arguments: list[str], place: dict[str, str]) -> list[str]:
@@ -150,6 +157,18 @@ def test_other_command_works(command, place, runtime, monkeypatch, capsys):
         case ["make", *targets]:
             done = subprocess.run(["make", "-n", *targets], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+        case ["coati", "--help"]:
+            from coati.cli import main
+
+            assert main(["--help"]) == 0 and "train from preferences" in capsys.readouterr().out
+        case ["coati", "init", method]:
+            from coati.cli import main
+
+            assert main(["init", method]) == 0 and f"coati {method} --config" in capsys.readouterr().out
+        case ["coati", method, "--help-all"]:
+            with pytest.raises(SystemExit, match="0"):
+                parse_config(trainer_classes(method)[0], ["--help-all"])
+            assert "--kl_coefficient" in capsys.readouterr().out
         case ["coati", "doctor"]:
             from coati.cli import main
 
@@ -198,6 +217,26 @@ def check_report(folder: str, place, runtime):
 def test_examples_of_a_page_give_what_they_say(page):
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_worked_algorithm_trains_as_the_real_one(tiny_world, runtime, tmp_path):
+    """CONTRIBUTING's DPO, for three steps; the curve is that of `coati/trainers/dpo.py`."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = "".join(example.source for example in doctest.DocTestParser().get_examples(page))
+    worked: dict[str, Any] = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), worked)
+    settings = settings_for("preference", tiny_world, steps=3, eval_every=1) | dict(loss="dpo")
+    config_class, trainer_class = trainer_classes("preference")
+    trainer_class(config_class(**settings | dict(output_dir=str(tmp_path / "real"))), runtime).train()
+    fields = {field.name for field in dataclasses.fields(worked["PlainDPOConfig"])}
+    settings = {name: value for name, value in settings.items() if name in fields}
+    worked_config = worked["PlainDPOConfig"](**settings | dict(output_dir=str(tmp_path / "worked")))
+    worked["PlainDPOTrainer"](worked_config, runtime).train()
+    real, ours = (read_metrics(tmp_path / name) for name in ("real", "worked"))
+    assert len(ours) == 4
+    for row, expected in zip(ours, real, strict=True):
+        names = [name for name in row if name.removeprefix("eval/") in ("loss", "accuracy", "pairs")]
+        assert names and {n: row[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-3)
 
 
 def test_reward_examples_give_what_they_say():
@@ -329,7 +368,7 @@ def test_a_refused_combination_says_what_the_page_says(settings, monkeypatch):
     assert f"`{refusal.value}`" in (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *APPLICATIONS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     dead = []
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):

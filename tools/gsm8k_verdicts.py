@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.rewards.verifiable import GSM8KVerifier
+from coati.samples import Sample
 
 
 def main(path: str):
@@ -23,7 +24,7 @@ def main(path: str):
         for model, given in row.items():
             if not isinstance(given, dict):
                 continue
-            [score] = verifier.score([row["question"]], [given["solution"]], answer=[row["ground_truth"]])
+            [score] = verifier.score([sample_of(row["question"], given["solution"], row["ground_truth"])])
             solutions[model] += 1
             if bool(score) != given["is_correct"]:
                 ends = [text.splitlines()[-1] for text in (row["ground_truth"], given["solution"])]
@@ -33,6 +34,12 @@ def main(path: str):
     print("\n| line | model | label | right answer | solution's last line |\n|---|---|---|---|---|")
     for row in differing:
         print("|", " | ".join(map(str, row)), "|")
+
+
+def sample_of(question: str, solution: str, answer: str) -> Sample:
+    """As a policy would have written it."""
+    texts = dict(columns={"answer": answer}, prompt=question, response=solution)
+    return Sample(row=0, tokens=[], response_mask=[], log_probs=None, finish_reason="eos", **texts)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Usage: tools/install_trl.sh PYTHON TORCH...
 # Makes .venv-trl (1.12, the last TRL with value heads and PPO), .venv-trl-0.11 (the last with transformers 4 habits) and
 # .venv-trl-1.16 (today's): benchmarks/ measures beside the first and the last, and with the first two
-# tests/models/test_trl.py exchanges checkpoints. TORCH... is what pip gets to install torch.
+# tests/models/compat/test_trl.py exchanges checkpoints. TORCH... is what pip gets to install torch.
 set -euo pipefail
 
 python=$1

@@ -83,6 +83,14 @@ def _cases() -> list[Case]:
     cases.append(Case("ppo", 2, SMALL, {"plugin": "zero2", **half, **many}))
     cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **lean}))
     cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **many, **lean}))
+    cases.append(Case("ppo", 2, LARGE, {"plugin": "gemini", **lean}))
+    cases.append(Case("ppo", 1, SMALL, {"plugin": "ddp", "shared_trunk": True}))
+    for settings in ({}, {"loss": "orpo"}, {"share_prompts": True}, {"cache_reference": True}):
+        cases.append(Case("preference", 1, SMALL, {"plugin": "zero2", **settings}))
+    cases.append(Case("preference", 2, SMALL, {"plugin": "ddp", "loss": "kto", **half}))
+    for settings in ({}, {"kl_coefficient": 0.1}, {"share_prompts": True, "batch_size": 8}):
+        cases.append(Case("grpo", 1, SMALL, {"plugin": "zero2", **settings}))
+    cases.append(Case("grpo", 2, SMALL, {"plugin": "ddp", "lora_rank": 8, "kl_coefficient": 0.1, **half}))
     for kind in ("tensor", "pipeline", "sequence"):
         for algorithm in ("sft", "ppo"):
             cases.append(Case(algorithm, 2, SMALL, {"plugin": "zero1", f"{kind}_parallel": 2, **many}))
@@ -113,16 +121,18 @@ def world(folder: Path, size: dict) -> dict[str, str]:
 
 def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
     """The command line of the case's training script."""
-    data = {"sft": "sft", "reward": "preference", "ppo": "prompts"}[case.algorithm]
+    data = {"sft": "sft", "reward": "preference", "preference": "preference"}.get(case.algorithm, "prompts")
     settings = dict(train_data=world[data], model=world["policy"], output_dir=output, cache_dir=world["cache"])
     settings |= dict(
         batch_size=8 * case.processes, micro_batch_size=8, steps=STEPS, progress="off", too_long="truncate_prompt"
     )
-    if case.algorithm == "reward":
+    if data == "preference":
         settings |= dict(batch_size=4 * case.processes, micro_batch_size=4)
-    if case.algorithm == "ppo":
+    if data == "prompts":
         settings |= dict(reward_model=world["scorer"], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0)
-    names = LENGTHS if case.algorithm == "ppo" else {"max_length": LENGTHS["max_length"]}
+    if case.algorithm == "grpo":
+        settings |= dict(batch_size=2 * case.processes, group_size=4)
+    names = LENGTHS if data == "prompts" else {"max_length": LENGTHS["max_length"]}
     settings |= names | case.settings
     return [f"--{name}={value}" for name, value in settings.items()]
 
@@ -178,23 +188,19 @@ def _peak_of_run(case: Case, folder: Path, runtime, output: str) -> float:
     import torch
 
     from coati.config import parse_config
-    from coati.planner.report import config_classes
-    from coati.trainers.ppo import PPOTrainer
-    from coati.trainers.reward import RewardTrainer
-    from coati.trainers.sft import SFTTrainer
+    from coati.trainers.algorithms import ALGORITHMS
 
-    trainer_class = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[case.algorithm]
-    config = parse_config(config_classes()[case.algorithm], flags(case, world(folder, case.size), output))
+    algorithm = ALGORITHMS[case.algorithm]
+    trainer_class = algorithm.trainer()
+    config = parse_config(algorithm.config, flags(case, world(folder, case.size), output))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = trainer_class(config, runtime)
-        for engine in trainer.engines.values():
-            engine.module.train()  # a model from a folder comes in evaluation mode
         with torch.profiler.record_function("models are built"):
             gc.collect()
         for step in range(STEPS):
-            trainer.train_step(step)
-            trainer.step += 1
-        del trainer, engine
+            trainer.step(step)
+            trainer.steps_done += 1
+        del trainer
         gc.collect()
     return _peak_of_events(profiler)
 
@@ -257,19 +263,15 @@ def fitting(algorithm: str, shape, gpus: int) -> str:
 
     from coati.errors import UserError
     from coati.planner.dry_run import Workload, plan
-    from coati.planner.report import USABLE, config_classes
+    from coati.planner.report import USABLE
+    from coati.trainers.algorithms import ALGORITHMS
 
-    names = {"sft": ("model",), "ppo": ("actor", "critic", "reference", "reward model")}[algorithm]
     shared = dict(precision="bf16", batch_size=256, max_length=2048, max_prompt_length=1024, max_new_tokens=512)
     for words, settings in RUNGS:
-        config = config_classes()[algorithm](**{**shared, "micro_batch_size": 4, **settings})
-        if algorithm == "ppo":
-            config.generation_batch_size = 16
-        shapes = dict.fromkeys(names, shape)
-        if algorithm == "ppo" and config.lora_rank:
-            shapes.pop("reference")
+        of_ppo = dict(generation_batch_size=16, reward_model="scorer") if algorithm == "ppo" else {}
+        config = ALGORITHMS[algorithm].config(**{**shared, "micro_batch_size": 4, **settings, **of_ppo})
         try:
-            peak = plan(Workload(algorithm, config, shapes, gpus)).peak.total() / 2**30
+            peak = plan(Workload(algorithm, config, shape, gpus)).peak.total() / 2**30
         except UserError:  # this rung takes more processes
             continue
         if peak <= USABLE * 80:

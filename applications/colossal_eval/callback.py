@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coati.errors import UserError
-from colossal_eval.evaluate import EvaluateConfig, options, run_benchmark
-from colossal_eval.report import headline
-from colossal_eval.scoring import mean, per_byte_perplexity
-from colossal_eval.tasks import subjects_of, write_tasks
+from colossal_eval.evaluate import EvaluateConfig, options
+from colossal_eval.results.summaries import headline, scores_of
+from colossal_eval.run.model_loading import Loaded, longest_sequence
+from colossal_eval.run.question_records import run_benchmark
+from colossal_eval.run.response_store import ResponseStore
+from colossal_eval.run.task_yaml import subjects_of, write_tasks
+from colossal_eval.scores.metrics import mean, per_byte_perplexity
 
 
 class Benchmarks:
@@ -30,7 +33,7 @@ class Benchmarks:
 
     def __init__(self, tasks: Sequence[str], data: str, **settings):
         self.config = EvaluateConfig(tasks=list(tasks), data=data, progress="off", **settings)
-        self.data = Path(data).expanduser()
+        self.data = Path(self.config.data)
         options(self.config).check()
         for name in self.config.tasks:
             subjects_of(name, self.data)
@@ -42,29 +45,29 @@ class Benchmarks:
             UserError: it is no language model.
         """
         from coati.models import Actor
-        from colossal_eval.harness import CoatiLM
-        from colossal_eval.models import Loaded, longest
-        from colossal_eval.store import AnswerStore
+        from colossal_eval.run.harness_model import CoatiLM
 
         engine = next(iter(trainer.engines.values()))
         if not isinstance(engine.module, Actor):
             raise UserError(f"{type(engine.module).__name__} answers no questions: evaluators of language models only")
-        folder = self._folder(trainer)
+        folder, scores = self._folder(trainer), {}
         with engine.full() as model:
             training = model.training
             model.eval()
-            length = longest(model, trainer.tokenizer)
-            loaded = Loaded("model", model, trainer.tokenizer, length, str(trainer.step))
-            store = AnswerStore(folder / "answers", trainer.runtime.rank)
+            length = longest_sequence(model, trainer.tokenizer)
+            loaded = Loaded("model", model, trainer.tokenizer, length, str(trainer.steps_done))
+            store = ResponseStore(folder / "answers", trainer.runtime.rank)
             trainer.runtime.communicator.barrier()  # nobody writes before all have read
-            lm = CoatiLM(loaded, store, trainer.communicator, batch_tokens=self.config.batch_tokens)
-            found = {name: run_benchmark(lm, folder / "tasks", name, self.config)[0] for name in self.config.tasks}
+            lm = CoatiLM(loaded, store, trainer.ranks, batch_tokens=self.config.batch_tokens)
+            for name in self.config.tasks:
+                records, _ = run_benchmark(lm, folder / "tasks", name, self.config.limit, self.config.chat_template)
+                scores |= _scores(name, records)
             model.train(training)
-        return {key: value for name, records in found.items() for key, value in _scores(name, records).items()}
+        return scores
 
     def _folder(self, trainer) -> Path:
-        """For the tasks, and the answers of this step, which a killed run may have left unfinished."""
-        folder = trainer.output / "benchmarks"
+        """For the tasks, and the responses of this step, which a killed run may have left unfinished."""
+        folder = trainer.folder.path / "benchmarks"
         if trainer.runtime.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             for name in self.config.tasks:
@@ -74,8 +77,8 @@ class Benchmarks:
 
 
 def _scores(benchmark: str, records: list[dict]) -> dict[str, float]:
-    """The mean of each kind of question, under the benchmark's name if it has one kind only; of texts, the perplexity a
-    byte."""
+    """The mean of each kind of question, under the benchmark's name if it has one kind only; of texts, the perplexity
+    per byte."""
     if benchmark == "texts":
         read = per_byte_perplexity([r["log_prob"] for r in records], [r["bytes"] for r in records])
         return {"texts": read.value}
@@ -84,5 +87,5 @@ def _scores(benchmark: str, records: list[dict]) -> dict[str, float]:
         alike = [record for record in records if record["kind"] == kind]
         metric = headline(benchmark, kind, alike)
         name = benchmark if len(alike) == len(records) else f"{benchmark}/{kind}"
-        scores[name] = mean([record["scores"][metric] for record in alike]).value
+        scores[name] = mean(scores_of(alike, metric)).value
     return scores

@@ -1,6 +1,6 @@
 """Evaluate models on prepared benchmarks: `evaluate.py --models A B --tasks mmlu cmmlu --data DATA --output OUT`.
 
-Under `colossalai run` or torchrun the ranks share the questions. Started again after it was killed, a run goes on.
+Under `colossalai run` or torchrun the ranks share the questions. Started again after it was killed, a run continues.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 
 from coati.config import option, parse_config
 from coati.errors import UserError
+from coati.files import replace_file
 from coati.tracking.config import TrackingConfig
-from coati.tracking.files import replace_file
-from colossal_eval.models import column_names, model_folder
-from colossal_eval.report import slug, write_report
-from colossal_eval.scoring import choice_log_probs, random_guess, size
-from colossal_eval.tasks import SETTINGS, TaskOptions, load_tasks, subjects_of, write_tasks
+from colossal_eval.benchmarks.benchmark_settings import SETTINGS, TaskOptions
+from colossal_eval.report import EVALUATION, write_report
+from colossal_eval.run.model_loading import column_names, load_model, model_folder
+from colossal_eval.run.question_records import notes, records_folder, run_benchmark, write_records
+from colossal_eval.run.response_store import ResponseStore
+from colossal_eval.run.task_yaml import subjects_of, write_tasks
 
-MARK = "evaluation.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,14 +40,14 @@ class EvaluateConfig(TrackingConfig):
     tasks: list[str] = option((), f"prepared benchmarks: {', '.join(SETTINGS)}")
     data: str = option("runs/eval/data", "what prepare.py wrote", path="output")
     output: str = option(
-        "runs/eval/out", "folder of answers, records and report; gone on with if it is there", path="output"
+        "runs/eval/out", "folder of responses, records and report; continued if it is there", path="output"
     )
-    shots: int | None = option(None, "few-shot examples; default: 5, gaokao_bench 0")
+    shots: int | None = option(None, "few-shot examples; default: 5, gaokao_bench 0", ge=0)
     methods: list[str] = option((), "of single-answer questions: first_token, generate, choice_perplexity")
-    max_new_tokens: int | None = option(None, "longest generated answer; default: 32, gsm8k 256")
-    limit: int | None = option(None, "only the first questions of each subject")
-    chat_template: bool = option(False, "ask in the tokenizer's chat template, an example a turn")
-    max_length: int | None = option(None, "longest prompt and answer in tokens; default: what the model can read")
+    max_new_tokens: int | None = option(None, "longest generated response; default: 32, gsm8k 256", ge=1)
+    limit: int | None = option(None, "only the first questions of each subject", ge=1)
+    chat_template: bool = option(False, "ask in the tokenizer's chat template, one example per turn")
+    max_length: int | None = option(None, "longest prompt and response in tokens; default: what the model can read")
     dtype: str = option("float32", f"of the weights: {', '.join(DTYPES)} (for checks)")
     batch_tokens: int | None = option(None, "tokens of a batch; default: from the memory of the GPU, 8192 on a CPU")
     published: bool = option(False, "compare with the figures of the Colossal-LLaMA-2 card")
@@ -60,16 +61,11 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
     """
     if not config.models or not config.tasks:
         raise UserError("name at least one model with --models and one benchmark with --tasks")
-    for name, value in (("limit", config.limit), ("max_new_tokens", config.max_new_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
-    if config.shots is not None and config.shots < 0:
-        raise UserError(f"--shots {config.shots} must not be negative")
     if config.dtype not in DTYPES:
         raise UserError(f"--dtype {config.dtype!r} is none of {', '.join(DTYPES)}")
     options(config).check()
     for benchmark in config.tasks:
-        subjects_of(benchmark, Path(config.data).expanduser())
+        subjects_of(benchmark, Path(config.data))
     return dict(zip(column_names(config.models), map(model_folder, config.models), strict=True))
 
 
@@ -78,22 +74,21 @@ def options(config: EvaluateConfig) -> TaskOptions:
     return TaskOptions(config.shots, config.methods, config.max_new_tokens)
 
 
-def open_output(config: EvaluateConfig) -> Path:
-    """The output folder: a new one, or one of an earlier evaluation.
+def open_output(config: EvaluateConfig) -> None:
+    """Makes the output folder, or takes the one of an earlier evaluation, and writes the tasks into it.
 
     Raises:
         UserError: it holds something else.
     """
-    output = Path(config.output).expanduser()
-    if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
+    output = Path(config.output)
+    if output.exists() and not (output / EVALUATION).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there and was not written by evaluate.py: give another --output")
     output.mkdir(parents=True, exist_ok=True)
-    replace_file(output / MARK, json.dumps(asdict(config), indent=1) + "\n")
-    # from scratch, since options may have changed; what depends on them is in the answers' keys
+    replace_file(output / EVALUATION, json.dumps(asdict(config), indent=1) + "\n")
+    # from scratch, since options may have changed; what depends on them is in the responses' keys
     shutil.rmtree(output / "tasks", ignore_errors=True)
     for benchmark in config.tasks:
-        write_tasks(benchmark, Path(config.data).expanduser(), output / "tasks", options(config))
-    return output
+        write_tasks(benchmark, Path(config.data), output / "tasks", options(config))
 
 
 def evaluate(config: EvaluateConfig, runtime) -> dict:
@@ -103,7 +98,7 @@ def evaluate(config: EvaluateConfig, runtime) -> dict:
         runtime: of `coati.parallel.runtime`.
     """
     folders = check(config)
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     with runtime.main_first():
         if runtime.is_main:
             open_output(config)
@@ -141,95 +136,28 @@ def track(report: dict, config: EvaluateConfig, output: Path) -> None:
 
 
 def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) -> None:
-    from colossal_eval.harness import CoatiLM
-    from colossal_eval.models import load_model
-    from colossal_eval.store import AnswerStore
+    from colossal_eval.run.harness_model import CoatiLM
 
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     loaded = load_model(name, folder, config.dtype, runtime.device, config.max_length)
-    store = AnswerStore(output / "answers", runtime.rank)
+    store = ResponseStore(output / "answers", runtime.rank)
     runtime.communicator.barrier()  # nobody writes before all have read
     settings = {"dtype": config.dtype, "device": runtime.device.type}
     lm = CoatiLM(loaded, store, runtime.communicator, config, config.batch_tokens, settings)
     runtime.say(f"{name}: {folder}, up to {loaded.max_length} tokens, batches of {lm.batch_tokens} tokens")
     for benchmark in config.tasks:
         reused, added = store.reused, store.added
-        records, results = run_benchmark(lm, output / "tasks", benchmark, config)
+        records, results = run_benchmark(lm, output / "tasks", benchmark, config.limit, config.chat_template)
         new = int(runtime.communicator.sum(store.added - added))
         runtime.say(f"{name} {benchmark}: {len(records)} questions, {store.reused - reused} answers reused, {new} new")
         for line in notes(records):
             runtime.say(f"{name} {benchmark}: {line}")
         if runtime.is_main:
-            _write_records(output / "records" / slug(name), benchmark, records, results)
+            write_records(records_folder(output, name), benchmark, records, results)
     usage = lm.scorer.usage
-    read, padding = (int(runtime.communicator.sum(n)) for n in (usage.read, usage.padding))
+    read = int(runtime.communicator.sum(usage.read))
+    padding = int(runtime.communicator.sum(usage.padding))
     runtime.say(f"{name}: {read:,} tokens through the model, {padding:,} of padding beside them")
-
-
-def run_benchmark(lm, tasks: Path, benchmark: str, config: EvaluateConfig) -> tuple[list[dict], dict]:
-    """One record a question, and lm-eval's own results."""
-    from lm_eval.evaluator import evaluate as run
-
-    loaded = load_tasks(tasks, benchmark)
-    for task in loaded["tasks"].values():
-        task.model = lm
-    try:
-        results = run(lm, loaded, limit=config.limit, apply_chat_template=config.chat_template, bootstrap_iters=1)
-    finally:
-        lm.text.forget()
-    samples = results.pop("samples")
-    records = [
-        record_of(benchmark, loaded["tasks"][name], sample) for name, found in samples.items() for sample in found
-    ]
-    return records, results
-
-
-def record_of(benchmark: str, task, sample: dict) -> dict:
-    """What is kept of a question: its scores, what the model gave, and what a blind guess earns."""
-    doc, context = sample["doc"], task.contexts[sample["doc"]["id"]]
-    record = {
-        "id": doc["id"],
-        "benchmark": benchmark,
-        "subject": doc["subject"],
-        "category": doc["category"],
-        "kind": doc["kind"],
-        "labels": doc["labels"],
-        "answers": doc["answers"],
-        "random": random_guess(doc["kind"], doc["labels"], doc["answers"]),
-        "scores": {name: sample[name] for name in sample["metrics"]},
-        "dropped_shots": context.dropped,
-        "fits": context.fits,
-    }
-    given = sample["filtered_resps"]
-    if not context.fits:
-        return record
-    if doc["kind"] == "text":
-        record |= {"log_prob": given[0], "bytes": size(doc["question"])}
-    if "first_token" in task.methods:
-        width = len(context.styles)
-        count = len(doc["labels"]) * width
-        found = [log_prob for log_prob, _ in given[:count]]
-        record["log_probs"] = choice_log_probs([found[i : i + width] for i in range(0, count, width)])
-        given = given[count:]
-    if "generate" in task.methods:
-        record["text"] = given[0]
-    return record
-
-
-def notes(records: list[dict]) -> list[str]:
-    """What a reader must know of the prompts: examples left out, questions not asked."""
-    dropped = [record["dropped_shots"] for record in records if record["dropped_shots"] and record["fits"]]
-    unasked = sum(not record["fits"] for record in records)
-    lines = [f"{sum(dropped)} examples of {len(dropped)} prompts left out, which did not fit"] if dropped else []
-    return lines + ([f"{unasked} questions do not fit even without examples: not asked, scored 0"] if unasked else [])
-
-
-def _write_records(folder: Path, benchmark: str, records: list[dict], results: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_file(folder / f"{benchmark}.jsonl", lines)
-    kept = {name: results[name] for name in ("results", "groups", "n-samples", "n-shot", "versions") if name in results}
-    replace_file(folder / f"{benchmark}.lm_eval.json", json.dumps(kept, indent=1, default=str) + "\n")
 
 
 def _quiet() -> None:

@@ -15,8 +15,8 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.command import new_folder
-from colossal_llama.corpus import read_texts, sample_texts
+from colossal_llama.output_folder import new_folder
+from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
 
 REPORT = "extension.json"
 
@@ -62,10 +62,10 @@ def extend(config: ExtendConfig) -> dict:
         UserError: see `open_tokenizer`, `read_texts`, `CharacterFilter` and `new_folder`; a setting is wrong.
     """
     config.check()
-    from colossal_llama.additions import settle_dead
-    from colossal_llama.characters import CharacterFilter
-    from colossal_llama.extension_checks import as_json
-    from colossal_llama.tokenizer_folder import open_tokenizer, write_tokenizer
+    from colossal_llama.tokenizer.character_filter import CharacterFilter
+    from colossal_llama.tokenizer.extension_checks import as_json
+    from colossal_llama.tokenizer.new_pieces import settle_dead
+    from colossal_llama.tokenizer.tokenizer_folder import open_tokenizer, write_tokenizer
 
     allowed = CharacterFilter(config.characters)
     with new_folder(config.output) as folder:
@@ -92,7 +92,7 @@ def extend(config: ExtendConfig) -> dict:
 
 def _add(vocabulary, config: ExtendConfig, allowed) -> list[str]:
     """Add the pieces; returns a sample of the corpus, or of the pieces without one."""
-    from colossal_llama.additions import add_characters, add_given, frequent_characters, learn_pieces
+    from colossal_llama.tokenizer.new_pieces import add_characters, add_given, frequent_characters, learn_pieces
 
     given = _read_pieces(config.pieces) if config.pieces else []
     counts: Counter[str] = Counter()
@@ -137,8 +137,8 @@ def _read_pieces(path: str) -> list[str]:
 def _measure(source, old, folder: Path, sample: list[str], config: ExtendConfig) -> dict:
     from tokenizers import Tokenizer
 
-    from colossal_llama.characters import CharacterFilter
-    from colossal_llama.extension_checks import check_ids, compare, encoder, lines_without, variants
+    from colossal_llama.tokenizer.character_filter import CharacterFilter
+    from colossal_llama.tokenizer.extension_checks import check_ids, compare, encoder, lines_without, variants
 
     check_ids(source, folder)
     new = Tokenizer.from_file(str(folder / "tokenizer.json"))

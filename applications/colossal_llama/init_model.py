@@ -10,6 +10,7 @@ transformers obeys; where a head has a bias, theirs is -10,000.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Any, Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.command import new_folder
+from coati.tracking.files import read_object
+from colossal_llama.output_folder import new_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,8 +51,8 @@ def init_model(config: InitConfig) -> dict[str, int]:
     Raises:
         UserError: a folder is not what it should be, the tokenizers don't fit each other or the model.
     """
-    from colossal_llama.embeddings import RowPlan, find_token_tensors, token_sources
-    from colossal_llama.tokenizer_folder import load_backend
+    from colossal_llama.model.token_rows import RowPlan, find_token_tensors, token_sources
+    from colossal_llama.tokenizer.tokenizer_folder import load_backend
 
     if config.pad_to_multiple_of < 1:
         raise UserError(f"--pad_to_multiple_of is {config.pad_to_multiple_of}; give 1 or more.")
@@ -65,7 +67,7 @@ def init_model(config: InitConfig) -> dict[str, int]:
             raise UserError(f"{source} has {rows} embedding rows and its tokenizer {kept} ids; give --old_tokenizer.")
         sources = token_sources(old, new, config.rule)
         unused = {token: [token] for token in range(kept, rows) if token not in sources}
-        size = -(-max(rows, tokens) // config.pad_to_multiple_of) * config.pad_to_multiple_of
+        size = math.ceil(max(rows, tokens) / config.pad_to_multiple_of) * config.pad_to_multiple_of
         plan = RowPlan(kept, size, unused | sources, config.rule == "random", config.seed)
         print(f"{source}: {rows} rows -> {size} for {len(sources)} new tokens ({config.rule}), to {config.output}")
         _write_weights(files, tensors, plan, folder, config)
@@ -82,13 +84,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or the index is broken or names a missing file.
     """
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     if not folder.is_dir():
         raise UserError(f"The model folder {str(folder)!r} does not exist; correct --model.")
     names = [SINGLE]
     if (folder / INDEX).exists():
-        index = _read_json(folder / INDEX).get("weight_map")
+        index = read_object(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{folder / INDEX} has no weight_map; save the model again.")
         names = sorted(set(index.values()))
@@ -101,7 +103,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _rows(path: Path, name: str) -> int:
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     return read_header(path)[0][name]["shape"][0]
 
@@ -126,7 +128,7 @@ def _write_weights(files: dict[str, Path], tensors, plan, folder: Path, config: 
 
     from coati.tracking.config import TrackingConfig
     from coati.tracking.progress import progress_bar
-    from colossal_llama.safetensors_copy import NewRows, copy_file
+    from colossal_llama.model.safetensors_copy import NewRows, copy_file
 
     dropped = {tensors.head} if tensors.tied and tensors.head else set()
     paths = sorted(set(files.values()))
@@ -141,7 +143,7 @@ def _write_weights(files: dict[str, Path], tensors, plan, folder: Path, config: 
                 copy_file(path, folder / path.name, changed, dropped)
             bar.advance()
     if paths[0].name != SINGLE:
-        index = _read_json(paths[0].parent / INDEX)
+        index = read_object(paths[0].parent / INDEX)
         index["weight_map"] = {name: path.name for name, path in files.items() if name not in dropped}
         index.setdefault("metadata", {})["total_size"] = sum(_data_size(folder / path.name) for path in paths)
         index["metadata"].pop("total_parameters", None)
@@ -149,16 +151,16 @@ def _write_weights(files: dict[str, Path], tensors, plan, folder: Path, config: 
 
 
 def _data_size(path: Path) -> int:
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
 
     return path.stat().st_size - read_header(path)[1]
 
 
 def _write_rest(source: Path, tokenizer: Path, folder: Path, size: int) -> None:
     """The config with the new size, the tokenizer's files, and whatever else the model has."""
-    from colossal_llama.tokenizer_folder import REPLACED, WEIGHTS
+    from colossal_llama.tokenizer.tokenizer_folder import REPLACED, WEIGHTS
 
-    settings = _read_json(source / "config.json")
+    settings = read_object(source / "config.json")
     holder = settings if "vocab_size" in settings else settings.get("text_config", settings)
     holder["vocab_size"] = size
     for origin, but in ((source, REPLACED), (tokenizer, ("config.json", "generation_config.json"))):
@@ -180,7 +182,7 @@ def _suppress(folder: Path, unused: list[int], new: set[int]) -> None:
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(str(folder))).save_pretrained(str(folder))
     if not path.exists():
         return
-    generation = _read_json(path)
+    generation = read_object(path)
     before = generation.get("suppress_tokens") or []
     now = sorted({*(token for token in before if token not in new), *unused})
     if now != before:
@@ -190,8 +192,8 @@ def _suppress(folder: Path, unused: list[int], new: set[int]) -> None:
 
 def _check_shapes(folder: Path, before) -> None:
     """Every tensor of the result has the shape that transformers expects by the new config."""
-    from colossal_llama.embeddings import find_token_tensors
-    from colossal_llama.safetensors_copy import read_header
+    from colossal_llama.model.safetensors_copy import read_header
+    from colossal_llama.model.token_rows import find_token_tensors
 
     files = weight_files(folder)
     expected = find_token_tensors(folder, set(files)).shapes
@@ -202,12 +204,6 @@ def _check_shapes(folder: Path, before) -> None:
                 f"{name} has shape {shape} and by the new vocab_size should have {expected[name]} (before: "
                 f"{before.shapes.get(name)}); models with other tensors per token can't be extended."
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    from coati.tracking.files import read_object
-
-    return read_object(path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -6,78 +6,10 @@ A killed run goes on where it stopped when the same command is given again.
 """
 
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal
 
-from coati.config import Settings, option, parse_config
-from coati.errors import UserError, run_command
-
-OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
-
-
-@dataclass
-class PrepareConfig(Settings):
-    """What to read, how to tokenise and pack it, and where to."""
-
-    data: list[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
-    tokenizer: str = option("", "a folder with the tokenizer of the model to be trained", path="model")
-    output: str = option(
-        "", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is whole", path="output"
-    )
-    category: str | None = option(None, "the category of rows that name none")
-    max_length: int = option(4096, "the longest row, in tokens; longer documents are cut, nothing is left out")
-    buckets: int = option(10, "parts of the data, each with its share of every category, to train on one by one")
-    bos: Literal["auto", "always", "never"] = option("auto", "BOS before a document; auto: if the tokenizer adds it")
-    seed: int = option(42, "of the split into buckets and of the order of rows")
-    bad_rows: Literal["error", "count"] = option("error", "on malformed rows: stop, or leave out and count")
-    deduplicate: Literal["none", "exact", "minhash"] = option("none", "drop documents that an earlier one equals")
-    minhash_threshold: float = option(0.8, "Jaccard similarity from which on documents are near duplicates, 0 to 1")
-    min_characters: int | None = option(None, "drop shorter documents")
-    max_symbol_share: float | None = option(None, "drop documents with more punctuation and symbols, 0 to 1")
-    max_digit_share: float | None = option(None, "drop documents with more decimal digits, 0 to 1")
-    max_repeated_lines: float | None = option(None, "drop documents with more lines that repeat an earlier one, 0 to 1")
-    processes: int = option(1, "how many processes work; the result does not depend on it")
-    part_megabytes: float = option(4.0, "what a process reads at a time, and what a kill can cost it")
-    progress: Literal["auto", "bar", "plain", "off"] = option(
-        "auto", "bar, plain lines, off, or auto: bar on a terminal"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("data", "tokenizer", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; --help says what it is.")
-        for name in ("max_length", "buckets", "processes", "part_megabytes"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; give a number above 0.")
-        for name in ("minhash_threshold", "max_symbol_share", "max_digit_share", "max_repeated_lines"):
-            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise UserError(f"--{name} is {value}; give a share from 0 to 1.")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more.")
-        if len(set(self.data)) < len(self.data):
-            raise UserError("--data names a file twice; name each once.")
-        if self.category is not None and not self.category.strip():
-            raise UserError("--category is empty; give a name.")
-
-    def that_matter(self) -> dict:
-        """The settings on which the result depends, but for the content of the data and of the tokenizer."""
-        return {k: v for k, v in asdict(self).items() if k not in OF_THE_RUN}
-
-    @property
-    def filters(self):
-        """The quality filters."""
-        from colossal_llama.quality import Filters
-
-        names = ("min_characters", "max_symbol_share", "max_digit_share", "max_repeated_lines")
-        return Filters(**{name: getattr(self, name) for name in names})
-
-    @property
-    def deduplication(self):
-        """How duplicates are found."""
-        from colossal_llama.deduplicate import Deduplication
-
-        return Deduplication(self.deduplicate, self.minhash_threshold)
+from coati.config import parse_config
+from coati.errors import run_command
+from colossal_llama.data.preparation_settings import PrepareConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(argv: list[str] | None) -> None:
     config = parse_config(PrepareConfig, argv, "packs documents into rows for continued pre-training")
     print("prepare_pretrain: loading transformers and datasets ...", flush=True)
-    from colossal_llama.preparation import prepare
+    from colossal_llama.data.preparation import prepare
 
     prepare(config)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.command import new_folder
+from colossal_llama.output_folder import new_folder
 
 GGUF, LLAMA, MISTRAL = "gguf==0.19.0", "llama-cpp-python==0.3.36", "mistral-common==1.13.1"
 SENTENCEPIECE = {"LLaMA-2": "llama-spm", "Baichuan-7B": "baichuan"}

@@ -18,8 +18,8 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from colossal_llama.command import new_folder
-from colossal_llama.corpus import read_texts, sample_texts
+from colossal_llama.output_folder import new_folder
+from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
 
 BATCH = 64
 
@@ -100,7 +100,7 @@ def report(config: ReportConfig) -> dict[str, list[Row]]:
     """
     from coati.tracking.config import TrackingConfig
     from coati.tracking.progress import progress_bar
-    from colossal_llama.tokenizer_folder import load_backend
+    from colossal_llama.tokenizer.tokenizer_folder import load_backend
 
     if not config.tokenizers or not config.corpus:
         raise UserError("Nothing to compare: give folders with --tokenizers and texts with --corpus.")

@@ -2,12 +2,12 @@
 FILE.yaml`."""
 
 from coati.trainers.main import main
-from colossal_llama.settings import PretrainConfig
-from colossal_llama.stages import parse_stages
+from colossal_llama.pretraining.stage_plan import parse_stages
+from colossal_llama.pretraining.stage_settings import PretrainConfig
 
 
 def load_trainer():
-    from colossal_llama.pretraining import StagedPretraining
+    from colossal_llama.pretraining.pretrain_trainer import StagedPretraining
 
     return StagedPretraining
 

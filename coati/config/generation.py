@@ -13,9 +13,9 @@ from coati.errors import UserError
 class GenerationConfig(Settings):
     """How responses are drawn."""
 
-    max_new_tokens: int = option(128, "longest response, in tokens", ge=1)
+    max_new_tokens: int = option(128, "longest response, in tokens", ge=1, common=True)
     min_new_tokens: int = option(0, "shortest response, in tokens", ge=0)
-    temperature: float = option(1.0, "of sampling; 0 for greedy", ge=0)
+    temperature: float = option(1.0, "of sampling; 0 for greedy", ge=0, common=True)
     top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all", ge=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability", gt=0, le=1)
     min_p: float = option(
@@ -45,6 +45,10 @@ class GenerationConfig(Settings):
             raise UserError(
                 "vLLM samples, uncompiled: leave out num_beams and compile_generation, or rollout_engine vllm"
             )
+        self.check_installed()
+
+    def check_installed(self):
+        """Raises a UserError for what the settings need and this machine lacks."""
         if self.rollout_engine == "vllm" and find_spec("vllm") is None:
             raise UserError(
                 "rollout_engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm "

@@ -28,14 +28,16 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     path: PathKind | None = None,
+    common: bool = False,
 ):
     """A dataclass field that carries its own help text; a tuple stands for the default of a list.
 
     Args:
         ge, gt, le, lt: the bounds of a number, or of each number of a list: at least, above, at most, below.
         path: what a text names; `~` at its beginning is the home folder then.
+        common: whether `--help` shows it; `--help-all` shows the others too.
     """
-    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "path": path}
+    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "path": path, "common": common or None}
     metadata = {name: value for name, value in given.items() if value is not None}
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -65,7 +67,8 @@ def check_ranges(config):
     problems = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        for number in value if isinstance(value, list) else [value]:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
             if isinstance(number, int | float) and not isinstance(number, bool) and not _in_range(number, field):
                 problems.append(f"{field.name} is {number}: it must be {range_of(field) or 'finite'}")
     if problems:
@@ -73,8 +76,10 @@ def check_ranges(config):
 
 
 def _in_range(number: float, field: dataclasses.Field) -> bool:
+    if not math.isfinite(number):
+        return False
     bounds = [(compare, field.metadata[bound]) for bound, (_, compare) in BOUNDS.items() if bound in field.metadata]
-    return math.isfinite(number) and all(compare(number, bound) for compare, bound in bounds)
+    return all(compare(number, bound) for compare, bound in bounds)
 
 
 def expand_home(config):

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Container, Mapping
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,15 +15,22 @@ from coati.config.yaml12 import plain, read_yaml
 from coati.errors import UserError
 
 Config = TypeVar("Config")
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 SWITCH = dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True)
 SWITCH |= dict.fromkeys(("false", "no", "off", "n", "f", "0"), False)
 
 
-def parse_config(config_class: type[Config], argv: list[str] | None = None, description: str = "") -> Config:
+def parse_config(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """Reads `--config FILE.yaml` (keys are the flags' names) and the flags; a flag wins over the file.
 
     Args:
         argv: the command line, `sys.argv[1:]` if None.
+        defaults: settings that win over those of the class, and no others.
 
     Raises:
         UserError: the file is missing or isn't a mapping; one line that names all unknown keys, all values of a wrong
@@ -29,11 +38,17 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         SystemExit: `--help`.
     """
     path, rest = take_config_path(sys.argv[1:] if argv is None else list(argv))
-    return parse_settings(config_class, read_yaml(path) if path else {}, rest, f"--config {path}", description)
+    settings = read_yaml(path) if path else {}
+    return parse_settings(config_class, settings, rest, f"--config {path}", description, defaults)
 
 
 def parse_settings(
-    config_class: type[Config], settings: dict, argv: list[str], origin: str, description: str = ""
+    config_class: type[Config],
+    settings: dict,
+    argv: list[str],
+    origin: str,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """As `parse_config`, with the file's settings as a mapping.
 
@@ -42,10 +57,11 @@ def parse_settings(
         origin: what errors call the settings.
     """
     hints = get_type_hints(config_class)
-    flags, unknown = _parser(config_class, hints, description).parse_known_args(argv)
+    parser = _parser(config_class, hints, description, defaults or {})
+    flags, unknown = parser.parse_known_args([_with_underscores(word, hints) for word in argv])
     if unknown:
-        raise UserError(f"{unknown[0]!r} is no flag of this script: --help lists them")
-    values: dict[str, Any] = {}
+        raise UserError(f"{unknown[0]!r} is no flag of this command: --help lists them")
+    values: dict[str, Any] = dict(defaults or {})
     problems: list[str] = []
     names = [field.name for field in dataclasses.fields(config_class)]
     for key, value in settings.items():
@@ -64,8 +80,12 @@ def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
     """The word after `--config`, and the other words."""
     paths, rest, words = [], [], iter(argv)
     for word in words:
-        if word == "--config" and (path := next(words, None)) is not None:
-            paths.append(path)
+        if word == "--config":
+            path = next(words, None)
+            if path is None:  # nothing follows: the parser of the flags says so
+                rest.append(word)
+            else:
+                paths.append(path)
         elif word.startswith("--config="):
             paths.append(word.split("=", 1)[1])
         else:
@@ -97,8 +117,8 @@ def _read(value, hint):
     Raises:
         ValueError: it can't be one; the message goes on after the setting's name.
     """
-    is_union = get_origin(hint) in (Union, UnionType)
-    kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind is not NoneType]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    kinds = [kind for kind in kinds if kind is not NoneType]
     if isinstance(value, dict):
         if any(get_origin(kind) is dict for kind in kinds):
             return plain(value)
@@ -106,7 +126,8 @@ def _read(value, hint):
     [kind] = [kind for kind in kinds if get_origin(kind) is not dict]
     if get_origin(kind) is list:
         [entry] = get_args(kind)
-        return [_read_word(word, entry) for word in (value if isinstance(value, list) else [value])]
+        words = value if isinstance(value, list) else [value]
+        return [_read_word(word, entry) for word in words]
     if isinstance(value, list):
         raise ValueError(f"is a list; it takes {_words_for(kind)}")
     return _read_word(value, kind)
@@ -136,38 +157,90 @@ def _words_for(kind) -> str:
 # --- flags
 
 
+def _with_underscores(word: str, names: Container[str]) -> str:
+    """A setting's flag as the setting is written: `--learning-rate` is `--learning_rate`."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    is_flag = flag.startswith("--") and name.removeprefix("no_") in names
+    return f"--{name}{equals}{value}" if is_flag else word
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """A line instead of all flags."""
         raise UserError(message)
 
 
-def _parser(config_class, hints: dict[str, Any], description: str) -> argparse.ArgumentParser:
+def _parser(config_class, hints: dict[str, Any], description: str, defaults) -> argparse.ArgumentParser:
     """A parser that leaves the words of the flags that were given as they are."""
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    usage = f"{Path(sys.argv[0]).name} --config FILE.yaml [--SETTING VALUE ...]"
+    options = dict(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=description, usage=usage, **options)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-5 for a flag
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; each key is the name of a flag below")
-    for field in dataclasses.fields(config_class):
-        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        kinds = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if kind is not NoneType]
-        how: dict[str, Any] = {"help": _help(field)}
-        if any(get_origin(kind) is list for kind in kinds):
-            how["nargs"] = "+"
-        if bool in kinds:
-            how |= {"nargs": "?", "const": "true"}
-        choices = [kind for kind in kinds if get_origin(kind) is Literal]
-        if choices:
-            how["metavar"] = "{" + ",".join(get_args(choices[0])) + "}"
-        parser.add_argument(*names, dest=field.name, **how)
-        if field.default is True:
-            opposite = dict.fromkeys([f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"])
-            parser.add_argument(*opposite, dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS)
+    some = [field for field in dataclasses.fields(config_class) if "common" in field.metadata]
+    parser.add_argument("-h", "--help", action="help", help=f"show {'the common' if some else 'all'} settings")
+    if some:
+        parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all settings")
+    for title, fields in _grouped(config_class):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            how = _kind_of_flag(hints[field.name])
+            hidden = some and field not in some
+            text = _help(field, defaults)
+            _add_flag(group, field, how | {"help": argparse.SUPPRESS if hidden else text}).text = text
     return parser
 
 
-def _help(field: dataclasses.Field) -> str:
-    default = field.default
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        for action in parser._actions:
+            action.help = getattr(action, "text", action.help)
+        parser.print_help()
+        parser.exit()
+
+
+def _grouped(config_class) -> list[tuple[str, list[dataclasses.Field]]]:
+    """The settings by the class that declares them, a class's own before those of its bases; common ones first."""
+    left = {field.name: field for field in dataclasses.fields(config_class)}
+    groups = []
+    for cls in config_class.__mro__:
+        names = [name for name in vars(cls).get("__annotations__", {}) if name in left]
+        fields = sorted((left.pop(name) for name in names), key=lambda field: "common" not in field.metadata)
+        if fields:
+            title = (cls.__doc__ or cls.__name__).partition("\n")[0].partition(";")[0]
+            groups.append((title.rstrip("."), fields))
+    return groups
+
+
+def _kind_of_flag(hint) -> dict[str, Any]:
+    """What argparse must know of a setting's type."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if kind is not NoneType]
+    how: dict[str, Any] = {}
+    if any(get_origin(kind) is list for kind in kinds):
+        how["nargs"] = "+"
+    if bool in kinds:
+        how |= {"nargs": "?", "const": "true"}
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            how["metavar"] = "{" + ",".join(get_args(kind)) + "}"
+        elif kind in METAVARS:
+            how.setdefault("metavar", METAVARS[kind])
+    return how
+
+
+def _add_flag(group, field: dataclasses.Field, how: dict[str, Any]) -> argparse.Action:
+    """The flag, and `--no_` of it where the setting is on by default."""
+    if field.default is True:
+        off = dict(dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS)
+        group.add_argument(f"--no_{field.name}", **off)
+    return group.add_argument(f"--{field.name}", **how)
+
+
+def _help(field: dataclasses.Field, defaults: Mapping[str, Any]) -> str:
+    default = defaults.get(field.name, field.default)
     if default is dataclasses.MISSING:
         default = field.default_factory()
-    facts = [range_of(field), f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}"]
-    return f"{field.metadata['help']} ({'; '.join(filter(None, facts))})".replace("%", "%%")
+    words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    facts = [fact for fact in (range_of(field), f"default: {words}") if fact]
+    return f"{field.metadata['help']} ({'; '.join(facts)})".replace("%", "%%")

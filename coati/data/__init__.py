@@ -10,7 +10,7 @@ from coati.data.config import DataConfig
 from coati.data.dataset import TokenisedDataset, build_dataset
 from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
 from coati.data.report import ValidationReport
-from coati.data.sampling import BatchSampler, cut, deal
+from coati.data.sampling import BatchSampler, shard_batch, split_micro_batches
 from coati.data.sources import load_rows
 from coati.data.templates import prepare_tokenizer
 from coati.data.tokenise import (
@@ -55,12 +55,12 @@ __all__ = [
     "collate_preference",
     "collate_sft",
     "collate_unpaired",
-    "cut",
-    "deal",
     "exchange_answers",
     "load_rows",
     "parse_record",
     "prepare_tokenizer",
+    "shard_batch",
+    "split_micro_batches",
     "tokenise",
 ]
 

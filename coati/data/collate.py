@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coati.data.tokenise import PreferenceSample, TokenSequence, UnpairedSample
+from coati.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class _Batch:
     def to(self, device: torch.device | str):
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: x if x is None else x.to(device) for name, x in values.items()})
+        return type(self)(**{name: x if x is None else to_device(x, device) for name, x in values.items()})
 
 
 @dataclass(frozen=True)

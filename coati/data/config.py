@@ -21,6 +21,7 @@ class DataConfig(Settings):
     train_data: list[str] = field(
         default_factory=list,
         metadata={
+            "common": True,
             "help": "Files (.jsonl, .json, .parquet) or `datasets` names (org/name/config:split).",
             "path": "data",
         },
@@ -30,12 +31,20 @@ class DataConfig(Settings):
         metadata={"help": "One weight a source: 2.0 is seen twice an epoch, 0.5 a random half each epoch."},
     )
     eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "Files or `datasets` names to evaluate on.", "path": "data"}
+        default_factory=list,
+        metadata={"common": True, "help": "Files or `datasets` names to evaluate on.", "path": "data"},
     )
     max_length: int = field(
-        default=1024, metadata={"help": "Longest SFT or preference row, in tokens, answer and EOS included.", "ge": 1}
+        default=1024,
+        metadata={
+            "common": True,
+            "help": "Longest SFT or preference row, in tokens, answer and EOS included.",
+            "ge": 1,
+        },
     )
-    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt row, in tokens.", "ge": 1})
+    max_prompt_length: int = field(
+        default=512, metadata={"common": True, "help": "Longest prompt row, in tokens.", "ge": 1}
+    )
     too_long: Literal["drop", "truncate_prompt"] = field(
         default="drop", metadata={"help": "What to do with a longer row: drop it, or cut the prompt's left end."}
     )

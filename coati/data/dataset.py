@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +26,7 @@ from coati.data.tokenise import (
     tokenise_many,
 )
 from coati.errors import UserError, unwritable
+from coati.files import written_aside
 
 # Count up whenever the same rows and settings give other tokens or other files.
 FORMAT_VERSION = 2
@@ -142,20 +141,14 @@ def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: Data
     """Write the samples and the report aside, then rename them to `folder`."""
     from datasets.arrow_writer import ArrowWriter
 
-    # Only the holder of the lock comes here, so what lies there is from a process that died.
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        report = ValidationReport()
+    report = ValidationReport()
+    with written_aside(folder) as aside:
+        aside.mkdir()
         with ArrowWriter(features=_features(), path=str(aside / "rows.arrow")) as writer:
             for row in _samples(sources, kind, tokenizer, config, report):
                 writer.write(row)
             writer.finalize()
         (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _samples(
@@ -240,7 +233,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> Sample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
-    sides = [TokenSequence(*side) for side in zip(row["input_ids"], row["loss_masks"], strict=True)]
+    sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]
     if len(sides) == 2:
         return PreferenceSample(sides[0], sides[1], row["margin"])
     return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

@@ -86,7 +86,8 @@ def _message(given: dict[str, Any], name: str, unread: list[str]) -> dict[str, A
         known = "it is none of system, user, assistant and tool"
         raise ValueError(f"`{name}` has a role {str(role)[:40]!r}; {known}, nor another name for one")
     if role.lower() in CALLS:
-        role, content, given = "assistant", "", {**given, "tool_calls": read_text(content, name)}
+        given = {**given, "tool_calls": read_text(content, name)}
+        role, content = "assistant", ""
     role = ROLES[role.lower()]
     if "function_call" in given and "tool_calls" not in given:
         given["tool_calls"] = given.pop("function_call")
@@ -125,7 +126,8 @@ def _is_learned(given: dict[str, Any], role: str, name: str, unread: list[str]) 
         value = given.pop(key)
         if value not in (0, 1):
             raise ValueError(f"`{name}` has a `{key}` that is neither 0 nor 1, false nor true")
-        learned = learned and bool(value)
+        if not value:
+            learned = False
         if value and role != "assistant":
             unread.append(f"`{key}` of {role} messages (only the assistant's are learned)")
     return learned or role != "assistant"
@@ -166,12 +168,13 @@ def read_tools(value: Any) -> list[dict] | None:
 
 def read_history(value: Any) -> Messages:
     """Earlier turns from pairs of texts (LLaMA-Factory)."""
-    pairs = isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
-    if not pairs:
+    if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
         raise ValueError("`history` is not a list of pairs of texts")
-    texts = [(read_text(asked, "history"), read_text(answer, "history")) for asked, answer in value]
-    turns = [({"role": "user", "content": asked}, {"role": "assistant", "content": answer}) for asked, answer in texts]
-    return [message for turn in turns for message in turn]
+    messages: Messages = []
+    for asked, answer in value:
+        messages.append({"role": "user", "content": read_text(asked, "history")})
+        messages.append({"role": "assistant", "content": read_text(answer, "history")})
+    return messages
 
 
 def read_text(value: Any, name: str) -> str:
@@ -230,6 +233,6 @@ def check_turns(messages: Messages, last: str) -> Messages:
             if role == "user":
                 raise ValueError("a prompt is empty")
         before = role
-    if before not in {"user": ("user", "tool"), "assistant": ("assistant",)}[last]:
+    if before != last and not (last == "user" and before == "tool"):
         raise ValueError(f"the last message is not from the {last}")
     return messages

@@ -33,7 +33,7 @@ PAIRS = [
 ]
 SYSTEMS = ("system", "system_prompt")
 # What rewards are called with besides the row's fields.
-RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask")
+RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask", "truncated")
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,8 @@ def _unknown(row: _Row, kind: Kind) -> ValueError:
 def _asked(row: _Row, name: str) -> Messages:
     """The turns of a prompt field, after those of the row's history."""
     turns = row.turns(name, "user")
-    if name == "instruction" and (more := row.first(("input", "context"))) and len(turns) == 1:
+    more = row.first(("input", "context"))
+    if name == "instruction" and more and len(turns) == 1:
         texts = turns[0]["content"], read_text(row.take(more), more)
         turns = [{**turns[0], "content": "\n\n".join(text for text in texts if text)}]
     if "history" in row:

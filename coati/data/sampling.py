@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -59,7 +60,7 @@ class BatchSampler:
     @property
     def batches_per_epoch(self) -> int:
         """Batches that it takes to see every row of an epoch."""
-        return -(-self.epoch_size // self.batch_size)
+        return math.ceil(self.epoch_size / self.batch_size)
 
     def epoch(self, k: int) -> float:
         """Epochs gone by before batch `k`."""
@@ -92,7 +93,9 @@ class BatchSampler:
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
         extras = [self._share(i, epoch) for i in range(len(self._groups))]
         rows = np.concatenate([self._whole, *extras])
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(rows) if self.shuffle else np.sort(rows)
+        if not self.shuffle:
+            return np.sort(rows)
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(rows)
 
     def _share(self, index: int, epoch: int) -> np.ndarray:
         """The rows of a fractional group that `epoch` sees: the next slice of its endless permutations."""
@@ -103,7 +106,7 @@ class BatchSampler:
         return np.array([orders[p // len(group)][p % len(group)] for p in positions], dtype=np.int64)
 
 
-def deal(
+def shard_batch(
     batch: Sequence[int],
     lengths: Sequence[int],
     rank: int,
@@ -114,18 +117,20 @@ def deal(
     """This rank's micro-batches of a global batch.
 
     Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
-    the same number of micro-batches, see `cut`. Raises `UserError` when the ranks cannot get equally many rows.
+    the same number of micro-batches, see `split_micro_batches`.
+
+    Raises `UserError` when the ranks cannot get equally many rows.
     """
     if len(batch) % world_size:
         raise UserError(f"The batch size {len(batch)} is not a multiple of the {world_size} processes; change either.")
     if micro_batch_size < 1:
         raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
     rows = sorted(batch, key=lambda row: lengths[row])
-    mine, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
-    return [mine[part] for part in cut(widths, micro_batch_size, max_tokens)]
+    local_shard, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
+    return [local_shard[part] for part in split_micro_batches(widths, micro_batch_size, max_tokens)]
 
 
-def cut(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
+def split_micro_batches(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
     """Micro-batches of rows that are sorted by length: of `micro_batch_size` rows each, or, given `max_tokens`, of as
     many as have no more tokens together with their padding (one row at least)."""
     if max_tokens is None:

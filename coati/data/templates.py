@@ -215,7 +215,11 @@ def response_pieces(template: ChatTemplate, messages: Messages, responses: Seque
     """
     if GENERATION_TAG.search(template.source):
         text, spans = template.render_tagged(messages)
-        return text, [spans[slice(*_tags_of(template, messages, i, len(spans)))] for i in responses]
+        pieces = []
+        for i in responses:
+            first, end = _tags_of(template, messages, i, len(spans))
+            pieces.append(spans[first:end])
+        return text, pieces
     text = template.render(messages)
     return text, [[_span(template, messages, i, text)] for i in responses]
 

@@ -112,8 +112,11 @@ def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
             results.append(Tokenised(pieces, []))
             continue
         notes = [note for piece in pieces for note in piece.notes]
-        pieces = [_Encoded(piece.text, piece.responses, *next(tokens)) for piece in pieces]
-        sample = _attempt(_sample, record, pieces, tokenizer, config)
+        encoded_pieces = []
+        for piece in pieces:
+            input_ids, offsets = next(tokens)
+            encoded_pieces.append(_Encoded(piece.text, piece.responses, input_ids, offsets))
+        sample = _attempt(_sample, record, encoded_pieces, tokenizer, config)
         results.append(Tokenised(sample, list(dict.fromkeys([*record.unused, *notes]))))
     return results
 
@@ -143,6 +146,10 @@ class _Encoded:
     responses: list[Pieces]
     input_ids: list[int]
     offsets: list[tuple[int, int]]
+
+    def text_of(self, token: int) -> str:
+        start, end = self.offsets[token]
+        return self.text[start:end]
 
 
 def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
@@ -192,8 +199,10 @@ def _is_learned(message: dict[str, Any]) -> bool:
 
 def _contains(value: Any, text: str) -> bool:
     """Whether the text is in one of the strings of a message."""
-    if isinstance(value, dict | list):
-        return any(_contains(inner, text) for inner in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        return any(_contains(inner, text) for inner in value.values())
+    if isinstance(value, list):
+        return any(_contains(inner, text) for inner in value)
     return isinstance(value, str) and text in value
 
 
@@ -221,7 +230,8 @@ def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
         after = inside[-1] + 1 if len(inside) else len(ids)
         if after < len(ids) and ids[after] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[inside]:
             inside = np.append(inside, after)
-        mask[inside[inside <= _end_of_response(piece, inside, ids, tokenizer)]] = True
+        end = _end_of_response(piece, inside, ids, tokenizer)
+        mask[inside[inside <= end]] = True
     length = int(np.flatnonzero(mask)[-1]) + 1
     return TokenSequence(piece.input_ids[:length], mask[:length].tolist())
 
@@ -230,7 +240,7 @@ def _end_of_response(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, token
     """Where the response's last token is: its EOS, else (some calls of tools) another special token that ends it."""
     eos = inside[ids[inside] == tokenizer.eos_token_id]
     if len(eos):
-        rest = "".join(piece.text[slice(*piece.offsets[i])] for i in inside[inside > eos[0]])
+        rest = "".join(piece.text_of(i) for i in inside[inside > eos[0]])
         if rest.replace(tokenizer.eos_token, "").strip():
             raise ValueError("the chat template goes on with a response after the EOS token")
         return int(eos[0])
@@ -238,7 +248,7 @@ def _end_of_response(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, token
     for i in reversed(inside.tolist()):
         if ids[i] in special:
             return i
-        if piece.text[slice(*piece.offsets[i])].strip():
+        if piece.text_of(i).strip():
             break
     raise ValueError("the chat template does not end an answer with the EOS token")
 

@@ -69,15 +69,21 @@ class ProjectedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, bias, ids, temperature, with_entropy, rows):
-        found = []
+        chosen, partitions, entropies = [], [], []
         for some, of_some in zip(states.split(rows), ids.split(rows), strict=True):
             logits = at_temperature(torch.nn.functional.linear(some, weight, bias), temperature)
-            found.append((*_chosen(logits, of_some), *([entropy(logits)] if with_entropy else [])))
-        chosen, partition, *entropies = map(torch.cat, zip(*found, strict=True))
-        ctx.save_for_backward(states, weight, bias, ids, partition)
+            log_probs, partition = _chosen(logits, of_some)
+            chosen.append(log_probs)
+            partitions.append(partition)
+            if with_entropy:
+                entropies.append(entropy(logits))
+        ctx.save_for_backward(states, weight, bias, ids, torch.cat(partitions))
         ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(*entropies)
-        return chosen, *entropies
+        if not with_entropy:
+            return (torch.cat(chosen),)
+        all_entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(all_entropies)
+        return torch.cat(chosen), all_entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable

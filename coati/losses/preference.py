@@ -33,6 +33,11 @@ class Answers:
         reference = None if self.reference is None else self.reference.to(dtype)
         return Answers(self.log_probs.to(dtype), self.lengths.to(dtype), reference)
 
+    def rows(self, index: Tensor) -> "Answers":
+        """Some of them."""
+        reference = None if self.reference is None else self.reference[index]
+        return Answers(self.log_probs[index], self.lengths[index], reference)
+
     @property
     def log_ratios(self) -> Tensor:
         """log pi / pi_ref of whole answers."""
@@ -159,8 +164,11 @@ def preference_loss(
     Metrics: loss, rewards of both, their margin, accuracy (a tie counts one half), log-probs and lengths of both, nll.
     """
     chosen, rejected = chosen.in_float(), rejected.in_float()
-    read = (chosen.per_token(), rejected.per_token()) if length_normalised else (chosen, rejected)
-    good, bad, per_pair = PREFERENCE_LOSSES[name](*read, options or Options())
+    options = options or Options()
+    if length_normalised:
+        good, bad, per_pair = PREFERENCE_LOSSES[name](chosen.per_token(), rejected.per_token(), options)
+    else:
+        good, bad, per_pair = PREFERENCE_LOSSES[name](chosen, rejected, options)
     metrics = {"accuracy": (good > bad).to(good.dtype) + 0.5 * (good == bad).to(good.dtype), "margin": good - bad}
     for side, rewards, answers in (("chosen", good, chosen), ("rejected", bad, rejected)):
         metrics[f"reward_{side}"] = rewards

@@ -3,16 +3,16 @@
 from coati.models.actor import Actor
 from coati.models.actor_critic import ActorCritic
 from coati.models.base import BaseModel
-from coati.models.critic import Critic
-from coati.models.lora import LoraSettings
-from coati.models.reference import create_reference_model
-from coati.models.reward_model import RewardModel
-from coati.models.value_head import ValueHead
-from coati.models.wrapper import (
+from coati.models.compat import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
+    create_reference_model,
 )
+from coati.models.critic import Critic
+from coati.models.lora import LoraSettings
+from coati.models.reward_model import RewardModel
+from coati.models.value_head import ValueHead
 
 __all__ = [
     "Actor",

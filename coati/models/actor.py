@@ -1,8 +1,9 @@
 """The policy."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cached_property, partial
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,10 +20,24 @@ CHUNK = {"cpu": 2**23, "cuda": 2**27}
 ROWS = 128  # with fewer, a product takes as long as reading the weight
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked about logits beside the log-probs, see `Actor.forward`."""
+
+    temperature: float
+    entropy: bool | Literal["trained"]
+    log_partition: bool
+
+
 class Actor(BaseModel):
-    """A causal language model that gives the log-probs of given tokens, and generates."""
+    """A causal language model that gives the log-probs of given tokens, and generates.
+
+    Attributes:
+        logits_at_once: how many numbers of them there may be, as `CHUNK` says for the device if None.
+    """
 
     auto_class = "AutoModelForCausalLM"
+    logits_at_once: int | None = None
     _head_is_last: bool | None = None  # not known before the first forward pass
 
     def forward(
@@ -36,7 +51,7 @@ class Actor(BaseModel):
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         adapter: bool = True,
-        members: int = 1,
+        shared_prefix_group: int = 1,
         right_padded: bool = False,
     ):
         """Log-probs of the tokens, float32 `[batch, seq]`, entry `t` for token `t` (entry 0 is 0).
@@ -51,40 +66,54 @@ class Actor(BaseModel):
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
-            members: rows i, i + batch / members and so on are a group, and what they all begin with is read once, see
-                `PackedGroups`. For whole models only.
+            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and what they all begin with is
+                read once, see `PackedGroups`. For whole models only.
             right_padded: padding stands on the right only, see `run`.
         """
-        packed = PackedGroups.of(input_ids, attention_mask, members) if members > 1 else None
-        inputs = (input_ids, attention_mask, position_ids, right_padded)
-        if packed:
+        wanted = Wanted(temperature, with_entropy, with_log_partition)
+        packed = None
+        inputs = dict(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, right_padded=right_padded
+        )
+        if shared_prefix_group > 1:
+            packed = PackedGroups.of(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype)
-        with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
+        with self._with_adapter(adapter):
             if targets is not None and self._head_is_last is not False:
-                hidden = self._states_before_head(*inputs)
-                hidden = packed.unpack(hidden) if packed else hidden
+                hidden = self._states_before_head(inputs)
+                if packed:
+                    hidden = packed.unpack(hidden)
                 if self._head_is_last:
-                    return self._chosen_log_probs(
-                        hidden, input_ids, targets, temperature, with_entropy, with_log_partition
-                    )
-            logits = self.run(*inputs).logits
-            logits = packed.unpack(logits) if packed else logits
+                    return self._chosen_log_probs(hidden, input_ids, targets, wanted)
+            logits = self.run(**inputs).logits
+        if packed:
+            logits = packed.unpack(logits)
         next_ids = self.layout.split(input_ids.roll(-1, dims=1))
-        outputs = _measure(self.layout, logits, next_ids, temperature, with_entropy, with_log_partition)
+        outputs = _measure(self.layout, logits, next_ids, wanted)
         outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _states_before_head(self, *inputs) -> Tensor:
+    def _with_adapter(self, adapter: bool) -> AbstractContextManager:
+        if adapter or not self.has_adapter:
+            return nullcontext()
+        return self.model.disable_adapter()
+
+    def _states_before_head(self, inputs: dict) -> Tensor:
         """What the output layer reads, `[batch, seq, hidden]`, given what `run` takes. It gets to see the first
         position only, by which the first call tells whether logits are all it gives: some models cap or scale them
         afterwards."""
         head, states, logits = self.transformer.get_output_embeddings(), [], []
-        hooks = [
-            head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]) or (inputs[0][:, :1],)),
-            head.register_forward_hook(lambda *call: logits.append(call[-1])),
-        ]
+
+        def take_states(module, positional):
+            states.append(positional[0])
+            return (positional[0][:, :1],)
+
+        def note_logits(module, positional, output):
+            logits.append(output)
+
+        hooks = [head.register_forward_pre_hook(take_states), head.register_forward_hook(note_logits)]
         try:
-            output = self.run(*inputs)
+            output = self.run(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -99,28 +128,37 @@ class Actor(BaseModel):
             rows = columns = targets.new_zeros(1, dtype=torch.long)
         return rows, columns + 1
 
-    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, *how):
+    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: Wanted):
         """Log-probs (and more, see `_measure`) of the targets from the states that predict them, `CHUNK` logits at a
         time but those of `ROWS` tokens at least; in the backward pass logits are computed again."""
         head, (rows, columns) = self.transformer.get_output_embeddings(), self.places(targets)
         states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
 
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            return _measure(Layout(), head(states), ids, *how)
+            return _measure(Layout(), head(states), ids, wanted)
 
-        length = max(CHUNK.get(hidden.device.type, 2**24) // self.config.get_text_config().vocab_size, ROWS)
+        at_once = self.logits_at_once or CHUNK.get(hidden.device.type, 2**24)
+        length = max(at_once // self.config.get_text_config().vocab_size, ROWS)
         recomputes = len(ids) > length and torch.is_grad_enabled()
-        if recomputes and is_plain(head) and how[1:] in ((False, False), (True, False)):
+        if recomputes and is_plain(head) and wanted.entropy != "trained" and not wanted.log_partition:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
-            inputs = [x if x is None else x.to(dtype) for x in (states, head.weight, head.bias)]
-            found = ProjectedLogProbs.apply(*inputs, ids, *how[:2], length)
+            weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+            found = ProjectedLogProbs.apply(
+                states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, length
+            )
         else:
-            measure = partial(checkpoint, measure, use_reentrant=False) if recomputes else measure
-            parts = [measure(*part) for part in zip(states.split(length), ids.split(length), strict=True)]
+            parts = []
+            for some, of_some in zip(states.split(length), ids.split(length), strict=True):
+                if recomputes:
+                    parts.append(checkpoint(measure, some, of_some, use_reentrant=False))
+                else:
+                    parts.append(measure(some, of_some))
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
-        zeros = partial(torch.zeros, input_ids.shape, device=input_ids.device)
-        outputs = tuple(zeros(dtype=x.dtype).index_put((rows, columns), x) * targets for x in found)
-        return outputs if len(outputs) > 1 else outputs[0]
+        outputs = []
+        for values in found:
+            zeros = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)
+            outputs.append(zeros.index_put((rows, columns), values) * targets)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def next_logits(
         self,
@@ -138,14 +176,9 @@ class Actor(BaseModel):
             attention_mask: as the transformers model takes it; None for causal attention.
             last: `[batch]`, the column of each row's last token, if rows are padded on the right.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **self._options)
-        inputs[self.cache_name] = cache
-        if position_ids is not None and self.takes_positions:
-            inputs["position_ids"] = position_ids
         if last is None:
-            if self._keeps_logits:
-                inputs["logits_to_keep"] = 1
-            return self.model(**inputs).logits[:, -1]
+            return self.last_logits(input_ids, 1, cache, attention_mask, position_ids)[:, -1]
+        inputs = self._inputs(input_ids, cache, attention_mask, position_ids)
         rows = torch.arange(len(last), device=last.device)
         head = self.transformer.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, states: (states[0][rows, last][:, None],))
@@ -153,6 +186,34 @@ class Actor(BaseModel):
             return self.model(**inputs).logits[:, -1]
         finally:
             hook.remove()
+
+    def last_logits(
+        self,
+        input_ids: Tensor,
+        count: int,
+        cache=None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the tokens after each of a row's last `count`, `[batch, count, vocabulary]`.
+
+        Args:
+            cache: a transformers cache of what comes before, to which the new tokens are added; None for nothing.
+            input_ids, attention_mask, position_ids: see `next_logits`.
+        """
+        inputs = self._inputs(input_ids, cache, attention_mask, position_ids)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = count
+        return self.model(**inputs).logits[:, -count:]
+
+    def _inputs(self, input_ids: Tensor, cache, attention_mask, position_ids: Tensor | None) -> dict:
+        """What the transformers model is called with."""
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **self._options)
+        if cache is not None:
+            inputs[self.cache_name] = cache
+        if position_ids is not None and self.takes_positions:
+            inputs["position_ids"] = position_ids
+        return inputs
 
     @cached_property
     def compiled_next_logits(self) -> Callable[..., Tensor]:
@@ -177,12 +238,12 @@ def is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 
-def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, temperature, with_entropy, with_partition: bool):
+def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, wanted: Wanted) -> tuple[Tensor, ...]:
     """What is asked about logits `[..., vocab]`: log-probs of the next tokens, entropies, log-partitions, `[...]`."""
-    outputs = [layout.log_probs(logits, next_ids, temperature)]
-    if with_entropy:
-        with torch.set_grad_enabled(with_entropy == "trained" and torch.is_grad_enabled()):
-            outputs.append(layout.entropy(logits, temperature))
-    if with_partition:
-        outputs.append(layout.log_partition(logits, temperature))
+    outputs = [layout.log_probs(logits, next_ids, wanted.temperature)]
+    if wanted.entropy:
+        with torch.set_grad_enabled(wanted.entropy == "trained" and torch.is_grad_enabled()):
+            outputs.append(layout.entropy(logits, wanted.temperature))
+    if wanted.log_partition:
+        outputs.append(layout.log_partition(logits, wanted.temperature))
     return tuple(outputs)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from coati.models.actor import Actor
 from coati.models.base import in_float32
-from coati.models.value_head import ValueHead
-from coati.models.wrapper import load_head, save_head
+from coati.models.value_head import ValueHead, load_head, save_head
 
 
 class ActorCritic(Actor):
@@ -30,7 +29,8 @@ class ActorCritic(Actor):
         if head is None:
             small = dict(v_head_init_strategy="normal", v_head_initializer_range=1 / (self.last_hidden_state_size + 1))
             head = ValueHead(self.config, **small).to(next(self.model.parameters()).dtype)
-            if isinstance(pretrained, str | Path) and (stored := load_head(pretrained)):
+            stored = load_head(pretrained) if isinstance(pretrained, str | Path) else None
+            if stored:
                 head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in stored.items()})
         self.v_head = head
 

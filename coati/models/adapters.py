@@ -61,12 +61,14 @@ def load_adapter(
         ) from error
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter in {source} doesn't fit {kind}: {str(error).splitlines()[-1].strip()}") from error
-    own, state = {id(tensor) for tensor in adapter_state(adapted).values()}, adapted.state_dict(keep_vars=True)
-    own -= {id(state[name]) for name in state.keys() - {*result.missing_keys}}  # tied ones have another name
-    if missing := [name for name in result.missing_keys if id(state[name]) in own]:
+    state = adapted.state_dict(keep_vars=True)
+    found = {id(state[name]) for name in state if name not in result.missing_keys}  # tied ones have another name
+    wanted = {id(tensor) for tensor in adapter_state(adapted).values()} - found
+    missing = [name for name in result.missing_keys if id(state[name]) in wanted]
+    if missing:
         raise UserError(f"the adapter in {source} lacks {len(missing)} tensors that {kind} needs: {missing[0]}")
-    lost = [name for name in result.unexpected_keys if not _is_twice(stored, name, places)]
-    if unexpected := lost + others:
+    unexpected = [name for name in result.unexpected_keys if not _is_twice(stored, name, places)] + others
+    if unexpected:
         raise UserError(
             f"the adapter in {source} holds {len(unexpected)} tensors that {kind} has no place for "
             f"({unexpected[0].removeprefix(PREFIX)}): merge it into the model that it was trained on, and give that"
@@ -107,14 +109,15 @@ def has_more_tokens(model: nn.Module) -> bool:
 def merged(model: nn.Module) -> nn.Module:
     """A copy of a peft model's transformers model with the adapters added to the weights, exactly: those of a quantized
     model are dequantized first and stay so; embeddings and output layer are tied no more if an adapter tells them
-    apart.
+    apart. The copy is in the host's memory, as a GPU may have no room for it; on "meta" if the model is.
 
     Raises:
         UserError: a quantization that can't be undone.
     """
-    whole = copy.deepcopy(model)
-    if is_quantized(whole.get_base_model()):
-        whole = _dequantized(whole)
+    if is_quantized(model.get_base_model()):
+        whole = _dequantized(copy.deepcopy(model))
+    else:
+        whole = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
     _untie(whole.get_base_model())
     plain = whole.merge_and_unload()
     rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()
@@ -123,12 +126,13 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
-def without_data(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no data, for trying what is done with a model. Tied weights stay tied."""
+def copied_to(model: nn.Module, device: str) -> nn.Module:
+    """A copy on another device; on "meta" it has shapes but no data. Tied weights stay tied."""
+    # deepcopy takes what the memo holds for already copied
     memo: dict[int, Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        empty = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        copied = tensor.detach().to(device, copy=True)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
     return copy.deepcopy(model, memo)
 
 
@@ -215,16 +219,22 @@ def _resize_embeddings(model: nn.Module, places: list[str], stored: dict[str, Te
         UserError: it is another number, and the adapter doesn't hold the rows.
     """
     parts = [{k.removeprefix(place): v for k, v in stored.items() if k.startswith(place)} for place in places]
-    sizes = {size for part, columns in zip(parts, (False, True), strict=False) for size in _rows(part, columns)}
+    sizes = set()
+    for part, is_output in zip(parts, (False, True), strict=False):  # not every model has an output layer
+        sizes |= _rows(part, is_output)
     had, tokens = vocabulary(model), getattr(config, "trainable_token_indices", None) or []
-    last = max([t for part in tokens.values() for t in part] if isinstance(tokens, dict) else tokens, default=0)
-    sizes |= {last + 1} if last >= had and not sizes else set()
+    if isinstance(tokens, dict):
+        tokens = [token for of_layer in tokens.values() for token in of_layer]
+    last = max(tokens, default=0)
+    if last >= had and not sizes:
+        sizes = {last + 1}
     if sizes <= {had}:
         return
     if len(sizes) > 1:
         raise UserError(f"the adapter in {source} has embeddings of several sizes: {sorted(sizes)}")
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if not all(any(_is_whole(name) for name in part) for part in parts[: 1 if tied else None]):
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        parts = parts[:1]
+    if not all(any(_is_whole(name) for name in part) for part in parts):
         raise UserError(
             f"the adapter in {source} was trained with {sizes.pop()} tokens and doesn't hold their embeddings, and its "
             f"base model has {had}: save it with its embeddings (peft: save_embedding_layers=True), or merged"

@@ -18,7 +18,8 @@ def check_attention(config, asked: str):
     Raises:
         UserError: sdpa for a model with capped scores, which some releases of transformers would leave out.
     """
-    if asked == "sdpa" and (cap := soft_cap(config)):
+    cap = soft_cap(config)
+    if asked == "sdpa" and cap:
         raise UserError(
             f"sdpa attention can't cap scores, and {config.model_type} caps them at {cap}: leave attn_implementation "
             "at auto, or give eager"

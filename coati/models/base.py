@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.adapters import has_more_tokens, load_adapter, merged, unsaved, without_data
+from coati.models.adapters import copied_to, has_more_tokens, load_adapter, merged, unsaved
 from coati.models.attention import check_attention, set_eager_where_capped
 from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
@@ -142,6 +143,8 @@ class BaseModel(nn.Module):
             if not layout.is_plain:  # transformers counts from 0 in each process's part
                 columns = torch.arange(input_ids.shape[1], device=input_ids.device)
                 inputs["position_ids"] = layout.split(columns.expand_as(input_ids))
+            with one_document_a_row():
+                return self.model(**inputs)
         elif attention_mask is not None:
             inputs["attention_mask"] = layout.fill(attention_mask.long())
             if self.takes_positions:
@@ -204,7 +207,8 @@ class BaseModel(nn.Module):
         if not self.has_adapter:
             self.transformer.save_pretrained(str(folder), state_dict={})
             return
-        if lost := unsaved(self.model):
+        lost = unsaved(self.model)
+        if lost:
             raise UserError(f"{len(lost)} trained weights have no place in the adapter's folder: {lost[0]}")
         for config in self.model.peft_config.values():
             config.save_pretrained(str(folder))
@@ -213,7 +217,7 @@ class BaseModel(nn.Module):
             return
         check_mergeable(self.transformer)
         if not is_quantized(self.transformer):
-            merged(without_data(self.model)).save_pretrained(str(folder), state_dict={})
+            merged(copied_to(self.model, "meta")).save_pretrained(str(folder), state_dict={})
 
 
 class ValueHeadModel(BaseModel):
@@ -228,7 +232,8 @@ class ValueHeadModel(BaseModel):
     head_bias = True
 
     def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
-        if not isinstance(source, str | Path) or (stored := stored_classifier(source)) is None:
+        stored = stored_classifier(source) if isinstance(source, str | Path) else None
+        if stored is None:
             return super()._load_transformer(source, config, kwargs)
         if config is not None:
             config = copy.deepcopy(config)
@@ -283,6 +288,20 @@ def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
+@contextmanager
+def one_document_a_row():
+    """Inside, transformers doesn't look at positions to see whether a row holds several documents, which would make a
+    GPU's host wait in each forward pass."""
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
 def _stay_in_evaluation(part: nn.Module, mode: bool = True) -> nn.Module:
     """`train` of a module whose parts change their mode, and which doesn't."""
     nn.Module.train(part, mode)
@@ -330,7 +349,8 @@ def hidden_size(config) -> int:
     for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
         # OPT projects its hidden states back to the embedding's width before the head
         for name in ("word_embed_proj_dim", "hidden_size", "d_model", "n_embd"):
-            if isinstance(size := getattr(part, name, None), int):
+            size = getattr(part, name, None)
+            if isinstance(size, int):
                 return size
     raise UserError(f"{type(config).__name__} has no hidden_size (nor word_embed_proj_dim, d_model, n_embd)")
 
@@ -390,10 +410,11 @@ def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
-    if wrong := sorted(info["mismatched_keys"]):
+    wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    if wrong:
         name, theirs, ours = wrong[0]
         raise UserError(f"the weights in {source} don't fit its config: {name} is {list(theirs)}, not {list(ours)}")
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
         )

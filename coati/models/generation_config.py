@@ -26,7 +26,9 @@ def repair_generation_config(model: nn.Module) -> str | None:
                 setattr(config, name, getattr(defaults, name))
     after = config.to_dict()
     changes = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
-    return f"generation_config.json contradicts itself, changed to save it: {', '.join(changes)}" if changes else None
+    if not changes:
+        return None
+    return f"generation_config.json contradicts itself, changed to save it: {', '.join(changes)}"
 
 
 def _contradictions(config) -> dict[str, str]:
@@ -42,10 +44,13 @@ def _contradictions(config) -> dict[str, str]:
 def align_eos(model: nn.Module, eos_token_id: int):
     """Makes a transformers model's configs name the tokenizer's EOS first, and then those that its generation config
     has: whatever generates from the saved folder ends where training did."""
+    configs = [model.config, model.config.get_text_config()]
     generation = getattr(model, "generation_config", None)
-    configs = [model.config, model.config.get_text_config(), *([] if generation is None else [generation])]
+    if generation is not None:
+        configs.append(generation)
     known = configs[-1].eos_token_id
-    ids = list(dict.fromkeys([eos_token_id, *(known if isinstance(known, list) else [known])]))
-    ids = [number for number in ids if number is not None]
+    if not isinstance(known, list):
+        known = [known]
+    ids = [number for number in dict.fromkeys([eos_token_id, *known]) if number is not None]
     for config in configs:
         config.eos_token_id = ids if len(ids) > 1 else ids[0]

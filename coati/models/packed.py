@@ -47,14 +47,14 @@ class PackedGroups:
         member = torch.arange(members, device=ids.device)[:, None].where(own, -1)  # what is shared has none
         owner, order = pack(member, -1), torch.arange(width, device=ids.device)
         visible = (owner[:, None] == owner[..., None]) | (owner[:, None] < 0)
-        visible &= order <= order[:, None]  # padding comes last: no real token sees it
+        visible = visible & (order <= order[:, None])  # padding comes last: no real token sees it
         of_rows = places.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
         return cls(pack(ids, 0), pack(column, 0), visible[:, None], of_rows)
 
-    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, what is added to attention's scores, and positions: what `BaseModel.run` takes."""
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Ids, what is added to attention's scores, and positions: keywords of `BaseModel.run`."""
         mask = torch.zeros_like(self.visible, dtype=dtype).masked_fill(~self.visible, torch.finfo(dtype).min)
-        return self.input_ids, mask, self.position_ids
+        return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[groups, packed, ...]` as `[members * groups, seq, ...]`; padding holds anything."""
@@ -71,16 +71,17 @@ def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inpu
 
     Args:
         forward_all: calls it with each of several inputs.
-        inputs: of a call with `members` and `targets`.
+        inputs: of a call with `shared_prefix_group` and `targets`.
         exact: it computes in float32. In lower precision an unlikely token's log-prob may be far off by rounding alone,
             so the mean over tokens counts (k3 of one from the other).
     """
     attention = model.config._attn_implementation
     if attention in ("sdpa", "eager") and model.takes_positions:
-        once, separately = forward_all([inputs, inputs | {"members": 1}])
+        once, separately = forward_all([inputs, inputs | {"shared_prefix_group": 1}])
         difference = (once - separately)[inputs["targets"]]
         kl = (difference.exp() - 1 - difference).mean()
-        if bool(difference.abs().max() < 1e-3 if exact else kl < MOST_KL):
+        agrees = difference.abs().max() < 1e-3 if exact else kl < MOST_KL
+        if agrees:
             return
     name = type(model.transformer).__name__
     raise UserError(f"{name} with {attention} attention can't read a prompt once for all: leave share_prompts out")

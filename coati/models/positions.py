@@ -36,7 +36,8 @@ def _of_table(model: nn.Module) -> RowLimit | None:
             # RoBERTa and its kin count from the padding's number on; OPT and BART leave two rows out
             taken = 0 if module.padding_idx is None else module.padding_idx + 1
             sizes.append(module.num_embeddings - getattr(module, "offset", taken))
-    if (setting := MADE_IN_CODE.get(model.config.model_type)) is not None:
+    setting = MADE_IN_CODE.get(model.config.model_type)
+    if setting is not None:
         sizes.append(getattr(model.config, setting))
     sizes += [len(table) for name, table in model.named_buffers() if name.endswith("embed_positions")]  # GPT-J's kind
     return RowLimit(min(sizes), "has a table of positions for") if sizes else None

@@ -33,7 +33,8 @@ def dequantize(model: nn.Module) -> nn.Module:
     taken apart."""
     check_mergeable(model)
     for module in model.modules():
-        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
             # bitsandbytes would give them in the dtype that they were quantized from
             state.dtype = module.compute_dtype or model.dtype
     with quiet_transformers():

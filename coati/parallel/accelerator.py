@@ -170,6 +170,10 @@ class _TorchAdamExtension(_Extension):
         return type("kernel", (_TorchFusedAdam,), {"CPUAdamOptimizer": _TorchCPUAdam})
 
 
+def _accept_any_device(optimizer):
+    """In place of a check that asserts cuda or npu, and nothing else that we rely on."""
+
+
 def install():
     """Prepares Colossal-AI for this machine, once a process."""
     # colossalai's pipeline asks for these, the second over gloo where torch has NCCL; only Huawei's torch has them
@@ -183,7 +187,7 @@ def install():
     if torch.cuda.is_available():
         return
     set_accelerator(HostAccelerator())
-    LowLevelZeroOptimizer._sanity_checks = lambda self: None  # it asserts cuda or npu, and nothing else that we rely on
+    LowLevelZeroOptimizer._sanity_checks = _accept_any_device
     _keep_gemini_shards_in_place()
 
 
@@ -231,5 +235,8 @@ def _keep_gemini_shards_in_place():
         if not chunk.keep_gathered:
             chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
 
-    Chunk.close_chunk, Chunk.mended_by_coati = close_in_place, True
-    ChunkManager.move_chunk = lambda *arguments, **keywords: None  # there is one place
+    def stay(manager, *arguments, **keywords):
+        """There is one place."""
+
+    Chunk.close_chunk, ChunkManager.move_chunk = close_in_place, stay
+    Chunk.mended_by_coati = True

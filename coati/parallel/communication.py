@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coati.transfer import upload
+
 
 class Communicator:
     """Sums and agreements over ranks that see different data. With one process every call is the identity.
@@ -36,16 +38,23 @@ class Communicator:
 
     def sum_metrics(self, shares: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Adds up the shares of every micro-batch and rank. All ranks must hold the same names."""
-        totals: dict[str, Tensor] = {}
+        on_host: dict[str, float] = {}
+        on_device: dict[str, Tensor] = {}
         for share in shares:
             for name, value in share.items():
-                value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-                totals[name] = totals[name] + value if name in totals else value
-        names = sorted(totals)
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    on_device[name] = on_device.get(name, 0.0) + value.detach().double()
+                else:
+                    on_host[name] = on_host.get(name, 0.0) + float(value)
+        names = sorted({*on_host, *on_device})
         if not names:
             return {}
-        summed = self.sum(torch.stack([totals[name] for name in names]))
-        return dict(zip(names, summed.tolist(), strict=True))
+        # one copy to the device and one back, whatever there is
+        totals = upload([on_host.get(name, 0.0) for name in names], self.device, torch.float64)
+        if on_device:
+            places = upload([names.index(name) for name in on_device], self.device)
+            totals = totals.index_add(0, places, torch.stack([*on_device.values()]))
+        return dict(zip(names, self.sum(totals).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
         """True on every rank of the run if it is true on one: decisions are taken together, or ranks wait for ever."""

@@ -4,10 +4,40 @@ import torch
 from torch import nn
 
 from coati.parallel.engine import DTYPES, Engine
+from coati.parallel.memory import EngineMemory, nbytes
+
+
+def narrow_frozen_weights(module: nn.Module, dtype: torch.dtype):
+    """Weights beside an adapter: autocast would cast them at every use."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
+            parameter.data = parameter.data.to(dtype)
+
+
+class DDPMemory(EngineMemory):
+    """Weights and AdamW's two moments in float32; gradients stay where autograd puts them, and once more in the buckets
+    that travel. A model that is split over ranks has low-precision weights and float32 masters instead."""
+
+    @classmethod
+    def cast(cls, module, dtype, *, trained):
+        narrow_frozen_weights(module, dtype)
+        if not trained:
+            module.to(dtype)
+
+    def hold_states(self):
+        masters = 4 if self.config.model_parallel_size > 1 and self.dtype != torch.float32 else 0
+        self.kept.append(self.blocks.make((8 + masters) * self.numel, self.item("optimizer states")))
+        if self.config.pipeline_parallel == 1:
+            self.kept.append(self.blocks.make(nbytes(self.trained), self.item("communication")))
+
+    def take_gradient(self, parameter):
+        self.blocks.hold([parameter.grad], self.item("gradients"))
 
 
 class DDPEngine(Engine):
     """A model under torch's DistributedDataParallel."""
+
+    memory = DDPMemory
 
     @classmethod
     def loads_in(cls, config):
@@ -17,15 +47,9 @@ class DDPEngine(Engine):
         from colossalai.booster import Booster
         from colossalai.booster.plugin import TorchDDPPlugin
 
-        self._narrow_frozen_weights()
+        narrow_frozen_weights(self.module, DTYPES[self.precision])
         in_fp16 = "fp16" if self.precision == "fp16" else None
         return Booster(plugin=TorchDDPPlugin(broadcast_buffers=False), mixed_precision=in_fp16)
-
-    def _narrow_frozen_weights(self):
-        """Weights beside an adapter: autocast would cast them at every use."""
-        for parameter in self.module.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
-                parameter.data = parameter.data.to(DTYPES[self.precision])
 
     def autocast(self):
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from coati.config.plugin import PluginConfig
+from coati.files import sync
 from coati.parallel.config import resolve_precision
 from coati.parallel.runtime import Runtime
 from coati.parallel.update import Task, Update
+from coati.run_layout import OPTIMIZER, master_weights_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +38,10 @@ class Engine:
         data_ranks: the ranks that see different data.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
         parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
+        memory: what the kind keeps on one rank, see `coati.parallel.memory`.
     """
+
+    memory: type
 
     def __init__(
         self,
@@ -167,7 +172,8 @@ class Engine:
         metrics = []
         for i, task in enumerate(tasks):
             # gradients travel with the last micro-batch only, where that helps
-            with nullcontext() if self.travels(i == len(tasks) - 1) else self.no_sync():
+            travels = self.travels(is_last=i == len(tasks) - 1)
+            with nullcontext() if travels else self.no_sync():
                 loss, of_this = task.loss(self(**task.inputs))
                 self.booster.backward(loss * self.gradient_ranks, self.optimizer)
             metrics.append(of_this)
@@ -207,24 +213,33 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_optimizer(self, folder: Path):
-        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights."""
+        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights. Each rank syncs the
+        files that it wrote itself: only its own machine may have their content in memory."""
         from safetensors.torch import save_file
 
         if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
-            self.booster.save_optimizer(self.optimizer, str(folder / "optimizer"), shard=True)
+            self.booster.save_optimizer(self.optimizer, str(folder / OPTIMIZER), shard=True)
             self.runtime.communicator.barrier()
-        if master := self.master_weights():
+            for path in self.own_shards(folder / OPTIMIZER):
+                sync(path)
+        master = self.master_weights()
+        if master:
             tensors = {str(i): tensor.detach().cpu().clone() for i, tensor in enumerate(master)}
             save_file(tensors, folder / self._master_name())
+            sync(folder / self._master_name())
+
+    def own_shards(self, folder: Path) -> list[Path]:
+        """The files of the optimizer's state that this rank wrote."""
+        return list(folder.iterdir()) if self.runtime.is_main else []
 
     def load_optimizer(self, folder: Path):
         """The inverse of `save_optimizer`. Master weights are only read back under the same layout; otherwise they
         start from the low-precision weights, as after any load."""
         from safetensors.torch import load_file
 
-        if (folder / "optimizer").is_dir():
+        if (folder / OPTIMIZER).is_dir():
             groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-            self.booster.load_optimizer(self.optimizer, str(folder / "optimizer"))
+            self.booster.load_optimizer(self.optimizer, str(folder / OPTIMIZER))
             for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update(settings)  # the stored ones are those of another class of optimizer, and older
             self._count_steps_alike()
@@ -243,7 +258,7 @@ class Engine:
                 state["step"] = torch.tensor(number, device=weight.device) if is_torch else int(number)
 
     def _master_name(self) -> str:
-        return f"master-{self.layout_name()}-{self.runtime.rank}-of-{self.runtime.world_size}.safetensors"
+        return master_weights_name(self.layout_name(), self.runtime.rank, self.runtime.world_size)
 
     def _restore_buffers(self, buffers: dict[str, Tensor]):
         """Undoes the plugins' cast of buffers: rotary frequencies in bf16 are wrong from some hundred positions on."""

@@ -6,6 +6,7 @@ from coati.config.plugin import PluginConfig
 from coati.parallel.ddp import DDPEngine
 from coati.parallel.engine import Engine
 from coati.parallel.gemini import GeminiEngine
+from coati.parallel.memory import EngineMemory
 from coati.parallel.runtime import Runtime
 from coati.parallel.zero import ZeroEngine
 
@@ -25,6 +26,16 @@ def engine_class(config: PluginConfig) -> type[Engine]:
     from coati.parallel.hybrid import HybridEngine
 
     return HybridEngine
+
+
+def memory_class(config: PluginConfig) -> type[EngineMemory]:
+    """What its engines keep of a model; a split model has that of the plugin around it."""
+    return ENGINES[config.plugin].memory
+
+
+def describing_class(config: PluginConfig) -> type[Engine]:
+    """The class that tells an engine's memory and dtypes, without colossalai."""
+    return Engine if config.splits_models else ENGINES[config.plugin]
 
 
 def make_engine(

@@ -5,10 +5,60 @@ from contextlib import contextmanager
 import torch
 
 from coati.parallel.engine import Engine, adam, parameter_groups
+from coati.parallel.memory import EngineMemory
+
+CHUNK = 32 * 2**20  # numbers of the smallest chunk; a model of fewer is not sharded
+
+
+class GeminiMemory(EngineMemory):
+    """Chunks of weights and of their float32 masters, of frozen models too, and AdamW's two moments. Gradients take the
+    weights' place, or where micro-batches add up, chunks that are never freed."""
+
+    @property
+    def left_out(self) -> float:
+        """The share of the weights that other ranks keep."""
+        managed = sum(p.numel() for p in self.module.parameters())
+        return self.config.shard_fraction * (1 - 1 / self.ranks) if managed >= CHUNK else 0.0
+
+    def share_of(self, parameter):
+        return 1 - self.left_out
+
+    def hold_states(self):
+        """Masters and states. A frozen model has masters too."""
+        c, share = self.config, 1 - self.left_out
+        if self.on_gpu:
+            share *= 1 - c.offload_optimizer_fraction
+        if self.trained:
+            states = 12 * self.numel * share
+        else:
+            states = 4 * share * sum(p.numel() for p in self.module.parameters())
+        self.kept.append(self.blocks.make(states, self.item("optimizer states")))
+        if self.trained and self.accumulates:
+            gradients = 2 * self.numel * (1 - self.left_out)
+            self.kept.append(self.blocks.make(gradients, self.item("gradients")))
+
+    def take_gradient(self, parameter):
+        parameter.grad = None  # copied into a chunk that is already counted
+        if self.accumulates and not self.left_out and parameter is self.trained[-1]:
+            self.blocks.make(2 * self.numel, self.item("communication"))  # a copy of the one chunk, for a moment
+
+    def gathered(self, *, full):
+        if not self.left_out:
+            return 0.0
+        widest = max(p.numel() for p in self.module.parameters())
+        in_use = max(2 * CHUNK, 2 * widest)  # the chunk that computes, and one on its way
+        managed = sum(p.numel() for p in self.module.parameters())
+        return 2 * (managed * self.left_out if full else in_use)
+
+    def step_bytes(self):
+        """On a CPU Adam works tensor by tensor."""
+        return 0 if self.on_gpu else 8 * self.widest / self.ranks
 
 
 class GeminiEngine(Engine):
     """A model under Colossal-AI's Gemini, with static placement."""
+
+    memory = GeminiMemory
 
     def make_booster(self, accumulates):
         from colossalai.booster import Booster

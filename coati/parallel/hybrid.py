@@ -158,7 +158,7 @@ class HybridEngine(Engine):
                 precision=self.precision,
                 max_norm=c.max_grad_norm,
                 # under pipeline parallelism nothing waits for the stream that reduces before gradients are read
-                overlap_communication=torch.cuda.is_available() and not self.pipelined,
+                overlap_communication=self.runtime.device.type != "cpu" and not self.pipelined,
                 broadcast_buffers=False,
             )
         )
@@ -257,6 +257,18 @@ class HybridEngine(Engine):
             state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
         return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
+
+    def own_shards(self, folder):
+        """The first rank of each stage writes those of its layers, rank 0 the index too."""
+        writer = self.booster.checkpoint_io
+        if writer.dp_rank > 0 or writer.tp_rank > 0 or writer.sp_rank > 0:
+            return []
+        if not self.pipelined:
+            return super().own_shards(folder)
+        own = list(folder.glob(f"*-stage-{writer.pp_rank + 1:05d}-*"))
+        if self.runtime.is_main:
+            own += [path for path in folder.iterdir() if "-stage-" not in path.name]
+        return own
 
     def _collect_stages(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first stage receives the others' tensors, on the host."""

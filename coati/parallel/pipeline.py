@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
 from colossalai.pipeline.schedule import OneForwardOneBackwardSchedule
 from colossalai.pipeline.schedule._utils import model_forward
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ class MicroBatches(OneForwardOneBackwardSchedule):
         """The last stage's lists and tuples of tensors, on every stage and its own device."""
         tensors, structure = tree_flatten(value)
         shapes, structure = self.from_last_stage(([(x.shape, x.dtype) for x in tensors], treespec_dumps(structure)))
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = get_accelerator().get_current_device()
         received = []
         for i, (shape, dtype) in enumerate(shapes):
             at_last = self.stage_manager.is_last_stage()

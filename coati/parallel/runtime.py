@@ -10,6 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from coati.errors import UserError
 from coati.parallel.communication import Communicator
 from coati.watch import watch_launcher
 
+DEVICE_FILES = Path("/dev")
 # Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a process that dies is noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
 
@@ -108,18 +110,36 @@ def _take_device(local_rank: int) -> torch.device:
     """This process's GPU, or the CPU where there is none.
 
     Raises:
-        UserError: more processes than GPUs on this machine.
+        UserError: more processes than GPUs on this machine; a GPU that torch can't use.
     """
     if not torch.cuda.is_available():
+        if reason := why_not_the_gpu():
+            raise UserError(
+                f"this machine has a GPU that torch {torch.__version__} can't use ({reason}): update the driver, or "
+                "install a torch for it, or train on the CPU with --device cpu"
+            )
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: start "
-            "as many processes as GPUs (--nproc_per_node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPUs"
+            "as many processes as GPUs (--nproc_per_node), or train on CPUs (--device cpu)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def why_not_the_gpu() -> str | None:
+    """What torch says where it is made for NVIDIA GPUs, the machine has one, nobody hides it, and torch sees none: a
+    run on the CPU would be a surprise."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if torch.version.cuda is None or hidden or not list(DEVICE_FILES.glob("nvidia[0-9]*")):
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _join_process_group(rank: int, world_size: int, device: torch.device):

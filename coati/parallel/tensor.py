@@ -44,8 +44,9 @@ class Shard:
 
     def gather(self, local: Tensor) -> Tensor:
         """The whole parameter (or what is laid out like it) on every rank of the group."""
-        blocks = zip(*(piece.chunk(self.parts, self.dim) for piece in gather(local, self.group)), strict=True)
-        whole = torch.cat([torch.cat(block, self.dim) for block in blocks], self.dim)
+        by_rank = [piece.chunk(self.parts, self.dim) for piece in gather(local, self.group)]
+        blocks = [torch.cat([chunks[i] for chunks in by_rank], self.dim) for i in range(self.parts)]
+        whole = torch.cat(blocks, self.dim)
         return whole.narrow(self.dim, 0, self.size)
 
 

@@ -45,11 +45,13 @@ class Update:
     Attributes:
         metrics: once the step is done, those of the losses, the gradients' norm before clipping (`grad_norm`) and the
             share of padding in what the model read (`padding_share`).
+        tokens: that the model read on all ranks, without padding.
     """
 
     def __init__(self):
         self.terms: list[Term] = []
         self.metrics: dict[str, float] = {}
+        self.tokens = 0.0
 
     def add(
         self,
@@ -70,7 +72,7 @@ class Update:
         self.terms.append(Term(micro_batches, inputs, loss, count))
 
     def finish(self, engine, learning_rate: float):
-        """Forward, backward and the step; sets `metrics`."""
+        """Forward, backward and the step; sets `metrics` and `tokens`."""
         ranks, tasks = engine.data_ranks, []
         for term in self.terms:
             total = sum(torch.as_tensor(term.count(batch)) for batch in term.micro_batches)
@@ -80,7 +82,8 @@ class Update:
         masks = [task.inputs["attention_mask"] for task in tasks]
         read = {"tokens": sum(mask.sum() for mask in masks), "columns": sum(map(Tensor.numel, masks))}
         metrics = ranks.sum_metrics([*engine.accumulate(tasks), read])
-        metrics["padding_share"] = 1 - metrics.pop("tokens") / metrics.pop("columns")
+        self.tokens = metrics.pop("tokens")
+        metrics["padding_share"] = 1 - self.tokens / metrics.pop("columns")
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)
         if norm is None and engine.skipped_in_a_row >= engine.config.max_skipped_steps:

@@ -3,10 +3,67 @@
 import torch
 
 from coati.parallel.engine import Engine
+from coati.parallel.memory import EngineMemory, nbytes
+
+BUCKET = 12 * 2**20  # gradients that are reduced at a time (Colossal-AI's default)
+
+
+class ZeroMemory(EngineMemory):
+    """Whole weights, and this rank's part of float32 masters and AdamW's two moments, on the host with offloading.
+    Gradients gather in a bucket, whose flat copy travels; of what comes back, stage 2 keeps this rank's part."""
+
+    @property
+    def stage(self) -> int:
+        return 1 if self.config.plugin == "zero1" else 2
+
+    def hold_states(self):
+        on_host = self.on_gpu and self.config.plugin == "zero2-offload"
+        part = 0 if on_host else 12 * self.numel / self.ranks
+        self.kept.append(self.blocks.make(part, self.item("optimizer states")))
+        self.bucket: list[torch.Tensor] = []
+
+    def begin_micro_batch(self, *, is_last):
+        self.adds_up = bool(self.gradients)  # to those of earlier micro-batches
+        self.reduces = is_last or self.stage == 2
+
+    def take_gradient(self, parameter):
+        gradient = parameter.grad
+        self.blocks.hold([gradient], self.item("gradients"))
+        if not self.reduces:
+            return
+        parameter.grad = None
+        if sum(g.numel() for g in self.bucket) + gradient.numel() > BUCKET:
+            self.reduce()
+        self.bucket.append(gradient)
+
+    def end_backward(self):
+        self.reduce()
+
+    def reduce(self):
+        """Empties the bucket."""
+        if not self.bucket:
+            return
+        size = nbytes(self.bucket)
+        flat = kept = self.blocks.make(size, self.item("communication"))
+        if self.stage == 2:
+            kept = self.blocks.make(size / self.ranks, self.item("communication"))
+        del flat
+        self.bucket.clear()
+        if not self.adds_up:
+            self.blocks.hold([kept], self.item("gradients"))
+            self.gradients.append(kept)
+
+    def step_bytes(self):
+        """Adam gets its gradients in float32; then the ranks' parts of the weights are gathered, a bucket at a time."""
+        part = self.numel / self.ranks
+        gradients = 0 if self.dtype == torch.float32 else 4 * part
+        return max(gradients, self.dtype.itemsize * min(part, BUCKET) * (1 + self.ranks))
 
 
 class ZeroEngine(Engine):
     """A model under Colossal-AI's low-level ZeRO."""
+
+    memory = ZeroMemory
 
     def make_booster(self, accumulates):
         from colossalai.booster import Booster
@@ -18,7 +75,7 @@ class ZeroEngine(Engine):
                 precision=self.precision,
                 max_norm=self.config.max_grad_norm,
                 cpu_offload=self.config.plugin == "zero2-offload",
-                overlap_communication=torch.cuda.is_available(),  # CPU tensors have no record_stream
+                overlap_communication=self.runtime.device.type != "cpu",  # whose tensors have no record_stream
                 initial_scale=2**16,
             )
         )

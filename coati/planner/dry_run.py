@@ -1,32 +1,22 @@
-"""A run's peak memory on one rank, found by going through the run with tensors that have shapes but no data.
+"""A run's peak memory on one rank: the trainer of its algorithm goes through a step with models that have no weights.
 
-The models are the real ones, so what autograd keeps is counted, not estimated. What the plugin keeps is written down
-in `replica.py`. Deep models are run with few layers and continued in a straight line.
+What the trainer makes and does is its own code; what a plugin keeps is said beside its engine in `coati.parallel`.
+Here are only the workload, the parts of it that one rank has, and the line through deep models, of which few layers are
+gone through.
 """
 
-import copy
+import dataclasses
+import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-
-from coati.models import Actor, Critic, RewardModel
-from coati.models.base import BaseModel, disable_dropout
-from coati.parallel import check_plugin
-from coati.parallel.engine import DTYPES
+from coati.models.lora import is_adapter
+from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
-from coati.planner.parallel import (
-    body,
-    leave_out_other_stages,
-    micro_batches_in_flight,
-    shrink_to_stage,
-    sizes,
-    split_tensors,
-)
-from coati.planner.replica import Replica
+from coati.planner.parallel import Part, sizes
+from coati.trainers.algorithms import ALGORITHMS
 
 FEW_LAYERS = (4, 8)
 
@@ -36,17 +26,22 @@ class Workload:
     """What is planned.
 
     Attributes:
-        algorithm: sft, reward or ppo; `config` is its settings.
-        shapes: transformers configs of the models by name (model; or actor, critic, reference, reward model).
+        algorithm: of `ALGORITHMS`; `config` is its settings.
+        own: transformers config of the model that is trained.
+        others: those of further models, by what the settings name; `own` where one is missing.
         gpus: processes, one a GPU.
         on_gpu: False for a run on CPUs.
     """
 
     algorithm: str
     config: object
-    shapes: dict[str, object]
+    own: object
     gpus: int
     on_gpu: bool = True
+    others: dict[str, object] = field(default_factory=dict)
+
+    def shape_of(self, source) -> object:
+        return self.others.get(str(source), self.own)
 
 
 @dataclass(frozen=True)
@@ -68,245 +63,96 @@ def plan(workload: Workload) -> Plan:
     """The peak of every phase of the run.
 
     Raises:
-        UserError: sizes that don't fit together.
+        UserError: settings that the run would refuse.
     """
-    check_plugin(workload.config, lora=workload.config.lora_rank > 0, world_size=workload.gpus)
-    workload.config.check(sizes(workload.config, workload.gpus).data)
-    depth = max(shape.get_text_config().num_hidden_layers for shape in workload.shapes.values())
     few, more = FEW_LAYERS
-    if depth <= more:
-        moments = _moments(workload, None)
-    else:
-        moments = _continue(_moments(workload, few), _moments(workload, more), (depth - few) / (more - few))
+    depths: dict[str, int] = {}
+    moments = _moments(workload, more, depths)
+    if max(depths.values()) > more:
+        moments = _continue(_moments(workload, few, depths), moments, depths)
     phases: dict[str, Counter[Item]] = {}
     for name, items in moments.items():
         phase = name.split(":")[0]
-        if phase == "start":  # part of every other
-            continue
         if items.total() > phases.get(phase, Counter()).total():
             phases[phase] = items
     return Plan(phases)
 
 
-def _continue(few: dict, more: dict, steps: float) -> dict[str, Counter[Item]]:
-    """The straight line through two depths, item by item."""
+def _continue(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+    """The straight line through two depths, item by item.
+
+    Args:
+        depths: layers of the models, by name.
+    """
     line = {}
-    for name in more:
-        items = set(few[name]) | set(more[name])
-        values = {i: few[name][i] + steps * (more[name][i] - few[name][i]) for i in items}
-        line[name] = Counter({item: max(0, round(value)) for item, value in values.items()})
+    for moment in more:
+        line[moment] = Counter()
+        for item in set(few[moment]) | set(more[moment]):
+            depth = depths.get(item[0], max(depths.values()))
+            low, high = (min(layers, depth) for layers in FEW_LAYERS)
+            steps = (depth - low) / max(high - low, 1)
+            value = few[moment][item] + steps * (more[moment][item] - few[moment][item])
+            line[moment][item] = max(0, round(value))
     return line
 
 
-def _moments(workload: Workload, layers: int | None) -> dict[str, Counter[Item]]:
+def _moments(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+    """The worst of the pipeline's stages, of which the first and the last keep most.
+
+    Args:
+        layers: of the models, at most.
+        depths: is filled with what they really have, by name.
+    """
     worst: dict[str, Counter[Item]] = {}
-    stages = sizes(workload.config, workload.gpus).pipeline
-    for stage in {0, stages - 1}:
-        with FakeTensorMode():
-            run = _DryRun(workload, layers, stage)
-            {"sft": run.sft, "reward": run.reward, "ppo": run.ppo}[workload.algorithm]()
-        for name, items in run.live.moments.items():
+    of_run = sizes(workload.config, workload.gpus)
+    for stage in sorted({0, of_run.pipeline - 1}):
+        for name, items in _go_through(workload, layers, Part(of_run, stage), depths).items():
             if items.total() > worst.get(name, Counter()).total():
                 worst[name] = items
     return worst
 
 
-class _PlannedActor(Actor):
-    """An actor that is told how many targets a row has: those of a mask without data can't be counted."""
-
-    targets_per_row = 0
-
-    def places(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = targets.new_zeros(2, len(targets) * self.targets_per_row, dtype=torch.long)
-        return rows, columns
-
-
-class _DryRun:
-    """The models of one rank, and the phases they go through."""
-
-    def __init__(self, workload: Workload, layers: int | None, stage: int):
-        self.workload, self.config, self.layers, self.stage = workload, workload.config, layers, stage
-        self.live = LiveMemory()
-        self.sizes = sizes(workload.config, workload.gpus)
-
-    def sft(self):
-        c = self.config
-        model = self.replica("model", _PlannedActor, self.accumulates(c.batch_size))
-        self.learn(model, c.rows_per_pass, c.max_length, self.log_probs(c.max_length))
-        if c.eval_data:
-            self.generate(self.speaker(model), c.samples, c.max_length, c.max_new_tokens, "sample answers")
-
-    def reward(self):
-        c = self.config
-        model = self.replica("model", RewardModel, self.accumulates(c.batch_size))
-        self.learn(model, 2 * c.rows_per_pass, c.max_length, scores)
-
-    def ppo(self):
-        c, rows = self.config, self.config.rows_per_pass
-        seq = c.max_prompt_length + c.max_new_tokens
-        accumulates = self.accumulates(c.batch_size // c.minibatches)
-        actor = self.replica("actor", _PlannedActor, accumulates or bool(c.ptx_data))
-        critic = self.replica("critic", Critic, accumulates)
-        reference = self.replica("reference", _PlannedActor) if "reference" in self.workload.shapes else None
-        scorer = self.replica("reward model", RewardModel) if "reward model" in self.workload.shapes else None
-        answers = min(c.generation_batch_size, c.batch_size // self.sizes.data)
-        self.generate(self.speaker(actor), answers, c.max_prompt_length, c.max_new_tokens, "generate")
-        log_probs = self.log_probs(c.max_new_tokens)
-        if scorer:
-            self.evaluate(scorer, rows, seq, "score", scores)
-        for model, forward in ((actor, log_probs), (reference, log_probs), (critic, scores)):
-            if model:
-                self.evaluate(model, rows, seq, "evaluate", forward)
-        self.learn(critic, rows, seq, scores)
-        self.learn(actor, rows, seq, self.log_probs(c.max_new_tokens, with_entropy=True))
-
-    def log_probs(self, targets_per_row: int, **options) -> Callable:
-        """An actor's forward pass. One that is split over processes gives the log-probs of all tokens."""
-
-        def forward(module: _PlannedActor, ids: torch.Tensor, mask: torch.Tensor):
-            module.targets_per_row = targets_per_row
-            targets = mask if self.config.model_parallel_size == 1 else None
-            output = module(ids, mask, targets=targets, **options)
-            return output[0] if options else output
-
-        return forward
-
-    def accumulates(self, rows: int) -> bool:
-        return rows // self.sizes.data > self.config.rows_per_pass
-
-    def replica(self, name: str, model_class: type[BaseModel], accumulates: bool | None = None, whole=False) -> Replica:
-        """A model as this rank has it; `accumulates` is None for a frozen one, `whole` takes all pipeline stages."""
-        c, trained = self.config, accumulates is not None
-        shape = copy.deepcopy(self.workload.shapes[name])
-        stages = 1 if whole else self.sizes.pipeline
-        shrink_to_stage(shape, self.layers, stages)
-        if self.workload.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
-            shape.attention_dropout = shape.attn_pdrop = 0.0
-        dtype = torch.float32 if c.plugin == "ddp" and c.model_parallel_size == 1 else DTYPES[c.precision]
-        with unset_fake_temporarily(), torch.device("meta"):
-            lora = c.lora if trained else None
-            module = model_class(None, shape, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
-            if self.sizes.tensor > 1:
-                split_tensors(module, self.sizes.tensor)
-        _make_fake(module)
-        leave_out_other_stages(module, whole or self.stage == 0, whole or self.is_last)
-        if self.workload.algorithm == "ppo":
-            disable_dropout(module)
-        if c.gradient_checkpointing:
-            module.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            if module.has_adapter:
-                module.model.enable_input_require_grads()
-        options = dict(trained=trained, accumulates=bool(accumulates), on_gpu=self.workload.on_gpu)
-        return Replica(self.live, name, module, c, self.sizes.data * self.sizes.sequence, **options)
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.sizes.pipeline - 1
-
-    def speaker(self, replica: Replica) -> Replica:
-        """What generates: under pipeline parallelism a second, whole copy."""
-        return self.replica(replica.name, Actor, whole=True) if self.sizes.pipeline > 1 else replica
-
-    def inputs(self, rows: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (rows, -(-seq // self.sizes.sequence))
-        return torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.bool)
-
-    def learn(self, replica: Replica, rows: int, seq: int, forward: Callable):
-        """One micro-batch and the step. The backward pass has two moments, since one grows with the activations of all
-        layers and the other with their gradients."""
-        live, waiting, half = self.live, len(replica.trained) // 2, []
-
-        def count(_):
-            half.append(1)
-            if len(half) == waiting:
-                live.moment("learn: late backward")
-
-        hooks = [p.register_post_accumulate_grad_hook(count) for p in replica.trained]
-        live.moment("learn: early backward")
-        replica.begin_micro_batch()
-        flight = micro_batches_in_flight(self.config, self.sizes, self.stage)
-        with live, replica.computing():
-            run = forward if self.is_last else body
-            losses = [run(replica.module, *self.inputs(rows, seq)).sum() for _ in range(flight)]
-            losses.pop().backward()
-            replica.end_backward()
-        del losses
-        for hook in hooks:
-            hook.remove()
-        live.moment("learn: step")
-        replica.step()
-
-    @torch.no_grad()
-    def evaluate(self, replica: Replica, rows: int, seq: int, phase: str, forward: Callable):
-        """A forward pass."""
-        self.live.moment(phase)
-        with self.live, replica.computing(whole=phase == "score"):
-            forward(replica.module, *self.inputs(rows, seq))
-
-    @torch.no_grad()
-    def generate(self, replica: Replica, rows: int, prompt: int, new: int, phase: str):
-        """The prompt's forward pass, and the last token's with a full cache."""
-        module, live = replica.module.transformer, self.live
-        training = [part for part in module.modules() if part.training]
-        module.eval()
-        live.moment(f"{phase}: prompt")
-        with live, replica.computing(whole=True):
-            ids, mask = torch.zeros(2, rows, prompt, dtype=torch.long)  # whole, also under sequence parallelism
-            cache = _counted_cache(live, replica.name)
-            options = {replica.module.cache_name: cache, "use_cache": True}
-            output = module(ids, attention_mask=mask, logits_to_keep=1, **options)
-            _draw(output.logits[:, -1])
-            filled = [(layer.keys, layer.values) for layer in cache.layers]
-        del output, cache, options
-        live.moment(f"{phase}: last token")
-        with live, replica.computing(whole=True):
-            cache = _counted_cache(live, replica.name)
-            for i in range(len(filled)):
-                cache.update(*(_longer(kept, prompt + new - 1) for kept in filled.pop(0)), i)
-            mask = torch.ones(rows, prompt + new, dtype=torch.long)
-            options = {replica.module.cache_name: cache, "use_cache": True}
-            output = module(ids[:, -1:], attention_mask=mask, **options)
-            _draw(output.logits[:, -1])
-        for part in training:
-            part.training = True
+def _go_through(workload: Workload, layers: int, part: Part, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+    """An evaluation and a step of the run's own trainer."""
+    live = LiveMemory()
+    with tempfile.TemporaryDirectory() as folder:
+        config = _planned(workload, Path(folder))
+        factory = partial(PlannedFactory, live, workload.shape_of, layers, part, workload.on_gpu)
+        runtime = PlannedRuntime(workload.gpus)
+        trainer = ALGORITHMS[workload.algorithm].trainer()(config, runtime, make_factory=factory)
+        try:
+            depths |= trainer.factory.depths
+            live.moments.clear()
+            with live:
+                live.moment("evaluate")
+                trainer.evaluate()
+                trainer.step(0)
+        finally:
+            trainer.folder.release()
+    return live.moments
 
 
-def scores(module: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return module(ids, mask)
-
-
-def _make_fake(module: nn.Module):
-    """Turns weights on the meta device into tensors that pass for CPU tensors; tied ones stay tied."""
-    twins: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            if id(p) not in twins:
-                twins[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-            setattr(part, name, twins[id(p)])
-        for name, b in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(b.shape, dtype=b.dtype))
-
-
-def _counted_cache(live: LiveMemory, name: str):
-    from transformers import DynamicCache
-
-    class Counted(DynamicCache):
-        def update(self, *arguments, **keywords):
-            kept = super().update(*arguments, **keywords)
-            live.hold(kept, (name, "KV cache"))
-            return kept
-
-    return Counted()
-
-
-def _longer(kept: torch.Tensor, seq: int) -> torch.Tensor:
-    """Keys or values `[batch, heads, seq, width]` of more tokens."""
-    return kept.new_empty(*kept.shape[:2], seq, kept.shape[3])
-
-
-def _draw(logits: torch.Tensor):
-    """What sampling a token makes of the logits `[batch, vocab]`: log-probs for the record, probabilities to draw."""
-    scores = logits.float()
-    recorded = scores.log_softmax(-1)
-    chosen = torch.multinomial(scores.softmax(-1), 1)
-    return recorded.gather(1, chosen)
+def _planned(workload: Workload, folder: Path):
+    """The settings of the run, but for places that are read or written."""
+    c = workload.config
+    (folder / "cache").mkdir()
+    changes = dict(
+        output_dir=str(folder / "run"),
+        cache_dir=str(folder / "cache"),
+        resume="never",
+        train_data=["train"],
+        train_weights=None,
+        eval_data=["eval"] if c.eval_data else [],
+        evaluators=[],
+        deterministic=False,
+    )
+    if c.model is None or not is_adapter(c.model):
+        changes["model"] = str(folder / "model")
+        workload.own.save_pretrained(folder / "model")
+    if getattr(c, "ptx_data", None):
+        changes["ptx_data"] = ["texts"]
+    if hasattr(c, "ppo_epochs"):
+        changes["ppo_epochs"] = 1  # all are alike
+    planned = dataclasses.replace(c, **changes)
+    planned.check_installed = lambda: None  # plans are made on other machines
+    return planned

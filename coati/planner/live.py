@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,22 +17,26 @@ Item = tuple[str, str]  # a model and what it keeps: ("actor", "gradients")
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes, from its birth to its death.
 
-    Entered inside a `FakeTensorMode`, it follows a model of any size: such tensors have shapes but no data.
+    Models have weights without data (`fake`), and what is computed from them has none either. All else is real: token
+    ids, masks, and what an algorithm computes of them.
 
     Attributes:
         moments: name of a moment -> bytes of every item when most was live in it.
+        fake: makes tensors without data.
     """
 
     def __init__(self):
         super().__init__()
         self.moments: dict[str, Counter[Item]] = {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[int, tuple[Item, int]] = {}  # a storage -> what it is for, and its bytes
         self._now: Counter[Item] = Counter()
-        self._moment, self._model, self._vocabulary = "start", "run", 0
+        self._moment, self._model, self._vocabulary = "start", "batch", 0
+        self._counts = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in tree_leaves(result) if self._counts else ():
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
                 self.hold([tensor], (self._model, "logits" if wide else "activations"))
@@ -51,8 +56,9 @@ class LiveMemory(TorchDispatchMode):
         self._note_peak()
 
     def make(self, nbytes: float, item: Item) -> Tensor:
-        """A block of memory of which only the size is known."""
-        block = torch.empty(int(nbytes), dtype=torch.uint8)
+        """A block of memory of which only the size is known; it lives until it is dropped."""
+        with self.uncounted(), self.fake:
+            block = torch.empty(int(nbytes), dtype=torch.uint8)
         self.hold([block], item)
         return block
 
@@ -65,6 +71,15 @@ class LiveMemory(TorchDispatchMode):
             yield
         finally:
             self._model, self._vocabulary = before
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is made inside counts for nothing."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
 
     def moment(self, name: str):
         """From here on the peak counts for this moment of the run."""

@@ -1,10 +1,13 @@
 """Tensor, pipeline and sequence parallelism: the part of a model that one rank has."""
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from coati.models.base import BaseModel
+from coati.parallel.decoders import check_splits, find_decoder
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,72 @@ def sizes(config, gpus: int) -> Sizes:
     return Sizes(gpus // config.model_parallel_size, *split)
 
 
-def shrink_to_stage(shape, layers: int | None, stages: int):
-    """Leaves the layers of one pipeline stage in a transformers config; `layers` overrides the model's depth."""
-    text = shape.get_text_config()
-    depth = -(-(layers or text.num_hidden_layers) // stages)
-    text.num_hidden_layers = depth
-    if isinstance(kinds := getattr(text, "layer_types", None), list):
-        text.layer_types = kinds[:depth]
+@dataclass(frozen=True)
+class Part:
+    """Which part of a model a rank has.
+
+    Attributes:
+        stage: of the pipeline, counted from 0.
+    """
+
+    sizes: Sizes
+    stage: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.sizes.pipeline - 1
+
+    @property
+    def gives_outputs(self) -> bool:
+        """Whether the rank's part of the forward pass gives the outputs of all tokens."""
+        return self.is_last and self.sizes.sequence == 1
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations a stage of the 1F1B schedule holds at once, if a step has so many."""
+        return self.sizes.pipeline - self.stage
+
+    def copy_with_all_layers(self, model: BaseModel) -> BaseModel | None:
+        """What generates under pipeline parallelism; None if the model itself does."""
+        if self.sizes.pipeline == 1:
+            return None
+        whole = copy.deepcopy(model)
+        if self.sizes.tensor > 1:
+            split_tensors(whole, self.sizes.tensor)
+        return whole
+
+    def take(self, model: BaseModel):
+        """Leaves this part in the model."""
+        tensor, stages = self.sizes.tensor, self.sizes.pipeline
+        if tensor > 1 or stages > 1:
+            check_splits(model, tensor, stages)
+        if tensor > 1:
+            split_tensors(model, tensor)
+        if stages > 1:
+            decoder, entry = find_decoder(model)
+            layers = getattr(decoder, entry.layers)
+            del layers[-(-len(layers) // stages) :]
+            leave_out_other_stages(model, self.stage == 0, self.is_last)
+
+    def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A model that is split gives the log-probs of all tokens, wanted or not."""
+        if self.sizes.tensor * self.sizes.pipeline * self.sizes.sequence == 1:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "targets"}
+
+    def forward(self, model: BaseModel, inputs: dict[str, Any]):
+        """What the rank computes: of a split sequence, its tokens; on all stages but the last, hidden states."""
+        inputs = self.inputs(inputs)
+        length = -(-inputs["input_ids"].shape[1] // self.sizes.sequence)
+        inputs = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        if self.is_last:
+            return model(**inputs)
+        mask = inputs["attention_mask"].long()
+        return model.transformer.base_model(inputs["input_ids"], attention_mask=mask, use_cache=False)[0]
 
 
 def split_tensors(model: BaseModel, parts: int):
     """Cuts the weights as tensor parallelism does; the cut model computes nonsense of the right shapes."""
-    from coati.parallel.decoders import check_splits, find_decoder
-
-    check_splits(model, parts, 1)
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
         for name in entry.column:
@@ -65,17 +120,6 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
         if module is not None and not here:
             module.requires_grad_(False)
             module.weight.elsewhere = True
-
-
-def body(model: BaseModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden states: what a stage that isn't the last computes."""
-    return model.transformer.base_model(input_ids, attention_mask=attention_mask.long(), use_cache=False)[0]
-
-
-def micro_batches_in_flight(config, sizes: Sizes, stage: int) -> int:
-    """Micro-batches whose activations a stage of the 1F1B schedule holds at once."""
-    rows = config.batch_size // getattr(config, "minibatches", 1) // sizes.data
-    return max(1, min(sizes.pipeline - stage, rows // config.rows_per_pass))
 
 
 def _cut(module: nn.Module, outputs: bool, parts: int):

@@ -5,10 +5,11 @@ import dataclasses
 from pathlib import Path
 
 from coati.config import parse_config, read_yaml, take_config_path
+from coati.config.plugin import PLUGINS
 from coati.errors import UserError
+from coati.trainers.algorithms import ALGORITHMS
 
-ALGORITHMS = ("sft", "reward", "ppo")
-KINDS = ("parameters", "gradients", "optimiser states", "activations", "logits", "KV cache", "communication")
+KINDS = ("parameters", "gradients", "optimizer states", "activations", "logits", "KV cache", "communication")
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
 MIB, GIB = 2**20, 2**30
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default: 1)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, help="if the settings don't tell")
+    parser.add_argument("--algorithm", choices=list(ALGORITHMS), help="if the settings don't tell")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will use")
     known, rest = parser.parse_known_args(argv)
     if known.gpus < 1:
@@ -48,17 +49,18 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
     Raises:
         UserError: as `main`.
     """
-    classes = config_classes()
-    algorithm = algorithm or _tell_algorithm(argv, classes)
-    config = parse_config(classes[algorithm], argv)
+    algorithm = algorithm or _tell_algorithm(argv)
+    config = parse_config(ALGORITHMS[algorithm].config, argv)
+    on_gpu = on_gpu and config.device != "cpu"
     if config.precision == "auto":
-        config.precision = "bf16" if on_gpu or config.plugin == "gemini" else "fp32"
+        config.precision = "fp32" if PLUGINS[config.plugin].computes_in_fp32 and not on_gpu else "bf16"
     if on_gpu:  # as large, and this machine need not have a GPU
         config.precision = config.precision.replace("fp16", "bf16")
         config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
     from coati.planner.dry_run import Workload
 
-    return Workload(algorithm, config, _shapes(config, algorithm), gpus, on_gpu)
+    own, others = _shapes(config)
+    return Workload(algorithm, config, own, gpus, on_gpu, others)
 
 
 def table(workload, found) -> str:
@@ -117,60 +119,48 @@ def _changes(workload) -> list[dict]:
             changes.append({name: getattr(c, name) // 2})
     if c.precision == "fp32":
         changes.append({"precision": "bf16"})
-    if workload.gpus > 1 and c.plugin in ("ddp", "zero1"):
+    plugin = PLUGINS[c.plugin]
+    if workload.gpus > 1 and not plugin.shards_gradients:
         changes.append({"plugin": "zero2"})
-    if c.plugin in ("ddp", "zero1", "zero2"):
+    if not plugin.offloads and not plugin.shards_weights:
         changes.append({"plugin": "zero2-offload"})
-    if workload.gpus > 1 and c.plugin != "gemini" and c.lora_rank == 0 and c.model_parallel_size == 1:
+    if workload.gpus > 1 and not plugin.shards_weights and c.lora_rank == 0 and not c.splits_models:
         changes.append({"plugin": "gemini", "precision": "bf16" if c.precision == "fp32" else c.precision})
-    if c.plugin == "gemini" and c.offload_optimizer_fraction < 1:
+    if plugin.shards_weights and c.offload_optimizer_fraction < 1:
         changes.append({"offload_optimizer_fraction": 1.0})
-    if c.plugin in ("ddp", "zero1", "zero2") and workload.gpus % (2 * c.model_parallel_size) == 0:
+    if "tensor_parallel" in plugin.splits and workload.gpus % (2 * c.model_parallel_size) == 0:
         changes.append({"tensor_parallel": 2 * c.tensor_parallel})
     return changes
 
 
-def config_classes() -> dict[str, type]:
-    """The settings of every algorithm."""
-    from coati.trainers.config import PPOConfig, RewardConfig, SFTConfig
-
-    return {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-
-
-def _tell_algorithm(argv: list[str], classes: dict[str, type]) -> str:
-    """The algorithm whose settings alone have a name that is used."""
+def _tell_algorithm(argv: list[str]) -> str:
+    """The algorithm whose settings alone have a name that is used. Of PPO and GRPO, which share most, PPO."""
     path, rest = take_config_path(argv)
     used = set(read_yaml(path)) if path else set()
     used |= {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
-    fields = {name: {f.name for f in dataclasses.fields(c)} for name, c in classes.items()}
+    fields = {name: {f.name for f in dataclasses.fields(one.config)} for name, one in ALGORITHMS.items()}
     used &= set().union(*fields.values())  # parse_config finds the misspelt ones
     fitting = [name for name in ALGORITHMS if used <= fields[name]]
-    if not used & {"reward_model", "reward_functions", "reward_classifiers", "reward_urls"}:  # PPO needs one of them
-        fitting = [name for name in fitting if name != "ppo"]
-    if len(fitting) == 1:
+    if not used & {"reward_model", "reward_functions", "reward_classifiers", "reward_urls", "verifiers"}:
+        fitting = [name for name in fitting if name not in ("ppo", "grpo")]  # they need one of these
+    if len(fitting) == 1 or fitting == ["ppo", "grpo"]:
         return fitting[0]
-    raise UserError("the settings don't tell the algorithm: add --algorithm sft, reward or ppo")
+    raise UserError(f"the settings don't tell the algorithm: add --algorithm {', '.join(ALGORITHMS)}")
 
 
-def _shapes(config, algorithm: str) -> dict:
-    """The transformers config of every model of the run."""
+def _shapes(config) -> tuple[object, dict[str, object]]:
+    """The transformers config of the model that is trained, and those of further models by what the settings name.
+    Models that don't exist yet are of the shape of `--model_config`, if that is given."""
     start = config.model_config or config.model
     if start is None:
         raise UserError("give --model FOLDER, or --model_config FILE with the config.json of its shape")
-    own = _shape(start, "--model_config" if config.model_config else "--model")
-
-    def shape(name: str):
-        source = getattr(config, name)
-        made_later = config.model_config and source and not Path(source).exists()
-        return own if made_later else source and _shape(source, f"--{name}")
-
-    if algorithm != "ppo":
-        return {"model": own}
-    scorer = shape("reward_model")
-    shapes = {"actor": own, "critic": shape("critic_model") or scorer or own}
-    if (config.kl_coefficient != 0 or config.kl_target is not None) and config.lora_rank == 0:
-        shapes["reference"] = own
-    return shapes | ({"reward model": scorer} if scorer else {})
+    others = {}
+    for name in ("critic_model", "reward_model", "reward_classifiers"):
+        value = getattr(config, name, None) or []
+        for source in value if isinstance(value, list) else [value]:
+            if not config.model_config or Path(source).exists():
+                others[source] = _shape(source, f"--{name}")
+    return _shape(start, "--model_config" if config.model_config else "--model"), others
 
 
 def _shape(source: str, flag: str):

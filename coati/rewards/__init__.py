@@ -1,10 +1,4 @@
-"""What scores a response. A reward has a `name` and one method:
-
-    score(prompts, responses, **columns) -> float tensor [batch]
-
-`prompts` and `responses` are lists of texts; `columns` are the data's other fields, one list each, and the token ids
-that were sampled: `input_ids`, `attention_mask` and `response_mask`, tensors `[batch, seq]`. A reward may give one
-number a token instead, see `Reward`.
+"""What scores samples, see `coati.rewards.base`.
 
 The classes are imported when they are asked for: the processes of `coati.rewards.pool` do without torch.
 """
@@ -16,14 +10,12 @@ HOME = {
     "FunctionReward": "function",
     "HTTPReward": "http",
     "ModelReward": "model",
-    "PendingScores": "base",
     "Reward": "base",
     "RunningMoments": "normalise",
-    "Scores": "base",
+    "Scorer": "scorer",
     "ScoringConfig": "config",
     "SequenceClassifierReward": "classifier",
     "Verifier": "verifiable",
-    "WeightedRewards": "base",
     "import_function": "function",
     "load_function": "function",
     "load_rewards": "config",

@@ -15,10 +15,11 @@ from coati.models.classifier import at_last_token, reads_last_token
 from coati.models.lora import is_adapter
 from coati.models.positions import row_limit
 from coati.models.quiet import quiet_transformers
+from coati.rewards.base import Reward
 from coati.rewards.config import PLAIN
 
 
-class SequenceClassifierReward:
+class SequenceClassifierReward(Reward):
     """Scores texts with a sequence classifier of transformers. Its tokenizer may be another than the policy's: prompt
     and response are joined as text and tokenised anew.
 
@@ -80,9 +81,9 @@ class SequenceClassifierReward:
         self._inputs = inspect.signature(reader.forward).parameters
 
     @torch.no_grad()
-    def score(self, prompts: list[str], responses: list[str], **columns) -> Tensor:
+    def score(self, samples):
         """Rewards, float32 `[batch]`, on the model's device."""
-        rows = self._encode(prompts, responses)
+        rows = self._encode([sample.prompt for sample in samples], [sample.response for sample in samples])
         shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         scores = torch.zeros(len(rows), device=self.model.device)
         for start in range(0, len(rows), self.batch_size):

@@ -8,31 +8,43 @@ from typing import TYPE_CHECKING, Literal
 
 from coati.config import Settings, option
 from coati.errors import UserError
+from coati.rewards.answers import Style
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     import torch
 
-    from coati.rewards.base import Reward, WeightedRewards
+    from coati.rewards.base import Reward
+    from coati.rewards.scorer import Scorer
 
 PLAIN = "{prompt}{response}"
 
 
 @dataclass
 class ScoringConfig(Settings):
-    """What scores answers, for every algorithm that learns from a reward."""
+    """What scores responses, for every algorithm that learns from a reward."""
 
-    reward_model: str | None = option(None, "folder of a reward model that uses the policy's tokenizer", path="model")
+    reward_model: str | None = option(
+        None, "folder of a reward model that uses the policy's tokenizer", path="model", common=True
+    )
     reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
     reward_functions: list[str] = option(
-        (), "FILE.py:function or module:function, called with prompts and responses", path="function"
+        (), "FILE.py:function or module:function, called with prompts and responses", path="function", common=True
     )
     reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
     verifiers: list[str] = option(
         (),
         "rewards by rule: math, gsm8k, choice, exact, regex, format, json, reasoning_gym, python; see docs/rewards.md",
+        common=True,
     )
     verifier_weights: list[float] | None = option(None, "one weight a verifier; 1 each if not given")
-    answer_column: str = option("answer", "the data's column with the right answer, for verifiers")
+    answer_column: str = option(
+        "answer", "the data's column with the right answer, for verifiers; a.b for the field b of an object a"
+    )
+    answer_style: Style = option(
+        "stated",
+        "what math, gsm8k and choice read: boxed (a box alone), marked (also what follows `The answer is` or ####), "
+        "stated (also a last line that is the answer), anywhere (also the last number of all); see docs/rewards.md",
+    )
     regex_pattern: str | None = option(
         None, "what the verifier regex looks for; its first group, if any, is the answer"
     )
@@ -40,9 +52,11 @@ class ScoringConfig(Settings):
     json_schema: str | None = option(None, "file with the schema of the verifier json", path="file")
     tests_column: str = option("tests", "the data's column with the unit tests, for the verifier python")
     python_timeout: float = option(10.0, "seconds that a program with its tests may take", gt=0)
-    allow_code_execution: bool = option(False, "answers may be run: by the verifier python, in a sandbox")
-    reward_workers: int = option(1, "processes that score answers by rule while others are generated; 0 for none", ge=0)
-    reward_failure_score: float = option(0.0, "the score of an answer that such a reward fails for")
+    allow_code_execution: bool = option(False, "responses may be run: by the verifier python, in a sandbox")
+    reward_workers: int = option(
+        1, "processes that score responses by rule while others are generated; 0 for none", ge=0
+    )
+    reward_failure_score: float = option(0.0, "the score of a response that such a reward fails for")
     reward_classifiers: list[str] = option(
         (), "folders or names of sequence classifiers with tokenizers of their own", path="model"
     )
@@ -68,20 +82,20 @@ class ScoringConfig(Settings):
     reward_urls: list[str] = option((), "HTTP endpoints that score responses, see docs/rewards.md")
     reward_url_weights: list[float] | None = option(None, "one weight an endpoint; 1 each if not given")
     reward_timeout: float = option(
-        60.0, "seconds that an endpoint may take for a batch, or a worker for an answer", gt=0
+        60.0, "seconds that an endpoint may take for a batch, or a worker for a response", gt=0
     )
     reward_retries: int = option(3, "further tries where it fails, after 1, 2, 4, ... seconds", ge=0)
     reward_batch_size: int = option(16, "responses that a classifier or an endpoint gets at a time", ge=1)
     reward_clip: float | None = option(None, "scores are clamped to +- this", gt=0)
     normalise_reward: bool = option(False, "scores are normalised by their running mean and standard deviation")
     missing_eos_penalty: float | None = option(
-        None, "taken off the score of an answer that does not end by itself", ge=0
+        None, "taken off the score of a response that does not end by itself", ge=0
     )
 
 
 def load_rewards(
     config: ScoringConfig, model: Reward | None = None, device: torch.device | str = "cpu", given: Sequence[Reward] = ()
-) -> WeightedRewards:
+) -> Scorer:
     """The rewards of a run.
 
     Args:
@@ -93,14 +107,14 @@ def load_rewards(
         UserError: no reward at all, or not one weight a function, verifier, classifier or endpoint; one can't be
             loaded.
     """
-    from coati.rewards.base import WeightedRewards
     from coati.rewards.function import load_function
     from coati.rewards.http import HTTPReward
+    from coati.rewards.scorer import Scorer
     from coati.rewards.verifiable import make_verifier
 
     c = config
     if "python" in c.verifiers and c.reward_timeout <= c.python_timeout:
-        raise UserError("reward_timeout ends whatever scores an answer: it must be above python_timeout")
+        raise UserError("reward_timeout ends whatever scores a response: it must be above python_timeout")
     rewards = [] if model is None else [(model, c.reward_model_weight)]
     rewards += [(reward, 1.0) for reward in given]
     for place, weight in _weighted("reward_function", c.reward_functions, c.reward_function_weights):
@@ -118,7 +132,7 @@ def load_rewards(
             "--reward_classifiers FOLDER or --reward_urls URL"
         )
     limits = dict(timeout=c.reward_timeout, failure_score=c.reward_failure_score)
-    return WeightedRewards(rewards, workers=c.reward_workers, **limits)
+    return Scorer(rewards, workers=c.reward_workers, **limits)
 
 
 def _weighted(kind: str, sources: list[str], weights: list[float] | None) -> list[tuple[str, float]]:

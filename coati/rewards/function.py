@@ -2,45 +2,106 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from coati.errors import UserError
+from coati.rewards.base import Reward, columns_of
+
+GIVEN = ("truncated", "input_ids", "response_mask")  # columns that every sample has
+OF_RESPONSES = ("response", "responses", "completion", "completions", "output", "outputs")
 
 
-class FunctionReward:
-    """Wraps `function(prompts, responses, **columns)`, which returns one number a response.
+class FunctionReward(Reward):
+    """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None for one that it
+    has no opinion on. It may name the columns that it takes instead: `function(prompts, responses, answer)`.
 
-    A function with the attribute `per_response = True` looks at each answer alone, and is given one at a time.
+    Columns are lists with a value per response: the data's other fields, None where a row lacks one; `truncated`,
+    whether the response was cut at its greatest length; and the token ids of prompt and response, `input_ids`, with
+    `response_mask`, True on those that were sampled.
+
+    A function with the attribute `per_response = True` looks at each response alone, and is given one at a time.
 
     Args:
         place: where another process finds the function.
+
+    Raises:
+        UserError: the function takes no prompts and responses, in that order, or is a coroutine's.
     """
 
     def __init__(self, function: Callable, name: str | None = None, place: str | None = None):
-        self.function, self.name, self.place = function, name or function.__name__, place
+        self.function, self.worker_spec = function, place
+        self.name = name or getattr(function, "__name__", "function")
         self.per_response = getattr(function, "per_response", False)
+        self.signature = signature_of(function)
+        if not takes_prompts_and_responses(self.signature) or inspect.iscoroutinefunction(function):
+            raise UserError(f"{self._described()}: give it these parameters, in this order, and no `async`")
+        texts = self.signature.bind_partial([], []).arguments
+        columns = [p for p in self.signature.parameters.values() if p.name not in texts]
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in columns)
+        self.takes = {p.name for p in columns if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.needs = {p.name for p in columns if p.name in self.takes and p.default is p.empty}
 
-    def score(self, prompts, responses, **columns):
-        return self.function(prompts, responses, **columns)
+    def check(self, rows):
+        columns = {*GIVEN}.union(*rows)
+        if lacking := self.needs - columns:
+            raise UserError(
+                f"{self._described()}: it asks for {', '.join(sorted(lacking))}, but the columns are "
+                f"{', '.join(sorted(columns))}"
+            )
+
+    def score(self, samples):
+        """What the function returns."""
+        columns = columns_of(samples)
+        columns["input_ids"] = [sample.tokens for sample in samples]
+        columns["response_mask"] = [sample.response_mask for sample in samples]
+        for name in self.needs - columns.keys():  # other rows of the data have it, see `check`
+            columns[name] = [None] * len(samples)
+        if not self.takes_all:
+            columns = {name: values for name, values in columns.items() if name in self.takes}
+        return self.function([s.prompt for s in samples], [s.response for s in samples], **columns)
+
+    def _described(self) -> str:
+        return (
+            f"reward function {self.name}{self.signature} is called as {self.name}(prompts, responses, **columns), "
+            "with two lists of texts and the data's columns"
+        )
 
 
-def load_function(place: str):
-    """The function that `place` names as a reward, see `import_function`; an object with `name` and `score` is one
-    already.
+def signature_of(function: Callable) -> inspect.Signature:
+    """What a function takes; some builtins don't say, and are taken for reward functions."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda prompts, responses, **columns: None)
+
+
+def takes_prompts_and_responses(signature: inspect.Signature) -> bool:
+    """Whether a function takes both, in this order; TRL's may be `f(completions, **kwargs)`."""
+    try:
+        signature.bind_partial([], [])
+    except TypeError:
+        return False
+    names = [*signature.parameters]
+    return names[0] not in OF_RESPONSES and "prompts" not in names[1:]
+
+
+def load_function(place: str) -> Reward:
+    """The function that `place` names as a reward, see `import_function`; it may be a `Reward` already.
 
     Raises:
         UserError: no such file, module or function.
     """
     function = import_function(place, "reward function")
-    if hasattr(function, "score") and hasattr(function, "name"):
+    if isinstance(function, Reward):
         return function
     return FunctionReward(function, place.rpartition(":")[2], place)
 
 
 def import_function(place: str, kind: str):
-    """The function, or an object with `score`, at `path/to/file.py:name` or `package.module:name`.
+    """The function, or `Reward`, at `path/to/file.py:name` or `package.module:name`.
 
     Args:
         kind: what errors call it.
@@ -56,8 +117,10 @@ def import_function(place: str, kind: str):
     except Exception as error:  # the user's own code may fail in any way
         raise UserError(f"{kind} {place!r}: importing {source} failed: {error!r}") from error
     function = getattr(module, name, None)
-    if not callable(function) and not hasattr(function, "score"):
-        raise UserError(f"{kind} {place!r}: {source} has no {name!r}, or it isn't a function")
+    if not callable(function) and not isinstance(function, Reward):
+        raise UserError(
+            f"{kind} {place!r}: {source} has no {name!r}, or it is neither a function nor a coati.rewards.Reward"
+        )
     return function
 
 

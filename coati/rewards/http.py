@@ -8,18 +8,17 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import torch
-from torch import Tensor
-
 from coati.errors import UserError
+from coati.rewards.base import Reward, columns_of
 
 logger = logging.getLogger(__name__)
 BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
 
 
-class HTTPReward:
+class HTTPReward(Reward):
     """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
-    number a response. `columns` holds the data's other fields; what JSON can't hold, such as token ids, is left out.
+    number per response, or null for one that the endpoint has no opinion on. `columns` holds the data's other fields,
+    but for what JSON can't hold, and `truncated`.
 
     Args:
         timeout: seconds that the endpoint may be silent.
@@ -46,21 +45,24 @@ class HTTPReward:
         self.url, self.timeout, self.retries, self.wait, self.batch_size = url, timeout, retries, wait, batch_size
         self.headers, self.name = {"Content-Type": "application/json"} | (headers or {}), name or parts.hostname
 
-    def score(self, prompts: list[str], responses: list[str], **columns) -> Tensor:
-        """Rewards, float32 `[batch]`.
+    def score(self, samples):
+        """What the endpoint gives.
 
         Raises:
             UserError: the endpoint fails in all tries, or refuses the request, or replies with anything else than one
-                number a response.
+                number or null per response.
         """
-        columns = {name: values for name, values in columns.items() if _fits_json(values)}
-        rewards: list[float] = []
-        for start in range(0, len(responses), self.batch_size):
+        columns = {name: values for name, values in columns_of(samples).items() if _fits_json(values)}
+        rewards: list[float | None] = []
+        for start in range(0, len(samples), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            asked = {"prompts": prompts[rows], "responses": responses[rows]}
-            asked["columns"] = {name: values[rows] for name, values in columns.items()}
-            rewards += self._read(self._post(json.dumps(asked).encode()), len(asked["responses"]))
-        return torch.tensor(rewards, dtype=torch.float32)
+            asked = {
+                "prompts": [sample.prompt for sample in samples[rows]],
+                "responses": [sample.response for sample in samples[rows]],
+                "columns": {name: values[rows] for name, values in columns.items()},
+            }
+            rewards += self._read(self._post(json.dumps(asked).encode()), len(samples[rows]))
+        return rewards
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self.retries + 1):
@@ -80,10 +82,10 @@ class HTTPReward:
             f"allow more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
         ) from cause
 
-    def _read(self, reply: bytes, count: int) -> list[float]:
+    def _read(self, reply: bytes, count: int) -> list[float | None]:
         try:
             rewards = json.loads(reply)["rewards"]
-            good = len(rewards) == count and all(type(reward) in (int, float) for reward in rewards)
+            good = len(rewards) == count and all(type(reward) in (int, float, type(None)) for reward in rewards)
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:

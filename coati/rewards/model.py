@@ -1,39 +1,53 @@
-"""A reward model that shares the policy's tokenizer: it reads the sampled ids, so nothing is tokenised twice."""
+"""A reward model that shares the policy's tokenizer: it reads the samples' tokens, so nothing is tokenized twice."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from coati.rewards.base import Reward
+from coati.samples import Sample
+from coati.transfer import to_device
 
 
-class ModelReward:
+class ModelReward(Reward):
     """Scores with a `coati.models.RewardModel`.
 
     Args:
         forward_all: gives the rewards `[batch]` of each of several micro-batches, which are keywords of the model's
             forward (`Engine.forward_all`).
-        split: from a mask `[batch, seq]` to the rows of each forward pass.
+        split: from the rows' lengths to the rows of each forward pass.
     """
 
     def __init__(
         self,
         forward_all: Callable[[Sequence[dict]], list[Tensor]],
+        pad_id: int,
         device: torch.device,
-        split: Callable[[Tensor], list[list[int]]],
+        split: Callable[[list[int]], list[list[int]]],
         name: str = "reward_model",
     ):
-        self.forward_all, self.device, self.split, self.name = forward_all, device, split, name
+        self.forward_all, self.pad_id, self.device, self.split, self.name = forward_all, pad_id, device, split, name
 
     @torch.no_grad()
-    def score(self, prompts, responses, *, input_ids: Tensor, attention_mask: Tensor, **columns) -> Tensor:
+    def score(self, samples):
         """Rewards of whole sequences (prompt and response), `[batch]`."""
-        parts, batches = self.split(attention_mask), []
-        for rows in parts:
-            used = attention_mask[rows].any(0).nonzero()
-            columns = slice(int(used.min()), int(used.max()) + 1)
-            batch = {"input_ids": input_ids[rows, columns], "attention_mask": attention_mask[rows, columns]}
-            batches.append({name: x.to(self.device) for name, x in batch.items()})
-        scores = torch.empty(len(input_ids), device=self.device)
-        for rows, rewards in zip(parts, self.forward_all(batches), strict=True):
-            scores[rows] = rewards.float()
+        parts = self.split([len(sample.tokens) for sample in samples])
+        batches = []
+        for part in parts:
+            ids, mask = pad_right([samples[i] for i in part], self.pad_id, self.device)
+            batches.append({"input_ids": ids, "attention_mask": mask, "right_padded": True})
+        scores = torch.empty(len(samples))
+        # one copy to the host, for which it waits
+        scores[[i for part in parts for i in part]] = torch.cat(self.forward_all(batches)).float().cpu()
         return scores
+
+
+def pad_right(samples: Sequence[Sample], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Their tokens, int64 `[batch, seq]`, and which of them are no padding, bool `[batch, seq]`."""
+    rows = [torch.tensor(sample.tokens) for sample in samples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return to_device(ids, device), to_device(mask, device)

@@ -1,6 +1,6 @@
-"""Scores answers one at a time in processes of their own, which can be ended, while generation goes on.
+"""Scores samples one at a time in processes of their own, which can be ended, while generation goes on.
 
-Each process belongs to a thread that hands it one answer after another, waits for the score no longer than a limit,
+Each process belongs to a thread that hands it one sample after another, waits for the score no longer than a limit,
 and replaces it where it hangs or dies. The processes import neither torch nor the run's script.
 """
 
@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from coati.rewards.base import Reward
 from coati.rewards.function import load_function
+from coati.samples import Sample
 
 SECONDS_TO_START = 120.0
 PR_SET_PDEATHSIG = 1
@@ -29,19 +31,21 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one answer: a score, or why there is none."""
+    """What became of one sample: a score, None if the reward has no opinion on it, or why there is none."""
 
     score: float | None
     error: str = ""
 
 
-def score_one(reward, prompt: str, response: str, row: dict[str, Any]) -> Outcome:
-    """One answer's score. Whatever the reward raises, and a score that isn't finite, is a failure."""
+def score_one(reward: Reward, sample: Sample) -> Outcome:
+    """One sample's score, or None. Whatever the reward raises, and a score that isn't finite, is a failure."""
     try:
-        [score] = reward.score([prompt], [response], **{name: [value] for name, value in row.items()})
-        if not math.isfinite(score := float(score)):
+        [score] = reward.score([sample])
+        if score is None:
+            return Outcome(None)
+        if not math.isfinite(score):
             raise ValueError(f"a reward must be finite, not {score}")
-        return Outcome(score)
+        return Outcome(float(score))
     except Exception as error:  # a user's function may fail in any way
         return Outcome(None, describe(error))
 
@@ -56,7 +60,7 @@ class Pool:
 
     Args:
         rewards: by name: a reward that can be pickled, or the place of a function (`FILE.py:function`).
-        timeout: seconds for one answer.
+        timeout: seconds for one sample.
     """
 
     def __init__(self, rewards: dict[str, Any], workers: int, timeout: float):
@@ -66,9 +70,10 @@ class Pool:
         for worker in self.workers:
             worker.start()
 
-    def submit(self, name: str, prompt: str, response: str, row: dict[str, Any]) -> "Future[Outcome]":
+    def submit(self, name: str, sample: Sample) -> "Future[Outcome]":
+        """Has a sample scored by the reward of this name."""
         future: Future[Outcome] = Future()
-        self.tasks.put((future, name, prompt, response, row))
+        self.tasks.put((future, name, sample))
         return future
 
 
@@ -89,7 +94,7 @@ class _Worker(threading.Thread):
         self.channel: Connection | None = None
 
     def run(self):
-        self.ask(None)  # starts the process now, while the models load; if that fails, the first answer says how
+        self.ask(None)  # starts the process now, while the models load; if that fails, the first sample says how
         while (task := self.tasks.get()) is not None and not self.closed:
             future, *asked = task
             future.set_result(self.ask(asked))
@@ -134,7 +139,7 @@ class _Worker(threading.Thread):
 
 def work(fd: int):
     """What a worker's process does until the trainer is gone."""
-    if sys.platform == "linux":  # even while it is stuck in an answer
+    if sys.platform == "linux":  # even while it is stuck in a sample
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = Connection(fd)
     trainer, sent = channel.recv()
@@ -143,8 +148,7 @@ def work(fd: int):
     try:
         rewards = {name: load_function(x) if isinstance(x, str) else x for name, x in sent.items()}
         for reward in rewards.values():
-            if hasattr(reward, "load"):
-                reward.load()
+            reward.load()
     except Exception as error:
         channel.send(describe(error))
         return
@@ -152,4 +156,8 @@ def work(fd: int):
     with contextlib.suppress(EOFError):
         while True:
             asked = channel.recv()
-            channel.send(score_one(rewards[asked[0]], *asked[1:]) if asked else Outcome(0.0))
+            if asked is None:  # whether it has started
+                channel.send(Outcome(None))
+            else:
+                name, sample = asked
+                channel.send(score_one(rewards[name], sample))

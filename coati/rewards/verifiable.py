@@ -1,34 +1,47 @@
-r"""Rewards by rule: 1 for an answer that is right, 0 for one that isn't, told from the data's own columns.
+r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, told from the data's own columns.
 
-Each scores an answer by itself (`per_response`), so that it can work while others are still being generated. The rules
-stand in docs/rewards.md. Where an answer has `<answer>` tags, what stands in the last of them is read.
+Each scores a response by itself (`per_response`), so that it can work while others are still being generated. The rules
+stand in docs/rewards.md. What stands in `<think>` tags is not read, and of `<answer>` tags only the last.
 """
 
 import inspect
 import json
+import math
 import re
 import string
 import sys
+import textwrap
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
+from numbers import Number
 from pathlib import Path
 from typing import Any, ClassVar
 
 from coati.errors import UserError
-from coati.rewards.answers import extract_letters, extract_number
+from coati.rewards.answers import Style, extract_letters, extract_number, plain, stated_answer
+from coati.rewards.base import Reward
 from coati.rewards.sandbox import check_sandbox, run_tests
+from coati.samples import Sample
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
-PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}。，、；：？！“”‘’（）《》…—–]")
+PERCENT = re.compile(r"%|\bpercent")
+# for `normalise`
+DASHES = str.maketrans({"−": "-", "–": "-", "—": " "})
+QUOTES = re.compile(r"[\"“”„«»‘’《》「」『』【】]|(?<=\w)'(?=\w)")
+# a point or a comma in a number counts, a colon between digits, "!" in "5!" and "!="
+PUNCTUATION = re.compile(r"\.(?!\w)|(?<!\d)[,:]|[,:](?!\d)|[;?。、]|(?<![\d)])!(?!=)")
+ARTICLE = re.compile(r"(?<!\S)(?:the\s+(?=\w)|an?\s+(?=[^\W\d_]{2}))")
 
 
 @dataclass
-class Verifier:
-    """A rule; `verdict` is what each fills in. Its fields are those of `ScoringConfig` that it needs.
+class Verifier(Reward):
+    """A rule; `verdict` is what each fills in.
 
     Args:
         answer_column: the data's column with the right answer, or a list of them.
@@ -36,7 +49,6 @@ class Verifier:
 
     answer_column: str = "answer"
 
-    name: ClassVar[str]
     package: ClassVar[str | None] = None
     per_response: ClassVar[bool] = True
 
@@ -49,84 +61,161 @@ class Verifier:
         if self.package:
             __import__(self.package)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], **columns) -> list[float]:
-        """One number a response, mostly 0 or 1.
+    @property
+    def worker_spec(self):
+        return self
+
+    def check(self, rows):
+        column = self.column()
+        if column is not None:
+            for row in self.having(rows, column):
+                refuse_objects(look_up(row, column), column)
+
+    def score(self, samples):
+        """One number per response, mostly 0 or 1.
 
         Raises:
-            UserError: there is no such column.
+            UserError: there is no such column, or it holds no texts.
             ValueError: a row has no right answer that can be read.
         """
-        scores = []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            row = {name: values[i] for name, values in columns.items()}
-            scores.append(float(self.verdict(prompt, response, row)))
-        return scores
+        return [float(self.verdict(sample)) for sample in samples]
 
-    def verdict(self, prompt: str, response: str, row: dict[str, Any]) -> float:
+    def verdict(self, sample: Sample) -> float:
         raise NotImplementedError
 
-    def given(self, row: dict[str, Any], column: str | None = None):
-        """What the row has in a column, by default that of the right answer."""
-        column = column or self.answer_column
-        if column not in row:
-            raise UserError(
-                f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
-                f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, --tests_column)"
-            )
-        if row[column] is None:
-            raise ValueError(f"the row has no {column!r}")
-        return row[column]
+    def column(self) -> str | None:
+        """The column that it reads, if any."""
+        return self.answer_column
 
-    def accepted(self, row: dict[str, Any], column: str | None = None) -> list[str]:
+    def accepted(self, row: dict[str, Any]) -> list[str]:
         """The right answers as texts."""
-        given = self.given(row, column)
-        return [str(answer) for answer in (given if isinstance(given, list) else [given])]
+        column = self.column()
+        if not has(row, column):
+            raise self.no_column(row, column)
+        given = look_up(row, column)
+        if given is None:
+            raise ValueError(f"the row has no {column!r}")
+        if given == []:
+            raise ValueError(f"the row has no {column}: the list is empty")
+        refuse_objects(given, column)
+        return [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
+
+    def having(self, rows: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+        """The rows that have a column; the samples of others, in data of several kinds, will count as failures.
+
+        Raises:
+            UserError: none has it.
+        """
+        found = [row for row in rows if has(row, column)]
+        if rows and not found:
+            raise self.no_column(rows[0], column)
+        return found
+
+    def no_column(self, row: dict[str, Any], column: str) -> UserError:
+        return UserError(
+            f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
+            f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, --tests_column)"
+        )
 
 
+@dataclass
 class MathVerifier(Verifier):
-    """Equal as mathematics, by math-verify: LaTeX, fractions, units, sets, in \\boxed{} or not."""
+    """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
+
+    A number's right answer is a number: "67 - 67" is none, lest the question be paid for. Nor is an expression right
+    that stands in the prompt, unless it is written as the right answer is.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name, package = "math", "math_verify"
 
-    def verdict(self, prompt, response, row):
-        from math_verify import parse, verify
-
-        # its time limit is a signal, which only a main thread gets
-        seconds = SECONDS_OF_ALGEBRA if threading.current_thread() is threading.main_thread() else None
-        answer = parse(in_answer_tags(response), parsing_timeout=seconds)
-        for text in self.accepted(row):
-            text = text.rpartition("####")[2].strip()
-            marked = re.search(r"\$|\\boxed|\\\(|\\\[", text)
-            if not (right := parse(text if marked else f"${text}$", parsing_timeout=seconds)):
-                raise ValueError(f"{text!r} can't be read as mathematics")
-            if verify(right, answer, timeout_seconds=seconds):
+    def verdict(self, sample):
+        text, truncated = final_part(sample)
+        given = stated_answer(text, self.answer_style, truncated)
+        number = extract_number(text, self.answer_style, truncated)
+        for right in self.accepted(sample.columns):
+            right = stated_answer(right, "marked") or right.strip()
+            if (wanted := right_number(right)) is not None:
+                equal = number is not None and same_number(wanted, number, right, given)
+            else:
+                found = text if self.answer_style == "anywhere" and not given else given
+                equal = self.same_expression(right, found) and not is_of_prompt(found, sample.prompt, right)
+            if equal:
                 return True
         return False
 
+    def same_expression(self, right: str, given: str) -> bool:
+        """Whether math-verify finds them equal."""
+        from math_verify import verify
+        from sympy import Number as SympyNumber
 
+        wanted, found = self.parse(right), self.parse(given) if given else []
+        if not wanted:
+            raise ValueError(f"{right!r} can't be read as mathematics")
+        if isinstance(wanted[0], SympyNumber) and not (found and isinstance(found[0], SympyNumber)):
+            return False
+        return verify(wanted, found, timeout_seconds=self.seconds())
+
+    def parse(self, text: str) -> list:
+        from math_verify import parse
+
+        if whole := re.fullmatch(r"\$+([^$]+)(?<!\\)\$+|\\\((.+)\\\)|\\\[(.+)\\\]", text, re.DOTALL):
+            text = whole[whole.lastindex]
+        delimited = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(|\\\[", text, re.DOTALL)
+        return parse(text if delimited else rf"\boxed{{{text}}}", parsing_timeout=self.seconds())
+
+    def seconds(self) -> int | None:
+        """math-verify's time limit is a signal, which only a main thread gets."""
+        return SECONDS_OF_ALGEBRA if threading.current_thread() is threading.main_thread() else None
+
+
+@dataclass
 class GSM8KVerifier(Verifier):
-    """The same number, read as `extract_number` says."""
+    """The same number, read as `extract_number` says.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name = "gsm8k"
 
-    def verdict(self, prompt, response, row):
-        right = [extract_number(text) for text in self.accepted(row)]
+    def verdict(self, sample):
+        right = [right_number(text) for text in self.accepted(sample.columns)]
         if None in right:
-            raise ValueError(f"no number in {self.given(row)!r}")
-        return extract_number(in_answer_tags(response)) in right
+            raise ValueError(f"no number in {look_up(sample.columns, self.answer_column)!r}")
+        text, truncated = final_part(sample)
+        return extract_number(text, self.answer_style, truncated) in right
 
 
+@dataclass
 class ChoiceVerifier(Verifier):
-    """The same letter or letters, read as `extract_letters` says."""
+    """The same letter or letters, read as `extract_letters` says.
+
+    Args:
+        answer_style: what counts as an answer, see `coati.rewards.answers`.
+    """
+
+    answer_style: Style = "stated"
 
     name = "choice"
 
-    def verdict(self, prompt, response, row):
-        right = sorted(set(re.findall("[A-Z]", "".join(self.accepted(row)))))
-        if not right:
-            raise ValueError(f"no capital letter in {self.given(row)!r}")
-        labels = [chr(code) for code in range(ord("A"), max(ord("E"), ord(right[-1])) + 1)]
-        return extract_letters(in_answer_tags(response), labels) == right
+    def verdict(self, sample):
+        right = set()
+        for text in self.accepted(sample.columns):
+            labels = list(string.ascii_uppercase)
+            letters = extract_letters(text, labels, "marked") or extract_letters(rf"\boxed{{{text}}}", labels, "boxed")
+            if not letters:
+                raise ValueError(f"no capital letter of a choice in {text!r}")
+            right.update(letters)
+        text, truncated = final_part(sample)
+        labels = string.ascii_uppercase[: max(5, string.ascii_uppercase.index(max(right)) + 1)]
+        return extract_letters(text, list(labels), self.answer_style, truncated) == sorted(right)
 
 
 class ExactVerifier(Verifier):
@@ -134,8 +223,9 @@ class ExactVerifier(Verifier):
 
     name = "exact"
 
-    def verdict(self, prompt, response, row):
-        return normalise(in_answer_tags(response)) in {normalise(text) for text in self.accepted(row)}
+    def verdict(self, sample):
+        text, _ = final_part(sample)
+        return normalise(text) in {normalise(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -155,11 +245,14 @@ class RegexVerifier(Verifier):
         except re.error as error:
             raise UserError(f"--regex_pattern {self.regex_pattern!r} is no regular expression: {error}") from error
 
-    def verdict(self, prompt, response, row):
-        *_, last = None, *re.finditer(self.regex_pattern, response, re.DOTALL)
+    def column(self):
+        return self.answer_column if re.compile(self.regex_pattern).groups else None
+
+    def verdict(self, sample):
+        *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
-        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(row)}
+        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -174,9 +267,13 @@ class FormatVerifier(Verifier):
         if not self.format_tags:
             raise UserError("the verifier format needs --format_tags")
 
-    def verdict(self, prompt, response, row):
+    def column(self):
+        return None
+
+    def verdict(self, sample):
         opening = f"<{self.format_tags[0]}>"
-        text = opening + response if prompt.rstrip().endswith(opening) else response
+        opened = sample.prompt.rstrip().endswith(opening)
+        text = opening + sample.response if opened else sample.response
         form = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in self.format_tags)
         once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.format_tags)
         return once and re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL) is not None
@@ -204,12 +301,15 @@ class JSONVerifier(Verifier):
             reason = str(error).splitlines()[0]
             raise UserError(f"--json_schema {self.json_schema} can't be read as a JSON schema: {reason}") from error
 
-    def verdict(self, prompt, response, row):
+    def column(self):
+        return None
+
+    def verdict(self, sample):
         from jsonschema.validators import validator_for
         from referencing import Registry
 
         try:
-            value = json.loads(fenced(in_answer_tags(response), "json"))
+            value = json.loads(fenced(final_part(sample)[0], is_json, "json"))
         except (ValueError, RecursionError):
             return False
         return validator_for(self.rules)(self.rules, registry=Registry()).is_valid(value)  # fetches no other schema
@@ -227,22 +327,44 @@ class ReasoningGymVerifier(Verifier):
 
     name, package = "reasoning_gym", "reasoning_gym"
 
-    def verdict(self, prompt, response, row):
-        about = self.given(row, "metadata")
-        scorer, evaluates = scorer_of(about["source_dataset"])
+    def verdict(self, sample):
+        about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)
+        # some tasks have many answers, and give none
+        entry = {"question": sample.prompt, "answer": answer, "metadata": about}
+        return self.scorer(about)(final_part(sample)[0].strip(), entry)
+
+    def check(self, rows):
+        for row in self.having(rows, "metadata"):
+            self.scorer(row["metadata"])
+
+    def scorer(self, about: Any) -> Callable[[str, dict], float]:
+        """That of the task which a row's metadata name.
+
+        Raises:
+            UserError: they name none, or one that may not be scored.
+        """
+        task = about.get("source_dataset") if isinstance(about, dict) else None
+        if task is None:
+            raise UserError(
+                "the verifier reasoning_gym reads the field `source_dataset` of the column 'metadata', which a row "
+                "doesn't have"
+            )
+        scorer, evaluates = scorer_of(task)
         if evaluates and not self.allow_code_execution:
             raise UserError(
-                f"reasoning-gym scores {about['source_dataset']} by evaluating the answer as Python, in no sandbox: "
-                "leave the task out, or give --allow_code_execution true"
+                f"reasoning-gym scores {task} by evaluating the answer as Python, in no sandbox: leave the task out, "
+                "or give --allow_code_execution true"
             )
-        # some tasks have many answers, and give none
-        entry = {"question": prompt, "answer": row.get(self.answer_column), "metadata": about}
-        return scorer(in_answer_tags(response).strip(), entry)
+        return scorer
 
 
 @dataclass
 class PythonVerifier(Verifier):
-    """The answer's last fenced block, or all of it, passes the tests of its row in the sandbox."""
+    """The response's program passes the tests of its row in the sandbox.
+
+    Of several fenced blocks the program is the last one that defines a name which the tests use. What stands in a
+    thought is none.
+    """
 
     tests_column: str = "tests"
     python_timeout: float = 10.0
@@ -255,11 +377,19 @@ class PythonVerifier(Verifier):
             raise UserError("the verifier python runs what the model writes: give --allow_code_execution true as well")
         check_sandbox()
 
-    def verdict(self, prompt, response, row):
-        tests = "\n".join(self.accepted(row, self.tests_column))
+    def column(self):
+        return self.tests_column
+
+    def verdict(self, sample):
+        tests = "\n".join(self.accepted(sample.columns))
         if not tests.strip():
             raise ValueError("the row has no tests")
-        return run_tests(fenced(response, "python", "py"), tests, self.python_timeout).passed
+        names = {*re.findall(r"[^\W\d]\w*", tests)} - defined(tests)
+        text = after_thought(sample)
+        if tagged := re.fullmatch(r"\s*<answer>(.*)</answer>\s*", text, re.DOTALL):
+            text = tagged[1]
+        program = fenced(text, lambda block: names & defined(block), "python", "python3", "py", "py3")
+        return run_tests(textwrap.dedent(program), tests, self.python_timeout).passed
 
 
 @cache
@@ -272,25 +402,143 @@ def scorer_of(task: str) -> tuple[Callable[[str, dict], float], bool]:
     return scorer, re.search(r"\b(eval|exec|parse_expr|sympify)\(", module) is not None
 
 
-def in_answer_tags(response: str) -> str:
-    """What stands in the last `<answer>` tags; all of it without them."""
-    found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return found[-1] if found else response
+def final_part(sample: Sample) -> tuple[str, bool]:
+    """What stands in the last `<answer>` tags, else all that the response says once it has thought; and whether that
+    was cut off."""
+    text = after_thought(sample)
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start == -1:
+        return text, sample.truncated
+    start += len("<answer>")
+    return text[start : text.find("</answer>", start)], False
 
 
-def fenced(text: str, *languages: str) -> str:
-    """The last fenced block of the text that is in one of the languages or says none; all of it without one."""
-    blocks = re.findall(r"^[ \t]*```([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
-    found = [block for language, block in blocks if language.lower() in ("", *languages)]
-    return found[-1] if found else text
+def after_thought(sample: Sample) -> str:
+    """What follows `</think>`, nothing if the thought has no end. The prompt may have opened it."""
+    if sample.prompt.rstrip().endswith("<think>") and "</think>" not in sample.response:
+        return ""
+    return sample.response.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def look_up(row: dict[str, Any], column: str):
+    """What a row has in a column. `a.b` is the field `b` of the object `a`, or of each object in the list `a`.
+
+    Raises:
+        KeyError or TypeError: it has no such column.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = [one[name] for one in value] if isinstance(value, list) else value[name]
+    return value
+
+
+def has(row: dict[str, Any], column: str) -> bool:
+    """Whether `look_up` finds it."""
+    try:
+        look_up(row, column)
+    except (KeyError, TypeError):
+        return False
+    return True
+
+
+def refuse_objects(given, column: str):
+    """Raises a `UserError` unless it is a text, a number, a list of these, or None."""
+    values = given if isinstance(given, list) else [given]
+    if given is None or all(as_text(value) is not None for value in values):
+        return
+    fields = dict.fromkeys(name for value in values if isinstance(value, dict) for name in value)
+    remedy = f"; name one of its fields: {', '.join(f'{column}.{name}' for name in fields)}" if fields else ""
+    raise UserError(f"the column {column!r} holds {str(given)[:80]}, which is no text, number or list of these{remedy}")
+
+
+def as_text(answer) -> str | None:
+    """A right answer as a text, None if it is none: an object, a list, nothing."""
+    if isinstance(answer, float) and math.isfinite(answer):
+        return f"{Decimal(str(answer)):f}"  # not 1e-05
+    return str(answer) if isinstance(answer, (str, Number)) else None
+
+
+def right_number(text: str) -> Fraction | None:
+    """The number that a right answer is; one that is written as an object or a list, in JSON or LaTeX, is none."""
+    return None if text.lstrip().startswith(("{", "[")) else extract_number(text, "stated")
+
+
+def same_number(right: Fraction, given: Fraction, right_text: str, given_text: str) -> bool:
+    """Equal, up to rounding where the right one isn't whole. 50 % is 50 or a half, as math-verify has it."""
+    scaled = [given]
+    if bool(PERCENT.search(right_text)) != bool(PERCENT.search(given_text)):
+        scaled.append(given / 100 if PERCENT.search(given_text) else given * 100)
+    return right in scaled or (right.denominator > 1 and any(math.isclose(right, x, rel_tol=2e-6) for x in scaled))
+
+
+def is_of_prompt(given: str, prompt: str, right: str) -> bool:
+    """Whether an expression stands in the prompt, and is another than the right one."""
+    given, prompt, right = ("".join(plain(text).split()) for text in (given, prompt, right))
+    return given != right and given in prompt
+
+
+def fenced(text: str, fits: Callable[[str], Any], *languages: str) -> str:
+    """The last fenced block that fits, of those in one of the languages, else of those that name none; without one that
+    fits the last in one of the languages, else all of the text. A fence may lack its other end."""
+    blocks = between_fences(text)
+    named = [block for language, block in blocks if language in languages]
+    unnamed = [block for language, block in blocks if not language]
+    for block in reversed([*unnamed, *named]):
+        if fits(block):
+            return block
+    return named[-1] if named else text
+
+
+def between_fences(text: str) -> list[tuple[str, str]]:
+    """What stands before, between and after fences, each with the language that the fence before it names, or "".
+
+    Which fences open and which close isn't told apart, as one may lack its other end. But a block in a language goes on
+    over fences that can't end it: with fewer marks, or indented by four columns more, as in a docstring.
+    """
+    fence = r"^([ \t]*)(```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|()(```+)([\w+-]*)[ \t]*$"
+    blocks, start, language, indent, marks = [], 0, "", "", ""
+    for found in re.finditer(fence, text, re.MULTILINE):
+        found_indent, found_marks, found_language = found.groups()[:3] if found[2] else found.groups()[3:]
+        if language and (len(found_marks) < len(marks) or len(found_indent) > len(indent) + 3):
+            continue
+        blocks.append((language, text[start : found.start()]))
+        start, language, indent, marks = found.end(), found_language.lower(), found_indent, found_marks
+    return [*blocks, (language, text[start:])]
+
+
+def defined(program: str) -> set[str]:
+    """The names that a Python program defines at its outermost level, or that of an indented block."""
+    found = re.findall(
+        r"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", program, re.M
+    )
+    return {name for pair in found for name in pair if name}
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def normalise(text: str) -> str:
-    """One case and one form of each character, no punctuation, no a/an/the, single blanks. A text of which nothing is
-    left by that keeps its punctuation and articles, or every such text would equal an empty one."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    bare = re.sub(r"\b(a|an|the)\b", " ", PUNCTUATION.sub("", plain))
-    return " ".join((bare if bare.strip() else plain).split())
+    """One case and one form of each character, single blanks, no a/an/the before a word, no quotes, no emphasis around
+    the whole, and no punctuation but what counts: signs, operators, brackets, points and colons in numbers.
+
+    A text of which nothing is left by that keeps its punctuation, or every such text would equal an empty one.
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().translate(DASHES).split())
+    bare = plain
+    while len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'*_`$":
+        bare = bare[1:-1].strip()
+    bare = re.sub(r"^[(\[](\w+)[)\]]$", r"\1", bare)
+    bare = QUOTES.sub("", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare))
+    bare = " ".join(ARTICLE.sub("", PUNCTUATION.sub(" ", bare)).split())
+    return bare or plain
 
 
 def make_verifier(name: str, config) -> Verifier:
@@ -302,9 +550,21 @@ def make_verifier(name: str, config) -> Verifier:
     Raises:
         UserError: there is none, it lacks a setting or a package, or it isn't allowed.
     """
-    kinds = {kind.name: kind for kind in Verifier.__subclasses__()}
-    if name not in kinds:
-        raise UserError(f"there is no verifier {name!r}: choose from {', '.join(kinds)}")
+    if name not in VERIFIERS:
+        raise UserError(f"there is no verifier {name!r}: choose from {', '.join(VERIFIERS)}")
     if name == "math" and config.reward_workers < 1:
         raise UserError("the verifier math can hang, and only a process of its own can be ended: --reward_workers 1")
-    return kinds[name](**{field.name: getattr(config, field.name) for field in fields(kinds[name])})
+    return VERIFIERS[name](config)
+
+
+VERIFIERS: dict[str, Callable[[Any], Verifier]] = {
+    "math": lambda c: MathVerifier(c.answer_column, c.answer_style),
+    "gsm8k": lambda c: GSM8KVerifier(c.answer_column, c.answer_style),
+    "choice": lambda c: ChoiceVerifier(c.answer_column, c.answer_style),
+    "exact": lambda c: ExactVerifier(c.answer_column),
+    "regex": lambda c: RegexVerifier(c.answer_column, c.regex_pattern),
+    "format": lambda c: FormatVerifier(c.answer_column, c.format_tags),
+    "json": lambda c: JSONVerifier(c.answer_column, c.json_schema),
+    "reasoning_gym": lambda c: ReasoningGymVerifier(c.answer_column, c.allow_code_execution),
+    "python": lambda c: PythonVerifier(c.answer_column, c.tests_column, c.python_timeout, c.allow_code_execution),
+}

@@ -1,11 +1,12 @@
-"""Generation and the experience it produces."""
+"""Generation, scored samples, and what is learned from them."""
 
 from coati.config.generation import GenerationConfig
+from coati.rollout.batch import Experience, RolloutBatch
 from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.engine import RolloutEngine
-from coati.rollout.experience import Experience
-from coati.rollout.generate import Rollout, generate
+from coati.rollout.generate import PolicyGenerator, complete, has_keys_and_values
 from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.source import Prompt, RolloutSource, ScoredGeneration, Shape, SynchronousRollouts, prompt_of
 
 __all__ = [
     "BestOf",
@@ -13,10 +14,18 @@ __all__ = [
     "Experience",
     "GenerationConfig",
     "Generator",
+    "PolicyGenerator",
+    "Prompt",
     "Request",
-    "Rollout",
+    "RolloutBatch",
     "RolloutEngine",
+    "RolloutSource",
+    "ScoredGeneration",
+    "Shape",
+    "SynchronousRollouts",
     "best_of_n",
     "best_of_n_kl",
-    "generate",
+    "complete",
+    "has_keys_and_values",
+    "prompt_of",
 ]

@@ -1,8 +1,7 @@
-"""Sampled responses with the log-probs they were sampled with."""
+"""Completions by coati's engine, by vLLM or by transformers, as the settings ask."""
 
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -10,97 +9,65 @@ from torch import Tensor
 from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.generator import Completion, OnDone, Request, report
-from coati.rollout.prompts import pad_left
+from coati.rollout.prompts import eos_ids, pad_left
 from coati.rollout.vllm import VLLMEngine
 
 KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Prompts and responses, one row each: prompt, response, then padding on the right.
+class PolicyGenerator:
+    """The `Generator` of a policy that is being trained: each call samples with the weights of now.
 
-    Attributes:
-        input_ids: int64 `[batch, seq]`.
-        attention_mask: bool `[batch, seq]`, True on prompt and response.
-        response_mask: bool `[batch, seq]`, True on response tokens, EOS included.
-        log_probs: float32 `[batch, seq]`, of the response tokens at sampling (at the sampling temperature, before
-            top-k and the like); 0 elsewhere. None where transformers generated: beam search, and models without keys
-            and values.
-        finished: bool `[batch]`, the response ended by itself, not at the longest length.
+    Args:
+        full: gives the plain model with unsharded weights, for the time of a call (`Engine.full`).
+        batch_size: rows generated together.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-    log_probs: Tensor | None
-    finished: Tensor
+    def __init__(self, full: Callable[[], AbstractContextManager], tokenizer, pad_id: int, batch_size: int = 64):
+        self.full, self.tokenizer, self.pad_id, self.batch_size = full, tokenizer, pad_id, batch_size
 
-    def response_ids(self) -> list[list[int]]:
-        """The sampled ids of each response."""
-        return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
-
-    def to(self, device):
-        """The same on another device."""
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if x is not None})
-
-    @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], completions: list[Completion], pad_id: int, device) -> "Rollout":
-        """Rows of given prompts and completions."""
-        seq = max(len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True))
-        input_ids = torch.full((len(prompts), seq), pad_id)
-        attention_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        response_mask, log_probs = torch.zeros_like(attention_mask), torch.zeros(input_ids.shape)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            start, end = len(prompt), len(prompt) + len(completion.ids)
-            input_ids[i, :end] = torch.tensor([*prompt, *completion.ids])
-            attention_mask[i, :end] = response_mask[i, start:end] = True
-            if completion.log_probs is not None:
-                log_probs[i, start:end] = torch.tensor(completion.log_probs)
-        sampled = all(completion.log_probs is not None for completion in completions)
-        finished = torch.tensor([completion.finish_reason != "length" for completion in completions])
-        tensors = (input_ids, attention_mask, response_mask, log_probs if sampled else None, finished)
-        return cls(*(None if x is None else x.to(device) for x in tensors))
+    def generate(
+        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+    ) -> list[Completion]:
+        """See `Generator`."""
+        with self.full() as model:
+            options = dict(pad_id=self.pad_id, tokenizer=self.tokenizer, batch_size=self.batch_size, on_done=on_done)
+            return complete(model, requests, sampling, eos_ids=eos_ids(self.tokenizer, model), **options)
 
 
-def generate(
+def complete(
     model,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
+    requests: Sequence[Request],
+    sampling: GenerationConfig,
     *,
     eos_ids: list[int],
-    pad_id: int,
-    seeds: Sequence | None = None,
+    pad_id: int = 0,
     tokenizer=None,
     batch_size: int = 64,
     on_done: OnDone | None = None,
-) -> Rollout:
-    """Draws one response a prompt.
+) -> list[Completion]:
+    """One completion per request, in their order, by whatever the settings ask for.
 
     Args:
-        model: an `Actor` with all its weights at hand (`Engine.full()`).
-        prompts: token ids.
+        model: an `Actor` with unsharded weights.
         eos_ids: tokens that end a response.
-        seeds: one for each response: an int or several; drawn from torch's generator if not given.
-        tokenizer: for `config.stop`.
+        pad_id: what fills rows where transformers generates.
+        tokenizer: for `sampling.stop`.
         batch_size: rows generated together.
-        on_done: called with a prompt's place and its completion, as soon as coati's engine has ended it.
+        on_done: called with a request's place and its completion as soon as that is known to have ended.
 
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
     """
-    config.check_generation()
-    if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    with_vllm = config.rollout_engine == "vllm"
-    if config.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
-        completions = report(_by_transformers(model, prompts, config, eos_ids, pad_id, tokenizer), on_done)
-    else:
-        stop = stop_at(tokenizer, config.stop) if config.stop else None
-        kind = VLLMEngine if with_vllm else RolloutEngine
-        engine = kind(model, config, eos_ids=eos_ids, stop=stop, slots=batch_size)
-        completions = engine.generate([Request(p, s) for p, s in zip(prompts, seeds, strict=True)], on_done)
-    return Rollout.of(prompts, completions, pad_id, next(model.parameters()).device)
+    sampling.check_generation()
+    with_vllm = sampling.rollout_engine == "vllm"
+    if sampling.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
+        prompts = [request.prompt for request in requests]
+        return report(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
+    stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
+    kind = VLLMEngine if with_vllm else RolloutEngine
+    engine = kind(model, sampling, eos_ids=eos_ids, stop=stop, slots=batch_size)
+    return engine.generate(requests, on_done)
 
 
 def has_keys_and_values(model) -> bool:

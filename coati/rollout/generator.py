@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from coati.config.generation import GenerationConfig
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,11 +49,14 @@ def report(completions: list[Completion], on_done: OnDone | None) -> list[Comple
 
 
 class Generator(Protocol):
-    """Completes requests with the weights that a model has now, whatever does the work."""
+    """Completes requests, whatever does the work. It knows token ids only."""
 
-    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion per request, in their order.
+    def generate(
+        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+    ) -> list[Completion]:
+        """One completion per request, in their order, with the weights that the policy has now.
 
         Args:
+            sampling: how tokens are drawn.
             on_done: called with a request's place and its completion as soon as that is known to have ended.
         """

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coati.transfer import upload
+
 
 def eos_ids(tokenizer, model) -> list[int]:
     """Tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
@@ -23,6 +25,11 @@ def response_texts(tokenizer, rows: Sequence[Sequence[int]], ends: Sequence[int]
     return tokenizer.batch_decode([[i for i in row if i not in without] for row in rows], skip_special_tokens=False)
 
 
+def response_text(tokenizer, ids: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """`response_texts` of one row."""
+    return response_texts(tokenizer, [ids], ends)[0]
+
+
 def never_ids(model) -> list[int]:
     """Tokens that are never sampled, by the model's generation config: rows that only fill its vocabulary up."""
     return getattr(getattr(model.transformer, "generation_config", None), "suppress_tokens", None) or []
@@ -34,3 +41,9 @@ def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def pad_right(rows: list[list[int]], device: torch.device, repeat: bool = False) -> Tensor:
+    """Token ids `[batch, seq]` with 0, or the row's last token, on the right."""
+    longest = max(len(row) for row in rows)
+    return upload([row + [row[-1] if repeat else 0] * (longest - len(row)) for row in rows], device)

@@ -128,7 +128,10 @@ class VLLMEngine:
             stopped = any(said)
             count = said.index(True) + 1 if stopped else count
         log_probs = [place[token].logprob for token, place in zip(ids, output.logprobs, strict=True)]
-        reason = "eos" if ids[count - 1] in self.eos_ids else "stop" if stopped else "length"
+        if ids[count - 1] in self.eos_ids:
+            reason = "eos"
+        else:
+            reason = "stop" if stopped else "length"
         return Completion(ids[:count], log_probs[:count], reason)
 
 
@@ -160,6 +163,13 @@ def _start(model, config: GenerationConfig, slots: int):
     # at its end it would take torch's process group with it, which is training's
     llm.llm_engine.engine_core._finalizer.detach()
     return llm
+
+
+def memory(model, config: GenerationConfig) -> dict[str, int]:
+    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and keys and values."""
+    weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
+    width = next(model.parameters()).dtype.itemsize
+    return {"parameters": width * sum(weights.values()), "KV cache": int(config.vllm_cache * 2**30)}
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:

@@ -38,8 +38,10 @@ def number(value: float) -> str:
 def line_chart(lines: list[Line]) -> str:
     """The lines on one pair of axes as an `<svg>` element. Points that are not finite leave a gap."""
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
-    steps, values = zip(*finite or [(0, 0.0), (1, 1.0)], strict=True)
-    x_ticks = _ticks(min(steps), max(*steps, min(steps) + 1), 5, whole=True)
+    if not finite:
+        finite = [(0, 0.0), (1, 1.0)]
+    steps, values = [step for step, _ in finite], [value for _, value in finite]
+    x_ticks = _ticks(min(steps), max(max(steps), min(steps) + 1), 5, whole=True)
     x_low, x_high = x_ticks[0], max(max(steps), x_ticks[0] + 1)
     low, high = min(values), max(values)
     y_ticks = _ticks(0 if 0 < low < high / 2 else low, high, 4)
@@ -72,7 +74,8 @@ def _draw(line: Line, place: Place) -> list[str]:
     if smooth:
         parts.append(_path(_thin(smooth, _DRAWN), place, f"curve {style}"))
     dots = [point for point in _thin(line.points, _HOVERED) if math.isfinite(point[1])]
-    shown = " shown" if len(line.points) < (_SMOOTHED if line.dashed else 2) else ""
+    always_shown_below = _SMOOTHED if line.dashed else 2
+    shown = " shown" if len(line.points) < always_shown_below else ""
     for step, value in dots:
         x, y = place(step, value)
         title = escape(f"{line.label}, step {step:g}: {number(value)}")
@@ -84,11 +87,14 @@ def _draw(line: Line, place: Place) -> list[str]:
 
 
 def _path(points: Points, place: Place, style: str) -> str:
-    commands, move = [], True
-    for x, y in points:
-        if math.isfinite(y):
-            commands.append("{}{:.1f} {:.1f}".format("M" if move else "L", *place(x, y)))
-        move = not math.isfinite(y)
+    commands, command = [], "M"
+    for step, value in points:
+        if math.isfinite(value):
+            x, y = place(step, value)
+            commands.append(f"{command}{x:.1f} {y:.1f}")
+            command = "L"
+        else:
+            command = "M"
     return f'<path class="{style}" d="{"".join(commands)}"/>'
 
 
@@ -117,10 +123,12 @@ def _thin(points: Points, most: int) -> Points:
     kept = {0, len(points) - 1}
     for start in range(0, len(points), size):
         bucket = range(start, min(start + size, len(points)))
-        kept |= {i for i in bucket if not math.isfinite(points[i][1])} or {
-            min(bucket, key=lambda i: points[i][1]),
-            max(bucket, key=lambda i: points[i][1]),
-        }
+        gaps = [i for i in bucket if not math.isfinite(points[i][1])]
+        if gaps:
+            kept.update(gaps)
+        else:
+            kept.add(min(bucket, key=lambda i: points[i][1]))
+            kept.add(max(bucket, key=lambda i: points[i][1]))
     return [points[i] for i in sorted(kept)]
 
 

@@ -14,7 +14,9 @@ class TrackingConfig(Settings):
     """Where metrics and samples go besides the run folder, and what the terminal shows."""
 
     wandb: Literal["online", "offline", "disabled"] = option(
-        "disabled", "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled."
+        "disabled",
+        "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled.",
+        common=True,
     )
     wandb_project: str = option("coati", "The Weights & Biases project.")
     run_name: str | None = option(None, "The run's name; the run folder's name if absent.")

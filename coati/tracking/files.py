@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
+from coati.files import written_aside
 
 METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
 _NON_FINITE = ("nan", "inf", "-inf")
@@ -33,16 +34,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     return _plain(value.item()) if hasattr(value, "item") else _plain(str(value))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one, never a part."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -69,12 +60,10 @@ def drop_after(path: Path, step: int) -> None:
     """Remove the records of steps after `step`, so that a resumed run's log equals an uninterrupted one's."""
     if not path.exists():
         return
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
         for record in read_lines(path):
             if record["step"] <= step:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:

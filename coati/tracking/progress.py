@@ -104,7 +104,8 @@ def progress_bar(total: int, description: str, config: TrackingConfig, initial: 
     kind = config.progress if rank_and_world_size()[0] == 0 else "off"
     if kind == "auto":
         kind = "bar" if sys.stderr.isatty() else "plain"
-    bar = {"bar": BarProgress, "plain": PlainProgress, "off": Progress}[kind](total, description, initial)
+    classes = {"bar": BarProgress, "plain": PlainProgress, "off": Progress}
+    bar = classes[kind](total, description, initial)
     try:
         yield bar
     finally:
@@ -113,4 +114,6 @@ def progress_bar(total: int, description: str, config: TrackingConfig, initial: 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes:02}:{seconds:02}"
+    if minutes < 60:
+        return f"{minutes:02}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
+from coati.files import replace_file
 from coati.tracking.charts import COLOURS, Line, Points, line_chart, number
-from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples, replace_file
+from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
 from coati.tracking.style import STYLE
 
 TITLES = {
@@ -85,7 +86,8 @@ def write_report(run_dirs: list[Path], output: Path) -> Path:
     for run in _read_runs(folders):
         stages[run.info["algorithm"]].append(run)
     title = escape(", ".join(folder.resolve().name for folder in folders))
-    figures = [_figures(read_object(path)) for f in folders if (path := f / "summary.json").exists()]
+    summaries = [folder / "summary.json" for folder in folders]
+    figures = [_figures(read_object(path)) for path in summaries if path.exists()]
     body = [_overview(title, [run for runs in stages.values() for run in runs]), *figures]
     body += [_stage(algorithm, runs) for algorithm, runs in stages.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,9 @@ def _stage(algorithm: str, runs: list[Run]) -> str:
     parts = [f"<section><h2>{escape(runs[0].title)}</h2>", _legend(runs, curves), _charts(first, curves)]
     if rest:
         parts.append(f"<details><summary>{len(rest)} more metrics</summary>{_charts(rest, curves)}</details>")
-    parts += [_samples(run, f" ({run.label})" * (len(runs) > 1), run is runs[0]) for run in runs]
+    for run in runs:
+        label = f" ({run.label})" if len(runs) > 1 else ""
+        parts.append(_samples(run, label, opened=run is runs[0]))
     return "".join([*parts, _settings(runs), "</section>"])
 
 
@@ -234,7 +238,7 @@ def _samples(run: Run, label: str, opened: bool) -> str:
         sides = [[row for row in rows if row["step"] == step] for step in steps]
         title = name.capitalize() + ", " + " against ".join(f"step {step:,}" for step in steps) + label
         table = _sample_table(_pairs(sides[0], sides[-1]), steps)
-        parts.append(f"<details{' open' * opened}><summary>{escape(title)}</summary>{table}</details>")
+        parts.append(f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{table}</details>")
     return "".join(parts)
 
 
@@ -252,17 +256,22 @@ def _pairs(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
 
 def _sample_table(pairs: list[tuple[dict, dict]], steps: list[int]) -> str:
     scored = any("reward" in row for pair in pairs for row in pair)
+    compared = len(steps) > 1
     header = "<th>Prompt</th>"
-    for when in ("before", "after")[: len(steps)] if len(steps) > 1 else ("",):
-        header += f"<th>Response {when}</th>" + f"<th class='n'>Reward {when}</th>" * scored
+    for when in ["before", "after"] if compared else [""]:
+        header += f"<th>Response {when}</th>"
+        if scored:
+            header += f"<th class='n'>Reward {when}</th>"
     lines = []
-    for pair in pairs:
-        cells = _text_cell(pair[1].get("prompt"))
-        for row in pair[-len(steps) :]:
+    for before, after in pairs:
+        cells = _text_cell(after.get("prompt"))
+        for row in [before, after] if compared else [after]:
             cells += _text_cell(row.get("response"))
-            cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>" * scored
+            if scored:
+                cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>"
         lines.append(f"<tr>{cells}</tr>")
-    if (hidden := len(lines) - 2 * SAMPLES_EACH_END) > 0:
+    hidden = len(lines) - 2 * SAMPLES_EACH_END
+    if hidden > 0:
         note = f"<tr><td class='gap' colspan='5'>{hidden} between the best and the worst are left out</td></tr>"
         lines[SAMPLES_EACH_END:-SAMPLES_EACH_END] = [note]
     return f"<table class='samples'><tr>{header}</tr>{''.join(lines)}</table>"
@@ -272,7 +281,8 @@ def _text_cell(value: Any) -> str:
     if value is None:
         return "<td class='gap'>not sampled</td>"
     text = _show(value)
-    return f"<td><div>{escape(text[:_TEXT_LIMIT])}{' […]' * (len(text) > _TEXT_LIMIT)}</div></td>"
+    more = " […]" if len(text) > _TEXT_LIMIT else ""
+    return f"<td><div>{escape(text[:_TEXT_LIMIT])}{more}</div></td>"
 
 
 def _reward(row: dict) -> float:

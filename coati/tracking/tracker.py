@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import coati
 from coati.errors import UserError
+from coati.files import replace_file
 from coati.tracking.config import TrackingConfig, rank_and_world_size
-from coati.tracking.files import METRICS, RUN, read_run, replace_file, to_json
+from coati.tracking.files import METRICS, RUN, read_run, to_json
 from coati.tracking.sinks import JsonlSink, TensorBoardSink, WandbSink
 
 _RESERVED = {"step", "time", "name"}

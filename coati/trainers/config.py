@@ -7,14 +7,13 @@ from coati.config import Settings, option
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
-from coati.errors import UserError, refuse
+from coati.errors import UserError
 from coati.rewards.config import ScoringConfig
 from coati.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.models import LoraSettings
 
-FINAL_MODEL = "model"  # the folder in --output_dir
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
 SMOOTHED = ("dpo", "robust", "simpo", "cpo")
@@ -26,7 +25,7 @@ GROUPS = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # adva
 class ModelConfig(Settings):
     """Where the model and its tokenizer come from."""
 
-    model: str | None = option(None, "folder or name of a pretrained model", path="model")
+    model: str | None = option(None, "folder or name of a pretrained model", path="model", common=True)
     model_config: str | None = option(
         None, "a config.json to start from random weights (with --model: overrides it)", path="model"
     )
@@ -36,7 +35,7 @@ class ModelConfig(Settings):
     attn_implementation: str = option(
         "auto", "sdpa, eager or flash_attention_2 (CUDA only); auto: sdpa where the model supports it, else eager"
     )
-    lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0)
+    lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
     lora_target_modules: list[str] = option(("all-linear",), "names of the layers that get adapters")
@@ -59,35 +58,38 @@ class RunConfig(Settings):
     """How long, how fast, how often."""
 
     output_dir: str = option(
-        "runs/run", "everything the run writes: logs, samples, checkpoints, the final model", path="output"
+        "runs/run", "everything the run writes: logs, samples, checkpoints, the final model", path="output", common=True
     )
-    seed: int = option(42, "of weights, data order, dropout and sampling", ge=0, lt=2**32)
+    seed: int = option(42, "of weights, data order, dropout and sampling", ge=0, lt=2**32, common=True)
     deterministic: bool = option(False, "the same bits in every run on a GPU, by slower kernels")
-    steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs", ge=0)
-    epochs: float = option(1.0, "passes over the data, when --steps is 0", gt=0)
-    batch_size: int = option(64, "rows of one step over all processes and micro-batches", ge=1)
-    micro_batch_size: int = option(8, "rows of one forward and backward pass on one process", ge=1)
+    steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs", ge=0, common=True)
+    epochs: float = option(1.0, "passes over the data, when --steps is 0", gt=0, common=True)
+    batch_size: int = option(64, "rows of one step over all processes and micro-batches", ge=1, common=True)
+    micro_batch_size: int = option(8, "rows of one forward and backward pass on one process", ge=1, common=True)
     max_tokens_per_batch: int | None = option(
         None,
         "tokens of one forward and backward pass on one process, padding included, instead of --micro_batch_size",
         ge=1,
     )
-    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0)
+    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0, common=True)
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "how it falls to --final_rate after warm-up")
     warmup: float = option(0.03, "share of the steps over which it rises from 0", ge=0, le=1)
     final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak", ge=0, le=1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", ge=0)
     log_every: int = option(1, "steps between two lines in the logs", ge=1)
     eval_every: int = option(
-        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0
+        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0, common=True
     )
     evaluators: list[str] = option(
         (), "functions of the trainer, FILE.py:name, that give more metrics to evaluations", path="function"
     )
-    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0)
+    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0, common=True)
     keep_checkpoints: int = option(2, "how many of the newest stay; the best stays too", ge=1)
     resume: str = option(
-        "never", "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint", path="checkpoint"
+        "never",
+        "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint",
+        path="checkpoint",
+        common=True,
     )
     samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
 
@@ -150,9 +152,13 @@ class PreferenceConfig(TrainerConfig):
     """Settings of a preference run."""
 
     loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "cpo", "kto"] = option(
-        "dpo", "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs"
+        "dpo",
+        "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs",
+        common=True,
     )
-    beta: float = option(0.1, "scale of the rewards; with a reference, how strongly it holds the policy", gt=0)
+    beta: float = option(
+        0.1, "scale of the rewards; with a reference, how strongly it holds the policy", gt=0, common=True
+    )
     label_smoothing: float = option(
         0.0, "dpo, robust, simpo, cpo: share of the pairs labelled the wrong way round", ge=0, lt=1
     )
@@ -182,38 +188,37 @@ class PreferenceConfig(TrainerConfig):
 
     def check(self, world_size: int):
         super().check(world_size)
-        refusals = {
-            f"label_smoothing is {self.label_smoothing}: for robust it must be less than 0.5": (
-                self.loss == "robust" and self.label_smoothing >= 0.5
-            ),
-            f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}": (
-                self.label_smoothing > 0 and self.loss not in SMOOTHED
-            ),
-            f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}": (
-                self.length_normalised and self.loss not in NORMALISABLE
-            ),
-            "kto has no chosen answers: leave nll_coefficient out": self.loss == "kto" and self.nll_weight != 0,
-            "kto pairs each prompt with another row's answer: batch_size must be at least 2": (
-                self.loss == "kto" and self.batch_size < 2
-            ),
-            "share_prompts reads a pair as one row: leave it out with kto, which has no pairs": (
-                self.share_prompts and self.loss == "kto"
-            ),
-            "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism": (
-                self.share_prompts and self.model_parallel_size > 1
-            ),
-            f"{self.loss} has no reference that stays the same for a row: leave cache_reference out": (
-                self.cache_reference and self.loss in (*REFERENCE_FREE, "kto")
-            ),
-        }
-        refuse(refusals)
+        if self.loss == "robust" and self.label_smoothing >= 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}: for robust it must be less than 0.5")
+        if self.label_smoothing > 0 and self.loss not in SMOOTHED:
+            raise UserError(f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}")
+        if self.length_normalised and self.loss not in NORMALISABLE:
+            raise UserError(f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}")
+        if self.loss == "kto":
+            self._check_kto()
+        if self.share_prompts and self.splits_models:
+            raise UserError(
+                "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism"
+            )
+        if self.cache_reference and self.loss in (*REFERENCE_FREE, "kto"):
+            raise UserError(f"{self.loss} has no reference that stays the same for a row: leave cache_reference out")
+
+    def _check_kto(self):
+        if self.nll_weight != 0:
+            raise UserError("kto has no chosen answers: leave nll_coefficient out")
+        if self.batch_size < 2:
+            raise UserError("kto pairs each prompt with another row's answer: batch_size must be at least 2")
+        if self.share_prompts:
+            raise UserError("share_prompts reads a pair as one row: leave it out with kto, which has no pairs")
 
 
 @dataclass
 class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
     """Settings of runs that learn from their own answers; `steps` are iterations, `batch_size` the prompts of one."""
 
-    kl_coefficient: float = option(0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0)
+    kl_coefficient: float = option(
+        0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL a token, see docs/ppo.md")
     kl_stop: float | None = option(
         None, "ends an iteration's updates when the policy has moved this far, nats a token", ge=0
@@ -235,9 +240,19 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
         return self.max_prompt_length + self.max_new_tokens
 
     @property
-    def answers(self) -> int:
-        """Answers that an iteration learns from."""
+    def responses(self) -> int:
+        """Responses that an iteration learns from."""
         return self.batch_size
+
+    @property
+    def shared_prefix_group(self) -> int:
+        """Responses that are read as one row; 1 for each alone."""
+        return 1
+
+    @property
+    def refills(self) -> int | None:
+        """How often an iteration may draw further prompts; None where it takes all that it has drawn."""
+        return None
 
     @property
     def needs_reference(self) -> bool:
@@ -252,9 +267,9 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
                 f"batch_size {self.batch_size} is not a multiple of {unit} "
                 f"({self.minibatches} minibatches x {world_size} processes)"
             )
-        if self.compile_generation and (self.plugin == "gemini" or self.model_parallel_size > 1):
+        if self.compile_generation and not self.holds_whole_models:
             raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
-        if self.rollout_engine == "vllm" and (self.plugin == "gemini" or self.model_parallel_size > 1):
+        if self.rollout_engine == "vllm" and not self.holds_whole_models:
             raise UserError(
                 "vLLM takes models that are whole on every process: ddp, zero1, zero2, or --rollout_engine coati"
             )
@@ -269,7 +284,7 @@ class PPOConfig(RolloutConfig):
     critic_model: str | None = option(
         None, "where the critic starts; the reward model, else --model, if not given", path="model"
     )
-    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0)
+    critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0, common=True)
     critic_warmup: int = option(0, "iterations in which only the critic learns", ge=0)
     kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold", gt=0)
     kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves", gt=0)
@@ -298,7 +313,7 @@ class PPOConfig(RolloutConfig):
         super().check(world_size)
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
             raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
-        if self.shared_trunk and self.model_parallel_size > 1:
+        if self.shared_trunk and self.splits_models:
             raise UserError(
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
                 "sequence parallelism, or shared_trunk"
@@ -314,7 +329,7 @@ class GRPOConfig(RolloutConfig):
     """Settings of a GRPO run; `steps` are iterations and `batch_size` the prompts of one, each with `group_size`
     answers."""
 
-    group_size: int = option(8, "answers to a prompt", ge=1)
+    group_size: int = option(8, "answers to a prompt", ge=1, common=True)
     advantage: Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"] = option(
         "grpo", "what an answer's advantage is, see docs/grpo.md"
     )
@@ -325,7 +340,9 @@ class GRPOConfig(RolloutConfig):
     aggregation: Literal["token", "sequence", "constant"] = option(
         "sequence", "mean over tokens, of answers' means, or by max_new_tokens"
     )
-    kl_coefficient: float = option(0.0, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0)
+    kl_coefficient: float = option(
+        0.0, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "estimate of the KL a token, see docs/ppo.md")
     kl_in: Literal["loss", "reward"] = option("loss", "where the penalty is")
     refresh_reference: int = option(
@@ -350,50 +367,68 @@ class GRPOConfig(RolloutConfig):
     share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
 
     @property
-    def answers(self) -> int:
+    def responses(self) -> int:
         return self.batch_size * self.group_size
 
     @property
-    def members(self) -> int:
-        """Answers that are read as one row."""
+    def shared_prefix_group(self) -> int:
         return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
+
+    @property
+    def refills(self) -> int | None:
+        return self.max_refills if self.dynamic_sampling else None
 
     def check(self, world_size: int):
         super().check(world_size)
-        plain = self.plugin != "gemini" and self.model_parallel_size == 1
-        penalised = self.kl_coefficient != 0
+        self._check_groups()
+        self._check_reference()
+        self._check_lengths()
+        if self.policy_loss in ("cispo", "none") and self.dual_clip is not None:
+            raise UserError(f"policy_loss {self.policy_loss} has no dual_clip: leave it out")
+        if self.share_prompts:
+            self._check_shared_prompts()
+        if self.entropy_coefficient != 0 and self.splits_vocabulary:
+            raise UserError(
+                "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
+            )
+
+    def _check_groups(self):
         compares = self.advantage in GROUPS or self.dynamic_sampling
-        refreshed = self.refresh_reference > 0
-        punished = self.mask_truncated and self.missing_eos_penalty is not None
-        greedy = any(t is not None and t <= 0 for t in (self.temperature, self.final_temperature))
-        unclipped, shared = self.policy_loss in ("cispo", "none"), self.share_prompts
-        refusals = {
-            f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2": (
-                self.group_size < 2 and compares
-            ),
-            "the answers of a group must differ: temperature and final_temperature must be above 0": greedy,
-            "an answer is compared with its group, no running mean: leave out normalise_reward": self.normalise_reward,
-            "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward": (
-                penalised and self.kl_in == "loss" and self.kl_estimator == "k1"
-            ),
-            "refresh_reference needs a reference: give kl_coefficient too": refreshed and not penalised,
-            "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA": (
-                refreshed and not (plain and self.lora is None)
-            ),
-            "dynamic_sampling needs max_refills of at least 1": self.dynamic_sampling and self.max_refills < 1,
-            f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}": (
-                not 0 <= self.overlong_buffer <= self.max_new_tokens
-            ),
-            "mask_truncated leaves out what missing_eos_penalty punishes: choose one": punished,
-            f"policy_loss {self.policy_loss} has no dual_clip: leave it out": unclipped and self.dual_clip is not None,
-            "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other": (
-                shared and (self.members < 2 or max(self.group_size, self.micro_batch_size) % self.members > 0)
-            ),
-            "share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism": (
-                shared and self.model_parallel_size > 1
-            ),
-            "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel": (
-                self.entropy_coefficient != 0 and self.tensor_parallel > 1
-            ),
-        }
-        refuse(refusals)
+        if compares and self.group_size < 2:
+            raise UserError(f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2")
+        for temperature in (self.temperature, self.final_temperature):
+            if temperature is not None and temperature <= 0:
+                raise UserError("the answers of a group must differ: temperature and final_temperature must be above 0")
+        if self.normalise_reward:
+            raise UserError("an answer is compared with its group, no running mean: leave out normalise_reward")
+        if self.dynamic_sampling and self.max_refills < 1:
+            raise UserError("dynamic_sampling needs max_refills of at least 1")
+
+    def _check_reference(self):
+        if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise UserError(
+                "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
+            )
+        if self.refresh_reference == 0:
+            return
+        if self.kl_coefficient == 0:
+            raise UserError("refresh_reference needs a reference: give kl_coefficient too")
+        if not self.holds_whole_models or self.lora is not None:
+            raise UserError(
+                "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA"
+            )
+
+    def _check_lengths(self):
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise UserError(f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}")
+        if self.mask_truncated and self.missing_eos_penalty is not None:
+            raise UserError("mask_truncated leaves out what missing_eos_penalty punishes: choose one")
+
+    def _check_shared_prompts(self):
+        group = self.shared_prefix_group
+        if group < 2 or max(self.group_size, self.micro_batch_size) % group > 0:
+            raise UserError(
+                "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"
+            )
+        if self.splits_models:
+            raise UserError("share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism")

@@ -1,10 +1,10 @@
-"""Group relative policy optimisation (DeepSeekMath, 2402.03300) and its relatives: Dr. GRPO (2503.20783), RLOO
+"""Group relative policy optimization (DeepSeekMath, 2402.03300) and its relatives: Dr. GRPO (2503.20783), RLOO
 (2402.14740), REINFORCE++ (2501.03262), ReMax (2310.10505), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585).
 
 One iteration:
-    1. the policy answers each of a batch of prompts several times; with dynamic sampling, prompts whose answers all
-       earn the same are replaced by further ones
-    2. an answer's advantage is what it earned beyond the others of its group: no critic
+    1. the policy responds to each of a batch of prompts several times, and the rewards score; with dynamic sampling,
+       prompts whose responses all earn the same are replaced by further ones
+    2. a response's advantage is what it earned beyond the others of its group: no critic
     3. the policy takes a few steps on a clipped loss
 
 Which options make which algorithm is in docs/grpo.md. Departures from the papers: what dynamic sampling can't replace
@@ -12,8 +12,8 @@ within `max_refills` tries stays in the batch, where it adds to the counts but n
 dropout are as in PPO.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from coati.losses import (
     importance_weights,
     kl_divergence,
     penalise_missing_eos,
+    policy_loss,
     punish_overlong,
     returns_to_go,
     shape_rewards,
@@ -35,238 +36,184 @@ from coati.losses import (
 from coati.losses.masking import keep
 from coati.models import Actor
 from coati.models.base import disable_dropout
-from coati.parallel import Engine
-from coati.rewards import Scores
-from coati.rollout import Experience, Rollout
-from coati.rollout.experience import MicroBatches, join_rows, take_rows
-from coati.trainers.base import LossPart
+from coati.models.packed import check_packing
+from coati.parallel import resolve_precision
+from coati.rollout import Experience, Prompt, RolloutBatch
+from coati.run_layout import ACTOR, REFERENCE
+from coati.samples import Sample
+from coati.trainers.actor_critic import named_norm
+from coati.trainers.batching import model_inputs
 from coati.trainers.config import GRPOConfig
-from coati.trainers.rollouts import RolloutTrainer, count_response_tokens
-
-
-@dataclass(frozen=True)
-class ScoredRollout(Rollout):
-    """Answers and what they earned, the rows of a group one after the other.
-
-    Attributes:
-        rewards: float32 `[batch]`, as the rewards gave them.
-        scores: float32 `[batch]`, as the policy will see them; without the rewards of tokens.
-        token_rewards: float32 `[batch, seq]`, 0 outside the response.
-        baseline: float32 `[batch]`, for remax the score of the prompt's greedy answer; else 0.
-    """
-
-    rewards: Tensor
-    scores: Tensor
-    token_rewards: Tensor
-    baseline: Tensor
+from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn, response_tokens
+from coati.trainers.policy import LanguageModel, Policy
+from coati.trainers.rollouts import RolloutTrainer
 
 
 class GRPOTrainer(RolloutTrainer):
     """Trains an `Actor`.
 
     Attributes:
-        position: rows of the data, epoch after epoch, that have been drawn.
+        policy: what is asked of it.
     """
 
     config: GRPOConfig
     algorithm = "grpo"
 
-    def train_step(self, step: int) -> tuple[dict[str, float], int]:
+    def step(self, k):
         """One iteration."""
-        self.times = {}
-        self.set_temperature(step)
-        rollout, reward_metrics = self.collect(step)
-        with self.timed("evaluate"):
-            experience, experience_metrics = self.experience(rollout)
-        with self.timed("learn"):
-            update_metrics = self.learn(experience, step)
-        if self.config.refresh_reference and (step + 1) % self.config.refresh_reference == 0:
+        c, clock = self.config, Clock()
+        batch, metrics = self.rollouts.next(k)
+        mask, parts = batch.response_mask, self.batching.split(batch.lengths, c.shared_prefix_group)
+
+        with clock("evaluate"):
+            log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
+            reference = self.reference.log_probs(batch, parts) if self.reference else log_probs
+            baseline = self.greedy_scores(batch.samples, k) if c.advantage == "remax" else None
+
+        kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
+        rewards = shape_rewards(self.shape(batch), kl, mask, c.kl_coefficient if c.kl_in == "reward" else 0.0)
+        advantages = self.advantages(keep(rewards + batch.token_rewards, mask), baseline, mask)
+        correction = importance_weights(
+            log_probs, batch.sampling_log_probs, mask, c.importance_correction, c.importance_cap
+        )
+        learned = mask & batch.finished[:, None] if c.mask_truncated else mask
+        # weights that are not negative may as well stand in the advantages
+        experience = Experience.of(batch, learned, log_probs, reference, advantages * correction)
+
+        rate = self.learning_rate(k, c.learning_rate)
+        with clock("learn"):
+            metrics |= learn(
+                experience, self.batching, c, k, lambda micro: self.update(micro, rate), c.shared_prefix_group
+            )
+        if c.refresh_reference and (k + 1) % c.refresh_reference == 0:
             self.refresh_reference()
-        tokens = self.communicator.sum(int(rollout.attention_mask.sum()))
-        return reward_metrics | experience_metrics | update_metrics | self.times, int(tokens)
 
-    # --- 1. the policy answers, the rewards score
+        metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
+        metrics |= {"rollout_kl": rollout_kl, "learning_rate": rate, "temperature": batch.temperature}
+        metrics["advantage_std"] = global_moments(advantages, mask, self.ranks)[1]
+        if c.importance_correction != "none":
+            metrics["importance_weight"] = global_moments(correction, mask, self.ranks)[0]
+        return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
 
-    def set_temperature(self, step: int):
-        c = self.config
-        share = step / max(self.total_steps - 1, 1)
-        end = c.temperature if c.final_temperature is None else c.final_temperature
-        self.temperature = c.temperature + share * (end - c.temperature)
+    # --- advantages
 
-    def collect(self, step: int) -> tuple[ScoredRollout, dict[str, float]]:
-        """This rank's groups, minibatch after minibatch, and what all that were drawn earned."""
-        c = self.config
-        if c.dynamic_sampling:
-            return self.collect_unequal(step)
-        self.position = self.batches.position(step)
-        rollout, judged = self.answer_and_score(step, self.mine(self.draw([], c.batch_size)))
-        equal = self.communicator.sum(self.equal(rollout).sum()).item()
-        metrics = self.reward_metrics([(*judged, len(rollout.scores))])
-        return rollout, metrics | {"equal_groups": equal / c.batch_size}
-
-    def collect_unequal(self, step: int) -> tuple[ScoredRollout, dict[str, float]]:
-        """`collect` with dynamic sampling. All ranks see all groups and choose alike."""
-        c, world, rank = self.config, self.communicator.world_size, self.communicator.rank
-        kept, spare, drawn, rounds = [], [], [], []
-        while len(kept) < c.batch_size and len(rounds) <= c.max_refills:
-            drawn += (new := self.draw(drawn, c.batch_size - len(kept)))
-            # ranks answer equally many prompts; the copies that fill up are left out
-            filled = new + new[:1] * (-len(new) % world)
-            rollout, judged = self.answer_and_score(step, filled[rank::world])
-            rounds.append((*judged, len(new[rank::world]) * c.group_size))
-            dealt = zip(*self.communicator.gather(self.groups(rollout)), strict=True)
-            for group in [group for turn in dealt for group in turn][: len(new)]:
-                (spare if self.equal(group).item() else kept).append(group)
-        chosen = join_rows(self.mine((kept + spare)[: c.batch_size]), self.pad_id, self.runtime.device)
-        metrics = {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
-        return chosen, self.reward_metrics(rounds) | metrics
-
-    def draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-        """The next rows of the data, each with how often the iteration has drawn it before."""
-        rows = [row for row, _ in before]
-        rows += [self.batches.row(self.position + i) for i in range(count)]
-        self.position += count
-        return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
-
-    def answer_and_score(self, step: int, drawn: list[tuple[int, int]]) -> tuple[ScoredRollout, tuple[Scores, Rollout]]:
-        """A group of answers to each of these rows."""
-        c, n = self.config, self.config.group_size
-        prompts = [self.data[row] for row, _ in drawn for _ in range(n)]
-        seeds = [[c.seed, step, row, repeat * n + i] for row, repeat in drawn for i in range(n)]
-        with self.timed("generate"):
-            rollout = self.answer(prompts, seeds, replace(c, temperature=self.temperature))
-        with self.timed("score"):
-            scored, _ = self.judge(prompts, rollout)
-            scores = self.shape(scored, rollout)
-            baseline = torch.zeros_like(scores)
-            if c.advantage == "remax":
-                baseline = self.greedy_scores(prompts[::n]).repeat_interleave(n)
-        on_tokens = torch.zeros(rollout.input_ids.shape) if scored.per_token is None else scored.per_token
-        earned = (scored.total.to(scores), scores, on_tokens.to(scores), baseline)
-        return ScoredRollout(*vars(rollout).values(), *earned), (scored, rollout)
-
-    def shape(self, scored: Scores, rollout: Rollout) -> Tensor:
-        """The scores of whole answers as the policy will see them, `[batch]`."""
-        c, lengths = self.config, rollout.response_mask.sum(1)
-        scores = clip_scores(scored.sequence.to(self.runtime.device), c.reward_clip)
-        scores = penalise_missing_eos(scores, rollout.finished, c.missing_eos_penalty)
+    def shape(self, batch: RolloutBatch) -> Tensor:
+        """The scores of whole responses as the policy will see them, `[batch]`."""
+        c, lengths = self.config, batch.response_mask.sum(1)
+        scores = clip_scores(batch.scores, c.reward_clip)
+        scores = penalise_missing_eos(scores, batch.finished, c.missing_eos_penalty)
         return punish_overlong(scores, lengths, c.max_new_tokens, c.overlong_buffer, c.overlong_penalty)
 
-    def greedy_scores(self, prompts: list) -> Tensor:
-        """What the policy's likeliest answers earn, `[prompts]`."""
-        greedy = replace(self.config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-        rollout = self.answer(prompts, [0] * len(prompts), greedy)
-        scored, _ = self.judge(prompts, rollout)
-        on_tokens = 0 if scored.per_token is None else scored.per_token.sum(1).to(self.runtime.device)
-        return self.shape(scored, rollout) + on_tokens
+    def advantages(self, rewards: Tensor, baseline: Tensor | None, mask: Tensor) -> Tensor:
+        """`[batch, seq]`, 0 outside the response.
 
-    def equal(self, rollout: ScoredRollout) -> Tensor:
-        """Which groups earned the same with all answers, bool `[groups]`: they have nothing to compare."""
-        groups = rollout.rewards.reshape(-1, self.config.group_size)
-        return (groups == groups[:, :1]).all(1)
-
-    def groups(self, rollout: ScoredRollout) -> list[ScoredRollout]:
-        """The groups by themselves, on the CPU."""
-        n, whole = self.config.group_size, rollout.to("cpu")
-        return [take_rows(whole, list(range(i, i + n))) for i in range(0, len(whole.scores), n)]
-
-    # --- 2. advantages
-
-    @torch.no_grad()
-    def experience(self, rollout: ScoredRollout) -> tuple[Experience, dict[str, float]]:
-        """Log-probs, rewards and advantages of every response token."""
-        c, mask = self.config, rollout.response_mask
-        batches = MicroBatches(rollout, self.of_like_length(rollout.attention_mask, self.members), self.members)
-        log_probs, _ = self.policy_passes(rollout, batches)
-        reference = self.reference_log_probs(batches, log_probs)
-        kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
-        in_reward = c.kl_coefficient if c.kl_in == "reward" else 0.0
-        rewards = keep(shape_rewards(rollout.scores, kl, mask, in_reward) + rollout.token_rewards, mask)
-        advantages = self.advantages(rewards, rollout.baseline, mask)
-        _, spread = self.global_moments(advantages, mask)
-        corrected = importance_weights(log_probs, rollout.log_probs, mask, c.importance_correction, c.importance_cap)
-        counted = mask & rollout.finished[:, None] if c.mask_truncated else mask
-        advantages = advantages * corrected  # weights that are not negative may as well stand here
-        tokens = (rollout.input_ids, rollout.attention_mask, counted, log_probs, reference, rewards, advantages)
-        experience = Experience(*tokens, rollout.scores)
-        metrics = {"advantage_std": spread, "temperature": self.temperature}
-        if c.importance_correction != "none":
-            metrics["importance_weight"], _ = self.global_moments(corrected, mask)
-        return experience, metrics | self.kl_metrics(rollout, log_probs, reference)
-
-    def advantages(self, rewards: Tensor, baseline: Tensor, mask: Tensor) -> Tensor:
-        """`[batch, seq]`, 0 outside the response."""
+        Args:
+            rewards: `[batch, seq]`.
+            baseline: `[batch]`, for remax.
+        """
         c = self.config
         if c.advantage == "reinforce++":
             advantages = returns_to_go(rewards, mask, 1.0)
         else:
             options = dict(baseline=baseline, min_std=c.advantage_std_floor)
-            of_answers = group_advantages(rewards.sum(1), c.group_size, c.advantage, **options)
-            advantages = of_answers[:, None] * mask
+            of_responses = group_advantages(rewards.sum(1), c.group_size, c.advantage, **options)
+            advantages = of_responses[:, None] * mask
         if c.advantage.startswith("reinforce++"):
-            advantages = whiten(advantages, mask, *self.global_moments(advantages, mask))
+            advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
         return advantages
 
-    # --- 3. the policy learns
+    def greedy_scores(self, samples: list[Sample], k: int) -> Tensor:
+        """What the policy's likeliest responses to the samples' prompts earn, `[samples]`."""
+        n = self.config.group_size
+        greedy = replace(self.config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        found = self.generation.sample([Prompt.of(sample) for sample in samples[::n]], greedy, version=k).samples
+        batch = RolloutBatch.of(found, self.factory.pad_id, 1.0, self.runtime.device)
+        return (self.shape(batch) + batch.token_rewards.sum(1)).repeat_interleave(n)
 
-    def update(self, batches: list[Experience], step: int) -> dict[str, float]:
+    # --- the policy learns
+
+    def update(self, micro_batches: list[Experience], rate: float) -> dict[str, float]:
+        """One optimizer step, on this rank's micro-batches of a minibatch."""
+        counted = float(sum(batch.response_mask.any(1).sum() for batch in micro_batches))
+        responses = max(self.ranks.sum(counted).item(), 1.0)
+        with self.policy.engine.update(rate) as update:
+            update.add(micro_batches, self.inputs, self.loss(responses), response_tokens)
+        return named_norm(update.metrics, "policy_grad_norm")
+
+    def inputs(self, batch: Experience):
+        with_entropy = "trained" if self.config.entropy_coefficient else True
+        return self.policy.model.inputs(batch, with_entropy=with_entropy)
+
+    def loss(self, responses: float) -> Callable:
+        """A micro-batch's part of the policy's loss, the KL penalty and the bonus for entropy.
+
+        Args:
+            responses: of the whole step that count.
+        """
         c = self.config
-        answers = self.communicator.sum(float(sum(batch.response_mask.any(1).sum() for batch in batches))).item()
-        share = partial(self.loss_share, answers=max(answers, 1.0))
-        options = {"temperature": self.temperature, "with_entropy": "trained" if c.entropy_coefficient else True}
-        part = LossPart(batches, count_response_tokens, share, options, targets=lambda b: b.response_mask)
-        metrics = self.optimise(self.actor, [part], self.learning_rate(c.learning_rate))
-        return {"policy_grad_norm": metrics.pop("grad_norm"), **metrics}
 
-    def loss_share(self, output, batch: Experience, denominator: float, answers: float):
-        """The policy's loss, the KL penalty and the bonus for entropy; `answers` are those of the whole step."""
-        c, mask, (log_probs, entropy) = self.config, batch.response_mask, output
-        weights = aggregation_weights(mask, c.aggregation, denominator, answers, c.max_new_tokens)
-        loss, metrics = self.policy_share(output, batch, denominator, kind=c.policy_loss, weights=weights)
-        if c.kl_coefficient and c.kl_in == "loss":
-            kl = kl_divergence(log_probs, batch.reference_log_probs, mask, c.kl_estimator)
-            loss = loss + c.kl_coefficient * (weights * kl).sum() / denominator
-        if c.entropy_coefficient:
-            loss = loss - c.entropy_coefficient * keep(entropy, mask).sum() / denominator
-        return loss, metrics
+        def part(output, batch: Experience, denominator: float):
+            mask, (log_probs, entropy) = batch.response_mask, output
+            weights = aggregation_weights(mask, c.aggregation, denominator, responses, c.max_new_tokens)
+            how = dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
+            how |= dict(kind=c.policy_loss, weights=weights)
+            loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
+            if c.kl_coefficient and c.kl_in == "loss":
+                kl = kl_divergence(log_probs, batch.reference_log_probs, mask, c.kl_estimator)
+                loss = loss + c.kl_coefficient * (weights * kl).sum() / denominator
+            mean_entropy = keep(entropy, mask).sum() / denominator
+            if c.entropy_coefficient:
+                loss = loss - c.entropy_coefficient * mean_entropy
+            return loss, metrics | {"entropy": mean_entropy.detach()}
+
+        return part
 
     def refresh_reference(self):
+        """The reference becomes the policy of now."""
         with self.actor.full() as policy:
-            self.reference.module.load_state_dict(policy.state_dict())
+            self.reference.engine.module.load_state_dict(policy.state_dict())
 
-    # --- state and models
+    def sampling(self, k):
+        """The temperature goes from `temperature` to `final_temperature`."""
+        c = self.config
+        if c.final_temperature is None:
+            return c
+        share = k / max(self.total_steps - 1, 1)
+        return replace(c, temperature=c.temperature + share * (c.final_temperature - c.temperature))
 
-    def state(self):
-        return {"position": self.position}
-
-    def load_state(self, state):
-        self.position = state["position"]
-        self.batches.start = (self.step, self.position)
+    # --- building
 
     def build(self):
-        c, self.position = self.config, 0
+        c = self.config
         if c.model is None:
-            raise UserError("GRPO starts from a policy that can answer: give --model FOLDER (train_sft.py makes one)")
+            raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
+        self.policy = Policy(self.actor, c, self.ranks, group=c.shared_prefix_group)
         if c.refresh_reference:
-            self.frozen = {"reference": self.reference}
-        self.members = c.members
+            self.frozen = {REFERENCE: self.reference.engine}
         if c.share_prompts:
-            self.check_packing(self.actor, *self.longest_group())
+            batch, targets = self.longest_group()
+            inputs = model_inputs(batch, targets, shared_prefix_group=c.shared_prefix_group)
+            check_packing(self.actor.module, self.actor.forward_all, inputs, resolve_precision(c) == "fp32")
+
+    def build_models(self):
+        start = self.folder.model_in_checkpoint(ACTOR) or self.config.model
+        actor = self.factory.model(Actor, start, lora=self.config.lora)
+        disable_dropout(actor)
+        return {ACTOR: self.factory.trained(actor, accumulates=self.accumulates(), generates=True)}
+
+    def build_reference(self):
+        refreshed = self.folder.model_in_checkpoint(REFERENCE) if self.config.refresh_reference else None
+        if refreshed is None or not refreshed.is_dir():
+            return super().build_reference()
+        frozen = self.factory.frozen(self.factory.model(Actor, refreshed))
+        return LanguageModel(frozen, group=self.config.shared_prefix_group)
 
     def longest_group(self) -> tuple[SFTBatch, Tensor]:
-        """The longest prompt with answers of the greatest length, and which tokens these are."""
-        prompt, last = list(self.data[int(self.data.lengths.argmax())].input_ids), self.config.max_new_tokens
-        rows = [prompt + [(i + k) % len(self.tokenizer) for i in range(last)] for k in range(self.members)]
+        """The longest prompt with responses of the greatest length, and which tokens these are."""
+        c = self.config
+        prompt, last = list(self.data[int(self.data.lengths.argmax())].input_ids), c.max_new_tokens
+        rows = [prompt + [(i + n) % len(self.tokenizer) for i in range(last)] for n in range(c.shared_prefix_group)]
         ids = torch.tensor(rows, device=self.runtime.device)
-        answers = (torch.arange(ids.shape[1], device=ids.device) >= len(prompt)).expand_as(ids)
-        return SFTBatch(ids, torch.ones_like(answers), answers), answers
-
-    def load_models(self) -> dict[str, Engine]:
-        actor = self.model(Actor, self.source("actor") or self.config.model, lora=self.config.lora)
-        disable_dropout(actor)
-        return {"actor": self.engine(actor, accumulates=self.accumulates, generates=True)}
-
-    def load_reference(self, start) -> Engine | None:
-        refreshed = self.source("reference") if self.config.refresh_reference else None
-        return super().load_reference(refreshed if refreshed and refreshed.is_dir() else start)
+        responses = (torch.arange(ids.shape[1], device=ids.device) >= len(prompt)).expand_as(ids)
+        return SFTBatch(ids, torch.ones_like(responses), responses), responses

@@ -5,7 +5,8 @@ import os
 import sys
 import time
 import traceback
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from coati.config import parse_config
 from coati.errors import UserError
@@ -17,20 +18,29 @@ Config = TypeVar("Config")
 SECONDS_FOR_RANK_0 = 10
 
 
-def parse_run(config_class: type[Config], description: str) -> Config:
+def parse_run(
+    config_class: type[Config],
+    description: str,
+    argv: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """The settings of a run, checked as far as that is quick.
+
+    Args:
+        argv: settings as flags, `sys.argv[1:]` if None.
+        defaults: settings that a file and flags win over.
 
     Raises:
         UserError: see `parse_config`, `check_paths` and the settings' own `check`.
     """
-    config = parse_config(config_class, description=description)
+    config = parse_config(config_class, argv, description, defaults)
     check_paths(config)
     config.check(max(1, _processes() // config.model_parallel_size))
     return config
 
 
-def main(config_class, load_trainer, description: str, parse=parse_run):
-    """Runs one training script.
+def main(config_class, load_trainer, description: str, parse=parse_run, **how):
+    """Runs one training command.
 
     Exit status: 0 for a finished run or one that saved when it was asked to stop, 2 for a mistake of the user's, 1 for
     any other error. No rank waits for the others once it has failed.
@@ -39,12 +49,15 @@ def main(config_class, load_trainer, description: str, parse=parse_run):
         load_trainer: returns the trainer class; called once the settings are known to be right, since importing torch
             takes seconds.
         parse: makes the config from its class and the description, out of the command line.
+        **how: further arguments of `parse`.
     """
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     watch_launcher()
     runtime = None
     try:
-        config = parse(config_class, description)
+        config = parse(config_class, description, **how)
+        if config.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
         if is_main:
             print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
         trainer_class = load_trainer()

@@ -1,4 +1,4 @@
-"""What SFT, reward modelling and preference optimisation share: rows in, a loss over the global batch out."""
+"""What SFT, reward modeling and preference optimization share: rows in, a loss over the global batch out."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,75 +7,111 @@ import torch
 from torch import Tensor
 
 from coati.models.base import BaseModel
-from coati.trainers.base import LossPart, Trainer
+from coati.run_layout import ONLY_MODEL
+from coati.trainers.batching import Batching, model_inputs
+from coati.trainers.trainer import Trainer
+from coati.transfer import upload
 
 
 class SupervisedTrainer(Trainer):
-    """One model, one dataset, one loss.
+    """One model, one data set, one loss.
 
-    An algorithm gives `kind`, `model_class`, `collate`, `count` and `loss`, and `tally`, `averages` and `samples` for
-    evaluation.
+    An algorithm gives `kind`, `model_class`, `collate`, `count` and `loss`, and for evaluation `accumulate`, `finalize`
+    and `samples`.
+
+    Attributes:
+        kind: of the data's rows.
+        rows_per_sample: what the model reads of a sample; 2 for pairs.
+        generates: whether the model writes sample responses.
+        model: the engine of the model; data, eval_data: the rows; order: those of each step.
     """
 
     kind: str
     model_class: type[BaseModel]
+    rows_per_sample = 1
     generates = False
 
     def build(self):
         c = self.config
-        self.data = self.dataset(c.train_data, self.kind, c.train_weights)
-        self.eval_data = self.dataset(c.eval_data, self.kind)
-        self.batches = self.sampler(self.data)
-        model = self.model(self.model_class, self.source("model") or c.model, lora=c.lora)
-        rows = c.batch_size // self.communicator.world_size
-        accumulates = rows > c.micro_batch_size
-        self.engines = {"model": self.engine(model, accumulates=accumulates, generates=self.generates)}
+        self.data = self.load_data(c.train_data, c.train_weights)
+        self.eval_data = self.load_data(c.eval_data)
+        self.order, self.total_steps = self.make_order()
+        budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
+        self.batching = Batching(self.ranks, c.micro_batch_size, budget)
+        self.factory.longest_sequence = self.longest_sequence()
+        start = self.folder.model_in_checkpoint(ONLY_MODEL) or c.model
+        accumulates = c.batch_size // self.ranks.world_size > c.micro_batch_size
+        self.model = self.factory.trained(self.make_model(start), accumulates=accumulates, generates=self.generates)
+        self.engines = {ONLY_MODEL: self.model}
 
-    def longest_sequence(self):
+    def load_data(self, sources: list[str], weights: list[float] | None = None):
+        """The rows of some sources, with `lengths`, `source_names`, `source_of_row` and `key`; None for no sources."""
+        return self.factory.dataset(sources, self.kind, weights)
+
+    def make_order(self):
+        """The order of the training data (its `batch(k)` and `epoch(k)`), and how many steps the run has."""
+        return self.factory.order(self.data, self.start)
+
+    def make_model(self, start) -> BaseModel:
+        """The model that is trained, from a folder."""
+        return self.factory.model(self.model_class, start, lora=self.config.lora)
+
+    def longest_sequence(self) -> int:
+        """The most tokens of a row that the model reads."""
         return max(int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None)
+
+    def data_key(self):
+        return self.data.key
+
+    # --- for the algorithm to fill in
 
     def collate(self, samples: list) -> Any:
         """A batch from samples."""
         raise NotImplementedError
 
-    def count(self, batch) -> Tensor:
+    def count(self, batch) -> Tensor | int:
         """What the loss is divided by, of this batch."""
         raise NotImplementedError
 
-    def loss(self, batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """This batch's share of the loss and of the metrics."""
+    def loss(self, output, batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """This batch's part of the loss and of the metrics."""
         raise NotImplementedError
 
-    def tally(self, output, batch, rows: Tensor) -> dict[str, Tensor]:
+    def accumulate(self, output, batch, rows: Tensor) -> dict[str, Tensor]:
         """What is measured, summed over some of the batch's rows (bool `[batch]`, for pairs `[pairs]`)."""
         raise NotImplementedError
 
-    def averages(self, sums: dict[str, float]) -> dict[str, float]:
-        """Metrics from the sums of `tally`."""
+    def finalize(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics from the sums of `accumulate`."""
         raise NotImplementedError
 
-    def scores(self, output, batch, rows: Tensor) -> list:
+    def row_scores(self, output, batch, rows: Tensor) -> list:
         """What `samples` wants to know of each of these rows, if anything."""
         return []
 
-    def samples(self, scores: dict[int, Any]) -> list[dict[str, Any]]:
-        """Texts of the first evaluation rows, whose `scores` are given by row."""
+    def samples(self, row_scores: dict[int, Any]) -> list[dict[str, Any]]:
+        """Texts of the first evaluation rows, whose `row_scores` are given by row."""
         raise NotImplementedError
 
     def targets(self, batch) -> Tensor | None:
-        """The tokens whose log-probs the loss reads; None if it reads something else."""
+        """The tokens whose log-probs the loss reads, bool `[batch, seq]`; None if it reads something else."""
         return None
 
-    def train_step(self, step: int) -> tuple[dict[str, float], int]:
-        rows = self.batches.batch(step)
-        micro_batches = self.load_all(self.data, self.deal(rows, self.data.lengths), rows)
-        rate = self.learning_rate(self.config.learning_rate)
-        part = LossPart(micro_batches, self.count, self.loss, targets=self.targets)
-        metrics = self.optimise(self.engines["model"], [part], rate)
-        tokens = self.communicator.sum(sum(int(b.attention_mask.sum()) for b in micro_batches))
-        return {**metrics, "learning_rate": rate, "epoch": self.batches.epoch(step + 1)}, int(tokens)
+    # --- training
 
-    def load(self, data, index: list[int]):
+    def step(self, k):
+        rows = self.order.batch(k)
+        micro_batches = self.load_all(self.data, self.batching.shard(rows, self.data.lengths), rows)
+        rate = self.learning_rate(k, self.config.learning_rate)
+        with self.model.update(rate) as update:
+            update.add(micro_batches, self.inputs, self.loss, self.count)
+        return {**update.metrics, "learning_rate": rate, "epoch": self.order.epoch(k + 1), "tokens": update.tokens}
+
+    def inputs(self, batch) -> dict[str, Any]:
+        """What the model is called with."""
+        return model_inputs(batch, self.targets(batch))
+
+    def load(self, data, index: Sequence[int]):
         """The rows as a batch on this rank's device."""
         return self.collate([data[i] for i in index]).to(self.runtime.device)
 
@@ -83,17 +119,7 @@ class SupervisedTrainer(Trainer):
         """This rank's micro-batches of the `rows` that all ranks see together."""
         return [self.load(data, chunk) for chunk in chunks]
 
-    def share_of(self, data) -> list[list[tuple[int, bool]]]:
-        """This rank's micro-batches of all rows: their numbers, and whether they are real.
-
-        Every rank gets the same number of batches, for plugins that communicate in the forward pass; missing rows are
-        filled with copies that are not real.
-        """
-        rows, lengths = len(data), list(data.lengths)
-        filler = -rows % self.communicator.world_size
-        copied = lengths.index(max(lengths))
-        chunks = self.deal(range(rows + filler), lengths + [max(lengths)] * filler)
-        return [[(i, True) if i < rows else (copied, False) for i in chunk] for chunk in chunks]
+    # --- evaluation
 
     def parts_of(self, data) -> tuple[Sequence[str], Any]:
         """Names of the parts of evaluation data that are also measured alone, and of which each row is (`[rows]`)."""
@@ -105,33 +131,39 @@ class SupervisedTrainer(Trainer):
         if self.eval_data is None:
             return {}, []
         names, part_of_row = self.parts_of(self.eval_data)
-        tallies: list[list[dict[str, Tensor]]] = [[] for _ in names]
-        scores: dict[int, Any] = {}
+        sums: list[list[dict[str, Tensor]]] = [[] for _ in names]
+        row_scores: dict[int, Any] = {}
         for output, batch, real, rows in self.eval_outputs():
-            parts = torch.as_tensor(part_of_row[rows], device=real.device)
-            for k, tally in enumerate(tallies):
-                tally.append(self.tally(output, batch, real & (parts == k)))
+            parts = upload(part_of_row[rows], real.device)
+            for part in range(len(names)):
+                sums[part].append(self.accumulate(output, batch, real & (parts == part)))
             numbers = [row for row, is_real in zip(rows, real.tolist(), strict=True) if is_real]
-            scores |= zip(numbers, self.scores(output, batch, real), strict=False)
-        found = [self.communicator.sum_metrics(tally) for tally in tallies]
-        metrics = self.averages({name: sum(sums[name] for sums in found) for name in found[0]})
-        for k, name in enumerate(names) if len(names) > 1 else ():
-            if (part_of_row == k).any():
-                metrics |= {f"{metric}/{name}": value for metric, value in self.averages(found[k]).items()}
-        first = self.communicator.gather([pair for pair in scores.items() if pair[0] < self.config.samples])
-        samples = self.samples(dict(sorted(pair for part in first for pair in part))) if self.config.samples else []
-        return metrics, samples
+            row_scores |= zip(numbers, self.row_scores(output, batch, real), strict=False)
+        found = [self.ranks.sum_metrics(of_part) for of_part in sums]
+        metrics = self.finalize({name: sum(of_part[name] for of_part in found) for name in found[0]})
+        if len(names) > 1:
+            for part, name in enumerate(names):
+                if (part_of_row == part).any():
+                    of_part = self.finalize(found[part])
+                    metrics |= {f"{metric}/{name}": value for metric, value in of_part.items()}
+        return metrics, self.first_samples(row_scores)
+
+    def first_samples(self, row_scores: dict[int, Any]) -> list[dict[str, Any]]:
+        """The samples of the first rows, whichever ranks have seen them."""
+        if self.config.samples == 0:
+            return []
+        first = [pair for pair in row_scores.items() if pair[0] < self.config.samples]
+        return self.samples(dict(sorted(pair for of_rank in self.ranks.gather(first) for pair in of_rank)))
 
     def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:
         """The model's outputs for this rank's share of the evaluation data: output, batch, which of its rows are real
-        (bool `[batch]`), the numbers of all its rows. Batches are filled up as in `share_of`.
+        (bool `[batch]`), the numbers of all its rows; see `Batching.shard_all`.
         """
-        chunks = self.share_of(self.eval_data)
+        chunks = self.batching.shard_all(self.eval_data.lengths)
         numbers = [[row for row, _ in chunk] for chunk in chunks]
         batches = self.load_all(self.eval_data, numbers, range(len(self.eval_data)))
-        engine = self.engines["model"]
-        engine.model.eval()
-        outputs = engine.forward_all([self.inputs(batch, self.targets(batch)) for batch in batches])
-        engine.model.train()
+        self.model.model.eval()
+        outputs = self.model.forward_all([self.inputs(batch) for batch in batches])
+        self.model.model.train()
         for output, batch, chunk, rows in zip(outputs, batches, chunks, numbers, strict=True):
-            yield output, batch, torch.tensor([real for _, real in chunk], device=self.runtime.device), rows
+            yield output, batch, upload([real for _, real in chunk], self.runtime.device, torch.bool), rows

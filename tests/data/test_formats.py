@@ -421,10 +421,9 @@ def test_a_column_that_rewards_could_not_be_called_with_is_refused(name):
 
 def test_rewards_are_called_with_every_name_that_is_not_reserved():
     """REPORT 22: through all layers that take columns as keywords."""
-    import torch
-
     from coati.data.records import RESERVED
-    from coati.rewards import FunctionReward, WeightedRewards
+    from coati.rewards import FunctionReward, Scorer
+    from coati.samples import Sample
 
     read = {}
     names = [
@@ -440,14 +439,17 @@ def test_rewards_are_called_with_every_name_that_is_not_reserved():
         "args",
         "kwargs",
     ]
-    rewards = WeightedRewards([(FunctionReward(lambda prompts, responses, **c: read.update(c) or [1.0], "f"), 1.0)])
+    scorer = Scorer([(FunctionReward(lambda prompts, responses, **c: read.update(c) or [1.0], "f"), 1.0)])
     [record] = parse_record({"messages": [user("hi")], **dict.fromkeys(names, "x")}, "prompt")
-    columns = {name: [value] for name, value in record.columns.items()} | {"input_ids": torch.zeros(1, 1)}
-    assert rewards.score(["hi"], ["a"], **columns).total.tolist() == [1.0] and set(names) <= read.keys()
-    for name in sorted({"self", "prompts", "responses"}):
+    sample = Sample.of_texts("hi", "a")
+    sample.columns = record.columns
+    scorer.score([sample])
+    assert sample.score == 1.0 and set(names) <= read.keys()
+    for name in ("prompts", "responses"):
         assert name in RESERVED
-        with pytest.raises(TypeError):
-            rewards.score(["hi"], ["a"], **{name: ["x"]})
+        sample.columns = {name: "x"}
+        with pytest.raises(TypeError, match="multiple values"):
+            scorer.score([sample])
 
 
 def test_the_answer_at_a_dialogue_s_end_is_said_to_be_left_out():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coati.data import BatchSampler, deal
+from coati.data import BatchSampler, shard_batch
 from coati.errors import UserError
 
 
@@ -93,7 +93,7 @@ def test_micro_batches_of_like_length_need_little_padding():
     lengths = lengths_of(400)
 
     def padded(rows) -> int:
-        return sum(len(micro) * max(lengths[row] for row in micro) for micro in deal(rows, lengths, 0, 1, 8))
+        return sum(len(micro) * max(lengths[row] for row in micro) for micro in shard_batch(rows, lengths, 0, 1, 8))
 
     one_batch = sum(8 * lengths[first : first + 8].max() for first in range(0, 400, 8))
     assert padded(range(400)) < 1.1 * lengths.sum() < 1.5 * lengths.sum() < one_batch
@@ -103,7 +103,7 @@ def test_micro_batches_of_like_length_need_little_padding():
 def test_ranks_share_out_the_same_global_batch(world_size):
     lengths = lengths_of(64)
     batch = BatchSampler(len(lengths), 16, seed=1).batch(3)
-    dealt = [deal(batch, lengths, rank, world_size, 3) for rank in range(world_size)]
+    dealt = [shard_batch(batch, lengths, rank, world_size, 3) for rank in range(world_size)]
     assert sorted(row for rank in dealt for micro in rank for row in micro) == sorted(batch)
     assert len({len(rank) for rank in dealt}) == 1
     assert all(len(micro) <= 3 for rank in dealt for micro in rank)
@@ -113,7 +113,7 @@ def test_ranks_share_out_the_same_global_batch(world_size):
 @given(lengths=st.lists(st.integers(1, 50), min_size=8, max_size=40), max_tokens=st.integers(50, 200))
 def test_micro_batches_keep_to_a_budget_of_tokens(world_size, lengths, max_tokens):
     rows = range(len(lengths) // world_size * world_size)
-    dealt = [deal(rows, lengths, rank, world_size, 1, max_tokens) for rank in range(world_size)]
+    dealt = [shard_batch(rows, lengths, rank, world_size, 1, max_tokens) for rank in range(world_size)]
     assert sorted(row for rank in dealt for micro in rank for row in micro) == list(rows)
     assert len({len(rank) for rank in dealt}) == 1
     for rank in dealt:
@@ -125,15 +125,15 @@ def test_micro_batches_keep_to_a_budget_of_tokens(world_size, lengths, max_token
 
 def test_ranks_get_like_work():
     lengths = lengths_of(64)
-    work = [sum(lengths[row] for m in deal(range(64), lengths, rank, 2, 4) for row in m) for rank in (0, 1)]
+    work = [sum(lengths[row] for m in shard_batch(range(64), lengths, rank, 2, 4) for row in m) for rank in (0, 1)]
     assert max(work) < 1.05 * min(work)
 
 
 def test_a_batch_that_ranks_cannot_share_is_an_error():
     with pytest.raises(UserError, match="batch size 10 is not a multiple of the 4 processes"):
-        deal(range(10), range(10), 0, 4, 1)
+        shard_batch(range(10), range(10), 0, 4, 1)
     with pytest.raises(UserError, match="micro-batch size is 0"):
-        deal(range(10), range(10), 0, 2, 0)
+        shard_batch(range(10), range(10), 0, 2, 0)
 
 
 def test_nothing_to_sample_from_is_an_error():

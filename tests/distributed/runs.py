@@ -12,7 +12,7 @@ import psutil
 import torch
 import yaml
 
-from coati.parallel.checkpoint import NAME, incomplete
+from coati.run_layout import checkpoints_of, list_complete
 from coati.tracking import read_metrics, read_samples
 from examples.stages import SCRIPTS, free_port
 from tests.conftest import ROOT
@@ -99,7 +99,7 @@ def wait_for_step(output: Path, step: int, folder: Path, lives: Callable[[], boo
 
 def whole_checkpoints(output: Path) -> list[Path]:
     """Oldest first."""
-    return [folder for folder in sorted((output / "checkpoints").glob(NAME)) if incomplete(folder) is None]
+    return list_complete(checkpoints_of(output))
 
 
 def assert_same_end(expected: Path, found: Path):

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/distributed/spoiled_worker.py JOBS.json RESULTS.json
 
-A job's settings are those of its trainer; its `spoil` is {"method": a method that gives a loss, "step": from 0, "kind":
-`loss` (the loss is NaN) or `gradient` (the loss is as it was, its gradient is not finite)}.
+A job's settings are those of its trainer; its `spoil` is {"model": whose loss, "step": from 0, "kind": `loss` (the loss
+is NaN) or `gradient` (the loss is as it was, its gradient is not finite)}.
 """
 
 import sys
@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import trainer_classes
 from tests.distributed import worker
+from tests.trainers.steps import change_losses
 
 run_unspoiled = worker.run
 
@@ -24,21 +25,19 @@ def run(job: dict, runtime) -> dict:
     whether all ranks have the same weights after it (nothing where they hold different ones)."""
     _, trainer_class = trainer_classes(job["algorithm"])
     plant, moved, alike = job["spoil"], [], []
-    step_of, loss_of = trainer_class.train_step, getattr(trainer_class, plant["method"])
+    step_of = trainer_class.step
 
-    def loss(self, *arguments, **keywords):
-        share, metrics = loss_of(self, *arguments, **keywords)
-        if runtime.rank == runtime.world_size - 1 and self.step == plant["step"]:
-            if plant["kind"] == "gradient":  # the root's slope at 0 is infinite
-                share = share + (0.0 * share).sqrt()
-            else:
-                share = share * float("nan")
-                metrics = metrics | {name: value + share.detach() for name, value in metrics.items() if "loss" in name}
-        return share, metrics
+    def step(self, k):
+        if not moved:
+            is_here = runtime.rank == runtime.world_size - 1
 
-    def train_step(self, step):
+            def spoil(share, metrics):
+                spoils = is_here and self.steps_done == plant["step"]
+                return spoiled(share, metrics, plant["kind"]) if spoils else (share, metrics)
+
+            change_losses(self.engines[plant["model"]], spoil)
         before = [everything(engine) for engine in self.engines.values()]
-        result = step_of(self, step)
+        result = step_of(self, k)
         after = [everything(engine) for engine in self.engines.values()]
         changed = [not same(*pair) for pair in zip(before, after, strict=True)]
         moved.append([n for n, yes in zip(self.engines, changed, strict=True) if runtime.communicator.any(yes)])
@@ -48,13 +47,18 @@ def run(job: dict, runtime) -> dict:
             alike.append(all(torch.equal(weights, theirs) for theirs in runtime.communicator.gather(weights)))
         return result
 
-    trainer_class.train_step = train_step
-    setattr(trainer_class, plant["method"], loss)
+    trainer_class.step = step
     try:
         return run_unspoiled(job, runtime) | {"moved": moved, "alike": alike}
     finally:
-        trainer_class.train_step = step_of
-        setattr(trainer_class, plant["method"], loss_of)
+        trainer_class.step = step_of
+
+
+def spoiled(share: torch.Tensor, metrics: dict, kind: str):
+    if kind == "gradient":  # the root's slope at 0 is infinite
+        return share + (0.0 * share).sqrt(), metrics
+    share = share * float("nan")
+    return share, metrics | {name: value + share.detach() for name, value in metrics.items() if "loss" in name}
 
 
 def everything(engine) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coati.parallel.checkpoint import MANIFEST, NAME
+from coati.run_layout import MANIFEST, list_checkpoints
 from coati.tracking.files import read_run
 from examples.stages import fill_figures
 from tests.conftest import ROOT, settings_for
@@ -107,7 +107,7 @@ def strike(attempt: Attempt, kill: Kill) -> str:
     output, before = attempt.output, steps_saved(attempt.output)
 
     def saved() -> bool:
-        names = [path.name for path in (output / "checkpoints").glob(NAME)]
+        names = [path.name for path in list_checkpoints(output / "checkpoints")]
         return max(names, default="") >= f"step-{kill.saves + (int(before[-1][5:]) if before else 0):08d}"
 
     match kill.moment:
@@ -229,13 +229,13 @@ def small_disk(folder: Path, megabytes: int):
 def train_until_full(folder: Path, kind: str, fraction: float, algorithm: str, config: str):
     """The run finds little room from its third save on: either files of more than `fraction` of the largest one so far
     are refused, which every machine can do, or so much of a checkpoint still fits on the disk."""
-    from coati.trainers.base import Trainer
+    from coati.trainers.trainer import Trainer
 
-    save = Trainer._save
+    save = Trainer.save
 
     def saved(self, score):
-        if self.step == 3:
-            sizes = [path.stat().st_size for path in whole_checkpoints(self.output)[-1].rglob("*")]
+        if self.steps_done == 3:
+            sizes = [path.stat().st_size for path in whole_checkpoints(self.folder.path)[-1].rglob("*")]
             if kind == "short files":
                 limit = int(fraction * max(sizes))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -245,7 +245,7 @@ def train_until_full(folder: Path, kind: str, fraction: float, algorithm: str, c
                     os.posix_fallocate(file.fileno(), 0, int(disk.f_bavail * disk.f_bsize - fraction * sum(sizes)))
         save(self, score)
 
-    Trainer._save = saved
+    Trainer.save = saved
     forks.train(algorithm, config)
 
 

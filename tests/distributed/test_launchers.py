@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coati.parallel.checkpoint import incomplete
+from coati.run_layout import incomplete
 from coati.watch import lives
 from examples.stages import fill_figures
 from tests.conftest import ROOT, settings_for

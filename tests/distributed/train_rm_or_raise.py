@@ -2,9 +2,7 @@
 
 import signal
 
-from coati.trainers.config import RewardConfig
-from coati.trainers.main import main
-from examples.train_rm import load_trainer
+from coati.commands import train
 
 
 def fail(number, frame):
@@ -13,4 +11,4 @@ def fail(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, fail)
-    main(RewardConfig, load_trainer, "reward model")
+    train("reward")

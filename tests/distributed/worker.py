@@ -28,15 +28,15 @@ def run(job: dict, runtime):
     config_class, trainer_class = trainer_classes(job["algorithm"])
     trainer = trainer_class(config_class(**job["settings"]), runtime)
     steps = []
-    train_step = trainer.train_step
+    step = trainer.step
 
-    def recorded(step):
-        metrics, tokens = train_step(step)
+    def recorded(k):
+        metrics = step(k)
         how = ("seconds/", "padding_share")
-        steps.append({k: v for k, v in metrics.items() if not k.startswith(how)} | {"tokens": tokens})
-        return metrics, tokens
+        steps.append({name: value for name, value in metrics.items() if not name.startswith(how)})
+        return metrics
 
-    trainer.train_step = recorded
+    trainer.step = recorded
     rollouts = record_rollouts(trainer) if job["algorithm"] in ("ppo", "grpo") else []
     trainer.train()
     norms = {}
@@ -50,14 +50,15 @@ def run(job: dict, runtime):
 
 def record_rollouts(trainer) -> list[str]:
     """A list that gets a hash of each iteration's tokens and log-probs, to the last bit."""
-    seen, experience = [], trainer.experience
+    seen, rollouts = [], trainer.rollouts.next
 
-    def recorded(rollout, *scores):
-        parts = [getattr(rollout, name).numpy().tobytes() for name in ("input_ids", "response_mask", "log_probs")]
-        seen.append(hashlib.sha256(b"".join(parts)).hexdigest())
-        return experience(rollout, *scores)
+    def recorded(k):
+        batch, metrics = rollouts(k)
+        tensors = (batch.input_ids, batch.response_mask, batch.sampling_log_probs)
+        seen.append(hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest())
+        return batch, metrics
 
-    trainer.experience = recorded
+    trainer.rollouts.next = recorded
     return seen
 
 

@@ -61,7 +61,7 @@ def test_shared_prompts_are_separate_rows(members, device, figure):
     mask[:, :5] = True
     model.to(device, torch.float32)
     inputs = dict(input_ids=ids.to(device), attention_mask=mask.to(device))
-    together, apart = model(**inputs, members=members), model(**inputs)
+    together, apart = model(**inputs, shared_prefix_group=members), model(**inputs)
     real = inputs["attention_mask"]
     figure("error of shared prompts", relative_error(together * real, apart * real))
     torch.testing.assert_close(together[real], apart[real], rtol=1e-4, atol=1e-4)

@@ -33,25 +33,20 @@ def test_a_plan_is_within_15_percent_of_the_peak(case, folder, runtime, device, 
     if device.type != "cuda":
         pytest.skip("measures a GPU's memory")
     from coati.config import parse_config
-    from coati.planner.report import config_classes
-    from coati.trainers.ppo import PPOTrainer
-    from coati.trainers.reward import RewardTrainer
-    from coati.trainers.sft import SFTTrainer
+    from coati.trainers.algorithms import ALGORITHMS
 
-    trainer_class = {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[case.algorithm]
-    config = parse_config(config_classes()[case.algorithm], flags(case, world(folder, SIZE), str(tmp_path)))
+    algorithm = ALGORITHMS[case.algorithm]
+    config = parse_config(algorithm.config, flags(case, world(folder, SIZE), str(tmp_path)))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    trainer = trainer_class(config, runtime)
-    for engine in trainer.engines.values():
-        engine.module.train()
+    trainer = algorithm.trainer()(config, runtime)
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
-        trainer.train_step(step)
-        trainer.step += 1
+        trainer.step(step)
+        trainer.steps_done += 1
     measured = torch.cuda.max_memory_allocated() - before
-    del trainer, engine
+    del trainer
     gc.collect()
     expected = planned(case, folder, on_gpu=True)
     figure(f"planned / measured, {case.algorithm} {case.settings['plugin']} {case.name}", round(expected / measured, 3))

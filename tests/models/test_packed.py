@@ -77,5 +77,5 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(family, attention, m
         return log_probs.detach()[targets], {name: p.grad.clone() for name, p in actor.named_parameters()}
 
     for options in ({}, {"targets": targets}, {"targets": targets}):  # the second call knows what the head does
-        for found, expected in zip(measure(members=members, **options), measure(**options), strict=True):
+        for found, expected in zip(measure(shared_prefix_group=members, **options), measure(**options), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # softmax and norms stay float32

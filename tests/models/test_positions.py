@@ -7,6 +7,7 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.models.positions import row_limit
 from coati.rewards import SequenceClassifierReward
+from coati.samples import Sample
 from tests.models.families import GROUPED, SHARED, padded, tiny_config
 from tests.trainers.test_saving import make
 
@@ -186,6 +187,6 @@ def test_a_classifiers_texts_are_cut_to_what_it_reads(kind, tiny_world):
     reward = SequenceClassifierReward(model, tokenizer, pad_token="<pad>")
     assert reward.max_length == limit
     text = "the cat sat on the mat " * 40
-    assert reward.score([text], [text]).isfinite().all()
+    assert reward.score([Sample.of_texts(text, text)]).isfinite().all()
     with pytest.raises(UserError, match=rf"reads 1 to {limit} tokens, not max_length {limit + 1}"):
         SequenceClassifierReward(model, tokenizer, pad_token="<pad>", max_length=limit + 1)

@@ -127,5 +127,5 @@ def test_a_quantization_that_can_not_be_undone_is_refused_at_the_start(tiny_worl
     trainer = make("sft", tiny_world, runtime, tmp_path / "run", **changes)
     with pytest.raises(UserError, match="quantized by bitsandbytes: --merge_lora False"):
         trainer.train()
-    assert trainer.step == 0
+    assert trainer.steps_done == 0
     make("sft", tiny_world, runtime, tmp_path / "alone", **changes, merge_lora=False).train()

@@ -1,13 +1,11 @@
 """Checkpoints that are whole or not there, in one process without a process group."""
 
 import errno
-import json
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,12 @@ import pytest
 import torch
 
 from coati.errors import UserError, no_room
-from coati.parallel.checkpoint import MANIFEST, Checkpoints, incomplete, read_manifest, write_json
+from coati.files import aside_of
+from coati.parallel.checkpoint import Checkpoints
 from coati.parallel.communication import Communicator
 from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
+from coati.run_layout import MANIFEST, incomplete, read_manifest
+from tests.kills import killed_before, was_killed
 
 
 def alone(rank: int = 0, world_size: int = 1) -> Runtime:
@@ -36,9 +37,9 @@ def write(folder):
     (folder / "state.json").write_text("{}")
 
 
-def interrupted(folder):
+def write_and_die(folder):
     write(folder)
-    raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def names(checkpoints):
@@ -64,8 +65,7 @@ def test_no_checkpoint_at_all(checkpoints):
 def test_an_interrupted_save_is_never_taken_and_is_cleared_by_the_next(checkpoints):
     """PITFALL 26: what a kill in the middle of a save leaves does not look whole."""
     first = checkpoints.save(1, write)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(2, interrupted)
+    assert was_killed(lambda: checkpoints.save(2, write_and_die))
     assert names(checkpoints) == ["step-00000001", "step-00000002.partial"]
     assert checkpoints.newest() == checkpoints.find("auto") == first
     with pytest.raises(UserError, match=r"step-00000002\.partial is not a complete checkpoint"):
@@ -168,29 +168,6 @@ def test_a_metric_that_is_nan_is_never_the_best(checkpoints):
     assert checkpoints.best() == good
 
 
-def killed_before(operation: int, folder: Path, action) -> bool:
-    """Runs the action in a process that gets SIGKILL before its n-th operation on files below the folder; False if it
-    came to the end before."""
-    pid = os.fork()
-    if pid == 0:
-        left = operation
-
-        def count(event, arguments):
-            nonlocal left
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
-                left -= event.startswith("shutil") or str(folder) in str(arguments) or "dir_fd" in str(arguments)
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
 @pytest.mark.parametrize(("step", "allowed"), [(4, {3, 4}), (3, {2, 3})], ids=["a new step", "a step again"])
 def test_killed_before_any_operation_on_files_a_save_leaves_whole_ones(checkpoints, tmp_path, step, allowed):
     """PITFALL 26: every single one of them, the removal of old checkpoints included."""
@@ -227,6 +204,18 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints
     assert checkpoints.find(str(aside)) == aside
     checkpoints.set_aside_after(2)
     assert checkpoints.newest().name == "step-00000002"
+
+
+def test_every_rank_syncs_what_it_wrote_before_the_others_go_on(checkpoints, monkeypatch):
+    """On a shared file system only the machine that wrote a file has its content in memory."""
+    checkpoints.folder.mkdir()
+    aside_of(checkpoints.folder / "step-00000001").mkdir()
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
+    runtime = alone(1, 2)
+    monkeypatch.setattr(runtime.communicator, "barrier", lambda: calls.append("barrier"))
+    Checkpoints(checkpoints.folder, runtime).save(1, lambda folder: None)
+    assert calls == ["barrier", "random-1-of-2.safetensors", "barrier", "barrier"]
 
 
 def full(folder):
@@ -337,12 +326,3 @@ def test_the_random_state_is_no_pickle(checkpoints):
 
     folder = checkpoints.save(1, write)
     assert {"python", "numpy", "torch"} <= load_file(folder / "random-0-of-1.safetensors").keys()
-
-
-def test_json_is_written_aside_and_renamed(tmp_path):
-    """PITFALL 26: a value that can't be written leaves the old file as it was."""
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

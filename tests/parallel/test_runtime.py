@@ -183,3 +183,91 @@ def test_a_ctrl_c_that_reaches_forked_children_too_counts_once():
     assert process.stdout.readline() == "forked\n"
     os.killpg(process.pid, signal.SIGINT)
     assert (process.communicate()[0], process.returncode) == ("lives\n", 0)
+
+
+@pytest.fixture
+def a_gpu_that_torch_can_not_use(monkeypatch, tmp_path):
+    """As with a torch for CUDA and a driver that is too old for it."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update it.")
+
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(place, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(place.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(place.torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_that_torch_can_not_use_is_no_reason_to_train_on_the_cpu(a_gpu_that_torch_can_not_use):
+    with pytest.raises(UserError, match=r"driver on your system is too old \(found version 12020\).*--device cpu"):
+        place._take_device(0)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_it_is_left_alone_where_it_is_hidden(hidden, a_gpu_that_torch_can_not_use, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert place._take_device(0).type == "cpu"
+
+
+def test_a_torch_for_cpus_uses_cpus(a_gpu_that_torch_can_not_use, monkeypatch):
+    monkeypatch.setattr(place.torch.version, "cuda", None)
+    assert place._take_device(0).type == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(place.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"no GPU of its own.*--device cpu"):
+        place._take_device(1)
+
+
+SAYS = "import os; print(os.environ['OMP_NUM_THREADS'], end=' ', flush=True)"
+
+
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_processes_share_the_cores_out(cores, processes, threads, tmp_path, monkeypatch, capfd):
+    from coati import run
+
+    (tmp_path / "says.py").write_text(SAYS)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)  # the tests' own stay
+    assert run.run(processes, [str(tmp_path / "says.py")]) == 0
+    assert capfd.readouterr().out.split() == [str(threads)] * processes
+
+
+def test_threads_that_were_asked_for_stay(tmp_path, monkeypatch, capfd):
+    from coati import run
+
+    (tmp_path / "says.py").write_text(SAYS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    assert run.run(2, [str(tmp_path / "says.py")]) == 0
+    assert capfd.readouterr().out.split() == ["7", "7"]
+
+
+TRAINS = """
+import os
+import sys
+from coati.trainers.config import SFTConfig
+from coati.trainers.main import main
+
+class Trainer:
+    def __init__(self, config, runtime):
+        print("hidden:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    def train(self):
+        pass
+
+main(SFTConfig, lambda: Trainer, "sft", argv=sys.argv[1:])
+"""
+
+
+def test_device_cpu_hides_gpus_before_torch_looks_for_them(tiny_world, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", *place.PLACE)}
+    arguments = ["--model", tiny_world["policy"], "--train_data", tiny_world["sft"], "--output_dir", str(tmp_path)]
+    for device, expected in (("cpu", "hidden: ''"), ("auto", "hidden: None")):
+        command = [sys.executable, "-c", TRAINS, *arguments, "--device", device]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert expected in found.stdout, found.stderr[-2000:]

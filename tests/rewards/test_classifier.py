@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coati.errors import UserError
 from coati.rewards import SequenceClassifierReward
 from tests.models.decoders import DECODERS, decoder_config
+from tests.rewards.samples import samples
 
 EOS = "<|endoftext|>"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -100,7 +101,7 @@ def chai():
 def test_the_gpt2_recipe():
     """PITFALL 6: pad = EOS, and texts that contain or end in EOS are scored at their own last token."""
     reward, plain = chai()
-    scores = reward.score(["Say: "] * len(TEXTS), TEXTS, input_ids=None, answer=[1] * len(TEXTS))
+    scores = reward.score(samples(["Say: "] * len(TEXTS), TEXTS, answer=[1] * len(TEXTS)))
     assert scores.shape == (len(TEXTS),) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, alone(plain, [f"Say: {t}" for t in TEXTS])[:, 0], rtol=1e-5, atol=1e-5)
     assert reward.model.config.pad_token_id == gpt2_tokenizer().eos_token_id == 0
@@ -117,7 +118,7 @@ def test_why_transformers_alone_will_not_do():
         plain(ids, attention_mask=mask)
     early = reward.model(ids, attention_mask=mask).logits[:, 0]
     assert torch.allclose(early[0], early[1])
-    ours = reward.score(["", ""], ["Thank you.", f"Thank you.{EOS}"])
+    ours = reward.score(samples(["", ""], ["Thank you.", f"Thank you.{EOS}"]))
     assert torch.allclose(ours[0], early[0], atol=1e-5) and not torch.allclose(ours[1], early[1], atol=1e-2)
 
 
@@ -134,7 +135,7 @@ def test_scores_do_not_depend_on_batches_and_padding(texts, batch_size, side):
     other = copy.copy(reward)
     other.tokenizer, other.batch_size = copy.deepcopy(reward.tokenizer), batch_size
     other.tokenizer.padding_side = side
-    scores = other.score([""] * len(texts), texts)
+    scores = other.score(samples([""] * len(texts), texts))
     torch.testing.assert_close(scores, alone(plain, texts)[:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -142,7 +143,7 @@ def test_scores_do_not_depend_on_batches_and_padding(texts, batch_size, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decoders_are_read_at_the_last_token(name, side):
     reward = SequenceClassifierReward(decoder(name), gpt2_tokenizer(), padding_side=side, batch_size=4)
-    scores = reward.score([""] * len(TEXTS), TEXTS)
+    scores = reward.score(samples([""] * len(TEXTS), TEXTS))
     torch.testing.assert_close(scores, alone(reward.model, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_encoders_are_read_as_they_read_themselves(name):
     reward = SequenceClassifierReward(encoder(name), word_tokenizer(), batch_size=2)
     texts = ["thank you", "the lamp is red", "", "late late late late late late"]
     expected = [reward.model(**word_tokenizer()(t, return_tensors="pt")).logits[0, 0] for t in texts]
-    torch.testing.assert_close(reward.score([""] * 4, texts), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reward.score(samples([""] * 4, texts)), torch.stack(expected), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=f"{name}ForSequenceClassification.*padding stays on the right"):
         SequenceClassifierReward(reward.model, word_tokenizer(), padding_side="left")
 
@@ -164,17 +165,19 @@ def test_longer_texts_lose_the_side_that_is_asked_for():
     ids = gpt2_tokenizer()(long)["input_ids"]
     assert len(ids) > 256
     left, right = (plain(torch.tensor([part])).logits[0] for part in (ids[-256:], ids[:9]))
-    torch.testing.assert_close(reward.score(["", ""], [long, "x"])[:1], left, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward.score(samples(["", ""], [long, "x"]))[:1], left, rtol=1e-5, atol=1e-5)
     short = SequenceClassifierReward(reward.model, gpt2_tokenizer(), truncation_side="right", max_length=9)
-    torch.testing.assert_close(short.score([""], [long]), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(short.score(samples([""], [long])), right, rtol=1e-5, atol=1e-5)
 
 
 def test_texts_longer_than_the_model_reads_are_cut_to_it():
     """GPT-2 has embeddings for 64 positions here; BLOOM reads any length."""
-    assert SequenceClassifierReward(decoder(), gpt2_tokenizer()).score([""], ["x " * 200]).isfinite().all()
+    assert SequenceClassifierReward(decoder(), gpt2_tokenizer()).score(samples([""], ["x " * 200])).isfinite().all()
     bloom = SequenceClassifierReward(decoder("Bloom"), gpt2_tokenizer())
     assert bloom.max_length is None
-    torch.testing.assert_close(bloom.score([""], ["x" * 99]), alone(bloom.model, ["x" * 99])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        bloom.score(samples([""], ["x" * 99])), alone(bloom.model, ["x" * 99])[0], rtol=1e-4, atol=1e-5
+    )
     assert SequenceClassifierReward(encoder(), word_tokenizer()).max_length == 32
     with pytest.raises(UserError, match="reads 1 to 64 tokens, not max_length 65"):
         SequenceClassifierReward(decoder(), gpt2_tokenizer(), max_length=65)
@@ -185,7 +188,7 @@ def test_the_label_is_chosen_by_name_or_index():
     model = decoder(num_labels=3, **labels)
     logits = alone(model, TEXTS)
     for label, column in (("good", 1), (0, 0), ("0", 0), ("1", 2), (1, 1)):
-        scores = SequenceClassifierReward(model, gpt2_tokenizer(), label=label).score([""] * len(TEXTS), TEXTS)
+        scores = SequenceClassifierReward(model, gpt2_tokenizer(), label=label).score(samples([""] * len(TEXTS), TEXTS))
         torch.testing.assert_close(scores, logits[:, column], rtol=1e-4, atol=1e-5)
     for label in (None, "nice", 3, -1):
         with pytest.raises(UserError, match=rf"labels bad, good, 1, not {label}.*--reward_classifier_label"):
@@ -200,7 +203,7 @@ def test_what_is_read_of_the_label(kind):
     expected = logits.softmax(1)[:, -1] if kind == "several" else logits.sigmoid()[:, -1]
     for output, values in (("probability", expected), ("log_prob", expected.log()), ("logit", logits[:, -1])):
         reward = SequenceClassifierReward(model, gpt2_tokenizer(), label=logits.shape[1] - 1, output=output)
-        torch.testing.assert_close(reward.score([""] * len(TEXTS), TEXTS), values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reward.score(samples([""] * len(TEXTS), TEXTS)), values, rtol=1e-4, atol=1e-5)
 
 
 def test_prompt_and_response_are_joined_by_a_template_or_by_the_chat_template():
@@ -214,7 +217,9 @@ def test_prompt_and_response_are_joined_by_a_template_or_by_the_chat_template():
     }
     for template, text in joined.items():
         reward = SequenceClassifierReward(model, tokenizer, template=template)
-        torch.testing.assert_close(reward.score(["why {x}?"], ["so"]), alone(model, [text])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            reward.score(samples(["why {x}?"], ["so"])), alone(model, [text])[0], rtol=1e-4, atol=1e-5
+        )
     for template in ("{prompt}", "{prompt}{reply}", "{response", "{}", "{0}{response}", ""):
         with pytest.raises(UserError, match="write chat, pair, or a text with"):
             SequenceClassifierReward(model, tokenizer, template=template)
@@ -230,7 +235,7 @@ def test_a_pair_of_texts_gets_the_tokenizers_separator():
         reward.model(**word_tokenizer()(p, r, return_tensors="pt")).logits[0, 0]
         for p, r in zip(prompts, responses, strict=True)
     ]
-    torch.testing.assert_close(reward.score(prompts, responses), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reward.score(samples(prompts, responses)), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -241,7 +246,7 @@ def test_a_chat_template_writes_its_special_tokens_itself():
     reward = SequenceClassifierReward(encoder(), tokenizer, template="chat")
     ids = tokenizer.convert_tokens_to_ids(["[CLS]", "thank", "you", "late"])
     expected = reward.model(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(reward.score(["thank you"], ["late"]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reward.score(samples(["thank you"], ["late"])), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_brings_its_tokenizer_and_another_may_be_named(tmp_path):
@@ -251,12 +256,12 @@ def test_a_checkpoint_brings_its_tokenizer_and_another_may_be_named(tmp_path):
     expected = alone(model, TEXTS)[:, 0]
     reward = SequenceClassifierReward(tmp_path / "whole")
     assert reward.name == "whole" and not reward.model.training
-    torch.testing.assert_close(reward.score([""] * len(TEXTS), TEXTS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reward.score(samples([""] * len(TEXTS), TEXTS)), expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "bare")
     gpt2_tokenizer().save_pretrained(tmp_path / "tokenizer")
     reward = SequenceClassifierReward(str(tmp_path / "bare"), str(tmp_path / "tokenizer"), dtype=torch.bfloat16)
     assert reward.model.dtype == torch.bfloat16
-    assert reward.score(["a"], ["b"]).dtype == torch.float32
+    assert reward.score(samples(["a"], ["b"])).dtype == torch.float32
 
 
 def test_the_given_tokenizer_is_left_as_it_is():

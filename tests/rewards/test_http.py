@@ -7,10 +7,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 
 from coati.errors import UserError
-from coati.rewards import HTTPReward, WeightedRewards
+from coati.rewards import HTTPReward, Scorer
+from tests.rewards.samples import Constant, of_reward, samples, scored
 
 PROMPTS, RESPONSES = ["a", "b", "c"], ["x", "yy", "zzz"]
 
@@ -58,13 +58,14 @@ def reward(server, **options) -> HTTPReward:
 
 
 def test_texts_and_plain_columns_go_out_in_batches_and_rewards_come_back(server):
-    columns = dict(answer=["1", None, {"n": 3}], input_ids=torch.zeros(3, 2), odd=[object()] * 3)
+    asked = samples(PROMPTS, RESPONSES, answer=["1", None, {"n": 3}], odd=[object()] * 3)
+    asked[1].finish_reason = "length"
     one = reward(server, batch_size=2, headers={"Authorization": "Bearer key"})
-    scores = one.score(PROMPTS, RESPONSES, **columns)
-    assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 2.0, 3.0]
+    assert one.score(asked) == [1.0, 2.0, 3.0]
+    columns = [{"answer": ["1", None], "truncated": [False, True]}, {"answer": [{"n": 3}], "truncated": [False]}]
     assert server.asked == [
-        {"prompts": ["a", "b"], "responses": ["x", "yy"], "columns": {"answer": ["1", None]}},
-        {"prompts": ["c"], "responses": ["zzz"], "columns": {"answer": [{"n": 3}]}},
+        {"prompts": ["a", "b"], "responses": ["x", "yy"], "columns": columns[0]},
+        {"prompts": ["c"], "responses": ["zzz"], "columns": columns[1]},
     ]
     assert server.headers[0]["Authorization"] == "Bearer key"
     assert server.headers[0]["Content-Type"] == "application/json"
@@ -75,7 +76,7 @@ def test_texts_and_plain_columns_go_out_in_batches_and_rewards_come_back(server)
 def test_a_passing_trouble_is_retried_and_logged(trouble, says, server, caplog):
     server.script = [trouble]
     with caplog.at_level(logging.WARNING, logger="coati"):
-        assert reward(server).score(PROMPTS, RESPONSES).tolist() == [1.0, 2.0, 3.0]
+        assert reward(server).score(samples(PROMPTS, RESPONSES)) == [1.0, 2.0, 3.0]
     [line] = [r.getMessage() for r in caplog.records]
     assert says in line and "/score" in line and "try 2 in 0.01 s" in line and "\n" not in line
 
@@ -84,7 +85,7 @@ def test_a_passing_trouble_is_retried_and_logged(trouble, says, server, caplog):
 def test_a_lasting_trouble_is_one_error_after_all_tries(trouble, says, server, caplog):
     server.script = [trouble] * 9
     with pytest.raises(UserError, match=rf"/score failed 3 times, the last with: .*{says}.*--reward_timeout"):
-        reward(server, retries=2).score(PROMPTS, RESPONSES)
+        reward(server, retries=2).score(samples(PROMPTS, RESPONSES))
     assert len(server.asked) == 3
     waits = [r.getMessage().rpartition(" in ")[2] for r in caplog.records]
     assert waits == ["0.01 s", "0.02 s"]
@@ -92,13 +93,13 @@ def test_a_lasting_trouble_is_one_error_after_all_tries(trouble, says, server, c
 
 def test_no_server_is_an_error_after_all_tries():
     with pytest.raises(UserError, match=r"failed 2 times, the last with: .*refused"):
-        HTTPReward("http://127.0.0.1:9/score", retries=1, wait=0.01).score(PROMPTS, RESPONSES)
+        HTTPReward("http://127.0.0.1:9/score", retries=1, wait=0.01).score(samples(PROMPTS, RESPONSES))
 
 
 def test_a_refused_request_is_not_tried_again(server):
     server.script = [404]
     with pytest.raises(UserError, match=r"/score refused the request: .*404"):
-        reward(server).score(PROMPTS, RESPONSES)
+        reward(server).score(samples(PROMPTS, RESPONSES))
     assert len(server.asked) == 1
 
 
@@ -112,7 +113,7 @@ def test_a_refused_request_is_not_tried_again(server):
         {"scores": [1, 2, 3]},
         {"rewards": [1, 2]},
         {"rewards": [1, 2, 3, 4]},
-        {"rewards": [1, None, 3]},
+        {"rewards": None},
         {"rewards": [1, "2", 3]},
         {"rewards": [1, True, 3]},
         {"rewards": 3},
@@ -123,14 +124,21 @@ def test_a_refused_request_is_not_tried_again(server):
 def test_a_bad_reply_is_an_error_at_once(body, server):
     server.script = [body]
     with pytest.raises(UserError, match=r"/score replied b.*one number for each of 3 responses"):
-        reward(server).score(PROMPTS, RESPONSES)
+        reward(server).score(samples(PROMPTS, RESPONSES))
     assert len(server.asked) == 1
+
+
+def test_null_from_an_endpoint_is_no_opinion(server):
+    """REPORT 30."""
+    server.script = [{"rewards": [1.0, None, 2]}]
+    found = scored(Scorer([(reward(server), 2.0), (Constant(0.5), 1.0)]), PROMPTS, RESPONSES)
+    assert of_reward("127.0.0.1", found) == [1.0, None, 2] and [s.score for s in found] == [2.5, 0.5, 4.5]
 
 
 def test_nan_from_an_endpoint_is_named(server):
     server.script = [{"rewards": [1.0, float("nan"), 2.0]}]
     with pytest.raises(UserError, match=r"'127.0.0.1' gave nan for the response 'yy'"):
-        WeightedRewards([(reward(server), 1.0)]).score(PROMPTS, RESPONSES)
+        scored(Scorer([(reward(server), 1.0)]), PROMPTS, RESPONSES)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:80/x", "http:///score", ""])

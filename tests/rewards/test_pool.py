@@ -1,4 +1,4 @@
-"""Answers scored one at a time while others are generated: the same scores in any order, failures counted, processes
+"""Responses scored one at a time while others are generated: the same scores in any order, failures counted, processes
 that hang or die replaced, and none left at the end."""
 
 import logging
@@ -12,13 +12,14 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from coati.errors import UserError
-from coati.rewards import FunctionReward, ScoringConfig, WeightedRewards, load_function, load_rewards
+from coati.rewards import FunctionReward, Reward, Scorer, ScoringConfig, load_function, load_rewards
 from coati.rewards.pool import Pool
 from coati.rewards.verifiable import ExactVerifier, GSM8KVerifier
+from coati.samples import Sample
 from tests.conftest import ROOT
+from tests.rewards.samples import of_reward, samples, scored, totals
 
 FUNCTIONS = """
 import os, sys, time
@@ -41,7 +42,7 @@ one.per_response = True
 """
 PROMPTS = [f"{i} + {i} =" for i in range(12)]
 RESPONSES = [f"#### {2 * i + (i % 3 == 0)}" for i in range(12)]
-COLUMNS = dict(answer=[str(2 * i) for i in range(12)], input_ids=torch.zeros(12, 3))
+ANSWERS = [str(2 * i) for i in range(12)]
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def make():
     made = []
 
     def make(rewards, workers=1, **options):
-        made.append(WeightedRewards(rewards, workers=workers, **options))
+        made.append(Scorer(rewards, workers=workers, **options))
         return made[-1]
 
     yield make
@@ -69,97 +70,81 @@ def length(prompts, responses, **columns):
     return [len(r) - sum(map(len, responses)) / len(responses) for r in responses]
 
 
-def mixed(make, workers: int) -> WeightedRewards:
+def asked() -> list[Sample]:
+    return samples(PROMPTS, RESPONSES, answer=ANSWERS)
+
+
+def mixed(make, workers: int) -> Scorer:
     kinds = [(GSM8KVerifier(), 1.0), (FunctionReward(length), 0.1), (ExactVerifier(), 0.5), (GSM8KVerifier(), 0.3)]
     return make(kinds, workers)
 
 
-def same(one, other):
-    assert one.sequence.equal(other.sequence) and one.per_token is other.per_token is None
-    assert list(one.parts) == list(other.parts) and list(one.seconds) == list(other.seconds)
-    assert all(one.parts[name].equal(other.parts[name]) for name in one.parts)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_scores_do_not_depend_on_what_was_submitted_when(make, workers):
-    expected = mixed(make, 0).score(PROMPTS, RESPONSES, **COLUMNS)
-    assert list(expected.parts) == [
-        "gsm8k", "gsm8k/failed", "length", "exact", "exact/failed", "gsm8k_2", "gsm8k_2/failed"
-    ]  # fmt: skip
-    assert expected.parts["gsm8k"].tolist() == [float(i % 3 > 0) for i in range(12)]
+def test_scores_do_not_depend_on_what_was_begun_when(make, workers):
+    expected = scored(mixed(make, 0), PROMPTS, RESPONSES, answer=ANSWERS)
+    assert [*expected[0].rewards] == ["gsm8k", "length", "exact", "gsm8k_2"]
+    assert [*expected[0].failed] == ["gsm8k", "exact", "gsm8k_2"] and not any(expected[0].failed.values())
+    assert of_reward("gsm8k", expected) == [float(i % 3 > 0) for i in range(12)]
     rewards = mixed(make, workers)
-    same(expected, rewards.score(PROMPTS, RESPONSES, **COLUMNS))
+    made = asked()
+    assert [*rewards.score(made)] == [*expected[0].rewards] and made == expected
     for seed in range(6):
-        order = random.Random(seed).sample(range(12), 2 * seed)
-        pending = rewards.start()
-        for i in order:
-            pending.submit(i, PROMPTS[i], RESPONSES[i], {"answer": COLUMNS["answer"][i]})
-        same(expected, pending.finish(PROMPTS, RESPONSES, **COLUMNS))
+        made, begun = asked(), [{}] * 12
+        for i in random.Random(seed).sample(range(12), 12):
+            begun[i] = rewards.begin(made[i])
+        rewards.score(made, begun)
+        assert made == expected
 
 
-def test_the_last_answer_submitted_for_a_place_counts(make):
-    rewards = mixed(make, 1)
-    pending = rewards.start()
-    pending.submit(0, "other", "#### 5", {"answer": "5"})
-    pending.submit(1, PROMPTS[1], "#### 7", {"answer": "2"})
-    pending.submit(1, PROMPTS[1], RESPONSES[1], {"answer": "2"})
-    same(rewards.score(PROMPTS, RESPONSES, **COLUMNS), pending.finish(PROMPTS, RESPONSES, **COLUMNS))
-
-
-def test_workers_share_the_answers(make, place):
+def test_workers_share_the_responses(make, place):
     rewards = make([(load_function(place), 1.0)], workers=2)
-    pending = rewards.start()
-    pending.submit(0, "", "1", {"answer": "x"})
-    scores = pending.finish([""] * 3, ["1", "2", "3"], answer=["x"] * 3)
-    assert scores.sequence.tolist() == [2.0, 3.0, 4.0]
-    pids = {*rewards.score([""] * 40, ["pid"] * 40).sequence.tolist()}
+    assert totals(rewards, ["1", "2", "3"], answer=["x"] * 3) == [5.0, 6.0, 7.0]
+    pids = {*totals(rewards, ["pid"] * 40)}
     assert pids <= {float(w.process.pid) for w in rewards.pool.workers} and os.getpid() not in pids
 
 
-def test_answers_are_scored_while_others_are_generated(make, place):
+def test_responses_are_scored_while_others_are_generated(make, place):
     rewards = make([(load_function(place), 1.0)])
-    pending = rewards.start()
-    pending.submit(0, "", "1", {})
-    future = pending.submitted[0][2]["one"]
-    assert future.result(timeout=60).score == 1.0  # without `finish`
+    [sample] = samples([""], ["1"])
+    assert rewards.begin(sample)["one"].result(timeout=60).score == 4.0  # without `score`
 
 
 def test_a_worker_imports_no_torch(make, place):
     rewards = make([(load_function(place), 1.0), (GSM8KVerifier(), 1.0)])
-    assert rewards.score([""], ["torch"], answer=["1"]).parts["one"].tolist() == [0.0]
+    assert of_reward("one", scored(rewards, [""], ["torch"], answer=["1"])) == [0.0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failures_are_counted_and_get_the_set_score(make, place, workers, caplog):
-    """At hour nine: once a reward has worked, no answer can stop the run."""
+    """At hour nine: once a reward has worked, no response can stop the run."""
     rewards = make([(load_function(place), 2.0)], workers, failure_score=-0.5)
-    assert rewards.score([""], ["3"]).sequence.tolist() == [6.0]
+    assert totals(rewards, ["3"]) == [12.0]
     with caplog.at_level(logging.WARNING, logger="coati"):
-        scores = rewards.score([""] * 3, ["1", "two", "nan"])
-    assert scores.parts["one"].tolist() == [1.0, -0.5, -0.5] and scores.sequence.tolist() == [2.0, -1.0, -1.0]
-    assert scores.parts["one/failed"].tolist() == [0.0, 1.0, 1.0]
+        found = scored(rewards, [""] * 3, ["1", "two", "nan"])
+    assert of_reward("one", found) == [4.0, -0.5, -0.5] and [s.score for s in found] == [8.0, -1.0, -1.0]
+    assert [s.failed for s in found] == [{"one": False}, {"one": True}, {"one": True}]
     [line] = [r.getMessage() for r in caplog.records]
-    assert "'one' failed for 2 of 3 answers, which get -0.5" in line and "finite, not nan" in line
-    assert rewards.score([""] * 2, ["two", "two"]).parts["one/failed"].tolist() == [1.0, 1.0]
+    assert "'one' failed for 2 of 3 responses, which get -0.5" in line and "finite, not nan" in line
+    assert [s.failed["one"] for s in scored(rewards, [""] * 2, ["two", "two"])] == [True, True]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_that_never_works_stops_the_run_with_its_error(make, place, workers):
     rewards = make([(load_function(place), 1.0)], workers)
     with pytest.raises(
-        UserError, match=r"'one' failed for all 2 answers, the last with ValueError: could not convert.*two"
+        UserError, match=r"'one' failed for all 2 responses, the last with ValueError: could not convert.*two"
     ):
-        rewards.score([""] * 2, ["x", "two"])
+        totals(rewards, ["x", "two"])
     rewards = make([(GSM8KVerifier("solution"), 1.0)], workers)
     with pytest.raises(UserError, match=r"'gsm8k' failed for all .*reads the column 'solution'"):
-        rewards.score(PROMPTS, RESPONSES, **COLUMNS)
+        rewards.score(asked())
 
 
 def test_a_function_that_the_worker_cannot_import_stops_the_run(make, place):
     reward = load_function(place)
-    reward.place = place.replace("functions.py", "moved.py")
+    reward.worker_spec = place.replace("functions.py", "moved.py")
     with pytest.raises(UserError, match=r"moved\.py does not exist"):
-        make([(reward, 1.0)]).score([""], ["1"])
+        totals(make([(reward, 1.0)]), ["1"])
 
 
 @pytest.mark.parametrize(
@@ -167,41 +152,40 @@ def test_a_function_that_the_worker_cannot_import_stops_the_run(make, place):
 )
 def test_a_worker_that_hangs_or_dies_is_replaced(make, place, response, says, caplog):
     rewards = make([(load_function(place), 1.0)], timeout=1.0)
-    [before] = rewards.score([""], ["pid"]).sequence.tolist()
+    [before] = totals(rewards, ["pid"])
     started = time.monotonic()
-    scores = rewards.score([""] * 3, ["1", response, "2"])
+    found = scored(rewards, [""] * 3, ["1", response, "2"])
     assert time.monotonic() - started < 30
-    assert scores.sequence.tolist() == [1.0, 0.0, 2.0] and scores.parts["one/failed"].tolist() == [0.0, 1.0, 0.0]
+    assert of_reward("one", found) == [4.0, 0.0, 5.0] and [s.failed["one"] for s in found] == [False, True, False]
     assert says in caplog.text
-    [after] = rewards.score([""], ["pid"]).sequence.tolist()
+    [after] = totals(rewards, ["pid"])
     assert after != before and not psutil.pid_exists(int(before))
 
 
 def test_a_reward_given_as_an_object_stays_in_this_process(make):
     """Nobody else could make it."""
 
-    class Object:
+    class Object(Reward):
         name, per_response = "object", True
 
-        def score(self, prompts, responses, **columns):
-            assert len(responses) == 1 and "input_ids" not in columns
+        def score(self, samples):
+            assert len(samples) == 1
             return [os.getpid()]
 
     rewards = make([(Object(), 1.0)], workers=1)
     assert rewards.pool is None
-    assert rewards.score(PROMPTS, RESPONSES, **COLUMNS).sequence.tolist() == [os.getpid()] * 12
+    assert totals(rewards, RESPONSES) == [os.getpid()] * 12
 
 
 def test_a_function_that_does_not_say_so_sees_the_whole_batch(place):
     assert load_function(place).per_response and not FunctionReward(length).per_response
-    rewards = WeightedRewards([(FunctionReward(length), 1.0)])
-    assert rewards.score([], ["a", "abc"], kind="any").sequence.tolist() == [-1.0, 1.0]
+    assert totals(Scorer([(FunctionReward(length), 1.0)]), ["a", "abc"], kind=["any", "any"]) == [-1.0, 1.0]
 
 
 def test_closing_ends_the_processes_at_once(place):
     pool = Pool({"one": place}, 2, 60.0)
-    [pool.submit("one", "", text, {}) for text in ("1", "1")][-1].result(60)
-    pool.submit("one", "", "hang", {})
+    [pool.submit("one", sample) for sample in samples([""] * 2, ["1", "1"])][-1].result(60)
+    pool.submit("one", *samples([""], ["hang"]))
     pids = children()
     assert len(pids) == 2
     pool.close()
@@ -210,7 +194,7 @@ def test_closing_ends_the_processes_at_once(place):
 
 def test_a_pool_that_nobody_holds_ends(place):
     pool = Pool({"one": place}, 1, 60.0)
-    pool.submit("one", "", "1", {}).result(60)
+    pool.submit("one", *samples([""], ["1"])).result(60)
     pids = children()
     del pool
     gone(pids)
@@ -230,10 +214,10 @@ def gone(pids: set[int]):
 SCRIPT = """
 import sys, time
 from coati.rewards import ScoringConfig, load_rewards
+from tests.rewards.samples import samples, totals
 rewards = load_rewards(ScoringConfig(reward_functions=[sys.argv[1]]))
-print(int(rewards.score([""], ["pid"]).sequence), flush=True)
-pending = rewards.start()
-pending.submit(0, "", "hang", {})
+print(int(totals(rewards, ["pid"])[0]), flush=True)
+rewards.begin(*samples([""], ["hang"]))
 time.sleep(0.5)
 print("hangs", flush=True)
 if sys.argv[2] == "raise":
@@ -261,7 +245,7 @@ def test_the_settings_reach_the_pool(make, place):
     config = ScoringConfig(verifiers=["gsm8k"], verifier_weights=[0.5], reward_functions=[place], reward_workers=2)
     rewards = load_rewards(config)
     assert len(rewards.pool.workers) == 2 and rewards.pool.workers[0].timeout == 60.0
-    assert rewards.score([""], ["3"], answer=["3"]).sequence.tolist() == [4.5]
+    assert totals(rewards, ["3"], answer=["3"]) == [7.5]
     rewards.pool.close()
     quiet = ScoringConfig(verifiers=["gsm8k"], reward_workers=0)
     assert load_rewards(quiet).pool is None
@@ -274,11 +258,11 @@ def test_many_threads_and_batches_at_once_get_their_own_scores(make, place):
     rewards, results = make([(load_function(place), 1.0)], workers=2), {}
 
     def ask(k):
-        results[k] = rewards.score([""] * 20, [str(k)] * 20).sequence.tolist()
+        results[k] = totals(rewards, [str(k)] * 20)
 
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == {k: [float(k)] * 20 for k in range(4)}
+    assert results == {k: [k + 3.0] * 20 for k in range(4)}

@@ -12,14 +12,13 @@ from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
 
 RULES = """
-class Tokens:
-    name = "even"
+from coati.rewards import Reward
 
-    def score(self, prompts, responses, **columns):
-        raise AssertionError
+class Tokens(Reward):
+    name, on_tokens = "even", True
 
-    def score_tokens(self, prompts, responses, *, input_ids, **columns):
-        return (input_ids % 2 == 0).float() + input_ids / 1000
+    def score(self, samples):
+        return [[float(token % 2 == 0) + token / 1000 for token in sample.tokens] for sample in samples]
 
 even = Tokens()
 """
@@ -54,24 +53,31 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
     assert sum(trained[0][f"seconds/reward/{name}"] for name in weights) <= trained[0]["seconds/score"]
 
 
-def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path):
-    """Normalising and clipping leave it alone: they are for the scores of whole answers."""
+def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path, monkeypatch):
+    """Normalising and clipping leave it alone: they are for the scores of whole responses."""
+    from coati.trainers import ppo
+
+    gae, seen = ppo.gae, []
     (tmp_path / "rules.py").write_text(RULES)
     places = [f"{tmp_path}/rules.py:even", tiny_world["rewards"] + ":length"]
     changes = dict(reward_functions=places, reward_function_weights=[3.0, 1.0], temperature=1.0)
     changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalise_reward=True)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scores, token_rewards, metrics = trainer.score(prompts, rollout)
-    experience, _ = trainer.experience(rollout, scores, token_rewards)
-    assert scores.abs().max() == 0.25
-    ids, mask = rollout.input_ids, rollout.response_mask
+    monkeypatch.setattr(
+        ppo, "gae", lambda values, rewards, mask, *a: seen.append(rewards) or gae(values, rewards, mask, *a)
+    )
+    rollouts, batches = trainer.rollouts.next, []
+    monkeypatch.setattr(trainer.rollouts, "next", lambda k: batches.append(rollouts(k)) or batches[-1])
+    metrics = trainer.step(0)
+    [(batch, _)], [rewards] = batches, seen
+    ids, mask = batch.input_ids, batch.response_mask
     expected = torch.where(mask, 3.0 * ((ids % 2 == 0).float() + ids / 1000), 0.0)
     assert metrics["reward/even"] == pytest.approx(expected.sum(1).mean().item() / 3, rel=1e-5)
+    of_responses = (rewards - expected).sum(1)
+    assert of_responses.abs().max() == pytest.approx(0.25) and len(of_responses.unique()) > 1
     last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
-    expected[torch.arange(len(ids)), last] += scores
-    torch.testing.assert_close(experience.rewards, expected)
+    expected[torch.arange(len(ids)), last] += of_responses
+    torch.testing.assert_close(rewards, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -90,6 +96,59 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
         assert row[f"{prefix}reward/gsm8k"] == pytest.approx(-1.0) and row[f"{prefix}reward/regex"] == 1
         assert row[f"{prefix}reward"] == pytest.approx(-1.0 + 0.5)
     assert trained["seconds/reward/gsm8k"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            dict(verifiers=["gsm8k"], reward_functions=[]),
+            "reads the column 'answer', which the prompts' rows don't have",
+        ),
+        (dict(verifiers=["gsm8k"], reward_functions=[], answer_column="gold"), "name one of its fields: gold.value"),
+        (dict(reward_functions=["{rules}:asks"]), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
+        (
+            dict(reward_functions=["{rules}:completions"]),
+            r"is called as completions\(prompts, responses, \*\*columns\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("bad", ["train_data", "eval_data"])
+def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generated(
+    tiny_world, runtime, tmp_path, changes, says, bad
+):
+    """REPORT 15, REPORT 30: those of training and of evaluation."""
+    (tmp_path / "rules.py").write_text(
+        "def asks(prompts, responses, solution):\n    return [0.0] * len(responses)\n"
+        "def completions(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    good = {"answer": "1", "gold": "1", "solution": "1"}
+    files = {"train_data": good, "eval_data": good} | {bad: {"gold": {"value": 1}}}
+    for name, columns in files.items():
+        rows = [{"prompt": sentence(i, 3)} | columns for i in range(8)]
+        changes = changes | {name: [write_rows(tmp_path / f"{name}.jsonl", rows)]}
+    places = [place.format(rules=tmp_path / "rules.py") for place in changes["reward_functions"]]
+    with pytest.raises(UserError, match=says):
+        make(tiny_world, runtime, tmp_path / "run", **changes | {"reward_functions": places})
+
+
+def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
+    """REPORT 30: its mean is that of the responses that it has an opinion on, in training and evaluation."""
+    (tmp_path / "rules.py").write_text(
+        "def some(prompts, responses, kind, **c):\n    return [None if k == 'chat' else 3.0 for k in kind]\n"
+        "def none(prompts, responses, **c):\n    return [None] * len(responses)\n"
+    )
+    rows = [{"prompt": sentence(i, 3), "kind": "chat" if i < 6 else "code"} for i in range(8)]
+    data = [write_rows(tmp_path / "rows.jsonl", rows)]
+    places = [f"{tmp_path}/rules.py:some", f"{tmp_path}/rules.py:none"]
+    changes = dict(reward_functions=places, train_data=data, eval_data=data, steps=1)
+    make(tiny_world, runtime, tmp_path / "run", **changes).train()
+    written = read_metrics(tmp_path / "run")
+    [trained] = [row for row in written if "reward" in row]
+    evaluated = next(row for row in written if "eval/reward" in row)
+    assert trained["reward/some/judged"] == 2 / 8
+    for row, prefix in ((trained, ""), (evaluated, "eval/")):
+        assert row[f"{prefix}reward"] == pytest.approx(3 * 2 / 8) and row[f"{prefix}reward/some"] == 3
 
 
 def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_world, runtime, tmp_path):
@@ -117,34 +176,35 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
     AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
     changes = dict(reward_model=str(tmp_path / "judge"), reward_functions=[])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    assert trainer.critic.module.value_head.weight.equal(classifier.score.weight)
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scored, _ = trainer.judge(prompts, rollout)
+    assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
+    batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
         expected = [
             classifier.eval()(ids[mask][None]).logits[0, 0]
-            for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
-    torch.testing.assert_close(scored.total, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.scores, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_answers_are_scored_while_others_are_generated(tiny_world, runtime, tmp_path, monkeypatch):
+def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tmp_path, monkeypatch):
     """In a process of their own, and with the same scores."""
     (tmp_path / "rules.py").write_text("def words(prompts, responses, **c):\n    return [len(r) for r in responses]\n")
     (tmp_path / "rules.py").open("a").write("words.per_response = True\n")
     changes = dict(reward_functions=[f"{tmp_path}/rules.py:words"], reward_workers=1, max_rollout_kl=9.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
-    submitted, submit = [], trainer.rewards.pool.submit
-    monkeypatch.setattr(trainer.rewards.pool, "submit", lambda *asked: submitted.append(asked) or submit(*asked))
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    assert len(submitted) == len(prompts), "all were submitted before generation was over"
-    scored, responses = trainer.judge(prompts, rollout)
-    assert len(submitted) == len(prompts), "none was asked for again"
-    assert scored.total.tolist() == [len(text) for text in responses]
-    assert scored.total.tolist() == trainer.judge(prompts, rollout)[0].total.tolist()
-    trainer.rewards.pool.close()
+    scorer, begun = trainer.generation.scorer, []
+    submit, score = scorer.pool.submit, scorer.score
+    monkeypatch.setattr(scorer.pool, "submit", lambda *asked: begun.append(asked) or submit(*asked))
+    before = []
+    monkeypatch.setattr(scorer, "score", lambda *given: before.append(len(begun)) or score(*given))
+    batch, _ = trainer.rollouts.next(0)
+    assert before == [len(batch)], "all were begun before generation was over"
+    assert len(begun) == len(batch), "none was asked for again"
+    expected = [len(sample.response) for sample in batch.samples]
+    assert batch.scores.tolist() == expected and len(set(expected)) > 1
+    score(batch.samples)
+    assert [sample.score for sample in batch.samples] == expected
+    scorer.pool.close()
 
 
 def test_the_documented_settings_parse(tmp_path):

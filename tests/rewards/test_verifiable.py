@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 from coati.errors import UserError
 from coati.rewards import ScoringConfig, load_rewards
 from coati.rewards.answers import extract_number
-from coati.rewards.verifiable import ExactVerifier, GSM8KVerifier, fenced, in_answer_tags, make_verifier, normalise
+from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, make_verifier, normalise
 from tests.conftest import ROOT
+from tests.rewards.samples import samples
 
 
-def verdict(name: str, response: str, answer="", prompt: str = "", settings: dict | None = None, **row) -> float:
+def verdict(
+    name: str, response: str, answer="", prompt: str = "", settings: dict | None = None, cut: bool = False, **row
+) -> float:
+    """What a verifier gives a response, which `cut` says was cut at its greatest length."""
     verifier = make_verifier(name, ScoringConfig(**settings or {}))
-    [score] = verifier.score([prompt], [response], **{key: [value] for key, value in {"answer": answer, **row}.items()})
+    columns = {key: [value] for key, value in {"answer": answer, **row}.items()}
+    [score] = verifier.score(samples([prompt], [response], "length" if cut else "eos", **columns))
     return score
 
 
@@ -56,12 +61,14 @@ def test_math_answers():
     )
 
 
-def test_math_that_takes_for_ever_is_wrong_in_seconds(monkeypatch):
+@pytest.mark.parametrize(("right", "seconds"), [("7", 0), (r"\sqrt{7}", 1)])
+def test_math_that_takes_for_ever_is_wrong_in_seconds(monkeypatch, right, seconds):
+    """Where the right answer is a number, no algebra is done at all."""
     pytest.importorskip("math_verify")
     monkeypatch.setattr("coati.rewards.verifiable.SECONDS_OF_ALGEBRA", 1)
     started = time.monotonic()
-    assert verdict("math", r"\boxed{2^{99999999999}}", "7") == 0
-    assert 1 <= time.monotonic() - started < 10
+    assert verdict("math", r"\boxed{2^{99999999999}}", right) == 0
+    assert seconds <= time.monotonic() - started < 10
 
 
 def test_gsm8k_answers():
@@ -99,8 +106,9 @@ def test_gsm8k_verdicts_are_those_of_the_data_set():
     """4,000 solutions that OpenAI labelled."""
     rows = [json.loads(line) for line in (ROOT.parent / "shared/data/gsm8k/model_solutions.jsonl").open()]
     solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
-    answers = {"answer": [truth for truth, _ in solutions]}
-    scores = GSM8KVerifier().score([""] * len(solutions), [s["solution"] for _, s in solutions], **answers)
+    answers = [truth for truth, _ in solutions]
+    made = samples([""] * len(solutions), [s["solution"] for _, s in solutions], answer=answers)
+    scores = GSM8KVerifier().score(made)
     labels = [float(s["is_correct"]) for _, s in solutions]
     assert len(labels) == 4000 and 0.2 < sum(labels) / 4000 < 0.6
     assert sum(map(float.__eq__, scores, labels)) / 4000 >= 0.99
@@ -147,7 +155,7 @@ def test_exact_answers():
 @given(st.text(max_size=20))
 def test_normalising_empties_only_what_is_blank(text):
     assert bool(normalise(text)) == bool(unicodedata.normalize("NFKC", text).split())
-    assert ExactVerifier().verdict("", text.upper().lower(), {"answer": f" {text.lower()} "}) == 1
+    assert verdict("exact", text.upper().lower(), f" {text.lower()} ") == 1
 
 
 def test_regular_expressions():
@@ -221,20 +229,75 @@ def test_any_task_of_reasoning_gym(task):
 def test_a_task_that_evaluates_the_answer_must_be_allowed():
     gym = pytest.importorskip("reasoning_gym")
     entry = gym.create_dataset("countdown", size=1, seed=3)[0]
-    with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
-        verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"])
+    for refusing in (
+        lambda: verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"]),
+        lambda: make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": entry["metadata"]}]),
+    ):
+        with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
+            refusing()
+
+
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+ALLOWED = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=TESTS)
+GOOD = "def add(a, b):\n    return a + b\n"
+BAD = GOOD.replace("+", "-")
 
 
 def test_programs(sandboxed):
-    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
-    allowed = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=tests)
-    good = "def add(a, b):\n    return a + b\n"
-    assert verdict("python", good, **allowed) == 1
-    assert verdict("python", f"Sure!\n```python\n{good}```\nThat adds.", **allowed) == 1
-    assert verdict("python", f"```python\n{good.replace('+', '-')}```", **allowed) == 0
-    assert verdict("python", "", **allowed) == 0
+    assert verdict("python", GOOD, **ALLOWED) == 1
+    assert verdict("python", f"Sure!\n```python\n{GOOD}```\nThat adds.", **ALLOWED) == 1
+    assert verdict("python", f"```python\n{BAD}```", **ALLOWED) == 0
+    assert verdict("python", "", **ALLOWED) == 0
     with pytest.raises(ValueError, match="the row has no tests"):
-        verdict("python", good, **allowed | dict(tests=[]))
+        verdict("python", GOOD, **ALLOWED | dict(tests=[]))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{GOOD}```",
+        f"```python\n{GOOD}",
+        f"```python3\n{GOOD}```",
+        f"```py\n{GOOD}```\nIt adds.",
+        f"```{{.python}}\n{GOOD}```",
+        f"~~~python\n{GOOD}~~~",
+        f"Here ```python\n{GOOD}```",
+        f"```python\n{GOOD.rstrip()}```",
+        "1. Add:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
+        f"```bash\npip install x\n```\n```python\n{GOOD}```",
+        f"```python\n{GOOD}```\nOutput:\n```\n3\n```",
+        f"```python\n{GOOD}```\n```output\n3\n```",
+        f"```python\n{GOOD}```\n```python\n>>> add(1, 2)\n3\n```",
+        f"```python\n{GOOD}```\nUse it:\n```python\nfrom solution import add\nresult = add(1, 2)\n```",
+        f"```python\n{BAD}```\nOops:\n```python\n{GOOD}```",
+        f"<think>```python\n{BAD}```</think>\n```python\n{GOOD}```",
+        f"<answer>\n{GOOD}</answer>",
+        '''```python\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n```''',
+        '''````python\ndef add(a, b):\n    """\n```\n3\n```\n    """\n    return a + b\n````''',
+    ],
+)
+def test_a_right_program_is_found_between_its_fences(sandboxed, response):
+    """REPORT 13: one fence of two, other names of the language, blocks of output and of usage after it."""
+    assert verdict("python", response, **ALLOWED) == 1
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"```python\n{GOOD}```\nOops:\n```python\n{BAD}```",
+        f"<think>```python\n{GOOD}```</think>\nNo.",
+        f"<think>```python\n{GOOD}```</think>\n```python\n{BAD}```",
+        f"<think>\n{GOOD}",
+        f"```js\n{GOOD}```\n```python\n{BAD}```",
+        f"```python\n{GOOD}def more(",
+        "```python\nimport os\nos._exit(0)\n```",
+        "```python\ndef add(a, b)\n```",
+        "```python\nresult = 3\n```\n```python\n",
+    ],
+)
+def test_a_program_that_was_dropped_or_is_unfinished_is_not_paid(sandboxed, response):
+    """REPORT 13: the last one counts, and what was only thought of doesn't."""
+    assert verdict("python", response, **ALLOWED) == 0
 
 
 @pytest.fixture
@@ -248,12 +311,17 @@ def sandboxed():
 
 
 def test_what_is_read_of_a_response():
-    assert in_answer_tags("<answer>1</answer><answer>\n2</answer> 3") == "\n2"
-    assert in_answer_tags("<answer>1") == "<answer>1"
+    read = lambda response, prompt="": final_part(*samples([prompt], [response]))[0]  # noqa: E731
+    assert read("<answer>1</answer><answer>\n2</answer> 3") == "\n2"
+    assert read("<answer>1") == "<answer>1"
+    assert read("<think><answer>1</answer></think> 2") == " 2"
+    assert read("so 1</think> 2", "<think>\n") == " 2"
+    assert read("so 1", "<think>\n") == read("<think>so 1") == ""
+    anything = lambda block: True  # noqa: E731
     blocks = "```bash\nls\n```\n```python\nx\n```\n```js\ny\n```"
-    assert fenced(blocks, "python") == "x\n"
-    assert fenced("```\na\n```\n  ```Python title\n  b\n  ```", "python") == "  b\n"
-    assert fenced("x", "python") == "x" and fenced("```python\nx", "python") == "```python\nx"
+    assert fenced(blocks, anything, "python") == "x\n"
+    assert fenced("```\na\n```\n  ```Python title\n  b\n  ```", anything, "python") == "  b\n"
+    assert fenced("x", anything, "python") == "x" and fenced("```python\nx", anything, "python") == "x"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +364,102 @@ def test_a_missing_column_is_named():
         verdict("gsm8k", "1", None)
 
 
+@pytest.mark.parametrize(
+    ("column", "answer", "right"),
+    [
+        ("answer.value", {"value": "18", "unit": "eggs 3"}, "18"),
+        ("answer.value", {"value": [17, 18]}, "18"),
+        ("answer.a.b", {"a": {"b": 18}}, "18"),
+        ("answer.text", [{"text": "17"}, {"text": "18"}], "18"),
+        ("answer.0", {"0": "18"}, "18"),
+        ("answer", ["17", "18"], "18"),
+        ("answer", 18, "18"),
+        ("answer", 18.5, "18.5"),
+        ("answer", [1e-05], "0.00001"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gsm8k", "exact"])
+def test_a_dotted_column_names_the_field_with_the_right_answer(name, column, answer, right):
+    """REPORT 15: of an object, or of each object in a list; a list of texts has several right answers."""
+    assert verdict(name, right, answer, settings={"answer_column": column}) == 1
+    assert verdict(name, "3", answer, settings={"answer_column": column}) == 0
+    make_verifier(name, ScoringConfig(answer_column=column)).check([{"answer": answer}])
+
+
+def test_a_column_with_a_dot_in_its_name_is_itself():
+    """REPORT 15."""
+    settings = {"answer_column": "gold.answer"}
+    assert verdict("gsm8k", "18", settings=settings, **{"gold.answer": "18", "gold": {"answer": "17"}}) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            {"value": 18, "unit": "eggs"},
+            r"'answer' holds \{'value': 18.*name one of its fields: answer.value, answer.unit",
+        ),
+        ([{"text": "18"}], r"name one of its fields: answer.text"),
+        ([["18"], ["19"]], r"holds \[\['18'\].*no text, number or list of these$"),
+        (["18", None], r"holds \['18', None\]"),
+        ([{}], r"holds \[\{\}\]"),
+        ({}, r"holds \{\}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gsm8k", "math", "choice", "exact", "regex"])
+def test_a_right_answer_that_is_an_object_is_refused_at_the_start(name, answer, says):
+    """REPORT 15: one line before anything is generated; nothing is read out of how Python would print it."""
+    pytest.importorskip("math_verify")
+    settings = {"regex_pattern": r"(\d+)", "reward_workers": 1}
+    verifier = make_verifier(name, ScoringConfig(**settings))
+    with pytest.raises(UserError, match=says) as error:
+        verifier.check([{"answer": "18"}, {"answer": None}, {}, {"answer": answer}])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=says):
+        verdict(name, "18", answer, settings=settings)
+
+
+@pytest.mark.parametrize("answer", ['{"unit": "eggs", "value": 5}', "{'value': 5}", "[5]", '["5", "6"]', "{5: 5}"])
+def test_a_text_of_an_object_or_a_list_is_not_read_for_a_number(answer):
+    """REPORT 15: as data sets that keep JSON in texts have it."""
+    with pytest.raises(ValueError, match="no number in"):
+        verdict("gsm8k", "5", answer)
+
+
+def test_a_column_that_no_row_has_is_refused_at_the_start():
+    """REPORT 15: what a verifier doesn't read may be missing."""
+    rows = [{"solution": "1"}, {"gold": {"value": 1}}]
+    for name, column in (("gsm8k", "answer"), ("exact", "gold.text"), ("choice", "solution.text")):
+        with pytest.raises(UserError, match=f"verifier {name} reads the column '{column}', which .* don't have"):
+            make_verifier(name, ScoringConfig(answer_column=column)).check(rows)
+    make_verifier("gsm8k", ScoringConfig(answer_column="gold.value")).check(rows)
+    make_verifier("format", ScoringConfig()).check(rows)
+    make_verifier("regex", ScoringConfig(regex_pattern="x")).check(rows)
+    make_verifier("gsm8k", ScoringConfig()).check([])
+
+
+def test_the_tests_of_programs_may_be_a_field(sandboxed):
+    """REPORT 15."""
+    settings = ALLOWED["settings"] | {"tests_column": "reward_model.ground_truth"}
+    assert verdict("python", GOOD, settings=settings, reward_model={"ground_truth": TESTS}) == 1
+    with pytest.raises(UserError, match=r"name one of its fields: reward_model\.ground_truth"):
+        make_verifier("python", ScoringConfig(**settings | {"tests_column": "reward_model"})).check(
+            [{"reward_model": {"ground_truth": TESTS}}]
+        )
+
+
+@pytest.mark.parametrize("metadata", [None, {}, "countdown", {"difficulty": 3}])
+def test_metadata_that_name_no_task_are_refused_at_the_start(metadata):
+    """REPORT 15."""
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match="reasoning_gym reads the field `source_dataset` of the column 'metadata'"):
+        make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": metadata}])
+    with pytest.raises(UserError, match="reasoning_gym reads the column 'metadata'"):
+        make_verifier("reasoning_gym", ScoringConfig()).check([{"answer": "1"}])
+
+
 def test_the_settings_reach_the_verifier():
     config = ScoringConfig(answer_column="gold", format_tags=["a", "b"], regex_pattern="x")
-    assert asdict(make_verifier("gsm8k", config)) == {"answer_column": "gold"}
+    assert asdict(make_verifier("gsm8k", config)) == {"answer_column": "gold", "answer_style": "stated"}
     assert make_verifier("format", config).format_tags == ["a", "b"]
     assert asdict(make_verifier("regex", config)) == {"answer_column": "gold", "regex_pattern": "x"}

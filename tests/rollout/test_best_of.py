@@ -8,20 +8,24 @@ from transformers import AutoTokenizer
 
 from coati.errors import UserError
 from coati.models import Actor
+from coati.rewards import Reward
 from coati.rollout import GenerationConfig, best_of_n, best_of_n_kl
 
 
-class SumOfIds:
-    """Scores an answer by its sampled tokens; keeps what it was called with."""
+class SumOfIds(Reward):
+    """Scores a response by its sampled tokens; keeps what it was asked for."""
 
     name = "sum of ids"
 
     def __init__(self):
-        self.calls = []
+        self.samples = []
 
-    def score(self, prompts, responses, *, input_ids, response_mask, **columns):
-        self.calls.append((prompts, responses, columns))
-        return (input_ids * response_mask).sum(1).float()
+    def score(self, samples):
+        self.samples += samples
+        return [
+            float(sum(token for token, sampled in zip(s.tokens, s.response_mask, strict=True) if sampled))
+            for s in samples
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +39,11 @@ def test_the_best_of_each_prompt_is_returned(policy):
     torch.manual_seed(0)
     chosen = best_of_n(
         actor, reward, prompts, 4, tokenizer=tokenizer, config=GenerationConfig(max_new_tokens=8), batch_size=5,
-        answer=["a", "b", "c"],
+        columns=[{"answer": answer} for answer in "abc"],
     )  # fmt: skip
     assert [c.prompt for c in chosen] == prompts
-    seen = [response for _, responses, _ in reward.calls for response in responses]
-    assert [len(call[1]) for call in reward.calls] == [5, 5, 2]
-    assert [a for call in reward.calls for a in call[2]["answer"]] == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    seen = [sample.response for sample in reward.samples]
+    assert [sample.columns["answer"] for sample in reward.samples] == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
     for i, c in enumerate(chosen):
         assert len(c.scores) == 4 and c.scores[c.best] == max(c.scores)
         assert c.response == seen[4 * i + c.best]
@@ -68,10 +71,10 @@ def test_what_makes_no_sense_is_refused(n, settings, words, policy):
 
 @pytest.mark.parametrize("bad", [[1.0], [float("nan")] * 2])
 def test_a_reward_that_gives_no_score_is_named(bad, policy):
-    class Broken:
+    class Broken(Reward):
         name = "broken"
 
-        def score(self, prompts, responses, **columns):
+        def score(self, samples):
             return bad
 
     actor, tokenizer = policy

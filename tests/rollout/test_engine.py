@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
+from coati import rollout
 from coati.errors import UserError
 from coati.models import Actor
-from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
+from coati.rollout import GenerationConfig, Request, RolloutEngine
 from coati.rollout.engine.graphs import StepGraphs
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
 from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
 from tests.models.families import padded, tiny_config
+from tests.rollout.batches import batch_of
 
 EOS, PAD, VOCABULARY = 2, 0, 50
 FAMILIES = ("llama", "qwen3", "gpt2", "opt", "mistral", "bloom", "gemma2", "falcon")
@@ -172,16 +174,17 @@ def test_stop_texts_end_a_response(tiny_world, actors, temperature):
     actor = Actor(config=tiny_config("llama", vocab_size=len(tokenizer), initializer_range=0.2)).eval()
     options = dict(max_new_tokens=30, temperature=temperature)
     prompts, seeds = [[5, 6], [9, 8, 7], [11]], [4, 5, 6]
-    common = dict(eos_ids=[tokenizer.eos_token_id], pad_id=PAD, seeds=seeds, tokenizer=tokenizer)
-    free = generate(actor, prompts, GenerationConfig(**options), **common)
-    texts = [tokenizer.decode(ids) for ids in free.response_ids()]
+    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    common = dict(eos_ids=[tokenizer.eos_token_id], pad_id=PAD, tokenizer=tokenizer)
+    free = [c.ids for c in rollout.complete(actor, requests, GenerationConfig(**options), **common)]
+    texts = [tokenizer.decode(ids) for ids in free]
     stop = texts[0][len(texts[0]) // 2 :][:2]
-    found = generate(actor, prompts, GenerationConfig(**options, stop=[stop]), **common)
-    for ids, all_ids in zip(found.response_ids(), free.response_ids(), strict=True):
+    found = rollout.complete(actor, requests, GenerationConfig(**options, stop=[stop]), **common)
+    for ids, all_ids in zip([c.ids for c in found], free, strict=True):
         assert ids == all_ids[: len(ids)]
         ends = [n for n in range(1, len(all_ids) + 1) if stop in tokenizer.decode(all_ids[:n])]
         assert len(ids) == (ends[0] if ends else len(all_ids))
-    assert len(found.response_ids()[0]) < len(free.response_ids()[0]) and found.finished[0]
+    assert len(found[0].ids) < len(free[0]) and found[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("options", [dict(repetition_penalty=1.7), dict(min_new_tokens=9)])
@@ -201,18 +204,19 @@ def test_suppressed_tokens_are_never_sampled(temperature, num_beams):
     actor = Actor(config=tiny_config("llama", vocab_size=VOCABULARY, initializer_range=0.2)).eval()
     prompts, options = some_prompts(30), dict(temperature=temperature, num_beams=num_beams)
     config = GenerationConfig(max_new_tokens=20, **options)
-    seeds = list(range(30))
-    before = generate(actor, prompts, config, eos_ids=[EOS], pad_id=PAD, seeds=seeds)
-    never = sorted({token for ids in before.response_ids() for token in ids} - {EOS})[::2]
+    requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
+    before = rollout.complete(actor, requests, config, eos_ids=[EOS], pad_id=PAD)
+    never = sorted({token for completion in before for token in completion.ids} - {EOS})[::2]
     actor.transformer.generation_config.suppress_tokens = never
-    after = generate(actor, prompts, config, eos_ids=[EOS], pad_id=PAD, seeds=seeds)
-    assert len(never) > 5 and not {token for ids in after.response_ids() for token in ids} & set(never)
+    after = rollout.complete(actor, requests, config, eos_ids=[EOS], pad_id=PAD)
+    assert len(never) > 5 and not {token for completion in after for token in completion.ids} & set(never)
     if temperature == 0:
         expected = transformers_own(actor, prompts, num_beams=num_beams)
-        assert after.response_ids() == expected
+        assert [completion.ids for completion in after] == expected
     if num_beams == 1:
-        log_probs = actor(after.input_ids, after.attention_mask)
-        torch.testing.assert_close(after.log_probs, log_probs * after.response_mask, rtol=1e-4, atol=1e-5)
+        batch = batch_of(prompts, after, PAD)
+        log_probs = actor(batch.input_ids, batch.attention_mask) * batch.response_mask
+        torch.testing.assert_close(batch.sampling_log_probs, log_probs, rtol=1e-4, atol=1e-5)
 
 
 def test_probabilities_are_those_of_transformers_processors():
@@ -352,5 +356,5 @@ def test_a_response_is_reported_when_it_has_ended(actors):
     assert [seen[i] for i in range(40)] == [c.ids for c in found] and max(under_way) > 1
     ends = []
     options = dict(eos_ids=[EOS], pad_id=PAD, on_done=lambda i, completion: ends.append((i, completion.ids)))
-    beams = generate(actor, prompts[:3], GenerationConfig(max_new_tokens=4, num_beams=2), **options)
-    assert ends == list(enumerate(beams.response_ids()))
+    beams = rollout.complete(actor, requests[:3], GenerationConfig(max_new_tokens=4, num_beams=2), **options)
+    assert ends == [(i, beam.ids) for i, beam in enumerate(beams)]

@@ -5,9 +5,10 @@ import torch
 
 from coati.errors import UserError
 from coati.models import Actor
-from coati.rollout import Completion, Experience, GenerationConfig, Rollout, generate
+from coati.rollout import Completion, Experience, GenerationConfig, Request, complete
 from coati.rollout.generate import response_lengths
 from tests.models.families import padded, rows, tiny_config
+from tests.rollout.batches import batch_of, response_ids
 
 EOS, PAD = 2, 0
 
@@ -27,11 +28,16 @@ def prompts(seed=0, lengths=(6, 2, 4, 1, 5, 3)):
     return [(x % 8 + 3).tolist() for x in rows(seed, lengths)]
 
 
-def draw(actor, *, seed=None, pad_id=PAD, eos_ids=(EOS,), batch=None, **settings):
-    if seed is not None:
-        torch.manual_seed(seed)
+def completions(actor, *, seed=0, pad_id=PAD, eos_ids=(EOS,), batch=None, **settings) -> list[Completion]:
+    requests = [Request(prompt, [seed, row]) for row, prompt in enumerate(batch or prompts())]
     config = GenerationConfig(**{"max_new_tokens": 12, **settings})
-    return generate(actor, batch or prompts(), config, eos_ids=list(eos_ids), pad_id=pad_id)
+    return complete(actor, requests, config, eos_ids=list(eos_ids), pad_id=pad_id)
+
+
+def draw(actor, *, batch=None, pad_id=PAD, **options):
+    """`completions` as a batch."""
+    found = completions(actor, batch=batch, pad_id=pad_id, **options)
+    return batch_of(batch or prompts(), found, pad_id)
 
 
 def same(a, b):
@@ -48,9 +54,9 @@ def test_recorded_log_probs_are_the_actors_own(actors, family, temperature):
     assert rollout.response_mask.sum(1).unique().numel() > 1
     log_probs = actor(rollout.input_ids, rollout.attention_mask, temperature=temperature).detach()
     mask = rollout.response_mask
-    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
-    assert (rollout.log_probs[~mask] == 0).all()
-    assert (rollout.log_probs[mask] < 0).all()
+    torch.testing.assert_close(rollout.sampling_log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+    assert (rollout.sampling_log_probs[~mask] == 0).all()
+    assert (rollout.sampling_log_probs[mask] < 0).all()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_recorded_log_probs_are_those_before_top_k_and_top_p(actors, settings):
     rollout = draw(actor, seed=1, **settings)
     log_probs = actor(rollout.input_ids, rollout.attention_mask).detach()
     mask = rollout.response_mask
-    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.sampling_log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
@@ -72,7 +78,7 @@ def test_a_minimum_length_does_not_change_the_recorded_distribution(actors):
     mask = rollout.response_mask
     assert (mask.sum(1) >= 5).all()
     log_probs = actor(rollout.input_ids, rollout.attention_mask).detach()
-    torch.testing.assert_close(rollout.log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.sampling_log_probs[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_the_models_generation_config_does_not_change_what_is_sampled(published)
         setattr(actor.transformer.generation_config, name, value)
     rollout = draw(actor, seed=1)
     assert same(rollout, expected)
-    assert torch.equal(rollout.log_probs, expected.log_probs)
+    assert torch.equal(rollout.sampling_log_probs, expected.sampling_log_probs)
 
 
 def test_sampling_follows_the_distribution(actors):
@@ -107,21 +113,21 @@ def test_sampling_follows_the_distribution(actors):
     assert (frequency - expected).abs().max() < 5 * (0.25 / n) ** 0.5
 
 
-def test_two_rollouts_draw_different_noise_and_the_same_seed_the_same(actors):
-    """PITFALL 4: nothing resets the seed before a rollout."""
+def test_another_seed_draws_different_noise_and_the_same_seed_the_same(actors):
+    """PITFALL 4: the noise is a response's own, whatever was drawn before."""
     actor = actors["llama"]
-    first, second = draw(actor, seed=5), draw(actor)
+    first, second = draw(actor, seed=5), draw(actor, seed=6)
     assert not same(first, second)
     assert same(first, draw(actor, seed=5))
     copies = draw(actor, seed=5, batch=[[3, 4]] * 8)
-    assert len({tuple(response) for response in copies.response_ids()}) > 1, "nor do rows share their noise"
+    assert len({tuple(response) for response in response_ids(copies)}) > 1, "nor do rows share their noise"
 
 
 @pytest.mark.parametrize("pad_id", [PAD, EOS])
 def test_the_response_ends_with_its_first_eos(actors, pad_id):
     """PITFALL 5, PITFALL 6: the first EOS belongs to the response, nothing after it does, pad = EOS or not."""
     rollout = draw(actors["llama"], seed=1, pad_id=pad_id)
-    for response, finished in zip(rollout.response_ids(), rollout.finished.tolist(), strict=True):
+    for response, finished in zip(response_ids(rollout), rollout.finished.tolist(), strict=True):
         assert (EOS in response) == finished
         assert EOS not in response[:-1]
         assert (response[-1] == EOS) == finished
@@ -132,23 +138,23 @@ def test_the_response_ends_with_its_first_eos(actors, pad_id):
 def test_pad_equal_to_eos_changes_nothing_but_the_padding(actors):
     """PITFALL 6."""
     one, other = draw(actors["llama"], seed=1), draw(actors["llama"], seed=1, pad_id=EOS)
-    assert one.response_ids() == other.response_ids()
-    assert torch.equal(one.log_probs, other.log_probs)
+    assert response_ids(one) == response_ids(other)
+    assert torch.equal(one.sampling_log_probs, other.sampling_log_probs)
     assert torch.equal(one.attention_mask, other.attention_mask)
 
 
 def test_several_tokens_may_end_a_response(actors):
     rollout = draw(actors["llama"], seed=1, eos_ids=(EOS, 7, 8))
     assert rollout.finished.any()
-    assert all(set(response[:-1]).isdisjoint({EOS, 7, 8}) for response in rollout.response_ids())
-    ends = {r[-1] for r, done in zip(rollout.response_ids(), rollout.finished, strict=True) if done}
+    assert all(set(response[:-1]).isdisjoint({EOS, 7, 8}) for response in response_ids(rollout))
+    ends = {r[-1] for r, done in zip(response_ids(rollout), rollout.finished, strict=True) if done}
     assert ends <= {EOS, 7, 8}
 
 
 def test_rows_are_prompt_response_padding(actors):
     """PITFALL 19: the sampled ids are the ones that stand in the rollout."""
     rollout = draw(actors["llama"], seed=1)
-    for row, (prompt, response) in enumerate(zip(prompts(), rollout.response_ids(), strict=True)):
+    for row, (prompt, response) in enumerate(zip(prompts(), response_ids(rollout), strict=True)):
         n = len(prompt) + len(response)
         assert rollout.input_ids[row, :n].tolist() == prompt + response
         assert rollout.attention_mask[row].tolist() == [True] * n + [False] * (rollout.input_ids.shape[1] - n)
@@ -159,12 +165,12 @@ def test_rows_are_prompt_response_padding(actors):
 def test_beams_are_transformers_own_and_have_no_log_probs(actors):
     """PITFALL 36: beam search."""
     actor, (ids, mask) = actors["llama"], padded([torch.tensor(p) for p in prompts()], "left")
-    rollout = draw(actor, num_beams=3)
+    found = completions(actor, num_beams=3)
     keywords = dict(max_new_tokens=12, eos_token_id=[EOS], pad_token_id=PAD)
     plain = actor.generate(ids, mask, do_sample=False, num_beams=3, **keywords)
-    for row, response in enumerate(rollout.response_ids()):
-        assert response == plain[row, ids.shape[1] :][: len(response)].tolist()
-    assert rollout.log_probs is None
+    for row, completion in enumerate(found):
+        assert completion.ids == plain[row, ids.shape[1] :][: len(completion.ids)].tolist()
+    assert {completion.log_probs for completion in found} == {None}
 
 
 def test_greedy_with_top_k_is_a_contradiction(actors):
@@ -183,24 +189,32 @@ def test_response_lengths_count_up_to_the_first_eos():
 
 def test_a_rollout_by_hand():
     """PITFALL 2: all padding to the right; PAD ids inside prompt or response are real tokens."""
-    completions = [Completion([7, PAD, 8], [-1.0, -2.0, -3.0], "length"), Completion([EOS], [-4.0], "eos")]
-    rollout = Rollout.of([[3], [4, PAD, 6]], completions, PAD, torch.device("cpu"))
+    responses = [Completion([7, PAD, 8], [-1.0, -2.0, -3.0], "length"), Completion([EOS], [-4.0], "eos")]
+    rollout = batch_of([[3], [4, PAD, 6]], responses, PAD)
     assert rollout.input_ids.tolist() == [[3, 7, PAD, 8], [4, PAD, 6, EOS]]
     assert rollout.attention_mask.all()
     assert rollout.response_mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
-    assert rollout.log_probs.tolist() == [[0, -1, -2, -3], [0, 0, 0, -4]]
+    assert rollout.sampling_log_probs.tolist() == [[0, -1, -2, -3], [0, 0, 0, -4]]
     assert rollout.finished.tolist() == [False, True]
-    assert rollout.response_ids() == [[7, PAD, 8], [EOS]]
+    assert response_ids(rollout) == [[7, PAD, 8], [EOS]]
 
 
 def test_rows_of_an_experience_are_cut_to_the_longest():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     tokens = torch.arange(12).reshape(3, 4)
-    per_token = {name: tokens * i for i, name in enumerate(("log_probs", "reference_log_probs", "values", "rewards"))}
-    more = dict(advantages=tokens, returns=tokens, scores=torch.tensor([1.0, 2.0, 3.0]))
-    experience = Experience(input_ids=tokens, attention_mask=mask, response_mask=mask, **per_token, **more)
+    names = ("log_probs", "reference_log_probs", "values", "returns")
+    per_token = {name: tokens * i for i, name in enumerate(names)}
+    of_batch = dict(input_ids=tokens, attention_mask=mask, response_mask=mask, lengths=[4, 2, 3], temperature=1.0)
+    experience = Experience(**of_batch, **per_token, advantages=tokens)
     part = experience.rows([2, 1])
-    assert (len(experience), len(part)) == (3, 2)
+    assert (len(experience), len(part), part.lengths) == (3, 2, [3, 2])
     assert part.input_ids.tolist() == [[8, 9, 10], [4, 5, 6]]
     assert part.values.tolist() == [[16, 18, 20], [8, 10, 12]]
-    assert part.scores.tolist() == [3.0, 2.0]
+
+
+def test_rows_of_a_rollout_keep_what_belongs_to_them():
+    responses = [Completion([7] * n, [-1.0] * n, "length" if n > 1 else "eos") for n in (3, 1, 2)]
+    part = batch_of([[3], [4], [5]], responses, PAD).rows([2, 1])
+    assert [sample.row for sample in part.samples] == [2, 1] and part.lengths == [3, 2]
+    assert part.input_ids.tolist() == [[5, 7, 7], [4, 7, PAD]]
+    assert part.finished.tolist() == [False, True] and part.scores.shape == (2,)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from coati import rollout
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.lora import LoraSettings
-from coati.rollout import GenerationConfig, Request, RolloutEngine, generate
+from coati.rollout import GenerationConfig, Request, RolloutEngine
 from tests.conftest import settings_for, trainer_classes
 from tests.models.families import tiny_config
 
@@ -202,8 +203,8 @@ def test_sharded_models_are_refused(vllm, tiny_world, changes):
 
 def test_generate_takes_it_from_the_settings(actors):
     config = GenerationConfig(rollout_engine="vllm", max_new_tokens=6, temperature=0.0)
-    options = dict(eos_ids=[EOS], pad_id=0)
-    prompts = some_prompts(5)
-    found = generate(actors("llama"), prompts, config, **options)
+    requests = [Request(prompt) for prompt in some_prompts(5)]
+    found = rollout.complete(actors("llama"), requests, config, eos_ids=[EOS])
     config.rollout_engine = "coati"
-    assert torch.equal(found.input_ids, generate(actors("llama"), prompts, config, **options).input_ids)
+    expected = rollout.complete(actors("llama"), requests, config, eos_ids=[EOS])
+    assert [completion.ids for completion in found] == [completion.ids for completion in expected]

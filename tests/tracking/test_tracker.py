@@ -11,8 +11,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from transformers import HfArgumentParser
 
+from coati.config import parse_config
 from coati.errors import UserError
 from coati.tracking import (
     NullTracker,
@@ -153,7 +153,7 @@ def test_run_json_describes_the_run(tmp_path):
     assert (second["start"], second["wandb_id"]) == (first["start"], first["wandb_id"])
     assert [session["resume_step"] for session in second["sessions"]] == [None, 3]
     assert second["sessions"][0]["end"] == first["sessions"][0]["end"]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_killed_session_ends_at_its_last_line(tmp_path):
@@ -231,9 +231,8 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
 
 
 def test_options_come_from_the_command_line():
-    (config,) = HfArgumentParser(TrackingConfig).parse_args_into_dataclasses(
-        ["--wandb", "offline", "--run_name", "a", "--tensorboard", "true", "--progress", "plain"]
-    )
+    words = ["--wandb", "offline", "--run_name", "a", "--tensorboard", "true", "--progress", "plain"]
+    config = parse_config(TrackingConfig, words)
     assert config == TrackingConfig(wandb="offline", run_name="a", tensorboard=True, progress="plain")
 
 

@@ -1,16 +1,19 @@
 """One real optimiser step of a trainer in many ways that must not matter, and what it gave: metrics and gradients."""
 
 import dataclasses
-import importlib
-from collections.abc import Iterable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from coati.rollout import Experience, RolloutBatch, prompt_of
 from tests.conftest import settings_for, trainer_classes
 
 # name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
@@ -76,7 +79,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     if algorithm in ("ppo", "grpo"):
         end_some_answers(trainer)
     if algorithm == "preference":  # away from the reference, where all rewards are 0
-        nudge((trainer.reference or trainer.engines["model"]).module.parameters(), 0.2)
+        nudge((trainer.reference.engine if trainer.reference else trainer.engines["model"]).module.parameters(), 0.2)
     return trainer
 
 
@@ -84,7 +87,9 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
 def end_some_answers(trainer):
     """Makes EOS likelier than a word that about half of the answers hold, so that these end there and others later or
     not at all. The reference stays as it was, so there is a KL."""
-    answers = trainer.answer([trainer.data[i] for i in range(BATCH)], list(range(BATCH))).response_ids()
+    prompts = [prompt_of(trainer.data, i, [i]) for i in range(BATCH)]
+    samples = trainer.generation.sample(prompts, trainer.config).samples
+    answers = [[token for token, ours in zip(s.tokens, s.response_mask, strict=True) if ours] for s in samples]
     words = sorted({word for answer in answers for word in answer[3:]})
     word = min(words, key=lambda w: abs(sum(w in answer for answer in answers) - BATCH / 2))
     outputs = trainer.actor.module.transformer.get_output_embeddings().weight
@@ -96,25 +101,74 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
     gradients: dict[str, torch.Tensor] = {}
     state = trainer.state()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(trainer.config, "micro_batch_size", variation.micro_batch_size)
+        patch.setattr(trainer.batching, "micro_batch_size", variation.micro_batch_size)
         if variation.max_rows:
-            patch.setattr(trainer.config, "max_tokens_per_batch", variation.max_rows * trainer.config.longest_row)
+            rows = variation.max_rows // getattr(trainer, "rows_per_sample", 1)
+            patch.setattr(trainer.batching, "max_tokens", rows * trainer.config.longest_row)
         if variation.left:  # models are told that padding stands on the right otherwise
-            inputs = trainer.inputs
-            patch.setattr(trainer, "inputs", lambda *a: inputs(*a) | {"right_padded": False})
+            _wrap(patch, "model_inputs", lambda f, *a, **k: f(*a, **k) | {"right_padded": False})
         _permute(trainer, variation, patch)
-        _repad_and_deal(trainer, variation, patch)
+        _repad_and_split(trainer, variation, patch)
         for name, engine in trainer.engines.items():
             _record(name, engine, gradients, patch)
-        if hasattr(trainer, "learn"):
-            # as after some updates: ratios are not 1 and some tokens are clipped
-            learn = trainer.learn
-            patch.setattr(trainer, "learn", lambda *a: (stack.enter_context(moved(trainer)), learn(*a))[1])
-        metrics, tokens = trainer.train_step(step)
+        # as after some updates: ratios are not 1 and some tokens are clipped
+        _wrap(patch, "learn", lambda f, *a: (stack.enter_context(moved(trainer)), f(*a))[1])
+        metrics = trainer.step(step)
     trainer.load_state(state)
     how = ("seconds/", "padding_share")
     metrics = {name: value for name, value in metrics.items() if not name.startswith(how)}
-    return metrics | {"tokens": tokens}, gradients
+    return metrics, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What an iteration of PPO or GRPO went through."""
+
+    batch: RolloutBatch
+    experience: Experience
+    metrics: dict[str, float]
+
+
+def iterate(
+    trainer, k: int = 0, change: Callable[[RolloutBatch], RolloutBatch] | None = None, learns: bool = False
+) -> Iteration:
+    """The trainer's real iteration k.
+
+    Args:
+        change: makes another batch of what was sampled.
+        learns: False to leave the models as they are.
+    """
+    seen: dict[str, Any] = {}
+    rollouts = trainer.rollouts.next
+
+    def changed(k):
+        batch, metrics = rollouts(k)
+        seen["batch"] = change(batch) if change else batch
+        return seen["batch"], metrics
+
+    def learn(function, experience, *arguments):
+        seen["experience"] = experience
+        return function(experience, *arguments) if learns else {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.rollouts, "next", changed)
+        _wrap(patch, "learn", learn)
+        metrics = trainer.step(k)
+    return Iteration(**seen, metrics=metrics)
+
+
+def change_losses(engine, change: Callable):
+    """Has the engine's updates use `change(loss, metrics)` of each micro-batch's part of a loss and its metrics."""
+    update_of = engine.update
+
+    @contextmanager
+    def changed(rate):
+        with update_of(rate) as update:
+            add = update.add
+            update.add = lambda parts, inputs, loss, count: add(parts, inputs, lambda *a: change(*loss(*a)), count)
+            yield update
+
+    engine.update = changed
 
 
 def run_job(job: dict, runtime) -> list[dict[str, float]]:
@@ -165,34 +219,37 @@ def _record(name: str, engine, gradients: dict, patch):
     patch.setattr(engine, "step", recording)
 
 
+def _wrap(patch, name: str, wrapper):
+    """Puts `wrapper(function, *arguments)` in place of a function, wherever modules of coati.trainers hold it."""
+    for module in [m for key, m in sys.modules.items() if key.startswith("coati.trainers.") and hasattr(m, name)]:
+        patch.setattr(module, name, functools.partial(wrapper, getattr(module, name)))
+
+
 def _permute(trainer, variation: Variation, patch):
-    for sampler in ("batches", "ptx_sampler"):
-        if hasattr(trainer, sampler):
-            batch = getattr(trainer, sampler).batch
+    for name in ("order", "text_order"):
+        if hasattr(trainer, name):
+            batch = getattr(trainer, name).batch
             permuted = lambda k, batch=batch: [batch(k)[i] for i in variation.order]  # noqa: E731
-            patch.setattr(getattr(trainer, sampler), "batch", permuted)
+            patch.setattr(getattr(trainer, name), "batch", permuted)
 
 
-def _repad_and_deal(trainer, variation: Variation, patch):
-    """Wraps `collate_*` and `deal` wherever the trainer's modules hold them, and what makes PPO's tensors."""
-    for module in {importlib.import_module(c.__module__) for c in type(trainer).__mro__ if c is not object}:
-        for name, function in list(vars(module).items()):
-            if name.startswith("collate_"):
-                patch.setattr(module, name, lambda *a, f=function: padded(f(*a), variation))
-            elif name == "deal" and not variation.bucketed:
-                patch.setattr(module, name, lambda rows, _, *a, f=function: f(rows, dict.fromkeys(rows, 0), *a))
-    if hasattr(trainer, "answer"):
-        answer, minibatch = trainer.answer, trainer.minibatch
-        if not variation.bucketed:
-            size = variation.micro_batch_size
-            patch.setattr(
-                trainer,
-                "of_like_length",
-                lambda masks, _members=1: [list(range(len(masks)))[i : i + size] for i in range(0, len(masks), size)],
-            )
+def _repad_and_split(trainer, variation: Variation, patch):
+    """Wraps what makes batches of rows, and of samples, and what splits them."""
+    for name in ("collate_sft", "collate_preference", "collate_unpaired"):
+        _wrap(patch, name, lambda f, *a: padded(f(*a), variation))
+    if not variation.bucketed:
+        shard, size = trainer.batching.shard, variation.micro_batch_size
+        patch.setattr(trainer.batching, "shard", lambda rows, _: shard(rows, dict.fromkeys(rows, 0)))
+        in_order = lambda n: [list(range(n))[i : i + size] for i in range(0, n, size)]  # noqa: E731
+        patch.setattr(trainer.batching, "split", lambda lengths, _group=1: in_order(len(lengths)))
+    if hasattr(trainer, "rollouts"):
+        rollouts, updates = trainer.rollouts.next, getattr(trainer, "models", trainer)
+        update = updates.update
         # a rollout's padding is on the right by contract
-        patch.setattr(trainer, "answer", lambda *a: padded(answer(*a), dataclasses.replace(variation, left=0)))
-        patch.setattr(trainer, "minibatch", lambda *a: [padded(b, variation) for b in minibatch(*a)])
+        right = dataclasses.replace(variation, left=0)
+        repadded = lambda batch, metrics: (padded(batch, right), metrics)  # noqa: E731
+        patch.setattr(trainer.rollouts, "next", lambda k: repadded(*rollouts(k)))
+        patch.setattr(updates, "update", lambda micro, *a: update([padded(b, variation) for b in micro], *a))
 
 
 def padded(batch, variation: Variation):

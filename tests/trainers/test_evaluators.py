@@ -8,7 +8,7 @@ from tests.conftest import settings_for, trainer_classes
 
 SOURCE = """
 def steps(trainer):
-    return {"steps_twice": 2.0 * trainer.step}
+    return {"steps_twice": 2.0 * trainer.steps_done}
 """
 
 

@@ -11,10 +11,10 @@ import yaml
 
 from coati.data.dataset import writing
 from coati.errors import UserError
-from coati.parallel.checkpoint import LOCK, lock_folder
+from coati.run_layout import LOCK
 from coati.tracking import read_metrics, read_run
-from coati.trainers.base import holds_work
-from coati.trainers.preference import write_cache
+from coati.trainers import loop, reference
+from coati.trainers.folder import holds_work, lock_folder
 from tests.conftest import ROOT, settings_for, trainer_classes
 
 ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo"]
@@ -36,7 +36,7 @@ def die(*arguments, **keywords):
 # --- a run that has done nothing
 
 
-@pytest.mark.parametrize("method", ["evaluate", "train_step"])
+@pytest.mark.parametrize("method", ["evaluate", "step"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_that_died_before_its_first_step_does_not_block_the_next(
     method, algorithm, tiny_world, runtime, tmp_path, monkeypatch
@@ -69,13 +69,13 @@ def test_one_that_has_done_something_does(left, tiny_world, runtime, tmp_path, m
     output = tmp_path / "run"
     trainer = make("sft", tiny_world, runtime, output, steps=2, save_every=1)
     if left == "a logged step":
-        monkeypatch.setattr(trainer, "_save", die)
+        monkeypatch.setattr(trainer, "save", die)
     elif left == "a checkpoint":
-        monkeypatch.setattr(trainer, "_due", lambda every: every == 1 and trainer.step == 1)
+        monkeypatch.setattr(loop, "is_due", lambda trainer, every: every == 1 and trainer.steps_done == 1)
         monkeypatch.setattr(trainer.config, "log_every", 3)
-        monkeypatch.setattr(trainer, "_export", die)
+        monkeypatch.setattr(trainer.folder, "export", die)
     else:
-        monkeypatch.setattr(trainer, "_due", lambda every: False)
+        monkeypatch.setattr(loop, "is_due", lambda trainer, every: False)
     try:
         trainer.train()
     except Died:
@@ -85,6 +85,7 @@ def test_one_that_has_done_something_does(left, tiny_world, runtime, tmp_path, m
     assert holds_work(output)
     with pytest.raises(UserError, match="already holds a run: pass --resume auto"):
         make("sft", tiny_world, runtime, output, steps=2)
+    monkeypatch.undo()
     make("sft", tiny_world, runtime, output, steps=2, resume="auto").train()
 
 
@@ -124,7 +125,7 @@ def test_two_runs_started_at_once_are_one_run_and_one_line(tiny_world, tmp_path)
 
 def test_a_killed_run_gives_its_folder_back(tmp_path):
     """REPORT 28: the lock is the process's, not the file's."""
-    code = "from pathlib import Path; from coati.parallel.checkpoint import lock_folder\nimport time\n"
+    code = "from pathlib import Path; from coati.trainers.folder import lock_folder\nimport time\n"
     code += f"lock = lock_folder(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
@@ -170,14 +171,15 @@ def test_a_full_cache_is_one_line_and_leaves_nothing_half_written(tiny_world, ru
 
 def test_so_is_one_that_is_full_when_the_references_log_probs_come(tiny_world, runtime, tmp_path, monkeypatch, no_room):
     """REPORT 28: they are kept there too."""
+    write = reference._write
     small, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def write_without_room(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (small // 10, most))
-        write_cache(*arguments)
+        write(*arguments)
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    monkeypatch.setattr("coati.trainers.preference.write_cache", write_without_room)
+    monkeypatch.setattr(reference, "_write", write_without_room)
     cache = str(tmp_path / "cache")
     with pytest.raises(UserError, match=rf"The cache folder {cache} can't be written"):
         make("preference", tiny_world, runtime, tmp_path / "run", cache_reference=True, cache_dir=cache)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from coati.errors import UserError
 from coati.losses import group_advantages
+from coati.rollout import prompt_of
 from coati.tracking import read_metrics
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 from tests.conftest import settings_for
+from tests.trainers.steps import iterate
 
 # The published algorithms as options, see docs/grpo.md; here each runs, there they are explained.
 ALGORITHMS = {
@@ -52,40 +54,36 @@ def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny
     trainer = make(tiny_world, runtime, tmp_path, minibatches=1)
     read, next_logits = [], trainer.actor.module.next_logits
     trainer.actor.module.next_logits = lambda ids, *a, **k: (read.append(ids.shape), next_logits(ids, *a, **k))[1]
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.batches.batch(0)})
-    answers = rollout.response_ids()
+    batch, _ = trainer.rollouts.next(0)
+    assert sum(rows for rows, columns in read if columns > 1) == len({row for row in trainer.order.batch(0)})
+    answers = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.response_mask, strict=True)]
     assert len(answers) == 8 * 4 and all(len({*map(tuple, answers[i : i + 4])}) > 1 for i in range(0, 32, 4))
     prompts = [
         ids[~mask & seen].tolist()
-        for ids, mask, seen in zip(rollout.input_ids, rollout.response_mask, rollout.attention_mask, strict=True)
+        for ids, mask, seen in zip(batch.input_ids, batch.response_mask, batch.attention_mask, strict=True)
     ]
-    assert prompts == [trainer.data[row].input_ids for row in trainer.batches.batch(0) for _ in range(4)]
+    assert prompts == [trainer.data[row].input_ids for row in trainer.order.batch(0) for _ in range(4)]
 
 
 def test_the_loss_sees_what_the_rewards_gave(tiny_world, runtime, tmp_path):
     """Advantages of the group, on response tokens only; nothing of them on prompts and padding."""
     trainer = make(tiny_world, runtime, tmp_path, advantage="rloo")
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    experience, metrics = trainer.experience(rollout)
-    expected = group_advantages(rollout.scores, 4, "rloo")[:, None] * rollout.response_mask
-    assert torch.equal(experience.advantages, expected) and metrics["advantage_std"] > 0
-    assert experience.values is None and trainer.reference is None and metrics["kl"] == 0
+    found = iterate(trainer)
+    expected = group_advantages(found.batch.scores, 4, "rloo")[:, None] * found.batch.response_mask
+    assert torch.equal(found.experience.advantages, expected) and found.metrics["advantage_std"] > 0
+    assert found.experience.values is None and trainer.reference is None and found.metrics["kl"] == 0
 
 
 def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_path):
     options = dict(advantage="rloo", kl_in="reward", kl_estimator="k1", kl_coefficient=0.3)
     trainer = make(tiny_world, runtime, tmp_path, **options)
-    trainer.reference.module.model.lm_head.weight.data.mul_(0.5)
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    experience, metrics = trainer.experience(rollout)
-    x = (experience.log_probs - experience.reference_log_probs).masked_fill(~rollout.response_mask, 0.0)
-    expected = group_advantages(rollout.scores - 0.3 * x.sum(1), 4, "rloo")
+    trainer.reference.engine.module.model.lm_head.weight.data.mul_(0.5)
+    found = iterate(trainer)
+    batch, experience = found.batch, found.experience
+    x = (experience.log_probs - experience.reference_log_probs).masked_fill(~batch.response_mask, 0.0)
+    expected = group_advantages(batch.scores - 0.3 * x.sum(1), 4, "rloo")
     torch.testing.assert_close(experience.advantages.amax(1) + experience.advantages.amin(1), expected)
-    assert metrics["kl"] != 0
+    assert found.metrics["kl"] != 0
 
 
 def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
@@ -93,13 +91,12 @@ def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     drawn."""
     options = dict(reward_functions=[tiny_world["rewards"] + ":odd"], max_refills=20, group_size=2)
     trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, **options)
-    trainer.set_temperature(0)
-    rollout, metrics = trainer.collect(0)
-    groups = rollout.rewards.reshape(8, 2)
+    rollouts = trainer.rollouts
+    rollout, metrics = rollouts.next(0)
+    groups = rollout.scores.reshape(8, 2)
     assert (groups.amin(1) < groups.amax(1)).all()
-    assert trainer.position == round(8 / (1 - metrics["equal_groups"])) and metrics["refills"] > 0
-    drawn, trainer.position = trainer.position, 0
-    order = [row for row, _ in trainer.draw([], drawn)]
+    assert rollouts.position == round(8 / (1 - metrics["equal_groups"])) and metrics["refills"] > 0
+    order = [trainer.order.row(place) for place in range(rollouts.position)]
     batch = [i for m in range(2) for i in range(m, 8, 2)]  # minibatch after minibatch
     found = [
         tuple(ids[: int((~mask & seen).sum())].tolist())
@@ -116,9 +113,9 @@ def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, 
     options = dict(reward_functions=reward(tmp_path, "[1.0] * len(responses)"), max_refills=2, learning_rate=1.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", dynamic_sampling=True, **options)
     before = [p.detach().clone() for p in trainer.actor.module.parameters()]
-    metrics, _ = trainer.train_step(0)
+    metrics = trainer.step(0)
     assert (metrics["refills"], metrics["equal_groups"], metrics["advantage_std"]) == (2, 1.0, 0.0)
-    assert trainer.position == 3 * 8
+    assert trainer.rollouts.position == 3 * 8
     assert all(map(torch.equal, before, trainer.actor.module.parameters()))
 
 
@@ -138,43 +135,38 @@ def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
     whole.train()
     resume = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
     resumed = make(tiny_world, runtime, tmp_path / "resumed", resume=resume, **changes)
-    assert resumed.position > 3 * 8
+    assert resumed.rollouts.position > 3 * 8
     resumed.train()
     assert whole.state() == resumed.state()
-    for trained in ("actor", "reference"):
-        ours, theirs = (getattr(t, trained).module.state_dict() for t in (whole, resumed))
+    for name in ("actor", "reference"):
+        ours, theirs = ((t.engines | t.frozen)[name].module.state_dict() for t in (whole, resumed))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     first = load_file(f"{tiny_world['policy']}/model.safetensors")
-    assert any(not torch.equal(first[k], v) for k, v in whole.reference.module.model.state_dict().items())
+    assert any(not torch.equal(first[k], v) for k, v in whole.frozen["reference"].module.model.state_dict().items())
 
 
 def test_truncated_answers_can_be_left_out(tiny_world, runtime, tmp_path):
     """Their rewards still count in the group; their tokens have no gradient and are in no count."""
     trainer = make(tiny_world, runtime, tmp_path, mask_truncated=True, learning_rate=1e-2)
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    cut = dataclasses.replace(rollout, finished=torch.arange(32) % 3 > 0)
-    experience, _ = trainer.experience(cut)
-    assert (experience.response_mask.any(1) == cut.finished).all()
-    assert torch.equal(experience.advantages, trainer.experience(rollout)[0].advantages)
-    none_left = dataclasses.replace(rollout, finished=torch.zeros(32, dtype=torch.bool))
+    finished = torch.arange(32) % 3 > 0
+    cut = iterate(trainer, change=lambda batch: dataclasses.replace(batch, finished=finished)).experience
+    assert (cut.response_mask.any(1) == finished).all()
+    assert torch.equal(cut.advantages, iterate(trainer).experience.advantages)
     before = [p.detach().clone() for p in trainer.actor.module.parameters()]
-    trainer.learn(trainer.experience(none_left)[0], 0)
+    none = torch.zeros(32, dtype=torch.bool)
+    iterate(trainer, change=lambda batch: dataclasses.replace(batch, finished=none), learns=True)
     assert all(map(torch.equal, before, trainer.actor.module.parameters()))
 
 
 def test_long_answers_are_punished_and_the_temperature_falls(tiny_world, runtime, tmp_path):
     options = dict(overlong_buffer=4, overlong_penalty=0.5, final_temperature=0.2, steps=5)
     trainer = make(tiny_world, runtime, tmp_path, **options)
-    trainer.set_temperature(0)
-    assert trainer.temperature == 1.0
-    rollout, _ = trainer.collect(0)
-    lengths = rollout.response_mask.sum(1)
-    assert torch.allclose(rollout.rewards - rollout.scores, 0.5 * (lengths - 4).clamp(min=0) / 4)
-    trainer.set_temperature(2)
-    assert trainer.temperature == pytest.approx(0.6)
-    trainer.set_temperature(4)
-    assert trainer.temperature == pytest.approx(0.2)
+    batch, _ = trainer.rollouts.next(0)
+    assert batch.temperature == 1.0
+    lengths = batch.response_mask.sum(1)
+    assert torch.allclose(batch.scores - trainer.shape(batch), 0.5 * (lengths - 4).clamp(min=0) / 4)
+    assert trainer.rollouts.next(2)[0].temperature == pytest.approx(0.6)
+    assert iterate(trainer, 4).metrics["temperature"] == pytest.approx(0.2)
 
 
 def test_an_entropy_bonus_keeps_the_policy_undecided(tiny_world, runtime, tmp_path):
@@ -188,35 +180,32 @@ def test_an_entropy_bonus_keeps_the_policy_undecided(tiny_world, runtime, tmp_pa
 
 def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, advantage="remax", group_size=2, minibatches=1)
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    prompts = [trainer.data[row] for row in trainer.batches.batch(0)]
-    greedy = make(tiny_world, runtime, tmp_path / "greedy").answer(
-        prompts, [9] * 8, dataclasses.replace(trainer.config, temperature=0.0)
-    )
-    expected = trainer.rewards.score([""] * 8, texts(trainer, greedy)).total
-    assert torch.equal(rollout.baseline, expected.repeat_interleave(2))
+    found = iterate(trainer)
+    prompts = [prompt_of(trainer.data, row, [9]) for row in trainer.order.batch(0)]
+    greedy = trainer.generation.sample(prompts, dataclasses.replace(trainer.config, temperature=0.0)).samples
+    baseline = torch.tensor([sample.score for sample in greedy]).repeat_interleave(2)
+    expected = (found.batch.scores - baseline)[:, None] * found.batch.response_mask
+    torch.testing.assert_close(found.experience.advantages, expected)
+    assert baseline.unique().numel() > 1
 
 
-def texts(trainer, rollout) -> list[str]:
-    found = trainer.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-    return [text.strip() for text in found]
-
-
-def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path):
+def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path, monkeypatch):
     """PITFALL 32: sampling that differs from training, planted."""
     options = dict(importance_correction="truncated", importance_cap=1.05, max_rollout_kl=9.0, rollout_engine="coati")
     trainer = make(tiny_world, runtime, tmp_path, **options)
-    trainer.sampling_is_training = lambda: False  # as in bf16, or with vLLM
-    trainer.set_temperature(0)
-    rollout, _ = trainer.collect(0)
-    plain, _ = trainer.experience(rollout)
-    rollout = dataclasses.replace(rollout, log_probs=rollout.log_probs - 0.03)
-    rollout.log_probs[::2] += 0.5
-    corrected, metrics = trainer.experience(rollout)
+    plain = iterate(trainer).experience
+
+    def shifted(batch):
+        log_probs = batch.sampling_log_probs - 0.03
+        log_probs[::2] += 0.5
+        return dataclasses.replace(batch, sampling_log_probs=log_probs)
+
+    monkeypatch.setattr("coati.trainers.policy.resolve_precision", lambda config: "bf16")  # all are computed again
+    found = iterate(trainer, change=shifted)
+    corrected, metrics = found.experience, found.metrics
     weights = torch.full((32, 1), math.exp(0.03))
     weights[::2] = math.exp(-0.47)
-    mask = rollout.response_mask
+    mask = found.batch.response_mask
     torch.testing.assert_close(corrected.advantages, (plain.advantages * weights) * mask, rtol=1e-4, atol=1e-6)
     assert 0.5 < metrics["importance_weight"] < 1
 

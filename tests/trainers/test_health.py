@@ -1,5 +1,6 @@
 """What a run says of its health, and how it lives through a step whose numbers are not finite."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,9 +11,9 @@ from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import settings_for, trainer_classes
 from tests.distributed.world import run_jobs
+from tests.trainers.steps import change_losses, iterate
 
 SPOILED = 1  # the step, from 0, in which the planted mistake lies
-LOSS_OF = {"sft": "loss", "ppo": "policy_share"}
 MODEL_OF = {"sft": "model", "ppo": "actor"}
 # Under Gemini gradients lie in memory of their own or, with one micro-batch a step (4 rows), in that of the weights.
 LAYOUTS = {
@@ -44,7 +45,7 @@ def spoiled(tiny_world, tmp_path_factory):
         changes = LAYOUTS[layout] | dict(output_dir=str(folder / "-".join(case)))
         if algorithm == "ppo":  # sampled answers: with greedy ones the fresh policy's advantages may vanish
             changes |= dict(ppo_epochs=1, minibatches=1, temperature=1.0)
-        spoil = dict(method=LOSS_OF[algorithm], step=SPOILED, kind=kind)
+        spoil = dict(model=MODEL_OF[algorithm], step=SPOILED, kind=kind)
         settings = settings_for(algorithm, tiny_world, **changes)
         jobs.append(dict(name="-".join(case), algorithm=algorithm, settings=settings, spoil=spoil))
     results = run_jobs(jobs, folder / "runs", 2, "spoiled_worker.py")
@@ -70,23 +71,22 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(case, spoiled):
         assert all("critic" in names for names in result["moved"])  # its loss was finite
 
 
-def spoil(trainer, method: str, calls: set[int]):
-    """Makes these calls of the method that gives a loss, counted from 0, give NaN."""
-    loss_of, count = getattr(trainer, method), itertools.count()
+def spoil(engine, calls: set[int]):
+    """Makes these of the engine's losses, counted from 0, NaN."""
+    count = itertools.count()
 
-    def loss(*arguments, **keywords):
-        share, metrics = loss_of(*arguments, **keywords)
+    def spoiled(share, metrics):
         factor = math.nan if next(count) in calls else 1.0
         return share * factor, {name: value * factor for name, value in metrics.items()}
 
-    setattr(trainer, method, loss)
+    change_losses(engine, spoiled)
 
 
 def test_a_run_stops_after_so_many_skipped_steps_in_a_row(tiny_world, runtime, tmp_path):
     """A good step between them starts the count anew; the message has the step and the newest checkpoint."""
     changes = dict(steps=9, save_every=2, micro_batch_size=8, max_skipped_steps=2, eval_data=[])
     trainer = make("sft", tiny_world, runtime, tmp_path, **changes)
-    spoil(trainer, "loss", {1, 3, 5, 6})
+    spoil(trainer.model, {1, 3, 5, 6})
     with pytest.raises(UserError, match=r"step 7: loss is nan, skipped 2 steps in a row .*step-00000006") as error:
         trainer.train()
     assert "\n" not in str(error.value)
@@ -95,7 +95,7 @@ def test_a_run_stops_after_so_many_skipped_steps_in_a_row(tiny_world, runtime, t
 
 def test_the_count_of_skipped_steps_goes_on_after_a_resume(tiny_world, runtime, tmp_path):
     trainer = make("sft", tiny_world, runtime, tmp_path, steps=2, save_every=2, micro_batch_size=8)
-    spoil(trainer, "loss", {0})
+    spoil(trainer.model, {0})
     trainer.train()
     resumed = make("sft", tiny_world, runtime, tmp_path, steps=3, micro_batch_size=8, resume="auto")
     resumed.train()
@@ -106,49 +106,44 @@ def test_models_are_counted_apart_and_a_skipped_update_leaves_the_metrics_of_the
     """The critic's good steps don't hide that each of the policy's is skipped."""
     changes = dict(temperature=1.0, ppo_epochs=2, minibatches=2, micro_batch_size=8, max_skipped_steps=4)
     trainer = make("ppo", tiny_world, runtime, tmp_path / "once", **changes)
-    spoil(trainer, "policy_share", {1})
-    metrics, _ = trainer.train_step(0)
+    spoil(trainer.actor, {1})
+    metrics = trainer.step(0)
     assert trainer.skipped_steps == 1 and all(map(math.isfinite, metrics.values()))
     trainer = make("ppo", tiny_world, runtime, tmp_path / "always", **changes)
-    spoil(trainer, "policy_share", {0, 1, 2, 3})
+    spoil(trainer.actor, {0, 1, 2, 3})
     with pytest.raises(UserError, match="policy_loss is nan, skipped 4 steps in a row"):
-        trainer.train_step(0)
+        trainer.step(0)
 
 
 def test_a_kl_that_is_not_finite_does_not_spoil_its_coefficient(tiny_world, runtime, tmp_path):
     changes = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, micro_batch_size=8, max_skipped_steps=9)
     trainer = make("ppo", tiny_world, runtime, tmp_path, **changes)
-    trainer.reference.module.model.lm_head.weight.data.fill_(math.nan)
-    metrics, _ = trainer.train_step(0)
+    trainer.reference.engine.module.model.lm_head.weight.data.fill_(math.nan)
+    metrics = trainer.step(0)
     assert math.isnan(metrics["kl"]) and trainer.kl_coefficient == trainer.config.kl_coefficient
     assert trainer.skipped_steps > 0
 
 
 def test_both_estimates_of_the_kl_and_how_answers_end_are_logged(tiny_world, runtime, tmp_path):
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0, kl_estimator="k2", learning_rate=0.0)
-    head = trainer.reference.module.model.lm_head.weight.data
+    head = trainer.reference.engine.module.model.lm_head.weight.data
     head.mul_(0.5)  # now the reference differs from the policy
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scores, _, how = trainer.score(prompts, rollout)
-    experience, metrics = trainer.experience(rollout, scores)
-    mask = rollout.response_mask
+    found = iterate(trainer)
+    batch, experience, metrics = found.batch, found.experience, found.metrics
+    mask = batch.response_mask
     x = (experience.log_probs - experience.reference_log_probs)[mask].double()
     expected = {"kl/k1": x.sum(), "kl": (x**2).sum() / 2, "kl/k3": (torch.exp(-x) - 1 + x).sum()}
     for name, total in expected.items():
-        assert metrics[name] == pytest.approx(total.item() / len(prompts), rel=1e-5), name
-    ends = [ids[m][-1].item() == trainer.tokenizer.eos_token_id for ids, m in zip(rollout.input_ids, mask, strict=True)]
-    assert how["finished"] == pytest.approx(sum(ends) / len(ends))
-    assert how["truncated"] == pytest.approx(1 - how["finished"])
+        assert metrics[name] == pytest.approx(total.item() / len(batch), rel=1e-5), name
+    ends = [ids[m][-1].item() == trainer.tokenizer.eos_token_id for ids, m in zip(batch.input_ids, mask, strict=True)]
+    assert metrics["finished"] == pytest.approx(sum(ends) / len(ends))
+    assert metrics["truncated"] == pytest.approx(1 - metrics["finished"])
 
 
 def test_a_mismatch_of_sampling_and_training_is_explained(tiny_world, runtime, tmp_path):
     """Another temperature at sampling than in training, planted; the limit is on by default."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
     trainer.actor.module.model.lm_head.weight.data.mul_(20)  # a policy with opinions
-    rollout = trainer.answer(trainer.take_prompts(0))
-    _, metrics = trainer.experience(rollout, torch.zeros(len(rollout.finished)))
-    assert abs(metrics["rollout_kl"]) < 1e-6
-    trainer.temperature = 3.0
+    assert abs(iterate(trainer).metrics["rollout_kl"]) < 1e-6
     with pytest.raises(UserError, match=r"differ by .* nats a token .*weights.*temperature.*precision"):
-        trainer.experience(rollout, torch.zeros(len(rollout.finished)))
+        iterate(trainer, change=lambda batch: dataclasses.replace(batch, temperature=3.0))

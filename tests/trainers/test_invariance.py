@@ -82,7 +82,7 @@ def assert_same(found, expected, rtol=RTOL):
 def test_the_step_has_something_to_get_wrong(case):
     """Rows of different lengths, and in PPO: clipped tokens, answers that end and that don't, a KL, weights to move."""
     name, trainer, (metrics, gradients) = case
-    assert len({len(trainer.data[i]) for i in trainer.batches.batch(0)}) > 2
+    assert len({len(trainer.data[i]) for i in trainer.order.batch(0)}) > 2
     assert all(g.abs().max() > 0 for g in gradients.values())
     assert {key.split(".")[0] for key in gradients} == set(trainer.engines)
     if name.startswith("preference"):

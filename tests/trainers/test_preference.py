@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from coati.errors import UserError
+from coati.files import aside_of
 from coati.losses import response_targets
 from coati.tracking import read_metrics, read_samples
-from coati.trainers.preference import PreferenceConfig, PreferenceTrainer
+from coati.trainers.config import PreferenceConfig
+from coati.trainers.preference import PreferenceTrainer
+from coati.trainers.reference import response_sums
 from tests.conftest import ROOT, sentence, settings_for, trainer_classes, write_rows
 from tests.oracles import preference as oracle
 from tests.trainers.steps import nudge
@@ -85,7 +88,7 @@ def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, t
         write_rows(path, rows)
     trainer = moved(tiny_world, runtime, tmp_path / "run", loss="kto", eval_data=[str(good), str(bad)])
     metrics, _ = trainer.evaluate()
-    assert metrics["answers/good"] == metrics["answers/bad"] == len(pairs)
+    assert metrics["responses/good"] == metrics["responses/bad"] == len(pairs)
     assert metrics["kl/good"] == pytest.approx(metrics["kl"]) == pytest.approx(metrics["kl/bad"])
     assert metrics["loss"] == pytest.approx((metrics["loss/good"] + metrics["loss/bad"]) / 2)
     assert metrics["reward_desirable/good"] == pytest.approx(metrics["reward_desirable"])
@@ -96,9 +99,9 @@ def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, t
 def test_the_steps_loss_is_the_oracles_on_log_probs_of_plain_transformers(loss, tiny_world, runtime, tmp_path):
     """The policy and, as the reference, the model in the folder that the run started from; the answers' tokens only."""
     trainer = moved(tiny_world, runtime, tmp_path, loss=loss, nll_coefficient=0.3, beta=0.4, learning_rate=0.0)
-    pairs = [trainer.data[row] for row in trainer.batches.batch(0)]
+    pairs = [trainer.data[row] for row in trainer.order.batch(0)]
     chosen, rejected = (answers_of(trainer, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected"))
-    found, _ = trainer.train_step(0)
+    found = trainer.step(0)
     _, expected = oracle.preference_loss(loss, chosen, rejected, len(pairs), 0.4, 0.0, 0.5, 0.3)
     assert abs(expected["margin"]) > 0.001
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -114,7 +117,7 @@ def test_the_kto_loss_is_the_oracles_with_the_kl_of_exchanged_answers(tiny_world
     settings = dict(loss="kto", beta=0.4, undesirable_weight=1.5, model=str(tmp_path / "bad"))
     trainer = make(tiny_world, runtime, tmp_path / "run", **settings)
     trainer.engines["model"].module.model.load_state_dict(first)
-    rows = sorted(trainer.batches.batch(0))
+    rows = sorted(trainer.order.batch(0))
     samples = [trainer.data[row] for row in rows]
     mixed = []
     for i, asked in enumerate(samples):
@@ -127,7 +130,7 @@ def test_the_kto_loss_is_the_oracles_with_the_kl_of_exchanged_answers(tiny_world
     assert kl > 0 and 0 < sum(good) < len(good)
     answers = answers_of(trainer, [sample.sequence for sample in samples])
     _, expected = oracle.kto_loss(answers, good, kl, len(good), 0.4, 1.0, 1.5)
-    found, _ = trainer.train_step(0)
+    found = trainer.step(0)
     for sort, count in (("desirable", sum(good)), ("undesirable", len(good) - sum(good))):
         for name in (f"reward_{sort}", f"log_probs_{sort}"):
             expected[name] *= len(good) / count
@@ -153,7 +156,7 @@ def test_losses_without_a_reference_have_none(loss, tiny_world, runtime, tmp_pat
     """PITFALL 29: nothing is made of, or asked of, a reference that isn't there, even from random weights."""
     changes = dict(model=None, model_config=tiny_world["model_config"])
     trainer = make(tiny_world, runtime, tmp_path, loss=loss, steps=2, **changes)
-    assert trainer.reference is None and trainer.cached == {}
+    assert trainer.reference is None
     trainer.train()
     assert len(losses(tmp_path)) == 2
 
@@ -164,7 +167,7 @@ def test_the_reference_stays_the_first_policy_after_a_resume(loss, tiny_world, r
     make(tiny_world, runtime, tmp_path, loss=loss, steps=3, save_every=3).train()
     resumed = make(tiny_world, runtime, tmp_path, loss=loss, steps=4, resume="auto")
     first = load_file(Path(tiny_world["policy"]) / "model.safetensors")
-    state, policy = (e.module.model.state_dict() for e in (resumed.reference, resumed.engines["model"]))
+    state, policy = (e.module.model.state_dict() for e in (resumed.reference.engine, resumed.engines["model"]))
     assert all(torch.equal(state[name], tensor) for name, tensor in first.items())
     assert not all(torch.equal(policy[name], tensor) for name, tensor in first.items())
 
@@ -174,24 +177,23 @@ def test_with_lora_the_reference_is_the_policy_without_its_adapter(loss, tiny_wo
     """No copy of the model: the same log-probs as a copy gives, and dropout of the adapter is off too."""
     trainer = moved(tiny_world, runtime, tmp_path / "lora", loss=loss, lora_rank=2, lora_dropout=0.5)
     other = make(tiny_world, runtime, tmp_path / "whole", loss=loss)
-    assert trainer.reference is None and other.reference is not None
+    assert trainer.reference.engine is trainer.model and other.reference.engine is not other.model
     batch = trainer.load(trainer.data, [0, 5, 9])
-    theirs, same = other.reference_sums([batch]), trainer.reference_sums([batch])
+    [theirs], [same] = other.reference.sums_of([batch]), trainer.reference.sums_of([batch])
     torch.testing.assert_close(same, theirs, rtol=1e-6, atol=1e-5)
-    policy = trainer.sums(trainer.engines["model"], [batch])
-    assert (policy[0] - same[0]).abs().max() > 1e-3 and torch.equal(
-        policy[0], trainer.sums(trainer.engines["model"], [batch])[0]
-    )
-    trainer.train_step(0)
-    assert torch.equal(trainer.reference_sums([batch])[0], same[0])
+    [policy] = response_sums(trainer.model, [batch], trainer.inputs)
+    assert (policy - same).abs().max() > 1e-3
+    assert torch.equal(policy, response_sums(trainer.model, [batch], trainer.inputs)[0])
+    trainer.step(0)
+    assert torch.equal(trainer.reference.sums_of([batch])[0], same)
 
 
 def test_an_adapter_that_goes_on_training_is_compared_with_itself(tiny_world, runtime, tmp_path):
     changes = dict(lora_rank=2, steps=2, merge_lora=False)
     make(tiny_world, runtime, tmp_path / "first", **changes).train()
     trainer = make(tiny_world, runtime, tmp_path / "second", **changes | dict(model=str(tmp_path / "first" / "model")))
-    assert trainer.reference is not None
-    metrics, _ = trainer.train_step(0)
+    assert trainer.reference.engine is not trainer.model
+    metrics = trainer.step(0)
     assert metrics["margin"] == pytest.approx(0, abs=1e-6)
 
 
@@ -228,7 +230,7 @@ def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, ru
 
 
 def cache_files(folder: Path) -> set[Path]:
-    return set(folder.glob("reference-*"))
+    return set(folder.glob("reference-*.safetensors"))
 
 
 def no_model(self):
@@ -240,7 +242,7 @@ def test_a_cached_reference_gives_the_curve_of_a_loaded_one(changes, tiny_world,
     settings = dict(cache_dir=str(tmp_path / "cache"), steps=7, micro_batch_size=3, eval_every=3, **changes)
     make(tiny_world, runtime, tmp_path / "loaded", **settings).train()
     trainer = make(tiny_world, runtime, tmp_path / "cached", **settings, cache_reference=True)
-    assert trainer.reference is None and {len(x) for x in trainer.cached.values()} == {40, 11}
+    assert {len(x) for x in trainer.reference.of_sets.values()} == {40, 11}
     trainer.train()
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "loaded"), rel=1e-5)
     evaluations = [
@@ -258,10 +260,10 @@ def test_a_cache_is_read_by_later_runs_until_model_or_data_change(tiny_world, ru
     files = cache_files(tmp_path / "cache")
     assert len(files) == 2 and not [f for f in files if f.suffix != ".safetensors"]
     with monkeypatch.context() as patch:
-        patch.setattr(PreferenceTrainer, "load_reference", no_model)
+        patch.setattr(PreferenceTrainer, "make_reference", no_model)
         again = make(tiny_world, runtime, tmp_path / "again", **settings, beta=0.7, loss="ipo", seed=3, batch_size=4)
-    assert again.cached.keys() == first.cached.keys()
-    assert all(torch.equal(again.cached[key], first.cached[key]) for key in first.cached)
+    read, computed = again.reference.of_sets, first.reference.of_sets
+    assert read.keys() == computed.keys() and all(torch.equal(read[key], computed[key]) for key in computed)
     # other rows, another template, other weights in a folder of the same name
     rows = Path(tiny_world["pairs"]).read_text().splitlines()[:12]
     pairs = write_rows(tmp_path / "few.jsonl", [json.loads(row) for row in rows])
@@ -282,10 +284,10 @@ def test_a_cache_is_read_by_later_runs_until_model_or_data_change(tiny_world, ru
     nudge(model.parameters())
     model.save_pretrained(tmp_path / "policy")
     after = make(tiny_world, runtime, tmp_path / "after", **settings, **changes)
-    [key] = before.cached
-    assert (before.cached[key] - after.cached[key]).abs().max() > 1e-3
+    [key] = before.reference.of_sets
+    assert (before.reference.of_sets[key] - after.reference.of_sets[key]).abs().max() > 1e-3
     expected = plain_sums(tmp_path / "policy", [after.data[3].chosen, after.data[3].rejected])
-    assert after.cached[key][3].tolist() == pytest.approx(expected, rel=1e-5)
+    assert after.reference.of_sets[key][3].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path):
@@ -294,8 +296,8 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
     make(tiny_world, runtime, tmp_path / "first", **settings)
     [file] = cache_files(tmp_path / "cache")
     whole = file.read_bytes()
-    file.rename(file.with_name(f"{file.name}.1.partial"))
-    file.with_name(f"{file.name}.1.partial").write_bytes(whole[:-8])
+    file.rename(aside_of(file))
+    aside_of(file).write_bytes(whole[:-8])
     make(tiny_world, runtime, tmp_path / "second", **settings)
     assert file.read_bytes() == whole
 
@@ -319,7 +321,7 @@ def test_resuming_is_bitwise_the_same_as_never_stopping(changes, tiny_world, run
     make(tiny_world, runtime, tmp_path / "whole", **changes).train()
     resume = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
     resumed = make(tiny_world, runtime, tmp_path / "resumed", **changes, resume=resume)
-    assert resumed.step == 3
+    assert resumed.steps_done == 3
     resumed.train()
     expected, found = weights(tmp_path / "whole" / "model"), weights(tmp_path / "resumed" / "model")
     assert expected and all(torch.equal(expected[name], found[name]) for name in expected)
@@ -331,7 +333,7 @@ def test_resuming_is_bitwise_the_same_as_never_stopping(changes, tiny_world, run
 
 def test_exchanged_answers_belong_to_other_prompts_and_keep_to_the_length(tiny_world, runtime, tmp_path, monkeypatch):
     """Long prompts get the long answers of short ones, and lose what is too much from their left."""
-    import coati.trainers.preference as module
+    import coati.trainers.kto as module
 
     pairs = [
         {"prompt": sentence(i, 14 if i < 2 else 2), "chosen": sentence(i, 1 if i < 2 else 12), "rejected": f"no {i}"}
@@ -358,7 +360,7 @@ def test_exchanged_answers_belong_to_other_prompts_and_keep_to_the_length(tiny_w
 def test_kto_batches_are_not_sorted_into_one_sort(tiny_world, runtime, tmp_path):
     """The chosen answers here are the longer ones."""
     trainer = make(tiny_world, runtime, tmp_path, loss="kto")
-    shares = [sum(trainer.data[row].desirable for row in trainer.batches.batch(k)) / 8 for k in range(10)]
+    shares = [sum(trainer.data[row].desirable for row in trainer.order.batch(k)) / 8 for k in range(10)]
     assert sum(shares) == 5.0 and all(0 < share < 1 for share in shares)
 
 
@@ -366,7 +368,7 @@ def test_kto_reads_labels_and_reports_what_is_there(tiny_world, runtime, tmp_pat
     rows = [{"prompt": f"ask {i}", "completion": f"answer {i}", "label": True} for i in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     trainer = make(tiny_world, runtime, tmp_path / "run", loss="kto", train_data=[path], eval_data=[path])
-    metrics, _ = trainer.train_step(0)
+    metrics = trainer.step(0)
     assert metrics["desirable"] == 1.0
     assert "reward_desirable" in metrics and not {"reward_undesirable", "margin"} & metrics.keys()
     assert {row["label"] for row in trainer.evaluate()[1]} == {True}

@@ -56,14 +56,14 @@ def optimum(reference: torch.Tensor, beta: float) -> torch.Tensor:
 def check(task, pairs, runtime, output, beta: float, seed: int, steps: int) -> float:  # noqa: F811
     """Trains on all comparisons at a learning rate that falls to 0; the distance to the optimum."""
     from coati.models import Actor
-    from coati.trainers.preference import PreferenceConfig, PreferenceTrainer
+    from coati.trainers.config import PreferenceConfig
+    from coati.trainers.dpo import DPOTrainer
 
     settings = task | dict(train_data=[pairs], output_dir=str(output), seed=seed, beta=beta, cache_reference=True)
     settings |= dict(steps=steps, batch_size=256, micro_batch_size=256, learning_rate=1e-2, warmup=0.0, final_rate=0.0)
-    trainer = PreferenceTrainer(PreferenceConfig(**settings), runtime)
-    while trainer.step < trainer.total_steps:
-        trainer.train_step(trainer.step)
-        trainer.step += 1
+    trainer = DPOTrainer(PreferenceConfig(**settings), runtime)
+    for k in range(trainer.total_steps):
+        trainer.step(k)
     before, after = distribution(Actor(task["model"])), distribution(trainer.engines["model"].module)
     best = optimum(before, beta)
     assert total_variation(before, best) > 0.1  # there was something to learn

@@ -7,7 +7,7 @@ import pytest
 
 from coati.data import BatchSampler
 from coati.errors import UserError
-from coati.parallel.checkpoint import write_json
+from coati.files import write_json
 from tests.conftest import settings_for, trainer_classes
 
 STEPS = 2  # before the checkpoint
@@ -35,7 +35,7 @@ def checkpoint(tiny_world, runtime, tmp_path_factory):
 
 
 def rows_of(trainer, steps) -> list[int]:
-    return [row for step in steps for row in trainer.batches.batch(step)]
+    return [row for step in steps for row in trainer.order.batch(step)]
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo"])
@@ -52,7 +52,7 @@ def test_batches_of_another_size_go_on_where_the_data_stopped(
     seen = [row for step in range(STEPS) for row in first.batch(step)]
     seen += rows_of(resumed, range(STEPS, resumed.total_steps))
     assert sorted(seen[:40]) == list(range(40)) and 40 <= len(seen) < 40 + batch_size
-    assert resumed.batches.epoch(resumed.total_steps) == len(seen) / 40
+    assert resumed.order.epoch(resumed.total_steps) == len(seen) / 40
 
 
 def test_so_do_batches_of_a_third_size_and_those_of_the_first_again(checkpoint, tiny_world, runtime, tmp_path):
@@ -71,8 +71,8 @@ def test_so_do_batches_of_a_third_size_and_those_of_the_first_again(checkpoint, 
 
 def prompts_drawn(trainer) -> list[int]:
     """The rows that the next iteration of GRPO draws."""
-    trainer.position = trainer.batches.position(trainer.step)
-    return [row for row, _ in trainer.draw([], trainer.config.batch_size)]
+    prompts = trainer.rollouts.prompts_of(trainer.steps_done)
+    return [prompt.row for prompt in prompts[:: trainer.config.group_size]]
 
 
 def test_prompts_that_dynamic_sampling_has_drawn_are_not_drawn_again_without_it(
@@ -83,7 +83,9 @@ def test_prompts_that_dynamic_sampling_has_drawn_are_not_drawn_again_without_it(
     stored = json.loads((place / "trainer.json").read_text())
     drawn = stored["state"]["position"]
     assert drawn > stored["rows"] == STEPS * 8
-    resumed = make("grpo", tiny_world, runtime, tmp_path / "run", resume=str(place), batch_size=4, eval_data=[])
+    resumed = make(
+        "grpo", tiny_world, runtime, tmp_path / "run", resume=str(place), batch_size=4, minibatches=1, eval_data=[]
+    )
     stream = BatchSampler(40, 1, resumed.config.seed)
     assert prompts_drawn(resumed) == [stream.batch(k)[0] for k in range(drawn, drawn + 4)]
 
@@ -95,7 +97,7 @@ def test_text_that_ppo_mixes_in_goes_on_too(checkpoint, tiny_world, runtime, tmp
     changes = dict(resume=str(place), minibatches=4, eval_data=[], **mixed)
     resumed = make("ppo", tiny_world, runtime, tmp_path / "run", **changes)
     stream = BatchSampler(40, 1, resumed.config.seed)
-    assert resumed.ptx_sampler.batch(STEPS) == [stream.batch(k)[0] for k in (8, 9)]  # of 4 rows before, of 2 now
+    assert resumed.text_order.batch(STEPS) == [stream.batch(k)[0] for k in (8, 9)]  # of 4 rows before, of 2 now
 
 
 SAID = {
@@ -184,7 +186,7 @@ def test_another_coefficient_is_not_overruled_by_the_checkpoint(checkpoint, tiny
     changes = dict(resume=place, kl_coefficient=0.5, eval_data=[])
     assert make("ppo", tiny_world, runtime, tmp_path / "fixed", **changes).kl_coefficient == 0.5
     adaptive = make("ppo", tiny_world, runtime, tmp_path / "adaptive", kl_target=1.0, **changes)
-    assert adaptive.kl_coefficient == adaptive.stored["state"]["kl_coefficient"] != 0.5
+    assert adaptive.kl_coefficient == adaptive.folder.stored["state"]["kl_coefficient"] != 0.5
 
 
 def test_a_reference_that_was_not_kept_is_that_of_the_start(checkpoint, tiny_world, runtime, tmp_path):

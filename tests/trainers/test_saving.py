@@ -74,7 +74,7 @@ def test_what_would_fail_in_a_save_fails_at_the_start(algorithm, tiny_world, run
     trainer = make(algorithm, tiny_world, runtime, tmp_path / "run", steps=1)
     engine = next(iter(trainer.engines.values()))
     engine.module.config.something = object()  # no JSON
-    monkeypatch.setattr(trainer, "train_step", lambda step: pytest.fail("a step was done"))
+    monkeypatch.setattr(trainer, "step", lambda k: pytest.fail("a step was done"))
     with pytest.raises(UserError, match="could not be saved at the end of this run: "):
         trainer.train()
     assert {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()} <= {".lock"}
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_can_not_be_saved_is_noticed_at_the_start(tiny_world, r
     """REPORT 1."""
     trainer = make("sft", tiny_world, runtime, tmp_path, steps=1)
     trainer.tokenizer.init_kwargs["something"] = object()
-    monkeypatch.setattr(trainer, "train_step", lambda step: pytest.fail("a step was done"))
+    monkeypatch.setattr(trainer, "step", lambda k: pytest.fail("a step was done"))
     with pytest.raises(UserError, match="could not be saved"):
         trainer.train()
 
@@ -136,7 +136,7 @@ def test_free_space_is_compared_with_what_will_be_written(
     settings = dict(steps=1, model=tiny_world["policy"], model_config=None) | changes
     trainer = make(algorithm, tiny_world, runtime, tmp_path / "run", **settings)
     found = {}
-    monkeypatch.setattr("coati.trainers.base.check_room", lambda output, *sizes: found.update(sizes=sizes))
+    monkeypatch.setattr("coati.trainers.folder.check_room", lambda output, *sizes: found.update(sizes=sizes))
     trainer.train()
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     written = size_of(checkpoint), sum(size_of(tmp_path / "run" / name) for name in ("model", "critic"))

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from coati.errors import UserError
 from coati.models import ActorCritic, AutoModelForCausalLMWithValueHead
-from coati.rewards import AdapterReward
+from coati.rewards import AdapterReward, Reward
 from coati.tracking import read_metrics
 from coati.trainers.ppo import PPOConfig, PPOTrainer
 from tests.conftest import settings_for
@@ -39,7 +39,7 @@ def test_the_head_learns_at_the_critic_s_rate(tiny_world, runtime, tmp_path):
     rates = dict(learning_rate=1e-3, critic_learning_rate=5e-3, warmup=0.0, schedule="constant")
     trainer = make(tiny_world, runtime, tmp_path, steps=1, ppo_epochs=1, minibatches=1, **rates)
     before = {name: p.detach().clone() for name, p in trainer.actor.module.named_parameters()}
-    trainer.train_step(0)
+    trainer.step(0)
     moves = {name: (p - before[name]).abs().max().item() for name, p in trainer.actor.module.named_parameters()}
     assert moves.pop("v_head.summary.weight") == pytest.approx(5e-3, rel=1e-2)
     assert moves.pop("v_head.summary.bias") == pytest.approx(5e-3, rel=1e-2)
@@ -57,7 +57,7 @@ def test_one_gradient_is_the_sum_of_both_losses(tiny_world, runtime, tmp_path):
         def keep():
             gradients.update({n: p.grad.clone() for n, p in trainer.actor.module.named_parameters()})
 
-        trainer.train_step(0)
+        trainer.step(0)
         return gradients
 
     policy, both = gradient("policy", value_coefficient=0.0), gradient("both", value_coefficient=0.5)
@@ -73,11 +73,11 @@ def test_text_of_the_pre_training_mix_is_learnt_beside_it(tiny_world, runtime, t
 
 
 def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runtime, tmp_path):
-    class Short:
+    class Short(Reward):
         name = "short"
 
-        def score(self, prompts, responses, **columns):
-            return torch.tensor([-float(len(r)) for r in responses])
+        def score(self, samples):
+            return torch.tensor([-float(len(sample.response)) for sample in samples])
 
     base = AutoModelForCausalLM.from_pretrained(tiny_world["policy"])
     policy, head = AutoModelForCausalLMWithValueHead(base), "v_head.summary.weight"
@@ -86,7 +86,7 @@ def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runti
     trainer = make(tiny_world, runtime, tmp_path, policy=policy, rewards=[Short()], **changes)
     trainer.train()
     assert not torch.equal(policy.state_dict()[head], before)
-    assert trainer.reference.module.model is not base
+    assert trainer.reference.engine.module.model is not base
     first = next(row for row in read_metrics(tmp_path) if "kl" in row)
     assert first["kl"] == 0 and "reward/short" in first
 
@@ -106,7 +106,7 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     trainer.train()
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
-    assert trainer.reference is None
+    assert trainer.reference.engine is trainer.actor
     assert moved and all(".default." in name or name.startswith("v_head") for name in moved)
     rows = [row for row in read_metrics(tmp_path / "run") if "kl" in row]
     assert rows[0]["kl"] == 0 and rows[1]["kl"] != 0

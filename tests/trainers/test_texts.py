@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
-import torch
 
-from coati.rollout import Completion, Rollout
+from coati.rewards import Reward
+from coati.rollout import Completion, PolicyGenerator, prompt_of
+from coati.rollout.generator import report
 from coati.rollout.prompts import response_texts
+from coati.trainers.pairs import text_of
 from examples.tokenizer import byte_level_tokenizer
 from tests.conftest import SPECIAL, WORDS, settings_for, trainer_classes
 
@@ -48,10 +50,14 @@ def make(algorithm, world, runtime, tmp_path, **changes):
 SAID = "<think>red lamp</think><answer>blue</answer>"
 
 
-def rollout_of(tokenizer, prompts, *texts) -> Rollout:
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    completions = [Completion(ids, [-1.0] * len(ids), "eos") for ids in rows]
-    return Rollout.of(prompts, completions, tokenizer.pad_token_id, "cpu")
+def respond_with(monkeypatch, tokenizer, *texts):
+    """Has policies complete prompts with these texts, one after the other."""
+
+    def generate(self, requests, sampling, on_done=None):
+        rows = tokenizer(list(texts[: len(requests)]), add_special_tokens=False)["input_ids"]
+        return report([Completion(ids, [-1.0] * len(ids), "eos") for ids in rows], on_done)
+
+    monkeypatch.setattr(PolicyGenerator, "generate", generate)
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<end>", "<pad>", "<eos><pad><pad>", ""])
@@ -66,25 +72,19 @@ def test_only_what_ends_a_turn_is_taken_out_of_a_response(said, end, world):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_rewards_read_special_tokens_that_carry_content(algorithm, world, runtime, tmp_path):
+def test_rewards_read_special_tokens_that_carry_content(algorithm, world, runtime, tmp_path, monkeypatch):
     """REPORT 9: also those that score while others generate; the verifier of tags sees them."""
     rewards = dict(reward_functions=[], verifiers=["format"], reward_workers=0)
     trainer = make(algorithm, world, runtime, tmp_path, chat_template_kwargs={"thinks": False}, **rewards)
-    prompts = [trainer.data[0], trainer.data[1]]
-    rollout = rollout_of(trainer.tokenizer, [p.input_ids for p in prompts], SAID + "<end>", "red<eos>")
-    scores, responses = trainer.judge(prompts, rollout)
-    assert responses == [SAID, "red"] == trainer.texts(rollout.response_ids())
-    assert scores.total.tolist() == [1.0, 0.0]
+    respond_with(monkeypatch, trainer.tokenizer, SAID + "<end>", "red<eos>")
+    samples = trainer.generation.sample([prompt_of(trainer.data, row, [row]) for row in (0, 1)], trainer.config).samples
+    assert [(sample.response, sample.score) for sample in samples] == [(SAID, 1.0), ("red", 0.0)]
 
 
 def test_samples_and_reports_show_special_tokens(world, runtime, tmp_path, monkeypatch):
     """REPORT 9: of SFT and of reward models."""
-    from coati.trainers import sft
-
     trainer = make("sft", world, runtime, tmp_path, samples=1)
-    monkeypatch.setattr(
-        sft, "generate", lambda model, prompts, *_, **__: rollout_of(trainer.tokenizer, prompts, SAID + "<end>")
-    )
+    respond_with(monkeypatch, trainer.tokenizer, SAID + "<end>")
     [sample] = trainer.samples({})
     assert sample["response"] == SAID and sample["prompt"].startswith("user: ")
     reward = make("reward", world, runtime, tmp_path)
@@ -92,7 +92,7 @@ def test_samples_and_reports_show_special_tokens(world, runtime, tmp_path, monke
     side = dataclasses.replace(
         reward.data[0].chosen, input_ids=[*ids[0], *ids[1]], loss_mask=[False] * len(ids[0]) + [True] * len(ids[1])
     )
-    assert reward.text_of(side) == {"prompt": "user: red\nassistant: ", "response": SAID}
+    assert text_of(reward.tokenizer, side) == {"prompt": "user: red\nassistant: ", "response": SAID}
 
 
 def test_best_of_n_reads_special_tokens(world, monkeypatch):
@@ -100,15 +100,14 @@ def test_best_of_n_reads_special_tokens(world, monkeypatch):
     from transformers import AutoTokenizer
 
     from coati.models import Actor
-    from coati.rollout import best_of, best_of_n
+    from coati.rollout import best_of_n
 
     tokenizer = AutoTokenizer.from_pretrained(world["policy"])
-    rollout = rollout_of(tokenizer, [[5], [5]], SAID + "<end>", "red<eos>")
-    monkeypatch.setattr(best_of, "_answer", lambda *_: rollout)
+    respond_with(monkeypatch, tokenizer, SAID + "<end>", "red<eos>")
 
-    class Tagged:
-        def score(self, prompts, responses, **columns):
-            return torch.tensor([float("<answer>" in response) for response in responses])
+    class Tagged(Reward):
+        def score(self, samples):
+            return [float("<answer>" in sample.response) for sample in samples]
 
     [found] = best_of_n(Actor(world["policy"]), Tagged(), ["red"], 2, tokenizer=tokenizer)
     assert (found.response, found.scores) == (SAID, [1.0, 0.0])

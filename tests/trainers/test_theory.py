@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from coati.rewards import Reward
 from examples.stages import fill_figures
 from tests.conftest import ROOT, trainer_classes, write_rows
 
@@ -26,7 +27,7 @@ TEMPLATE = """\
 {%- endfor %}"""
 
 
-class Table:
+class Table(Reward):
     """A reward for each of the 57 answers: no rule to learn, and much of it hangs on both tokens."""
 
     name = "table"
@@ -34,8 +35,8 @@ class Table:
     def of(self, answer: list[int]) -> float:
         return math.sin(7.0 * answer[0]) + 0.7 * math.sin(5.0 * sum(answer) + len(answer))
 
-    def score(self, prompts, responses, *, input_ids, response_mask, **columns):
-        return [self.of(ids[mask].tolist()) for ids, mask in zip(input_ids, response_mask, strict=True)]
+    def score(self, samples):
+        return [self.of(sample.tokens[len(PROMPT) :]) for sample in samples]
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +124,9 @@ def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **ch
         settings |= dict(batch_size=256 // GROUP, group_size=GROUP, ppo_epochs=2, aggregation="constant")
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(config_class(**settings | changes), runtime, rewards=[Table()])
-    while trainer.step < trainer.total_steps:
-        trainer.train_step(trainer.step)
-        trainer.step += 1
-    return distribution(trainer.reference.module), distribution(trainer.actor.module)
+    for k in range(trainer.total_steps):
+        trainer.step(k)
+    return distribution(trainer.reference.engine.module), distribution(trainer.actor.module)
 
 
 def check(task, runtime, output, beta: float, seed: int, best=optimum, **changes) -> float:

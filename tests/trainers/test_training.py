@@ -1,5 +1,6 @@
 """Whole tiny runs of SFT, reward model and PPO in this process."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 
 from coati.errors import UserError
 from coati.tracking import read_metrics, read_samples
+from coati.trainers import ppo
 from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
+from tests.trainers.steps import iterate
 
 ALGORITHMS = ("sft", "reward", "ppo")
 
@@ -34,8 +37,8 @@ def test_a_run_learns_and_leaves_a_model_logs_and_samples(algorithm, tiny_world,
     make(algorithm, tiny_world, runtime, tmp_path / "run", steps=8).train()
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(9))
-    headline = {"sft": "eval/loss", "reward": "eval/loss", "ppo": "eval/reward"}[algorithm]
-    first, last = (row[headline] for row in rows if headline in row)
+    best = {"sft": "eval/loss", "reward": "eval/loss", "ppo": "eval/reward"}[algorithm]
+    first, last = (row[best] for row in rows if best in row)
     assert last > first if algorithm == "ppo" else last < first
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
     assert read_samples(tmp_path / "run")
@@ -74,7 +77,7 @@ def test_resuming_is_bitwise_the_same_as_never_stopping(algorithm, tiny_world, r
         resume=str(tmp_path / "whole" / "checkpoints" / "step-00000005"),
         **changes,
     )
-    assert resumed.step == 5
+    assert resumed.steps_done == 5
     resumed.train()
     expected, found = weights(tmp_path / "whole" / "model"), weights(tmp_path / "resumed" / "model")
     assert expected.keys() == found.keys() and expected
@@ -99,7 +102,7 @@ def test_checkpoints_come_at_their_interval_and_the_newest_and_best_stay(tiny_wo
     trainer.train()
     names = [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())]
     assert names[-2:] == ["step-00000010", "step-00000012"] and len(names) <= 3
-    assert trainer.checkpoints.best().name in names
+    assert trainer.folder.checkpoints.best().name in names
 
 
 def test_evaluation_reads_the_evaluation_data_and_leaves_training_alone(tiny_world, runtime, tmp_path):
@@ -140,7 +143,7 @@ def test_each_of_several_evaluation_files_is_measured_as_if_it_were_alone(algori
 def test_every_epoch_sees_every_row_in_another_order(tiny_world, runtime, tmp_path):
     """PITFALL 25: the shuffle changes from epoch to epoch and no epoch is short."""
     trainer = make("sft", tiny_world, runtime, tmp_path)
-    epochs = [[row for k in range(e * 5, e * 5 + 5) for row in trainer.batches.batch(k)] for e in range(3)]
+    epochs = [[row for k in range(e * 5, e * 5 + 5) for row in trainer.order.batch(k)] for e in range(3)]
     assert all(sorted(rows) == list(range(40)) for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -157,14 +160,12 @@ def test_the_learning_rate_moves_with_the_steps(tiny_world, runtime, tmp_path):
 def test_rollouts_draw_new_noise_in_every_iteration(tiny_world, runtime, tmp_path):
     """PITFALL 4: the same prompts, asked twice, get different answers."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
-    prompts = trainer.take_prompts(0)
-    first, second = trainer.answer(prompts).response_ids(), trainer.answer(prompts).response_ids()
-    assert first != second
-    assert trainer.seeds(0) != trainer.seeds(1)
-    assert (
-        trainer.answer(prompts, trainer.seeds(1)).response_ids()
-        == trainer.answer(prompts, trainer.seeds(1)).response_ids()
-    )
+    first, again = (trainer.rollouts.next(0)[0].samples for _ in range(2))
+    trainer.order.start = (1, 0)  # iteration 1 begins with the data's first rows too
+    second = trainer.rollouts.next(1)[0].samples
+    assert [s.tokens for s in first] == [s.tokens for s in again]
+    assert [s.row for s in first] == [s.row for s in second]
+    assert [s.tokens for s in first] != [s.tokens for s in second]
 
 
 def test_forward_passes_that_are_not_needed_are_left_out(tiny_world, runtime, tmp_path):
@@ -180,36 +181,40 @@ def test_forward_passes_that_are_not_needed_are_left_out(tiny_world, runtime, tm
         engine.forward_all = lambda inputs, f=forward, s=shapes: (
             s.extend(x["input_ids"].shape for x in inputs) or f(inputs)
         )
-    rollout = trainer.answer(trainer.take_prompts(0))
-    rows = len(rollout.finished)
-    experience, _ = trainer.experience(rollout, torch.zeros(rows))
-    assert len(calls["actor"]) == 1 and len(calls["critic"]) == rows // 2
-    lengths = sorted(rollout.attention_mask.sum(1).tolist(), reverse=True)
+    found = iterate(trainer)
+    batch, experience = found.batch, found.experience
+    assert len(calls["actor"]) == 1 and len(calls["critic"]) == len(batch) // 2
+    lengths = sorted(batch.attention_mask.sum(1).tolist(), reverse=True)
     assert [shape[1] for shape in calls["critic"]] == lengths[::2] and len(set(lengths[::2])) > 1
-    expected = trainer.actor.module(rollout.input_ids, rollout.attention_mask).detach()
-    mask = rollout.response_mask
+    expected = trainer.actor.module(batch.input_ids, batch.attention_mask).detach()
+    mask = batch.response_mask
     torch.testing.assert_close(experience.log_probs[mask], expected[mask], rtol=1e-4, atol=1e-5)
 
 
-def test_rewards_stand_on_the_last_response_token_and_kl_on_all(tiny_world, runtime, tmp_path):
+def test_rewards_stand_on_the_last_response_token_and_kl_on_all(tiny_world, runtime, tmp_path, monkeypatch):
     """PITFALL 1, 2, 3 and 5: score on the last response token; values and KL of response tokens only; KL >= 0 here."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0, kl_estimator="k3", whiten_advantages=False)
-    trainer.reference.module.model.lm_head.weight.data.mul_(0.5)  # now the reference differs from the policy
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    scores, *_ = trainer.score(prompts, rollout)
-    experience, metrics = trainer.experience(rollout, scores)
+    trainer.reference.engine.module.model.lm_head.weight.data.mul_(0.5)  # now the reference differs from the policy
+    shaped = []
+    monkeypatch.setattr(ppo, "shape_rewards", functools.partial(spied, ppo.shape_rewards, shaped))
+    found = iterate(trainer)
+    [rewards], batch, experience = shaped, found.batch, found.experience
     mask = experience.response_mask
-    assert metrics["kl"] > 0
-    assert (experience.rewards[~mask] == 0).all() and (experience.returns[~mask] == 0).all()
+    assert found.metrics["kl"] > 0
+    assert (rewards[~mask] == 0).all() and (experience.returns[~mask] == 0).all()
     for row in range(len(mask)):
         last = int(mask[row].nonzero()[-1])
         x = (experience.reference_log_probs - experience.log_probs)[row][mask[row]].double()
         expected = -trainer.kl_coefficient * (x.exp() - 1 - x)
-        expected[-1] += scores[row]
-        assert torch.allclose(experience.rewards[row][mask[row]].double(), expected, atol=1e-5)
-        alone = trainer.critic.module(rollout.input_ids[row : row + 1, : last + 1])[0, :-1]
+        expected[-1] += batch.scores[row]
+        assert torch.allclose(rewards[row][mask[row]].double(), expected, atol=1e-5)
+        alone = trainer.engines["critic"].module(batch.input_ids[row : row + 1, : last + 1])[0, :-1]
         assert torch.allclose(experience.values[row, 1 : last + 1], alone, atol=1e-5)
+
+
+def spied(function, results: list, *arguments):
+    results.append(function(*arguments))
+    return results[-1]
 
 
 def test_the_reference_stays_the_first_policy_after_a_resume(tiny_world, runtime, tmp_path):
@@ -217,7 +222,7 @@ def test_the_reference_stays_the_first_policy_after_a_resume(tiny_world, runtime
     make("ppo", tiny_world, runtime, tmp_path, steps=3, save_every=3).train()
     resumed = make("ppo", tiny_world, runtime, tmp_path, steps=4, resume="auto")
     first = load_file(Path(tiny_world["policy"]) / "model.safetensors")
-    state = resumed.reference.module.model.state_dict()
+    state = resumed.reference.engine.module.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in first.items())
     actor = resumed.actor.module.model.state_dict()
     assert not all(torch.equal(actor[name], tensor) for name, tensor in first.items())
@@ -226,11 +231,13 @@ def test_the_reference_stays_the_first_policy_after_a_resume(tiny_world, runtime
 def test_sampling_and_training_that_disagree_stop_the_run(tiny_world, runtime, tmp_path):
     """PITFALL 32: a planted mismatch is noticed."""
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
-    prompts = trainer.take_prompts(0)
-    rollout = trainer.answer(prompts)
-    trainer.actor.module.model.lm_head.weight.data.mul_(30)
+
+    def spoil(batch):
+        trainer.actor.module.model.lm_head.weight.data.mul_(30)
+        return batch
+
     with pytest.raises(UserError, match="differ by"):
-        trainer.experience(rollout, torch.zeros(len(prompts)))
+        iterate(trainer, change=spoil)
 
 
 def test_options_of_ppo_work_together(tiny_world, runtime, tmp_path):
@@ -331,7 +338,7 @@ def test_an_incomplete_checkpoint_is_not_resumed(tiny_world, runtime, tmp_path):
     weights_file.write_bytes(weights_file.read_bytes()[:-1])
     with pytest.raises(UserError, match="not a complete checkpoint"):
         make("sft", tiny_world, runtime, tmp_path, resume=str(newest))
-    assert make("sft", tiny_world, runtime, tmp_path, resume="auto").step == 2
+    assert make("sft", tiny_world, runtime, tmp_path, resume="auto").steps_done == 2
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(tiny_world, runtime, tmp_path):
@@ -357,7 +364,7 @@ def test_memory_does_not_grow_with_the_iterations(tiny_world, runtime, tmp_path)
 
     trainer = make("ppo", tiny_world, runtime, tmp_path)
     for step in range(3):
-        trainer.train_step(step)
+        trainer.step(step)
     gc.collect()
     assert not [x for x in gc.get_objects() if isinstance(x, Experience)]
 
@@ -368,10 +375,9 @@ def test_rewards_in_a_file_of_rows_are_handed_their_columns(tiny_world, runtime,
     (tmp_path / "seen.py").write_text(
         "def seen(prompts, responses, answer_length, **columns):\n    return [float(n) for n in answer_length]\n"
     )
-    trainer = make(
-        "ppo", tiny_world, runtime, tmp_path / "run", train_data=[path], reward_functions=[f"{tmp_path}/seen.py:seen"]
-    )
-    metrics, _ = trainer.train_step(0)
+    changes = dict(train_data=[path], eval_data=[], reward_functions=[f"{tmp_path}/seen.py:seen"])
+    trainer = make("ppo", tiny_world, runtime, tmp_path / "run", **changes)
+    metrics = trainer.step(0)
     assert metrics["reward"] == pytest.approx(3.5)
 
 

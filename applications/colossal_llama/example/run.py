@@ -80,11 +80,10 @@ def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
     plan = yaml.safe_load((HERE / "english.yaml").read_text())
     plan["stages"][0]["tokens"] = round(plan["stages"][0]["tokens"] * arguments.tokens)
     chinese = arguments.chinese_before
-    plan |= dict(
-        mix=[f"en={1 - chinese}", *([f"zh={chinese}"] if chinese else [])],
-        model_config=str(HERE / "model.json"),
-        seed=seed,
-    )
+    mix = [f"en={1 - chinese}"]
+    if chinese:
+        mix.append(f"zh={chinese}")
+    plan |= dict(mix=mix, model_config=str(HERE / "model.json"), seed=seed)
     return train_stages(plan, folder / "english", data, "english", arguments)
 
 
@@ -98,9 +97,11 @@ def carry_on(arm: str, english: Path, folder: Path, data: Path, seed: int, argum
         command("init_model", model, model=english, **extended)
     plan = yaml.safe_load((HERE / "chinese.yaml").read_text()) | dict(model=str(model), seed=seed)
     for stage in plan["stages"]:
-        mix, tokens = stage["mix"], stage["tokens"] * arguments.tokens
-        mix = {"zh": mix["zh"] * longer(data, tokenizer)} | ({"en": mix["en"]} if replay else {})
-        stage |= dict(mix=mix, tokens=round(tokens * sum(mix.values())))  # as many Chinese characters for all
+        mix = {"zh": stage["mix"]["zh"] * longer(data, tokenizer)}
+        if replay:
+            mix["en"] = stage["mix"]["en"]
+        tokens = stage["tokens"] * arguments.tokens * sum(mix.values())  # as many Chinese characters for all
+        stage |= dict(mix=mix, tokens=round(tokens))
     return train_stages(plan, folder / arm.replace(" ", "-"), data, tokenizer, arguments)
 
 

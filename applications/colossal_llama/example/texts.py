@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from coati.files import written_aside
 from examples.tokenizer import byte_level_tokenizer
 
 HELD_BACK = 10  # every tenth document
@@ -14,8 +15,12 @@ LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what 
 
 def write_texts(source: Path, data: Path):
     """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written aside and renamed."""
-    partial = data.with_name(data.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    with written_aside(data) as aside:
+        aside.mkdir(parents=True)
+        _write_texts(source, aside)
+
+
+def _write_texts(source: Path, data: Path):
     for language in ("en", "zh"):
         texts = [piece for path in sorted(source.glob(f"{language}_*")) for piece in read_pieces(path)]
         if not texts:
@@ -26,9 +31,8 @@ def write_texts(source: Path, data: Path):
             (f"{language}_curve", texts[::HELD_BACK][::CURVE]),
         ):
             rows = [json.dumps({"text": text, "category": language}, ensure_ascii=False) + "\n" for text in kept]
-            (partial / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-    train_tokenizer(partial / "en.jsonl", partial / "english")
-    partial.rename(data)
+            (data / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    train_tokenizer(data / "en.jsonl", data / "english")
 
 
 def read_pieces(path: Path) -> Iterator[str]:

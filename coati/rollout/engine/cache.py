@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from coati.rollout.engine.transfer import upload
+from coati.transfer import upload
+
+
+def lend(cache: Cache, rows: int) -> DynamicCache:
+    """A cache of so many rows, all of which go on after the one row of `cache`; nothing is copied until they do."""
+    shape = (rows, -1, -1, -1)
+    return DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in cache.layers])
 
 
 class SlotCache(Cache):
@@ -40,8 +46,9 @@ class SlotCache(Cache):
             if i == len(self.layers):
                 self.layers.append(self.layer_class_to_replicate())
                 self.layers[i].lazy_initialization(layer.keys, layer.values)
-            self.layers[i].keys[target_index, :, :longest] = layer.keys[source_index, :, :longest]
-            self.layers[i].values[target_index, :, :longest] = layer.values[source_index, :, :longest]
+            slots, dtype = self.layers[i], stored_as(layer.keys)
+            slots.keys[target_index, :, :longest] = layer.keys[source_index, :, :longest].to(dtype)
+            slots.values[target_index, :, :longest] = layer.values[source_index, :, :longest].to(dtype)
 
     def move(self, source: Tensor, target: Tensor, width: int):
         """The first `width` columns of slots `source` go to slots `target`."""
@@ -65,6 +72,13 @@ class SlotCache(Cache):
         return seen
 
 
+def stored_as(states: Tensor) -> torch.dtype:
+    """The dtype of keys and values in the slots. Attention computes in autocast's, whatever it is given: stored wider,
+    all of them would be cast again at every token."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 class _SlotLayer(CacheLayerMixin):
     is_sliding = False
 
@@ -75,7 +89,7 @@ class _SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor):
         # zeros: what is masked is still multiplied by a probability of 0, which doesn't hide a NaN
         self.keys, self.values = (
-            torch.zeros(self.cache.slots, x.shape[1], self.cache.columns, x.shape[3], dtype=x.dtype, device=x.device)
+            x.new_zeros((self.cache.slots, x.shape[1], self.cache.columns, x.shape[3]), dtype=stored_as(x))
             for x in (key_states, value_states)
         )
         self.is_initialized = True
@@ -84,7 +98,6 @@ class _SlotLayer(CacheLayerMixin):
         """One token of every row."""
         rows, width = self.cache.rows, self.cache.width
         slots, columns = self.cache.order[:rows], self.cache.lengths[:rows]
-        # under autocast the dtype may change from the prompt's pass to a step
         self.keys[slots, :, columns] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[slots, :, columns] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]

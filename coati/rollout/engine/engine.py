@@ -21,9 +21,9 @@ from coati.errors import UserError
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.sampling import Sampler, key_of
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
-from coati.rollout.engine.transfer import Download, pad_right, upload
 from coati.rollout.generator import Completion, OnDone, Request
-from coati.rollout.prompts import never_ids
+from coati.rollout.prompts import never_ids, pad_right
+from coati.transfer import Download, upload
 
 SHORTEST_PREFIX = 16  # a shorter common beginning of all prompts is not worth a pass of its own
 
@@ -114,9 +114,8 @@ class RolloutEngine:
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.device = next(model.parameters()).device
         self.sampler = Sampler(config, eos_ids, self.device, never_ids(model))
-        on_gpu = self.device.type == "cuda"
-        self.cuda_graphs = cuda_graphs and on_gpu and can_be_captured(model)
-        self.steps_behind = 1 if on_gpu else 0
+        self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and can_be_captured(model)
+        self.steps_behind = 0 if self.device.type == "cpu" else 1
         self.prompt_tokens = self.padding_tokens = 0
 
     @torch.no_grad()
@@ -158,22 +157,28 @@ class RolloutEngine:
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
         self.launched: deque[tuple[list[_Row], Download]] = deque()
-        while True:
-            self.admit(waiting)
-            if self.rows:
-                self.step()
-            elif self.launched:
-                self.collect()
-            elif not self.ready:
-                return
+        try:
+            while True:
+                self.admit(waiting)
+                if self.rows:
+                    self.step()
+                elif self.launched:
+                    self.collect()
+                elif not self.ready:
+                    return
+        finally:
+            self.state.cache.layers.clear()  # a cache refers to itself: its memory would wait for the garbage collector
+            del self.state, self.graphs
 
     def room(self, prefilled, columns: int, rows: int) -> int:
         """How many slots there are: as many as asked for, or as fit into four fifths of the GPU's free memory."""
         wanted = min(self.slots, rows)
         if self.device.type != "cuda":
             return wanted
+        from coati.rollout.engine.cache import stored_as
+
         tensors = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
-        of_a_slot = sum(x.shape[1] * columns * x.shape[3] * x.element_size() for x in tensors)
+        of_a_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // of_a_slot)
         if fits == 0:
@@ -204,13 +209,11 @@ class RolloutEngine:
         """The keys and values of some prompts (up to `end`), and the logits of their next tokens."""
         from transformers import DynamicCache
 
+        from coati.rollout.engine.cache import lend
+
         start, cache = 0, DynamicCache()
         if beginning is not None:
-            start = beginning.get_seq_length()
-            kept = [(layer.keys, layer.values) for layer in beginning.layers]
-            cache = DynamicCache(
-                [(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1)) for k, v in kept]
-            )
+            start, cache = beginning.get_seq_length(), lend(beginning, len(batch))
         prompts = [list(group[0].request.prompt)[start:end] for group in batch]
         lengths = [len(prompt) for prompt in prompts]
         ids = pad_right(prompts, self.device)

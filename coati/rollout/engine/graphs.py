@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+ROW_STEPS = ((2, 1), (8, 4), (64, 8))  # up to so many rows, the shapes' rows are multiples of so many
+
 
 class StepGraphs:
     """Runs a step; on a GPU a step of the same shape as the one before is captured, and replayed from then on.
@@ -48,6 +50,6 @@ class StepGraphs:
 def round_up(rows: int, width: int) -> tuple[int, int]:
     """The shape whose graph serves this many rows and columns: few shapes, at most an eighth too wide beyond 1,024
     columns."""
-    step = 1 if rows <= 2 else 4 if rows <= 8 else 8 if rows <= 64 else 32
+    step = next((step for most, step in ROW_STEPS if rows <= most), 32)
     columns = max(128, 2 ** (width.bit_length() - 1) // 8)
     return -(-rows // step) * step, -(-width // columns) * columns

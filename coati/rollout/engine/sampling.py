@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coati.config.generation import GenerationConfig
+from coati.transfer import upload
 
 BLOCK = 128
 
@@ -30,8 +31,7 @@ class Sampler:
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.config = config
-        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
-        self.never = torch.tensor(never, dtype=torch.long, device=device)
+        self.ends, self.never = upload(ends, device), upload(never, device)
         self.warpers = []
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))

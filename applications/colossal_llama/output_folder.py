@@ -1,0 +1,30 @@
+"""Outputs that are whole or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coati.errors import UserError
+from coati.files import written_aside
+
+
+@contextmanager
+def new_folder(output: str) -> Iterator[Path]:
+    """A folder beside `output` to write into; it becomes `output` if the block ends well, else it is removed.
+
+    Raises:
+        UserError: `output` is empty or exists, or its parent cannot be written.
+    """
+    if not output:
+        raise UserError("No output folder is given; name one with --output.")
+    target = Path(output)
+    if target.exists():
+        raise UserError(f"{target} exists; name another --output or remove it.")
+    with written_aside(target) as folder:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}); change --output.") from None
+        yield folder

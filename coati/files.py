@@ -1,0 +1,103 @@
+"""Files and folders that are whole or not there: written aside, synced to disk, renamed.
+
+What a killed process leaves ends in `.partial`, and the next write to the same place clears it.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".partial"
+REMOVED = f".removed{ASIDE}"
+
+
+def aside_of(target: Path) -> Path:
+    """Where `written_aside` has its caller write."""
+    return target.with_name(target.name + ASIDE)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A path to write a file at, or to make a folder at, which becomes `target` once all of it is on disk.
+
+    If the block raises, what it has written is removed, and `target` is as it was. After a kill `target` is the old one
+    or the new one, whole; a folder that is replaced is absent for a moment between two renames. Where several processes
+    may write to one target, they take turns by a lock of their own.
+    """
+    aside = aside_of(target)
+    for left in (aside, _removed(target)):
+        _delete(left)
+    try:
+        yield aside
+        sync(aside)
+        if target.is_dir():
+            target.rename(_removed(target))
+        os.replace(aside, target)
+        sync_entry(target.parent)
+    except BaseException:
+        _delete(aside)
+        raise
+    _delete(_removed(target))
+
+
+def replace_file(path: Path, text: str):
+    """Writes a file of text, so that a reader sees the old file or the new one, never a part."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(path: Path, value: Any):
+    """Writes a JSON file in the same way.
+
+    Raises:
+        TypeError: JSON has no such value.
+    """
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def remove_folder(folder: Path):
+    """Renames a folder before it is removed, so that a kill in the middle leaves nothing that looks whole."""
+    doomed = _removed(folder)
+    _delete(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_asides(folder: Path):
+    """Removes what processes that were killed have left directly in `folder`."""
+    for left in folder.glob(f"*{ASIDE}"):
+        _delete(left)
+
+
+def sync(path: Path):
+    """Returns when a file, or a folder and everything in it, is on disk."""
+    for entry in (path, *path.rglob("*")):
+        sync_entry(entry)
+
+
+def sync_entry(path: Path):
+    """Returns when a file is on disk, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems sync files alone
+            raise
+    finally:
+        os.close(number)
+
+
+def _removed(target: Path) -> Path:
+    return target.with_name(target.name + REMOVED)
+
+
+def _delete(path: Path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

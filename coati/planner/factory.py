@@ -1,0 +1,207 @@
+"""What a trainer is given instead of data, models and generators, so that its own code tells what it needs."""
+
+import copy
+
+import numpy as np
+import torch
+
+from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
+from coati.models import Actor, ActorCritic, Critic, RewardModel
+from coati.models.actor import CHUNK
+from coati.models.lora import is_adapter
+from coati.parallel import Communicator, Runtime
+from coati.parallel.factory import describing_class
+from coati.planner.engine import PlannedEngine
+from coati.planner.live import LiveMemory
+from coati.planner.parallel import Part
+from coati.planner.rollouts import PlannedClassifier, PlannedGenerator, PlannedReward
+from coati.rewards import Scorer
+from coati.trainers.factory import Factory
+
+NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
+
+
+class RanksAlike(Communicator):
+    """Ranks that all have what this one has."""
+
+    def sharing(self, processes):
+        return RanksAlike(self.rank, self.world_size // processes, self.device)
+
+    def sum(self, x):
+        alone = Communicator(0, 1, self.device)
+        return alone.sum(x) * self.world_size
+
+    def any(self, flag):
+        return flag
+
+    def gather(self, obj):
+        return [obj] * self.world_size
+
+    def broadcast(self, obj):
+        return obj
+
+
+class PlannedRuntime(Runtime):
+    """Rank 0 of a run that is not started."""
+
+    def __init__(self, processes: int):
+        device = torch.device("cpu")
+        super().__init__(0, processes, 0, device, RanksAlike(0, processes, device))
+
+    def say(self, line):
+        """A plan is silent."""
+
+
+class PlannedTokenizer:
+    """Tokens have no texts."""
+
+    bos_token_id, eos_token_id, pad_token_id = None, 1, 2
+
+    def __len__(self) -> int:
+        return 1000
+
+    def decode(self, ids, **_) -> str:
+        return ""
+
+    def batch_decode(self, rows, **_) -> list[str]:
+        return [""] * len(rows)
+
+
+class LongestRows:
+    """Rows of the greatest length that the settings allow, no two alike.
+
+    Args:
+        kind: as `build_dataset`.
+        rows: how many there are.
+        learned: whether all tokens but the first are targets; else only the last one is.
+    """
+
+    key, source_names, weights_per_row = "planned", ["planned"], None
+
+    def __init__(self, kind: str, rows: int, config, *, learned: bool):
+        self.kind, self.config, self.learned = kind, config, learned
+        self.length = config.max_prompt_length if kind == "prompt" else config.max_length
+        self.lengths = np.full(rows, self.length)
+        self.source_of_row = np.zeros(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int):
+        ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
+        if self.kind == "prompt":
+            return PromptSample(ids, "", {})
+        first = min(1, self.length - 1) if self.learned else self.length - 1
+        targets = [place >= first for place in range(self.length)]
+        sequence = TokenSequence(ids, targets)
+        if self.kind == "unpaired":
+            return UnpairedSample(sequence, row % 2 == 0)
+        if self.kind == "preference":  # responses that differ from the middle of the row on
+            half = self.length // 2
+            other = TokenSequence([*ids[:half], *(id + 1 for id in ids[half:])], targets)
+            return PreferenceSample(sequence, other, 0.0)
+        return sequence
+
+
+class PlannedFactory(Factory):
+    """Makes models without weights, and data of the greatest length.
+
+    Args:
+        shape_of: the transformers config of the model in a folder.
+        layers: that deeper models are cut down to.
+        part: which part of split models is this rank's.
+
+    Attributes:
+        depths: layers that the models really have, by name.
+    """
+
+    def __init__(
+        self,
+        live: LiveMemory,
+        shape_of,
+        layers: int,
+        part: Part,
+        on_gpu: bool,
+        config,
+        runtime,
+        *,
+        learns_responses: bool,
+    ):
+        self.live, self.shape_of, self.layers, self.part, self.on_gpu = live, shape_of, layers, part, on_gpu
+        self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
+        self.depths: dict[str, int] = {}
+
+    def dataset(self, sources, kind, weights=None):
+        if not sources:
+            return None
+        c, learned = self.config, sources != self.config.eval_data
+        rows = 1  # which is in all batches, on every rank
+        if learned and kind == "prompt":  # equal prompts would be read once
+            rows = c.batch_size
+        if not learned and kind == "sft":  # whose first rows are completed
+            rows = max(c.samples, 1)
+        return LongestRows(kind, rows, c, learned=learned)
+
+    def model(self, model_class, pretrained, *, lora=None):
+        c, shape = self.config, copy.deepcopy(self.shape_of(pretrained))
+        depth = cut_layers(shape, self.layers)
+        if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
+            shape.attention_dropout = shape.attn_pdrop = 0.0
+        kind = describing_class(c)
+        with torch.device("meta"):
+            how = dict(lora=lora, dtype=kind.loads_in(c), attn_implementation=c.attn_implementation)
+            model = model_class(None, shape, **how)
+            if pretrained is not None and is_adapter(pretrained):
+                add_adapter(model, pretrained)
+        if c.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if self.on_gpu:  # tensors without data pass for a CPU's
+            model.logits_at_once = CHUNK["cuda"]
+        model.depth = depth
+        return model
+
+    def trained(self, model, *, accumulates, generates=False):
+        return self._engine(NAMES[type(model)], model, trained=True, accumulates=accumulates, generates=generates)
+
+    def frozen(self, model):
+        name = "reference" if type(model) is Actor else NAMES[type(model)]
+        return self._engine(name, model, trained=False)
+
+    def _engine(self, name: str, model, **how) -> PlannedEngine:
+        how |= dict(on_gpu=self.on_gpu)
+        self.depths[name] = model.depth
+        return PlannedEngine(self.live, name, model, self.config, self.runtime, self.part, **how)
+
+    def generator(self, engine, batch_size=64):
+        return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, batch_size)
+
+    def scorer(self, reward_model, given):
+        c, rewards = self.config, [(PlannedReward(), 1.0)]
+        if reward_model is not None:
+            rewards.append((reward_model, 1.0))
+        for source in c.reward_classifiers:
+            limits = (c.reward_batch_size, c.reward_classifier_max_length)
+            rewards.append((PlannedClassifier(self.live, self.shape_of(source), *limits), 1.0))
+        return Scorer(rewards)
+
+    def check_reward_vocabulary(self, source):
+        """A plan needs no tokenizer."""
+
+
+def cut_layers(shape, layers: int) -> int:
+    """Leaves so many layers in a transformers config; returns how many there were."""
+    text = shape.get_text_config()
+    depth = text.num_hidden_layers
+    text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    if isinstance(kinds := getattr(text, "layer_types", None), list):
+        text.layer_types = kinds[: text.num_hidden_layers]
+    return depth
+
+
+def add_adapter(model, folder: str):
+    """Puts an adapter like the one in a folder on a model."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    model.model = get_peft_model(model.model, config)

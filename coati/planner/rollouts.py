@@ -1,0 +1,145 @@
+"""Generation and rewards of a plan: the real engine on a model without weights, and scores that need no texts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from coati.models.base import load_transformer
+from coati.planner.engine import PlannedEngine, give_shapes
+from coati.planner.live import LiveMemory
+from coati.rewards import Reward
+from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_keys_and_values
+from coati.rollout.generator import OnDone, report
+from coati.rollout.vllm import memory
+
+FIRST_TOKEN = 3  # those before are the tokenizer's own
+
+
+class PlannedGenerator:
+    """Completes requests as far as they may go, each with another first token: responses of a group have to differ.
+
+    Args:
+        eos_id: no completion ends with it.
+        batch_size: rows generated together.
+    """
+
+    def __init__(self, live: LiveMemory, engine: PlannedEngine, eos_id: int, batch_size: int):
+        self.live, self.engine, self.eos_id, self.batch_size = live, engine, eos_id, batch_size
+        self.vllm: list[Any] = []  # what it takes
+        self.done: set[tuple[int, int]] = set()
+
+    def generate(
+        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+    ) -> list[Completion]:
+        """See `coati.rollout.Generator`."""
+        self.live.moment("generate")
+        if sampling.rollout_engine == "vllm":
+            self.start_vllm(sampling)
+        else:
+            self.run_engine(requests, sampling)
+        limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
+        completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
+        return report(completions, on_done)
+
+    def start_vllm(self, sampling: GenerationConfig):
+        """It stays once it has started."""
+        if not self.vllm:
+            for kind, nbytes in memory(self.engine.module, sampling).items():
+                self.vllm.append(self.live.make(nbytes, ("vLLM", kind)))
+
+    def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
+        """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams
+        are rows. Models that `RolloutEngine` doesn't run are not gone through."""
+        work = (len(requests), max((len(r.prompt) for r in requests), default=0))
+        if work in self.done or not requests:
+            return
+        self.done.add(work)
+        with self.engine.full() as model:
+            if not has_keys_and_values(model):
+                return
+            rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
+            plain = replace(sampling, num_beams=1, compile_generation=False)
+            engine = FirstAndLastToken(model, plain, eos_ids=[self.eos_id], slots=self.batch_size)
+            engine.hold = lambda tensors: self.live.hold(tensors, (self.engine.name, "KV cache"))
+            engine.generate(rows)
+
+
+class FirstAndLastToken(RolloutEngine):
+    """Goes from the first token of each row to its last one. It draws token 0."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.draw_from = self.sampler
+        self.sampler = self.draw_zeros
+        self.slots_held = False
+
+    def draw_zeros(self, logits, keys, counts, seen=None):
+        self.draw_from(logits, keys, counts, seen)
+        return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
+
+    def run(self, rows):
+        self.slots_held = False
+        super().run(rows)
+
+    def read(self, *arguments, **options):
+        cache, logits = super().read(*arguments, **options)
+        self.hold([x for layer in cache.layers for x in (layer.keys, layer.values)])
+        return cache, logits
+
+    def begin(self, new, slots):
+        if not self.slots_held:
+            self.slots_held = True
+            self.hold([x for layer in self.state.cache.layers for x in (layer.keys, layer.values)])
+        super().begin(new, slots)
+
+    def step(self):
+        skipped = min(row.limit - row.drawn for row in self.rows) - 1
+        for row in self.rows:
+            row.drawn += skipped
+            row.completion.ids += [0] * skipped
+            row.completion.log_probs += [0.0] * skipped
+        count = len(self.rows)
+        self.state.cache.lengths[:count] += skipped
+        self.state.drawn[:count] += skipped
+        super().step()
+
+
+class PlannedReward(Reward):
+    """Rewards by rule, functions and endpoints take no memory of the device. Neighbors get different scores."""
+
+    name = "rules"
+
+    def score(self, samples):
+        return [float(i % 2) for i in range(len(samples))]
+
+
+class PlannedClassifier(Reward):
+    """A sequence classifier, which reads as many tokens as the policy's samples have.
+
+    Args:
+        shape: its transformers config.
+        batch_size: texts that it reads together.
+        max_length: of them, in tokens.
+    """
+
+    name = "classifier"
+
+    def __init__(self, live: LiveMemory, shape, batch_size: int, max_length: int | None):
+        self.live, self.batch_size, self.max_length = live, batch_size, max_length
+        with torch.device("meta"):
+            self.model = load_transformer("AutoModelForSequenceClassification", None, shape, {})
+        self.model.requires_grad_(False).eval()
+        give_shapes(self.model, live.fake)
+        live.hold([*self.model.parameters(), *self.model.buffers()], ("classifier", "parameters"))
+
+    @torch.no_grad()
+    def score(self, samples):
+        self.live.moment("score")
+        tokens = max(len(sample.tokens) for sample in samples)
+        rows = min(self.batch_size, len(samples))
+        ids = torch.zeros(rows, min(tokens, self.max_length or tokens), dtype=torch.long)
+        with self.live.of("classifier", 0):
+            self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return [0.0] * len(samples)

@@ -1,0 +1,158 @@
+"""Samples as tensors, and what PPO and its relatives learn from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from coati.samples import Sample
+from coati.transfer import to_device, upload
+
+Batch = TypeVar("Batch", "RolloutBatch", "Experience")
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Finished, scored samples, a row each, padded on the right.
+
+    Per-token tensors are `[batch, seq]` and aligned with the tokens.
+
+    Attributes:
+        samples: what the rows were made of.
+        input_ids: int64.
+        attention_mask: bool, False on padding.
+        response_mask: bool, True on the tokens that the policy sampled; they may stand in several parts.
+        sampling_log_probs: float32, of those tokens at sampling; 0 elsewhere.
+        token_rewards: float32, 0 outside the response.
+        lengths: tokens of each row, on the host.
+        finished: bool `[batch]`, the response ended by itself.
+        scores: float32 `[batch]`, the rewards of whole responses.
+        temperature: of the distribution that was sampled from; log-probs of it are meant throughout.
+    """
+
+    samples: list[Sample]
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    sampling_log_probs: Tensor
+    token_rewards: Tensor
+    lengths: list[int]
+    finished: Tensor
+    scores: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, index: Sequence[int]) -> "RolloutBatch":
+        """Some rows, without the columns that only other rows need."""
+        return take_rows(self, index)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device) -> "RolloutBatch":
+        """A row per sample; each must have log-probs."""
+        lengths = [len(sample.tokens) for sample in samples]
+        shape = (len(samples), max(lengths))
+        input_ids = torch.full(shape, pad_id)
+        attention_mask, response_mask = torch.zeros(2, *shape, dtype=torch.bool)
+        log_probs, token_rewards = torch.zeros(2, *shape)
+        for i, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            input_ids[i, :length] = torch.tensor(sample.tokens)
+            attention_mask[i, :length] = True
+            response_mask[i, :length] = torch.tensor(sample.response_mask)
+            log_probs[i, :length] = torch.tensor(sample.log_probs)
+            if sample.token_rewards is not None:
+                token_rewards[i, :length] = torch.tensor(sample.token_rewards)
+        return cls(
+            samples=list(samples),
+            input_ids=to_device(input_ids, device),
+            attention_mask=to_device(attention_mask, device),
+            response_mask=to_device(response_mask, device),
+            sampling_log_probs=to_device(log_probs, device),
+            token_rewards=to_device(token_rewards, device),
+            lengths=lengths,
+            finished=upload([not sample.truncated for sample in samples], device, torch.bool),
+            scores=upload([sample.score for sample in samples], device, torch.float32),
+            temperature=temperature,
+        )
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Responses with everything that a policy learns from, a row each, padded on the right.
+
+    Per-token tensors are float32 `[batch, seq]`, aligned with the tokens and meaningless outside `response_mask`.
+
+    Attributes:
+        input_ids, attention_mask, lengths, temperature: as `RolloutBatch` has them.
+        response_mask: bool `[batch, seq]`, the tokens that are learned.
+        log_probs: of the policy that sampled, as training computes them.
+        reference_log_probs: of the reference model.
+        advantages: what the policy learns from.
+        values, returns: the critic's estimate before each token, and what it learns; None without a critic.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    lengths: list[int]
+    temperature: float
+    log_probs: Tensor
+    reference_log_probs: Tensor
+    advantages: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, index: Sequence[int]) -> "Experience":
+        """Some rows, without the columns that only other rows need."""
+        return take_rows(self, index)
+
+    @classmethod
+    def of(
+        cls,
+        batch: RolloutBatch,
+        learned: Tensor,
+        log_probs: Tensor,
+        reference_log_probs: Tensor,
+        advantages: Tensor,
+        values: Tensor | None = None,
+        returns: Tensor | None = None,
+    ) -> "Experience":
+        """A batch with what was found out about it, all `[batch, seq]`.
+
+        Args:
+            learned: its response tokens, or some of them.
+        """
+        return cls(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            response_mask=learned,
+            lengths=batch.lengths,
+            temperature=batch.temperature,
+            log_probs=log_probs,
+            reference_log_probs=reference_log_probs,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+        )
+
+
+def take_rows(batch: Batch, index: Sequence[int]) -> Batch:
+    """Some rows of a batch, cut to the longest of them."""
+    index = list(index)
+    rows = upload(index, batch.input_ids.device)
+    longest = max(batch.lengths[i] for i in index)
+    taken = {}
+    for name in (field.name for field in fields(batch)):
+        value = getattr(batch, name)
+        if isinstance(value, list):
+            taken[name] = [value[i] for i in index]
+        elif isinstance(value, Tensor):
+            some = value[rows]
+            taken[name] = some[:, :longest] if some.ndim == 2 else some
+    return replace(batch, **taken)

@@ -1,0 +1,280 @@
+"""Where a policy's rollouts come from: prompts are completed, completions scored, and made a batch.
+
+`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates when it is asked, with the weights
+of now, one turn per prompt.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coati.config.generation import GenerationConfig
+from coati.rewards import Scorer
+from coati.rollout.batch import RolloutBatch
+from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.prompts import response_text
+from coati.samples import Sample, SampleGroup
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked in an iteration.
+
+    Attributes:
+        row: number of the data's row; seed: of the response's noise.
+        input_ids, text, columns: of the row, as `coati.data.PromptSample` has them.
+    """
+
+    row: int
+    seed: Sequence[int]
+    input_ids: list[int]
+    text: str
+    columns: dict[str, Any]
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Prompt":
+        """What was asked for a sample, without noise to draw from."""
+        first = sample.response_mask.index(True)
+        return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
+
+
+class RolloutSource(Protocol):
+    """Gives an algorithm finished, scored samples."""
+
+    def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
+        """This rank's samples of iteration k, minibatch after minibatch and group after group, and metrics that are the
+        same on all ranks."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be remembered to go on, as JSON."""
+
+    def load_state(self, state: dict[str, Any], k: int):
+        """The inverse of `state`; iteration k comes next."""
+
+
+class ScoredGeneration:
+    """Completes prompts and scores what came of them.
+
+    Rewards that work in processes of their own begin with a sample as soon as it has ended.
+
+    Args:
+        tokenizer: of the policy.
+        ends: tokens that end a response, which are no part of its text.
+    """
+
+    def __init__(self, generator: Generator, scorer: Scorer, tokenizer, ends: Iterable[int]):
+        self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> "Scored":
+        """One scored sample per prompt.
+
+        Args:
+            version: of the weights that sample.
+        """
+        samples: list[Sample | None] = [None] * len(prompts)
+        begun: list[dict] = [{}] * len(prompts)
+
+        def finish(i: int, completion: Completion):
+            samples[i] = self._sample(prompts[i], completion, version)
+            begun[i] = self.scorer.begin(samples[i])
+
+        started = time.monotonic()
+        requests = [Request(prompt.input_ids, prompt.seed) for prompt in prompts]
+        self.generator.generate(requests, sampling, finish)
+        generated = time.monotonic()
+        seconds = self.scorer.score(samples, begun)
+        times = {"generate": generated - started, "score": time.monotonic() - generated}
+        return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+
+    def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
+        asked, sampled = len(prompt.input_ids), len(completion.ids)
+        known = completion.log_probs is not None
+        return Sample(
+            row=prompt.row,
+            columns=prompt.columns,
+            prompt=prompt.text,
+            response=response_text(self.tokenizer, completion.ids, self.ends).strip(),
+            tokens=[*prompt.input_ids, *completion.ids],
+            response_mask=[False] * asked + [True] * sampled,
+            log_probs=[0.0] * asked + completion.log_probs if known else None,
+            finish_reason=completion.finish_reason,
+            weights_version=version,
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples, and how many seconds this rank spent on what."""
+
+    samples: list[Sample]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many samples an iteration has, and in what order.
+
+    Attributes:
+        prompts: of an iteration, over all ranks; group_size: samples per prompt.
+        minibatches: optimizer steps that the samples are split into.
+    """
+
+    prompts: int
+    group_size: int = 1
+    minibatches: int = 1
+
+    def of_rank(self, items: list, rank: int, world_size: int) -> list:
+        """A rank's part of what an iteration has per prompt, minibatch after minibatch."""
+        return [x for m in range(self.minibatches) for x in items[m :: self.minibatches][rank::world_size]]
+
+
+class SynchronousRollouts:
+    """The policy completes iteration k's prompts when they are asked for.
+
+    With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all earn the same are
+    replaced by those of further prompts, up to so many times.
+
+    Args:
+        data: rows of `PromptSample`.
+        order: the rows of each batch (`BatchSampler`).
+        ranks: those that see different data (`Communicator`).
+        sampling: how iteration k's tokens are drawn.
+        max_refills: None to take every group as it is.
+
+    Attributes:
+        position: rows of the data, epoch after epoch, that have been drawn.
+    """
+
+    def __init__(
+        self,
+        generation: ScoredGeneration,
+        data,
+        order,
+        shape: Shape,
+        ranks,
+        *,
+        seed: int,
+        sampling: Callable[[int], GenerationConfig],
+        pad_id: int,
+        device,
+        max_refills: int | None = None,
+    ):
+        self.generation, self.data, self.order, self.shape, self.ranks = generation, data, order, shape, ranks
+        self.seed, self.sampling, self.pad_id, self.device = seed, sampling, pad_id, device
+        self.max_refills, self.position = max_refills, order.start[1]
+
+    def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
+        """See `RolloutSource`."""
+        if self.max_refills is None:
+            groups, metrics = self._take_all(k)
+        else:
+            groups, metrics = self._take_unequal(k)
+        samples = [sample for group in groups for sample in group.samples]
+        temperature = self.sampling(k).temperature or 1.0  # greedy responses are judged at 1
+        return RolloutBatch.of(samples, self.pad_id, temperature, self.device), metrics
+
+    def prompts_of(self, k: int) -> list[Prompt]:
+        """This rank's prompts of iteration k where every group is taken as it is."""
+        self.position = self.order.position(k)
+        mine = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
+        return self._prompts(k, mine)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any], k: int):
+        if "position" in state:  # PPO's first checkpoints have none
+            self.position = state["position"]
+            self.order.start = (k, self.position)
+
+    def _take_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+        found = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
+        groups = self._groups(found.samples)
+        equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
+        metrics = sample_metrics(found.samples, self.ranks) | seconds_of([found])
+        return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
+
+    def _take_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+        """All ranks see all groups and choose alike."""
+        wanted, world, rank = self.shape.prompts, self.ranks.world_size, self.ranks.rank
+        kept: list[SampleGroup] = []
+        spare: list[SampleGroup] = []
+        drawn: list[tuple[int, int]] = []
+        rounds: list[Scored] = []
+        counted: list[Sample] = []
+        while len(kept) < wanted and len(rounds) <= self.max_refills:
+            new = self._draw(drawn, wanted - len(kept))
+            drawn += new
+            # ranks complete equally many prompts; the copies that fill up are left out
+            filled = new + new[:1] * (-len(new) % world)
+            rounds.append(self.generation.sample(self._prompts(k, filled[rank::world]), self.sampling(k), version=k))
+            of_this_rank = self._groups(rounds[-1].samples)
+            counted += [sample for group in of_this_rank[: len(new[rank::world])] for sample in group.samples]
+            by_turn = zip(*self.ranks.gather(of_this_rank), strict=True)
+            for group in [group for turn in by_turn for group in turn][: len(new)]:
+                if group.all_equal:
+                    spare.append(group)
+                else:
+                    kept.append(group)
+        chosen = self.shape.of_rank((kept + spare)[:wanted], rank, world)
+        metrics = sample_metrics(counted, self.ranks) | seconds_of(rounds)
+        return chosen, metrics | {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
+
+    def _draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+        """The next rows of the data, each with how often the iteration has drawn it before."""
+        rows = [row for row, _ in before]
+        rows += [self.order.row(place) for place in range(self.position, self.position + count)]
+        self.position += count
+        return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
+
+    def _prompts(self, k: int, drawn: list[tuple[int, int]]) -> list[Prompt]:
+        """A group of prompts for each row. Seeds are of the run, the iteration and the row, whatever the number of
+        processes."""
+        n = self.shape.group_size
+        return [
+            prompt_of(self.data, row, [self.seed, k, row, repeat * n + i]) for row, repeat in drawn for i in range(n)
+        ]
+
+    def _groups(self, samples: list[Sample]) -> list[SampleGroup]:
+        n = self.shape.group_size
+        return [SampleGroup(samples[i : i + n]) for i in range(0, len(samples), n)]
+
+
+def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
+    """A row of prompt data as what is asked."""
+    found = data[row]
+    return Prompt(row, seed, found.input_ids, found.text, found.columns)
+
+
+def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
+    """Means over all ranks' samples: the total reward with its standard deviation, each reward (over the samples that
+    it has an opinion on), lengths and how responses ended."""
+    sums: Counter[str] = Counter()
+    for sample in samples:
+        sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
+        sums.update({"response_length": sample.response_length, "truncated": sample.truncated})
+        for name, value in sample.rewards.items():
+            sums.update({f"reward/{name}": value or 0.0, f"judged/{name}": value is not None})
+        sums.update({f"reward/{name}/failed": failed for name, failed in sample.failed.items()})
+    total = ranks.sum_metrics([{name: float(value) for name, value in sums.items()}])
+    count, judged = total.pop("samples"), {}
+    for name in [name for name in total if name.startswith("judged/")]:
+        judged[name.removeprefix("judged/")] = total.pop(name)
+    squares = total.pop("squares")
+    metrics = {name: value / count for name, value in total.items()}
+    for name, n in judged.items():
+        metrics[f"reward/{name}"] = total[f"reward/{name}"] / n if n else float("nan")
+        if n < count:
+            metrics[f"reward/{name}/judged"] = n / count
+    metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
+    return metrics | {"finished": 1 - metrics["truncated"]}
+
+
+def seconds_of(rounds: Sequence[Scored]) -> dict[str, float]:
+    """What generation and rewards took on this rank, `seconds/...`."""
+    total: Counter[str] = Counter()
+    for found in rounds:
+        total.update(found.seconds)
+    return {f"seconds/{name}": value for name, value in total.items()}

@@ -1,0 +1,159 @@
+"""What lies where in a run's folder, which checkpoints there are, and where the models in them are.
+
+    RUN/                                what --output_dir names
+      model/                            the run's product: a Hugging Face folder with its tokenizer, maybe an adapter
+      critic/                           PPO: the other finished model
+      checkpoints/
+        step-00000010/
+          manifest.json                 step, metric, every file with its size: without it, a save was interrupted
+          trainer.json                  what the trainer remembers
+          random-0-of-2.safetensors     random states, a file a rank
+          actor/                        a folder a model; of algorithms with one model, `model/`
+            model/                      as the product, but that an adapter is never merged
+            optimizer/                  AdamW's states in shards; not of frozen models
+            master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file a rank
+        step-00000020.previous/         of steps after the one that a run went on from
+        step-00000030.partial/          being written or removed: see `coati.files`
+
+Logs (`metrics.jsonl`, `samples.jsonl`, `run.json`) are told in `coati.tracking.files`.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from coati.files import ASIDE, write_json
+
+FINAL_MODEL = "model"
+LOCK = ".lock"
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer.json"
+OPTIMIZER = "optimizer"
+
+# Models by their names in trainers, checkpoints and, but for the product, beside it
+ONLY_MODEL, ACTOR, CRITIC, REFERENCE = "model", "actor", "critic", "reference"
+_TRAINED = (ACTOR, ONLY_MODEL)
+_MODEL, _PREVIOUS, _STEP = "model", ".previous", "step-"
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+# --- places
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return run / "checkpoints"
+
+
+def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint that is written after a step."""
+    return checkpoints / f"{_STEP}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The inverse of `checkpoint_of_step`."""
+    return int(checkpoint.name.removeprefix(_STEP))
+
+
+def set_aside_name(checkpoint: Path) -> Path:
+    """What a checkpoint is renamed to that is no longer one of its run's."""
+    return checkpoint.with_name(checkpoint.name + _PREVIOUS)
+
+
+def model_in(checkpoint: Path, name: str) -> Path:
+    """The folder of weights, config and tokenizer of one of a checkpoint's models."""
+    return checkpoint / name / _MODEL
+
+
+def training_state_in(checkpoint: Path, name: str) -> Path:
+    """The folder with `OPTIMIZER` and the master weights of one of a checkpoint's models."""
+    return checkpoint / name
+
+
+def master_weights_name(layout: str, rank: int, world_size: int) -> str:
+    """The file of one rank's fp32 master weights.
+
+    Args:
+        layout: tells how the weights are split; under another one the file is of no use.
+    """
+    return f"master-{layout}-{rank}-of-{world_size}.safetensors"
+
+
+def random_state_name(rank: int, world_size: int) -> str:
+    """The file of one rank's random states."""
+    return f"random-{rank}-of-{world_size}.safetensors"
+
+
+# --- checkpoints that are there
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Those of all steps, whole or not, oldest first; neither what is set aside nor what is being written."""
+    return sorted(checkpoints.glob(_STEP + "[0-9]" * 8))
+
+
+def list_complete(checkpoints: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return [folder for folder in list_checkpoints(checkpoints) if incomplete(folder) is None]
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete one."""
+    for folder in reversed(list_checkpoints(checkpoints)):
+        if incomplete(folder) is None:
+            return folder
+    return None
+
+
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The complete one with the highest metric; None if none has a finite one."""
+    metrics = {folder: read_manifest(folder)["metric"] for folder in list_complete(checkpoints)}
+    scored = [folder for folder, metric in metrics.items() if metric is not None and math.isfinite(metric)]
+    return max(scored, key=lambda folder: metrics[folder], default=None)
+
+
+def incomplete(checkpoint: Path) -> str | None:
+    """Why a folder is not a complete checkpoint; None if it is."""
+    if not checkpoint.is_dir():
+        return "no such folder"
+    if checkpoint.suffix == ASIDE or not (checkpoint / MANIFEST).exists():
+        return f"{MANIFEST} is missing: the save was interrupted"
+    try:
+        files = dict(read_manifest(checkpoint)["files"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, size in files.items():
+        if not (checkpoint / name).exists():
+            return f"{name} is missing"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} has {(checkpoint / name).stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """`{"step": int, "metric": float | None, "files": {path: bytes}}`; the metric tells the best, higher is better."""
+    return json.loads((checkpoint / MANIFEST).read_text())
+
+
+def write_manifest(checkpoint: Path, step: int, metric: float | None):
+    """Lists a checkpoint's files, all of which are there."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
+    write_json(checkpoint / MANIFEST, {"step": step, "metric": metric, "files": files})
+
+
+# --- models that are there
+
+
+def find_model(place: Path) -> Path | None:
+    """The Hugging Face folder that a path names, be it that folder, a run, a checkpoint or a model's folder in one.
+
+    Of a run it is the product, else the trained model of the newest complete checkpoint; None if there is no model.
+    """
+    inside = [place / FINAL_MODEL, *(model_in(place, name) for name in _TRAINED)]
+    for folder in (place, *inside):
+        if any((folder / name).is_file() for name in _MODEL_FILES):
+            return folder
+    newest = newest_checkpoint(checkpoints_of(place))
+    return None if newest is None else find_model(newest)

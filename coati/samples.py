@@ -1,0 +1,72 @@
+"""What a rollout leaves: samples, token by token. Free of torch, as the processes that score samples are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Sample:
+    """A prompt and what the policy made of it.
+
+    Per-token lists are aligned with `tokens`.
+
+    Attributes:
+        row: number of the data's row that the prompt is from; columns: the row's other fields.
+        prompt, response: the texts, without what ends a response.
+        tokens: ids of the prompt and of all that came after it.
+        response_mask: True on the tokens that the policy sampled (EOS included), which may stand in several parts.
+        log_probs: of the sampled tokens, at the sampling temperature and before top-k and the like; 0 elsewhere. None
+            where the generator gives none (beam search).
+        finish_reason: "eos", "stop" (a stop text or id) or "length".
+        weights_version: the iteration whose weights sampled it.
+        rewards: what each reward gave, by name, unweighted; those of tokens summed up; None where it has no opinion.
+        failed: of the rewards that look at one sample at a time, whether they could not score it.
+        score: the weighted sum of the rewards of whole responses.
+        token_rewards: the weighted sum of the rewards of tokens; None without any.
+    """
+
+    row: int
+    columns: dict[str, Any]
+    prompt: str
+    response: str
+    tokens: list[int]
+    response_mask: list[bool]
+    log_probs: list[float] | None
+    finish_reason: str
+    weights_version: int = 0
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    failed: dict[str, bool] = field(default_factory=dict)
+    score: float = 0.0
+    token_rewards: list[float] | None = None
+
+    @classmethod
+    def of_texts(cls, prompt: str, response: str, **columns: Any) -> "Sample":
+        """Texts without tokens, for rewards that read texts."""
+        return cls(0, columns, prompt, response, tokens=[], response_mask=[], log_probs=None, finish_reason="eos")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut at its greatest length."""
+        return self.finish_reason == "length"
+
+    @property
+    def response_length(self) -> int:
+        """Sampled tokens."""
+        return sum(self.response_mask)
+
+    @property
+    def total_reward(self) -> float:
+        """All rewards, of the whole response and of its tokens."""
+        return self.score + sum(self.token_rewards or ())
+
+
+@dataclass
+class SampleGroup:
+    """The samples of one prompt."""
+
+    samples: list[Sample]
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether all of them earned the same, so that there is nothing to compare."""
+        return len({sample.total_reward for sample in self.samples}) == 1

@@ -1,0 +1,189 @@
+"""Policy and critic of PPO: two models, or two heads of one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from coati.data.collate import SFTBatch
+from coati.losses import cross_entropy, policy_loss, response_targets, value_loss
+from coati.losses.language import align
+from coati.losses.masking import keep
+from coati.parallel import Engine
+from coati.rollout import Experience, RolloutBatch
+from coati.trainers.batching import in_batch_order, model_inputs
+from coati.trainers.config import PPOConfig
+from coati.trainers.iteration import response_tokens
+from coati.trainers.policy import Policy
+
+
+class Evaluation(NamedTuple):
+    """What policy and critic say of a batch.
+
+    Attributes:
+        log_probs: of the response tokens; values: before each of them; float32 `[batch, seq]`.
+        rollout_kl: of sampling from training, nats a token.
+    """
+
+    log_probs: Tensor
+    values: Tensor
+    rollout_kl: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a step."""
+
+    policy: float
+    critic: float
+
+
+class PolicyAndCritic(Protocol):
+    """What an iteration of PPO asks of the two."""
+
+    def evaluate(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> Evaluation:
+        """Log-probs and values of iteration k's batch, whose `parts` are the rows of its micro-batches."""
+
+    def update(self, micro_batches: list[Experience], texts: list[SFTBatch], k: int, rates: Rates) -> dict[str, float]:
+        """One optimizer step of both, on this rank's micro-batches; returns its metrics.
+
+        Args:
+            texts: of the pre-training mix, for the policy.
+        """
+
+
+class TwoModels:
+    """An `Actor` and a `Critic`."""
+
+    def __init__(self, policy: Policy, critic: Engine, config: PPOConfig):
+        self.policy, self.critic, self.config = policy, critic, config
+
+    def evaluate(self, batch, parts, k):
+        """See `PolicyAndCritic`."""
+        log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
+        outputs = self.critic.forward_all([model_inputs(batch.rows(part)) for part in parts])
+        values = in_batch_order(parts, [before_token(output) for output in outputs], batch.input_ids.shape)
+        return Evaluation(log_probs, values, rollout_kl)
+
+    def update(self, micro_batches, texts, k, rates):
+        """See `PolicyAndCritic`. For `critic_warmup` iterations only the critic learns."""
+        with self.critic.update(rates.critic) as update:
+            update.add(micro_batches, model_inputs, self.value_loss, response_tokens)
+        metrics = named_norm(update.metrics, "critic_grad_norm")
+        if k < self.config.critic_warmup:
+            return metrics
+        with self.policy.engine.update(rates.policy) as update:
+            update.add(micro_batches, self.policy_inputs, self.policy_loss, response_tokens)
+            if texts:
+                update.add(texts, text_inputs, self.text_loss, text_tokens)
+        return metrics | named_norm(update.metrics, "policy_grad_norm")
+
+    def policy_inputs(self, batch: Experience):
+        return self.policy.model.inputs(batch, with_entropy=True)
+
+    def policy_loss(self, output, batch: Experience, denominator: float):
+        log_probs, entropy = output
+        return policy_term(self.config, log_probs, entropy, batch, denominator)
+
+    def value_loss(self, output: Tensor, batch: Experience, denominator: float):
+        return value_term(self.config, output, batch, denominator)
+
+    def text_loss(self, log_probs: Tensor, batch: SFTBatch, denominator: float):
+        return text_term(self.config, log_probs, batch, denominator)
+
+
+class SharedTrunk:
+    """An `ActorCritic`: one forward pass gives log-probs and values, one step moves both heads.
+
+    Every weight gets a gradient from every term of the loss, if one of 0: DDP waits for all of them.
+    """
+
+    def __init__(self, policy: Policy, config: PPOConfig):
+        self.policy, self.config = policy, config
+
+    def evaluate(self, batch, parts, k):
+        """See `PolicyAndCritic`."""
+        model = self.policy.model
+        outputs = self.policy.engine.forward_all([model.inputs(batch.rows(part)) for part in parts])
+        log_probs = in_batch_order(parts, [output[0] for output in outputs], batch.input_ids.shape)
+        values = in_batch_order(parts, [before_token(output[1]) for output in outputs], batch.input_ids.shape)
+        return Evaluation(log_probs, values, self.policy.rollout_kl(batch, log_probs, batch.response_mask))
+
+    def update(self, micro_batches, texts, k, rates):
+        """See `PolicyAndCritic`. For `critic_warmup` iterations the value head learns and the trunk doesn't."""
+        warming = k < self.config.critic_warmup
+        with self.policy.engine.update(rates.policy) as update:
+            if warming:
+                update.add(micro_batches, self.warmup_inputs, self.warmup_loss, response_tokens)
+            else:
+                update.add(micro_batches, self.inputs, self.loss, response_tokens)
+                if texts:
+                    update.add(texts, text_inputs, self.text_loss, text_tokens)
+        return named_norm(update.metrics, "policy_grad_norm")
+
+    def inputs(self, batch: Experience):
+        return self.policy.model.inputs(batch, with_entropy=True)
+
+    def warmup_inputs(self, batch: Experience):
+        return self.policy.model.inputs(batch, value_only=True)
+
+    def loss(self, output, batch: Experience, denominator: float):
+        """The policy's loss plus `value_coefficient` times the critic's."""
+        log_probs, entropy, values = output
+        loss, metrics = policy_term(self.config, log_probs, entropy, batch, denominator)
+        of_values, value_metrics = value_term(self.config, values, batch, denominator)
+        return loss + self.config.value_coefficient * of_values, metrics | value_metrics
+
+    def warmup_loss(self, output, batch: Experience, denominator: float):
+        log_probs, values = output
+        loss, metrics = value_term(self.config, values, batch, denominator)
+        return self.config.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
+
+    def text_loss(self, output, batch: SFTBatch, denominator: float):
+        log_probs, values = output
+        loss, metrics = text_term(self.config, log_probs, batch, denominator)
+        return loss + 0.0 * values.sum(), metrics
+
+
+def policy_term(c: PPOConfig, log_probs: Tensor, entropy: Tensor, batch: Experience, denominator: float):
+    """A micro-batch's part of the policy's loss and of its metrics.
+
+    Args:
+        log_probs, entropy: `[batch, seq]`.
+        denominator: response tokens of the whole step.
+    """
+    mask, clips = batch.response_mask, dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
+    loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
+    return loss, metrics | {"entropy": keep(entropy.detach(), mask).sum() / denominator}
+
+
+def value_term(c: PPOConfig, values: Tensor, batch: Experience, denominator: float):
+    """A micro-batch's part of the critic's loss; `values` are those after each token, `[batch, seq]`."""
+    mask, clip = batch.response_mask, c.value_clip or None
+    return value_loss(before_token(values), batch.values, batch.returns, mask, denominator, clip=clip)
+
+
+def text_term(c: PPOConfig, log_probs: Tensor, batch: SFTBatch, denominator: float):
+    """A micro-batch's part of the loss on the pre-training mix (InstructGPT, 2203.02155, eq. 2)."""
+    loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
+    return c.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
+
+
+def text_inputs(batch: SFTBatch):
+    return model_inputs(batch, response_targets(batch.loss_mask))
+
+
+def text_tokens(batch: SFTBatch) -> Tensor:
+    return response_targets(batch.loss_mask).sum()
+
+
+def before_token(values: Tensor) -> Tensor:
+    """The critic's estimate before each token: what it says after the token to the left, `[batch, seq]`."""
+    return align(values)
+
+
+def named_norm(metrics: dict[str, float], name: str) -> dict[str, float]:
+    """Metrics of an update, the gradients' norm first and by a model's name."""
+    rest = {key: value for key, value in metrics.items() if key != "grad_norm"}
+    return {name: metrics["grad_norm"], **rest}

@@ -1,0 +1,78 @@
+"""Preference optimization on pairs: a policy learns from pairs of responses without a reward model (DPO: Rafailov et
+al., 2305.18290; IPO, SimPO, ORPO and the others are named in coati/losses/preference.py).
+
+One step:
+    1. the reference's log-probs of both responses of each pair (`preference.py`)
+    2. the policy's log-probs, chosen and rejected responses in one forward pass, and the loss
+"""
+
+from coati.data import collate_preference
+from coati.losses import preference_loss
+from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
+from coati.models.packed import check_packing
+from coati.parallel import resolve_precision
+from coati.trainers.config import REFERENCE_FREE
+from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
+from coati.trainers.preference import PreferenceTrainer, chosen_and_rejected
+from coati.trainers.reference import cached_reference
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Trains an `Actor` on pairs, as its own reward model."""
+
+    kind, rows_per_sample = "preference", 2
+    best_metric = ("accuracy", True)
+
+    def build(self):
+        super().build()
+        c = self.config
+        if c.share_prompts:
+            batch = self.load(self.data, [int(self.data.lengths.argmax())])
+            exact = resolve_precision(c) == "fp32"
+            check_packing(self.model.module, self.model.forward_all, self.inputs(batch), exact)
+        if c.cache_reference:
+            sets = [data for data in (self.data, self.eval_data) if data is not None]
+            how = (self.make_reference, self.load, self.batching)
+            self.reference = cached_reference(c, self.runtime, sets, *how)
+        elif c.loss not in REFERENCE_FREE:
+            self.reference = self.make_reference()
+
+    def inputs(self, batch):
+        shared = {"shared_prefix_group": 2} if self.config.share_prompts else {}
+        return super().inputs(batch) | shared
+
+    def collate(self, samples):
+        return collate_preference(samples, self.factory.pad_id)
+
+    def count(self, batch):
+        return len(batch.margin)
+
+    def loss(self, log_probs, batch, denominator):
+        return self.loss_of(*chosen_and_rejected(self.responses(log_probs, batch)), denominator)
+
+    def loss_of(self, chosen: Answers, rejected: Answers, denominator: float):
+        """The loss of pairs, and its metrics."""
+        c = self.config
+        how = dict(nll_coefficient=c.nll_weight, length_normalised=c.length_normalised)
+        return preference_loss(c.loss, chosen, rejected, denominator, options=self.options, **how)
+
+    @property
+    def options(self) -> Options:
+        c = self.config
+        return Options(c.beta, c.label_smoothing, c.gamma)
+
+    def accumulate(self, log_probs, batch, rows):
+        pairs = chosen_and_rejected(self.responses(log_probs, batch), rows)
+        return {**self.loss_of(*pairs, 1.0)[1], "pairs": rows.sum()}
+
+    def finalize(self, sums):
+        return finalize_pairs(sums)
+
+    def row_scores(self, log_probs, batch, rows):
+        pairs = chosen_and_rejected(self.responses(log_probs, batch), rows)
+        read = [side.per_token() for side in pairs] if self.config.length_normalised else pairs
+        chosen, rejected, _ = PREFERENCE_LOSSES[self.config.loss](*read, self.options)
+        return pair_scores(chosen, rejected)
+
+    def samples(self, row_scores):
+        return pair_samples(self.tokenizer, self.eval_data, row_scores)

@@ -1,0 +1,203 @@
+"""The making of what a run needs: tokenizer, data, models and their engines."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
+from coati.errors import UserError
+from coati.models import Actor
+from coati.models.adapters import vocabulary
+from coati.models.base import BaseModel
+from coati.models.generation_config import align_eos
+from coati.models.lora import is_adapter
+from coati.models.positions import row_limit
+from coati.models.quantized import is_quantized
+from coati.parallel import Engine, Runtime, make_engine
+from coati.parallel.factory import engine_class
+from coati.rewards import Reward, Scorer, load_rewards
+from coati.rollout import Generator, PolicyGenerator
+from coati.trainers.config import TrainerConfig
+
+
+class Factory:
+    """Makes a run's parts by its settings.
+
+    Args:
+        learns_responses: whether the data's responses are learned, which the chat template must then write and end.
+
+    Attributes:
+        tokenizer: of the run.
+        longest_sequence: the most tokens of a row that the run's models read; set once the data is there.
+    """
+
+    def __init__(self, config: TrainerConfig, runtime: Runtime, *, learns_responses: bool):
+        self.config, self.runtime = config, runtime
+        self.tokenizer = self._load_tokenizer(learns_responses)
+        self.longest_sequence = 0
+        self._said: set[str] = set()
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the rows of a batch; masks come from lengths, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    # --- data
+
+    def dataset(self, sources: list[str], kind: str, weights: list[float] | None = None) -> TokenisedDataset | None:
+        """Tokenized rows, built on rank 0 first; None for no sources."""
+        if not sources:
+            return None
+        with self.runtime.main_first():
+            data = build_dataset(sources, kind, self.tokenizer, self.config, weights)
+        self.runtime.say(str(data.report))
+        return data
+
+    def order(self, data: TokenisedDataset, start: tuple[int, int]) -> tuple[BatchSampler, int]:
+        """The order of the training data, and how many steps the run has.
+
+        Args:
+            start: the step that the run begins with, and the rows that were seen before it.
+        """
+        c, (step, seen) = self.config, start
+        order = BatchSampler(len(data), c.batch_size, c.seed, weights_per_row=data.weights_per_row, start=start)
+        left = math.ceil(c.epochs * order.batches_per_epoch) - seen / c.batch_size
+        return order, c.steps or step + max(0, math.ceil(left))
+
+    # --- models
+
+    def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
+        """A model from a folder, or from `--model_config` with random weights.
+
+        Raises:
+            UserError: neither is given; the tokenizer has more tokens than the model; the run's rows are too long for
+                its positions.
+        """
+        c = self.config
+        dtype = engine_class(c).loads_in(c)
+        config = self._model_config(from_scratch=pretrained is None) if c.model_config else None
+        if pretrained is None and config is None:
+            raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
+        model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
+        tokens = vocabulary(model.transformer)
+        if len(self.tokenizer) > tokens:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
+                "use the model's own tokenizer, or resize its embeddings first"
+            )
+        if c.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self._check_length(model)
+        align_eos(model.transformer, self.tokenizer.eos_token_id)
+        for note in model.notes:
+            self._say_once(note)
+        return model
+
+    def trained(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
+        """A model and its optimizer under the configured plugin.
+
+        Args:
+            accumulates: whether a step may take several micro-batches.
+            generates: whether it samples, with unsharded weights.
+
+        Raises:
+            UserError: quantized weights, which only carry adapters.
+        """
+        if is_quantized(model.transformer) and not model.has_adapter:
+            raise UserError(
+                f"the weights of {self.config.model} are quantized, so they can't be trained: train adapters on them "
+                "(--lora_rank 16), or give the model in full precision"
+            )
+        settings = dict(optimizer={"weight_decay": self.config.weight_decay}, accumulates=accumulates)
+        return make_engine(model, self.config, self.runtime, generates=generates, **settings)
+
+    def frozen(self, model: BaseModel) -> Engine:
+        """A model that only computes."""
+        return make_engine(model, self.config, self.runtime)
+
+    def frozen_policy(self, start) -> Engine | None:
+        """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""
+        c = self.config
+        if c.lora is not None and not (c.model and is_adapter(c.model)):
+            return None
+        return self.frozen(self.model(Actor, start))
+
+    # --- rollouts
+
+    def generator(self, engine: Engine, batch_size: int = 64) -> Generator:
+        """Completes prompts with the weights that an engine has at the time of each call.
+
+        Args:
+            batch_size: rows generated together.
+        """
+        return PolicyGenerator(engine.full, self.tokenizer, self.pad_id, batch_size)
+
+    def scorer(self, reward_model: Reward | None, given: Sequence[Reward]) -> Scorer:
+        """The rewards of the settings.
+
+        Args:
+            reward_model: that of the settings, loaded.
+            given: further ones, of weight 1.
+        """
+        return load_rewards(self.config, reward_model, self.runtime.device, given)
+
+    def check_reward_vocabulary(self, source: str):
+        """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
+        from transformers import AutoTokenizer
+
+        try:
+            theirs = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the reward model in {source} has no tokenizer beside it: copy the policy's there, or give "
+                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
+            ) from error
+        if theirs.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"the reward model in {source} has another vocabulary than the policy: train it with the "
+                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
+            )
+
+    def _check_length(self, model: BaseModel):
+        limit, longest = row_limit(model.transformer), self.longest_sequence
+        if limit is not None and longest > limit.tokens:
+            raise UserError(
+                f"rows of this run have up to {longest} tokens, and {type(model.transformer).__name__} {limit.reason} "
+                f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of answers: --max_new_tokens)"
+            )
+
+    def _say_once(self, note: str):
+        if note not in self._said:
+            self.runtime.say(note)
+        self._said.add(note)
+
+    def _load_tokenizer(self, learns_responses: bool):
+        from transformers import AutoTokenizer
+
+        c = self.config
+        source = c.tokenizer or c.model
+        if source is None:
+            raise UserError("give --tokenizer FOLDER (or --model FOLDER, if the tokenizer is in it)")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
+        how = dict(arguments=c.template_arguments, learns_responses=learns_responses)
+        tokenizer, notes = prepare_tokenizer(tokenizer, c.chat_template, c.eos_token, **how)
+        for note in notes:
+            self.runtime.say(note)
+        return tokenizer
+
+    def _model_config(self, *, from_scratch: bool):
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.config.model_config)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model_config {self.config.model_config}: {str(error).splitlines()[0]}") from error
+        if from_scratch:
+            tokenizer = self.tokenizer
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            config.pad_token_id = self.pad_id
+        return config

@@ -1,0 +1,48 @@
+"""What trainers on pairs tell of them: accuracy with its interval, and both responses of a sample."""
+
+from typing import Any
+
+from torch import Tensor
+
+from coati.rollout.prompts import response_texts
+
+
+def finalize_pairs(sums: dict[str, float]) -> dict[str, float]:
+    """Means over pairs from sums with their number, `pairs`; accuracy with its 95 % interval."""
+    pairs = sums["pairs"]
+    metrics = {name: total / pairs for name, total in sums.items()}
+    low, high = wilson_interval(metrics["accuracy"], pairs)
+    return metrics | {"accuracy_low": low, "accuracy_high": high, "pairs": pairs}
+
+
+def pair_scores(chosen: Tensor, rejected: Tensor) -> list[tuple[float, float]]:
+    """Rewards `[pairs]` of both sides, pair by pair."""
+    return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def pair_samples(tokenizer, data, scores: dict[int, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Two rows per pair: prompt, response, side and reward.
+
+    Args:
+        scores: of the chosen and the rejected response, by row of the data.
+    """
+    samples = []
+    for row, rewards in scores.items():
+        for side, reward in zip(("chosen", "rejected"), rewards, strict=True):
+            text = text_of(tokenizer, getattr(data[row], side))
+            samples.append(text | {"reward": reward, "side": side})
+    return samples
+
+
+def text_of(tokenizer, sequence) -> dict[str, str]:
+    """Prompt and response of a row that ends with the response."""
+    start = sequence.loss_mask.index(True)
+    [response] = response_texts(tokenizer, [sequence.input_ids[start:]])
+    return {"prompt": tokenizer.decode(sequence.input_ids[:start]), "response": response.strip()}
+
+
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share seen in n trials (Wilson 1927), which stays within 0 and 1."""
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return center - half, center + half

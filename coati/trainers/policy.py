@@ -1,0 +1,106 @@
+"""What an iteration asks of its policy and of the reference."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coati.errors import UserError
+from coati.losses import kl_divergence
+from coati.parallel import Engine, resolve_precision
+from coati.rollout import RolloutBatch
+from coati.trainers.batching import in_batch_order, model_inputs
+from coati.trainers.config import RolloutConfig
+from coati.transfer import upload
+
+
+class LanguageModel:
+    """An `Actor` that tells how likely responses are.
+
+    Args:
+        adapter: False for the model without its LoRA adapter: the reference of a LoRA policy.
+        group: so many rows of a micro-batch share what they begin with, which is read once, see `PackedGroups`.
+    """
+
+    def __init__(self, engine: Engine, *, adapter: bool = True, group: int = 1):
+        self.engine, self.options = engine, {}
+        if not adapter:
+            self.options["adapter"] = False
+        if group > 1:
+            self.options["shared_prefix_group"] = group
+
+    def inputs(self, batch, **options):
+        """What the model is called with for responses, at the temperature that they were sampled at."""
+        return model_inputs(batch, batch.response_mask, temperature=batch.temperature, **self.options, **options)
+
+    def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]]) -> Tensor:
+        """Of the response tokens, float32 `[batch, seq]`; 0 elsewhere, and in rows that no part has.
+
+        Args:
+            parts: rows of the micro-batches.
+        """
+        outputs = self.engine.forward_all([self.inputs(batch.rows(part)) for part in parts])
+        # an `ActorCritic` tells its values too
+        log_probs = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        return in_batch_order(parts, log_probs, batch.input_ids.shape)
+
+
+class Policy:
+    """The policy that sampled a batch and learns from it.
+
+    Args:
+        group: as `LanguageModel`.
+        ranks: those that see different data.
+    """
+
+    def __init__(self, engine: Engine, config: RolloutConfig, ranks, *, group: int = 1):
+        self.engine, self.config, self.ranks, self.group = engine, config, ranks, group
+        self.model = LanguageModel(engine, group=group)
+
+    def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, float]:
+        """Those of training, `[batch, seq]`, and the KL of sampling from them, nats a token.
+
+        In fp32 they are those noted at sampling, up to rounding: a few rows are computed again to show it. In lower
+        precision, on a sharded model and in vLLM they round differently, and all are.
+
+        Args:
+            k: iteration; different rows are looked at in each.
+
+        Raises:
+            UserError: they disagree by more than `max_rollout_kl`.
+        """
+        c, mask = self.config, batch.response_mask
+        if resolve_precision(c) == "fp32" and not c.splits_models and c.rollout_engine == "coati":
+            checked = an_eighth(parts, k, self.group)
+            again = self.model.log_probs(batch, checked)
+            looked_at = torch.zeros_like(batch.finished)
+            looked_at[upload([row for part in checked for row in part], mask.device)] = True
+            return batch.sampling_log_probs, self.rollout_kl(batch, again, mask & looked_at[:, None])
+        log_probs = self.model.log_probs(batch, parts)
+        return log_probs, self.rollout_kl(batch, log_probs, mask)
+
+    def rollout_kl(self, batch: RolloutBatch, log_probs: Tensor, mask: Tensor) -> float:
+        """The KL of sampling from training, nats a token; stops a run where they disagree.
+
+        Args:
+            log_probs: as training computes them, `[batch, seq]`.
+            mask: the tokens that are compared, bool `[batch, seq]`.
+        """
+        difference = kl_divergence(batch.sampling_log_probs, log_probs, mask, "k3").sum()
+        total, tokens = self.ranks.sum(torch.stack([difference, mask.sum()])).tolist()
+        kl = total / max(tokens, 1)
+        if kl > self.config.max_rollout_kl:
+            raise UserError(
+                f"the log-probs at sampling and in training differ by {kl:.3g} nats a token (limit "
+                f"{self.config.max_rollout_kl}, --max_rollout_kl): weights not handed over, another temperature, or a "
+                "precision too low"
+            )
+        return kl
+
+
+def an_eighth(parts: Sequence[Sequence[int]], k: int, group: int = 1) -> list[list[int]]:
+    """An eighth of one micro-batch, of whole groups; of all in turn, as `k` goes on."""
+    turn, which = divmod(k, len(parts))
+    rows, groups = parts[which], len(parts[which]) // group
+    chosen = range(turn % min(8, groups), groups, 8)
+    return [[rows[start + i] for start in range(0, len(rows), groups) for i in chosen]]
