@@ -21,7 +21,7 @@ ENGINES = {
 
 def engine_class(config: PluginConfig) -> type[Engine]:
     """The class of engine; the hybrid one imports colossalai, and so only where it is asked for."""
-    if config.model_parallel_size == 1:
+    if not config.splits_models:
         return ENGINES[config.plugin]
     from coati.parallel.hybrid import HybridEngine
 

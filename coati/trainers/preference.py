@@ -19,7 +19,6 @@ from coati.losses.masking import keep
 from coati.losses.preference import Answers
 from coati.models import Actor
 from coati.models.base import disable_dropout
-from coati.trainers.batching import model_inputs
 from coati.trainers.config import REFERENCE_FREE, PreferenceConfig
 from coati.trainers.reference import CachedReference, Reference
 from coati.trainers.supervised import SupervisedTrainer
@@ -77,9 +76,6 @@ class PreferenceTrainer(SupervisedTrainer):
         """What a loss reads of the batch's responses, one per row."""
         targets = self.targets(batch)
         return Answers(keep(log_probs, targets).sum(1), targets.sum(1), batch.reference)
-
-    def inputs(self, batch):
-        return model_inputs(batch, self.targets(batch))
 
 
 def chosen_and_rejected(responses: Answers, rows: Tensor | slice = slice(None)) -> tuple[Answers, Answers]:

@@ -141,9 +141,6 @@ class RolloutTrainer(Trainer):
 
     # --- files
 
-    def data_key(self):
-        return self.data.key
-
     def state(self):
         return self.rollouts.state()
 

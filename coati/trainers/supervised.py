@@ -60,9 +60,6 @@ class SupervisedTrainer(Trainer):
         """The most tokens of a row that the model reads."""
         return max(int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None)
 
-    def data_key(self):
-        return self.data.key
-
     # --- for the algorithm to fill in
 
     def collate(self, samples: list) -> Any:

@@ -33,6 +33,7 @@ class Trainer:
         best_metric: the evaluation metric that tells the best checkpoint, and whether higher is better.
         learns_responses: whether it learns the data's responses, which the chat template must then write and end.
         ranks: those that see different data.
+        data: the training data (`coati.data.build_dataset`).
         engines: the trained models by name, saved with every checkpoint; the first is the run's product.
         frozen: models that are saved with every checkpoint although no optimizer moves them.
         steps_done: optimizer steps (of rollout algorithms: iterations) so far; total_steps: of the whole run.
@@ -42,6 +43,7 @@ class Trainer:
     algorithm: str
     best_metric: tuple[str, bool]
     learns_responses = True
+    data: Any
     total_steps: int
 
     def __init__(self, config: TrainerConfig, runtime: Runtime, *, make_factory: Callable[..., Factory] = Factory):
@@ -80,7 +82,7 @@ class Trainer:
     # --- for the algorithm to fill in
 
     def build(self):
-        """Makes data, models and `self.engines`; sets `total_steps`."""
+        """Makes `self.data`, models and `self.engines`; sets `total_steps`."""
         raise NotImplementedError
 
     def step(self, k: int) -> dict[str, float]:
@@ -125,7 +127,7 @@ class Trainer:
 
     def data_key(self) -> str:
         """Tells the training data from other data."""
-        raise NotImplementedError
+        return self.data.key
 
     def save(self, score: float | None):
         """Writes a checkpoint of the steps that are done."""

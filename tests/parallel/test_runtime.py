@@ -222,7 +222,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         place._take_device(1)
 
 
-SAYS = "import os; print(os.environ['OMP_NUM_THREADS'], end=' ', flush=True)"
+# in one write: two processes share the output
+SAYS = "import os; os.write(1, (os.environ['OMP_NUM_THREADS'] + ' ').encode())"
 
 
 @pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
