@@ -39,7 +39,7 @@ def overview() -> str:
     """All commands, in groups."""
     from coati.commands import GROUPS
 
-    groups = {f"train {group}": {n: c.title for n, c in members.items()} for group, members in GROUPS.items()}
+    groups = {f"train {group}": {c.name: c.title for c in members} for group, members in GROUPS.items()}
     groups["tools"] = TOOLS
     lines = ["usage: coati COMMAND --config FILE.yaml [--SETTING VALUE ...]", ""]
     for title, members in groups.items():

@@ -1,16 +1,18 @@
 """`coati init`: a first configuration of a method, for the hardware of this machine."""
 
-import dataclasses
 import json
 import textwrap
 from typing import Any
 
 from coati.commands import COMMANDS
+from coati.config import configure
+from coati.config.options import is_common
+from coati.config.schema import Leaf, leaves
 from coati.trainers.algorithms import ALGORITHMS
 
 # what every run must be told; these stand in its place
-TO_REPLACE = {"model": "MODEL_FOLDER", "train_data": ["train.jsonl"], "output_dir": "runs/run"}
-REWARD = {"ppo": {"reward_model": "REWARD_MODEL_FOLDER"}, "grpo": {"verifiers": ["math"]}}
+TO_REPLACE = {"model.path": "MODEL_FOLDER", "data.train_data": ["train.jsonl"], "output_dir": "runs/run"}
+REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "math"}]}
 
 
 def initial_settings(method: str) -> str:
@@ -20,28 +22,47 @@ def initial_settings(method: str) -> str:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     command = COMMANDS[method]
     config_class = ALGORITHMS[command.algorithm].config
-    chosen = {**TO_REPLACE, **REWARD.get(command.algorithm, {}), **for_hardware(gpus), **command.defaults}
+    chosen: dict[str, Any] = {**TO_REPLACE, **for_hardware(gpus)}
+    if command.algorithm in REWARDS:
+        chosen["rewards"] = REWARDS[command.algorithm]
+    if command.defaults:
+        chosen["algorithm.type"] = method
     start = f"coati {method}" if gpus < 2 else f"coati run --nproc_per_node {gpus} {method}"
     machine = {0: "a CPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
     lines = [f"# {command.title}, on {machine}: {start} --config FILE.yaml", "# Words in capitals are to be replaced."]
-    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in TO_REPLACE):
-        if "common" in field.metadata or field.name in chosen:
-            lines += ["", *entry(field, chosen)]
+    defaults = configure(config_class, **{name: chosen[name] for name in chosen if name == "algorithm.type"})
+    section = ""
+    for path, leaf in leaves(config_class, method).items():
+        if not is_common(leaf.field) and path not in chosen:
+            continue
+        if leaf.section != section:
+            section = leaf.section
+            lines += ["", f"{section}:"] if section else []
+        elif not section:
+            lines.append("")
+        lines += entry(leaf, chosen.get(path, value_at(defaults, path)))
     return "\n".join(lines)
 
 
 def for_hardware(gpus: int) -> dict[str, Any]:
-    """Settings that a machine with so many GPUs can start with."""
+    """Settings, by path, that a machine with so many GPUs can start with."""
     if gpus == 0:
         return {"batch_size": 16, "micro_batch_size": 4}
-    plugin = "zero2" if gpus > 1 else "ddp"
-    return {"plugin": plugin, "batch_size": 64, "micro_batch_size": 4, "gradient_checkpointing": True}
+    found = {"batch_size": 64, "micro_batch_size": 4, "parallel.gradient_checkpointing": True}
+    return found | {"parallel.plugin": "zero2" if gpus > 1 else "ddp"}
 
 
-def entry(field: dataclasses.Field, chosen: dict[str, Any]) -> list[str]:
+def value_at(config, path: str):
+    """The setting of a path."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def entry(leaf: Leaf, value) -> list[str]:
     """A setting's help as a comment, and the setting; one without a value is a comment too."""
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    value = chosen.get(field.name, default)
+    indent, name = "  " if leaf.section else "", leaf.path.rpartition(".")[2]
     is_empty = value is None or value == []
-    comment = textwrap.wrap(field.metadata["help"], 110, initial_indent="# ", subsequent_indent="# ")
-    return [*comment, f"# {field.name}:" if is_empty else f"{field.name}: {json.dumps(value)}"]
+    comment = indent + "# "
+    help_lines = textwrap.wrap(leaf.field.description, 110, initial_indent=comment, subsequent_indent=comment)
+    return [*help_lines, f"{indent}# {name}:" if is_empty else f"{indent}{name}: {json.dumps(value)}"]

@@ -1,10 +1,24 @@
-"""Settings: one dataclass a command, whose fields are the YAML keys, the flags and the text of `--help`.
+"""Settings: one class a command, whose fields are the YAML keys, the flags and the text of `--help`.
 
 Nothing here imports torch, so that a mistake in a file is reported at once.
 """
 
-from coati.config.options import Settings, option, range_of
-from coati.config.parse import parse_config, parse_settings, take_config_path
+from coati.config.options import ListOf, Settings, asdict, inherited, option, section, settings
+from coati.config.parse import configure, parse_config, parse_settings, reconfigure, take_config_path
 from coati.config.yaml12 import read_yaml
 
-__all__ = ["Settings", "option", "parse_config", "parse_settings", "range_of", "read_yaml", "take_config_path"]
+__all__ = [
+    "ListOf",
+    "Settings",
+    "asdict",
+    "configure",
+    "inherited",
+    "option",
+    "parse_config",
+    "parse_settings",
+    "read_yaml",
+    "reconfigure",
+    "section",
+    "settings",
+    "take_config_path",
+]

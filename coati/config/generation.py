@@ -1,15 +1,15 @@
 """How responses are drawn."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal
 
-from coati.config.options import Settings, option
+from coati.config.options import ListOf, Settings, option, settings
 from coati.errors import UserError
 
 
-@dataclass
+@settings
 class GenerationConfig(Settings):
     """How responses are drawn."""
 
@@ -17,35 +17,30 @@ class GenerationConfig(Settings):
     min_new_tokens: int = option(0, "shortest response, in tokens", ge=0)
     temperature: float = option(1.0, "of sampling; 0 for greedy", ge=0, common=True)
     top_k: int = option(0, "sample from the k likeliest tokens only; 0 for all", ge=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this share of the probability", gt=0, le=1)
+    top_p: float = option(1.0, "nucleus mass: sample from the likeliest tokens that hold this share", gt=0, le=1)
     min_p: float = option(
         0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1
     )
-    repetition_penalty: float = option(
-        1.0, "makes tokens that are there already less likely; 1 for no difference", gt=0
-    )
-    stop: list[str] = option((), "texts that end a response, beside EOS")
+    repetition_penalty: float = option(1.0, "makes tokens that are there already less likely; 1 for none", gt=0)
+    stop: ListOf[str] = option((), "texts that end a response, beside EOS")
     compile_generation: bool = option(
         False,
-        "torch.compile the step of a token: a minute at the start (on a CPU with g++ only), then 1.3 times as fast",
+        "torch.compile the decoding step: a minute at the start (on a CPU with g++ only), then 1.3 times as fast",
     )
     num_beams: int = option(1, "beam search with that many beams instead of sampling", ge=1)
+    generation_batch_size: int = option(64, "responses generated together on one process", ge=1)
     rollout_engine: Literal["coati", "vllm"] = option(
         "coati", "what generates: coati's own engine, or vLLM (docs/ppo.md)"
     )
-    vllm_cache: float = option(1.0, "GiB on each process for vLLM's keys and values", gt=0)
+    vllm_cache: float = option(1.0, "vLLM's KV-cache memory, GiB per process", gt=0)
 
-    def check_generation(self):
-        """Raises a UserError for settings that contradict each other."""
+    def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_beams == 1 and (self.top_k or self.top_p < 1 or self.min_p):
-            raise UserError("temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature")
+            yield "temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature"
         if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+            yield f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
         if self.rollout_engine == "vllm" and (self.num_beams > 1 or self.compile_generation):
-            raise UserError(
-                "vLLM samples, uncompiled: leave out num_beams and compile_generation, or rollout_engine vllm"
-            )
-        self.check_installed()
+            yield "vLLM samples, uncompiled: leave out num_beams and compile_generation, or rollout_engine vllm"
 
     def check_installed(self):
         """Raises a UserError for what the settings need and this machine lacks."""

@@ -1,22 +1,26 @@
-"""What a setting carries beside its name and type: help text, the values that make sense, whether it is a path."""
+"""What a setting carries beside its name and type: help text, the values that make sense, whether it is a path.
+
+Settings are pydantic dataclasses: pydantic converts what a file or a flag says to a setting's type, and lists all that
+is wrong at once.
+"""
 
 import dataclasses
-import math
-import operator
 import os
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
-from coati.errors import UserError
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, ConfigDict, Field
+from typing_extensions import dataclass_transform
 
 # data: a file, or the name of a data set; model: a folder, or a name on the hub; file: a file that is read;
 # function: FILE.py:name or module:name; checkpoint: never, auto or a folder; output: a folder that is written
 PathKind = Literal["data", "model", "file", "function", "checkpoint", "output"]
-BOUNDS = {
-    "ge": ("at least", operator.ge),
-    "gt": ("above", operator.gt),
-    "le": ("at most", operator.le),
-    "lt": ("below", operator.lt),
-}
+BOUND_NAMES = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
+Entry = TypeVar("Entry")
+# a list, or what is its only entry
+ListOf = Annotated[list[Entry], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 
 
 def option(
@@ -30,66 +34,80 @@ def option(
     path: PathKind | None = None,
     common: bool = False,
 ):
-    """A dataclass field that carries its own help text; a tuple stands for the default of a list.
+    """A field of a settings class that carries its own help text; a tuple stands for the default of a list.
 
     Args:
-        ge, gt, le, lt: the bounds of a number, or of each number of a list: at least, above, at most, below.
+        ge, gt, le, lt: the bounds of a number: at least, above, at most, below.
         path: what a text names; `~` at its beginning is the home folder then.
         common: whether `--help` shows it; `--help-all` shows the others too.
     """
-    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "path": path, "common": common or None}
-    metadata = {name: value for name, value in given.items() if value is not None}
+    about: dict[str, Any] = {"path": path, "common": common}
+    bounds = dict(ge=ge, gt=gt, le=le, lt=lt)
     if isinstance(default, tuple):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return Field(default_factory=lambda: list(default), description=help, json_schema_extra=about, **bounds)
+    return Field(default=default, description=help, json_schema_extra=about, **bounds)
 
 
-@dataclasses.dataclass
+def inherited(base: type, name: str, default):
+    """The field of a base class with another default."""
+    field = base.__pydantic_fields__[name]
+    bounds = {BOUND_NAMES[type(one)]: getattr(one, BOUND_NAMES[type(one)]) for one in field.metadata}
+    return option(default, field.description, path=path_kind(field), common=is_common(field), **bounds)
+
+
+def section(settings_class, help: str | None = None):
+    """A field that holds settings of its own, those of their class if nothing is given."""
+    return Field(default_factory=settings_class, description=help)
+
+
+@dataclass_transform(field_specifiers=(option, section), kw_only_default=True)
+def settings(cls):
+    """Makes a class a pydantic dataclass that refuses unknown names, infinities and NaN."""
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return pydantic.dataclasses.dataclass(cls, config=config, kw_only=True)
+
+
+@settings
 class Settings:
     """The base of all settings.
 
     Raises:
-        UserError: numbers that are out of range; one line names all of them.
+        pydantic.ValidationError: values of a wrong type or out of range, or that contradict each other.
     """
 
     def __post_init__(self):
         expand_home(self)
-        check_ranges(self)
+        if found := list(self.problems()):
+            raise ValueError("; ".join(found))
+
+    def problems(self) -> Iterator[str]:
+        """What these settings contradict each other in, each with its remedy."""
+        yield from ()
 
 
-def range_of(field: dataclasses.Field) -> str:
-    """The bounds of a setting in words, such as "at least 0 and below 1"; empty without any."""
-    return " and ".join(f"{words} {field.metadata[b]}" for b, (words, _) in BOUNDS.items() if b in field.metadata)
+def path_kind(field) -> PathKind | None:
+    """What the text of a setting names (`cls.__pydantic_fields__`)."""
+    return (field.json_schema_extra or {}).get("path")
 
 
-def check_ranges(config):
-    """Raises a UserError that names every number of `config`, a dataclass, that isn't finite or is out of range."""
-    problems = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        numbers = value if isinstance(value, list) else [value]
-        for number in numbers:
-            if isinstance(number, int | float) and not isinstance(number, bool) and not _in_range(number, field):
-                problems.append(f"{field.name} is {number}: it must be {range_of(field) or 'finite'}")
-    if problems:
-        raise UserError("; ".join(problems))
-
-
-def _in_range(number: float, field: dataclasses.Field) -> bool:
-    if not math.isfinite(number):
-        return False
-    bounds = [(compare, field.metadata[bound]) for bound, (_, compare) in BOUNDS.items() if bound in field.metadata]
-    return all(compare(number, bound) for compare, bound in bounds)
+def is_common(field) -> bool:
+    """Whether `--help` shows a setting."""
+    return (field.json_schema_extra or {}).get("common", False)
 
 
 def expand_home(config):
-    """Writes out `~` at the beginning of the paths in `config`, a dataclass: a shell does so only where it stands
-    alone, and a YAML file never."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if "path" not in field.metadata or not value:
+    """Writes out `~` at the beginning of the paths in `config`: a shell does so only where it stands alone, and a YAML
+    file never."""
+    for name, field in type(config).__pydantic_fields__.items():
+        value = getattr(config, name)
+        if path_kind(field) is None or not value:
             continue
         if isinstance(value, list):
-            setattr(config, field.name, [os.path.expanduser(path) for path in value])
+            setattr(config, name, [os.path.expanduser(path) for path in value])
         else:
-            setattr(config, field.name, os.path.expanduser(value))
+            setattr(config, name, os.path.expanduser(value))
+
+
+def asdict(config) -> dict[str, Any]:
+    """All settings, sections as mappings."""
+    return dataclasses.asdict(config)

@@ -1,23 +1,36 @@
 """Settings from a YAML file and flags."""
 
-import argparse
-import dataclasses
 import difflib
-import re
 import sys
-from collections.abc import Container, Mapping
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from coati.config.options import range_of
+from pydantic import TypeAdapter, ValidationError
+
+from coati.config.flags import read_flags
+from coati.config.options import asdict
+from coati.config.schema import Leaf, entry_classes, leaves, main_setting, paths_named, section_classes, types_of
 from coati.config.yaml12 import plain, read_yaml
 from coati.errors import UserError
 
 Config = TypeVar("Config")
-METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
-SWITCH = dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True)
-SWITCH |= dict.fromkeys(("false", "no", "off", "n", "f", "0"), False)
+# what pydantic's types of errors begin with
+TAKES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a text",
+    "list": "a list",
+    "dict": "a mapping",
+    "dataclass": "settings of its own",
+}
+BOUNDS = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+}
 
 
 def parse_config(
@@ -26,25 +39,25 @@ def parse_config(
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Reads `--config FILE.yaml` (keys are the flags' names) and the flags; a flag wins over the file.
+    """Reads `--config FILE.yaml` and the flags; a flag wins over the file.
 
     Args:
         argv: the command line, `sys.argv[1:]` if None.
-        defaults: settings that win over those of the class, and no others.
+        defaults: settings, nested as in a file, that win over those of the class, and no others.
 
     Raises:
-        UserError: the file is missing or isn't a mapping; one line that names all unknown keys, all values of a wrong
-            type, or all numbers that are out of range; a flag is unknown.
+        UserError: the file is missing or isn't a mapping; a flag is unknown; or one line that names all unknown
+            settings, values of a wrong type or out of range, and contradictions of a section.
         SystemExit: `--help`.
     """
     path, rest = take_config_path(sys.argv[1:] if argv is None else list(argv))
-    settings = read_yaml(path) if path else {}
-    return parse_settings(config_class, settings, rest, f"--config {path}", description, defaults)
+    found = read_yaml(path) if path else {}
+    return parse_settings(config_class, found, rest, f"--config {path}", description, defaults)
 
 
 def parse_settings(
     config_class: type[Config],
-    settings: dict,
+    found: dict,
     argv: list[str],
     origin: str,
     description: str = "",
@@ -56,24 +69,56 @@ def parse_settings(
         argv: the flags, without `--config`.
         origin: what errors call the settings.
     """
-    hints = get_type_hints(config_class)
-    parser = _parser(config_class, hints, description, defaults or {})
-    flags, unknown = parser.parse_known_args([_with_underscores(word, hints) for word in argv])
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is no flag of this command: --help lists them")
-    values: dict[str, Any] = dict(defaults or {})
-    problems: list[str] = []
-    names = [field.name for field in dataclasses.fields(config_class)]
-    for key, value in settings.items():
-        if key not in names:
-            problems.append(f"{origin}: {_unknown(key, names)}")
-        elif value is not None:
-            _convert(str(key), value, hints[key], f"{origin}: {key}", values, problems)
-    for name, words in vars(flags).items():
-        _convert(name, words, hints[name], f"--{name}", values, problems)
-    if problems:
-        raise UserError("; ".join(problems))
-    return config_class(**values)
+    given = read_flags(config_class, argv, description, defaults or {})
+    by_flag = _nested(given.values)
+    values = _merge(_merge(dict(defaults or {}), written_out(found, config_class)), written_out(by_flag, config_class))
+    return validated(config_class, values, lambda path: given.flags.get(path) or f"{origin}: {path}")
+
+
+def configure(config_class: type[Config], **values) -> Config:
+    """Settings by the names that their flags have: `configure(SFTConfig, model="gpt2", learning_rate=1e-4)`.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
+    return validated(config_class, written_out(_nested(_by_path(config_class, values)), config_class))
+
+
+def reconfigure(config: Config, **values) -> Config:
+    """A copy of settings with others for some, by the names that their flags have.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
+    kind = type(config)
+    changes = written_out(_nested(_by_path(kind, values)), kind, keep_none=True)
+    return validated(kind, _merge(asdict(config), changes))
+
+
+def validated(config_class: type[Config], values: dict[str, Any], named=str) -> Config:
+    """The settings of nested values.
+
+    Args:
+        named: what errors call the setting of a path.
+
+    Raises:
+        UserError: one line that names all that is wrong.
+    """
+    try:
+        return TypeAdapter(config_class).validate_python(_with_types(values, config_class))
+    except ValidationError as error:
+        problems = [_words_for(one, config_class, named) for one in error.errors(include_url=False)]
+        raise UserError("; ".join(dict.fromkeys(problems))) from None
+
+
+def _with_types(values: dict[str, Any], config_class) -> dict[str, Any]:
+    """The values, with the default type of each union that is given without one."""
+    complete = dict(values)
+    for name, value in values.items():
+        field = config_class.__pydantic_fields__.get(name)
+        if field is not None and len(section_classes(field.annotation)) > 1 and isinstance(value, dict):
+            complete[name] = {"type": types_of(field.default_factory)[0]} | value
+    return complete
 
 
 def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -95,152 +140,145 @@ def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
     return (paths[0] if paths else None), rest
 
 
-def _unknown(key, names: list[str]) -> str:
-    near = difflib.get_close_matches(str(key), names, 1)
-    return f"unknown key {plain(key)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+# --- nested values
 
 
-# --- from what is written to what a setting's type says
+def _by_path(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the paths that their names mean."""
+    found = leaves(config_class)
+    by_path = {}
+    for name, value in values.items():
+        paths = paths_named(name, found)
+        if len(paths) != 1:
+            raise UserError(unknown(name, found) if not paths else f"{name!r} may be {' or '.join(paths)}")
+        by_path[paths[0]] = value
+    return by_path
 
 
-def _convert(name: str, value, hint, place: str, values: dict[str, Any], problems: list[str]):
-    """Puts the value into `values`, or what is wrong with it into `problems`."""
-    try:
-        values[name] = _read(value, hint)
-    except ValueError as error:
-        problems.append(f"{place} {error}")
+def _nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    values: dict[str, Any] = {}
+    for path, value in by_path.items():
+        *sections, name = path.split(".")
+        into = values
+        for one in sections:
+            into = into.setdefault(one, {})
+        into[name] = value
+    return values
 
 
-def _read(value, hint):
-    """A value of a file (see `read_yaml`), or the words of a flag, as a setting of this type.
+def _merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`others` win; sections are merged. Those of another `type` start anew."""
+    merged = dict(values)
+    for name, value in others.items():
+        before = merged.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        if both and value.get("type", before.get("type")) == before.get("type"):
+            merged[name] = _merge(before, value)
+        else:
+            merged[name] = value
+    return merged
 
-    Raises:
-        ValueError: it can't be one; the message goes on after the setting's name.
-    """
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
-    kinds = [kind for kind in kinds if kind is not NoneType]
+
+def written_out(values: dict, config_class: type, *, keep_none: bool = False) -> dict:
+    """Nested values of a file: sections that are one word are written as mappings, what is empty is left out."""
+    found = {}
+    for name, value in values.items():
+        field = config_class.__pydantic_fields__.get(name)
+        if value is None and not keep_none:
+            continue
+        if field is not None:
+            value = _written_out(value, field.annotation, keep_none)
+        found[name] = value
+    return found
+
+
+def _written_out(value, annotation, keep_none: bool):
+    classes = section_classes(annotation)
+    if classes:
+        return _section(value, classes, keep_none)
+    entries = entry_classes(annotation)
+    if entries and value is not None:
+        listed = value if isinstance(value, list) else [value]
+        return [_section(entry, entries, keep_none) for entry in listed]
     if isinstance(value, dict):
-        if any(get_origin(kind) is dict for kind in kinds):
-            return plain(value)
-        raise ValueError("is a mapping; it takes a plain value or a list")
-    [kind] = [kind for kind in kinds if get_origin(kind) is not dict]
-    if get_origin(kind) is list:
-        [entry] = get_args(kind)
-        words = value if isinstance(value, list) else [value]
-        return [_read_word(word, entry) for word in words]
-    if isinstance(value, list):
-        raise ValueError(f"is a list; it takes {_words_for(kind)}")
-    return _read_word(value, kind)
+        return plain(value)
+    return value
 
 
-def _read_word(word, kind):
-    """One word of a file or flag as text, number, switch or choice."""
-    if word is None or isinstance(word, dict | list | bytes):
-        raise ValueError(f"has the entry {plain(word)!r}; it takes {_words_for(kind)}")
-    text, read = str(word), {int: int, float: float, str: str}
-    if get_origin(kind) is Literal and text in get_args(kind):
-        return text
-    if kind is bool and text.lower() in SWITCH:
-        return SWITCH[text.lower()]
-    try:
-        return read[kind](text)
-    except (KeyError, ValueError):
-        raise ValueError(f"is {text!r}; it takes {_words_for(kind)}") from None
+def _section(value, classes: list[type], keep_none: bool):
+    """A section as a mapping; of a union, by the alternative that has most of its names."""
+    if isinstance(value, str):
+        return {main_setting(classes[0]): value}
+    if not isinstance(value, dict):
+        return value
+    chosen = max(classes, key=lambda one: len(value.keys() & one.__pydantic_fields__.keys()))
+    return written_out(value, chosen, keep_none=keep_none)
 
 
-def _words_for(kind) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+# --- what is wrong, in words
 
 
-# --- flags
+def unknown(name: str, found: Iterable[str]) -> str:
+    """A name that no setting has, with the one that it may have meant."""
+    last = {path.rpartition(".")[2]: path for path in found}
+    word = str(name).rpartition(".")[2]
+    near = difflib.get_close_matches(word, last, 1)
+    return f"unknown setting {plain(name)!r}" + (f"; did you mean {last[near[0]]!r}?" if near else "")
 
 
-def _with_underscores(word: str, names: Container[str]) -> str:
-    """A setting's flag as the setting is written: `--learning-rate` is `--learning_rate`."""
-    flag, equals, value = word.partition("=")
-    name = flag.removeprefix("--").replace("-", "_")
-    is_flag = flag.startswith("--") and name.removeprefix("no_") in names
-    return f"--{name}{equals}{value}" if is_flag else word
+def _words_for(error: dict[str, Any], config_class, named) -> str:
+    """One of pydantic's errors as we say it."""
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    path = _path_of(error["loc"], config_class)
+    if kind == "value_error":  # of a whole section, whose text names its settings
+        return str(context["error"])
+    if kind == "unexpected_keyword_argument":
+        known = leaves(config_class)
+        section = path.rpartition(".")[0]
+        here: Mapping[str, Leaf] = {p: leaf for p, leaf in known.items() if leaf.section == section}
+        last = path.rpartition(".")[2]
+        near_here = difflib.get_close_matches(last, [p.rpartition(".")[2] for p in here], 1)
+        place = named(path).removesuffix(path)
+        return place + unknown(path, here if near_here else known)
+    if kind == "missing":
+        return f"{named(path)} is missing"
+    if kind == "union_tag_not_found":
+        return f"{named(path)} has no type"
+    if kind == "union_tag_invalid":
+        tags = context["expected_tags"].replace("'", "")
+        return f"{named(path)}: there is no type {context['tag']!r}; it is one of {tags}"
+    if kind in BOUNDS:
+        return f"{named(path)} is {_shown(value)}; it must be {BOUNDS[kind].format(**context)}"
+    if kind == "literal_error":
+        takes = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
+    else:
+        takes = TAKES.get(kind.split("_")[0], error["msg"])
+    return f"{named(path)} is {_shown(value)}; it takes {takes}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """A line instead of all flags."""
-        raise UserError(message)
+def _shown(value) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return repr(plain(value) if not isinstance(value, str) else str(value))
 
 
-def _parser(config_class, hints: dict[str, Any], description: str, defaults) -> argparse.ArgumentParser:
-    """A parser that leaves the words of the flags that were given as they are."""
-    usage = f"{Path(sys.argv[0]).name} --config FILE.yaml [--SETTING VALUE ...]"
-    options = dict(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    parser = _Parser(description=description, usage=usage, **options)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-5 for a flag
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings; each key is the name of a flag below")
-    some = [field for field in dataclasses.fields(config_class) if "common" in field.metadata]
-    parser.add_argument("-h", "--help", action="help", help=f"show {'the common' if some else 'all'} settings")
-    if some:
-        parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all settings")
-    for title, fields in _grouped(config_class):
-        group = parser.add_argument_group(title)
-        for field in fields:
-            how = _kind_of_flag(hints[field.name])
-            hidden = some and field not in some
-            text = _help(field, defaults)
-            _add_flag(group, field, how | {"help": argparse.SUPPRESS if hidden else text}).text = text
-    return parser
+def _path_of(loc: tuple, config_class) -> str:
+    """Where an error is, as a file names it: without the types of unions, which pydantic puts in."""
+    path, classes = "", [config_class]
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+            continue
+        fields = {name: f for one in classes for name, f in one.__pydantic_fields__.items()}
+        if part in fields or not any(part in _tags(one) for one in classes):
+            path += f".{part}" if path else str(part)
+            annotation = fields[part].annotation if part in fields else None
+            classes = section_classes(annotation) or entry_classes(annotation)
+        else:
+            classes = [one for one in classes if part in _tags(one)]
+    return path
 
 
-class _HelpAll(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        for action in parser._actions:
-            action.help = getattr(action, "text", action.help)
-        parser.print_help()
-        parser.exit()
-
-
-def _grouped(config_class) -> list[tuple[str, list[dataclasses.Field]]]:
-    """The settings by the class that declares them, a class's own before those of its bases; common ones first."""
-    left = {field.name: field for field in dataclasses.fields(config_class)}
-    groups = []
-    for cls in config_class.__mro__:
-        names = [name for name in vars(cls).get("__annotations__", {}) if name in left]
-        fields = sorted((left.pop(name) for name in names), key=lambda field: "common" not in field.metadata)
-        if fields:
-            title = (cls.__doc__ or cls.__name__).partition("\n")[0].partition(";")[0]
-            groups.append((title.rstrip("."), fields))
-    return groups
-
-
-def _kind_of_flag(hint) -> dict[str, Any]:
-    """What argparse must know of a setting's type."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if kind is not NoneType]
-    how: dict[str, Any] = {}
-    if any(get_origin(kind) is list for kind in kinds):
-        how["nargs"] = "+"
-    if bool in kinds:
-        how |= {"nargs": "?", "const": "true"}
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            how["metavar"] = "{" + ",".join(get_args(kind)) + "}"
-        elif kind in METAVARS:
-            how.setdefault("metavar", METAVARS[kind])
-    return how
-
-
-def _add_flag(group, field: dataclasses.Field, how: dict[str, Any]) -> argparse.Action:
-    """The flag, and `--no_` of it where the setting is on by default."""
-    if field.default is True:
-        off = dict(dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS)
-        group.add_argument(f"--no_{field.name}", **off)
-    return group.add_argument(f"--{field.name}", **how)
-
-
-def _help(field: dataclasses.Field, defaults: Mapping[str, Any]) -> str:
-    default = defaults.get(field.name, field.default)
-    if default is dataclasses.MISSING:
-        default = field.default_factory()
-    words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    facts = [fact for fact in (range_of(field), f"default: {words}") if fact]
-    return f"{field.metadata['help']} ({'; '.join(facts)})".replace("%", "%%")
+def _tags(settings_class) -> tuple[str, ...]:
+    return types_of(settings_class) if "type" in settings_class.__pydantic_fields__ else ()

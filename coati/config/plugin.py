@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coati.config.options import Settings, option
+from coati.config.options import Settings, option, settings
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ PLUGINS = {
 }
 
 
-@dataclass
+@settings
 class PluginConfig(Settings):
     """How a model is spread over the processes."""
 

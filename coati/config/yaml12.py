@@ -78,14 +78,29 @@ def read_yaml(path: str) -> dict:
         UserError: it is missing, isn't a mapping, or names a key twice.
     """
     try:
-        loader = _Loader(Path(path).expanduser().read_text(encoding="utf-8"))
-        settings = loader.get_single_data()
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"--config {path} is not YAML (line {error.problem_mark.line + 1}): {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path} must be a mapping of settings, such as `learning_rate: 1.0e-5`")
-    return settings
+    found = read_words(text, f"--config {path}")
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path} must be a mapping of settings, such as `batch_size: 64`")
+    return found
+
+
+def read_words(text: str, origin: str):
+    """YAML text as dicts and lists of `Word`s, texts and None.
+
+    Args:
+        origin: what errors call it.
+
+    Raises:
+        UserError: it isn't YAML, or names a key twice.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{origin} is not YAML (line {error.problem_mark.line + 1}): {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error

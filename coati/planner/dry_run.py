@@ -5,18 +5,19 @@ Here are only the workload, the parts of it that one rank has, and the line thro
 gone through.
 """
 
-import dataclasses
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from coati.config import reconfigure
 from coati.models.lora import is_adapter
 from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
 from coati.planner.parallel import Part, sizes
 from coati.trainers.algorithms import ALGORITHMS
+from coati.trainers.config import PPOConfig, RolloutConfig
 
 FEW_LAYERS = (4, 8)
 
@@ -142,17 +143,15 @@ def _planned(workload: Workload, folder: Path):
         resume="never",
         train_data=["train"],
         train_weights=None,
-        eval_data=["eval"] if c.eval_data else [],
+        eval_data=["eval"] if c.data.eval_data else [],
         evaluators=[],
         deterministic=False,
     )
-    if c.model is None or not is_adapter(c.model):
+    if c.model.path is None or not is_adapter(c.model.path):
         changes["model"] = str(folder / "model")
         workload.own.save_pretrained(folder / "model")
-    if getattr(c, "ptx_data", None):
+    if isinstance(c, PPOConfig) and c.algorithm.ptx_data:
         changes["ptx_data"] = ["texts"]
-    if hasattr(c, "ppo_epochs"):
+    if isinstance(c, RolloutConfig):
         changes["ppo_epochs"] = 1  # all are alike
-    planned = dataclasses.replace(c, **changes)
-    planned.check_installed = lambda: None  # plans are made on other machines
-    return planned
+    return reconfigure(c, **changes)

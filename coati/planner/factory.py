@@ -16,6 +16,7 @@ from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
 from coati.planner.rollouts import PlannedClassifier, PlannedGenerator, PlannedReward
 from coati.rewards import Scorer
+from coati.rewards.config import ClassifierRewardSettings, ModelRewardSettings
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
@@ -80,7 +81,7 @@ class LongestRows:
 
     def __init__(self, kind: str, rows: int, config, *, learned: bool):
         self.kind, self.config, self.learned = kind, config, learned
-        self.length = config.max_prompt_length if kind == "prompt" else config.max_length
+        self.length = config.data.max_prompt_length if kind == "prompt" else config.data.max_length
         self.lengths = np.full(rows, self.length)
         self.source_of_row = np.zeros(rows, dtype=np.int64)
 
@@ -134,12 +135,12 @@ class PlannedFactory(Factory):
     def dataset(self, sources, kind, weights=None):
         if not sources:
             return None
-        c, learned = self.config, sources != self.config.eval_data
+        c, learned = self.config, sources != self.config.data.eval_data
         rows = 1  # which is in all batches, on every rank
         if learned and kind == "prompt":  # equal prompts would be read once
             rows = c.batch_size
         if not learned and kind == "sft":  # whose first rows are completed
-            rows = max(c.samples, 1)
+            rows = max(c.evaluation.samples, 1)
         return LongestRows(kind, rows, c, learned=learned)
 
     def model(self, model_class, pretrained, *, lora=None):
@@ -147,13 +148,13 @@ class PlannedFactory(Factory):
         depth = cut_layers(shape, self.layers)
         if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
             shape.attention_dropout = shape.attn_pdrop = 0.0
-        kind = describing_class(c)
+        kind = describing_class(c.parallel)
         with torch.device("meta"):
-            how = dict(lora=lora, dtype=kind.loads_in(c), attn_implementation=c.attn_implementation)
+            how = dict(lora=lora, dtype=kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation)
             model = model_class(None, shape, **how)
             if pretrained is not None and is_adapter(pretrained):
                 add_adapter(model, pretrained)
-        if c.gradient_checkpointing:
+        if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.on_gpu:  # tensors without data pass for a CPU's
             model.logits_at_once = CHUNK["cuda"]
@@ -170,18 +171,19 @@ class PlannedFactory(Factory):
     def _engine(self, name: str, model, **how) -> PlannedEngine:
         how |= dict(on_gpu=self.on_gpu)
         self.depths[name] = model.depth
-        return PlannedEngine(self.live, name, model, self.config, self.runtime, self.part, **how)
+        return PlannedEngine(self.live, name, model, self.config.parallel, self.runtime, self.part, **how)
 
-    def generator(self, engine, batch_size=64):
-        return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, batch_size)
+    def generator(self, engine, sampling):
+        return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, sampling.generation_batch_size)
 
-    def scorer(self, reward_model, given):
-        c, rewards = self.config, [(PlannedReward(), 1.0)]
-        if reward_model is not None:
-            rewards.append((reward_model, 1.0))
-        for source in c.reward_classifiers:
-            limits = (c.reward_batch_size, c.reward_classifier_max_length)
-            rewards.append((PlannedClassifier(self.live, self.shape_of(source), *limits), 1.0))
+    def scorer(self, load_model, given):
+        rewards = [(PlannedReward(), 1.0)]
+        for entry in self.config.rewards:
+            if isinstance(entry, ModelRewardSettings):
+                rewards.append((load_model(entry.path), 1.0))
+            elif isinstance(entry, ClassifierRewardSettings):
+                shape = self.shape_of(entry.path)
+                rewards.append((PlannedClassifier(self.live, shape, entry.batch_size, entry.max_length), 1.0))
         return Scorer(rewards)
 
     def check_reward_vocabulary(self, source):

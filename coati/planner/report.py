@@ -4,12 +4,16 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from coati.config import parse_config, read_yaml, take_config_path
+from coati.commands import COMMANDS
+from coati.config import parse_config, reconfigure
 from coati.config.plugin import PLUGINS
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
+from coati.trainers.config import RolloutConfig
+from coati.trainers.paths import named_paths
 
 KINDS = ("parameters", "gradients", "optimizer states", "activations", "logits", "KV cache", "communication")
+MODELS = ("critic_model", ".path")  # settings that name one, beside the trained model
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
 MIB, GIB = 2**20, 2**30
 
@@ -23,17 +27,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="coati plan",
         description="Memory of one rank of a run, without loading weights or starting anything. Takes every flag of "
-        "the training script besides these, and `--config FILE.yaml`.",
+        "the method besides these, and `--config FILE.yaml`.",
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default: 1)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
-    parser.add_argument("--algorithm", choices=list(ALGORITHMS), help="if the settings don't tell")
+    parser.add_argument("method", choices=list(COMMANDS), metavar="METHOD", help="what will run, such as ppo")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will use")
     known, rest = parser.parse_known_args(argv)
     if known.gpus < 1:
         raise UserError(f"--gpus is {known.gpus}: give at least 1")
-    workload = read_workload(rest, known.algorithm, known.gpus, known.device == "cuda")
+    workload = read_workload(known.method, rest, known.gpus, known.device == "cuda")
     from coati.planner.dry_run import plan  # loads torch, so not before the settings are read
 
     found = plan(workload)
@@ -43,24 +47,26 @@ def main(argv: list[str]) -> int:
     return 0 if fits else 1
 
 
-def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: bool):
-    """The settings of a training script as something to plan.
+def read_workload(method: str, argv: list[str], gpus: int, on_gpu: bool):
+    """The settings of a method as something to plan.
 
     Raises:
         UserError: as `main`.
     """
-    algorithm = algorithm or _tell_algorithm(argv)
-    config = parse_config(ALGORITHMS[algorithm].config, argv)
-    on_gpu = on_gpu and config.device != "cpu"
-    if config.precision == "auto":
-        config.precision = "fp32" if PLUGINS[config.plugin].computes_in_fp32 and not on_gpu else "bf16"
+    command = COMMANDS[method]
+    config = parse_config(ALGORITHMS[command.algorithm].config, argv, defaults=command.defaults)
+    on_gpu = on_gpu and config.parallel.device != "cpu"
+    precision, attention = config.parallel.precision, config.model.attn_implementation
+    if precision == "auto":
+        precision = "fp32" if PLUGINS[config.parallel.plugin].computes_in_fp32 and not on_gpu else "bf16"
     if on_gpu:  # as large, and this machine need not have a GPU
-        config.precision = config.precision.replace("fp16", "bf16")
-        config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
+        precision = precision.replace("fp16", "bf16")
+        attention = attention.replace("flash_attention_2", "auto")
+    config = reconfigure(config, precision=precision, attn_implementation=attention)
     from coati.planner.dry_run import Workload
 
     own, others = _shapes(config)
-    return Workload(algorithm, config, own, gpus, on_gpu, others)
+    return Workload(command.algorithm, config, own, gpus, on_gpu, others)
 
 
 def table(workload, found) -> str:
@@ -77,7 +83,7 @@ def table(workload, found) -> str:
     sums = [sum(peak[m, kind] for m in models) for kind in kinds]
     rows.append(["sum", *(f"{n / GIB:.2f} " for n in (*sums, peak.total()))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    head = [workload.algorithm, f"{c.plugin} {c.precision}", f"{workload.gpus} x {device}"]
+    head = [workload.algorithm, f"{c.parallel.plugin} {c.parallel.precision}", f"{workload.gpus} x {device}"]
     lines = [" · ".join([*head, f"micro-batch {c.rows_per_pass}"])]
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
@@ -100,7 +106,7 @@ def advice(workload, found) -> str:
     best: tuple[int, str, Plan | None] = (found.peak.total() // 100, "", None)
     for change in _changes(workload):
         try:
-            other = plan(dataclasses.replace(workload, config=dataclasses.replace(workload.config, **change)))
+            other = plan(dataclasses.replace(workload, config=reconfigure(workload.config, **change)))
         except UserError:  # a change that can't be made is no advice
             continue
         saved = found.peak.total() - other.peak.total()
@@ -110,57 +116,42 @@ def advice(workload, found) -> str:
 
 
 def _changes(workload) -> list[dict]:
-    c = workload.config
+    c, p = workload.config, workload.config.parallel
     changes = []
-    if not c.gradient_checkpointing:
+    if not p.gradient_checkpointing:
         changes.append({"gradient_checkpointing": True})
-    for name in ("micro_batch_size", "generation_batch_size"):
-        if getattr(c, name, 1) > 1:
-            changes.append({name: getattr(c, name) // 2})
-    if c.precision == "fp32":
+    if c.micro_batch_size > 1:
+        changes.append({"micro_batch_size": c.micro_batch_size // 2})
+    if isinstance(c, RolloutConfig) and c.generation.generation_batch_size > 1:
+        changes.append({"generation_batch_size": c.generation.generation_batch_size // 2})
+    if p.precision == "fp32":
         changes.append({"precision": "bf16"})
-    plugin = PLUGINS[c.plugin]
+    plugin = PLUGINS[p.plugin]
     if workload.gpus > 1 and not plugin.shards_gradients:
         changes.append({"plugin": "zero2"})
     if not plugin.offloads and not plugin.shards_weights:
         changes.append({"plugin": "zero2-offload"})
-    if workload.gpus > 1 and not plugin.shards_weights and c.lora_rank == 0 and not c.splits_models:
-        changes.append({"plugin": "gemini", "precision": "bf16" if c.precision == "fp32" else c.precision})
-    if plugin.shards_weights and c.offload_optimizer_fraction < 1:
+    if workload.gpus > 1 and not plugin.shards_weights and c.model.lora_rank == 0 and not p.splits_models:
+        changes.append({"plugin": "gemini", "precision": "bf16" if p.precision == "fp32" else p.precision})
+    if plugin.shards_weights and p.offload_optimizer_fraction < 1:
         changes.append({"offload_optimizer_fraction": 1.0})
-    if "tensor_parallel" in plugin.splits and workload.gpus % (2 * c.model_parallel_size) == 0:
-        changes.append({"tensor_parallel": 2 * c.tensor_parallel})
+    if "tensor_parallel" in plugin.splits and workload.gpus % (2 * p.model_parallel_size) == 0:
+        changes.append({"tensor_parallel": 2 * p.tensor_parallel})
     return changes
-
-
-def _tell_algorithm(argv: list[str]) -> str:
-    """The algorithm whose settings alone have a name that is used. Of PPO and GRPO, which share most, PPO."""
-    path, rest = take_config_path(argv)
-    used = set(read_yaml(path)) if path else set()
-    used |= {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
-    fields = {name: {f.name for f in dataclasses.fields(one.config)} for name, one in ALGORITHMS.items()}
-    used &= set().union(*fields.values())  # parse_config finds the misspelt ones
-    fitting = [name for name in ALGORITHMS if used <= fields[name]]
-    if not used & {"reward_model", "reward_functions", "reward_classifiers", "reward_urls", "verifiers"}:
-        fitting = [name for name in fitting if name not in ("ppo", "grpo")]  # they need one of these
-    if len(fitting) == 1 or fitting == ["ppo", "grpo"]:
-        return fitting[0]
-    raise UserError(f"the settings don't tell the algorithm: add --algorithm {', '.join(ALGORITHMS)}")
 
 
 def _shapes(config) -> tuple[object, dict[str, object]]:
     """The transformers config of the model that is trained, and those of further models by what the settings name.
     Models that don't exist yet are of the shape of `--model_config`, if that is given."""
-    start = config.model_config or config.model
+    start = config.model.model_config or config.model.path
     if start is None:
         raise UserError("give --model FOLDER, or --model_config FILE with the config.json of its shape")
     others = {}
-    for name in ("critic_model", "reward_model", "reward_classifiers"):
-        value = getattr(config, name, None) or []
-        for source in value if isinstance(value, list) else [value]:
-            if not config.model_config or Path(source).exists():
-                others[source] = _shape(source, f"--{name}")
-    return _shape(start, "--model_config" if config.model_config else "--model"), others
+    for name, kind, source in named_paths(config):
+        is_other = kind == "model" and name.startswith(("algorithm.", "rewards.")) and name.endswith(MODELS)
+        if is_other and (not config.model.model_config or Path(source).exists()):
+            others[source] = _shape(source, name)
+    return _shape(start, "--model_config" if config.model.model_config else "--model"), others
 
 
 def _shape(source: str, flag: str):

@@ -1,12 +1,13 @@
-"""The rewards of a run, from its settings."""
+"""What scores responses: a list of rewards, each of a type with settings of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from coati.config import Settings, option
+from pydantic import Field
+
+from coati.config import ListOf, Settings, option, settings
 from coati.errors import UserError
 from coati.rewards.answers import Style
 
@@ -17,134 +18,291 @@ if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.rewards.scorer import Scorer
 
 PLAIN = "{prompt}{response}"
+STYLES = (
+    "what counts as an answer: boxed (a box alone), marked (also what follows `The answer is` or ####), stated (also a "
+    "last line that is the answer), anywhere (also the last number)"
+)
+ANSWER_COLUMN = "the data's column with the right answer; a.b for the field b of an object a"
 
 
-@dataclass
-class ScoringConfig(Settings):
-    """What scores responses, for every algorithm that learns from a reward."""
+@settings
+class RewardSettings(Settings):
+    """What every reward has."""
 
-    reward_model: str | None = option(
-        None, "folder of a reward model that uses the policy's tokenizer", path="model", common=True
-    )
-    reward_model_weight: float = option(1.0, "its weight in the sum of rewards")
-    reward_functions: list[str] = option(
-        (), "FILE.py:function or module:function, called with prompts and responses", path="function", common=True
-    )
-    reward_function_weights: list[float] | None = option(None, "one weight a function; 1 each if not given")
-    verifiers: list[str] = option(
-        (),
-        "rewards by rule: math, gsm8k, choice, exact, regex, format, json, reasoning_gym, python; see docs/rewards.md",
-        common=True,
-    )
-    verifier_weights: list[float] | None = option(None, "one weight a verifier; 1 each if not given")
-    answer_column: str = option(
-        "answer", "the data's column with the right answer, for verifiers; a.b for the field b of an object a"
-    )
-    answer_style: Style = option(
-        "stated",
-        "what math, gsm8k and choice read: boxed (a box alone), marked (also what follows `The answer is` or ####), "
-        "stated (also a last line that is the answer), anywhere (also the last number of all); see docs/rewards.md",
-    )
-    regex_pattern: str | None = option(
-        None, "what the verifier regex looks for; its first group, if any, is the answer"
-    )
-    format_tags: list[str] = option(("think", "answer"), "the tags that the verifier format wants, in this order")
-    json_schema: str | None = option(None, "file with the schema of the verifier json", path="file")
-    tests_column: str = option("tests", "the data's column with the unit tests, for the verifier python")
-    python_timeout: float = option(10.0, "seconds that a program with its tests may take", gt=0)
-    allow_code_execution: bool = option(False, "responses may be run: by the verifier python, in a sandbox")
-    reward_workers: int = option(
-        1, "processes that score responses by rule while others are generated; 0 for none", ge=0
-    )
-    reward_failure_score: float = option(0.0, "the score of a response that such a reward fails for")
-    reward_classifiers: list[str] = option(
-        (), "folders or names of sequence classifiers with tokenizers of their own", path="model"
-    )
-    reward_classifier_weights: list[float] | None = option(None, "one weight a classifier; 1 each if not given")
-    reward_classifier_tokenizer: str | None = option(
-        None, "their tokenizer, if it isn't in their folders", path="model"
-    )
-    reward_classifier_label: str | None = option(None, "name or index of the label whose logit is the reward")
-    reward_classifier_output: Literal["logit", "log_prob", "probability"] = option("logit", "what is read of it")
-    reward_classifier_template: str = option(
+    weight: float = option(1.0, "in the sum of rewards")
+    name: str | None = option(None, "in metrics, if not that of its type")
+
+    def make(self, device: torch.device | str) -> Reward:
+        """The reward; `device` is where a model of its own runs."""
+        raise NotImplementedError
+
+
+@settings
+class ModelRewardSettings(RewardSettings):
+    """A reward model that uses the policy's tokenizer."""
+
+    type: Literal["model"] = option("model", "a reward model that uses the policy's tokenizer")
+    path: str = option(..., "its folder, or its name on the hub", path="model")
+
+
+@settings
+class FunctionRewardSettings(RewardSettings):
+    """A Python function."""
+
+    type: Literal["function"] = option("function", "a Python function of prompts and responses")
+    path: str = option(..., "FILE.py:function or module:function", path="function")
+
+    def make(self, device):
+        from coati.rewards.function import load_function
+
+        return load_function(self.path)
+
+
+@settings
+class MathRewardSettings(RewardSettings):
+    """The right number or expression."""
+
+    type: Literal["math"] = option("math", "the right number or expression, compared by math-verify")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+    answer_style: Style = option("stated", STYLES)
+
+    def make(self, device):
+        from coati.rewards.verifiable import MathVerifier
+
+        return MathVerifier(self.answer_column, self.answer_style)
+
+
+@settings
+class GSM8KRewardSettings(RewardSettings):
+    """The right number."""
+
+    type: Literal["gsm8k"] = option("gsm8k", "the right number, as GSM8K writes it")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+    answer_style: Style = option("stated", STYLES)
+
+    def make(self, device):
+        from coati.rewards.verifiable import GSM8KVerifier
+
+        return GSM8KVerifier(self.answer_column, self.answer_style)
+
+
+@settings
+class ChoiceRewardSettings(RewardSettings):
+    """The right letters."""
+
+    type: Literal["choice"] = option("choice", "the right letter, or letters")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+    answer_style: Style = option("stated", STYLES)
+
+    def make(self, device):
+        from coati.rewards.verifiable import ChoiceVerifier
+
+        return ChoiceVerifier(self.answer_column, self.answer_style)
+
+
+@settings
+class ExactRewardSettings(RewardSettings):
+    """The right text."""
+
+    type: Literal["exact"] = option("exact", "the right text, once both are normalized")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+
+    def make(self, device):
+        from coati.rewards.verifiable import ExactVerifier
+
+        return ExactVerifier(self.answer_column)
+
+
+@settings
+class RegexRewardSettings(RewardSettings):
+    """A pattern."""
+
+    type: Literal["regex"] = option("regex", "a pattern is found")
+    pattern: str = option(..., "what is looked for; its first group, if any, must equal the right answer")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+
+    def make(self, device):
+        from coati.rewards.verifiable import RegexVerifier
+
+        return RegexVerifier(self.answer_column, self.pattern)
+
+
+@settings
+class FormatRewardSettings(RewardSettings):
+    """Tags."""
+
+    type: Literal["format"] = option("format", "the response is made of tagged parts")
+    tags: ListOf[str] = option(("think", "answer"), "the tags, in this order")
+
+    def make(self, device):
+        from coati.rewards.verifiable import FormatVerifier
+
+        return FormatVerifier(format_tags=self.tags)
+
+
+@settings
+class JSONRewardSettings(RewardSettings):
+    """JSON of a schema."""
+
+    type: Literal["json"] = option("json", "JSON that a schema allows")
+    json_schema: str = option(..., "file with the schema", path="file")
+
+    def make(self, device):
+        from coati.rewards.verifiable import JSONVerifier
+
+        return JSONVerifier(json_schema=self.json_schema)
+
+
+@settings
+class ReasoningGymRewardSettings(RewardSettings):
+    """The scorer of a reasoning-gym task."""
+
+    type: Literal["reasoning_gym"] = option("reasoning_gym", "the scorer of the row's reasoning-gym task")
+    answer_column: str = option("answer", ANSWER_COLUMN)
+    allow_code_execution: bool = option(False, "allows tasks whose scorer evaluates the answer as Python")
+
+    def make(self, device):
+        from coati.rewards.verifiable import ReasoningGymVerifier
+
+        return ReasoningGymVerifier(self.answer_column, self.allow_code_execution)
+
+
+@settings
+class PythonRewardSettings(RewardSettings):
+    """Unit tests."""
+
+    type: Literal["python"] = option("python", "the response's program passes the row's unit tests, in a sandbox")
+    tests_column: str = option("tests", "the data's column with the unit tests")
+    timeout: float = option(10.0, "seconds that a program with its tests may take", gt=0)
+    allow_code_execution: bool = option(False, "responses may be run")
+
+    def make(self, device):
+        from coati.rewards.verifiable import PythonVerifier
+
+        return PythonVerifier(
+            tests_column=self.tests_column,
+            python_timeout=self.timeout,
+            allow_code_execution=self.allow_code_execution,
+        )
+
+
+@settings
+class ClassifierRewardSettings(RewardSettings):
+    """A sequence classifier with a tokenizer of its own."""
+
+    type: Literal["classifier"] = option("classifier", "a sequence classifier with a tokenizer of its own")
+    path: str = option(..., "its folder, or its name on the hub", path="model")
+    tokenizer: str | None = option(None, "its tokenizer, if it isn't in its folder", path="model")
+    label: str | None = option(None, "name or index of the label whose logit is the reward")
+    output: Literal["logit", "log_prob", "probability"] = option("logit", "what is read of it")
+    template: str = option(
         PLAIN, "the text that is scored; chat for the tokenizer's chat template, pair for a pair of texts"
     )
-    reward_classifier_max_length: int | None = option(
-        None, "of that text, in tokens; all that the model reads if not given", ge=1
-    )
-    reward_classifier_truncation_side: Literal["left", "right"] = option("left", "the side that longer texts lose")
-    reward_classifier_padding_side: Literal["left", "right"] | None = option(
+    max_length: int | None = option(None, "of that text, in tokens; all that the model reads if not given", ge=1)
+    truncation_side: Literal["left", "right"] = option("left", "the side that longer texts lose")
+    padding_side: Literal["left", "right"] | None = option(
         None, "the side that is padded; right for decoders, the tokenizer's own for encoders, if not given"
     )
-    reward_classifier_pad_token: str | None = option(
-        None, "what fills rows; the tokenizer's pad token, else EOS, if not given"
-    )
-    reward_urls: list[str] = option((), "HTTP endpoints that score responses, see docs/rewards.md")
-    reward_url_weights: list[float] | None = option(None, "one weight an endpoint; 1 each if not given")
-    reward_timeout: float = option(
-        60.0, "seconds that an endpoint may take for a batch, or a worker for a response", gt=0
-    )
-    reward_retries: int = option(3, "further tries where it fails, after 1, 2, 4, ... seconds", ge=0)
-    reward_batch_size: int = option(16, "responses that a classifier or an endpoint gets at a time", ge=1)
+    pad_token: str | None = option(None, "what fills rows; the tokenizer's pad token, else EOS, if not given")
+    batch_size: int = option(16, "responses per forward pass", ge=1)
+
+    def make(self, device):
+        from coati.rewards.classifier import SequenceClassifierReward
+
+        names = ("tokenizer", "label", "output", "template", "max_length", "batch_size")
+        names += ("truncation_side", "padding_side", "pad_token")
+        return SequenceClassifierReward(self.path, device=device, **{name: getattr(self, name) for name in names})
+
+
+@settings
+class HTTPRewardSettings(RewardSettings):
+    """An HTTP endpoint."""
+
+    type: Literal["http"] = option("http", "an HTTP endpoint that scores responses")
+    url: str = option(..., "where it is")
+    timeout: float = option(60.0, "seconds that it may take for a batch", gt=0)
+    retries: int = option(3, "further tries where it fails, after 1, 2, 4, ... seconds", ge=0)
+    batch_size: int = option(16, "responses per request", ge=1)
+
+    def make(self, device):
+        from coati.rewards.http import HTTPReward
+
+        return HTTPReward(self.url, timeout=self.timeout, retries=self.retries, batch_size=self.batch_size)
+
+
+AnyReward = Annotated[
+    ModelRewardSettings
+    | FunctionRewardSettings
+    | MathRewardSettings
+    | GSM8KRewardSettings
+    | ChoiceRewardSettings
+    | ExactRewardSettings
+    | RegexRewardSettings
+    | FormatRewardSettings
+    | JSONRewardSettings
+    | ReasoningGymRewardSettings
+    | PythonRewardSettings
+    | ClassifierRewardSettings
+    | HTTPRewardSettings,
+    Field(discriminator="type"),
+]
+
+
+@settings
+class ScoringConfig(Settings):
+    """What becomes of what the rewards say."""
+
     reward_clip: float | None = option(None, "scores are clamped to +- this", gt=0)
-    normalise_reward: bool = option(False, "scores are normalised by their running mean and standard deviation")
+    normalize_reward: bool = option(False, "scores are normalized by their running mean and standard deviation")
     missing_eos_penalty: float | None = option(
         None, "taken off the score of a response that does not end by itself", ge=0
     )
+    reward_workers: int = option(
+        1, "processes that score responses by rule while others are generated; 0 for none", ge=0
+    )
+    reward_timeout: float = option(60.0, "seconds that such a process may take for a response", gt=0)
+    reward_failure_score: float = option(0.0, "the score of a response that such a reward fails for")
+
+
+def reward_problems(rewards: Sequence[RewardSettings], scoring: ScoringConfig) -> Iterator[str]:
+    """What rewards and scoring contradict each other in."""
+    for reward in rewards:
+        if reward.type == "python" and scoring.reward_timeout <= reward.timeout:
+            yield "reward_timeout ends whatever scores a response: it must be above the timeout of the reward python"
+        if reward.type == "math" and scoring.reward_workers < 1:
+            yield "the reward math can hang, and only a process of its own can be ended: reward_workers 1"
 
 
 def load_rewards(
-    config: ScoringConfig, model: Reward | None = None, device: torch.device | str = "cpu", given: Sequence[Reward] = ()
+    rewards: Sequence[RewardSettings],
+    scoring: ScoringConfig,
+    load_model: Callable[[str], Reward] | None = None,
+    device: torch.device | str = "cpu",
+    given: Sequence[Reward] = (),
 ) -> Scorer:
     """The rewards of a run.
 
     Args:
-        model: the reward model of `config.reward_model`, loaded.
+        load_model: makes a reward of the folder of a reward model.
         device: where classifiers run.
         given: further rewards, of weight 1.
 
     Raises:
-        UserError: no reward at all, or not one weight a function, verifier, classifier or endpoint; one can't be
-            loaded.
+        UserError: no reward at all; one can't be loaded.
     """
-    from coati.rewards.function import load_function
-    from coati.rewards.http import HTTPReward
     from coati.rewards.scorer import Scorer
-    from coati.rewards.verifiable import make_verifier
 
-    c = config
-    if "python" in c.verifiers and c.reward_timeout <= c.python_timeout:
-        raise UserError("reward_timeout ends whatever scores a response: it must be above python_timeout")
-    rewards = [] if model is None else [(model, c.reward_model_weight)]
-    rewards += [(reward, 1.0) for reward in given]
-    for place, weight in _weighted("reward_function", c.reward_functions, c.reward_function_weights):
-        rewards.append((load_function(place), weight))
-    for name, weight in _weighted("verifier", c.verifiers, c.verifier_weights):
-        rewards.append((make_verifier(name, c), weight))
-    for source, weight in _weighted("reward_classifier", c.reward_classifiers, c.reward_classifier_weights):
-        rewards.append((_load_classifier(source, c, device), weight))
-    for url, weight in _weighted("reward_url", c.reward_urls, c.reward_url_weights):
-        options = dict(timeout=c.reward_timeout, retries=c.reward_retries, batch_size=c.reward_batch_size)
-        rewards.append((HTTPReward(url, **options), weight))
-    if not rewards:
-        raise UserError(
-            "no reward: give --reward_model FOLDER, --reward_functions FILE.py:function, --verifiers NAME, "
-            "--reward_classifiers FOLDER or --reward_urls URL"
-        )
-    limits = dict(timeout=c.reward_timeout, failure_score=c.reward_failure_score)
-    return Scorer(rewards, workers=c.reward_workers, **limits)
-
-
-def _weighted(kind: str, sources: list[str], weights: list[float] | None) -> list[tuple[str, float]]:
-    weights = [1.0] * len(sources) if weights is None else weights
-    if len(weights) != len(sources):
-        raise UserError(f"{kind}_weights has {len(weights)} entries for {len(sources)} {kind.replace('_', ' ')}s")
-    return list(zip(sources, weights, strict=True))
-
-
-def _load_classifier(source: str, config: ScoringConfig, device) -> Reward:
-    from coati.rewards.classifier import SequenceClassifierReward
-
-    names = ("tokenizer", "label", "output", "template", "max_length", "truncation_side", "padding_side", "pad_token")
-    options = {name: getattr(config, f"reward_classifier_{name}") for name in names}
-    return SequenceClassifierReward(source, batch_size=config.reward_batch_size, device=device, **options)
+    if not rewards and not given:
+        raise UserError("no reward: give `rewards`, such as [{type: math}], or --rewards math")
+    loaded = [(reward, 1.0) for reward in given]
+    for entry in rewards:
+        reward = load_model(entry.path) if isinstance(entry, ModelRewardSettings) else entry.make(device)
+        if entry.name is not None:
+            reward.name = entry.name
+        loaded.append((reward, entry.weight))
+    return Scorer(
+        loaded,
+        workers=scoring.reward_workers,
+        timeout=scoring.reward_timeout,
+        failure_score=scoring.reward_failure_score,
+    )

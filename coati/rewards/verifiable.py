@@ -54,7 +54,7 @@ class Verifier(Reward):
 
     def __post_init__(self):
         if self.package and find_spec(self.package) is None:
-            raise UserError(f"the verifier {self.name} needs the package {self.package}: pip install 'coati[verify]'")
+            raise UserError(f"the reward {self.name} needs the package {self.package}: pip install 'coati[verify]'")
 
     def load(self):
         """Imports what the first answer would have to wait for."""
@@ -113,8 +113,8 @@ class Verifier(Reward):
 
     def no_column(self, row: dict[str, Any], column: str) -> UserError:
         return UserError(
-            f"the verifier {self.name} reads the column {column!r}, which the prompts' rows don't have "
-            f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (--answer_column, --tests_column)"
+            f"the reward {self.name} reads the column {column!r}, which the prompts' rows don't have "
+            f"(but {', '.join(sorted(row)) or 'none'}): add it, or name another (answer_column, tests_column)"
         )
 
 
@@ -239,11 +239,11 @@ class RegexVerifier(Verifier):
 
     def __post_init__(self):
         if not self.regex_pattern:
-            raise UserError("the verifier regex needs --regex_pattern")
+            raise UserError("the reward regex needs a pattern")
         try:
             re.compile(self.regex_pattern)
         except re.error as error:
-            raise UserError(f"--regex_pattern {self.regex_pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"the pattern {self.regex_pattern!r} is no regular expression: {error}") from error
 
     def column(self):
         return self.answer_column if re.compile(self.regex_pattern).groups else None
@@ -265,7 +265,7 @@ class FormatVerifier(Verifier):
 
     def __post_init__(self):
         if not self.format_tags:
-            raise UserError("the verifier format needs --format_tags")
+            raise UserError("the reward format needs tags")
 
     def column(self):
         return None
@@ -293,7 +293,7 @@ class JSONVerifier(Verifier):
         from jsonschema.validators import validator_for
 
         if not self.json_schema:
-            raise UserError("the verifier json needs --json_schema FILE")
+            raise UserError("the reward json needs json_schema, a file")
         try:
             self.rules = json.loads(Path(self.json_schema).read_text(encoding="utf-8"))
             validator_for(self.rules).check_schema(self.rules)
@@ -353,7 +353,7 @@ class ReasoningGymVerifier(Verifier):
         if evaluates and not self.allow_code_execution:
             raise UserError(
                 f"reasoning-gym scores {task} by evaluating the answer as Python, in no sandbox: leave the task out, "
-                "or give --allow_code_execution true"
+                "or give allow_code_execution: true"
             )
         return scorer
 
@@ -374,7 +374,7 @@ class PythonVerifier(Verifier):
 
     def __post_init__(self):
         if not self.allow_code_execution:
-            raise UserError("the verifier python runs what the model writes: give --allow_code_execution true as well")
+            raise UserError("the reward python runs what the model writes: give allow_code_execution: true as well")
         check_sandbox()
 
     def column(self):
@@ -539,32 +539,3 @@ def normalise(text: str) -> str:
     bare = QUOTES.sub("", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare))
     bare = " ".join(ARTICLE.sub("", PUNCTUATION.sub(" ", bare)).split())
     return bare or plain
-
-
-def make_verifier(name: str, config) -> Verifier:
-    """The verifier of a name.
-
-    Args:
-        config: a `ScoringConfig`.
-
-    Raises:
-        UserError: there is none, it lacks a setting or a package, or it isn't allowed.
-    """
-    if name not in VERIFIERS:
-        raise UserError(f"there is no verifier {name!r}: choose from {', '.join(VERIFIERS)}")
-    if name == "math" and config.reward_workers < 1:
-        raise UserError("the verifier math can hang, and only a process of its own can be ended: --reward_workers 1")
-    return VERIFIERS[name](config)
-
-
-VERIFIERS: dict[str, Callable[[Any], Verifier]] = {
-    "math": lambda c: MathVerifier(c.answer_column, c.answer_style),
-    "gsm8k": lambda c: GSM8KVerifier(c.answer_column, c.answer_style),
-    "choice": lambda c: ChoiceVerifier(c.answer_column, c.answer_style),
-    "exact": lambda c: ExactVerifier(c.answer_column),
-    "regex": lambda c: RegexVerifier(c.answer_column, c.regex_pattern),
-    "format": lambda c: FormatVerifier(c.answer_column, c.format_tags),
-    "json": lambda c: JSONVerifier(c.answer_column, c.json_schema),
-    "reasoning_gym": lambda c: ReasoningGymVerifier(c.answer_column, c.allow_code_execution),
-    "python": lambda c: PythonVerifier(c.answer_column, c.tests_column, c.python_timeout, c.allow_code_execution),
-}

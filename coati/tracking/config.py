@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Literal
 
-from coati.config import Settings, option
+from coati.config import Settings, option, settings
 
 
-@dataclass
+@settings
 class TrackingConfig(Settings):
     """Where metrics and samples go besides the run folder, and what the terminal shows."""
 

@@ -13,7 +13,7 @@ from coati.losses.masking import keep
 from coati.parallel import Engine
 from coati.rollout import Experience, RolloutBatch
 from coati.trainers.batching import in_batch_order, model_inputs
-from coati.trainers.config import PPOConfig
+from coati.trainers.config import PPO
 from coati.trainers.iteration import response_tokens
 from coati.trainers.policy import Policy
 
@@ -56,8 +56,8 @@ class PolicyAndCritic(Protocol):
 class TwoModels:
     """An `Actor` and a `Critic`."""
 
-    def __init__(self, policy: Policy, critic: Engine, config: PPOConfig):
-        self.policy, self.critic, self.config = policy, critic, config
+    def __init__(self, policy: Policy, critic: Engine, settings: PPO):
+        self.policy, self.critic, self.settings = policy, critic, settings
 
     def evaluate(self, batch, parts, k):
         """See `PolicyAndCritic`."""
@@ -71,7 +71,7 @@ class TwoModels:
         with self.critic.update(rates.critic) as update:
             update.add(micro_batches, model_inputs, self.value_loss, response_tokens)
         metrics = named_norm(update.metrics, "critic_grad_norm")
-        if k < self.config.critic_warmup:
+        if k < self.settings.critic_warmup:
             return metrics
         with self.policy.engine.update(rates.policy) as update:
             update.add(micro_batches, self.policy_inputs, self.policy_loss, response_tokens)
@@ -84,13 +84,13 @@ class TwoModels:
 
     def policy_loss(self, output, batch: Experience, denominator: float):
         log_probs, entropy = output
-        return policy_term(self.config, log_probs, entropy, batch, denominator)
+        return policy_term(self.settings, log_probs, entropy, batch, denominator)
 
     def value_loss(self, output: Tensor, batch: Experience, denominator: float):
-        return value_term(self.config, output, batch, denominator)
+        return value_term(self.settings, output, batch, denominator)
 
     def text_loss(self, log_probs: Tensor, batch: SFTBatch, denominator: float):
-        return text_term(self.config, log_probs, batch, denominator)
+        return text_term(self.settings, log_probs, batch, denominator)
 
 
 class SharedTrunk:
@@ -99,8 +99,8 @@ class SharedTrunk:
     Every weight gets a gradient from every term of the loss, if one of 0: DDP waits for all of them.
     """
 
-    def __init__(self, policy: Policy, config: PPOConfig):
-        self.policy, self.config = policy, config
+    def __init__(self, policy: Policy, settings: PPO):
+        self.policy, self.settings = policy, settings
 
     def evaluate(self, batch, parts, k):
         """See `PolicyAndCritic`."""
@@ -112,7 +112,7 @@ class SharedTrunk:
 
     def update(self, micro_batches, texts, k, rates):
         """See `PolicyAndCritic`. For `critic_warmup` iterations the value head learns and the trunk doesn't."""
-        warming = k < self.config.critic_warmup
+        warming = k < self.settings.critic_warmup
         with self.policy.engine.update(rates.policy) as update:
             if warming:
                 update.add(micro_batches, self.warmup_inputs, self.warmup_loss, response_tokens)
@@ -131,43 +131,44 @@ class SharedTrunk:
     def loss(self, output, batch: Experience, denominator: float):
         """The policy's loss plus `value_coefficient` times the critic's."""
         log_probs, entropy, values = output
-        loss, metrics = policy_term(self.config, log_probs, entropy, batch, denominator)
-        of_values, value_metrics = value_term(self.config, values, batch, denominator)
-        return loss + self.config.value_coefficient * of_values, metrics | value_metrics
+        loss, metrics = policy_term(self.settings, log_probs, entropy, batch, denominator)
+        of_values, value_metrics = value_term(self.settings, values, batch, denominator)
+        return loss + self.settings.value_coefficient * of_values, metrics | value_metrics
 
     def warmup_loss(self, output, batch: Experience, denominator: float):
         log_probs, values = output
-        loss, metrics = value_term(self.config, values, batch, denominator)
-        return self.config.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
+        loss, metrics = value_term(self.settings, values, batch, denominator)
+        return self.settings.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
 
     def text_loss(self, output, batch: SFTBatch, denominator: float):
         log_probs, values = output
-        loss, metrics = text_term(self.config, log_probs, batch, denominator)
+        loss, metrics = text_term(self.settings, log_probs, batch, denominator)
         return loss + 0.0 * values.sum(), metrics
 
 
-def policy_term(c: PPOConfig, log_probs: Tensor, entropy: Tensor, batch: Experience, denominator: float):
+def policy_term(settings: PPO, log_probs: Tensor, entropy: Tensor, batch: Experience, denominator: float):
     """A micro-batch's part of the policy's loss and of its metrics.
 
     Args:
         log_probs, entropy: `[batch, seq]`.
         denominator: response tokens of the whole step.
     """
-    mask, clips = batch.response_mask, dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
+    mask = batch.response_mask
+    clips = dict(clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip)
     loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
     return loss, metrics | {"entropy": keep(entropy.detach(), mask).sum() / denominator}
 
 
-def value_term(c: PPOConfig, values: Tensor, batch: Experience, denominator: float):
+def value_term(settings: PPO, values: Tensor, batch: Experience, denominator: float):
     """A micro-batch's part of the critic's loss; `values` are those after each token, `[batch, seq]`."""
-    mask, clip = batch.response_mask, c.value_clip or None
+    mask, clip = batch.response_mask, settings.value_clip or None
     return value_loss(before_token(values), batch.values, batch.returns, mask, denominator, clip=clip)
 
 
-def text_term(c: PPOConfig, log_probs: Tensor, batch: SFTBatch, denominator: float):
+def text_term(settings: PPO, log_probs: Tensor, batch: SFTBatch, denominator: float):
     """A micro-batch's part of the loss on the pre-training mix (InstructGPT, 2203.02155, eq. 2)."""
     loss, _ = cross_entropy(log_probs, response_targets(batch.loss_mask), denominator)
-    return c.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
+    return settings.ptx_coefficient * loss, {"ptx_loss": loss.detach()}
 
 
 def text_inputs(batch: SFTBatch):

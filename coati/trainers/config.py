@@ -1,31 +1,27 @@
-"""Settings that all trainers share."""
+"""Settings of all trainers, in sections."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from coati.config import Settings, option
+from pydantic import Field
+
+from coati.config import ListOf, Settings, inherited, option, section, settings
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
 from coati.errors import UserError
-from coati.rewards.config import ScoringConfig
+from coati.rewards.config import AnyReward, ModelRewardSettings, ScoringConfig, reward_problems
 from coati.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.models import LoraSettings
 
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
-WITH_NLL = ("orpo", "cpo")  # the log-likelihood of the chosen answer is part of these
-SMOOTHED = ("dpo", "robust", "simpo", "cpo")
-NORMALISABLE = ("dpo", "robust", "hinge", "cpo")
-GROUPS = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # advantages that compare answers
 
-
-@dataclass
+@settings
 class ModelConfig(Settings):
     """Where the model and its tokenizer come from."""
 
-    model: str | None = option(None, "folder or name of a pretrained model", path="model", common=True)
+    path: str | None = option(None, "folder or name of a pretrained model", path="model", common=True)
     model_config: str | None = option(
         None, "a config.json to start from random weights (with --model: overrides it)", path="model"
     )
@@ -38,7 +34,7 @@ class ModelConfig(Settings):
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
-    lora_target_modules: list[str] = option(("all-linear",), "names of the layers that get adapters")
+    lora_target_modules: ListOf[str] = option(("all-linear",), "names of the layers that get adapters")
     merge_lora: bool = option(True, "the final export has the adapters merged into the weights")
     export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "of the final model's weights; auto: that of --model, unless it was trained in a narrower one"
@@ -53,16 +49,54 @@ class ModelConfig(Settings):
         return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
 
-@dataclass
-class RunConfig(Settings):
-    """How long, how fast, how often."""
+@settings
+class OptimizerConfig(Settings):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0, common=True)
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "how it falls to --final_rate after warm-up")
+    warmup: float = option(0.03, "share of the steps over which it rises from 0", ge=0, le=1)
+    final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak", ge=0, le=1)
+    weight_decay: float = option(0.0, "of matrices; vectors are not decayed", ge=0)
+
+
+@settings
+class CheckpointConfig(Settings):
+    """What a run can continue from."""
+
+    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0, common=True)
+    keep_checkpoints: int = option(2, "how many of the newest stay; the best stays too", ge=1)
+    resume: str = option(
+        "never",
+        "never, auto (the newest complete checkpoint of --output_dir, if any) or a checkpoint",
+        path="checkpoint",
+        common=True,
+    )
+
+
+@settings
+class EvaluationConfig(Settings):
+    """What is measured on the evaluation data."""
+
+    eval_every: int = option(
+        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0, common=True
+    )
+    evaluators: ListOf[str] = option(
+        (), "functions of the trainer, FILE.py:name, that give more metrics to evaluations", path="function"
+    )
+    samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
+
+
+@settings
+class TrainerConfig(Settings):
+    """Everything that all runs have in common."""
 
     output_dir: str = option(
         "runs/run", "everything the run writes: logs, samples, checkpoints, the final model", path="output", common=True
     )
     seed: int = option(42, "of weights, data order, dropout and sampling", ge=0, lt=2**32, common=True)
     deterministic: bool = option(False, "the same bits in every run on a GPU, by slower kernels")
-    steps: int = option(0, "optimiser steps (PPO: iterations); 0 for --epochs", ge=0, common=True)
+    steps: int = option(0, "optimizer steps (of rollout methods: iterations); 0 for --epochs", ge=0, common=True)
     epochs: float = option(1.0, "passes over the data, when --steps is 0", gt=0, common=True)
     batch_size: int = option(64, "rows of one step over all processes and micro-batches", ge=1, common=True)
     micro_batch_size: int = option(8, "rows of one forward and backward pass on one process", ge=1, common=True)
@@ -71,51 +105,42 @@ class RunConfig(Settings):
         "tokens of one forward and backward pass on one process, padding included, instead of --micro_batch_size",
         ge=1,
     )
-    learning_rate: float = option(1e-5, "AdamW's peak learning rate", ge=0, common=True)
-    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "how it falls to --final_rate after warm-up")
-    warmup: float = option(0.03, "share of the steps over which it rises from 0", ge=0, le=1)
-    final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak", ge=0, le=1)
-    weight_decay: float = option(0.0, "of matrices; vectors are not decayed", ge=0)
     log_every: int = option(1, "steps between two lines in the logs", ge=1)
-    eval_every: int = option(
-        0, "steps between two evaluations; 0 for before the first and after the last step only", ge=0, common=True
-    )
-    evaluators: list[str] = option(
-        (), "functions of the trainer, FILE.py:name, that give more metrics to evaluations", path="function"
-    )
-    save_every: int = option(0, "steps between two checkpoints; 0 for after the last step only", ge=0, common=True)
-    keep_checkpoints: int = option(2, "how many of the newest stay; the best stays too", ge=1)
-    resume: str = option(
-        "never",
-        "never, auto (the newest whole checkpoint of --output_dir, if any) or a checkpoint",
-        path="checkpoint",
-        common=True,
-    )
-    samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
+    model: ModelConfig = section(ModelConfig, "where it comes from, and what of it is trained")
+    data: DataConfig = section(DataConfig, "rows, and how they become tokens")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW and its learning rate")
+    parallel: PluginConfig = section(PluginConfig, "how the model is spread over processes")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "what is measured, and how often")
+    checkpoints: CheckpointConfig = section(CheckpointConfig, "what a run can continue from")
+    tracking: TrackingConfig = section(TrackingConfig, "where metrics and samples go")
 
-    def check(self, world_size: int):
-        """Raises UserError for sizes that don't fit together."""
+    def size_problems(self, world_size: int) -> Iterator[str]:
+        """What doesn't fit so many processes with data of their own."""
         if self.batch_size % world_size:
-            raise UserError(f"batch_size {self.batch_size} is not a multiple of the {world_size} processes")
-
-
-@dataclass
-class TrainerConfig(ModelConfig, DataConfig, PluginConfig, TrackingConfig, RunConfig):
-    """Everything that SFT, reward-model and PPO runs have in common."""
-
-    def check(self, world_size: int):
-        """Raises UserError for sizes that don't fit together."""
-        super().check(world_size)
+            yield f"batch_size {self.batch_size} is not a multiple of the {world_size} processes"
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.longest_row:
-            raise UserError(
+            yield (
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}, but a row (of preferences: a pair) can have "
                 f"{self.longest_row} tokens: raise it, or allow shorter rows"
             )
 
     @property
+    def models(self) -> list[str]:
+        """What names a model whose weights the run loads."""
+        return [self.model.path] if self.model.path else []
+
+    def check(self, world_size: int):
+        """Raises a UserError for sizes that don't fit so many processes with data of their own."""
+        if found := list(self.size_problems(world_size)):
+            raise UserError("; ".join(found))
+
+    def check_machine(self):
+        """Raises a UserError for what the settings need and this machine lacks."""
+
+    @property
     def longest_row(self) -> int:
         """Most tokens that are trained together: a row, or a pair of them."""
-        return self.max_length
+        return self.data.max_length
 
     @property
     def rows_per_pass(self) -> int:
@@ -125,119 +150,220 @@ class TrainerConfig(ModelConfig, DataConfig, PluginConfig, TrackingConfig, RunCo
         return self.max_tokens_per_batch // self.longest_row
 
 
-@dataclass
-class SFTConfig(TrainerConfig, GenerationConfig):
-    """Settings of an SFT run; the generation settings are those of the sample answers."""
+@settings
+class SFTConfig(TrainerConfig):
+    """Settings of an SFT run."""
 
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
+    generation: GenerationConfig = section(GenerationConfig, "how the sample responses are drawn")
+
+    def check_machine(self):
+        self.generation.check_installed()
 
 
-@dataclass
+# --- from preferences
+
+
+@settings
+class RewardModeling(Settings):
+    """Bradley-Terry rewards (1706.03741; InstructGPT, 2203.02155)."""
+
+    type: Literal["reward"] = option("reward", "the method")
+    use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
+    label_smoothing: float = option(0.0, "share of the pairs taken to be labeled the wrong way round", ge=0, lt=1)
+    centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero", ge=0)
+
+
+@settings
 class RewardConfig(TrainerConfig):
     """Settings of a reward-model run."""
 
-    use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
-    label_smoothing: float = option(0.0, "share of the pairs taken to be labelled the wrong way round", ge=0, lt=1)
-    centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero", ge=0)
+    algorithm: RewardModeling = section(RewardModeling, "what is learned from the preferences")
 
     @property
     def longest_row(self) -> int:
-        return 2 * self.max_length
+        return 2 * self.data.max_length
 
 
-@dataclass
-class PreferenceConfig(TrainerConfig):
-    """Settings of a preference run."""
+@settings
+class PreferenceAlgorithm(Settings):
+    """A loss on responses that are better or worse.
 
-    loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "cpo", "kto"] = option(
-        "dpo",
-        "what is learnt from the preferences, see docs/preference.md; kto is for answers without pairs",
-        common=True,
-    )
+    Attributes:
+        has_reference: whether it compares the policy with a reference; is_paired: whether it compares two responses.
+    """
+
+    has_reference: ClassVar[bool] = True
+    is_paired: ClassVar[bool] = True
+    # those that a method can't set
+    label_smoothing: ClassVar[float] = 0.0
+    gamma: ClassVar[float] = 0.0
+    length_normalized: ClassVar[bool] = False
+    share_prompts: ClassVar[bool] = False
+    cache_reference: ClassVar[bool] = False
+
     beta: float = option(
         0.1, "scale of the rewards; with a reference, how strongly it holds the policy", gt=0, common=True
     )
-    label_smoothing: float = option(
-        0.0, "dpo, robust, simpo, cpo: share of the pairs labelled the wrong way round", ge=0, lt=1
-    )
-    gamma: float = option(0.5, "simpo: the margin by which the chosen answer's reward should be the larger", ge=0)
-    length_normalised: bool = option(False, "dpo, robust, hinge, cpo: average an answer's log-probs (others: always)")
-    nll_coefficient: float | None = option(
-        None,
-        "weight of the chosen answers' negative log-likelihood a token (default: 1 for orpo and cpo, else 0)",
-        ge=0,
-    )
-    desirable_weight: float = option(1.0, "kto: weight of good answers", ge=0)
-    undesirable_weight: float = option(1.0, "kto: weight of bad answers", ge=0)
+
+
+@settings
+class PairedAlgorithm(PreferenceAlgorithm):
+    """A loss on pairs."""
+
+    nll_coefficient: float = option(0.0, "weight of the chosen responses' negative log-likelihood per token", ge=0)
     share_prompts: bool = option(
-        False, "read what a pair's answers both begin with once: faster where prompts are long (not for kto)"
+        False, "read what a pair's responses both begin with once: faster where prompts are long"
     )
+
+
+@settings
+class ReferencedAlgorithm(PairedAlgorithm):
+    """A loss on pairs that compares the policy with a reference."""
+
     cache_reference: bool = option(
-        False, "compute the reference's log-probs once, keep them in --cache_dir and leave its model out (not for kto)"
+        False, "compute the reference's log-probs once, keep them in --cache_dir and leave its model out"
+    )
+
+
+@settings
+class DPO(ReferencedAlgorithm):
+    """Direct preference optimization (2305.18290)."""
+
+    type: Literal["dpo"] = option("dpo", "the method")
+    label_smoothing: float = option(0.0, "share of the pairs labeled the wrong way round (cDPO)", ge=0, lt=1)
+    length_normalized: bool = option(False, "average a response's log-probs")
+
+
+@settings
+class RobustDPO(ReferencedAlgorithm):
+    """DPO for noisy labels (2403.00409)."""
+
+    type: Literal["robust-dpo"] = option("robust-dpo", "the method")
+    label_smoothing: float = option(0.1, "share of the pairs labeled the wrong way round", ge=0, lt=0.5)
+    length_normalized: bool = option(False, "average a response's log-probs")
+
+
+@settings
+class IPO(ReferencedAlgorithm):
+    """Identity preference optimization (2310.12036)."""
+
+    type: Literal["ipo"] = option("ipo", "the method")
+
+
+@settings
+class Hinge(ReferencedAlgorithm):
+    """SLiC's hinge loss on DPO's rewards (2305.10425)."""
+
+    type: Literal["hinge"] = option("hinge", "the method")
+    length_normalized: bool = option(False, "average a response's log-probs")
+
+
+@settings
+class SimPO(PairedAlgorithm):
+    """SimPO (2405.14734)."""
+
+    has_reference: ClassVar[bool] = False
+    type: Literal["simpo"] = option("simpo", "the method")
+    beta: float = inherited(PreferenceAlgorithm, "beta", 2.0)
+    gamma: float = option(0.5, "the margin by which the chosen response's reward should be the larger", ge=0)
+    label_smoothing: float = option(0.0, "share of the pairs labeled the wrong way round", ge=0, lt=1)
+
+
+@settings
+class ORPO(PairedAlgorithm):
+    """Odds ratio preference optimization (2403.07691)."""
+
+    has_reference: ClassVar[bool] = False
+    type: Literal["orpo"] = option("orpo", "the method")
+    nll_coefficient: float = inherited(PairedAlgorithm, "nll_coefficient", 1.0)
+
+
+@settings
+class CPO(PairedAlgorithm):
+    """Contrastive preference optimization (2401.08417)."""
+
+    has_reference: ClassVar[bool] = False
+    type: Literal["cpo"] = option("cpo", "the method")
+    nll_coefficient: float = inherited(PairedAlgorithm, "nll_coefficient", 1.0)
+    label_smoothing: float = option(0.0, "share of the pairs labeled the wrong way round", ge=0, lt=1)
+    length_normalized: bool = option(False, "average a response's log-probs")
+
+
+@settings
+class KTO(PreferenceAlgorithm):
+    """Kahneman-Tversky optimization (2402.01306), from responses that are good or bad."""
+
+    is_paired: ClassVar[bool] = False
+    type: Literal["kto"] = option("kto", "the method")
+    desirable_weight: float = option(1.0, "weight of good responses", ge=0)
+    undesirable_weight: float = option(1.0, "weight of bad responses", ge=0)
+
+
+@settings
+class PreferenceConfig(TrainerConfig):
+    """Settings of a preference run."""
+
+    algorithm: Annotated[DPO | RobustDPO | IPO | Hinge | SimPO | ORPO | CPO | KTO, Field(discriminator="type")] = (
+        section(DPO, "what is learned from the preferences, see docs/preference.md")
     )
 
     @property
     def longest_row(self) -> int:
-        return self.max_length if self.loss == "kto" else 2 * self.max_length
+        return 2 * self.data.max_length if self.algorithm.is_paired else self.data.max_length
 
-    @property
-    def nll_weight(self) -> float:
-        return float(self.loss in WITH_NLL) if self.nll_coefficient is None else self.nll_coefficient
-
-    def check(self, world_size: int):
-        super().check(world_size)
-        if self.loss == "robust" and self.label_smoothing >= 0.5:
-            raise UserError(f"label_smoothing is {self.label_smoothing}: for robust it must be less than 0.5")
-        if self.label_smoothing > 0 and self.loss not in SMOOTHED:
-            raise UserError(f"{self.loss} has no label_smoothing: leave it at 0, or use one of {', '.join(SMOOTHED)}")
-        if self.length_normalised and self.loss not in NORMALISABLE:
-            raise UserError(f"length_normalised is for {', '.join(NORMALISABLE)}: leave it out with {self.loss}")
-        if self.loss == "kto":
-            self._check_kto()
-        if self.share_prompts and self.splits_models:
-            raise UserError(
-                "share_prompts needs whole models: leave it out with tensor, pipeline or sequence parallelism"
-            )
-        if self.cache_reference and self.loss in (*REFERENCE_FREE, "kto"):
-            raise UserError(f"{self.loss} has no reference that stays the same for a row: leave cache_reference out")
-
-    def _check_kto(self):
-        if self.nll_weight != 0:
-            raise UserError("kto has no chosen answers: leave nll_coefficient out")
-        if self.batch_size < 2:
-            raise UserError("kto pairs each prompt with another row's answer: batch_size must be at least 2")
-        if self.share_prompts:
-            raise UserError("share_prompts reads a pair as one row: leave it out with kto, which has no pairs")
+    def problems(self) -> Iterator[str]:
+        if self.algorithm.share_prompts and self.parallel.splits_models:
+            yield "share_prompts needs replicated models: leave it out with tensor, pipeline or sequence parallelism"
+        if not self.algorithm.is_paired and self.batch_size < 2:
+            yield "kto pairs each prompt with another row's response: batch_size must be at least 2"
 
 
-@dataclass
-class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
-    """Settings of runs that learn from their own answers; `steps` are iterations, `batch_size` the prompts of one."""
+# --- from rewards
+
+
+@settings
+class RolloutAlgorithm(Settings):
+    """What the methods that learn from rewards have in common."""
 
     kl_coefficient: float = option(
         0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL a token, see docs/ppo.md")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL per token, see docs/ppo.md")
     kl_stop: float | None = option(
-        None, "ends an iteration's updates when the policy has moved this far, nats a token", ge=0
+        None, "ends an iteration's updates when the policy has moved this far, nats per token", ge=0
     )
-    ppo_epochs: int = option(2, "passes over an iteration's answers", ge=1)
-    minibatches: int = option(1, "optimiser steps a pass", ge=1)
+    ppo_epochs: int = option(2, "passes over an iteration's responses", ge=1)
+    minibatches: int = option(1, "optimizer steps per pass", ge=1)
     clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this", ge=0)
     clip_high: float = option(0.2, "and from above at 1 + this", ge=0)
     dual_clip: float | None = option(
         None, "bound on the objective of bad actions, as a multiple of the advantage", gt=1
     )
-    generation_batch_size: int = option(64, "answers drawn at a time on one process", ge=1)
     max_rollout_kl: float = option(
-        0.1, "stop when sampling and training disagree by more than this, nats a token", ge=0
+        0.1, "stop where the log-probs of trainer and sampler differ by more than this, nats per token", ge=0
     )
 
     @property
+    def needs_reference(self) -> bool:
+        return self.kl_coefficient != 0
+
+
+@settings
+class RolloutConfig(TrainerConfig):
+    """Settings of runs that learn from their own responses; `steps` are iterations, `batch_size` the prompts of one."""
+
+    algorithm: RolloutAlgorithm
+    generation: GenerationConfig = section(GenerationConfig, "how responses are drawn")
+    rewards: ListOf[AnyReward] = option(
+        (),
+        "what scores responses: entries such as math, or {type: regex, pattern: ..., weight: 0.2}; see docs/rewards.md",
+        common=True,
+    )
+    scoring: ScoringConfig = section(ScoringConfig, "what becomes of what the rewards say")
+
+    @property
     def longest_row(self) -> int:
-        return self.max_prompt_length + self.max_new_tokens
+        return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @property
     def responses(self) -> int:
@@ -255,40 +381,49 @@ class RolloutConfig(TrainerConfig, GenerationConfig, ScoringConfig):
         return None
 
     @property
-    def needs_reference(self) -> bool:
-        return self.kl_coefficient != 0
+    def reward_model(self) -> str | None:
+        """The first reward model of the rewards."""
+        return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
 
-    def check(self, world_size: int):
-        super().check(world_size)
-        self.check_generation()
-        unit = self.minibatches * world_size
-        if self.batch_size % unit:
-            raise UserError(
-                f"batch_size {self.batch_size} is not a multiple of {unit} "
-                f"({self.minibatches} minibatches x {world_size} processes)"
+    @property
+    def models(self) -> list[str]:
+        return super().models + [r.path for r in self.rewards if isinstance(r, ModelRewardSettings)]
+
+    def problems(self) -> Iterator[str]:
+        yield from reward_problems(self.rewards, self.scoring)
+        if self.generation.compile_generation and not self.parallel.holds_whole_models:
+            yield "compile_generation is for models that are replicated: ddp, zero1 or zero2"
+        if self.generation.rollout_engine == "vllm" and not self.parallel.holds_whole_models:
+            yield "vLLM takes models that are replicated: ddp, zero1, zero2, or --rollout_engine coati"
+        if self.generation.num_beams > 1:
+            yield "a policy learns from samples: leave num_beams at 1"
+
+    def size_problems(self, world_size: int) -> Iterator[str]:
+        yield from super().size_problems(world_size)
+        minibatches = self.algorithm.minibatches
+        if self.batch_size % (minibatches * world_size):
+            yield (
+                f"batch_size {self.batch_size} is not a multiple of {minibatches * world_size} "
+                f"({minibatches} minibatches x {world_size} processes)"
             )
-        if self.compile_generation and not self.holds_whole_models:
-            raise UserError("compile_generation is for models that are whole on every process: ddp, zero1 or zero2")
-        if self.rollout_engine == "vllm" and not self.holds_whole_models:
-            raise UserError(
-                "vLLM takes models that are whole on every process: ddp, zero1, zero2, or --rollout_engine coati"
-            )
-        if self.num_beams > 1:
-            raise UserError("a policy learns from samples: leave num_beams at 1")
+
+    def check_machine(self):
+        self.generation.check_installed()
 
 
-@dataclass
-class PPOConfig(RolloutConfig):
-    """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
+@settings
+class PPO(RolloutAlgorithm):
+    """Proximal policy optimization with a critic (1707.06347; InstructGPT, 2203.02155)."""
 
+    type: Literal["ppo"] = option("ppo", "the method")
     critic_model: str | None = option(
         None, "where the critic starts; the reward model, else --model, if not given", path="model"
     )
     critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0, common=True)
     critic_warmup: int = option(0, "iterations in which only the critic learns", ge=0)
-    kl_target: float | None = option(None, "nats an answer that the KL coefficient adapts itself to hold", gt=0)
-    kl_horizon: float = option(10000, "answers over which an adaptive coefficient moves", gt=0)
-    gamma: float = option(1.0, "discount a token", ge=0, le=1)
+    kl_target: float | None = option(None, "nats per response that the KL coefficient adapts itself to hold", gt=0)
+    kl_horizon: float = option(10000, "responses over which an adaptive coefficient moves", gt=0)
+    gamma: float = option(1.0, "discount per token", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's trade of bias and variance", ge=0, le=1)
     whiten_advantages: bool = option(True, "advantages get mean 0 and standard deviation 1 over the global batch")
     shared_trunk: bool = option(False, "policy and critic are two heads of one model: one forward pass gives both")
@@ -296,139 +431,218 @@ class PPOConfig(RolloutConfig):
     value_clip: float = option(
         0.2, "how far a value may move in an iteration before it stops learning; 0 for no limit", ge=0
     )
-    ptx_data: list[str] = option(
+    ptx_data: ListOf[str] = option(
         (), "SFT data mixed into the policy's loss, so that it keeps what it knew", path="data"
     )
     ptx_coefficient: float = option(0.0, "weight of that loss", ge=0)
 
     @property
-    def longest_row(self) -> int:
-        return max(super().longest_row, self.max_length) if self.ptx_data else super().longest_row
-
-    @property
     def needs_reference(self) -> bool:
         return super().needs_reference or self.kl_target is not None
 
-    def check(self, world_size: int):
-        super().check(world_size)
+    def problems(self) -> Iterator[str]:
         if bool(self.ptx_data) != (self.ptx_coefficient > 0):
-            raise UserError("ptx_data and ptx_coefficient go together: give both or neither")
-        if self.shared_trunk and self.splits_models:
-            raise UserError(
+            yield "ptx_data and ptx_coefficient go together: give both or neither"
+        if self.shared_trunk and self.critic_model:
+            yield "shared_trunk has no critic_model: the value head starts from --model if that has one"
+
+
+@settings
+class PPOConfig(RolloutConfig):
+    """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
+
+    algorithm: PPO = section(PPO, "proximal policy optimization, see docs/ppo.md")
+
+    @property
+    def models(self) -> list[str]:
+        return super().models + ([self.algorithm.critic_model] if self.algorithm.critic_model else [])
+
+    @property
+    def longest_row(self) -> int:
+        return max(super().longest_row, self.data.max_length) if self.algorithm.ptx_data else super().longest_row
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.algorithm.shared_trunk and self.parallel.splits_models:
+            yield (
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
                 "sequence parallelism, or shared_trunk"
             )
-        if self.shared_trunk and self.learning_rate <= 0 < self.critic_learning_rate:
-            raise UserError("shared_trunk needs a learning_rate above 0: the value head's is a multiple of it")
-        if self.shared_trunk and self.critic_model:
-            raise UserError("shared_trunk has no critic_model: the value head starts from --model if that has one")
+        if self.algorithm.shared_trunk and self.optimizer.learning_rate <= 0 < self.algorithm.critic_learning_rate:
+            yield "shared_trunk needs a learning_rate above 0: the value head's is a multiple of it"
 
 
-@dataclass
-class GRPOConfig(RolloutConfig):
-    """Settings of a GRPO run; `steps` are iterations and `batch_size` the prompts of one, each with `group_size`
-    answers."""
+Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"]
+COMPARE_RESPONSES = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # advantages within a group
+Aggregation = Literal["token", "sequence", "constant"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "none"]
+KLPlace = Literal["loss", "reward"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
-    group_size: int = option(8, "answers to a prompt", ge=1, common=True)
-    advantage: Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"] = option(
-        "grpo", "what an answer's advantage is, see docs/grpo.md"
-    )
+
+@settings
+class GRPO(RolloutAlgorithm):
+    """Group relative policy optimization (DeepSeekMath, 2402.03300; its KL coefficient is 0.04)."""
+
+    type: Literal["grpo"] = option("grpo", "the method")
+    group_size: int = option(8, "responses per prompt", ge=1, common=True)
+    advantage: Advantage = option("grpo", "what a response's advantage is, see docs/grpo.md")
     advantage_std_floor: float = option(0.1, "least standard deviation that rloo_std divides by", gt=0)
-    policy_loss: Literal["clip", "gspo", "cispo", "none"] = option(
-        "clip", "what is done with the policy's ratio, see docs/grpo.md"
-    )
-    aggregation: Literal["token", "sequence", "constant"] = option(
-        "sequence", "mean over tokens, of answers' means, or by max_new_tokens"
-    )
-    kl_coefficient: float = option(
-        0.0, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "estimate of the KL a token, see docs/ppo.md")
-    kl_in: Literal["loss", "reward"] = option("loss", "where the penalty is")
+    policy_loss: PolicyLoss = option("clip", "what is done with the policy's ratio, see docs/grpo.md")
+    aggregation: Aggregation = option("sequence", "mean over tokens, of responses' means, or by max_new_tokens")
+    kl_coefficient: float = inherited(RolloutAlgorithm, "kl_coefficient", 0.0)
+    kl_estimator: KLEstimator = inherited(RolloutAlgorithm, "kl_estimator", "k3")
+    kl_in: KLPlace = option("loss", "where the penalty is")
     refresh_reference: int = option(
-        0, "iterations after which the reference becomes the policy of then; 0 for never", ge=0
+        0, "the reference is updated to the current policy every so many iterations; 0 for never", ge=0
     )
-    ppo_epochs: int = option(1, "passes over an iteration's answers", ge=1)
-    entropy_coefficient: float = option(0.0, "weight of the mean entropy a token, which is taken off the loss")
+    ppo_epochs: int = inherited(RolloutAlgorithm, "ppo_epochs", 1)
+    entropy_coefficient: float = option(0.0, "weight of the entropy bonus, the mean entropy per token")
     final_temperature: float | None = option(
         None, "where the temperature arrives, linearly, with the last iteration", ge=0
     )
-    dynamic_sampling: bool = option(False, "prompts whose answers all earn the same are replaced by further ones")
+    dynamic_sampling: bool = option(False, "prompts whose responses all earn the same are replaced by further ones")
     max_refills: int = option(4, "how often an iteration draws further prompts", ge=0)
     overlong_buffer: int = option(
-        0, "last tokens before max_new_tokens in which an answer's score falls; 0 for none", ge=0
+        0, "last tokens before max_new_tokens in which a response's score falls; 0 for none", ge=0
     )
     overlong_penalty: float = option(1.0, "by how much it falls in all", ge=0)
-    mask_truncated: bool = option(False, "answers that are cut at max_new_tokens are left out of the loss")
+    mask_truncated: bool = option(False, "responses that are cut at max_new_tokens are left out of the loss")
     importance_correction: Literal["none", "truncated", "masked"] = option(
-        "none", "tokens weigh p(training) / p(sampling), bounded"
+        "none", "tokens weigh p(trainer) / p(sampler), bounded"
     )
     importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it", ge=1)
-    share_prompts: bool = option(False, "read a prompt once for all its answers: faster where it is long beside them")
+    share_prompts: bool = option(False, "read a prompt once for all its responses: faster where it is long beside them")
+
+    def problems(self) -> Iterator[str]:
+        if (self.advantage in COMPARE_RESPONSES or self.dynamic_sampling) and self.group_size < 2:
+            yield f"{self.advantage} and dynamic_sampling compare responses: group_size must be at least 2"
+        if self.dynamic_sampling and self.max_refills < 1:
+            yield "dynamic_sampling needs max_refills of at least 1"
+        if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+            yield "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
+        if self.refresh_reference and self.kl_coefficient == 0:
+            yield "refresh_reference needs a reference: give kl_coefficient too"
+        if self.policy_loss in ("cispo", "none") and self.dual_clip is not None:
+            yield f"policy_loss {self.policy_loss} has no dual_clip: leave it out"
+
+
+@settings
+class DrGRPO(GRPO):
+    """GRPO without its length and difficulty biases (2503.20783)."""
+
+    type: Literal["dr-grpo"] = option("dr-grpo", "the method")
+    advantage: Advantage = inherited(GRPO, "advantage", "dr_grpo")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "constant")
+
+
+@settings
+class DAPO(GRPO):
+    """Clip-higher, dynamic sampling, token mean (2503.14476)."""
+
+    type: Literal["dapo"] = option("dapo", "the method")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+    clip_high: float = inherited(GRPO, "clip_high", 0.28)
+    dynamic_sampling: bool = inherited(GRPO, "dynamic_sampling", True)
+
+
+@settings
+class GSPO(GRPO):
+    """GRPO with the ratio of whole responses (2507.18071)."""
+
+    type: Literal["gspo"] = option("gspo", "the method")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "gspo")
+    clip_low: float = inherited(GRPO, "clip_low", 3e-4)
+    clip_high: float = inherited(GRPO, "clip_high", 4e-4)
+
+
+@settings
+class CISPO(GRPO):
+    """Clipped importance weights instead of clipped ratios (MiniMax-M1, 2506.13585)."""
+
+    type: Literal["cispo"] = option("cispo", "the method")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "cispo")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+    clip_low: float = inherited(GRPO, "clip_low", 1.0)
+    clip_high: float = inherited(GRPO, "clip_high", 4.0)
+
+
+@settings
+class RLOO(GRPO):
+    """REINFORCE with a leave-one-out baseline (2402.14740)."""
+
+    type: Literal["rloo"] = option("rloo", "the method")
+    advantage: Advantage = inherited(GRPO, "advantage", "rloo")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "none")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "constant")
+    kl_coefficient: float = inherited(GRPO, "kl_coefficient", 0.05)
+    kl_estimator: KLEstimator = inherited(GRPO, "kl_estimator", "k1")
+    kl_in: KLPlace = inherited(GRPO, "kl_in", "reward")
+
+
+@settings
+class ReinforcePlusPlus(GRPO):
+    """REINFORCE with PPO's clipping and no critic (2501.03262)."""
+
+    type: Literal["reinforce++"] = option("reinforce++", "the method")
+    group_size: int = inherited(GRPO, "group_size", 1)
+    advantage: Advantage = inherited(GRPO, "advantage", "reinforce++")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+    kl_coefficient: float = inherited(GRPO, "kl_coefficient", 0.01)
+    kl_estimator: KLEstimator = inherited(GRPO, "kl_estimator", "k1")
+    kl_in: KLPlace = inherited(GRPO, "kl_in", "reward")
+
+
+@settings
+class ReMax(GRPO):
+    """REINFORCE with a greedy baseline (2310.10505)."""
+
+    type: Literal["remax"] = option("remax", "the method")
+    group_size: int = inherited(GRPO, "group_size", 1)
+    advantage: Advantage = inherited(GRPO, "advantage", "remax")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "none")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+
+
+@settings
+class GRPOConfig(RolloutConfig):
+    """Settings of GRPO and its relatives; `steps` are iterations and `batch_size` the prompts of one, each with
+    `group_size` responses."""
+
+    algorithm: Annotated[
+        GRPO | DrGRPO | DAPO | GSPO | CISPO | RLOO | ReinforcePlusPlus | ReMax, Field(discriminator="type")
+    ] = section(GRPO, "how the policy learns from what responses earn, see docs/grpo.md")
 
     @property
     def responses(self) -> int:
-        return self.batch_size * self.group_size
+        return self.batch_size * self.algorithm.group_size
 
     @property
     def shared_prefix_group(self) -> int:
-        return min(self.group_size, self.micro_batch_size) if self.share_prompts else 1
+        return min(self.algorithm.group_size, self.micro_batch_size) if self.algorithm.share_prompts else 1
 
     @property
     def refills(self) -> int | None:
-        return self.max_refills if self.dynamic_sampling else None
+        return self.algorithm.max_refills if self.algorithm.dynamic_sampling else None
 
-    def check(self, world_size: int):
-        super().check(world_size)
-        self._check_groups()
-        self._check_reference()
-        self._check_lengths()
-        if self.policy_loss in ("cispo", "none") and self.dual_clip is not None:
-            raise UserError(f"policy_loss {self.policy_loss} has no dual_clip: leave it out")
-        if self.share_prompts:
-            self._check_shared_prompts()
-        if self.entropy_coefficient != 0 and self.splits_vocabulary:
-            raise UserError(
-                "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
-            )
-
-    def _check_groups(self):
-        compares = self.advantage in GROUPS or self.dynamic_sampling
-        if compares and self.group_size < 2:
-            raise UserError(f"{self.advantage} and dynamic_sampling compare answers: group_size must be at least 2")
-        for temperature in (self.temperature, self.final_temperature):
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        a, split = self.algorithm, self.parallel.splits_models
+        for temperature in (self.generation.temperature, a.final_temperature):
             if temperature is not None and temperature <= 0:
-                raise UserError("the answers of a group must differ: temperature and final_temperature must be above 0")
-        if self.normalise_reward:
-            raise UserError("an answer is compared with its group, no running mean: leave out normalise_reward")
-        if self.dynamic_sampling and self.max_refills < 1:
-            raise UserError("dynamic_sampling needs max_refills of at least 1")
-
-    def _check_reference(self):
-        if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise UserError(
-                "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
-            )
-        if self.refresh_reference == 0:
-            return
-        if self.kl_coefficient == 0:
-            raise UserError("refresh_reference needs a reference: give kl_coefficient too")
-        if not self.holds_whole_models or self.lora is not None:
-            raise UserError(
-                "refresh_reference is for models that are whole on every process (ddp, zero1, zero2), without LoRA"
-            )
-
-    def _check_lengths(self):
-        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
-            raise UserError(f"overlong_buffer must be between 0 and max_new_tokens, {self.max_new_tokens}")
-        if self.mask_truncated and self.missing_eos_penalty is not None:
-            raise UserError("mask_truncated leaves out what missing_eos_penalty punishes: choose one")
-
-    def _check_shared_prompts(self):
+                yield "the responses of a group must differ: temperature and final_temperature must be above 0"
+        if self.scoring.normalize_reward:
+            yield "a response is compared with its group, not with a running mean: leave out normalize_reward"
+        if a.refresh_reference and (not self.parallel.holds_whole_models or self.model.lora is not None):
+            yield "refresh_reference is for models that are replicated (ddp, zero1, zero2), without LoRA"
+        if a.overlong_buffer > self.generation.max_new_tokens:
+            yield f"overlong_buffer must be between 0 and max_new_tokens, {self.generation.max_new_tokens}"
+        if a.mask_truncated and self.scoring.missing_eos_penalty is not None:
+            yield "mask_truncated leaves out what missing_eos_penalty punishes: choose one"
+        if a.entropy_coefficient != 0 and self.parallel.splits_vocabulary:
+            yield "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
         group = self.shared_prefix_group
-        if group < 2 or max(self.group_size, self.micro_batch_size) % group > 0:
-            raise UserError(
-                "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"
-            )
-        if self.splits_models:
-            raise UserError("share_prompts needs whole models: leave out tensor, pipeline and sequence parallelism")
+        if a.share_prompts and (group < 2 or max(a.group_size, self.micro_batch_size) % group > 0):
+            yield "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"
+        if a.share_prompts and split:
+            yield "share_prompts needs replicated models: leave out tensor, pipeline and sequence parallelism"

@@ -11,7 +11,6 @@ from coati.losses import preference_loss
 from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
 from coati.models.packed import check_packing
 from coati.parallel import resolve_precision
-from coati.trainers.config import REFERENCE_FREE
 from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
 from coati.trainers.preference import PreferenceTrainer, chosen_and_rejected
 from coati.trainers.reference import cached_reference
@@ -25,20 +24,20 @@ class DPOTrainer(PreferenceTrainer):
 
     def build(self):
         super().build()
-        c = self.config
-        if c.share_prompts:
+        algorithm = self.config.algorithm
+        if algorithm.share_prompts:
             batch = self.load(self.data, [int(self.data.lengths.argmax())])
-            exact = resolve_precision(c) == "fp32"
+            exact = resolve_precision(self.config.parallel) == "fp32"
             check_packing(self.model.module, self.model.forward_all, self.inputs(batch), exact)
-        if c.cache_reference:
+        if algorithm.cache_reference:
             sets = [data for data in (self.data, self.eval_data) if data is not None]
             how = (self.make_reference, self.load, self.batching)
-            self.reference = cached_reference(c, self.runtime, sets, *how)
-        elif c.loss not in REFERENCE_FREE:
+            self.reference = cached_reference(self.config, self.runtime, sets, *how)
+        elif algorithm.has_reference:
             self.reference = self.make_reference()
 
     def inputs(self, batch):
-        shared = {"shared_prefix_group": 2} if self.config.share_prompts else {}
+        shared = {"shared_prefix_group": 2} if self.config.algorithm.share_prompts else {}
         return super().inputs(batch) | shared
 
     def collate(self, samples):
@@ -52,14 +51,14 @@ class DPOTrainer(PreferenceTrainer):
 
     def loss_of(self, chosen: Answers, rejected: Answers, denominator: float):
         """The loss of pairs, and its metrics."""
-        c = self.config
-        how = dict(nll_coefficient=c.nll_weight, length_normalised=c.length_normalised)
-        return preference_loss(c.loss, chosen, rejected, denominator, options=self.options, **how)
+        a = self.config.algorithm
+        how = dict(nll_coefficient=a.nll_coefficient, length_normalised=a.length_normalized)
+        return preference_loss(a.type, chosen, rejected, denominator, options=self.options, **how)
 
     @property
     def options(self) -> Options:
-        c = self.config
-        return Options(c.beta, c.label_smoothing, c.gamma)
+        a = self.config.algorithm
+        return Options(a.beta, a.label_smoothing, a.gamma)
 
     def accumulate(self, log_probs, batch, rows):
         pairs = chosen_and_rejected(self.responses(log_probs, batch), rows)
@@ -70,8 +69,8 @@ class DPOTrainer(PreferenceTrainer):
 
     def row_scores(self, log_probs, batch, rows):
         pairs = chosen_and_rejected(self.responses(log_probs, batch), rows)
-        read = [side.per_token() for side in pairs] if self.config.length_normalised else pairs
-        chosen, rejected, _ = PREFERENCE_LOSSES[self.config.loss](*read, self.options)
+        read = [side.per_token() for side in pairs] if self.config.algorithm.length_normalized else pairs
+        chosen, rejected, _ = PREFERENCE_LOSSES[self.config.algorithm.type](*read, self.options)
         return pair_scores(chosen, rejected)
 
     def samples(self, row_scores):

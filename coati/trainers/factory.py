@@ -1,9 +1,10 @@
 """The making of what a run needs: tokenizer, data, models and their engines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from coati.config.generation import GenerationConfig
 from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
@@ -50,7 +51,7 @@ class Factory:
         if not sources:
             return None
         with self.runtime.main_first():
-            data = build_dataset(sources, kind, self.tokenizer, self.config, weights)
+            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights)
         self.runtime.say(str(data.report))
         return data
 
@@ -75,18 +76,18 @@ class Factory:
                 its positions.
         """
         c = self.config
-        dtype = engine_class(c).loads_in(c)
-        config = self._model_config(from_scratch=pretrained is None) if c.model_config else None
+        dtype = engine_class(c.parallel).loads_in(c.parallel)
+        config = self._model_config(from_scratch=pretrained is None) if c.model.model_config else None
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
-        model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.attn_implementation)
+        model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)
         tokens = vocabulary(model.transformer)
         if len(self.tokenizer) > tokens:
             raise UserError(
                 f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
                 "use the model's own tokenizer, or resize its embeddings first"
             )
-        if c.gradient_checkpointing:
+        if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._check_length(model)
         align_eos(model.transformer, self.tokenizer.eos_token_id)
@@ -106,41 +107,42 @@ class Factory:
         """
         if is_quantized(model.transformer) and not model.has_adapter:
             raise UserError(
-                f"the weights of {self.config.model} are quantized, so they can't be trained: train adapters on them "
+                f"the weights of {self.config.model.path} are quantized, so they can't be trained: train adapters on them "
                 "(--lora_rank 16), or give the model in full precision"
             )
-        settings = dict(optimizer={"weight_decay": self.config.weight_decay}, accumulates=accumulates)
-        return make_engine(model, self.config, self.runtime, generates=generates, **settings)
+        settings = dict(optimizer={"weight_decay": self.config.optimizer.weight_decay}, accumulates=accumulates)
+        return make_engine(model, self.config.parallel, self.runtime, generates=generates, **settings)
 
     def frozen(self, model: BaseModel) -> Engine:
         """A model that only computes."""
-        return make_engine(model, self.config, self.runtime)
+        return make_engine(model, self.config.parallel, self.runtime)
 
     def frozen_policy(self, start) -> Engine | None:
         """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""
         c = self.config
-        if c.lora is not None and not (c.model and is_adapter(c.model)):
+        if c.model.lora is not None and not (c.model.path and is_adapter(c.model.path)):
             return None
         return self.frozen(self.model(Actor, start))
 
     # --- rollouts
 
-    def generator(self, engine: Engine, batch_size: int = 64) -> Generator:
+    def generator(self, engine: Engine, sampling: GenerationConfig) -> Generator:
         """Completes prompts with the weights that an engine has at the time of each call.
 
-        Args:
-            batch_size: rows generated together.
+        Raises:
+            UserError: this machine lacks what the settings need.
         """
-        return PolicyGenerator(engine.full, self.tokenizer, self.pad_id, batch_size)
+        sampling.check_installed()
+        return PolicyGenerator(engine.full, self.tokenizer, self.pad_id, sampling.generation_batch_size)
 
-    def scorer(self, reward_model: Reward | None, given: Sequence[Reward]) -> Scorer:
+    def scorer(self, load_model: Callable[[str], Reward], given: Sequence[Reward]) -> Scorer:
         """The rewards of the settings.
 
         Args:
-            reward_model: that of the settings, loaded.
-            given: further ones, of weight 1.
+            load_model: makes a reward of a reward model's folder.
+            given: further rewards, of weight 1.
         """
-        return load_rewards(self.config, reward_model, self.runtime.device, given)
+        return load_rewards(self.config.rewards, self.config.scoring, load_model, self.runtime.device, given)
 
     def check_reward_vocabulary(self, source: str):
         """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
@@ -151,12 +153,12 @@ class Factory:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the reward model in {source} has no tokenizer beside it: copy the policy's there, or give "
-                f"the model as --reward_classifiers with --reward_classifier_tokenizer ({str(error).splitlines()[0]})"
+                f"the model as a reward of type classifier with a tokenizer ({str(error).splitlines()[0]})"
             ) from error
         if theirs.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"the reward model in {source} has another vocabulary than the policy: train it with the "
-                "policy's tokenizer, or give it as --reward_classifiers, which reads texts by its own"
+                "policy's tokenizer, or give it as a reward of type classifier, which reads texts by its own"
             )
 
     def _check_length(self, model: BaseModel):
@@ -176,15 +178,15 @@ class Factory:
         from transformers import AutoTokenizer
 
         c = self.config
-        source = c.tokenizer or c.model
+        source = c.model.tokenizer or c.model.path
         if source is None:
             raise UserError("give --tokenizer FOLDER (or --model FOLDER, if the tokenizer is in it)")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise UserError(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
-        how = dict(arguments=c.template_arguments, learns_responses=learns_responses)
-        tokenizer, notes = prepare_tokenizer(tokenizer, c.chat_template, c.eos_token, **how)
+        how = dict(arguments=c.data.template_arguments, learns_responses=learns_responses)
+        tokenizer, notes = prepare_tokenizer(tokenizer, c.data.chat_template, c.data.eos_token, **how)
         for note in notes:
             self.runtime.say(note)
         return tokenizer
@@ -193,9 +195,9 @@ class Factory:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.config.model_config)
+            config = AutoConfig.from_pretrained(self.config.model.model_config)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model_config {self.config.model_config}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--model_config {self.config.model.model_config}: {str(error).splitlines()[0]}") from error
         if from_scratch:
             tokenizer = self.tokenizer
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

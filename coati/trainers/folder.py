@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, what it resumes from, checkpoints, and the finished models."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from coati.config import asdict
 from coati.errors import UserError
 from coati.files import sync, write_json
 from coati.models.base import stored_dtype
@@ -28,7 +28,7 @@ from coati.tracking import read_metrics
 from coati.tracking.files import RUN, to_json
 from coati.trainers.config import TrainerConfig
 from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
-from coati.trainers.resume import UNSAID, changed_settings, lines_of, refuse_other_models
+from coati.trainers.resume import UNSAID, changed_settings, flat, lines_of, refuse_other_models
 
 
 class RunFolder:
@@ -49,7 +49,7 @@ class RunFolder:
     def __init__(self, config: TrainerConfig, runtime: Runtime, algorithm: str):
         self.config, self.runtime, self.algorithm = config, runtime, algorithm
         self.path = Path(config.output_dir)
-        self.checkpoints = Checkpoints(checkpoints_of(self.path), runtime, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(checkpoints_of(self.path), runtime, config.checkpoints.keep_checkpoints)
         self.lock = None
         if runtime.is_main:
             self._make()
@@ -74,8 +74,8 @@ class RunFolder:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that a checkpoint tells, as JSON has them."""
-        settings = json.loads(to_json(dataclasses.asdict(self.config)))
-        return {name: value for name, value in settings.items() if name not in UNSAID}
+        by_path = flat(json.loads(to_json(asdict(self.config))))
+        return {path: value for path, value in by_path.items() if not path.startswith(UNSAID)}
 
     # --- saving
 
@@ -83,7 +83,7 @@ class RunFolder:
         """Raises a UserError for what would fail at the end: models that can't be saved, too little room."""
         if not self.runtime.is_main:
             return
-        merge, everything = self.config.merge_lora, {**engines, **frozen}
+        merge, everything = self.config.model.merge_lora, {**engines, **frozen}
         try_saving(self.path, everything, tokenizer, merge)
         checkpoint = sum(checkpoint_bytes(engine) for engine in everything.values())
         export = sum(export_bytes(engine, merge, self._export_dtype(engine)) for engine in engines.values())
@@ -121,7 +121,7 @@ class RunFolder:
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
             with written_by_all(target, self.runtime) as aside:
-                self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
+                self._write_model(engine, tokenizer, aside, self.config.model.merge_lora, self._export_dtype(engine))
         self.runtime.communicator.barrier()
         self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
 
@@ -138,12 +138,12 @@ class RunFolder:
     def _export_dtype(self, engine: Engine) -> torch.dtype | None:
         """Of the final model's weights; None to leave them as they are."""
         c = self.config
-        if c.export_dtype != "auto":
-            return DTYPES[c.export_dtype]
-        if c.model is None:
+        if c.model.export_dtype != "auto":
+            return DTYPES[c.model.export_dtype]
+        if c.model.path is None:
             return None
-        own = stored_dtype(base_of_adapter(c.model) if is_adapter(c.model) else c.model)
-        return own if own is not None and own.itemsize <= engine.loads_in(c).itemsize else None
+        own = stored_dtype(base_of_adapter(c.model.path) if is_adapter(c.model.path) else c.model.path)
+        return own if own is not None and own.itemsize <= engine.loads_in(c.parallel).itemsize else None
 
     # --- opening
 
@@ -158,13 +158,13 @@ class RunFolder:
 
     def _find_resume(self) -> Path | None:
         found = None
-        if self.config.resume == "never":
+        if self.config.checkpoints.resume == "never":
             if self.runtime.communicator.any(self.runtime.is_main and holds_work(self.path)):
                 raise UserError(
                     f"{self.path} already holds a run: pass --resume auto to go on with it, or another --output_dir"
                 )
         else:
-            found = self.checkpoints.find(self.config.resume)
+            found = self.checkpoints.find(self.config.checkpoints.resume)
         return self.runtime.communicator.broadcast(found)
 
     def _read_stored(self) -> dict[str, Any]:

@@ -62,36 +62,38 @@ class GRPOTrainer(RolloutTrainer):
     def step(self, k):
         """One iteration."""
         c, clock = self.config, Clock()
+        a = c.algorithm
         batch, metrics = self.rollouts.next(k)
         mask, parts = batch.response_mask, self.batching.split(batch.lengths, c.shared_prefix_group)
 
         with clock("evaluate"):
             log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
             reference = self.reference.log_probs(batch, parts) if self.reference else log_probs
-            baseline = self.greedy_scores(batch.samples, k) if c.advantage == "remax" else None
+            baseline = self.greedy_scores(batch.samples, k) if a.advantage == "remax" else None
 
-        kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
-        rewards = shape_rewards(self.shape(batch), kl, mask, c.kl_coefficient if c.kl_in == "reward" else 0.0)
+        kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
+        in_reward = a.kl_coefficient if a.kl_in == "reward" else 0.0
+        rewards = shape_rewards(self.shape(batch), kl, mask, in_reward)
         advantages = self.advantages(keep(rewards + batch.token_rewards, mask), baseline, mask)
         correction = importance_weights(
-            log_probs, batch.sampling_log_probs, mask, c.importance_correction, c.importance_cap
+            log_probs, batch.sampling_log_probs, mask, a.importance_correction, a.importance_cap
         )
-        learned = mask & batch.finished[:, None] if c.mask_truncated else mask
+        learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
         experience = Experience.of(batch, learned, log_probs, reference, advantages * correction)
 
-        rate = self.learning_rate(k, c.learning_rate)
+        rate = self.learning_rate(k, c.optimizer.learning_rate)
         with clock("learn"):
             metrics |= learn(
                 experience, self.batching, c, k, lambda micro: self.update(micro, rate), c.shared_prefix_group
             )
-        if c.refresh_reference and (k + 1) % c.refresh_reference == 0:
+        if a.refresh_reference and (k + 1) % a.refresh_reference == 0:
             self.refresh_reference()
 
         metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
         metrics |= {"rollout_kl": rollout_kl, "learning_rate": rate, "temperature": batch.temperature}
         metrics["advantage_std"] = global_moments(advantages, mask, self.ranks)[1]
-        if c.importance_correction != "none":
+        if a.importance_correction != "none":
             metrics["importance_weight"] = global_moments(correction, mask, self.ranks)[0]
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
 
@@ -100,9 +102,10 @@ class GRPOTrainer(RolloutTrainer):
     def shape(self, batch: RolloutBatch) -> Tensor:
         """The scores of whole responses as the policy will see them, `[batch]`."""
         c, lengths = self.config, batch.response_mask.sum(1)
-        scores = clip_scores(batch.scores, c.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.missing_eos_penalty)
-        return punish_overlong(scores, lengths, c.max_new_tokens, c.overlong_buffer, c.overlong_penalty)
+        scores = clip_scores(batch.scores, c.scoring.reward_clip)
+        scores = penalise_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
+        buffer, penalty = c.algorithm.overlong_buffer, c.algorithm.overlong_penalty
+        return punish_overlong(scores, lengths, c.generation.max_new_tokens, buffer, penalty)
 
     def advantages(self, rewards: Tensor, baseline: Tensor | None, mask: Tensor) -> Tensor:
         """`[batch, seq]`, 0 outside the response.
@@ -111,21 +114,21 @@ class GRPOTrainer(RolloutTrainer):
             rewards: `[batch, seq]`.
             baseline: `[batch]`, for remax.
         """
-        c = self.config
-        if c.advantage == "reinforce++":
+        a = self.config.algorithm
+        if a.advantage == "reinforce++":
             advantages = returns_to_go(rewards, mask, 1.0)
         else:
-            options = dict(baseline=baseline, min_std=c.advantage_std_floor)
-            of_responses = group_advantages(rewards.sum(1), c.group_size, c.advantage, **options)
+            options = dict(baseline=baseline, min_std=a.advantage_std_floor)
+            of_responses = group_advantages(rewards.sum(1), a.group_size, a.advantage, **options)
             advantages = of_responses[:, None] * mask
-        if c.advantage.startswith("reinforce++"):
+        if a.advantage.startswith("reinforce++"):
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
         return advantages
 
     def greedy_scores(self, samples: list[Sample], k: int) -> Tensor:
         """What the policy's likeliest responses to the samples' prompts earn, `[samples]`."""
-        n = self.config.group_size
-        greedy = replace(self.config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        n = self.config.algorithm.group_size
+        greedy = replace(self.config.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         found = self.generation.sample([Prompt.of(sample) for sample in samples[::n]], greedy, version=k).samples
         batch = RolloutBatch.of(found, self.factory.pad_id, 1.0, self.runtime.device)
         return (self.shape(batch) + batch.token_rewards.sum(1)).repeat_interleave(n)
@@ -141,7 +144,7 @@ class GRPOTrainer(RolloutTrainer):
         return named_norm(update.metrics, "policy_grad_norm")
 
     def inputs(self, batch: Experience):
-        with_entropy = "trained" if self.config.entropy_coefficient else True
+        with_entropy = "trained" if self.config.algorithm.entropy_coefficient else True
         return self.policy.model.inputs(batch, with_entropy=with_entropy)
 
     def loss(self, responses: float) -> Callable:
@@ -150,20 +153,20 @@ class GRPOTrainer(RolloutTrainer):
         Args:
             responses: of the whole step that count.
         """
-        c = self.config
+        a, longest = self.config.algorithm, self.config.generation.max_new_tokens
 
         def part(output, batch: Experience, denominator: float):
             mask, (log_probs, entropy) = batch.response_mask, output
-            weights = aggregation_weights(mask, c.aggregation, denominator, responses, c.max_new_tokens)
-            how = dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
-            how |= dict(kind=c.policy_loss, weights=weights)
+            weights = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
+            how = dict(clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
+            how |= dict(kind=a.policy_loss, weights=weights)
             loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
-            if c.kl_coefficient and c.kl_in == "loss":
-                kl = kl_divergence(log_probs, batch.reference_log_probs, mask, c.kl_estimator)
-                loss = loss + c.kl_coefficient * (weights * kl).sum() / denominator
+            if a.kl_coefficient and a.kl_in == "loss":
+                kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)
+                loss = loss + a.kl_coefficient * (weights * kl).sum() / denominator
             mean_entropy = keep(entropy, mask).sum() / denominator
-            if c.entropy_coefficient:
-                loss = loss - c.entropy_coefficient * mean_entropy
+            if a.entropy_coefficient:
+                loss = loss - a.entropy_coefficient * mean_entropy
             return loss, metrics | {"entropy": mean_entropy.detach()}
 
         return part
@@ -175,35 +178,35 @@ class GRPOTrainer(RolloutTrainer):
 
     def sampling(self, k):
         """The temperature goes from `temperature` to `final_temperature`."""
-        c = self.config
-        if c.final_temperature is None:
-            return c
+        first, last = self.config.generation, self.config.algorithm.final_temperature
+        if last is None:
+            return first
         share = k / max(self.total_steps - 1, 1)
-        return replace(c, temperature=c.temperature + share * (c.final_temperature - c.temperature))
+        return replace(first, temperature=first.temperature + share * (last - first.temperature))
 
     # --- building
 
     def build(self):
-        c = self.config
-        if c.model is None:
+        c, a = self.config, self.config.algorithm
+        if c.model.path is None:
             raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
         self.policy = Policy(self.actor, c, self.ranks, group=c.shared_prefix_group)
-        if c.refresh_reference:
+        if a.refresh_reference:
             self.frozen = {REFERENCE: self.reference.engine}
-        if c.share_prompts:
+        if a.share_prompts:
             batch, targets = self.longest_group()
             inputs = model_inputs(batch, targets, shared_prefix_group=c.shared_prefix_group)
-            check_packing(self.actor.module, self.actor.forward_all, inputs, resolve_precision(c) == "fp32")
+            check_packing(self.actor.module, self.actor.forward_all, inputs, resolve_precision(c.parallel) == "fp32")
 
     def build_models(self):
-        start = self.folder.model_in_checkpoint(ACTOR) or self.config.model
-        actor = self.factory.model(Actor, start, lora=self.config.lora)
+        start = self.folder.model_in_checkpoint(ACTOR) or self.config.model.path
+        actor = self.factory.model(Actor, start, lora=self.config.model.lora)
         disable_dropout(actor)
         return {ACTOR: self.factory.trained(actor, accumulates=self.accumulates(), generates=True)}
 
     def build_reference(self):
-        refreshed = self.folder.model_in_checkpoint(REFERENCE) if self.config.refresh_reference else None
+        refreshed = self.folder.model_in_checkpoint(REFERENCE) if self.config.algorithm.refresh_reference else None
         if refreshed is None or not refreshed.is_dir():
             return super().build_reference()
         frozen = self.factory.frozen(self.factory.model(Actor, refreshed))
@@ -212,7 +215,7 @@ class GRPOTrainer(RolloutTrainer):
     def longest_group(self) -> tuple[SFTBatch, Tensor]:
         """The longest prompt with responses of the greatest length, and which tokens these are."""
         c = self.config
-        prompt, last = list(self.data[int(self.data.lengths.argmax())].input_ids), c.max_new_tokens
+        prompt, last = list(self.data[int(self.data.lengths.argmax())].input_ids), c.generation.max_new_tokens
         rows = [prompt + [(i + n) % len(self.tokenizer) for i in range(last)] for n in range(c.shared_prefix_group)]
         ids = torch.tensor(rows, device=self.runtime.device)
         responses = (torch.arange(ids.shape[1], device=ids.device) >= len(prompt)).expand_as(ids)

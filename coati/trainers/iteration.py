@@ -48,13 +48,13 @@ def learn(
         update: one step, on this rank's micro-batches of a minibatch.
         group: rows that stay together, see `Batching.split`.
     """
-    c, updates = config, []
-    size = len(experience) // c.minibatches
-    for epoch in range(c.ppo_epochs):
-        for m in np.random.default_rng([c.seed, k, epoch]).permutation(c.minibatches):
+    a, updates = config.algorithm, []
+    size = len(experience) // a.minibatches
+    for epoch in range(a.ppo_epochs):
+        for m in np.random.default_rng([config.seed, k, epoch]).permutation(a.minibatches):
             minibatch = experience.rows(range(m * size, (m + 1) * size))
             updates.append(update([minibatch.rows(part) for part in batching.split(minibatch.lengths, group)]))
-        if c.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > c.kl_stop:
+        if a.kl_stop is not None and updates[-1].get("approximate_kl", 0.0) > a.kl_stop:
             break
     names = updates[-1].keys()
     return {name: finite_mean([of[name] for of in updates]) for name in names} | {"updates": len(updates)}
@@ -70,7 +70,7 @@ def kl_metrics(
     """
     mask, responses = batch.response_mask, config.responses
     tokens = ranks.sum(mask.sum()).item()
-    estimate = kl_divergence(log_probs, reference, mask, config.kl_estimator).sum()
+    estimate = kl_divergence(log_probs, reference, mask, config.algorithm.kl_estimator).sum()
     shares = {"kl": estimate / responses, "kl_per_token": estimate / tokens}
     for name in ("k1", "k3"):
         shares[f"kl/{name}"] = kl_divergence(log_probs, reference, mask, name).sum() / responses

@@ -38,7 +38,7 @@ class KTOTrainer(PreferenceTrainer):
 
     def longest_sequence(self):
         """Other rows' responses are put to each prompt."""
-        return self.config.max_length
+        return self.config.data.max_length
 
     def collate(self, samples):
         return collate_unpaired(samples, self.factory.pad_id)
@@ -54,9 +54,9 @@ class KTOTrainer(PreferenceTrainer):
 
     def loss_of(self, responses: Answers, desirable: Tensor, kl: Tensor, denominator: float):
         """The loss of responses, and its metrics."""
-        c = self.config
-        weights = dict(desirable_weight=c.desirable_weight, undesirable_weight=c.undesirable_weight)
-        return kto_loss(responses, desirable, kl, denominator, beta=c.beta, **weights)
+        a = self.config.algorithm
+        weights = dict(desirable_weight=a.desirable_weight, undesirable_weight=a.undesirable_weight)
+        return kto_loss(responses, desirable, kl, denominator, beta=a.beta, **weights)
 
     def load_all(self, data, chunks, rows):
         kl = self.mismatched_kl(data, sorted(rows))
@@ -66,7 +66,7 @@ class KTOTrainer(PreferenceTrainer):
         """The mean log-ratio of the rows' responses to other rows' prompts, over all ranks: a number."""
         sequences, n = [data[row].sequence for row in rows], len(rows)
         mixed = [
-            exchange_answers(asked, sequences[(i + n // 2) % n], self.tokenizer, self.config.max_length)
+            exchange_answers(asked, sequences[(i + n // 2) % n], self.tokenizer, self.config.data.max_length)
             for i, asked in enumerate(sequences)
         ]
         chunks = self.batching.shard_all([len(sequence) for sequence in mixed])
@@ -90,7 +90,7 @@ class KTOTrainer(PreferenceTrainer):
 
     def row_scores(self, log_probs, batch, rows):
         responses = self.responses(log_probs, batch).rows(rows)
-        return (self.config.beta * responses.log_ratios).tolist()
+        return (self.config.algorithm.beta * responses.log_ratios).tolist()
 
     def samples(self, row_scores):
         rows = [(self.eval_data[i], reward) for i, reward in row_scores.items()]

@@ -1,9 +1,9 @@
 """The loop of every run: steps, evaluation, logs, checkpoints, stopping."""
 
 import contextlib
-import dataclasses
 import time
 
+from coati.config import asdict
 from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps
@@ -18,9 +18,9 @@ def run(trainer):
     folder.checkpoints.set_aside_after(trainer.steps_done)
     tracker = make_tracker(
         folder.path,
-        trainer.config,
+        trainer.config.tracking,
         algorithm=trainer.algorithm,
-        settings=dataclasses.asdict(trainer.config),
+        settings=asdict(trainer.config),
         resume_step=trainer.steps_done if folder.resumed_from else None,
     )
     try:
@@ -43,7 +43,7 @@ def do_steps(trainer, tracker) -> bool:
     config, runtime = trainer.config, trainer.runtime
     if trainer.steps_done == 0:
         evaluate(trainer, tracker)
-    with progress_bar(trainer.total_steps, trainer.algorithm, config, initial=trainer.steps_done) as bar:
+    with progress_bar(trainer.total_steps, trainer.algorithm, config.tracking, initial=trainer.steps_done) as bar:
         while trainer.steps_done < trainer.total_steps:
             started = time.monotonic()
             metrics = trainer.step(trainer.steps_done)
@@ -55,9 +55,9 @@ def do_steps(trainer, tracker) -> bool:
             bar.advance(tokens=int(metrics["tokens"]), **short(metrics))
             stop = runtime.communicator.any(runtime.stop_requested is not None)
             score = None
-            if is_due(trainer, config.eval_every) and not stop:
+            if is_due(trainer, config.evaluation.eval_every) and not stop:
                 score = evaluate(trainer, tracker)
-            if stop or is_due(trainer, config.save_every):
+            if stop or is_due(trainer, config.checkpoints.save_every):
                 trainer.save(score)
             if stop and trainer.steps_done < trainer.total_steps:
                 runtime.say(f"{runtime.stop_requested or 'a stop'} received: saved step {trainer.steps_done}")
@@ -95,7 +95,7 @@ def announce(trainer):
     if product.trained_parameters < product.parameters:
         size += f" ({product.trained_parameters / 1e6:.2f}M trained)"
     line = (
-        f"{trainer.algorithm}: {size} · {c.plugin} {resolve_precision(c)} · {runtime.world_size} x "
+        f"{trainer.algorithm}: {size} · {c.parallel.plugin} {resolve_precision(c.parallel)} · {runtime.world_size} x "
         f"{runtime.device.type} · {trainer.total_steps} steps of {c.batch_size} rows · {trainer.folder.path}"
     )
     if trainer.folder.resumed_from:

@@ -35,7 +35,8 @@ def parse_run(
     """
     config = parse_config(config_class, argv, description, defaults)
     check_paths(config)
-    config.check(max(1, _processes() // config.model_parallel_size))
+    config.check(max(1, _processes() // config.parallel.model_parallel_size))
+    config.check_machine()
     return config
 
 
@@ -56,7 +57,7 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
     runtime = None
     try:
         config = parse(config_class, description, **how)
-        if config.device == "cpu":
+        if config.parallel.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
         if is_main:
             print(f"{description}: loading torch, transformers and colossalai ...", flush=True)

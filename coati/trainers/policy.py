@@ -70,7 +70,11 @@ class Policy:
             UserError: they disagree by more than `max_rollout_kl`.
         """
         c, mask = self.config, batch.response_mask
-        if resolve_precision(c) == "fp32" and not c.splits_models and c.rollout_engine == "coati":
+        if (
+            resolve_precision(c.parallel) == "fp32"
+            and not c.parallel.splits_models
+            and c.generation.rollout_engine == "coati"
+        ):
             checked = an_eighth(parts, k, self.group)
             again = self.model.log_probs(batch, checked)
             looked_at = torch.zeros_like(batch.finished)
@@ -89,11 +93,11 @@ class Policy:
         difference = kl_divergence(batch.sampling_log_probs, log_probs, mask, "k3").sum()
         total, tokens = self.ranks.sum(torch.stack([difference, mask.sum()])).tolist()
         kl = total / max(tokens, 1)
-        if kl > self.config.max_rollout_kl:
+        limit = self.config.algorithm.max_rollout_kl
+        if kl > limit:
             raise UserError(
-                f"the log-probs at sampling and in training differ by {kl:.3g} nats a token (limit "
-                f"{self.config.max_rollout_kl}, --max_rollout_kl): weights not handed over, another temperature, or a "
-                "precision too low"
+                f"trainer/sampler log-prob mismatch: {kl:.3g} nats per token (limit {limit}, --max_rollout_kl): weights "
+                "not synced, another temperature, or a precision too low"
             )
         return kl
 

@@ -50,7 +50,7 @@ class PPOTrainer(RolloutTrainer):
     """Trains an `Actor` and a `Critic`, or with `shared_trunk` an `ActorCritic`.
 
     Args:
-        policy: a model to train instead of `config.model`: an `AutoModelForCausalLMWithValueHead`, with `shared_trunk`.
+        policy: an `AutoModelForCausalLMWithValueHead` to train instead of `config.model`, with `shared_trunk`.
         **options: those of `RolloutTrainer`.
 
     Attributes:
@@ -64,7 +64,7 @@ class PPOTrainer(RolloutTrainer):
     models: PolicyAndCritic
 
     def __init__(self, config: PPOConfig, runtime: Runtime, *, policy: Module | None = None, **options):
-        if policy is not None and not config.shared_trunk:
+        if policy is not None and not config.algorithm.shared_trunk:
             raise UserError("a value-head model is policy and critic at once: set shared_trunk")
         self.given_policy = policy
         super().__init__(config, runtime, **options)
@@ -72,6 +72,7 @@ class PPOTrainer(RolloutTrainer):
     def step(self, k):
         """One iteration."""
         c, clock = self.config, Clock()
+        a = c.algorithm
         batch, metrics = self.rollouts.next(k)
         mask, parts = batch.response_mask, self.batching.split(batch.lengths)
 
@@ -79,17 +80,17 @@ class PPOTrainer(RolloutTrainer):
             log_probs, values, rollout_kl = self.models.evaluate(batch, parts, k)
             reference = self.reference.log_probs(batch, parts) if self.reference else log_probs
 
-        scores = self.normalize(batch.scores) if c.normalise_reward else batch.scores
-        scores = clip_scores(scores, c.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.missing_eos_penalty)
-        kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
+        scores = self.normalize(batch.scores) if c.scoring.normalize_reward else batch.scores
+        scores = clip_scores(scores, c.scoring.reward_clip)
+        scores = penalise_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
+        kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient) + batch.token_rewards
-        advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
-        if c.whiten_advantages:
+        advantages, returns = gae(values, rewards, mask, a.gamma, a.gae_lambda)
+        if a.whiten_advantages:
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
 
         experience = Experience.of(batch, mask, log_probs, reference, advantages, values, returns)
-        rates = Rates(self.learning_rate(k, c.learning_rate), self.learning_rate(k, c.critic_learning_rate))
+        rates = Rates(self.learning_rate(k, c.optimizer.learning_rate), self.learning_rate(k, a.critic_learning_rate))
         texts = self.texts(k)
         with clock("learn"):
             metrics |= learn(experience, self.batching, c, k, lambda micro: self.models.update(micro, texts, k, rates))
@@ -98,10 +99,9 @@ class PPOTrainer(RolloutTrainer):
         metrics |= value_metrics(values, returns, mask, self.ranks)
         metrics |= {"rollout_kl": rollout_kl, "kl_coefficient": self.kl_coefficient}
         metrics |= {"learning_rate": rates.policy, "critic_learning_rate": rates.critic}
-        if c.kl_target is not None and math.isfinite(metrics["kl"]):
-            self.kl_coefficient = adapt_kl_coefficient(
-                self.kl_coefficient, metrics["kl"], c.kl_target, c.kl_horizon, c.batch_size
-            )
+        if a.kl_target is not None and math.isfinite(metrics["kl"]):
+            adapted = (metrics["kl"], a.kl_target, a.kl_horizon, c.batch_size)
+            self.kl_coefficient = adapt_kl_coefficient(self.kl_coefficient, *adapted)
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
 
     def normalize(self, scores: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class PPOTrainer(RolloutTrainer):
 
     def load_state(self, state):
         super().load_state(state)
-        if self.config.kl_target is not None:  # else it is what the settings say
+        if self.config.algorithm.kl_target is not None:  # else it is what the settings say
             self.kl_coefficient = state["kl_coefficient"]
         self.score_moments = RunningMoments(**state["score_moments"])
         if self.text_data is not None and "ptx_rows" in state:
@@ -136,30 +136,32 @@ class PPOTrainer(RolloutTrainer):
     # --- building
 
     def build(self):
-        c = self.config
-        if c.model is None and self.given_policy is None:
+        c, a = self.config, self.config.algorithm
+        if c.model.path is None and self.given_policy is None:
             raise UserError("PPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
-        self.text_data = self.factory.dataset(c.ptx_data, "sft")
+        self.text_data = self.factory.dataset(a.ptx_data, "sft")
         if self.text_data is not None:
-            self.text_order = BatchSampler(len(self.text_data), c.batch_size // c.minibatches, c.seed)
-        self.kl_coefficient, self.score_moments = c.kl_coefficient, RunningMoments()
+            self.text_order = BatchSampler(len(self.text_data), c.batch_size // a.minibatches, c.seed)
+        self.kl_coefficient, self.score_moments = a.kl_coefficient, RunningMoments()
         super().build()
         policy = Policy(self.actor, c, self.ranks)
-        self.models = SharedTrunk(policy, c) if c.shared_trunk else TwoModels(policy, self.engines[CRITIC], c)
+        self.models = SharedTrunk(policy, a) if a.shared_trunk else TwoModels(policy, self.engines[CRITIC], a)
 
     def build_models(self):
-        c, in_checkpoint = self.config, self.folder.model_in_checkpoint
+        c, a, in_checkpoint = self.config, self.config.algorithm, self.folder.model_in_checkpoint
         several = self.accumulates()
-        if c.shared_trunk:
-            actor = self.factory.model(ActorCritic, in_checkpoint(ACTOR) or self.given_policy or c.model, lora=c.lora)
+        if a.shared_trunk:
+            actor = self.factory.model(
+                ActorCritic, in_checkpoint(ACTOR) or self.given_policy or c.model.path, lora=c.model.lora
+            )
             for parameter in actor.v_head.parameters():
-                parameter.lr_factor = c.critic_learning_rate / (c.learning_rate or 1.0)
+                parameter.lr_factor = a.critic_learning_rate / (c.optimizer.learning_rate or 1.0)
         else:
-            actor = self.factory.model(Actor, in_checkpoint(ACTOR) or c.model, lora=c.lora)
+            actor = self.factory.model(Actor, in_checkpoint(ACTOR) or c.model.path, lora=c.model.lora)
         models = {ACTOR: actor}
-        if not c.shared_trunk:
-            start = c.critic_model or c.reward_model or c.model
-            models[CRITIC] = self.factory.model(Critic, in_checkpoint(CRITIC) or start, lora=c.lora)
+        if not a.shared_trunk:
+            start = a.critic_model or c.reward_model or c.model.path
+            models[CRITIC] = self.factory.model(Critic, in_checkpoint(CRITIC) or start, lora=c.model.lora)
         for model in models.values():
             disable_dropout(model)
         engines = {}
@@ -171,7 +173,7 @@ class PPOTrainer(RolloutTrainer):
 
     def build_reference(self):
         given = self.given_policy
-        if given is None or not self.config.needs_reference:
+        if given is None or not self.config.algorithm.needs_reference:
             return super().build_reference()
         if is_untrained_adapter(given.pretrained_model):
             return LanguageModel(self.actor, adapter=False)

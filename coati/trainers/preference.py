@@ -19,17 +19,17 @@ from coati.losses.masking import keep
 from coati.losses.preference import Answers
 from coati.models import Actor
 from coati.models.base import disable_dropout
-from coati.trainers.config import REFERENCE_FREE, PreferenceConfig
+from coati.trainers.config import PreferenceConfig
 from coati.trainers.reference import CachedReference, Reference
 from coati.trainers.supervised import SupervisedTrainer
 
 
 def preference_trainer(config: PreferenceConfig, runtime, **options) -> "PreferenceTrainer":
-    """The trainer of `config.loss`."""
+    """The trainer of `config.algorithm`."""
     from coati.trainers.dpo import DPOTrainer
     from coati.trainers.kto import KTOTrainer
 
-    kind = KTOTrainer if config.loss == "kto" else DPOTrainer
+    kind = DPOTrainer if config.algorithm.is_paired else KTOTrainer
     return kind(config, runtime, **options)
 
 
@@ -46,8 +46,10 @@ class PreferenceTrainer(SupervisedTrainer):
 
     def build(self):
         c = self.config
-        if c.model is None and c.loss not in REFERENCE_FREE:
-            raise UserError(f"{c.loss} compares with the policy that the run starts from: give --model FOLDER")
+        if c.model.path is None and c.algorithm.has_reference:
+            raise UserError(
+                f"{c.algorithm.type} compares with the policy that the run starts from: give --model FOLDER"
+            )
         super().build()
 
     def make_model(self, start):
@@ -60,7 +62,7 @@ class PreferenceTrainer(SupervisedTrainer):
 
     def make_reference(self) -> Reference:
         """A frozen copy of the first policy, or the policy without its adapter."""
-        engine = self.factory.frozen_policy(self.config.model)
+        engine = self.factory.frozen_policy(self.config.model.path)
         if engine is not None:
             return Reference(engine, self.inputs)
         return Reference(self.model, lambda batch: self.inputs(batch) | {"adapter": False})

@@ -93,7 +93,7 @@ def cached_reference(
     """
     main = runtime.is_main
     name = runtime.communicator.broadcast(_name_of_reference(config) if main else None)
-    folder = Path(config.cache_dir or "~/.cache/coati").expanduser()
+    folder = Path(config.data.cache_dir or "~/.cache/coati").expanduser()
     found: dict[str, Tensor] = {}
     reference: Reference | None = None
     for data in data_sets:
@@ -124,12 +124,12 @@ def _compute(reference: Reference, data, load, batching: Batching) -> Tensor:
 
 def _name_of_reference(c: PreferenceConfig) -> list:
     """All that the reference's log-probs depend on beside the data, for a hash."""
-    folders = [Path(c.model)]
-    if is_adapter(c.model):
-        folders.append(Path(base_of_adapter(c.model)))
+    folders = [Path(c.model.path)]
+    if is_adapter(c.model.path):
+        folders.append(Path(base_of_adapter(c.model.path)))
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
-    if c.model_config and Path(c.model_config).is_file():
-        files.append(Path(c.model_config))
+    if c.model.model_config and Path(c.model.model_config).is_file():
+        files.append(Path(c.model.model_config))
     hashes = [hash_file(path) for path in files]
     return [CACHE_VERSION, resolve_precision(c), str(engine_class(c).loads_in(c)), *hashes, *map(_revision_of, folders)]
 

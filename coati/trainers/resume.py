@@ -5,20 +5,10 @@ from typing import Any
 from coati.errors import UserError
 
 # What a run writes, where and how often: it trains the same
-UNSAID = (
-    "resume",
-    "output_dir",
-    "cache_dir",
-    "run_name",
-    "wandb",
-    "wandb_project",
-    "tensorboard",
-    "progress",
-    "samples",
-)
-UNSAID += ("log_every", "eval_every", "save_every", "keep_checkpoints")
+UNSAID = ("output_dir", "log_every", "data.cache_dir", "checkpoints.", "evaluation.", "tracking.")
 # Built into the checkpoint's weights
-FIXED = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "shared_trunk", "freeze")
+FIXED = ("model.lora_rank", "model.lora_alpha", "model.lora_dropout", "model.lora_target_modules")
+FIXED += ("algorithm.shared_trunk", "freeze")
 ORDER = "rows come in another order from here on: of this epoch some may be seen again, others not at all"
 OTHER_ROWS = (
     "resumed: the training data is not the checkpoint's (other rows, or files that moved): it goes on at the same "
@@ -29,24 +19,32 @@ WEIGHTS = "weights are the checkpoint's; a reference is the new one's"
 MEANING = {
     "batch_size": "the data goes on at the row where it stopped",
     "seed": ORDER,
-    "train_weights": ORDER,
+    "data.train_weights": ORDER,
     "buckets": ORDER,
     "mix": ORDER,
     "steps": RATE,
     "epochs": RATE,
     "tokens": RATE,
-    "learning_rate": RATE,
-    "critic_learning_rate": RATE,
-    "schedule": RATE,
-    "warmup": RATE,
-    "final_rate": RATE,
-    "model": WEIGHTS,
-    "model_config": WEIGHTS,
-    "critic_model": "weights are the checkpoint's",
-    "kl_coefficient": "from here on; with kl_target the adapted one of the checkpoint goes on",
-    "refresh_reference": "the reference is the last one that was kept, else that of the first step",
-    "plugin": "weights and optimizer states are carried over, results differ by rounding",
+    "optimizer.learning_rate": RATE,
+    "algorithm.critic_learning_rate": RATE,
+    "optimizer.schedule": RATE,
+    "optimizer.warmup": RATE,
+    "optimizer.final_rate": RATE,
+    "model.path": WEIGHTS,
+    "model.model_config": WEIGHTS,
+    "algorithm.critic_model": "weights are the checkpoint's",
+    "algorithm.kl_coefficient": "from here on; with kl_target the adapted one of the checkpoint goes on",
+    "algorithm.refresh_reference": "the reference is the last one that was kept, else that of the first step",
+    "parallel.plugin": "weights and optimizer states are carried over, results differ by rounding",
 }
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their paths: {"a": {"b": 1}} as {"a.b": 1}."""
+    by_path = {}
+    for name, value in settings.items():
+        by_path |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return by_path
 
 
 def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

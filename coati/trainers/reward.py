@@ -28,9 +28,9 @@ class RewardTrainer(SupervisedTrainer):
         return len(batch.margin)
 
     def loss(self, rewards, batch, denominator):
-        c, (chosen, rejected) = self.config, rewards.chunk(2)
-        margin = batch.margin if c.use_margin else None
-        options = dict(margin=margin, label_smoothing=c.label_smoothing, centering=c.centering)
+        a, (chosen, rejected) = self.config.algorithm, rewards.chunk(2)
+        margin = batch.margin if a.use_margin else None
+        options = dict(margin=margin, label_smoothing=a.label_smoothing, centering=a.centering)
         return pairwise_reward_loss(chosen, rejected, denominator, **options)
 
     def accumulate(self, rewards, batch, rows):

@@ -60,28 +60,28 @@ class RolloutTrainer(Trainer):
     def build_reference(self) -> LanguageModel | None:
         """A frozen copy of the policy that the run starts from, or the policy without its adapter."""
         c = self.config
-        if not c.needs_reference:
+        if not c.algorithm.needs_reference:
             return None
-        frozen = self.factory.frozen_policy(c.model)
+        frozen = self.factory.frozen_policy(c.model.path)
         if frozen is None:
             return LanguageModel(self.actor, adapter=False, group=c.shared_prefix_group)
         return LanguageModel(frozen, group=c.shared_prefix_group)
 
     def sampling(self, k: int) -> GenerationConfig:
         """How the tokens of iteration k are drawn."""
-        return self.config
+        return self.config.generation
 
     def longest_sequence(self) -> int:
         """The most tokens of a row that the run's models read: a prompt and its response."""
         prompts = [int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None]
-        return max(prompts) + self.config.max_new_tokens
+        return max(prompts) + self.config.generation.max_new_tokens
 
     # --- building
 
     def build(self):
         c = self.config
-        self.data = self.factory.dataset(c.train_data, "prompt", c.train_weights)
-        self.eval_data = self.factory.dataset(c.eval_data, "prompt")
+        self.data = self.factory.dataset(c.data.train_data, "prompt", c.data.train_weights)
+        self.eval_data = self.factory.dataset(c.data.eval_data, "prompt")
         self.order, self.total_steps = self.factory.order(self.data, self.start)
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()
@@ -93,7 +93,7 @@ class RolloutTrainer(Trainer):
                 f"{self.actor.module.config.model_type} has others"
             )
         self.reference = self.build_reference()
-        scorer = self.factory.scorer(self.load_reward_model(), self.given_rewards)
+        scorer = self.factory.scorer(self.load_reward_model, self.given_rewards)
         for data in (self.data, self.eval_data):
             if data is not None:
                 every = 1 + len(data) // ROWS_CHECKED
@@ -102,7 +102,7 @@ class RolloutTrainer(Trainer):
         self.rollouts = self.build_rollouts()
 
     def build_generation(self, scorer: Scorer) -> ScoredGeneration:
-        generator = self.factory.generator(self.actor, self.config.generation_batch_size)
+        generator = self.factory.generator(self.actor, self.config.generation)
         return ScoredGeneration(generator, scorer, self.tokenizer, eos_ids(self.tokenizer, self.actor.module))
 
     def build_rollouts(self) -> RolloutSource:
@@ -112,7 +112,7 @@ class RolloutTrainer(Trainer):
             self.generation,
             self.data,
             self.order,
-            Shape(prompts=c.batch_size, group_size=c.responses // c.batch_size, minibatches=c.minibatches),
+            Shape(prompts=c.batch_size, group_size=c.responses // c.batch_size, minibatches=c.algorithm.minibatches),
             self.ranks,
             seed=c.seed,
             sampling=self.sampling,
@@ -121,23 +121,20 @@ class RolloutTrainer(Trainer):
             max_refills=c.refills,
         )
 
-    def load_reward_model(self) -> ModelReward | None:
-        """The reward model of the settings, which reads the policy's tokens.
+    def load_reward_model(self, source: str) -> ModelReward:
+        """A reward model, which reads the policy's tokens.
 
         Raises:
             UserError: its tokenizer is another one.
         """
-        c = self.config
-        if c.reward_model is None:
-            return None
-        self.factory.check_reward_vocabulary(c.reward_model)
-        engine = self.factory.frozen(self.factory.model(RewardModel, c.reward_model))
+        self.factory.check_reward_vocabulary(source)
+        engine = self.factory.frozen(self.factory.model(RewardModel, source))
         return ModelReward(engine.forward_all, self.factory.pad_id, self.runtime.device, self.batching.split)
 
     def accumulates(self) -> bool:
         """Whether a minibatch may take several micro-batches."""
         c = self.config
-        return c.responses // c.minibatches // self.ranks.world_size > c.micro_batch_size
+        return c.responses // c.algorithm.minibatches // self.ranks.world_size > c.micro_batch_size
 
     # --- files
 
@@ -158,7 +155,7 @@ class RolloutTrainer(Trainer):
         filled = list(range(len(data))) + [0] * (-len(data) % ranks.world_size)
         mine = list(enumerate(filled))[ranks.rank :: ranks.world_size]
         prompts = [prompt_of(data, row, [self.config.seed, place]) for place, row in mine]
-        samples = self.generation.sample(prompts, self.config).samples
+        samples = self.generation.sample(prompts, self.config.generation).samples
         found = [(place, sample_row(sample)) for (place, _), sample in zip(mine, samples, strict=True)]
         of_places = dict(pair for of_rank in ranks.gather(found) for pair in of_rank)
         rows = [of_places[place] for place in range(len(data))]
@@ -167,7 +164,7 @@ class RolloutTrainer(Trainer):
         for name in names:
             values = [row[name] for row in rows if row[name] is not None]
             metrics[name] = sum(values) / len(values) if values else float("nan")
-        return metrics, rows[: self.config.samples]
+        return metrics, rows[: self.config.evaluation.samples]
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class SFTTrainer(SupervisedTrainer):
     def longest_sequence(self):
         """A row, or a sample response with its prompt."""
         asked = max((len(prompt) for prompt in self.sample_prompts()), default=None)
-        responded = 0 if asked is None else asked + self.config.max_new_tokens
+        responded = 0 if asked is None else asked + self.config.generation.max_new_tokens
         return max(super().longest_sequence(), responded)
 
     def collate(self, samples):
@@ -54,14 +54,16 @@ class SFTTrainer(SupervisedTrainer):
         """The first evaluation prompts, which are completed for the report."""
         if self.eval_data is None or not self.generates:
             return []
-        rows = [self.eval_data[i] for i in range(min(self.config.samples, len(self.eval_data)))]
+        rows = [self.eval_data[i] for i in range(min(self.config.evaluation.samples, len(self.eval_data)))]
         return [row.input_ids[: row.loss_mask.index(True)] for row in rows]
 
     def samples(self, row_scores):
         """Responses to the first evaluation prompts, drawn with the same noise at every evaluation."""
         prompts = self.sample_prompts()
         requests = [Request(prompt, [self.config.seed, place]) for place, prompt in enumerate(prompts)]
-        completions = self.factory.generator(self.model).generate(requests, self.config)
+        completions = self.factory.generator(self.model, self.config.generation).generate(
+            requests, self.config.generation
+        )
         ends = eos_ids(self.tokenizer, self.model.module)
         responses = response_texts(self.tokenizer, [completion.ids for completion in completions], ends)
         texts = self.tokenizer.batch_decode(prompts)

@@ -33,13 +33,13 @@ class SupervisedTrainer(Trainer):
 
     def build(self):
         c = self.config
-        self.data = self.load_data(c.train_data, c.train_weights)
-        self.eval_data = self.load_data(c.eval_data)
+        self.data = self.load_data(c.data.train_data, c.data.train_weights)
+        self.eval_data = self.load_data(c.data.eval_data)
         self.order, self.total_steps = self.make_order()
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
         self.batching = Batching(self.ranks, c.micro_batch_size, budget)
         self.factory.longest_sequence = self.longest_sequence()
-        start = self.folder.model_in_checkpoint(ONLY_MODEL) or c.model
+        start = self.folder.model_in_checkpoint(ONLY_MODEL) or c.model.path
         accumulates = c.batch_size // self.ranks.world_size > c.micro_batch_size
         self.model = self.factory.trained(self.make_model(start), accumulates=accumulates, generates=self.generates)
         self.engines = {ONLY_MODEL: self.model}
@@ -54,7 +54,7 @@ class SupervisedTrainer(Trainer):
 
     def make_model(self, start) -> BaseModel:
         """The model that is trained, from a folder."""
-        return self.factory.model(self.model_class, start, lora=self.config.lora)
+        return self.factory.model(self.model_class, start, lora=self.config.model.lora)
 
     def longest_sequence(self) -> int:
         """The most tokens of a row that the model reads."""
@@ -99,7 +99,7 @@ class SupervisedTrainer(Trainer):
     def step(self, k):
         rows = self.order.batch(k)
         micro_batches = self.load_all(self.data, self.batching.shard(rows, self.data.lengths), rows)
-        rate = self.learning_rate(k, self.config.learning_rate)
+        rate = self.learning_rate(k, self.config.optimizer.learning_rate)
         with self.model.update(rate) as update:
             update.add(micro_batches, self.inputs, self.loss, self.count)
         return {**update.metrics, "learning_rate": rate, "epoch": self.order.epoch(k + 1), "tokens": update.tokens}
@@ -147,9 +147,9 @@ class SupervisedTrainer(Trainer):
 
     def first_samples(self, row_scores: dict[int, Any]) -> list[dict[str, Any]]:
         """The samples of the first rows, whichever ranks have seen them."""
-        if self.config.samples == 0:
+        if self.config.evaluation.samples == 0:
             return []
-        first = [pair for pair in row_scores.items() if pair[0] < self.config.samples]
+        first = [pair for pair in row_scores.items() if pair[0] < self.config.evaluation.samples]
         return self.samples(dict(sorted(pair for of_rank in self.ranks.gather(first) for pair in of_rank)))
 
     def eval_outputs(self) -> Iterator[tuple[Any, Any, Tensor, list[int]]]:

@@ -19,8 +19,6 @@ from coati.trainers.loop import run
 from coati.trainers.resume import OTHER_ROWS
 from coati.trainers.schedule import learning_rate_at
 
-MODELS = ("model", "critic_model", "reward_model")  # settings that name one
-
 
 class Trainer:
     """An algorithm with all that it needs for a run.
@@ -48,14 +46,15 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, runtime: Runtime, *, make_factory: Callable[..., Factory] = Factory):
         self.config, self.runtime, self.make_factory = config, runtime, make_factory
-        if config.device == "cpu" and runtime.device.type != "cpu":
+        if config.parallel.device == "cpu" and runtime.device.type != "cpu":
             raise UserError("device is cpu, but this process uses a GPU already: start it with CUDA_VISIBLE_DEVICES=")
-        check_plugin(config, lora=config.lora_rank > 0 or bool(adapters_in(config)), world_size=runtime.world_size)
-        self.ranks = runtime.data_ranks(config.model_parallel_size)
+        adapts = config.model.lora_rank > 0 or any(is_adapter(source) for source in config.models)
+        check_plugin(config.parallel, lora=adapts, world_size=runtime.world_size)
+        self.ranks = runtime.data_ranks(config.parallel.model_parallel_size)
         config.check(self.ranks.world_size)
-        if config.lora_rank > 0 and config.model is None:
+        if config.model.lora_rank > 0 and config.model.path is None:
             raise UserError("LoRA adapts a trained model: give --model FOLDER, or train all weights (--lora_rank 0)")
-        self.evaluators = [import_function(place, "evaluator") for place in config.evaluators]
+        self.evaluators = [import_function(place, "evaluator") for place in config.evaluation.evaluators]
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, Engine] = {}
         self.folder = RunFolder(config, runtime, self.algorithm)
@@ -117,8 +116,8 @@ class Trainer:
 
     def learning_rate(self, k: int, peak: float) -> float:
         """The learning rate of step k: a function of the step alone, so nothing of it is stored."""
-        c = self.config
-        return learning_rate_at(k, self.total_steps, peak, c.schedule, c.warmup, c.final_rate)
+        o = self.config.optimizer
+        return learning_rate_at(k, self.total_steps, peak, o.schedule, o.warmup, o.final_rate)
 
     def rows_before(self, k: int) -> int:
         """Rows of the batches before step k, whatever size they had."""
@@ -137,7 +136,7 @@ class Trainer:
             "state": self.state(),
             "skipped_steps": {name: engine.skipped_steps for name, engine in self.engines.items()},
             "world_size": self.runtime.world_size,
-            "plugin": self.config.plugin,
+            "plugin": self.config.parallel.plugin,
             "rows": self.rows_before(self.steps_done),
             "data": self.data_key(),
             "settings": self.folder.settings,
@@ -158,9 +157,3 @@ class Trainer:
                 "start from new random states"
             )
             seed_everything(self.config.seed + 1 + self.ranks.rank + 1000 * self.steps_done)
-
-
-def adapters_in(config) -> list[str]:
-    """Models of the config that are adapters' folders."""
-    sources = [getattr(config, name, None) for name in MODELS]
-    return [source for source in sources if source is not None and is_adapter(source)]

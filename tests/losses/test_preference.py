@@ -17,7 +17,7 @@ from tests.oracles import preference as oracle
 
 names = st.sampled_from(sorted(PREFERENCE_LOSSES))
 TRL = json.loads(Path(__file__).with_name("trl_preference.json").read_text())
-NORMALISABLE = ("dpo", "robust", "hinge", "cpo")
+NORMALISABLE = ("dpo", "robust-dpo", "hinge", "cpo")
 
 
 @st.composite
@@ -203,7 +203,7 @@ def test_robust_is_unbiased_when_labels_are_flipped():
     chosen, rejected, e = drawn(5, 1), drawn(5, 2), 0.3
     clean, _ = preference_loss("dpo", chosen, rejected, 5)
     right, wrong = (
-        preference_loss("robust", *sides, 5, options=Options(label_smoothing=e))[0]
+        preference_loss("robust-dpo", *sides, 5, options=Options(label_smoothing=e))[0]
         for sides in ((chosen, rejected), (rejected, chosen))
     )
     assert ((1 - e) * right + e * wrong).item() == pytest.approx(clean.item())
@@ -217,7 +217,7 @@ def test_losses_without_a_reference_read_none(name):
     assert_same(preference_loss(name, *without, 3), preference_loss(name, chosen, rejected, 3))
 
 
-@pytest.mark.parametrize("name", ["dpo", "robust", "hinge", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", "robust-dpo", "hinge", "ipo"])
 def test_losses_with_a_reference_miss_it(name):
     alone = Answers(torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match="reference"):

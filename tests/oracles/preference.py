@@ -22,7 +22,7 @@ def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
     """Rewards of both answers, and the loss of the pair."""
     (good, n, good_reference), (bad, k, bad_reference) = chosen, rejected
     n, k = max(n, 1), max(k, 1)
-    if name in ("dpo", "robust", "hinge"):
+    if name in ("dpo", "robust-dpo", "hinge"):
         good, bad = beta * (good - good_reference), beta * (bad - bad_reference)
     elif name == "ipo":
         good, bad = beta * (good - good_reference) / n, beta * (bad - bad_reference) / k
@@ -34,7 +34,7 @@ def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
     right, wrong = -_log_sigmoid(m), -_log_sigmoid(-m)
     if name in ("dpo", "cpo"):
         loss = (1 - smoothing) * right + smoothing * wrong
-    elif name == "robust":
+    elif name == "robust-dpo":
         loss = ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
     elif name == "hinge":
         loss = max(0.0, 1 - m)

@@ -21,7 +21,7 @@ from tests.oracles import preference as oracle
 from tests.trainers.steps import nudge
 from tests.trainers.test_training import losses, weights
 
-LOSSES = ("dpo", "robust", "hinge", "ipo", "simpo", "orpo", "cpo", "kto")
+LOSSES = ("dpo", "robust-dpo", "hinge", "ipo", "simpo", "orpo", "cpo", "kto")
 
 
 def make(world, runtime, output: Path, **changes):
@@ -63,7 +63,7 @@ def answers_of(trainer, sequences) -> list[tuple[float, int, float]]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_of_each_loss_learns_and_leaves_a_model_logs_and_samples(loss, tiny_world, runtime, tmp_path):
     """PITFALL 33: both answers of a pair are there to be read, with their rewards."""
-    smoothing = 0.1 if loss == "robust" else 0.0
+    smoothing = 0.1 if loss == "robust-dpo" else 0.0
     make(tiny_world, runtime, tmp_path, loss=loss, steps=8, label_smoothing=smoothing).train()
     rows = read_metrics(tmp_path)
     page = (ROOT / "docs" / "preference.md").read_text()
@@ -400,7 +400,7 @@ def test_padding_may_hold_anything(tiny_world, runtime, tmp_path):
     [
         (dict(model=None, model_config="CONFIG"), "--model FOLDER"),
         (dict(beta=0.0), "beta is 0.0"),
-        (dict(loss="robust", label_smoothing=0.5), "less than 0.5"),
+        (dict(loss="robust-dpo", label_smoothing=0.5), "less than 0.5"),
         (dict(loss="ipo", label_smoothing=0.1), "no label_smoothing"),
         (dict(loss="simpo", length_normalised=True), "length_normalised is for dpo"),
         (dict(loss="kto", nll_coefficient=1.0), "nll_coefficient"),

@@ -27,7 +27,7 @@ class PretrainTrainer(SFTTrainer):
     def load_data(self, sources, weights=None):
         if not sources:
             return None
-        data, limit = PackedDataset(sources), self.config.max_length
+        data, limit = PackedDataset(sources), self.config.data.max_length
         longest = data.lengths.max()
         if longest > limit:
             raise UserError(f"{sources[0]} has rows of {longest} tokens: set max_length to that, not {limit}")
