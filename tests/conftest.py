@@ -107,6 +107,17 @@ def write_new_model(folder: Path, texts: list[str]) -> str:
     return str(folder)
 
 
+def functions(*places: str, weights: list[float] | None = None) -> list[dict]:
+    """Rewards that are Python functions, as settings."""
+    weights = [1.0] * len(places) if weights is None else weights
+    return [dict(type="function", path=place, weight=w) for place, w in zip(places, weights, strict=True)]
+
+
+def reward_model(path, **settings) -> dict:
+    """A reward model as a reward, as settings."""
+    return dict(type="model", path=str(path), **settings)
+
+
 def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
     """Settings of a tiny run of `sft`, `reward`, `preference`, `ppo` or `grpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
@@ -130,11 +141,11 @@ def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
         settings |= dict(max_new_tokens=8)
     if algorithm == "ppo":
         # greedy answers don't depend on which process draws them, so curves can be compared
-        settings |= dict(temperature=0.0, reward_functions=[world["rewards"] + ":length"], critic_learning_rate=1e-2)
+        settings |= dict(temperature=0.0, rewards=functions(world["rewards") + ":length"], critic_learning_rate=1e-2)
         settings |= dict(ppo_epochs=2, minibatches=2, learning_rate=3e-3, model=world["policy"], model_config=None)
         settings |= dict(max_prompt_length=96)
     if algorithm == "grpo":  # sampled answers, whose noise depends on the prompt alone
-        settings |= dict(reward_functions=[world["rewards"] + ":length"], group_size=4, minibatches=2, ppo_epochs=2)
+        settings |= dict(rewards=functions(world["rewards") + ":length"], group_size=4, minibatches=2, ppo_epochs=2)
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
     return settings | changes
 

@@ -10,7 +10,7 @@ import yaml
 
 from coati.cli import main
 from coati.commands import COMMANDS
-from coati.config import parse_config
+from coati.config import configure, parse_config
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT, settings_for
@@ -53,7 +53,7 @@ def test_a_first_configuration_is_that_of_its_method(method, tiny_world, tmp_pat
     config_class = ALGORITHMS[COMMANDS[method].algorithm].config
     parse_config(config_class, ["--config", str(tmp_path / "run.yaml")]).check(1)
     for name, value in COMMANDS[method].defaults.items():
-        assert getattr(config_class(**COMMANDS[method].defaults), name) == value
+        assert getattr(configure(config_class, **COMMANDS[method].defaults), name) == value
 
 
 def test_settings_win_over_a_methods_defaults():

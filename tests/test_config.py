@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import pytest
 
 import coati.config
-from coati.config import option, parse_config
+from coati.config import configure, option, parse_config
 from coati.errors import UserError
 from coati.losses import group, policy, preference
 from coati.trainers.config import GRPOConfig, PPOConfig, PreferenceConfig, RewardConfig, SFTConfig
@@ -304,7 +304,9 @@ def test_home_folders_are_written_out(parse, monkeypatch):
     text = "path: ~/a b\nfolders: [~/x, y/~]\nnames: [~/z]\n"
     for config in (parse(text), parse(None, "--path=~/a b", "--folders", "~/x", "y/~", "--names", "~/z")):
         assert dataclasses.asdict(config).items() >= expected.items()
-    ours = SFTConfig(output_dir="~/run", model="~/model", train_data=["~/a.jsonl"], cache_dir="~/cache", stop=["~/"])
+    ours = configure(
+        SFTConfig, output_dir="~/run", model="~/model", train_data=["~/a.jsonl"], cache_dir="~/cache", stop=["~/"]
+    )
     assert (ours.output_dir, ours.model) == ("/home/somebody/run", "/home/somebody/model")
     assert (ours.train_data, ours.cache_dir) == (["/home/somebody/a.jsonl"], "/home/somebody/cache")
     assert ours.stop == ["~/"]
@@ -407,12 +409,12 @@ def test_numbers_without_sense_are_refused_by_name_and_range(config_class, name,
     """REPORT 27: in Python and as flags; the bounds themselves are right where the range says so."""
     for value in wrong:
         with pytest.raises(UserError, match=rf"^{name} is .*: it must be (at least|above|at most|below|finite)"):
-            config_class(**{name: value})
+            configure(config_class, **{name: value})
         words = value if isinstance(value, list) else [value]
         with pytest.raises(UserError, match=f"{name} is "):
             parse_config(config_class, [f"--{name}", *map(str, words)])
     for value in right:
-        assert getattr(config_class(**{name: value}), name) == value
+        assert getattr(configure(config_class, **{name: value}), name) == value
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)

@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import coati.trainers
 from coati.cli import main
+from coati.config import configure
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.planner.dry_run import Workload, plan
@@ -20,6 +21,7 @@ from coati.rewards.config import ScoringConfig
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, SFTConfig, TrainerConfig
 from coati.trainers.trainer import Trainer
+from tests.conftest import reward_model
 
 # Attention narrow enough to be a small part, and a vocabulary that is no other width
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
@@ -29,7 +31,7 @@ WEIGHTS = 2 * 1000 * 64 + 64 + 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 
 
 def sft(gpus: int = 1, shape=LLAMA, on_gpu: bool = True, **settings):
     settings = {"precision": "bf16", "plugin": "zero2", "max_length": 128, "micro_batch_size": 4, **settings}
-    return plan(Workload("sft", SFTConfig(**settings), shape, gpus, on_gpu))
+    return plan(Workload("sft", configure(SFTConfig, **settings), shape, gpus, on_gpu))
 
 
 def kinds(found, moment: str | None = None) -> Counter:
@@ -111,7 +113,9 @@ def test_splitting_a_batch_over_ranks_halves_the_logits(kind):
     ],
 )
 def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
-    config = PPOConfig(precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16)
+    config = configure(
+        PPOConfig, precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16
+    )
     config.reward_model = "scorer"
     models = ("actor", "critic", "reference", "reward model")
     found = plan(Workload("ppo", config, shape, 2))
@@ -174,7 +178,7 @@ def test_plans_are_within_15_percent_of_real_peaks():
 
 TINY = LlamaConfig(**SHAPE, num_hidden_layers=1)
 RUN = dict(precision="bf16", plugin="zero2", batch_size=4, micro_batch_size=2, max_length=16, samples=2)
-ROLLOUTS = dict(max_prompt_length=8, max_new_tokens=4, verifiers=["math"])
+ROLLOUTS = dict(max_prompt_length=8, max_new_tokens=4, rewards=["math"])
 SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
     "sft": dict(max_new_tokens=4),
     "reward": {},
@@ -190,7 +194,7 @@ MORE = {
         dict(shared_trunk=True),
         dict(lora_rank=2),
         dict(ptx_data=["texts"], ptx_coefficient=0.1),
-        dict(kl_target=1.0, normalise_reward=True),
+        dict(kl_target=1.0, normalize_reward=True),
         dict(reward_classifiers=["classifier"]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
@@ -223,7 +227,7 @@ CASES = [
 
 
 def plan_of(name: str, gpus: int = 2, own=TINY, others=(), **changes):
-    config = ALGORITHMS[name].config(**{**RUN, **SETTINGS[name], **changes})
+    config = configure(ALGORITHMS[name].config, **{**RUN, **SETTINGS[name], **changes})
     return plan(Workload(name, config, own, gpus, others=dict(others)))
 
 
@@ -260,7 +264,7 @@ def test_every_algorithm_can_be_planned(name, changes):
 def test_models_are_those_of_the_run():
     shared = models(plan_of("preference"))
     assert shared == {"actor", "reference"}
-    assert models(plan_of("preference", loss="orpo")) == {"actor"}
+    assert models(plan_of("preference", algorithm="orpo")) == {"actor"}
     assert models(plan_of("preference", lora_rank=2)) == {"actor"}
     assert models(plan_of("preference", cache_reference=True)) == {"actor"}
     assert models(plan_of("grpo")) == {"actor"}
@@ -296,7 +300,7 @@ def test_gemini_shards_frozen_models_too():
 
 def test_a_reward_model_of_another_depth_is_continued_by_its_own():
     deep, shallow = (LlamaConfig(**SHAPE, num_hidden_layers=layers) for layers in (16, 2))
-    found = plan_of("ppo", own=deep, others={"scorer": shallow}, reward_model="scorer").peak
+    found = plan_of("ppo", own=deep, others={"scorer": shallow}, rewards=[reward_model("scorer")]).peak
     width = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 * 64
     assert found["reward model", "parameters"] == pytest.approx(2 * (1000 * 64 + 2 * width), rel=0.01)
     assert found["actor", "parameters"] == pytest.approx(2 * (2 * 1000 * 64 + 16 * width), rel=0.01)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from coati.commands import COMMANDS
-from coati.config import parse_config
+from coati.config import configure, parse_config
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
@@ -208,7 +208,7 @@ def check_report(folder: str, place, runtime):
     target = Path(place["root"]) / folder
     config_class, trainer_class = trainer_classes("sft")
     settings = settings_for("sft", place, steps=1, output_dir=str(target / "for-the-report"))
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
     assert main(["report", str(target)]) == 0
     assert "for-the-report" in (target / "report.html").read_text(encoding="utf-8")
 
@@ -225,9 +225,9 @@ def test_the_worked_algorithm_trains_as_the_real_one(tiny_world, runtime, tmp_pa
     code = "".join(example.source for example in doctest.DocTestParser().get_examples(page))
     worked: dict[str, Any] = {}
     exec(compile(code, "CONTRIBUTING.md", "exec"), worked)
-    settings = settings_for("preference", tiny_world, steps=3, eval_every=1) | dict(loss="dpo")
+    settings = settings_for("preference", tiny_world, steps=3, eval_every=1) | dict(algorithm="dpo")
     config_class, trainer_class = trainer_classes("preference")
-    trainer_class(config_class(**settings | dict(output_dir=str(tmp_path / "real"))), runtime).train()
+    trainer_class(configure(config_class, **settings | dict(output_dir=str(tmp_path / "real"))), runtime).train()
     fields = {field.name for field in dataclasses.fields(worked["PlainDPOConfig"])}
     settings = {name: value for name, value in settings.items() if name in fields}
     worked_config = worked["PlainDPOConfig"](**settings | dict(output_dir=str(tmp_path / "worked")))
@@ -305,7 +305,7 @@ def test_every_setting_and_metric_of_rollouts_is_explained(algorithm, changes, p
     config_class, trainer_class = trainer_classes(algorithm)
     changes |= dict(steps=1, output_dir=str(tmp_path / "run"))
     changes |= dict(ptx_data=[place["sft"]]) if algorithm == "ppo" else {}
-    trainer_class(config_class(**settings_for(algorithm, place, **changes)), runtime).train()
+    trainer_class(configure(config_class, **settings_for(algorithm, place, **changes)), runtime).train()
     logged = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step", "time"}
     logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
     settings = {field.name for c in (config_class, GenerationConfig) for field in dataclasses.fields(c)}

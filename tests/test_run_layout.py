@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coati import run_layout
+from coati.config import configure
 from coati.run_layout import checkpoint_of_step, find_model, newest_checkpoint, step_of, write_manifest
 from tests.conftest import ROOT, settings_for, trainer_classes
 
@@ -69,7 +70,7 @@ def tree(folder: Path) -> set[str]:
 def test_a_run_leaves_what_is_written_here(algorithm, models, tiny_world, runtime, tmp_path):
     config_class, trainer_class = trainer_classes(algorithm)
     settings = settings_for(algorithm, tiny_world, output_dir=str(tmp_path), tensorboard=False, steps=1)
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
     logs = {"metrics.jsonl", "samples.jsonl", "run.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"model", "checkpoints", *models[1:], *logs}
     [checkpoint] = (tmp_path / "checkpoints").iterdir()

@@ -129,7 +129,7 @@ def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
     if data == "preference":
         settings |= dict(batch_size=4 * case.processes, micro_batch_size=4)
     if data == "prompts":
-        settings |= dict(reward_model=world["scorer"], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0)
+        settings |= dict(rewards=[reward_model(world["scorer"])], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0)
     if case.algorithm == "grpo":
         settings |= dict(batch_size=2 * case.processes, group_size=4)
     names = LENGTHS if data == "prompts" else {"max_length": LENGTHS["max_length"]}
@@ -268,7 +268,7 @@ def fitting(algorithm: str, shape, gpus: int) -> str:
 
     shared = dict(precision="bf16", batch_size=256, max_length=2048, max_prompt_length=1024, max_new_tokens=512)
     for words, settings in RUNGS:
-        of_ppo = dict(generation_batch_size=16, reward_model="scorer") if algorithm == "ppo" else {}
+        of_ppo = dict(generation_batch_size=16, rewards=[reward_model("scorer")]) if algorithm == "ppo" else {}
         config = ALGORITHMS[algorithm].config(**{**shared, "micro_batch_size": 4, **settings, **of_ppo})
         try:
             peak = plan(Workload(algorithm, config, shape, gpus)).peak.total() / 2**30

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.conftest import settings_for
+from tests.conftest import reward_model, settings_for
 
 SAMPLING = dict(top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, min_new_tokens=2, temperature=0.7)
 # name: the algorithm and settings that take other ways through the code
@@ -14,7 +14,7 @@ RUNS = {
     "reward": ("reward", dict(use_margin=True, centering=0.01)),
     "dpo": ("preference", dict(share_prompts=True)),
     "dpo, prompts apart": ("preference", {}),
-    "kto": ("preference", dict(loss="kto")),
+    "kto": ("preference", dict(algorithm="kto")),
     "ppo": ("ppo", dict(scored_by_model=True, temperature=1.0)),
     "ppo, shared trunk": ("ppo", dict(SAMPLING, shared_trunk=True, dual_clip=3.0, kl_stop=0.1)),
     "grpo": ("grpo", {}),
@@ -49,5 +49,5 @@ def make_job(name: str, run: str, world: dict[str, str], folder: Path, **changes
     if "lora_rank" in changes:
         settings |= dict(model=world["policy"], model_config=None)
     if changes.pop("scored_by_model", False):
-        settings |= dict(reward_model=world["judge"], reward_functions=[])
+        settings |= dict(rewards=[reward_model(world["judge"])], rewards=[])
     return {"algorithm": algorithm, "settings": settings | changes}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from colossalai.pipeline import p2p
 
+from coati.config import configure
 from coati.parallel import accelerator, launch
 from coati.parallel.runtime import Runtime, shutdown
 from tests.conftest import trainer_classes
@@ -116,7 +117,7 @@ def run(runtime: Runtime, algorithm: str, settings: dict) -> dict:
     config_class, trainer_class = trainer_classes(algorithm)
     steps = []
     try:
-        trainer = trainer_class(config_class(**settings), runtime)
+        trainer = trainer_class(configure(config_class, **settings), runtime)
         step = trainer.step
 
         def recorded(k):
@@ -138,7 +139,7 @@ def waits_of_steps(runtime: Runtime, jobs: dict[str, dict]) -> dict[str, dict[st
     results = {}
     for name, job in jobs.items():
         config_class, trainer_class = trainer_classes(job["algorithm"])
-        trainer = trainer_class(config_class(**job["settings"]), runtime)
+        trainer = trainer_class(configure(config_class, **job["settings"]), runtime)
         with device.counting() as waits:
             trainer.step(0)
         results[name] = {place: n for place, n in waits.items() if not place.startswith("event.synchronize")}

@@ -41,7 +41,7 @@ def test_grpo_runs_on_real_questions_with_the_reward_really_evaluated(tmp_path):
     sft = common | dict(train_data=[paths["taught"]], output_dir=str(tmp_path / "sft"), steps=200, learning_rate=2e-3)
     run_jobs([{"name": "sft", "algorithm": "sft", "settings": sft | dict(micro_batch_size=8)}], tmp_path / "one", 2)
     grpo = common | dict(model=str(tmp_path / "sft" / "model"), output_dir=str(tmp_path / "grpo"), plugin="zero2")
-    grpo |= dict(train_data=[paths["asked"]], eval_data=[paths["held_out"]], verifiers=["gsm8k"], reward_workers=1)
+    grpo |= dict(train_data=[paths["asked"]], eval_data=[paths["held_out"]], rewards=["gsm8k"], reward_workers=1)
     grpo |= dict(steps=4, batch_size=16, group_size=4, micro_batch_size=16, learning_rate=1e-4, samples=100)
     grpo |= dict(
         max_prompt_length=192, max_new_tokens=96, missing_eos_penalty=None, dynamic_sampling=True, max_refills=1

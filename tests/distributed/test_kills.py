@@ -134,7 +134,7 @@ def strike(attempt: Attempt, kill: Kill) -> str:
 
 def chain(kills: list[Kill], world, folder: Path, steps: int) -> Counter:
     """A run with these kills, then to its end, against one that nobody killed; how often what was hit."""
-    changes = dict(steps=steps, plugin="zero2", temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
+    changes = dict(steps=steps, plugin="zero2", temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
     settings = settings_for("ppo", world, tensorboard=False, **changes)
     hits, output = Counter(), folder / "killed"
     killed = settings | dict(output_dir=str(output), save_every=1, resume="auto")

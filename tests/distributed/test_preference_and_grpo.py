@@ -14,7 +14,7 @@ from tests.distributed import test_model_parallel
 from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs, without_ties
 
 pytestmark = pytest.mark.distributed
-KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(loss="kto")}
+KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(algorithm="kto")}
 # a reward that is often the same for a whole group, and a reference
 KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}

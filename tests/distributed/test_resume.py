@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import settings_for
+from tests.conftest import functions, settings_for
 from tests.distributed.forks import run_jobs
 from tests.distributed.runs import assert_same_end, log_of
 from tests.distributed.world import LAYOUTS
@@ -19,10 +19,10 @@ BEFORE = 3  # steps before the checkpoint
 PLUGINS = {name: dict(plugin=name) for name in ("ddp", "zero1", "zero2", "zero2-offload")}
 PLUGINS["gemini"] = dict(plugin="gemini", precision="bf16")
 SPLIT = {name: LAYOUTS[name] for name in ("tp2", "pp2", "sp2", "tp2 x zero1", "pp2 x zero1", "sp2 x zero1")}
-STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
+STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
 # two rewards an answer may earn, so that many groups are replaced
 REFILLED = dict(
-    dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, reward_functions=["odd"]
+    dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards=functions("odd")
 )
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
@@ -36,7 +36,7 @@ def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
     changes = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9, tensorboard=False) | changes
     algorithm, extra = algorithm.partition(",")[0], ALGORITHMS[algorithm]
     if "reward_functions" in extra:
-        extra = extra | dict(reward_functions=[f"{world['rewards']}:{name}" for name in extra["reward_functions"]])
+        extra = extra | dict(rewards=functions(f"{world['rewards')}:{name}" for name in extra["reward_functions"]])
     settings = settings_for(algorithm, world, output_dir=str(folder / name), **extra | changes)
     return {"name": name, "algorithm": algorithm, "settings": settings}
 

@@ -12,6 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from coati.config import configure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
@@ -26,7 +28,7 @@ def run(job: dict, runtime):
         return run_job(job, runtime)
 
     config_class, trainer_class = trainer_classes(job["algorithm"])
-    trainer = trainer_class(config_class(**job["settings"]), runtime)
+    trainer = trainer_class(configure(config_class, **job["settings"]), runtime)
     steps = []
     step = trainer.step
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT, settings_for
+from tests.conftest import ROOT, reward_model, settings_for
 
 BUDGET = 200  # tokens: two of the longest rows, or one pair
 LAYOUTS = {
@@ -85,7 +85,7 @@ def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dic
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
     settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
     if algorithm == "ppo":
-        settings |= dict(steps=1, reward_model=world["judge"], critic_learning_rate=1e-3) | changes
+        settings |= dict(steps=1, rewards=[reward_model(world["judge"])], critic_learning_rate=1e-3) | changes
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from coati.config import configure
 from coati.parallel import launch
 from coati.parallel.runtime import shutdown
 from tests.conftest import settings_for, trainer_classes
@@ -16,7 +17,7 @@ def main():
         config_class, trainer_class = trainer_classes(algorithm)
         output = str(Path(job["folder"]) / algorithm)
         settings = settings_for(algorithm, job["world"], output_dir=output, plugin="ddp", precision="fp32")
-        trainer_class(config_class(**settings), runtime).train()
+        trainer_class(configure(config_class, **settings), runtime).train()
     shutdown()
 
 

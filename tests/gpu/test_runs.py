@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import ROOT, settings_for, trainer_classes
@@ -46,7 +47,7 @@ CLOSE = {"fp32": 2e-3, "bf16": 0.15, "fp16": 0.05}
 def make(algorithm: str, world, runtime, output: Path, layout: str, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     settings = settings_for(algorithm, world, output_dir=str(output), **LAYOUTS[layout], **changes)
-    return trainer_class(config_class(**settings), runtime)
+    return trainer_class(configure(config_class, **settings), runtime)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +96,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(algorithm, layout, tiny_world, r
     """To the last bit, with deterministic kernels."""
     changes = dict(steps=6, save_every=3, keep_checkpoints=9, deterministic=True)
     if algorithm == "ppo":
-        changes |= dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
+        changes |= dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
     make(algorithm, tiny_world, runtime, tmp_path / "whole", layout, **changes).train()
     middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
     make(algorithm, tiny_world, runtime, tmp_path / "resumed", layout, resume=str(middle), **changes).train()
@@ -118,7 +119,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(algorithm, layout, tiny_world, r
 def test_ppo_runs_with(changes, tiny_world, runtime, tmp_path):
     config_class, trainer_class = trainer_classes("ppo")
     settings = settings_for("ppo", tiny_world, output_dir=str(tmp_path / "run"), temperature=1.0, **changes)
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
     rows = read_metrics(tmp_path / "run")
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
 

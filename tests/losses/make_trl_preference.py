@@ -112,7 +112,7 @@ def main():
         labels = torch.arange(2 * PAIRS) % 3 != 0
         given = (log_probs, mask, reference)
         losses = {}
-        for name, kind in (("dpo", "sigmoid"), ("robust-dpo", "robust-dpo"), ("hinge", "hinge"), ("ipo", "ipo")):
+        for name, kind in (("dpo", "sigmoid"), ("robust-dpo", "robust"), ("hinge", "hinge"), ("ipo", "ipo")):
             if kind != "sigmoid" or smoothing == 0:  # TRL's sigmoid has no smoothing any more: CPO's has
                 losses[name] = dpo(*given, [kind], [1.0], beta, smoothing)
         losses["dpo, length_normalised"] = dpo(*given, ["sigmoid_norm"], [1.0], beta, 0.0)

@@ -215,7 +215,7 @@ SCRIPT = """
 import sys, time
 from coati.rewards import ScoringConfig, load_rewards
 from tests.rewards.samples import samples, totals
-rewards = load_rewards(ScoringConfig(reward_functions=[sys.argv[1]]))
+rewards = load_rewards(ScoringConfig(rewards=functions(sys.argv[1)]))
 print(int(totals(rewards, ["pid"])[0]), flush=True)
 rewards.begin(*samples([""], ["hang"]))
 time.sleep(0.5)
@@ -242,16 +242,16 @@ def test_processes_end_with_the_trainer_however_it_ends(place, end):
 
 
 def test_the_settings_reach_the_pool(make, place):
-    config = ScoringConfig(verifiers=["gsm8k"], verifier_weights=[0.5], reward_functions=[place], reward_workers=2)
+    config = ScoringConfig(rewards=["gsm8k"], verifier_weights=[0.5], rewards=functions(place), reward_workers=2)
     rewards = load_rewards(config)
     assert len(rewards.pool.workers) == 2 and rewards.pool.workers[0].timeout == 60.0
     assert totals(rewards, ["3"], answer=["3"]) == [7.5]
     rewards.pool.close()
-    quiet = ScoringConfig(verifiers=["gsm8k"], reward_workers=0)
+    quiet = ScoringConfig(rewards=["gsm8k"], reward_workers=0)
     assert load_rewards(quiet).pool is None
     for bad in (dict(reward_workers=-1), dict(reward_failure_score=float("nan")), dict(verifier_weights=[1.0, 2.0])):
         with pytest.raises(UserError, match=next(iter(bad))):
-            load_rewards(ScoringConfig(verifiers=["gsm8k"], **bad))
+            load_rewards(ScoringConfig(rewards=["gsm8k"], **bad))
 
 
 def test_many_threads_and_batches_at_once_get_their_own_scores(make, place):

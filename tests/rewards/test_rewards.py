@@ -138,7 +138,7 @@ def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
             f"def reward(prompts, responses, **c):\n    return [{i}.0] * len(responses)\n"
         )
         places.append(f"{tmp_path}/r{i}.py:reward")
-    config = ScoringConfig(reward_functions=places, reward_function_weights=[1.0, 10.0])
+    config = ScoringConfig(rewards=functions(*places), reward_function_weights=[1.0, 10.0])
     found = scored(load_rewards(config), PROMPTS, RESPONSES)
     assert [sample.score for sample in found] == [21.0] * 3
     assert [sample.rewards for sample in found] == [{"reward": 1.0, "reward_2": 2.0}] * 3
@@ -363,7 +363,7 @@ def test_a_file_may_hold_a_whole_reward(write_module):
         "    def score(self, samples):\n        return [7.0] * len(samples)\nreward = First()\n"
     )
     assert load_function(f"{path}:reward").name == "first"
-    rewards = load_rewards(ScoringConfig(reward_functions=[f"{path}:reward"]))
+    rewards = load_rewards(ScoringConfig(rewards=functions(f"{path}:reward")))
     assert of_reward("first", scored(rewards, PROMPTS, RESPONSES)) == [7.0] * 3
 
 

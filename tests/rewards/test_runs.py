@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
-from tests.conftest import sentence, settings_for, trainer_classes, write_rows
+from tests.conftest import functions, reward_model, sentence, settings_for, trainer_classes, write_rows
 from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
 
@@ -26,7 +27,9 @@ even = Tokens()
 
 def make(tiny_world, runtime, folder, **changes):
     config_class, trainer_class = trainer_classes("ppo")
-    return trainer_class(config_class(**settings_for("ppo", tiny_world, output_dir=str(folder), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for("ppo", tiny_world, output_dir=str(folder), **changes)), runtime
+    )
 
 
 def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
@@ -39,7 +42,7 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
         changes = dict(reward_classifiers=[str(tmp_path / "judge")], reward_classifier_weights=[0.5], steps=1)
         changes |= dict(reward_urls=[f"http://127.0.0.1:{server.server_port}/"], reward_url_weights=[0.1])
         places = [tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even"]
-        changes |= dict(reward_functions=places, reward_function_weights=[1.0, 2.0], reward_batch_size=3)
+        changes |= dict(rewards=functions(*places), reward_function_weights=[1.0, 2.0], reward_batch_size=3)
         make(tiny_world, runtime, tmp_path / "run", **changes).train()
         server.shutdown()
     assert max(len(asked["responses"]) for asked in server.asked) == 3
@@ -60,8 +63,8 @@ def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path,
     gae, seen = ppo.gae, []
     (tmp_path / "rules.py").write_text(RULES)
     places = [f"{tmp_path}/rules.py:even", tiny_world["rewards"] + ":length"]
-    changes = dict(reward_functions=places, reward_function_weights=[3.0, 1.0], temperature=1.0)
-    changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalise_reward=True)
+    changes = dict(rewards=functions(*places), reward_function_weights=[3.0, 1.0], temperature=1.0)
+    changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalize_reward=True)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     monkeypatch.setattr(
         ppo, "gae", lambda values, rewards, mask, *a: seen.append(rewards) or gae(values, rewards, mask, *a)
@@ -85,7 +88,7 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
     """The answer comes from the data; an answer that can't be told right or wrong is counted."""
     rows = [{"question": sentence(i, 3), "answer": "ten" if i == 0 else f"so\n#### {i}"} for i in range(8)]
     data = [write_rows(tmp_path / "rows.jsonl", rows)]
-    changes = dict(verifiers=["gsm8k", "regex"], verifier_weights=[1.0, 0.5], reward_functions=[], eval_data=data)
+    changes = dict(rewards=["gsm8k", "regex"], verifier_weights=[1.0, 0.5], rewards=[], eval_data=data)
     changes |= dict(train_data=data, regex_pattern="(?s).*", steps=1, reward_workers=workers)
     make(tiny_world, runtime, tmp_path / "run", **changes, reward_failure_score=-8.0).train()
     written = read_metrics(tmp_path / "run")
@@ -102,13 +105,13 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
     ("changes", "says"),
     [
         (
-            dict(verifiers=["gsm8k"], reward_functions=[]),
+            dict(rewards=["gsm8k"], rewards=[]),
             "reads the column 'answer', which the prompts' rows don't have",
         ),
-        (dict(verifiers=["gsm8k"], reward_functions=[], answer_column="gold"), "name one of its fields: gold.value"),
-        (dict(reward_functions=["{rules}:asks"]), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
+        (dict(rewards=["gsm8k"], rewards=[], answer_column="gold"), "name one of its fields: gold.value"),
+        (dict(rewards=functions("{rules}:asks")), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
         (
-            dict(reward_functions=["{rules}:completions"]),
+            dict(rewards=functions("{rules}:completions")),
             r"is called as completions\(prompts, responses, \*\*columns\)",
         ),
     ],
@@ -141,7 +144,7 @@ def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
     rows = [{"prompt": sentence(i, 3), "kind": "chat" if i < 6 else "code"} for i in range(8)]
     data = [write_rows(tmp_path / "rows.jsonl", rows)]
     places = [f"{tmp_path}/rules.py:some", f"{tmp_path}/rules.py:none"]
-    changes = dict(reward_functions=places, train_data=data, eval_data=data, steps=1)
+    changes = dict(rewards=functions(*places), train_data=data, eval_data=data, steps=1)
     make(tiny_world, runtime, tmp_path / "run", **changes).train()
     written = read_metrics(tmp_path / "run")
     [trained] = [row for row in written if "reward" in row]
@@ -158,10 +161,10 @@ def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_wor
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "judge")
     gpt2_tokenizer().save_pretrained(tmp_path / "judge")
     with pytest.raises(UserError, match=r"another vocabulary than the policy.*--reward_classifiers"):
-        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "judge"))
+        make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "judge"))])
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"no tokenizer beside it.*--reward_classifier_tokenizer"):
-        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "bare"))
+        make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "bare"))])
 
 
 def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_path):
@@ -174,7 +177,7 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
     classifier = make_classifier(config)
     classifier.save_pretrained(tmp_path / "judge")
     AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
-    changes = dict(reward_model=str(tmp_path / "judge"), reward_functions=[])
+    changes = dict(rewards=[reward_model(str(tmp_path / "judge"))], rewards=[])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
     batch, _ = trainer.rollouts.next(0)
@@ -190,7 +193,7 @@ def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tm
     """In a process of their own, and with the same scores."""
     (tmp_path / "rules.py").write_text("def words(prompts, responses, **c):\n    return [len(r) for r in responses]\n")
     (tmp_path / "rules.py").open("a").write("words.per_response = True\n")
-    changes = dict(reward_functions=[f"{tmp_path}/rules.py:words"], reward_workers=1, max_rollout_kl=9.0)
+    changes = dict(rewards=functions(f"{tmp_path}/rules.py:words"), reward_workers=1, max_rollout_kl=9.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     scorer, begun = trainer.generation.scorer, []
     submit, score = scorer.pool.submit, scorer.score

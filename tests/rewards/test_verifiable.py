@@ -340,7 +340,7 @@ def test_what_is_read_of_a_response():
 )
 def test_settings_that_do_not_fit_are_refused_at_the_start(name, settings, says):
     with pytest.raises(UserError, match=says):
-        load_rewards(ScoringConfig(verifiers=[name], **settings))
+        load_rewards(ScoringConfig(rewards=[name], **settings))
 
 
 def test_a_schema_that_is_none_is_refused(tmp_path):

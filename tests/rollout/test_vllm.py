@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coati import rollout
+from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.lora import LoraSettings
@@ -189,7 +190,7 @@ def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path,
     config_class, trainer_class = trainer_classes("ppo")
     options = dict(model=str(policy), rollout_engine="vllm", steps=2, temperature=1.0, output_dir=str(tmp_path / "run"))
     settings = settings_for("ppo", tiny_world, **options | changes)
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
     rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
     assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
 
@@ -198,7 +199,7 @@ def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path,
 def test_sharded_models_are_refused(vllm, tiny_world, changes):
     config_class, _ = trainer_classes("ppo")
     with pytest.raises(UserError, match="--rollout_engine coati"):
-        config_class(**settings_for("ppo", tiny_world, rollout_engine="vllm", **changes)).check(2)
+        configure(config_class, **settings_for("ppo", tiny_world, rollout_engine="vllm", **changes)).check(2)
 
 
 def test_generate_takes_it_from_the_settings(actors):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from coati.config import configure
 from coati.rollout import Experience, RolloutBatch, prompt_of
 from tests.conftest import settings_for, trainer_classes
 
@@ -26,13 +27,13 @@ TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
     "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
-    "preference, kto": ("preference", "gpt2", dict(loss="kto", undesirable_weight=1.5)),
+    "preference, kto": ("preference", "gpt2", dict(algorithm="kto", undesirable_weight=1.5)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
     "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
     "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
-    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalise_reward=True, kl_target=1.0)),
+    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0)),
 }
 BATCH = 8
 FILLER = 7  # what padding holds: a word of the vocabulary, so that nothing may depend on the id of padding
@@ -75,7 +76,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     if "ptx_coefficient" in changes:
         settings["ptx_data"] = [world["sft"]]
     config_class, trainer_class = trainer_classes(algorithm)
-    trainer = trainer_class(config_class(**settings), runtime)
+    trainer = trainer_class(configure(config_class, **settings), runtime)
     if algorithm in ("ppo", "grpo"):
         end_some_answers(trainer)
     if algorithm == "preference":  # away from the reference, where all rewards are 0

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.packed import PackedGroups, check_packing
 from coati.tracking import read_metrics
-from tests.conftest import settings_for, trainer_classes
+from tests.conftest import reward_model, settings_for, trainer_classes
 from tests.models.families import padded, tiny_config
 from tests.trainers.steps import iterate
 
@@ -53,7 +54,9 @@ def sharp_world(tiny_world, tmp_path_factory) -> dict[str, str]:
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     changes = dict(precision="bf16") | changes
-    return trainer_class(config_class(**settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 def test_logits_differ_as_those_of_trained_models_do(sharp_world):
@@ -167,7 +170,7 @@ def values_of(output, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_rewards_of_a_run_are_those_of_the_model_in_fp32(plugin, sharp_world, runtime, tmp_path):
     """Of the same responses, up to the rounding of the reward model's trunk."""
-    changes = dict(reward_model=sharp_world["judge"], reward_functions=[], plugin=plugin) | RESPONSES
+    changes = dict(rewards=[reward_model(sharp_world["judge"])], rewards=[], plugin=plugin) | RESPONSES
     trainer = make("grpo", sharp_world, runtime, tmp_path, **changes)
     batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
@@ -183,7 +186,7 @@ RESUMED = {
     "sft": {},
     "reward": {},
     "preference": {},
-    "ppo": dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True),
+    "ppo": dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True),
     "grpo": dict(kl_coefficient=0.05),
 }
 

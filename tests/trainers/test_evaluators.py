@@ -2,6 +2,7 @@
 
 import pytest
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import settings_for, trainer_classes
@@ -15,7 +16,7 @@ def steps(trainer):
 def make(world, runtime, output, **changes):
     config_class, trainer_class = trainer_classes("sft")
     settings = settings_for("sft", world, output_dir=str(output), steps=2, **changes)
-    return trainer_class(config_class(**settings), runtime)
+    return trainer_class(configure(config_class, **settings), runtime)
 
 
 @pytest.mark.parametrize("with_data", [True, False])

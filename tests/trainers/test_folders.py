@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from coati.config import configure
 from coati.data.dataset import writing
 from coati.errors import UserError
 from coati.run_layout import LOCK
@@ -22,7 +23,9 @@ ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo"]
 
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(config_class(**settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 class Died(Exception):

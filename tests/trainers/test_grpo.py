@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.losses import group_advantages
 from coati.rollout import prompt_of
 from coati.tracking import read_metrics
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
-from tests.conftest import settings_for
+from tests.conftest import functions, settings_for
 from tests.trainers.steps import iterate
 
 # The published algorithms as options, see docs/grpo.md; here each runs, there they are explained.
@@ -31,7 +32,7 @@ ALGORITHMS = {
 
 
 def make(world, runtime, output, **changes) -> GRPOTrainer:
-    return GRPOTrainer(GRPOConfig(**settings_for("grpo", world, output_dir=str(output), **changes)), runtime)
+    return GRPOTrainer(configure(GRPOConfig, **settings_for("grpo", world, output_dir=str(output), **changes)), runtime)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -89,7 +90,7 @@ def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_pat
 def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     """The batch is full of groups that differ, in the order of the data; the position in the data moves on by what was
     drawn."""
-    options = dict(reward_functions=[tiny_world["rewards"] + ":odd"], max_refills=20, group_size=2)
+    options = dict(rewards=functions(tiny_world["rewards") + ":odd"], max_refills=20, group_size=2)
     trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, **options)
     rollouts = trainer.rollouts
     rollout, metrics = rollouts.next(0)
@@ -121,7 +122,7 @@ def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, 
 
 def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
     """PITFALL 25: to the last bit, with a reference that is refreshed and a temperature that falls."""
-    changes = dict(dynamic_sampling=True, reward_functions=[tiny_world["rewards"] + ":odd"], kl_coefficient=0.05)
+    changes = dict(dynamic_sampling=True, rewards=functions(tiny_world["rewards") + ":odd"], kl_coefficient=0.05)
     changes |= dict(
         group_size=2,
         refresh_reference=2,
@@ -246,7 +247,7 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(group_size=1, advantage="remax", dynamic_sampling=True), "group_size must be at least 2"),
         (dict(temperature=0.0), "temperature"),
         (dict(final_temperature=0.0), "final_temperature"),
-        (dict(normalise_reward=True), "normalise_reward"),
+        (dict(normalize_reward=True), "normalize_reward"),
         (dict(kl_coefficient=0.1, kl_estimator="k1"), "k2 or k3"),
         (dict(refresh_reference=3), "kl_coefficient"),
         (dict(refresh_reference=3, kl_coefficient=0.1, plugin="gemini", precision="bf16"), "whole on every process"),
@@ -266,7 +267,7 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(changes, words, tiny_world):
     with pytest.raises(UserError, match=words) as error:
-        GRPOConfig(**settings_for("grpo", tiny_world, output_dir="unused", **changes)).check(world_size=1)
+        configure(GRPOConfig, **settings_for("grpo", tiny_world, output_dir="unused", **changes)).check(world_size=1)
     assert "\n" not in str(error.value)
 
 

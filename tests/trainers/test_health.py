@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import settings_for, trainer_classes
@@ -33,7 +34,9 @@ CASES += [("ddp", "ppo", "loss"), ("zero2", "ppo", "gradient")]
 
 def make(algorithm, world, runtime, output, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(config_class(**settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.files import aside_of
 from coati.losses import response_targets
@@ -26,7 +27,9 @@ LOSSES = ("dpo", "robust-dpo", "hinge", "ipo", "simpo", "orpo", "cpo", "kto")
 
 def make(world, runtime, output: Path, **changes):
     config_class, factory = trainer_classes("preference")
-    return factory(config_class(**settings_for("preference", world, output_dir=str(output), **changes)), runtime)
+    return factory(
+        configure(config_class, **settings_for("preference", world, output_dir=str(output), **changes)), runtime
+    )
 
 
 def moved(world, runtime, output: Path, **changes):
@@ -64,7 +67,7 @@ def answers_of(trainer, sequences) -> list[tuple[float, int, float]]:
 def test_a_run_of_each_loss_learns_and_leaves_a_model_logs_and_samples(loss, tiny_world, runtime, tmp_path):
     """PITFALL 33: both answers of a pair are there to be read, with their rewards."""
     smoothing = 0.1 if loss == "robust-dpo" else 0.0
-    make(tiny_world, runtime, tmp_path, loss=loss, steps=8, label_smoothing=smoothing).train()
+    make(tiny_world, runtime, tmp_path, algorithm=loss, steps=8, label_smoothing=smoothing).train()
     rows = read_metrics(tmp_path)
     page = (ROOT / "docs" / "preference.md").read_text()
     logged = {name for row in rows for name in row} - {"step", "time"}
@@ -86,7 +89,7 @@ def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, t
     for path, side in ((good, "chosen"), (bad, "rejected")):
         rows = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p in pairs]
         write_rows(path, rows)
-    trainer = moved(tiny_world, runtime, tmp_path / "run", loss="kto", eval_data=[str(good), str(bad)])
+    trainer = moved(tiny_world, runtime, tmp_path / "run", algorithm="kto", eval_data=[str(good), str(bad)])
     metrics, _ = trainer.evaluate()
     assert metrics["responses/good"] == metrics["responses/bad"] == len(pairs)
     assert metrics["kl/good"] == pytest.approx(metrics["kl"]) == pytest.approx(metrics["kl/bad"])
@@ -98,7 +101,7 @@ def test_kto_measures_each_file_and_takes_the_kl_from_all(tiny_world, runtime, t
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
 def test_the_steps_loss_is_the_oracles_on_log_probs_of_plain_transformers(loss, tiny_world, runtime, tmp_path):
     """The policy and, as the reference, the model in the folder that the run started from; the answers' tokens only."""
-    trainer = moved(tiny_world, runtime, tmp_path, loss=loss, nll_coefficient=0.3, beta=0.4, learning_rate=0.0)
+    trainer = moved(tiny_world, runtime, tmp_path, algorithm=loss, nll_coefficient=0.3, beta=0.4, learning_rate=0.0)
     pairs = [trainer.data[row] for row in trainer.order.batch(0)]
     chosen, rejected = (answers_of(trainer, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected"))
     found = trainer.step(0)
@@ -114,7 +117,7 @@ def test_the_kto_loss_is_the_oracles_with_the_kl_of_exchanged_answers(tiny_world
     first = {name: tensor.clone() for name, tensor in bad.state_dict().items()}
     nudge(bad.parameters(), 0.2)  # a reference that gives any answer less than the policy does
     bad.save_pretrained(tmp_path / "bad")
-    settings = dict(loss="kto", beta=0.4, undesirable_weight=1.5, model=str(tmp_path / "bad"))
+    settings = dict(algorithm="kto", beta=0.4, undesirable_weight=1.5, model=str(tmp_path / "bad"))
     trainer = make(tiny_world, runtime, tmp_path / "run", **settings)
     trainer.engines["model"].module.model.load_state_dict(first)
     rows = sorted(trainer.order.batch(0))
@@ -138,7 +141,7 @@ def test_the_kto_loss_is_the_oracles_with_the_kl_of_exchanged_answers(tiny_world
 
 
 def test_evaluation_gives_the_oracles_numbers(tiny_world, runtime, tmp_path):
-    trainer = moved(tiny_world, runtime, tmp_path, loss="dpo", micro_batch_size=3)
+    trainer = moved(tiny_world, runtime, tmp_path, algorithm="dpo", micro_batch_size=3)
     pairs = list(trainer.eval_data)
     chosen, rejected = (answers_of(trainer, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected"))
     _, expected = oracle.preference_loss("dpo", chosen, rejected, len(pairs), 0.1, 0.0, 0.5)
@@ -155,7 +158,7 @@ def test_evaluation_gives_the_oracles_numbers(tiny_world, runtime, tmp_path):
 def test_losses_without_a_reference_have_none(loss, tiny_world, runtime, tmp_path):
     """PITFALL 29: nothing is made of, or asked of, a reference that isn't there, even from random weights."""
     changes = dict(model=None, model_config=tiny_world["model_config"])
-    trainer = make(tiny_world, runtime, tmp_path, loss=loss, steps=2, **changes)
+    trainer = make(tiny_world, runtime, tmp_path, algorithm=loss, steps=2, **changes)
     assert trainer.reference is None
     trainer.train()
     assert len(losses(tmp_path)) == 2
@@ -164,8 +167,8 @@ def test_losses_without_a_reference_have_none(loss, tiny_world, runtime, tmp_pat
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_the_reference_stays_the_first_policy_after_a_resume(loss, tiny_world, runtime, tmp_path):
     """PITFALL 13: the trained policy is not taken for the reference."""
-    make(tiny_world, runtime, tmp_path, loss=loss, steps=3, save_every=3).train()
-    resumed = make(tiny_world, runtime, tmp_path, loss=loss, steps=4, resume="auto")
+    make(tiny_world, runtime, tmp_path, algorithm=loss, steps=3, save_every=3).train()
+    resumed = make(tiny_world, runtime, tmp_path, algorithm=loss, steps=4, resume="auto")
     first = load_file(Path(tiny_world["policy"]) / "model.safetensors")
     state, policy = (e.module.model.state_dict() for e in (resumed.reference.engine, resumed.engines["model"]))
     assert all(torch.equal(state[name], tensor) for name, tensor in first.items())
@@ -175,8 +178,8 @@ def test_the_reference_stays_the_first_policy_after_a_resume(loss, tiny_world, r
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_with_lora_the_reference_is_the_policy_without_its_adapter(loss, tiny_world, runtime, tmp_path):
     """No copy of the model: the same log-probs as a copy gives, and dropout of the adapter is off too."""
-    trainer = moved(tiny_world, runtime, tmp_path / "lora", loss=loss, lora_rank=2, lora_dropout=0.5)
-    other = make(tiny_world, runtime, tmp_path / "whole", loss=loss)
+    trainer = moved(tiny_world, runtime, tmp_path / "lora", algorithm=loss, lora_rank=2, lora_dropout=0.5)
+    other = make(tiny_world, runtime, tmp_path / "whole", algorithm=loss)
     assert trainer.reference.engine is trainer.model and other.reference.engine is not other.model
     batch = trainer.load(trainer.data, [0, 5, 9])
     [theirs], [same] = other.reference.sums_of([batch]), trainer.reference.sums_of([batch])
@@ -200,7 +203,7 @@ def test_an_adapter_that_goes_on_training_is_compared_with_itself(tiny_world, ru
 # --- prompts that are read once
 
 
-@pytest.mark.parametrize("changes", [{}, dict(lora_rank=2), dict(loss="orpo"), dict(cache_reference=True)])
+@pytest.mark.parametrize("changes", [{}, dict(lora_rank=2), dict(algorithm="orpo"), dict(cache_reference=True)])
 def test_a_prompt_that_is_read_once_for_both_answers_changes_nothing(changes, tiny_world, runtime, tmp_path):
     runs = {}
     for share in (False, True):
@@ -220,7 +223,9 @@ def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, ru
     for name, settings in (("bloom", bloom | dict(vocab_size=config["vocab_size"])), ("mistral", windowed)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
-        changes = dict(model=None, model_config=str(tmp_path / name / "config.json"), loss="orpo", share_prompts=True)
+        changes = dict(
+            model=None, model_config=str(tmp_path / name / "config.json"), algorithm="orpo", share_prompts=True
+        )
         changes |= dict(attn_implementation="eager")
         with pytest.raises(UserError, match="can't read a prompt once for all: leave share_prompts out"):
             make(tiny_world, runtime, tmp_path / f"{name}-run", **changes)
@@ -261,7 +266,9 @@ def test_a_cache_is_read_by_later_runs_until_model_or_data_change(tiny_world, ru
     assert len(files) == 2 and not [f for f in files if f.suffix != ".safetensors"]
     with monkeypatch.context() as patch:
         patch.setattr(PreferenceTrainer, "make_reference", no_model)
-        again = make(tiny_world, runtime, tmp_path / "again", **settings, beta=0.7, loss="ipo", seed=3, batch_size=4)
+        again = make(
+            tiny_world, runtime, tmp_path / "again", **settings, beta=0.7, algorithm="ipo", seed=3, batch_size=4
+        )
     read, computed = again.reference.of_sets, first.reference.of_sets
     assert read.keys() == computed.keys() and all(torch.equal(read[key], computed[key]) for key in computed)
     # other rows, another template, other weights in a folder of the same name
@@ -308,8 +315,8 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(loss="dpo"),
-        dict(loss="kto"),
+        dict(algorithm="dpo"),
+        dict(algorithm="kto"),
         pytest.param(dict(cache_reference=True), marks=pytest.mark.slow),
         pytest.param(dict(lora_rank=2), marks=pytest.mark.slow),
     ],
@@ -340,7 +347,7 @@ def test_exchanged_answers_belong_to_other_prompts_and_keep_to_the_length(tiny_w
         for i in range(4)
     ]
     path = write_rows(tmp_path / "rows.jsonl", pairs)
-    settings = dict(loss="kto", train_data=[path], eval_data=[], max_length=48)
+    settings = dict(algorithm="kto", train_data=[path], eval_data=[], max_length=48)
     trainer = make(tiny_world, runtime, tmp_path / "run", **settings)
     seen, collate = [], module.collate_sft
     monkeypatch.setattr(module, "collate_sft", lambda rows, pad: seen.extend(rows) or collate(rows, pad))
@@ -359,7 +366,7 @@ def test_exchanged_answers_belong_to_other_prompts_and_keep_to_the_length(tiny_w
 
 def test_kto_batches_are_not_sorted_into_one_sort(tiny_world, runtime, tmp_path):
     """The chosen answers here are the longer ones."""
-    trainer = make(tiny_world, runtime, tmp_path, loss="kto")
+    trainer = make(tiny_world, runtime, tmp_path, algorithm="kto")
     shares = [sum(trainer.data[row].desirable for row in trainer.order.batch(k)) / 8 for k in range(10)]
     assert sum(shares) == 5.0 and all(0 < share < 1 for share in shares)
 
@@ -367,7 +374,7 @@ def test_kto_batches_are_not_sorted_into_one_sort(tiny_world, runtime, tmp_path)
 def test_kto_reads_labels_and_reports_what_is_there(tiny_world, runtime, tmp_path):
     rows = [{"prompt": f"ask {i}", "completion": f"answer {i}", "label": True} for i in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    trainer = make(tiny_world, runtime, tmp_path / "run", loss="kto", train_data=[path], eval_data=[path])
+    trainer = make(tiny_world, runtime, tmp_path / "run", algorithm="kto", train_data=[path], eval_data=[path])
     metrics = trainer.step(0)
     assert metrics["desirable"] == 1.0
     assert "reward_desirable" in metrics and not {"reward_undesirable", "margin"} & metrics.keys()
@@ -400,15 +407,15 @@ def test_padding_may_hold_anything(tiny_world, runtime, tmp_path):
     [
         (dict(model=None, model_config="CONFIG"), "--model FOLDER"),
         (dict(beta=0.0), "beta is 0.0"),
-        (dict(loss="robust-dpo", label_smoothing=0.5), "less than 0.5"),
-        (dict(loss="ipo", label_smoothing=0.1), "no label_smoothing"),
-        (dict(loss="simpo", length_normalised=True), "length_normalised is for dpo"),
-        (dict(loss="kto", nll_coefficient=1.0), "nll_coefficient"),
-        (dict(loss="kto", batch_size=1), "at least 2"),
-        (dict(loss="kto", cache_reference=True), "cache_reference"),
-        (dict(loss="orpo", cache_reference=True), "cache_reference"),
+        (dict(algorithm="robust-dpo", label_smoothing=0.5), "less than 0.5"),
+        (dict(algorithm="ipo", label_smoothing=0.1), "no label_smoothing"),
+        (dict(algorithm="simpo", length_normalised=True), "length_normalised is for dpo"),
+        (dict(algorithm="kto", nll_coefficient=1.0), "nll_coefficient"),
+        (dict(algorithm="kto", batch_size=1), "at least 2"),
+        (dict(algorithm="kto", cache_reference=True), "cache_reference"),
+        (dict(algorithm="orpo", cache_reference=True), "cache_reference"),
         (dict(max_tokens_per_batch=100), "a pair"),
-        (dict(loss="kto", train_data="SFT"), "`label`"),
+        (dict(algorithm="kto", train_data="SFT"), "`label`"),
         (dict(train_data="SFT"), "`chosen` and `rejected`"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from coati.config import configure
 from tests.conftest import ROOT, write_new_model
 
 DATA = ROOT.parent / "shared" / "data" / "hh_rlhf"
@@ -24,7 +25,7 @@ def test_preferences_are_learnt_and_hold_on_other_pairs(runtime, tmp_path):
 
     def make(loss: str, **changes):
         return preference_trainer(
-            PreferenceConfig(**common, loss=loss, output_dir=str(tmp_path / loss), **changes), runtime
+            configure(PreferenceConfig, **common, algorithm=loss, output_dir=str(tmp_path / loss), **changes), runtime
         )
 
     dpo = make("dpo", cache_reference=True)

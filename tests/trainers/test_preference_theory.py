@@ -11,6 +11,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
+from coati.config import configure
 from examples.stages import fill_figures
 from tests.conftest import ROOT, write_rows
 from tests.trainers.test_theory import EOS, PROMPT, VOCABULARY, task, total_variation  # noqa: F401
@@ -61,7 +62,7 @@ def check(task, pairs, runtime, output, beta: float, seed: int, steps: int) -> f
 
     settings = task | dict(train_data=[pairs], output_dir=str(output), seed=seed, beta=beta, cache_reference=True)
     settings |= dict(steps=steps, batch_size=256, micro_batch_size=256, learning_rate=1e-2, warmup=0.0, final_rate=0.0)
-    trainer = DPOTrainer(PreferenceConfig(**settings), runtime)
+    trainer = DPOTrainer(configure(PreferenceConfig, **settings), runtime)
     for k in range(trainer.total_steps):
         trainer.step(k)
     before, after = distribution(Actor(task["model"])), distribution(trainer.engines["model"].module)

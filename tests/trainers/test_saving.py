@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor, RewardModel
 from coati.trainers import first_save
@@ -16,7 +17,9 @@ from tests.conftest import settings_for, trainer_classes
 
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(config_class(**settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 def copied(world, folder: Path, **changes) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.models import ActorCritic, AutoModelForCausalLMWithValueHead
 from coati.rewards import AdapterReward, Reward
@@ -14,7 +15,7 @@ from tests.conftest import settings_for
 
 def make(world, runtime, output, *, policy=None, rewards=(), **changes) -> PPOTrainer:
     settings = settings_for("ppo", world, output_dir=str(output), shared_trunk=True, **changes)
-    return PPOTrainer(PPOConfig(**settings), runtime, policy=policy, rewards=rewards)
+    return PPOTrainer(configure(PPOConfig, **settings), runtime, policy=policy, rewards=rewards)
 
 
 def test_it_learns_and_leaves_a_value_head_folder(tiny_world, runtime, tmp_path):
@@ -82,7 +83,7 @@ def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runti
     base = AutoModelForCausalLM.from_pretrained(tiny_world["policy"])
     policy, head = AutoModelForCausalLMWithValueHead(base), "v_head.summary.weight"
     before = policy.state_dict()[head].clone()
-    changes = dict(model=None, reward_functions=[], steps=2)
+    changes = dict(model=None, rewards=[], steps=2)
     trainer = make(tiny_world, runtime, tmp_path, policy=policy, rewards=[Short()], **changes)
     trainer.train()
     assert not torch.equal(policy.state_dict()[head], before)
@@ -101,7 +102,7 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     options = dict(peft_config=lora, reward_adapter=str(tmp_path / "reward"))
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_world["policy"], **options)
-    changes = dict(model=None, reward_functions=[], steps=2)
+    changes = dict(model=None, rewards=[], steps=2)
     trainer = make(tiny_world, runtime, tmp_path / "run", policy=policy, rewards=[AdapterReward(policy)], **changes)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     trainer.train()
@@ -121,11 +122,13 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     ],
 )
 def test_what_it_cannot_do_is_said_at_the_start(changes, words, tiny_world):
-    config = PPOConfig(**settings_for("ppo", tiny_world, output_dir="unused", shared_trunk=True, **changes))
+    config = configure(PPOConfig, **settings_for("ppo", tiny_world, output_dir="unused", shared_trunk=True, **changes))
     with pytest.raises(UserError, match=words):
         config.check(world_size=1)
 
 
 def test_a_value_head_model_without_a_shared_trunk_is_refused(tiny_world, runtime, tmp_path):
     with pytest.raises(UserError, match="set shared_trunk"):
-        PPOTrainer(PPOConfig(**settings_for("ppo", tiny_world, output_dir=str(tmp_path))), runtime, policy=object())
+        PPOTrainer(
+            configure(PPOConfig, **settings_for("ppo", tiny_world, output_dir=str(tmp_path))), runtime, policy=object()
+        )

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from coati.config import configure
 from coati.rewards import Reward
 from coati.rollout import Completion, PolicyGenerator, prompt_of
 from coati.rollout.generator import report
@@ -44,7 +45,7 @@ def world(tiny_world, tmp_path_factory):
 def make(algorithm, world, runtime, tmp_path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     changes |= dict(model=world["policy"], model_config=None, output_dir=str(tmp_path / algorithm))
-    return trainer_class(config_class(**settings_for(algorithm, world, **changes)), runtime)
+    return trainer_class(configure(config_class, **settings_for(algorithm, world, **changes)), runtime)
 
 
 SAID = "<think>red lamp</think><answer>blue</answer>"
@@ -74,7 +75,7 @@ def test_only_what_ends_a_turn_is_taken_out_of_a_response(said, end, world):
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_rewards_read_special_tokens_that_carry_content(algorithm, world, runtime, tmp_path, monkeypatch):
     """REPORT 9: also those that score while others generate; the verifier of tags sees them."""
-    rewards = dict(reward_functions=[], verifiers=["format"], reward_workers=0)
+    rewards = dict(rewards=[], rewards=["format"], reward_workers=0)
     trainer = make(algorithm, world, runtime, tmp_path, chat_template_kwargs={"thinks": False}, **rewards)
     respond_with(monkeypatch, trainer.tokenizer, SAID + "<end>", "red<eos>")
     samples = trainer.generation.sample([prompt_of(trainer.data, row, [row]) for row in (0, 1)], trainer.config).samples

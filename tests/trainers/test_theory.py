@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from coati.config import configure
 from coati.rewards import Reward
 from examples.stages import fill_figures
 from tests.conftest import ROOT, trainer_classes, write_rows
@@ -123,7 +124,7 @@ def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **ch
     else:
         settings |= dict(batch_size=256 // GROUP, group_size=GROUP, ppo_epochs=2, aggregation="constant")
     config_class, trainer_class = trainer_classes(algorithm)
-    trainer = trainer_class(config_class(**settings | changes), runtime, rewards=[Table()])
+    trainer = trainer_class(configure(config_class, **settings | changes), runtime, rewards=[Table()])
     for k in range(trainer.total_steps):
         trainer.step(k)
     return distribution(trainer.reference.engine.module), distribution(trainer.actor.module)

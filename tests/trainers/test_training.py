@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics, read_samples
 from coati.trainers import ppo
-from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
+from tests.conftest import ROOT, functions, reward_model, settings_for, trainer_classes, write_rows
 from tests.trainers.steps import iterate
 
 ALGORITHMS = ("sft", "reward", "ppo")
@@ -20,7 +21,7 @@ ALGORITHMS = ("sft", "reward", "ppo")
 
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(config_class(**settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def test_resuming_is_bitwise_the_same_as_never_stopping(algorithm, tiny_world, r
     """PITFALL 25 and 13: sampler, random states, optimisers and KL state all go on; each model gets its own weights."""
     changes = {}
     if algorithm == "ppo":  # sampling, so that the random state counts; adaptive KL and running statistics too
-        changes = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalise_reward=True)
+        changes = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
     changes |= dict(steps=12, save_every=5, keep_checkpoints=9)  # several epochs of 5 batches
     whole = make(algorithm, tiny_world, runtime, tmp_path / "whole", **changes)
     whole.train()
@@ -126,8 +127,8 @@ def test_each_of_several_evaluation_files_is_measured_as_if_it_were_alone(algori
 
     def evaluated(label: str, *paths: Path):
         changes = dict(output_dir=str(tmp_path / label), eval_data=[str(path) for path in paths])
-        changes |= dict(loss="simpo") if algorithm == "preference" else {}  # not the same for all pairs at the start
-        return factory(config_class(**settings_for(algorithm, tiny_world, **changes)), runtime).evaluate()
+        changes |= dict(algorithm="simpo") if algorithm == "preference" else {}  # not the same for all pairs at the start
+        return factory(configure(config_class, **settings_for(algorithm, tiny_world, **changes)), runtime).evaluate()
 
     (together, samples), alone = evaluated("both", *files), [evaluated(path.stem, path)[0] for path in files]
     assert together == pytest.approx(
@@ -244,7 +245,7 @@ def test_options_of_ppo_work_together(tiny_world, runtime, tmp_path):
     changes = dict(
         temperature=0.8, reward_clip=0.5, missing_eos_penalty=0.3, kl_stop=1e-6, dual_clip=3.0, critic_warmup=1
     )
-    changes |= dict(ptx_data=[tiny_world["sft"]], ptx_coefficient=0.5, normalise_reward=True, kl_estimator="k2")
+    changes |= dict(ptx_data=[tiny_world["sft"]], ptx_coefficient=0.5, normalize_reward=True, kl_estimator="k2")
     make("ppo", tiny_world, runtime, tmp_path, **changes).train()
     rows = [row for row in read_metrics(tmp_path) if "updates" in row]
     assert "policy_loss" not in rows[0] and "ptx_loss" in rows[-1]
@@ -285,9 +286,9 @@ def test_lora_trains_adapters_resumes_and_merges(algorithm, tiny_world, runtime,
         ("sft", dict(output_dir="/proc/run"), "/proc/run"),
         ("sft", dict(batch_size=0), "batch_size"),
         ("ppo", dict(batch_size=7), "minibatches"),
-        ("ppo", dict(reward_functions=[]), "no reward"),
-        ("ppo", dict(reward_functions=["nowhere.py:f"]), "nowhere.py"),
-        ("ppo", dict(reward_model="nowhere"), "nowhere"),
+        ("ppo", dict(rewards=[]), "no reward"),
+        ("ppo", dict(rewards=functions("nowhere.py:f")), "nowhere.py"),
+        ("ppo", dict(rewards=[reward_model("nowhere")]), "nowhere"),
         ("ppo", dict(model=None), "--model"),
         ("ppo", dict(ptx_coefficient=1.0), "ptx_data"),
     ],
@@ -320,7 +321,7 @@ def test_bad_data_is_refused_with_its_line(text, message, tiny_world, runtime, t
 
 def test_a_reward_that_gives_nan_is_named_with_the_answer(tiny_world, runtime, tmp_path):
     with pytest.raises(UserError, match="reward 'broken' gave nan"):
-        make("ppo", tiny_world, runtime, tmp_path, reward_functions=[tiny_world["rewards"] + ":broken"]).train()
+        make("ppo", tiny_world, runtime, tmp_path, rewards=functions(tiny_world["rewards") + ":broken"]).train()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
@@ -375,7 +376,7 @@ def test_rewards_in_a_file_of_rows_are_handed_their_columns(tiny_world, runtime,
     (tmp_path / "seen.py").write_text(
         "def seen(prompts, responses, answer_length, **columns):\n    return [float(n) for n in answer_length]\n"
     )
-    changes = dict(train_data=[path], eval_data=[], reward_functions=[f"{tmp_path}/seen.py:seen"])
+    changes = dict(train_data=[path], eval_data=[], rewards=functions(f"{tmp_path}/seen.py:seen"))
     trainer = make("ppo", tiny_world, runtime, tmp_path / "run", **changes)
     metrics = trainer.step(0)
     assert metrics["reward"] == pytest.approx(3.5)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from colossal_eval.callback import Benchmarks
@@ -20,7 +21,7 @@ def train(algorithm, world, runtime, output, model, **changes):
     output.parent.joinpath("plain.jinja").write_text(TEMPLATE)
     settings |= dict(model=str(model), model_config=None, tokenizer=str(model), **changes)
     settings |= dict(chat_template=str(output.parent / "plain.jinja"), max_length=512)
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
 
 
 def test_every_evaluation_has_what_evaluate_finds(prepared, tiny, tiny_world, runtime, tmp_path):

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from colossal_llama.pretraining.pretrain_trainer import PretrainConfig, PretrainTrainer, StagedPretraining
@@ -24,7 +25,7 @@ def packed(tmp_path_factory):
 def make(tiny_world, packed, runtime, tmp_path):
     def make(name: str = "run", **changes) -> PretrainTrainer:
         chosen = settings(tiny_world, packed, output_dir=str(tmp_path / name), **changes)
-        return PretrainTrainer(PretrainConfig(**chosen), runtime)
+        return PretrainTrainer(configure(PretrainConfig, **chosen), runtime)
 
     return make
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_is_one_error(changes, words, make):
 )
 def test_what_a_split_or_adapted_model_cannot_do_is_one_error(changes, words):
     with pytest.raises(UserError) as error:
-        PretrainConfig(**changes).check(2)
+        configure(PretrainConfig, **changes).check(2)
     assert words in str(error.value)
 
 
