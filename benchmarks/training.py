@@ -209,7 +209,7 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
         longest = max(case.lengths)
         flags |= dict(max_new_tokens=longest, min_new_tokens=longest, ppo_epochs=1, minibatches=1, max_prompt_length=64)
     if case.algorithm == "ppo":
-        flags |= dict(rewards=[reward_model(str(folder / "scorer"))], critic_model=str(folder / "scorer"))
+        flags |= dict(rewards=[dict(type="model", path=str(folder / "scorer"))], critic_model=str(folder / "scorer"))
     if case.algorithm == "grpo":
         (folder / "reward.py").write_text(REWARD)
         flags |= dict(reward_functions=f"{folder}/reward.py:reward", batch_size=case.batch_size // GROUP)

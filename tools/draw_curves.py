@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from coati.config import configure
+from coati.config import configure  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
 from coati.tracking.charts import Line  # noqa: E402
 from examples.drawing import figure  # noqa: E402
@@ -25,7 +25,15 @@ from examples.drawing import figure  # noqa: E402
 POLITE = {"please", "thank", "happy", "help"}
 HEALTHY = dict(steps=50, batch_size=32, micro_batch_size=32, max_new_tokens=16, temperature=1.0, seed=1)
 HEALTHY |= dict(learning_rate=2e-3, critic_learning_rate=5e-3, kl_coefficient=0.02, ppo_epochs=2, minibatches=2)
-HEALTHY |= dict(rewards=functions(f"{__file__}:polite", f"{__file__}:words"), reward_function_weights=[1.0, 0.0])
+
+
+def rewards(words: float) -> dict:
+    """Politeness, and what a word is worth."""
+    weights = {"polite": 1.0, "words": words}
+    return {"rewards": [{"type": "function", "path": f"{__file__}:{n}", "weight": w} for n, w in weights.items()]}
+
+
+HEALTHY |= rewards(words=0.0)
 # What lies outside is drawn at the edge: an untrained critic's first figures would flatten all others
 LIMITS = {"explained_variance": (-1.0, 1.0), "value_loss": (0.0, 0.1)}
 # Of each run: its name in the legend, what makes it ill, and the curves that tell
@@ -43,7 +51,7 @@ RUNS = {
     ),
     "length-bias": (
         "each word is worth 0.2 too",
-        dict(reward_function_weights=[1.0, 0.2]),
+        rewards(words=0.2),
         "reward reward/polite response_length",
     ),
     "dead-entropy": (

@@ -129,7 +129,9 @@ def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
     if data == "preference":
         settings |= dict(batch_size=4 * case.processes, micro_batch_size=4)
     if data == "prompts":
-        settings |= dict(rewards=[reward_model(world["scorer"])], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0)
+        settings |= dict(
+            rewards=[dict(type="model", path=world["scorer"])], ppo_epochs=1, min_new_tokens=64, max_rollout_kl=10.0
+        )
     if case.algorithm == "grpo":
         settings |= dict(batch_size=2 * case.processes, group_size=4)
     names = LENGTHS if data == "prompts" else {"max_length": LENGTHS["max_length"]}
@@ -261,6 +263,7 @@ def figures(rows: list[tuple[Case, float, float]]) -> str:
 def fitting(algorithm: str, shape, gpus: int) -> str:
     """The first of `RUNGS` that fits."""
 
+    from coati.config import configure
     from coati.errors import UserError
     from coati.planner.dry_run import Workload, plan
     from coati.planner.report import USABLE
@@ -268,8 +271,10 @@ def fitting(algorithm: str, shape, gpus: int) -> str:
 
     shared = dict(precision="bf16", batch_size=256, max_length=2048, max_prompt_length=1024, max_new_tokens=512)
     for words, settings in RUNGS:
-        of_ppo = dict(generation_batch_size=16, rewards=[reward_model("scorer")]) if algorithm == "ppo" else {}
-        config = ALGORITHMS[algorithm].config(**{**shared, "micro_batch_size": 4, **settings, **of_ppo})
+        of_ppo = (
+            dict(generation_batch_size=16, rewards=[dict(type="model", path="scorer")]) if algorithm == "ppo" else {}
+        )
+        config = configure(ALGORITHMS[algorithm].config, **{**shared, "micro_batch_size": 4, **settings, **of_ppo})
         try:
             peak = plan(Workload(algorithm, config, shape, gpus)).peak.total() / 2**30
         except UserError:  # this rung takes more processes

@@ -299,7 +299,7 @@ class JSONVerifier(Verifier):
             validator_for(self.rules).check_schema(self.rules)
         except (OSError, ValueError, SchemaError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--json_schema {self.json_schema} can't be read as a JSON schema: {reason}") from error
+            raise UserError(f"json_schema {self.json_schema} can't be read as a JSON schema: {reason}") from error
 
     def column(self):
         return None

@@ -107,8 +107,8 @@ class Factory:
         """
         if is_quantized(model.transformer) and not model.has_adapter:
             raise UserError(
-                f"the weights of {self.config.model.path} are quantized, so they can't be trained: train adapters on them "
-                "(--lora_rank 16), or give the model in full precision"
+                f"the weights of {self.config.model.path} are quantized, so they can't be trained: train adapters on "
+                "them (--lora_rank 16), or give the model in full precision"
             )
         settings = dict(optimizer={"weight_decay": self.config.optimizer.weight_decay}, accumulates=accumulates)
         return make_engine(model, self.config.parallel, self.runtime, generates=generates, **settings)

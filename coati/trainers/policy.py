@@ -96,8 +96,8 @@ class Policy:
         limit = self.config.algorithm.max_rollout_kl
         if kl > limit:
             raise UserError(
-                f"trainer/sampler log-prob mismatch: {kl:.3g} nats per token (limit {limit}, --max_rollout_kl): weights "
-                "not synced, another temperature, or a precision too low"
+                f"trainer/sampler log-prob mismatch: {kl:.3g} nats per token (limit {limit}, --max_rollout_kl): "
+                "weights not synced, another temperature, or a precision too low"
             )
         return kl
 

@@ -49,5 +49,5 @@ def make_job(name: str, run: str, world: dict[str, str], folder: Path, **changes
     if "lora_rank" in changes:
         settings |= dict(model=world["policy"], model_config=None)
     if changes.pop("scored_by_model", False):
-        settings |= dict(rewards=[reward_model(world["judge"])], rewards=[])
+        settings |= dict(rewards=[reward_model(world["judge"])])
     return {"algorithm": algorithm, "settings": settings | changes}

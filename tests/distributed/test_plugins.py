@@ -22,7 +22,7 @@ def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
         algorithm, changes = "ppo", changes | dict(shared_trunk=True)
     if algorithm == "grpo":  # a reward that is often the same for a whole group
         changes |= dict(
-            dynamic_sampling=True, group_size=2, rewards=functions(world["rewards") + ":odd"], kl_coefficient=0.05
+            dynamic_sampling=True, group_size=2, rewards=functions(world["rewards"] + ":odd"), kl_coefficient=0.05
         )
     settings = settings_for(algorithm, world, output_dir=str(folder / name), steps=6, save_every=BEFORE, **changes)
     return {"name": name, "algorithm": algorithm, "settings": settings | {"keep_checkpoints": 9}}

@@ -21,9 +21,7 @@ PLUGINS["gemini"] = dict(plugin="gemini", precision="bf16")
 SPLIT = {name: LAYOUTS[name] for name in ("tp2", "pp2", "sp2", "tp2 x zero1", "pp2 x zero1", "sp2 x zero1")}
 STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
 # two rewards an answer may earn, so that many groups are replaced
-REFILLED = dict(
-    dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards=functions("odd")
-)
+REFILLED = dict(dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards="odd")
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]
@@ -35,8 +33,8 @@ QUICK += [("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
     changes = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9, tensorboard=False) | changes
     algorithm, extra = algorithm.partition(",")[0], ALGORITHMS[algorithm]
-    if "reward_functions" in extra:
-        extra = extra | dict(rewards=functions(f"{world['rewards')}:{name}" for name in extra["reward_functions"]])
+    if "rewards" in extra:
+        extra = extra | dict(rewards=functions(f"{world['rewards']}:{extra['rewards']}"))
     settings = settings_for(algorithm, world, output_dir=str(folder / name), **extra | changes)
     return {"name": name, "algorithm": algorithm, "settings": settings}
 

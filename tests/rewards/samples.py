@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter
+
 from coati.rewards import Reward, Scorer
+from coati.rewards.config import AnyReward
 from coati.samples import Sample
 
 
@@ -48,3 +51,14 @@ class Constant(Reward):
 
     def score(self, samples):
         return [self.value] * len(samples)
+
+
+def rewards_of(*entries):
+    """Rewards of a run's settings."""
+    return TypeAdapter(list[AnyReward]).validate_python([{"type": e} if isinstance(e, str) else e for e in entries])
+
+
+def make_verifier(name: str, **settings):
+    """The reward of a type."""
+    [entry] = rewards_of({"type": name} | settings)
+    return entry.make("cpu")

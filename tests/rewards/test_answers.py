@@ -7,15 +7,13 @@ import time
 
 import pytest
 
-from coati.rewards import ScoringConfig
-from coati.rewards.verifiable import make_verifier
-from tests.rewards.samples import samples
+from tests.rewards.samples import make_verifier, samples
 
 SECONDS = 1.5  # of CPU time, for a response of 60,000 characters
 
 
 def paid(name: str, response: str, answer, prompt: str = "", finish_reason: str = "eos", **settings) -> float:
-    verifier = make_verifier(name, ScoringConfig(**settings))
+    verifier = make_verifier(name, **settings)
     [score] = verifier.score(samples([prompt], [response], finish_reason, answer=[answer]))
     return score
 

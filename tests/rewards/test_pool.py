@@ -13,13 +13,14 @@ import time
 import psutil
 import pytest
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.rewards import FunctionReward, Reward, Scorer, ScoringConfig, load_function, load_rewards
 from coati.rewards.pool import Pool
 from coati.rewards.verifiable import ExactVerifier, GSM8KVerifier
 from coati.samples import Sample
-from tests.conftest import ROOT
-from tests.rewards.samples import of_reward, samples, scored, totals
+from tests.conftest import ROOT, functions
+from tests.rewards.samples import of_reward, rewards_of, samples, scored, totals
 
 FUNCTIONS = """
 import os, sys, time
@@ -214,8 +215,9 @@ def gone(pids: set[int]):
 SCRIPT = """
 import sys, time
 from coati.rewards import ScoringConfig, load_rewards
-from tests.rewards.samples import samples, totals
-rewards = load_rewards(ScoringConfig(rewards=functions(sys.argv[1)]))
+from tests.conftest import functions
+from tests.rewards.samples import rewards_of, samples, totals
+rewards = load_rewards(rewards_of(*functions(sys.argv[1])), ScoringConfig(reward_workers=1))
 print(int(totals(rewards, ["pid"])[0]), flush=True)
 rewards.begin(*samples([""], ["hang"]))
 time.sleep(0.5)
@@ -242,16 +244,15 @@ def test_processes_end_with_the_trainer_however_it_ends(place, end):
 
 
 def test_the_settings_reach_the_pool(make, place):
-    config = ScoringConfig(rewards=["gsm8k"], verifier_weights=[0.5], rewards=functions(place), reward_workers=2)
-    rewards = load_rewards(config)
+    listed = rewards_of(dict(type="gsm8k", weight=0.5), *functions(place))
+    rewards = load_rewards(listed, ScoringConfig(reward_workers=2))
     assert len(rewards.pool.workers) == 2 and rewards.pool.workers[0].timeout == 60.0
     assert totals(rewards, ["3"], answer=["3"]) == [7.5]
     rewards.pool.close()
-    quiet = ScoringConfig(rewards=["gsm8k"], reward_workers=0)
-    assert load_rewards(quiet).pool is None
-    for bad in (dict(reward_workers=-1), dict(reward_failure_score=float("nan")), dict(verifier_weights=[1.0, 2.0])):
+    assert load_rewards(rewards_of("gsm8k"), ScoringConfig(reward_workers=0)).pool is None
+    for bad in (dict(reward_workers=-1), dict(reward_failure_score=float("nan"))):
         with pytest.raises(UserError, match=next(iter(bad))):
-            load_rewards(ScoringConfig(rewards=["gsm8k"], **bad))
+            configure(ScoringConfig, **bad)
 
 
 def test_many_threads_and_batches_at_once_get_their_own_scores(make, place):

@@ -19,8 +19,9 @@ from coati.rewards import (
     load_rewards,
 )
 from coati.samples import Sample
+from tests.conftest import functions, reward_model
 from tests.models.families import PAD, padded, rows, tiny_config
-from tests.rewards.samples import Constant, of_reward, samples, scored, totals
+from tests.rewards.samples import Constant, of_reward, rewards_of, samples, scored, totals
 
 RESPONSES = ["good", "a longer answer", ""]
 PROMPTS = [""] * 3
@@ -138,8 +139,8 @@ def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
             f"def reward(prompts, responses, **c):\n    return [{i}.0] * len(responses)\n"
         )
         places.append(f"{tmp_path}/r{i}.py:reward")
-    config = ScoringConfig(rewards=functions(*places), reward_function_weights=[1.0, 10.0])
-    found = scored(load_rewards(config), PROMPTS, RESPONSES)
+    listed = rewards_of(*functions(*places, weights=[1.0, 10.0]))
+    found = scored(load_rewards(listed, ScoringConfig()), PROMPTS, RESPONSES)
     assert [sample.score for sample in found] == [21.0] * 3
     assert [sample.rewards for sample in found] == [{"reward": 1.0, "reward_2": 2.0}] * 3
 
@@ -346,15 +347,18 @@ def test_wrong_rewards_of_tokens_are_named(given, says, monkeypatch):
 
 def test_rewards_of_a_run():
     model = Constant(1.0, "model")
-    assert totals(load_rewards(ScoringConfig(reward_model_weight=3.0), model, given=[model]), RESPONSES) == [4.0] * 3
-    with pytest.raises(UserError, match=r"no reward.*--reward_model"):
-        load_rewards(ScoringConfig())
-    for kind, source in (("function", "math:sqrt"), ("classifier", "nowhere"), ("url", "http://localhost")):
-        settings = {f"reward_{kind}s": [source], f"reward_{kind}_weights": [1.0, 2.0]}
-        with pytest.raises(UserError, match=f"reward_{kind}_weights has 2 entries for 1 reward {kind}s"):
-            load_rewards(ScoringConfig(**settings))
-    with pytest.raises(UserError, match="reward_batch_size"):
-        load_rewards(ScoringConfig(reward_batch_size=0), model)
+    listed = rewards_of(reward_model("folder", weight=3.0))
+    scorer = load_rewards(listed, ScoringConfig(), lambda path: model, given=[model])
+    assert totals(scorer, RESPONSES) == [4.0] * 3
+    with pytest.raises(UserError, match=r"no reward.*--rewards math"):
+        load_rewards([], ScoringConfig())
+
+
+def test_two_rewards_of_a_type_have_settings_and_names_of_their_own():
+    boxes = [dict(type="regex", pattern="a"), dict(type="regex", pattern="b", name="bees", weight=0.5)]
+    scorer = load_rewards(rewards_of(*boxes, dict(type="regex", pattern="c")), ScoringConfig(reward_workers=0))
+    [sample] = scored(scorer, ["?"], ["ab"])
+    assert sample.rewards == {"regex": 1.0, "bees": 1.0, "regex_2": 0.0} and sample.score == 1.5
 
 
 def test_a_file_may_hold_a_whole_reward(write_module):
@@ -363,7 +367,7 @@ def test_a_file_may_hold_a_whole_reward(write_module):
         "    def score(self, samples):\n        return [7.0] * len(samples)\nreward = First()\n"
     )
     assert load_function(f"{path}:reward").name == "first"
-    rewards = load_rewards(ScoringConfig(rewards=functions(f"{path}:reward")))
+    rewards = load_rewards(rewards_of(*functions(f"{path}:reward")), ScoringConfig())
     assert of_reward("first", scored(rewards, PROMPTS, RESPONSES)) == [7.0] * 3
 
 

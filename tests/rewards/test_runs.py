@@ -39,11 +39,11 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
     (tmp_path / "rules.py").write_text(RULES)
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        changes = dict(reward_classifiers=[str(tmp_path / "judge")], reward_classifier_weights=[0.5], steps=1)
-        changes |= dict(reward_urls=[f"http://127.0.0.1:{server.server_port}/"], reward_url_weights=[0.1])
-        places = [tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even"]
-        changes |= dict(rewards=functions(*places), reward_function_weights=[1.0, 2.0], reward_batch_size=3)
-        make(tiny_world, runtime, tmp_path / "run", **changes).train()
+        listed = functions(tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even", weights=[1.0, 2.0])
+        listed.append(dict(type="classifier", path=str(tmp_path / "judge"), weight=0.5, batch_size=3))
+        url = f"http://127.0.0.1:{server.server_port}/"
+        listed.append(dict(type="http", url=url, weight=0.1, batch_size=3))
+        make(tiny_world, runtime, tmp_path / "run", rewards=listed, steps=1).train()
         server.shutdown()
     assert max(len(asked["responses"]) for asked in server.asked) == 3
     weights = {"length": 1.0, "even": 2.0, "judge": 0.5, "127.0.0.1": 0.1}
@@ -63,7 +63,7 @@ def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path,
     gae, seen = ppo.gae, []
     (tmp_path / "rules.py").write_text(RULES)
     places = [f"{tmp_path}/rules.py:even", tiny_world["rewards"] + ":length"]
-    changes = dict(rewards=functions(*places), reward_function_weights=[3.0, 1.0], temperature=1.0)
+    changes = dict(rewards=functions(*places, weights=[3.0, 1.0]), temperature=1.0)
     changes |= dict(kl_coefficient=0.0, reward_clip=0.25, normalize_reward=True)
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     monkeypatch.setattr(
@@ -88,8 +88,8 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
     """The answer comes from the data; an answer that can't be told right or wrong is counted."""
     rows = [{"question": sentence(i, 3), "answer": "ten" if i == 0 else f"so\n#### {i}"} for i in range(8)]
     data = [write_rows(tmp_path / "rows.jsonl", rows)]
-    changes = dict(rewards=["gsm8k", "regex"], verifier_weights=[1.0, 0.5], rewards=[], eval_data=data)
-    changes |= dict(train_data=data, regex_pattern="(?s).*", steps=1, reward_workers=workers)
+    changes = dict(rewards=["gsm8k", dict(type="regex", pattern="(?s).*", weight=0.5)], eval_data=data)
+    changes |= dict(train_data=data, steps=1, reward_workers=workers)
     make(tiny_world, runtime, tmp_path / "run", **changes, reward_failure_score=-8.0).train()
     written = read_metrics(tmp_path / "run")
     [trained] = [row for row in written if "reward" in row]
@@ -102,23 +102,23 @@ def test_a_run_with_rewards_by_rule(tiny_world, runtime, tmp_path, workers):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("rewards", "says"),
     [
         (
-            dict(rewards=["gsm8k"], rewards=[]),
+            ["gsm8k"],
             "reads the column 'answer', which the prompts' rows don't have",
         ),
-        (dict(rewards=["gsm8k"], rewards=[], answer_column="gold"), "name one of its fields: gold.value"),
-        (dict(rewards=functions("{rules}:asks")), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
+        ([dict(type="gsm8k", answer_column="gold")], "name one of its fields: gold.value"),
+        (functions("{rules}:asks"), r"asks\(.*it asks for solution, but the columns are gold, input_ids"),
         (
-            dict(rewards=functions("{rules}:completions")),
+            functions("{rules}:completions"),
             r"is called as completions\(prompts, responses, \*\*columns\)",
         ),
     ],
 )
 @pytest.mark.parametrize("bad", ["train_data", "eval_data"])
 def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generated(
-    tiny_world, runtime, tmp_path, changes, says, bad
+    tiny_world, runtime, tmp_path, rewards, says, bad
 ):
     """REPORT 15, REPORT 30: those of training and of evaluation."""
     (tmp_path / "rules.py").write_text(
@@ -127,12 +127,14 @@ def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generate
     )
     good = {"answer": "1", "gold": "1", "solution": "1"}
     files = {"train_data": good, "eval_data": good} | {bad: {"gold": {"value": 1}}}
+    changes = {}
     for name, columns in files.items():
         rows = [{"prompt": sentence(i, 3)} | columns for i in range(8)]
-        changes = changes | {name: [write_rows(tmp_path / f"{name}.jsonl", rows)]}
-    places = [place.format(rules=tmp_path / "rules.py") for place in changes["reward_functions"]]
+        changes |= {name: [write_rows(tmp_path / f"{name}.jsonl", rows)]}
+    rules = str(tmp_path / "rules.py")
+    listed = [r | {"path": r["path"].format(rules=rules)} if "path" in r else r for r in rewards]
     with pytest.raises(UserError, match=says):
-        make(tiny_world, runtime, tmp_path / "run", **changes | {"reward_functions": places})
+        make(tiny_world, runtime, tmp_path / "run", rewards=listed, **changes)
 
 
 def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
@@ -160,10 +162,10 @@ def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_wor
 
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "judge")
     gpt2_tokenizer().save_pretrained(tmp_path / "judge")
-    with pytest.raises(UserError, match=r"another vocabulary than the policy.*--reward_classifiers"):
+    with pytest.raises(UserError, match=r"another vocabulary than the policy.*type classifier"):
         make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "judge"))])
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"no tokenizer beside it.*--reward_classifier_tokenizer"):
+    with pytest.raises(UserError, match=r"no tokenizer beside it.*type classifier with a tokenizer"):
         make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "bare"))])
 
 
@@ -177,7 +179,7 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
     classifier = make_classifier(config)
     classifier.save_pretrained(tmp_path / "judge")
     AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
-    changes = dict(rewards=[reward_model(str(tmp_path / "judge"))], rewards=[])
+    changes = dict(rewards=[reward_model(str(tmp_path / "judge"))])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
     batch, _ = trainer.rollouts.next(0)
@@ -218,5 +220,6 @@ def test_the_documented_settings_parse(tmp_path):
     [block] = blocks(ROOT / "docs" / "rewards.md", "yaml")
     (tmp_path / "ppo.yaml").write_text(block)
     config = parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")])
-    assert config.reward_classifier_pad_token == "<|endoftext|>" and config.reward_classifier_padding_side == "right"
-    assert config.reward_classifiers and config.reward_classifier_max_length == 256
+    [reward] = config.rewards
+    assert reward.type == "classifier" and reward.pad_token == "<|endoftext|>" and reward.padding_side == "right"
+    assert reward.max_length == 256

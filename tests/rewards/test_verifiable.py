@@ -9,19 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coati.config import configure
 from coati.errors import UserError
-from coati.rewards import ScoringConfig, load_rewards
 from coati.rewards.answers import extract_number
-from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, make_verifier, normalise
+from coati.rewards.config import load_rewards
+from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, normalise
+from coati.trainers.config import PPOConfig
 from tests.conftest import ROOT
-from tests.rewards.samples import samples
+from tests.rewards.samples import make_verifier, samples
 
 
 def verdict(
     name: str, response: str, answer="", prompt: str = "", settings: dict | None = None, cut: bool = False, **row
 ) -> float:
     """What a verifier gives a response, which `cut` says was cut at its greatest length."""
-    verifier = make_verifier(name, ScoringConfig(**settings or {}))
+    verifier = make_verifier(name, **settings or {})
     columns = {key: [value] for key, value in {"answer": answer, **row}.items()}
     [score] = verifier.score(samples([prompt], [response], "length" if cut else "eos", **columns))
     return score
@@ -183,7 +185,7 @@ def test_formats():
     opened = good.removeprefix("<think>")
     assert verdict("format", opened, prompt="User: 2+2?\n<think>\n") == 1
     assert verdict("format", opened, prompt="User: 2+2?") == 0
-    assert verdict("format", "<a.b>x</a.b>", settings={"format_tags": ["a.b"]}) == 1
+    assert verdict("format", "<a.b>x</a.b>", settings={"tags": ["a.b"]}) == 1
 
 
 @pytest.fixture
@@ -231,14 +233,14 @@ def test_a_task_that_evaluates_the_answer_must_be_allowed():
     entry = gym.create_dataset("countdown", size=1, seed=3)[0]
     for refusing in (
         lambda: verdict("reasoning_gym", "1", entry["answer"], metadata=entry["metadata"]),
-        lambda: make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": entry["metadata"]}]),
+        lambda: make_verifier("reasoning_gym").check([{"metadata": entry["metadata"]}]),
     ):
-        with pytest.raises(UserError, match=r"countdown by evaluating the answer.*--allow_code_execution"):
+        with pytest.raises(UserError, match=r"countdown by evaluating the answer.*allow_code_execution: true"):
             refusing()
 
 
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
-ALLOWED = dict(settings={"allow_code_execution": True, "python_timeout": 5.0}, tests=TESTS)
+ALLOWED = dict(settings={"allow_code_execution": True, "timeout": 5.0}, tests=TESTS)
 GOOD = "def add(a, b):\n    return a + b\n"
 BAD = GOOD.replace("+", "-")
 
@@ -325,22 +327,24 @@ def test_what_is_read_of_a_response():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "says"),
+    ("name", "settings", "scoring", "says"),
     [
-        ("maths", {}, "there is no verifier 'maths': choose from math, gsm8k"),
-        ("python", {}, "--allow_code_execution true"),
-        ("math", {"reward_workers": 0}, "--reward_workers 1"),
-        ("python", {"allow_code_execution": True, "reward_timeout": 5.0}, "it must be above python_timeout"),
-        ("regex", {}, "needs --regex_pattern"),
-        ("regex", {"regex_pattern": "("}, "--regex_pattern '\\(' is no regular expression"),
-        ("format", {"format_tags": []}, "needs --format_tags"),
-        ("json", {}, "needs --json_schema"),
-        ("json", {"json_schema": "/nowhere.json"}, "--json_schema /nowhere.json .*No such file"),
+        ("maths", {}, {}, "there is no type 'maths'; it is one of model, function, math, gsm8k"),
+        ("python", {}, {}, "allow_code_execution: true"),
+        ("math", {}, {"reward_workers": 0}, "reward_workers 1"),
+        ("python", {"allow_code_execution": True}, {"reward_timeout": 5.0}, "must be above the timeout of the reward"),
+        ("regex", {}, {}, r"rewards\[0\].pattern is missing"),
+        ("regex", {"pattern": "("}, {}, "the pattern '\\(' is no regular expression"),
+        ("format", {"tags": []}, {}, "needs tags"),
+        ("json", {}, {}, r"rewards\[0\].json_schema is missing"),
+        ("json", {"json_schema": "/nowhere.json"}, {}, "json_schema /nowhere.json .*No such file"),
+        ("gsm8k", {"pattern": "x"}, {}, r"unknown setting 'rewards\[0\].pattern'"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_at_the_start(name, settings, says):
+def test_settings_that_do_not_fit_are_refused_at_the_start(name, settings, scoring, says):
     with pytest.raises(UserError, match=says):
-        load_rewards(ScoringConfig(rewards=[name], **settings))
+        config = configure(PPOConfig, rewards=[{"type": name} | settings], **scoring)
+        load_rewards(config.rewards, config.scoring)
 
 
 def test_a_schema_that_is_none_is_refused(tmp_path):
@@ -348,17 +352,17 @@ def test_a_schema_that_is_none_is_refused(tmp_path):
     for text in ("no json", '{"type": 3}'):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(UserError, match="can't be read as a JSON schema"):
-            make_verifier("json", ScoringConfig(json_schema=str(tmp_path / "s.json")))
+            make_verifier("json", json_schema=str(tmp_path / "s.json"))
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr("coati.rewards.verifiable.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"verifier math needs the package math_verify: pip install 'coati\[verify\]'"):
-        make_verifier("math", ScoringConfig())
+    with pytest.raises(UserError, match=r"reward math needs the package math_verify: pip install 'coati\[verify\]'"):
+        make_verifier("math")
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(UserError, match=r"gsm8k reads the column 'solution'.*\(but answer\).*--answer_column"):
+    with pytest.raises(UserError, match=r"gsm8k reads the column 'solution'.*\(but answer\).*answer_column"):
         verdict("gsm8k", "1", "1", settings={"answer_column": "solution"})
     with pytest.raises(ValueError, match="the row has no 'answer'"):
         verdict("gsm8k", "1", None)
@@ -383,7 +387,7 @@ def test_a_dotted_column_names_the_field_with_the_right_answer(name, column, ans
     """REPORT 15: of an object, or of each object in a list; a list of texts has several right answers."""
     assert verdict(name, right, answer, settings={"answer_column": column}) == 1
     assert verdict(name, "3", answer, settings={"answer_column": column}) == 0
-    make_verifier(name, ScoringConfig(answer_column=column)).check([{"answer": answer}])
+    make_verifier(name, answer_column=column).check([{"answer": answer}])
 
 
 def test_a_column_with_a_dot_in_its_name_is_itself():
@@ -410,8 +414,8 @@ def test_a_column_with_a_dot_in_its_name_is_itself():
 def test_a_right_answer_that_is_an_object_is_refused_at_the_start(name, answer, says):
     """REPORT 15: one line before anything is generated; nothing is read out of how Python would print it."""
     pytest.importorskip("math_verify")
-    settings = {"regex_pattern": r"(\d+)", "reward_workers": 1}
-    verifier = make_verifier(name, ScoringConfig(**settings))
+    settings = {"pattern": r"(\d+)"} if name == "regex" else {}
+    verifier = make_verifier(name, **settings)
     with pytest.raises(UserError, match=says) as error:
         verifier.check([{"answer": "18"}, {"answer": None}, {}, {"answer": answer}])
     assert "\n" not in str(error.value)
@@ -430,12 +434,12 @@ def test_a_column_that_no_row_has_is_refused_at_the_start():
     """REPORT 15: what a verifier doesn't read may be missing."""
     rows = [{"solution": "1"}, {"gold": {"value": 1}}]
     for name, column in (("gsm8k", "answer"), ("exact", "gold.text"), ("choice", "solution.text")):
-        with pytest.raises(UserError, match=f"verifier {name} reads the column '{column}', which .* don't have"):
-            make_verifier(name, ScoringConfig(answer_column=column)).check(rows)
-    make_verifier("gsm8k", ScoringConfig(answer_column="gold.value")).check(rows)
-    make_verifier("format", ScoringConfig()).check(rows)
-    make_verifier("regex", ScoringConfig(regex_pattern="x")).check(rows)
-    make_verifier("gsm8k", ScoringConfig()).check([])
+        with pytest.raises(UserError, match=f"reward {name} reads the column '{column}', which .* don't have"):
+            make_verifier(name, answer_column=column).check(rows)
+    make_verifier("gsm8k", answer_column="gold.value").check(rows)
+    make_verifier("format").check(rows)
+    make_verifier("regex", pattern="x").check(rows)
+    make_verifier("gsm8k").check([])
 
 
 def test_the_tests_of_programs_may_be_a_field(sandboxed):
@@ -443,7 +447,7 @@ def test_the_tests_of_programs_may_be_a_field(sandboxed):
     settings = ALLOWED["settings"] | {"tests_column": "reward_model.ground_truth"}
     assert verdict("python", GOOD, settings=settings, reward_model={"ground_truth": TESTS}) == 1
     with pytest.raises(UserError, match=r"name one of its fields: reward_model\.ground_truth"):
-        make_verifier("python", ScoringConfig(**settings | {"tests_column": "reward_model"})).check(
+        make_verifier("python", **settings | {"tests_column": "reward_model"}).check(
             [{"reward_model": {"ground_truth": TESTS}}]
         )
 
@@ -453,13 +457,15 @@ def test_metadata_that_name_no_task_are_refused_at_the_start(metadata):
     """REPORT 15."""
     pytest.importorskip("reasoning_gym")
     with pytest.raises(UserError, match="reasoning_gym reads the field `source_dataset` of the column 'metadata'"):
-        make_verifier("reasoning_gym", ScoringConfig()).check([{"metadata": metadata}])
+        make_verifier("reasoning_gym").check([{"metadata": metadata}])
     with pytest.raises(UserError, match="reasoning_gym reads the column 'metadata'"):
-        make_verifier("reasoning_gym", ScoringConfig()).check([{"answer": "1"}])
+        make_verifier("reasoning_gym").check([{"answer": "1"}])
 
 
 def test_the_settings_reach_the_verifier():
-    config = ScoringConfig(answer_column="gold", format_tags=["a", "b"], regex_pattern="x")
-    assert asdict(make_verifier("gsm8k", config)) == {"answer_column": "gold", "answer_style": "stated"}
-    assert make_verifier("format", config).format_tags == ["a", "b"]
-    assert asdict(make_verifier("regex", config)) == {"answer_column": "gold", "regex_pattern": "x"}
+    assert asdict(make_verifier("gsm8k", answer_column="gold")) == {"answer_column": "gold", "answer_style": "stated"}
+    assert make_verifier("format", tags=["a", "b"]).format_tags == ["a", "b"]
+    assert asdict(make_verifier("regex", answer_column="gold", pattern="x")) == {
+        "answer_column": "gold",
+        "regex_pattern": "x",
+    }

@@ -170,7 +170,7 @@ def values_of(output, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_rewards_of_a_run_are_those_of_the_model_in_fp32(plugin, sharp_world, runtime, tmp_path):
     """Of the same responses, up to the rounding of the reward model's trunk."""
-    changes = dict(rewards=[reward_model(sharp_world["judge"])], rewards=[], plugin=plugin) | RESPONSES
+    changes = dict(rewards=[reward_model(sharp_world["judge"])], plugin=plugin) | RESPONSES
     trainer = make("grpo", sharp_world, runtime, tmp_path, **changes)
     batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():

@@ -90,7 +90,7 @@ def test_kl_in_the_reward_is_summed_over_the_answer(tiny_world, runtime, tmp_pat
 def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     """The batch is full of groups that differ, in the order of the data; the position in the data moves on by what was
     drawn."""
-    options = dict(rewards=functions(tiny_world["rewards") + ":odd"], max_refills=20, group_size=2)
+    options = dict(rewards=functions(tiny_world["rewards"] + ":odd"), max_refills=20, group_size=2)
     trainer = make(tiny_world, runtime, tmp_path, dynamic_sampling=True, **options)
     rollouts = trainer.rollouts
     rollout, metrics = rollouts.next(0)
@@ -122,7 +122,7 @@ def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, 
 
 def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
     """PITFALL 25: to the last bit, with a reference that is refreshed and a temperature that falls."""
-    changes = dict(dynamic_sampling=True, rewards=functions(tiny_world["rewards") + ":odd"], kl_coefficient=0.05)
+    changes = dict(dynamic_sampling=True, rewards=functions(tiny_world["rewards"] + ":odd"), kl_coefficient=0.05)
     changes |= dict(
         group_size=2,
         refresh_reference=2,

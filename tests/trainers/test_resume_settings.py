@@ -16,7 +16,9 @@ STEPS = 2  # before the checkpoint
 
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_prompts_that_dynamic_sampling_has_drawn_are_not_drawn_again_without_it(
     checkpoint, tiny_world, runtime, tmp_path
 ):
     """REPORT 20: it draws more than a batch in an iteration."""
-    place = checkpoint("grpo", dynamic_sampling=True, group_size=2, rewards=functions(f"{tiny_world['rewards')}:odd"])
+    place = checkpoint("grpo", dynamic_sampling=True, group_size=2, rewards=functions(f"{tiny_world['rewards']}:odd"))
     stored = json.loads((place / "trainer.json").read_text())
     drawn = stored["state"]["position"]
     assert drawn > stored["rows"] == STEPS * 8

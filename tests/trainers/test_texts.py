@@ -75,7 +75,7 @@ def test_only_what_ends_a_turn_is_taken_out_of_a_response(said, end, world):
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_rewards_read_special_tokens_that_carry_content(algorithm, world, runtime, tmp_path, monkeypatch):
     """REPORT 9: also those that score while others generate; the verifier of tags sees them."""
-    rewards = dict(rewards=[], rewards=["format"], reward_workers=0)
+    rewards = dict(rewards=["format"], reward_workers=0)
     trainer = make(algorithm, world, runtime, tmp_path, chat_template_kwargs={"thinks": False}, **rewards)
     respond_with(monkeypatch, trainer.tokenizer, SAID + "<end>", "red<eos>")
     samples = trainer.generation.sample([prompt_of(trainer.data, row, [row]) for row in (0, 1)], trainer.config).samples

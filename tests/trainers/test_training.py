@@ -21,7 +21,9 @@ ALGORITHMS = ("sft", "reward", "ppo")
 
 def make(algorithm: str, world, runtime, output: Path, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime)
+    return trainer_class(
+        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +129,9 @@ def test_each_of_several_evaluation_files_is_measured_as_if_it_were_alone(algori
 
     def evaluated(label: str, *paths: Path):
         changes = dict(output_dir=str(tmp_path / label), eval_data=[str(path) for path in paths])
-        changes |= dict(algorithm="simpo") if algorithm == "preference" else {}  # not the same for all pairs at the start
+        changes |= (
+            dict(algorithm="simpo") if algorithm == "preference" else {}
+        )  # not the same for all pairs at the start
         return factory(configure(config_class, **settings_for(algorithm, tiny_world, **changes)), runtime).evaluate()
 
     (together, samples), alone = evaluated("both", *files), [evaluated(path.stem, path)[0] for path in files]
@@ -321,7 +325,7 @@ def test_bad_data_is_refused_with_its_line(text, message, tiny_world, runtime, t
 
 def test_a_reward_that_gives_nan_is_named_with_the_answer(tiny_world, runtime, tmp_path):
     with pytest.raises(UserError, match="reward 'broken' gave nan"):
-        make("ppo", tiny_world, runtime, tmp_path, rewards=functions(tiny_world["rewards") + ":broken"]).train()
+        make("ppo", tiny_world, runtime, tmp_path, rewards=functions(tiny_world["rewards"] + ":broken")).train()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
