@@ -118,7 +118,7 @@ def reward_model(path, **settings) -> dict:
     return dict(type="model", path=str(path), **settings)
 
 
-def settings_for(algorithm: str, world: dict[str, str], **changes) -> dict:
+def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     """Settings of a tiny run of `sft`, `reward`, `preference`, `ppo` or `grpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
     settings = dict(

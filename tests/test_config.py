@@ -1,26 +1,30 @@
 """One dataclass a command: YAML, flags and --help come from it."""
 
-import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
+from pydantic import Field
 
 import coati.config
-from coati.config import configure, option, parse_config
+from coati.config import ListOf, asdict, configure, option, parse_config, reconfigure, settings
+from coati.config.flags import range_of
+from coati.config.options import path_kind
+from coati.config.schema import Leaf, entry_classes, flags, leaves, paths_named, section_classes, types_of
 from coati.errors import UserError
+from coati.initial import value_at
 from coati.losses import group, policy, preference
-from coati.trainers.config import GRPOConfig, PPOConfig, PreferenceConfig, RewardConfig, SFTConfig
+from coati.trainers.config import DAPO, GRPO, GRPOConfig, PPOConfig, PreferenceConfig, RewardConfig, SFTConfig
 from tests.conftest import ROOT
 
 CONFIGS = [SFTConfig, RewardConfig, PreferenceConfig, PPOConfig, GRPOConfig]
 
 
-@dataclass
+@settings
 class Settings(coati.config.Settings):
     """Small, with every type of field that ours have."""
 
@@ -28,16 +32,16 @@ class Settings(coati.config.Settings):
     rate: float = option(0.5, "a number")
     count: int = option(3, "a whole number")
     limit: float | None = option(None, "a number or nothing")
-    names: list[str] = option(("a", "b"), "words")
-    weights: list[float] | None = option(None, "numbers")
+    names: ListOf[str] = option(("a", "b"), "words")
+    weights: ListOf[float] | None = option(None, "numbers")
     shuffle: bool = option(True, "a switch that is on")
     verbose: bool = option(False, "a switch that is off")
     kind: Literal["k1", "k2"] = option("k1", "a choice")
     display: Literal["auto", "on", "off"] = option("auto", "a choice with words that may be switches")
     share: float = option(0.5, "a number with a range", ge=0, lt=1)
-    shares: list[float] = option((), "numbers with a range", gt=0, le=1)
-    folders: list[str] = option((), "paths", path="data")
-    extra: dict[str, Any] | str | None = option(None, "a mapping, or a text")
+    shares: ListOf[Annotated[float, Field(gt=0, le=1)]] = option((), "numbers with a range")
+    folders: ListOf[str] = option((), "paths", path="data")
+    extra: dict[str, Any] | None = option(None, "a mapping")
 
 
 @pytest.fixture
@@ -65,11 +69,10 @@ def test_the_file_sets_every_type_of_field(parse):
         "path: some/folder\nrate: 1e-5\ncount: 7\nlimit: 2\nnames: [x, 'y z', '3']\nweights: [1, 0.5]\n"
         "shuffle: false\nverbose: true\nkind: k2\n"
     )
-    expected = Settings("some/folder", 1e-5, 7, 2.0, ["x", "y z", "3"], [1.0, 0.5], False, True, "k2")
-    assert config == expected
-    assert [type(getattr(config, f.name)) for f in dataclasses.fields(config)] == [
-        type(getattr(expected, f.name)) for f in dataclasses.fields(expected)
-    ]
+    expected = dict(path="some/folder", rate=1e-5, count=7, limit=2.0, names=["x", "y z", "3"], weights=[1.0, 0.5])
+    expected |= dict(shuffle=False, verbose=True, kind="k2")
+    assert config == Settings(**expected)
+    assert {name: type(getattr(config, name)) for name in expected} == {n: type(v) for n, v in expected.items()}
 
 
 def test_a_flag_wins_over_the_file_wherever_it_stands(parse, tmp_path):
@@ -104,10 +107,10 @@ def test_boolean_flags_need_no_value(parse):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("rat: 1\n", "unknown key 'rat'; did you mean 'rate'?"),
-        ("learning_rates: 1\n", "unknown key 'learning_rates'"),
-        ("zzz: 1\n", "unknown key 'zzz'"),
-        ("7: 1\n", "unknown key 7"),
+        ("rat: 1\n", "unknown setting 'rat'; did you mean 'rate'?"),
+        ("learning_rates: 1\n", "unknown setting 'learning_rates'"),
+        ("zzz: 1\n", "unknown setting 'zzz'"),
+        ("7: 1\n", "unknown setting '7'"),
         ("- rate\n- 1\n", "must be a mapping"),
         ("rate\n", "must be a mapping"),
         ("", "must be a mapping"),
@@ -196,21 +199,20 @@ def test_a_mapping_as_a_value_is_refused(parse):
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
 def test_every_setting_has_a_help_text(config_class):
-    for field in dataclasses.fields(config_class):
-        assert len(field.metadata.get("help", "")) > 5, f"{config_class.__name__}.{field.name} has no help text"
+    classes = [ALL_REWARDS] if config_class is PPOConfig else []
+    for leaf in [*leaves(config_class).values(), *(leaf for kind in classes for leaf in kind)]:
+        assert len(leaf.field.description or "") > 5, f"{leaf.path} has no help text"
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
 def test_help_shows_every_setting_and_ends_well(config_class, capsys):
-    some_are_common = any("common" in field.metadata for field in dataclasses.fields(config_class))
-    flag = "--help-all" if some_are_common else "--help"
     with pytest.raises(SystemExit) as stopped:
-        parse_config(config_class, [flag], description="what it does")
+        parse_config(config_class, ["--help-all"], description="what it does")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "what it does" in text
     assert "--config FILE.yaml" in text
-    assert [f.name for f in dataclasses.fields(config_class) if f"--{f.name} " not in text + " "] == []
+    assert [flag for flag in flags(leaves(config_class)).values() if f"--{flag} " not in text] == []
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
@@ -263,7 +265,7 @@ def home(path: str) -> str:
 def test_words_mean_what_the_type_of_the_setting_says(parse, text, expected):
     """REPORT 26: `off` is no for a switch and a choice for a choice; numbers have signs and exponents."""
     if expected is None:
-        with pytest.raises(UserError, match="unknown key 'x'"):
+        with pytest.raises(UserError, match="unknown setting 'x'"):
             parse(text)
     else:
         assert parse(text) == Settings(**expected)
@@ -280,8 +282,12 @@ def test_the_words_of_a_mapping_are_those_of_yaml_1_2(parse, word, value):
     assert parse(f"extra: {{x: {word}}}\n").extra == {"x": value}
 
 
-def test_a_mapping_may_be_a_text_as_a_flag(parse):
-    assert parse(None, "--extra", '{"a": 1}').extra == '{"a": 1}'
+def test_a_mapping_is_yaml_as_a_flag(parse):
+    assert parse(None, "--extra", "{a: 1, b: off, c: {d: [1e-3]}}").extra == {"a": 1, "b": "off", "c": {"d": [0.001]}}
+    with pytest.raises(UserError, match="--extra is 'text'; it takes a mapping"):
+        parse(None, "--extra", "text")
+    with pytest.raises(UserError, match="--extra is not YAML"):
+        parse(None, "--extra", "{a: ")
 
 
 @pytest.mark.parametrize("text", ["rate: 1\nrate: 2\n", "rate: 1\n'rate': 2\n", "extra:\n  a: 1\n  b: 1\n  a: 2\n"])
@@ -303,24 +309,29 @@ def test_home_folders_are_written_out(parse, monkeypatch):
     expected = dict(path="/home/somebody/a b", folders=["/home/somebody/x", "y/~"], names=["~/z"])
     text = "path: ~/a b\nfolders: [~/x, y/~]\nnames: [~/z]\n"
     for config in (parse(text), parse(None, "--path=~/a b", "--folders", "~/x", "y/~", "--names", "~/z")):
-        assert dataclasses.asdict(config).items() >= expected.items()
+        assert asdict(config).items() >= expected.items()
     ours = configure(
         SFTConfig, output_dir="~/run", model="~/model", train_data=["~/a.jsonl"], cache_dir="~/cache", stop=["~/"]
     )
-    assert (ours.output_dir, ours.model) == ("/home/somebody/run", "/home/somebody/model")
-    assert (ours.train_data, ours.cache_dir) == (["/home/somebody/a.jsonl"], "/home/somebody/cache")
-    assert ours.stop == ["~/"]
+    assert (ours.output_dir, ours.model.path) == ("/home/somebody/run", "/home/somebody/model")
+    assert (ours.data.train_data, ours.data.cache_dir) == (["/home/somebody/a.jsonl"], "/home/somebody/cache")
+    assert ours.generation.stop == ["~/"]
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
 def test_every_setting_that_sounds_like_a_path_is_one(config_class):
     """REPORT 26: or a folder named ~ would appear."""
-    words = ("dir", "data", "model", "tokenizer", "template", "schema", "functions", "evaluators", "resume")
-    other = {"reward_model_weight", "reward_classifier_template"}
-    names = {f.name for f in dataclasses.fields(config_class) if f.name.endswith(words)} - other
-    assert {f.name for f in dataclasses.fields(config_class) if "path" in f.metadata} - {"model_config"} >= names
+    words = ("dir", "data", "path", "_model", "tokenizer", "template", "schema", "evaluators", "resume")
+    found = [*leaves(config_class).values(), *(ALL_REWARDS if config_class is PPOConfig else [])]
+    names = {leaf.path for leaf in found if leaf.path.endswith(words)} - {"classifier.template"}
+    assert {leaf.path for leaf in found if path_kind(leaf.field)} >= names
 
 
+ALL_REWARDS = [
+    Leaf(f"{types_of(kind)[0]}.{name}", field, kind)
+    for kind in entry_classes(PPOConfig.__pydantic_fields__["rewards"].annotation)
+    for name, field in kind.__pydantic_fields__.items()
+]
 APPLICATIONS = {
     "colossal_llama.extend_tokenizer.ExtendConfig": ("tokenizer", "output", "pieces"),
     "colossal_llama.init_model.InitConfig": ("model", "tokenizer", "output", "old_tokenizer"),
@@ -381,7 +392,7 @@ NUMBERS = [
     (RewardConfig, "label_smoothing", [-0.1, 1.0], [0.0]),
     (RewardConfig, "centering", [-1.0], [0.0]),
     (PreferenceConfig, "beta", [0.0, -1.0], [0.1]),
-    (PreferenceConfig, "nll_coefficient", [-1.0], [None, 0.0]),
+    (PreferenceConfig, "nll_coefficient", [-1.0], [0.0]),
     (PPOConfig, "clip_low", [-1.0], [0.0, 1.0]),
     (PPOConfig, "clip_high", [-1.0], [0.0, 5.0]),
     (PPOConfig, "dual_clip", [1.0, -1.0], [None, 3.0]),
@@ -394,11 +405,9 @@ NUMBERS = [
     (PPOConfig, "gae_lambda", [1.1], [0.0, 1.0]),
     (PPOConfig, "critic_learning_rate", [-1.0], [0.0]),
     (PPOConfig, "critic_warmup", [-1], [0]),
-    (PPOConfig, "reward_batch_size", [0], [1]),
     (PPOConfig, "reward_timeout", [0.0], [0.5]),
     (PPOConfig, "reward_failure_score", [float("nan"), float("inf")], [-1.0]),
-    (PPOConfig, "verifier_weights", [[1.0, float("nan")]], [None, [1.0, -0.00005]]),
-    (GRPOConfig, "group_size", [0], [1]),
+    (GRPOConfig, "group_size", [0], [2]),
     (GRPOConfig, "importance_cap", [0.5], [1.0]),
     (GRPOConfig, "overlong_buffer", [-1], [0]),
 ]
@@ -408,45 +417,136 @@ NUMBERS = [
 def test_numbers_without_sense_are_refused_by_name_and_range(config_class, name, wrong, right):
     """REPORT 27: in Python and as flags; the bounds themselves are right where the range says so."""
     for value in wrong:
-        with pytest.raises(UserError, match=rf"^{name} is .*: it must be (at least|above|at most|below|finite)"):
+        with pytest.raises(UserError, match=rf"{name} is .*: it must be (at least|above|at most|below|finite)"):
             configure(config_class, **{name: value})
-        words = value if isinstance(value, list) else [value]
-        with pytest.raises(UserError, match=f"{name} is "):
-            parse_config(config_class, [f"--{name}", *map(str, words)])
+        with pytest.raises(UserError, match=f"--{name} is .*: it must be"):
+            parse_config(config_class, [f"--{name}", str(value)])
+    [path] = paths_named(name, leaves(config_class))
     for value in right:
-        assert getattr(configure(config_class, **{name: value}), name) == value
+        assert value_at(configure(config_class, **{name: value}), path) == value
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
 def test_every_number_has_a_range_unless_any_will_do(config_class):
     """REPORT 27."""
-    free = {"reward_model_weight", "reward_failure_score", "entropy_coefficient"}
-    free |= {f.name for f in dataclasses.fields(config_class) if f.name.endswith("_weights")}
-    hints = get_type_hints(config_class)
-    numbers = {name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}}
-    assert {f.name for f in dataclasses.fields(config_class) if not coati.config.range_of(f)} & numbers <= free
+    free = {"reward_failure_score", "entropy_coefficient", "weight"}
+    found = [*leaves(config_class).values(), *(ALL_REWARDS if config_class is PPOConfig else [])]
+    numbers = {leaf.path.rpartition(".")[2]: leaf for leaf in found if {int, float} & {*leaf.kinds}}
+    assert {name for name, leaf in numbers.items() if not range_of(leaf.field)} <= free
 
 
 def test_all_problems_are_named_at_once(parse):
     """REPORT 27: those of words and names, then those of numbers."""
     with pytest.raises(UserError) as error:
-        parse("rat: 1\ncount: many\nkind: k3\nextra: [1]\n", "--rate", "x")
-    problems = ("unknown key 'rat'", "count is 'many'", "kind is 'k3'", "extra is a list", "--rate is 'x'")
+        parse("rat: 1\ncount: many\nkind: k3\nextra: [1]\nshare: 1\nshares: [0.5, 0, 2]\n", "--rate", "nan")
+    problems = ("unknown setting 'rat'", "count is 'many'", "kind is 'k3'", "extra is a list", "--rate is 'nan'")
+    problems += ("share is '1': it must be below 1", "shares[1] is '0': it must be above 0", "shares[2] is '2'")
     assert [problem for problem in problems if problem not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+def test_contradictions_of_all_sections_are_named_at_once():
     with pytest.raises(UserError) as error:
-        parse("share: 1\nshares: [0.5, 0, 2]\nrate: nan\n")
-    assert str(error.value) == (
-        "rate is nan: it must be finite; share is 1.0: it must be at least 0 and below 1; "
-        "shares is 0.0: it must be above 0 and at most 1; shares is 2.0: it must be above 0 and at most 1"
+        configure(PPOConfig, temperature=0.0, top_k=5, ptx_coefficient=1.0, train_weights=[1.0, 2.0])
+    assert all(
+        words in str(error.value) for words in ("temperature 0 is greedy", "ptx_data and", "train_weights has 2")
     )
 
 
 def test_choices_are_those_of_the_losses():
     """Settings load without torch, so they name the choices themselves."""
-    hints = get_type_hints(GRPOConfig)
+    hints = get_type_hints(GRPO)
     assert hints["advantage"] == group.Advantage and hints["aggregation"] == group.Aggregation
     assert hints["importance_correction"] == group.Correction and hints["policy_loss"] == policy.PolicyLoss
-    assert {*get_args(get_type_hints(PreferenceConfig)["loss"])} == {*preference.PREFERENCE_LOSSES, "kto"}
+    methods = section_classes(PreferenceConfig.__pydantic_fields__["algorithm"].annotation)
+    assert {types_of(kind)[0] for kind in methods} == {*preference.PREFERENCE_LOSSES, "kto"}
+
+
+# --- sections
+
+
+def test_sections_lists_and_types(tmp_path):
+    path = tmp_path / "dapo.yaml"
+    path.write_text(
+        "model: some/model\n"
+        "algorithm: {type: dapo, clip_high: 0.3}\n"
+        "optimizer:\n  learning_rate: 1e-4\n  warmup:\n"
+        "rewards: [math, {type: regex, pattern: 'x: \\d', weight: .5}, {type: regex, pattern: y, name: y}]\n"
+    )
+    config = parse_config(GRPOConfig, ["--config", str(path), "--algorithm.group_size", "4", "--optimizer.warmup=0.5"])
+    assert isinstance(config.algorithm, DAPO) and config.algorithm.dynamic_sampling
+    assert (config.algorithm.clip_high, config.algorithm.group_size) == (0.3, 4)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup, config.model.path) == (1e-4, 0.5, "some/model")
+    assert [(r.type, r.weight, r.name) for r in config.rewards] == [
+        ("math", 1.0, None),
+        ("regex", 0.5, None),
+        ("regex", 1.0, "y"),
+    ]
+    assert config.rewards[1].pattern == r"x: \d"
+
+
+def test_another_type_leaves_the_defaults_of_the_first_behind(tmp_path):
+    path = tmp_path / "gspo.yaml"
+    path.write_text("algorithm: {type: gspo, group_size: 4}\n")
+    config = parse_config(GRPOConfig, ["--config", str(path)], defaults={"algorithm": {"type": "dapo"}})
+    assert config == configure(GRPOConfig, algorithm="gspo", group_size=4)
+    config = parse_config(GRPOConfig, ["--config", str(path), "--algorithm", "rloo"])
+    assert config == configure(GRPOConfig, algorithm="rloo")
+
+
+def test_rewards_as_flags():
+    flags = ["--rewards", "math", "{type: regex, pattern: 'a, b', weight: -0.5}"]
+    config = parse_config(GRPOConfig, flags)
+    assert [(r.type, r.weight) for r in config.rewards] == [("math", 1.0), ("regex", -0.5)]
+    assert config.rewards[1].pattern == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rate: 1\n", "unknown setting 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("optimizer: {learning_rat: 1}\n", "'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'?"),
+        ("optimizer: 1e-5\n", "optimizer.learning_rate"),
+        ("optimizer: [1]\n", "optimizer is a list; it takes settings of its own"),
+        ("algorithm: {type: grppo}\n", "algorithm: there is no type 'grppo'; it is one of grpo, dr-grpo"),
+        ("algorithm: {type: grpo, gamma: 1}\n", "unknown setting 'algorithm.gamma'"),
+        ("rewards: [maths]\n", "rewards[0]: there is no type 'maths'"),
+        ("rewards: [math, regex]\n", "rewards[1].pattern is missing"),
+        ("rewards: [{weight: 1}]\n", "rewards[0] has no type"),
+        ("rewards: [{type: math, answer_colum: x}]\n", "unknown setting 'rewards[0].answer_colum'"),
+        ("algorithm: {clip_low: -1}\n", "algorithm.clip_low is '-1': it must be at least 0"),
+    ],
+)
+def test_mistakes_in_sections_are_named_by_their_path(tmp_path, text, says):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    if says == "optimizer.learning_rate":  # a section may be its first setting
+        assert parse_config(GRPOConfig, ["--config", str(path)]).optimizer.learning_rate == 1e-5
+        return
+    with pytest.raises(UserError) as error:
+        parse_config(GRPOConfig, ["--config", str(path)])
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
+def test_every_flag_means_one_setting(config_class):
+    """A flag may leave out the section, for its last part is no other setting's."""
+    found = leaves(config_class)
+    names = flags(found)
+    assert len({*names.values()}) == len(names)
+    for path, name in names.items():
+        assert paths_named(name, found) == paths_named(path, found) == [path]
+        assert "." not in name
+
+
+def test_a_copy_with_other_settings_keeps_the_rest():
+    config = configure(GRPOConfig, algorithm="dapo", clip_high=0.4, rewards=["math"], temperature=0.7)
+    other = reconfigure(config, temperature=0.9, model="x")
+    assert (other.generation.temperature, other.model.path) == (0.9, "x")
+    assert other.algorithm == config.algorithm and other.rewards == config.rewards
+    assert config.generation.temperature == 0.7
+    with pytest.raises(UserError, match="unknown setting 'temperatur'"):
+        reconfigure(config, temperatur=1)
 
 
 # --- how soon
@@ -476,9 +576,9 @@ def test_mistakes_are_reported_before_anything_heavy_is_imported(script, tmp_pat
     """REPORT 31: a typing error in the file, a number out of range, and a data file that isn't there."""
     stage = "stages: [{name: one}]\n" if "llama" in script else ""
     cases = {
-        "learning_rat: 1\n": "unknown key 'learning_rat'; did you mean 'learning_rate'?",
-        "steps: -1\n": "steps is -1: it must be at least 0",
-        "train_data: [missing/rows.jsonl]\n": "missing/rows.jsonl does not exist",
+        "learning_rat: 1\n": "unknown setting 'learning_rat'; did you mean 'optimizer.learning_rate'?",
+        "steps: -1\n": "steps is '-1': it must be at least 0",
+        "data: {train_data: [missing/rows.jsonl]}\n": "missing/rows.jsonl does not exist",
     }
     for text, message in cases.items():
         (tmp_path / "run.yaml").write_text(stage + text)
@@ -496,11 +596,7 @@ MISSING = {
     "model_config": "./config.json",
     "chat_template": "missing.jinja",
     "resume": "missing/checkpoint",
-    "reward_model": "../missing",
-    "reward_functions": "missing.py:reward",
-    "reward_classifiers": "/missing",
     "evaluators": "missing/file.py:count",
-    "json_schema": "schema.json",
     "ptx_data": "missing.parquet",
     "critic_model": "~/missing",
 }
@@ -509,15 +605,19 @@ MISSING = {
 def test_every_missing_path_is_named_at_once(tmp_path):
     """REPORT 31: before anything is loaded; names on the hub and modules are left to those who load them."""
     flags = [word for name, path in MISSING.items() for word in (f"--{name}", path)]
+    rewards = ["model, path: ../missing", "function, path: missing.py:reward", "classifier, path: /missing"]
+    flags += ["--rewards", *(f"{{type: {reward}}}" for reward in rewards), "{type: json, json_schema: schema.json}"]
     ended = start("examples/train_ppo.py", *flags, "--ptx_coefficient", "1", "--output_dir", str(tmp_path / "run"))
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert [name for name in MISSING if f"--{name} " not in ended.stderr] == []
-    hub = ["--model", "owner/name", "--reward_functions", "package.module:function", "--train_data", "owner/name:test"]
+    assert [name for name in MISSING if not re.search(rf"\b(model\.path|{name}) ", ended.stderr)] == []
+    assert ended.stderr.count("rewards.path") == 3 and "rewards.json_schema schema.json" in ended.stderr
+    hub = ["--model", "owner/name", "--rewards", "{type: function, path: package.module:function}"]
+    hub += ["--train_data", "owner/name:test"]
     ended = start("examples/train_ppo.py", *hub, "--output_dir", str(tmp_path / "run"))
     assert "torch is imported" in ended.stderr  # the settings were right
 
 
 def test_a_plan_is_refused_as_quickly():
     """REPORT 31."""
-    ended = start("coati/cli.py", "plan", "--algorithm", "sft", "--learning-rat", "1")
+    ended = start("coati/cli.py", "plan", "sft", "--learning-rat", "1")
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "--learning-rat" in ended.stderr

@@ -1,11 +1,10 @@
 """The memory planner: its arithmetic, its words, and real runs beside it (docs/memory.md has more of those)."""
 
-import dataclasses
 import importlib
 import json
 import pkgutil
 from collections import Counter
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, OPTConfig
@@ -13,13 +12,12 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig
 import coati.trainers
 from coati.cli import main
 from coati.config import configure
-from coati.config.generation import GenerationConfig
+from coati.config.schema import leaves, section_classes, types_of
 from coati.errors import UserError
 from coati.planner.dry_run import Workload, plan
 from coati.planner.report import read_workload, verdict
-from coati.rewards.config import ScoringConfig
 from coati.trainers.algorithms import ALGORITHMS
-from coati.trainers.config import PPOConfig, SFTConfig, TrainerConfig
+from coati.trainers.config import PPOConfig, SFTConfig
 from coati.trainers.trainer import Trainer
 from tests.conftest import reward_model
 
@@ -113,10 +111,8 @@ def test_splitting_a_batch_over_ranks_halves_the_logits(kind):
     ],
 )
 def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
-    config = configure(
-        PPOConfig, precision="bf16", batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16
-    )
-    config.reward_model = "scorer"
+    sizes = dict(batch_size=8, micro_batch_size=2, max_prompt_length=32, max_new_tokens=16)
+    config = configure(PPOConfig, precision="bf16", rewards=[reward_model("scorer")], **sizes)
     models = ("actor", "critic", "reference", "reward model")
     found = plan(Workload("ppo", config, shape, 2))
     assert {"generate", "score", "evaluate", "learn"} <= set(found.phases)
@@ -128,7 +124,7 @@ def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
 def test_the_command_prints_a_table_a_verdict_and_the_best_change(tmp_path, capsys):
     shape = tmp_path / "config.json"
     shape.write_text(json.dumps(LLAMA.to_dict()))
-    argv = ["plan", "--algorithm", "sft", "--model_config", str(shape), "--gpus", "2", "--plugin", "ddp"]
+    argv = ["plan", "sft", "--model_config", str(shape), "--gpus", "2", "--plugin", "ddp"]
     assert main([*argv, "--memory", "80"]) == 0
     output = capsys.readouterr().out
     assert "ddp bf16 · 2 x GPU" in output and output.count("*") == 2
@@ -143,25 +139,13 @@ def test_a_run_that_does_not_fit_is_told_so():
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="--model FOLDER"):
-        read_workload([], "sft", 1, True)
+        read_workload("sft", [], 1, True)
     with pytest.raises(UserError, match="this model on this machine"):
-        read_workload(["--model", str(tmp_path)], "sft", 1, True)
-    with pytest.raises(UserError, match="--algorithm"):
-        read_workload(["--model", str(tmp_path)], None, 1, True)
+        read_workload("sft", ["--model", str(tmp_path)], 1, True)
     with pytest.raises(UserError, match="multiple of 4"):
         sft(6, tensor_parallel=4, plugin="zero1")
-    with pytest.raises(UserError, match="unknown plugin"):
+    with pytest.raises(UserError, match="one of ddp, zero1"):
         sft(plugin="zero9")
-
-
-def test_the_settings_tell_the_algorithm(tmp_path):
-    shape = tmp_path / "config.json"
-    shape.write_text(json.dumps(LLAMA.to_dict()))
-    (tmp_path / "ppo.yaml").write_text(f"model: {tmp_path}\nreward_functions: [rules.py:f]\n")
-    argv = ["--config", str(tmp_path / "ppo.yaml"), "--model_config", str(shape)]
-    workload = read_workload(argv, None, 1, True)
-    assert workload.algorithm == "ppo"
-    assert read_workload(["--model_config", str(shape), "--centering", "1"], None, 1, True).algorithm == "reward"
 
 
 def test_plans_are_within_15_percent_of_real_peaks():
@@ -195,7 +179,7 @@ MORE = {
         dict(lora_rank=2),
         dict(ptx_data=["texts"], ptx_coefficient=0.1),
         dict(kl_target=1.0, normalize_reward=True),
-        dict(reward_classifiers=["classifier"]),
+        dict(rewards=[dict(type="classifier", path="classifier")]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
     "grpo": [
@@ -210,13 +194,19 @@ MORE = {
 
 
 def choices(config: type) -> list[dict]:
-    """Settings that have, between them, each value of every setting of this algorithm alone that has a few to choose
-    from."""
-    shared = {f.name for parent in (TrainerConfig, GenerationConfig, ScoringConfig) for f in dataclasses.fields(parent)}
-    own = {name: get_args(kind) for name, kind in get_type_hints(config).items() if get_origin(kind) is Literal}
-    own = {name: values for name, values in own.items() if name not in shared}
+    """Each method of an algorithm; and settings of the first one that have, between them, each value of all those that
+    have a few to choose from."""
+    field = config.__pydantic_fields__.get("algorithm")
+    if field is None:
+        return []
+    types = [types_of(kind)[0] for kind in section_classes(field.annotation)]
+    own = {path: leaf.kinds[0] for path, leaf in leaves(config, types[0]).items() if leaf.section == "algorithm"}
+    own = {path: get_args(kind) for path, kind in own.items() if get_origin(kind) is Literal and "type" not in path}
     most = max([len(values) for values in own.values()], default=0)
-    return [{name: values[i % len(values)] for name, values in own.items()} for i in range(most)]
+    return [
+        *({"algorithm": kind} for kind in types[1:]),
+        *({path: values[i % len(values)] for path, values in own.items()} for i in range(most)),
+    ]
 
 
 CASES = [
@@ -271,7 +261,8 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("grpo", kl_coefficient=0.1)) == {"actor", "reference"}
     assert models(plan_of("ppo")) == {"actor", "critic", "reference"}
     assert models(plan_of("ppo", shared_trunk=True, kl_coefficient=0.0)) == {"actor"}
-    assert models(plan_of("ppo", reward_classifiers=["c"])) == {"actor", "critic", "reference", "classifier"}
+    classifier = dict(type="classifier", path="c")
+    assert models(plan_of("ppo", rewards=[classifier])) == {"actor", "critic", "reference", "classifier"}
 
 
 def test_vllm_has_weights_and_a_cache_of_its_own():
@@ -309,7 +300,7 @@ def test_a_reward_model_of_another_depth_is_continued_by_its_own():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(rollout_engine="vllm", plugin="gemini"), "vLLM takes models that are whole"),
+        (dict(rollout_engine="vllm", plugin="gemini"), "vLLM takes models that are replicated"),
         (dict(batch_size=3), "not a multiple"),
         (dict(group_size=1), "group_size must be at least 2"),
     ],

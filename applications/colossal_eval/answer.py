@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coati.config import Settings, option, parse_config
+from coati.config import Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from coati.files import replace_file
 from colossal_eval.benchmarks.prepared_folder import read_dialogues
@@ -16,7 +15,7 @@ from colossal_eval.benchmarks.question import Question
 from colossal_eval.run.model_loading import Loaded, load_model, model_folder
 
 
-@dataclass
+@settings
 class AnswerConfig(Settings):
     """Settings of answer.py."""
 

@@ -12,11 +12,11 @@ import shutil
 import signal
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from coati.config import option, parse_config
+from coati.config import ListOf, option, parse_config, settings
 from coati.errors import UserError
 from coati.files import replace_file
 from coati.tracking.config import TrackingConfig
@@ -30,20 +30,20 @@ from colossal_eval.run.task_yaml import subjects_of, write_tasks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-@dataclass
+@settings
 class EvaluateConfig(TrackingConfig):
     """Settings of evaluate.py."""
 
-    models: list[str] = option(
+    models: ListOf[str] = option(
         (), "model folders, LoRA adapters, coati runs or checkpoints; one column each", path="model"
     )
-    tasks: list[str] = option((), f"prepared benchmarks: {', '.join(SETTINGS)}")
+    tasks: ListOf[str] = option((), f"prepared benchmarks: {', '.join(SETTINGS)}")
     data: str = option("runs/eval/data", "what prepare.py wrote", path="output")
     output: str = option(
         "runs/eval/out", "folder of responses, records and report; continued if it is there", path="output"
     )
     shots: int | None = option(None, "few-shot examples; default: 5, gaokao_bench 0", ge=0)
-    methods: list[str] = option((), "of single-answer questions: first_token, generate, choice_perplexity")
+    methods: ListOf[str] = option((), "of single-answer questions: first_token, generate, choice_perplexity")
     max_new_tokens: int | None = option(None, "longest generated response; default: 32, gsm8k 256", ge=1)
     limit: int | None = option(None, "only the first questions of each subject", ge=1)
     chat_template: bool = option(False, "ask in the tokenizer's chat template, one example per turn")

@@ -11,10 +11,9 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import Settings, option, parse_config
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from coati.files import replace_file
 from coati.tracking.config import TrackingConfig
@@ -27,14 +26,14 @@ from colossal_eval.llm_judge.verdicts import report_text, summarize
 from colossal_eval.run.response_store import ResponseStore, digest
 
 
-@dataclass
+@settings
 class JudgeConfig(Settings):
     """Settings of judge.py."""
 
     questions: str = option(
         "runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form", path="file"
     )
-    answers: list[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
+    answers: ListOf[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
     references: str | None = option(None, "file of right answers, for questions that have them", path="file")
     prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
     output: str = option("runs/eval/judge", "folder of judgements and report; continued if it is there", path="output")

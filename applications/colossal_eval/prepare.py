@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coati.config import Settings, option, parse_config
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from coati.files import written_aside
 from colossal_eval.benchmarks.converters import CONVERTERS
@@ -18,7 +17,7 @@ from colossal_eval.benchmarks.published_rows import Row
 SHOWN = 20  # malformed rows that are named
 
 
-@dataclass
+@settings
 class PrepareConfig(Settings):
     """Settings of prepare.py."""
 
@@ -27,7 +26,7 @@ class PrepareConfig(Settings):
     output: str = option(
         "runs/eval/data", "folder for the task files; the benchmark gets a folder in it", path="output"
     )
-    subjects: list[str] = option((), "only these subjects; each must be there")
+    subjects: ListOf[str] = option((), "only these subjects; each must be there")
     bad_rows: Literal["error", "drop"] = option(
         "error", "error: malformed rows end the conversion; drop: they are named and left out"
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from coati.config import Settings, option, parse_config
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import run_command
 from coati.files import replace_file
 from coati.tracking.files import read_object
@@ -44,13 +43,13 @@ def write_report(output: Path, models: list[str], benchmarks: list[str], publish
     return report
 
 
-@dataclass
+@settings
 class ReportConfig(Settings):
     """Settings of report.py."""
 
     output: str = option("runs/eval/out", "the folder of an evaluation", path="output")
-    models: list[str] = option((), "columns; default: those of the last run", path="model")
-    tasks: list[str] = option((), "benchmarks; default: those of the last run")
+    models: ListOf[str] = option((), "columns; default: those of the last run", path="model")
+    tasks: ListOf[str] = option((), "benchmarks; default: those of the last run")
     published: bool = option(False, "compare with the figures of the Colossal-LLaMA-2 card")
 
 

@@ -9,11 +9,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from coati.config import Settings, option, parse_config
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from colossal_llama.output_folder import new_folder
 from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
@@ -21,25 +21,25 @@ from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
 REPORT = "extension.json"
 
 
-@dataclass
+@settings
 class ExtendConfig(Settings):
     """Settings of `extend_tokenizer`."""
 
     tokenizer: str = option("", "folder of the tokenizer to extend (a model's folder will do)", path="model")
     output: str = option("", "folder of the extended tokenizer; must not exist", path="output")
-    corpus: list[str] = option((), ".jsonl and .txt files to learn from, and to measure on", path="file")
+    corpus: ListOf[str] = option((), ".jsonl and .txt files to learn from, and to measure on", path="file")
     field: str = option("text", "the field of .jsonl rows; without it, source and target")
     pieces: str | None = option(None, '.jsonl file of {"piece": "..."}: add these instead of learning any', path="file")
     size: int = option(10000, "tokens to add at most, when they are learned")
     min_frequency: int = option(10, "how often a learned piece must occur")
-    characters: list[str] = option(
+    characters: ListOf[str] = option(
         ("non-ascii",), "a learned piece has one of these: non-ascii, any, scripts such as han, classes such as [à-ÿ]"
     )
     coverage: float = option(0.9995, "share of the corpus's such characters that become tokens themselves")
     dead: Literal["reach", "drop", "keep"] = option(
         "reach", "pieces that would never be produced: add what leads to them, leave them out, or only report them"
     )
-    old_text: list[str] = option((), "files in the old language, to see that their tokens stay", path="file")
+    old_text: ListOf[str] = option((), "files in the old language, to see that their tokens stay", path="file")
     sample_size: int = option(1000, "documents, drawn from corpus and old text, to check on")
     seed: int = option(0, "of the sample", ge=0)
     progress: Literal["auto", "bar", "plain", "off"] = option("auto", "what the terminal shows meanwhile")

@@ -13,11 +13,10 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coati.config import Settings, option, parse_config
+from coati.config import Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from coati.tracking.files import read_object
 from colossal_llama.output_folder import new_folder
@@ -25,7 +24,7 @@ from colossal_llama.output_folder import new_folder
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@dataclass
+@settings
 class InitConfig(Settings):
     """Settings of `init_model`."""
 

@@ -16,10 +16,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import Settings, option, parse_config
+from coati.config import Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from colossal_llama.output_folder import new_folder
 
@@ -29,7 +28,7 @@ BYTE_LEVEL = {"Llama-3": "llama-bpe", "Qwen2": "qwen2", "DeepSeek-LLM": "deepsee
 CONFIG = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-@dataclass
+@settings
 class FetchConfig(Settings):
     """Settings of `real_tokenizers`."""
 

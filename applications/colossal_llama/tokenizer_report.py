@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from coati.config import Settings, option, parse_config
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from colossal_llama.output_folder import new_folder
 from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
@@ -24,12 +24,12 @@ from colossal_llama.tokenizer.raw_texts import read_texts, sample_texts
 BATCH = 64
 
 
-@dataclass
+@settings
 class ReportConfig(Settings):
     """Settings of `tokenizer_report`."""
 
-    tokenizers: list[str] = option((), "tokenizer folders; a row each", path="model")
-    corpus: list[str] = option((), ".jsonl and .txt files; a table each", path="file")
+    tokenizers: ListOf[str] = option((), "tokenizer folders; a row each", path="model")
+    corpus: ListOf[str] = option((), ".jsonl and .txt files; a table each", path="file")
     output: str = option("", "folder for report.md, report.json and report.svg; must not exist", path="output")
     base: str | None = option(
         None, "tokenizer folder that others extend: how many of their further tokens are used?", path="model"

@@ -4,7 +4,7 @@ Nothing here imports torch, so that a mistake in a file is reported at once.
 """
 
 from coati.config.options import ListOf, Settings, asdict, inherited, option, section, settings
-from coati.config.parse import configure, parse_config, parse_settings, reconfigure, take_config_path
+from coati.config.parse import configure, merge, parse_config, parse_settings, reconfigure, take_config_path
 from coati.config.yaml12 import read_yaml
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "asdict",
     "configure",
     "inherited",
+    "merge",
     "option",
     "parse_config",
     "parse_settings",

@@ -18,7 +18,6 @@ Config = TypeVar("Config")
 TAKES = {
     "int": "a whole number",
     "float": "a number",
-    "finite": "a finite number",
     "bool": "true or false",
     "string": "a text",
     "list": "a list",
@@ -70,9 +69,8 @@ def parse_settings(
         origin: what errors call the settings.
     """
     given = read_flags(config_class, argv, description, defaults or {})
-    by_flag = _nested(given.values)
-    values = _merge(_merge(dict(defaults or {}), written_out(found, config_class)), written_out(by_flag, config_class))
-    return validated(config_class, values, lambda path: given.flags.get(path) or f"{origin}: {path}")
+    values = merge(config_class, merge(config_class, dict(defaults or {}), found), _nested(given.values))
+    return validated(config_class, values, lambda path: given.flags.get(path.partition("[")[0]) or f"{origin}: {path}")
 
 
 def configure(config_class: type[Config], **values) -> Config:
@@ -92,7 +90,7 @@ def reconfigure(config: Config, **values) -> Config:
     """
     kind = type(config)
     changes = written_out(_nested(_by_path(kind, values)), kind, keep_none=True)
-    return validated(kind, _merge(asdict(config), changes))
+    return validated(kind, _merge(asdict(config), changes, [kind]))
 
 
 def validated(config_class: type[Config], values: dict[str, Any], named=str) -> Config:
@@ -167,14 +165,21 @@ def _nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """`others` win; sections are merged. Those of another `type` start anew."""
+def merge(config_class: type, values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of which `others` win. Sections are merged; one of another `type` starts anew."""
+    values, others = written_out(values, config_class), written_out(others, config_class)
+    return _merge(values, others, [config_class])
+
+
+def _merge(values: dict[str, Any], others: dict[str, Any], classes: list[type]) -> dict[str, Any]:
+    fields = {name: field for one in classes for name, field in one.__pydantic_fields__.items()}
     merged = dict(values)
     for name, value in others.items():
         before = merged.get(name)
-        both = isinstance(before, dict) and isinstance(value, dict)
+        inner = section_classes(fields[name].annotation) if name in fields else []
+        both = bool(inner) and isinstance(before, dict) and isinstance(value, dict)
         if both and value.get("type", before.get("type")) == before.get("type"):
-            merged[name] = _merge(before, value)
+            merged[name] = _merge(before, value, inner)
         else:
             merged[name] = value
     return merged
@@ -249,7 +254,9 @@ def _words_for(error: dict[str, Any], config_class, named) -> str:
         tags = context["expected_tags"].replace("'", "")
         return f"{named(path)}: there is no type {context['tag']!r}; it is one of {tags}"
     if kind in BOUNDS:
-        return f"{named(path)} is {_shown(value)}; it must be {BOUNDS[kind].format(**context)}"
+        return f"{named(path)} is {_shown(value)}: it must be {BOUNDS[kind].format(**context)}"
+    if kind == "finite_number":
+        return f"{named(path)} is {_shown(value)}: it must be finite"
     if kind == "literal_error":
         takes = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
     else:

@@ -139,7 +139,13 @@ def cpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
 
 
 PREFERENCE_LOSSES: dict[str, Callable[[Answers, Answers, Options], Compared]] = {
-    f.__name__: f for f in (dpo, robust, hinge, ipo, simpo, orpo, cpo)
+    "dpo": dpo,
+    "robust-dpo": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
 }
 
 

@@ -59,7 +59,7 @@ def complete(
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
     """
-    sampling.check_generation()
+    sampling.check_installed()
     with_vllm = sampling.rollout_engine == "vllm"
     if sampling.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
         prompts = [request.prompt for request in requests]

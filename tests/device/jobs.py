@@ -37,7 +37,7 @@ def sizes(run: str, times: int = 1, micro_batches: int = 1, updates: int = 1) ->
     return dict(batch_size=batch_size, micro_batch_size=rows // micro_batches, eval_data=[]) | of_updates
 
 
-def make_job(name: str, run: str, world: dict[str, str], folder: Path, **changes) -> dict:
+def make_job(name: str, run: str, world: dict[str, str], folder: Path, /, **changes) -> dict:
     """One step of a run of `RUNS`, with fewer answers than other tests have; the output goes to FOLDER/NAME."""
     algorithm, of_run = RUNS[run]
     changes = of_run | changes

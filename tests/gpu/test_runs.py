@@ -44,7 +44,7 @@ COMPARED = {"loss": 2, "grad_norm": 1}  # up to which step: Adam turns small gra
 CLOSE = {"fp32": 2e-3, "bf16": 0.15, "fp16": 0.05}
 
 
-def make(algorithm: str, world, runtime, output: Path, layout: str, **changes):
+def make(algorithm: str, world, runtime, output: Path, layout: str, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     settings = settings_for(algorithm, world, output_dir=str(output), **LAYOUTS[layout], **changes)
     return trainer_class(configure(config_class, **settings), runtime)

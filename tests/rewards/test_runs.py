@@ -25,7 +25,7 @@ even = Tokens()
 """
 
 
-def make(tiny_world, runtime, folder, **changes):
+def make(tiny_world, runtime, folder, /, **changes):
     config_class, trainer_class = trainer_classes("ppo")
     return trainer_class(
         configure(config_class, **settings_for("ppo", tiny_world, output_dir=str(folder), **changes)), runtime

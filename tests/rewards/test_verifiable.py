@@ -161,9 +161,9 @@ def test_normalising_empties_only_what_is_blank(text):
 
 
 def test_regular_expressions():
-    check("regex", [("x=1", "", 1), ("x=\n1", "", 1), ("y", "", 0)], regex_pattern=r"x=.?\d")
+    check("regex", [("x=1", "", 1), ("x=\n1", "", 1), ("y", "", 0)], pattern=r"x=.?\d")
     table = [("Answer: 3\nAnswer: Four", "four", 1), ("Answer: 3", "4", 0), ("4", "4", 0)]
-    check("regex", table, regex_pattern=r"Answer: ([^\n]*)")
+    check("regex", table, pattern=r"Answer: ([^\n]*)")
 
 
 def test_formats():

@@ -51,7 +51,7 @@ def sharp_world(tiny_world, tmp_path_factory) -> dict[str, str]:
     return tiny_world | {name: str(path) for name, path in names.items()}
 
 
-def make(algorithm: str, world, runtime, output: Path, **changes):
+def make(algorithm: str, world, runtime, output: Path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     changes = dict(precision="bf16") | changes
     return trainer_class(

@@ -13,7 +13,7 @@ def steps(trainer):
 """
 
 
-def make(world, runtime, output, **changes):
+def make(world, runtime, output, /, **changes):
     config_class, trainer_class = trainer_classes("sft")
     settings = settings_for("sft", world, output_dir=str(output), steps=2, **changes)
     return trainer_class(configure(config_class, **settings), runtime)

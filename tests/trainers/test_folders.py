@@ -21,7 +21,7 @@ from tests.conftest import ROOT, settings_for, trainer_classes
 ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo"]
 
 
-def make(algorithm: str, world, runtime, output: Path, **changes):
+def make(algorithm: str, world, runtime, output: Path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     return trainer_class(
         configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime

@@ -31,7 +31,7 @@ ALGORITHMS = {
 }
 
 
-def make(world, runtime, output, **changes) -> GRPOTrainer:
+def make(world, runtime, output, /, **changes) -> GRPOTrainer:
     return GRPOTrainer(configure(GRPOConfig, **settings_for("grpo", world, output_dir=str(output), **changes)), runtime)
 
 

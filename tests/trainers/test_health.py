@@ -32,7 +32,7 @@ CASES = [(layout, "sft", kind) for layout in LAYOUTS for kind in ("loss", "gradi
 CASES += [("ddp", "ppo", "loss"), ("zero2", "ppo", "gradient")]
 
 
-def make(algorithm, world, runtime, output, **changes):
+def make(algorithm, world, runtime, output, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     return trainer_class(
         configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime

@@ -25,14 +25,14 @@ from tests.trainers.test_training import losses, weights
 LOSSES = ("dpo", "robust-dpo", "hinge", "ipo", "simpo", "orpo", "cpo", "kto")
 
 
-def make(world, runtime, output: Path, **changes):
+def make(world, runtime, output: Path, /, **changes):
     config_class, factory = trainer_classes("preference")
     return factory(
         configure(config_class, **settings_for("preference", world, output_dir=str(output), **changes)), runtime
     )
 
 
-def moved(world, runtime, output: Path, **changes):
+def moved(world, runtime, output: Path, /, **changes):
     """A trainer whose policy is away from its reference."""
     trainer = make(world, runtime, output, **changes)
     nudge(p for p in trainer.engines["model"].module.parameters() if p.requires_grad)

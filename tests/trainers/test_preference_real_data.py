@@ -23,7 +23,7 @@ def test_preferences_are_learnt_and_hold_on_other_pairs(runtime, tmp_path):
     common |= dict(max_length=160, too_long="truncate_prompt", bad_rows="drop", cache_dir=str(tmp_path / "cache"))
     common |= dict(batch_size=32, micro_batch_size=32, learning_rate=1e-3, steps=60, progress="off")
 
-    def make(loss: str, **changes):
+    def make(loss: str, /, **changes):
         return preference_trainer(
             configure(PreferenceConfig, **common, algorithm=loss, output_dir=str(tmp_path / loss), **changes), runtime
         )

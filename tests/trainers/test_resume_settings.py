@@ -14,7 +14,7 @@ from tests.conftest import functions, settings_for, trainer_classes
 STEPS = 2  # before the checkpoint
 
 
-def make(algorithm: str, world, runtime, output: Path, **changes):
+def make(algorithm: str, world, runtime, output: Path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     return trainer_class(
         configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime

@@ -15,7 +15,7 @@ from coati.trainers import first_save
 from tests.conftest import settings_for, trainer_classes
 
 
-def make(algorithm: str, world, runtime, output: Path, **changes):
+def make(algorithm: str, world, runtime, output: Path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     return trainer_class(
         configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime

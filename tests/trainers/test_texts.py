@@ -42,7 +42,7 @@ def world(tiny_world, tmp_path_factory):
     return tiny_world | {"policy": str(root / "policy"), "tokenizer": str(root / "policy"), "root": root}
 
 
-def make(algorithm, world, runtime, tmp_path, **changes):
+def make(algorithm, world, runtime, tmp_path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     changes |= dict(model=world["policy"], model_config=None, output_dir=str(tmp_path / algorithm))
     return trainer_class(configure(config_class, **settings_for(algorithm, world, **changes)), runtime)

@@ -19,7 +19,7 @@ from tests.trainers.steps import iterate
 ALGORITHMS = ("sft", "reward", "ppo")
 
 
-def make(algorithm: str, world, runtime, output: Path, **changes):
+def make(algorithm: str, world, runtime, output: Path, /, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     return trainer_class(
         configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
@@ -241,7 +241,7 @@ def test_sampling_and_training_that_disagree_stop_the_run(tiny_world, runtime, t
         trainer.actor.module.model.lm_head.weight.data.mul_(30)
         return batch
 
-    with pytest.raises(UserError, match="differ by"):
+    with pytest.raises(UserError, match="log-prob mismatch"):
         iterate(trainer, change=spoil)
 
 
@@ -278,7 +278,7 @@ def test_lora_trains_adapters_resumes_and_merges(algorithm, tiny_world, runtime,
     ("algorithm", "changes", "message"),
     [
         ("sft", dict(train_data=["missing.jsonl"]), "missing.jsonl"),
-        ("sft", dict(plugin="zero9"), "unknown plugin 'zero9'"),
+        ("sft", dict(plugin="zero9"), "plugin is 'zero9'; it takes one of ddp"),
         ("sft", dict(plugin="gemini", precision="fp32"), "bf16"),
         ("sft", dict(plugin="gemini", lora_rank=4, model="MODEL", model_config=None), "LoRA"),
         ("sft", dict(precision="fp16"), "bf16 or fp32"),

@@ -1,21 +1,20 @@
 """The settings of `prepare_pretrain`."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from typing import Literal
 
-from coati.config import Settings, option
-from coati.errors import UserError
+from coati.config import ListOf, Settings, asdict, option, settings
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.quality_filters import Filters
 
 OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
 
 
-@dataclass
+@settings
 class PrepareConfig(Settings):
     """What to read, how to tokenise and pack it, and where to."""
 
-    data: list[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
+    data: ListOf[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
     tokenizer: str = option("", "a folder with the tokenizer of the model to be trained", path="model")
     output: str = option(
         "", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is whole", path="output"
@@ -38,23 +37,22 @@ class PrepareConfig(Settings):
         "auto", "bar, plain lines, off, or auto: bar on a terminal"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         for name in ("data", "tokenizer", "output"):
             if not getattr(self, name):
-                raise UserError(f"--{name} is missing; --help says what it is.")
+                yield f"--{name} is missing; --help says what it is."
         for name in ("max_length", "buckets", "processes", "part_megabytes"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; give a number above 0.")
+                yield f"--{name} is {getattr(self, name)}; give a number above 0."
         for name in ("minhash_threshold", "max_symbol_share", "max_digit_share", "max_repeated_lines"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise UserError(f"--{name} is {value}; give a share from 0 to 1.")
+                yield f"--{name} is {value}; give a share from 0 to 1."
         if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more.")
+            yield f"--seed is {self.seed}; give 0 or more."
         if len(set(self.data)) < len(self.data):
-            raise UserError("--data names a file twice; name each once.")
+            yield "--data names a file twice; name each once."
         if self.category is not None and not self.category.strip():
-            raise UserError("--category is empty; give a name.")
+            yield "--category is empty; give a name."
 
     def that_matter(self) -> dict:
         """The settings on which the result depends, but for the content of the data and of the tokenizer."""

@@ -43,7 +43,7 @@ class PretrainTrainer(SFTTrainer):
             tokens=c.tokens,
             epochs=c.epochs,
             buckets=c.buckets,
-            mix=c.shares,
+            mix=c.mix,
             start=self.start,
         )
         return order, len(order)

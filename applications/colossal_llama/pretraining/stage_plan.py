@@ -2,10 +2,10 @@
 
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from coati.config import parse_settings, read_yaml, take_config_path
+from coati.config import merge, parse_settings, read_yaml, reconfigure, take_config_path
 from coati.errors import UserError
 from coati.run_layout import FINAL_MODEL
 from coati.trainers.paths import check_paths
@@ -25,7 +25,7 @@ class Plan:
     @staticmethod
     def is_finished(stage: PretrainConfig) -> bool:
         """Whether the stage has left its model and may be gone past."""
-        return stage.resume == "auto" and (Path(stage.output_dir) / FINAL_MODEL).is_dir()
+        return stage.checkpoints.resume == "auto" and (Path(stage.output_dir) / FINAL_MODEL).is_dir()
 
 
 def parse_stages(config_class: type[PretrainConfig], description: str, argv: list[str] | None = None) -> Plan:
@@ -51,19 +51,13 @@ def parse_stages(config_class: type[PretrainConfig], description: str, argv: lis
         name = stage.get("name") if isinstance(stage, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{origin}: give it a name of letters, digits and dashes, such as `name: warm-up`")
-        settings = shared | {key: _as_list(value) for key, value in stage.items() if key != "name"}
+        settings = merge(config_class, shared, {key: value for key, value in stage.items() if key != "name"})
         config = parse_settings(config_class, settings, flags, origin, description)
         # an earlier stage may leave a later one's model
-        check_paths(replace(config, model=None) if configs else config)
+        check_paths(reconfigure(config, model=None) if configs else config)
         if configs and "model" not in stage:
-            config.model = str(Path(configs[-1].output_dir) / FINAL_MODEL)
-            config.model_config = None
-        config.output_dir, config.run_name = str(Path(config.output_dir) / f"{number}-{name}"), name
+            config = reconfigure(config, model=str(Path(configs[-1].output_dir) / FINAL_MODEL), model_config=None)
+        config = reconfigure(config, output_dir=str(Path(config.output_dir) / f"{number}-{name}"), run_name=name)
         config.check(1)
         configs.append(config)
     return Plan(configs)
-
-
-def _as_list(value):
-    """`{zh: 0.7, en: 0.3}` as `[zh=0.7, en=0.3]`."""
-    return [f"{key}={share}" for key, share in value.items()] if isinstance(value, dict) else value

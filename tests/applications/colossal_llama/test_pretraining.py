@@ -23,7 +23,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def make(tiny_world, packed, runtime, tmp_path):
-    def make(name: str = "run", **changes) -> PretrainTrainer:
+    def make(name: str = "run", /, **changes) -> PretrainTrainer:
         chosen = settings(tiny_world, packed, output_dir=str(tmp_path / name), **changes)
         return PretrainTrainer(configure(PretrainConfig, **chosen), runtime)
 
