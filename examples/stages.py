@@ -1,5 +1,6 @@
 """How the multi-stage examples start their stages: each is one of the example scripts under `colossalai run`."""
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,8 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
         return
     words = []
     for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     train_script(ROOT / "examples" / SCRIPTS[algorithm], ["--config", str(config), *words], processes)
     if not (output / "model").is_dir():
         sys.exit(f"error: the stage in {output} did not finish; its output is above")

@@ -10,12 +10,11 @@ import yaml
 
 from coati.cli import main
 from coati.commands import COMMANDS
-from coati.config import configure, parse_config
+from coati.config import merge, parse_config
+from coati.config.parse import nested
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT, settings_for
-
-SETTINGS = ("plugin", "steps", "seed", "eval_data", "progress", "max_length", "max_prompt_length", "micro_batch_size")
 
 
 def start(arguments: list[str], folder: Path, **environment) -> subprocess.CompletedProcess:
@@ -35,33 +34,26 @@ def filled_in(method: str, world: dict[str, str]) -> dict:
     """What `coati init` writes, with the words in capitals replaced and sizes that are tiny."""
     from coati.initial import initial_settings
 
-    settings = yaml.safe_load(initial_settings(method))
-    algorithm = COMMANDS[method].algorithm
-    tiny = settings_for(algorithm, world)
-    settings |= {name: tiny[name] for name in tiny if name in (*settings, *SETTINGS, "cache_dir")}
-    settings |= {"model": world["policy"], "train_data": tiny["train_data"], "steps": 1, "output_dir": "run"}
-    if "verifiers" in settings or "reward_model" in settings:
-        settings |= {"verifiers": [], "reward_model": None, "reward_functions": tiny["reward_functions"]}
-    return settings
+    config_class = ALGORITHMS[COMMANDS[method].algorithm].config
+    tiny = settings_for(COMMANDS[method].algorithm, world, model=world["policy"], steps=1, output_dir="run")
+    return merge(config_class, yaml.safe_load(initial_settings(method)), nested(config_class, tiny))
 
 
 @pytest.mark.parametrize("method", COMMANDS)
 def test_a_first_configuration_is_that_of_its_method(method, tiny_world, tmp_path):
     """It parses, its words fit together, and it says nothing but the method's own settings."""
-    settings = filled_in(method, tiny_world)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    config_class = ALGORITHMS[COMMANDS[method].algorithm].config
-    parse_config(config_class, ["--config", str(tmp_path / "run.yaml")]).check(1)
-    for name, value in COMMANDS[method].defaults.items():
-        assert getattr(configure(config_class, **COMMANDS[method].defaults), name) == value
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(filled_in(method, tiny_world)))
+    command = COMMANDS[method]
+    config = parse_config(ALGORITHMS[command.algorithm].config, ["--config", str(tmp_path / "run.yaml")])
+    config.check(1)
+    assert method == "sft" or config.algorithm.type == method
 
 
 def test_settings_win_over_a_methods_defaults():
     config_class = ALGORITHMS["grpo"].config
     defaults = COMMANDS["dapo"].defaults
-    assert parse_config(config_class, [], defaults=defaults).clip_high == 0.28
-    assert parse_config(config_class, ["--clip_high", "0.3"], defaults=defaults).clip_high == 0.3
-    assert defaults["clip_high"] == 0.28
+    assert parse_config(config_class, [], defaults=defaults).algorithm.clip_high == 0.28
+    assert parse_config(config_class, ["--clip_high", "0.3"], defaults=defaults).algorithm.clip_high == 0.3
 
 
 @pytest.mark.parametrize("method", ["sft", "kto", "dr-grpo"])
@@ -87,7 +79,7 @@ def test_mistakes_are_found_before_anything_large_is_imported(tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     for arguments, words in (
-        (["ppo", "--config", "wrong.yaml"], "did you mean 'learning_rate'?"),
+        (["ppo", "--config", "wrong.yaml"], "did you mean 'optimizer.learning_rate'?"),
         (["sft", "--train_data", "none.jsonl"], "none.jsonl"),
         (["ppp"], "there is no command 'ppp'"),
     ):
@@ -110,7 +102,7 @@ def test_help_shows_the_common_settings_and_help_all_the_others(capsys):
 def test_flags_may_have_dashes_and_values_keep_theirs():
     config_class = ALGORITHMS["sft"].config
     config = parse_config(config_class, ["--max-length=64", "--run-name", "a-b", "--no-merge-lora"])
-    assert (config.max_length, config.run_name, config.merge_lora) == (64, "a-b", False)
+    assert (config.data.max_length, config.tracking.run_name, config.model.merge_lora) == (64, "a-b", False)
     with pytest.raises(UserError, match="'--learning-rat' is no flag"):
         parse_config(config_class, ["--learning-rat", "1"])
 

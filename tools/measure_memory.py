@@ -136,7 +136,8 @@ def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
         settings |= dict(batch_size=2 * case.processes, group_size=4)
     names = LENGTHS if data == "prompts" else {"max_length": LENGTHS["max_length"]}
     settings |= names | case.settings
-    return [f"--{name}={value}" for name, value in settings.items()]
+    rewards = ["--rewards", *map(json.dumps, settings.pop("rewards", []))]
+    return [*(f"--{name}={value}" for name, value in settings.items()), *(rewards if len(rewards) > 1 else [])]
 
 
 def measure(cases: list[Case], folder: Path) -> list[float]:

@@ -5,14 +5,18 @@ is wrong at once.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import dataclass_transform
+
+from coati.config.problems import in_words
+from coati.errors import UserError
 
 # data: a file, or the name of a data set; model: a folder, or a name on the hub; file: a file that is read;
 # function: FILE.py:name or module:name; checkpoint: never, auto or a folder; output: a folder that is written
@@ -62,9 +66,20 @@ def section(settings_class, help: str | None = None):
 
 @dataclass_transform(field_specifiers=(option, section), kw_only_default=True)
 def settings(cls):
-    """Makes a class a pydantic dataclass that refuses unknown names, infinities and NaN."""
+    """Makes a class a pydantic dataclass that refuses unknown names, infinities and NaN, with a UserError."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    return pydantic.dataclasses.dataclass(cls, config=config, kw_only=True)
+    made = pydantic.dataclasses.dataclass(cls, config=config, kw_only=True)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def __init__(self, **values):
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise UserError(in_words(error, type(self))) from None
+
+    made.__init__ = __init__
+    return made
 
 
 @settings
@@ -72,7 +87,7 @@ class Settings:
     """The base of all settings.
 
     Raises:
-        pydantic.ValidationError: values of a wrong type or out of range, or that contradict each other.
+        UserError: values of a wrong type or out of range, or that contradict each other; one line names all.
     """
 
     def __post_init__(self):

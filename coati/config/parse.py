@@ -1,35 +1,19 @@
 """Settings from a YAML file and flags."""
 
-import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from coati.config.flags import read_flags
 from coati.config.options import asdict
-from coati.config.schema import Leaf, entry_classes, leaves, main_setting, paths_named, section_classes, types_of
+from coati.config.problems import in_words, unknown
+from coati.config.schema import entry_classes, leaves, main_setting, paths_named, section_classes, types_of
 from coati.config.yaml12 import plain, read_yaml
 from coati.errors import UserError
 
 Config = TypeVar("Config")
-# what pydantic's types of errors begin with
-TAKES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "a text",
-    "list": "a list",
-    "dict": "a mapping",
-    "dataclass": "settings of its own",
-}
-BOUNDS = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
-}
 
 
 def parse_config(
@@ -69,7 +53,7 @@ def parse_settings(
         origin: what errors call the settings.
     """
     given = read_flags(config_class, argv, description, defaults or {})
-    values = merge(config_class, merge(config_class, dict(defaults or {}), found), _nested(given.values))
+    values = merge(config_class, merge(config_class, dict(defaults or {}), found), in_sections(given.values))
     return validated(config_class, values, lambda path: given.flags.get(path.partition("[")[0]) or f"{origin}: {path}")
 
 
@@ -79,7 +63,7 @@ def configure(config_class: type[Config], **values) -> Config:
     Raises:
         UserError: as `parse_config`.
     """
-    return validated(config_class, written_out(_nested(_by_path(config_class, values)), config_class))
+    return validated(config_class, written_out(nested(config_class, values), config_class))
 
 
 def reconfigure(config: Config, **values) -> Config:
@@ -89,7 +73,7 @@ def reconfigure(config: Config, **values) -> Config:
         UserError: as `parse_config`.
     """
     kind = type(config)
-    changes = written_out(_nested(_by_path(kind, values)), kind, keep_none=True)
+    changes = written_out(nested(kind, values), kind, keep_none=True)
     return validated(kind, _merge(asdict(config), changes, [kind]))
 
 
@@ -105,8 +89,7 @@ def validated(config_class: type[Config], values: dict[str, Any], named=str) -> 
     try:
         return TypeAdapter(config_class).validate_python(_with_types(values, config_class))
     except ValidationError as error:
-        problems = [_words_for(one, config_class, named) for one in error.errors(include_url=False)]
-        raise UserError("; ".join(dict.fromkeys(problems))) from None
+        raise UserError(in_words(error, config_class, named)) from None
 
 
 def _with_types(values: dict[str, Any], config_class) -> dict[str, Any]:
@@ -141,8 +124,12 @@ def take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
 # --- nested values
 
 
-def _by_path(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the paths that their names mean."""
+def nested(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names that their flags have, as a file has them.
+
+    Raises:
+        UserError: a name is unknown, or means several settings.
+    """
     found = leaves(config_class)
     by_path = {}
     for name, value in values.items():
@@ -150,10 +137,10 @@ def _by_path(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
         if len(paths) != 1:
             raise UserError(unknown(name, found) if not paths else f"{name!r} may be {' or '.join(paths)}")
         by_path[paths[0]] = value
-    return by_path
+    return in_sections(by_path)
 
 
-def _nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
+def in_sections(by_path: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} as {"a": {"b": 1}}."""
     values: dict[str, Any] = {}
     for path, value in by_path.items():
@@ -219,73 +206,3 @@ def _section(value, classes: list[type], keep_none: bool):
         return value
     chosen = max(classes, key=lambda one: len(value.keys() & one.__pydantic_fields__.keys()))
     return written_out(value, chosen, keep_none=keep_none)
-
-
-# --- what is wrong, in words
-
-
-def unknown(name: str, found: Iterable[str]) -> str:
-    """A name that no setting has, with the one that it may have meant."""
-    last = {path.rpartition(".")[2]: path for path in found}
-    word = str(name).rpartition(".")[2]
-    near = difflib.get_close_matches(word, last, 1)
-    return f"unknown setting {plain(name)!r}" + (f"; did you mean {last[near[0]]!r}?" if near else "")
-
-
-def _words_for(error: dict[str, Any], config_class, named) -> str:
-    """One of pydantic's errors as we say it."""
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    path = _path_of(error["loc"], config_class)
-    if kind == "value_error":  # of a whole section, whose text names its settings
-        return str(context["error"])
-    if kind == "unexpected_keyword_argument":
-        known = leaves(config_class)
-        section = path.rpartition(".")[0]
-        here: Mapping[str, Leaf] = {p: leaf for p, leaf in known.items() if leaf.section == section}
-        last = path.rpartition(".")[2]
-        near_here = difflib.get_close_matches(last, [p.rpartition(".")[2] for p in here], 1)
-        place = named(path).removesuffix(path)
-        return place + unknown(path, here if near_here else known)
-    if kind == "missing":
-        return f"{named(path)} is missing"
-    if kind == "union_tag_not_found":
-        return f"{named(path)} has no type"
-    if kind == "union_tag_invalid":
-        tags = context["expected_tags"].replace("'", "")
-        return f"{named(path)}: there is no type {context['tag']!r}; it is one of {tags}"
-    if kind in BOUNDS:
-        return f"{named(path)} is {_shown(value)}: it must be {BOUNDS[kind].format(**context)}"
-    if kind == "finite_number":
-        return f"{named(path)} is {_shown(value)}: it must be finite"
-    if kind == "literal_error":
-        takes = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
-    else:
-        takes = TAKES.get(kind.split("_")[0], error["msg"])
-    return f"{named(path)} is {_shown(value)}; it takes {takes}"
-
-
-def _shown(value) -> str:
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return repr(plain(value) if not isinstance(value, str) else str(value))
-
-
-def _path_of(loc: tuple, config_class) -> str:
-    """Where an error is, as a file names it: without the types of unions, which pydantic puts in."""
-    path, classes = "", [config_class]
-    for part in loc:
-        if isinstance(part, int):
-            path += f"[{part}]"
-            continue
-        fields = {name: f for one in classes for name, f in one.__pydantic_fields__.items()}
-        if part in fields or not any(part in _tags(one) for one in classes):
-            path += f".{part}" if path else str(part)
-            annotation = fields[part].annotation if part in fields else None
-            classes = section_classes(annotation) or entry_classes(annotation)
-        else:
-            classes = [one for one in classes if part in _tags(one)]
-    return path
-
-
-def _tags(settings_class) -> tuple[str, ...]:
-    return types_of(settings_class) if "type" in settings_class.__pydantic_fields__ else ()

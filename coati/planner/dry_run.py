@@ -105,7 +105,7 @@ def _moments(workload: Workload, layers: int, depths: dict[str, int]) -> dict[st
         depths: is filled with what they really have, by name.
     """
     worst: dict[str, Counter[Item]] = {}
-    of_run = sizes(workload.config, workload.gpus)
+    of_run = sizes(workload.config.parallel, workload.gpus)
     for stage in sorted({0, of_run.pipeline - 1}):
         for name, items in _go_through(workload, layers, Part(of_run, stage), depths).items():
             if items.total() > worst.get(name, Counter()).total():

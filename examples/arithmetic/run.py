@@ -35,9 +35,9 @@ ALGORITHMS = {
     "ppo": ("ppo", {}),
     # without a likelihood term both answers of a pair become rarer, and fewer answers right
     "dpo": ("preference", dict(nll_coefficient=1.0)),
-    "simpo": ("preference", dict(loss="simpo", beta=2.0, gamma=1.0, nll_coefficient=1.0)),
-    "orpo": ("preference", dict(loss="orpo", beta=1.0)),
-    "kto": ("preference", dict(loss="kto", beta=0.5)),
+    "simpo": ("preference", dict(algorithm="simpo", beta=2.0, gamma=1.0, nll_coefficient=1.0)),
+    "orpo": ("preference", dict(algorithm="orpo", beta=1.0)),
+    "kto": ("preference", dict(algorithm="kto", beta=0.5)),
 }
 ENOUGH = 0.5  # accuracy at which SFT is left
 PAIRED = 3000  # prompts that are answered to make pairs

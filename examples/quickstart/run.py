@@ -52,7 +52,7 @@ def three_stages(folder: Path, seed: int, arguments):
     rows = {"train_data": data / "preference_train.jsonl", "eval_data": data / "preference_eval.jsonl"}
     train("reward", configs / "reward.yaml", folder / "reward", common | rows, arguments.processes)
 
-    common["reward_model"] = folder / "reward" / "model"
+    common["rewards"] = [{"type": "model", "path": str(folder / "reward" / "model")}]
     rows = {"train_data": data / "prompts_train.jsonl", "eval_data": data / "prompts_eval.jsonl"}
     train("ppo", configs / "ppo.yaml", folder / "ppo", common | rows, arguments.processes)
 

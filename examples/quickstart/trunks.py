@@ -43,7 +43,8 @@ def main():
         name: start / "data" / f"prompts_{end}.jsonl" for name, end in (("train_data", "train"), ("eval_data", "eval"))
     }
     common = {"seed": 0, "cache_dir": start / "cache", **rows}
-    common |= {"model": start / "sft" / "model", "reward_model": start / "reward" / "model"}
+    common["model"] = start / "sft" / "model"
+    common["rewards"] = [{"type": "model", "path": str(start / "reward" / "model")}]
     folders = {}
     for name, changes in WAYS.items():
         folders[name] = start / "ppo" if not changes else output / name.split(",")[0].replace(" ", "-").lower()

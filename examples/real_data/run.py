@@ -49,7 +49,8 @@ def main():
     stage("reward_hh", "reward", **pairs)
     stage("preference_hh", "preference", **pairs)
     stage("preference_kto_hh", "preference", **pairs)
-    stage("ppo_hh", "ppo", reward_model=output / "reward_hh" / "model", **pairs)
+    scorer = {"type": "model", "path": str(output / "reward_hh" / "model")}
+    stage("ppo_hh", "ppo", rewards=[scorer], **pairs)
     write_report([output], output / "report.html")
     write_table(output, time.monotonic() - started)
 
