@@ -191,6 +191,8 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
 
 
 def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
+    from coati.config import as_flags
+
     flags = dict(
         train_data=rows,
         model=str(folder / "policy"),
@@ -212,12 +214,14 @@ def coati_settings(case: Case, folder: Path, rows: str, changes: dict) -> dict:
         flags |= dict(rewards=[dict(type="model", path=str(folder / "scorer"))], critic_model=str(folder / "scorer"))
     if case.algorithm == "grpo":
         (folder / "reward.py").write_text(REWARD)
-        flags |= dict(reward_functions=f"{folder}/reward.py:reward", batch_size=case.batch_size // GROUP)
+        flags |= dict(
+            rewards=[dict(type="function", path=f"{folder}/reward.py:reward")], batch_size=case.batch_size // GROUP
+        )
         flags |= dict(group_size=GROUP)
     flags |= case.flags | changes
     if flags.get("shared_trunk"):
         del flags["critic_model"]
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    arguments = as_flags(flags)
     limits = case.lengths if case.rolls_out else None
     return dict(algorithm=case.algorithm, flags=arguments, steps=case.steps, batch_size=case.batch_size, limits=limits)
 

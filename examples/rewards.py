@@ -1,4 +1,4 @@
-"""Rewards by rule, for `--reward_functions examples/rewards.py:NAME`.
+"""Rewards by rule, for `rewards: [{type: function, path: examples/rewards.py:NAME}]`.
 
 A reward function gets the prompts and responses as lists of texts and every other field of the data's rows as a list
 of its own; it returns one finite number a response.

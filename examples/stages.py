@@ -1,6 +1,5 @@
 """How the multi-stage examples start their stages: each is one of the example scripts under `colossalai run`."""
 
-import json
 import os
 import re
 import shlex
@@ -8,6 +7,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from coati.config import as_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "preference": "train_preference.py"}
@@ -19,10 +20,7 @@ def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], 
     if (output / "model").is_dir():
         print(f"{output} is finished already", flush=True)
         return
-    words = []
-    for name, value in {"output_dir": output, "resume": "auto", **flags}.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    words = as_flags({"output_dir": output, "resume": "auto", **flags})
     train_script(ROOT / "examples" / SCRIPTS[algorithm], ["--config", str(config), *words], processes)
     if not (output / "model").is_dir():
         sys.exit(f"error: the stage in {output} did not finish; its output is above")

@@ -121,6 +121,8 @@ def world(folder: Path, size: dict) -> dict[str, str]:
 
 def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
     """The command line of the case's training script."""
+    from coati.config import as_flags
+
     data = {"sft": "sft", "reward": "preference", "preference": "preference"}.get(case.algorithm, "prompts")
     settings = dict(train_data=world[data], model=world["policy"], output_dir=output, cache_dir=world["cache"])
     settings |= dict(
@@ -136,8 +138,7 @@ def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
         settings |= dict(batch_size=2 * case.processes, group_size=4)
     names = LENGTHS if data == "prompts" else {"max_length": LENGTHS["max_length"]}
     settings |= names | case.settings
-    rewards = ["--rewards", *map(json.dumps, settings.pop("rewards", []))]
-    return [*(f"--{name}={value}" for name, value in settings.items()), *(rewards if len(rewards) > 1 else [])]
+    return as_flags(settings)
 
 
 def measure(cases: list[Case], folder: Path) -> list[float]:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a mistake in a file is reported at once.
 """
 
+from coati.config.flags import as_flags
 from coati.config.options import ListOf, Settings, asdict, inherited, option, section, settings
 from coati.config.parse import configure, merge, parse_config, parse_settings, reconfigure, take_config_path
 from coati.config.yaml12 import read_yaml
@@ -10,6 +11,7 @@ from coati.config.yaml12 import read_yaml
 __all__ = [
     "ListOf",
     "Settings",
+    "as_flags",
     "asdict",
     "configure",
     "inherited",

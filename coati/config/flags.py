@@ -1,6 +1,7 @@
 """Flags and `--help`, from the settings' names, types and help texts."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -56,6 +57,15 @@ def read_flags(config_class: type, argv: list[str], description: str, defaults: 
         elif entry_classes(every[path].field.annotation):
             values[path] = [read_words(word, f"--{names[path]}") for word in words]
     return Given(values, {path: f"--{names[path]}" for path in values})
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings by name as the words of a command line."""
+    words = []
+    for name, value in values.items():
+        entries = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in entries)]
+    return words
 
 
 def _canonical(word: str, found: dict[str, Leaf], names: dict[str, str]) -> str:

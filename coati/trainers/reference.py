@@ -131,7 +131,13 @@ def _name_of_reference(c: PreferenceConfig) -> list:
     if c.model.model_config and Path(c.model.model_config).is_file():
         files.append(Path(c.model.model_config))
     hashes = [hash_file(path) for path in files]
-    return [CACHE_VERSION, resolve_precision(c), str(engine_class(c).loads_in(c)), *hashes, *map(_revision_of, folders)]
+    return [
+        CACHE_VERSION,
+        resolve_precision(c.parallel),
+        str(engine_class(c.parallel).loads_in(c.parallel)),
+        *hashes,
+        *map(_revision_of, folders),
+    ]
 
 
 def _revision_of(model: Path) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import functions
 from tests.distributed import test_model_parallel
 from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs, without_ties
 
@@ -41,7 +42,7 @@ def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     """Every run caches for itself: the log-probs of one layout are not those of another to the last bit."""
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
     if kind == "grpo":
-        changes["reward_functions"] = [world["rewards"] + ":odd"]
+        changes["rewards"] = functions(world["rewards"] + ":odd")
     return family_job(name, "grpo" if kind == "grpo" else "preference", world, folder, **changes)
 
 

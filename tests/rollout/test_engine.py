@@ -337,7 +337,7 @@ def test_a_compiled_step_gives_the_same_tokens(actors, family):
 def test_compiling_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
-        GenerationConfig(compile_generation=True).check_generation()
+        GenerationConfig(compile_generation=True).check_installed()
 
 
 def test_a_response_is_reported_when_it_has_ended(actors):

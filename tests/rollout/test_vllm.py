@@ -24,7 +24,7 @@ WIDTH = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
 def test_a_missing_vllm_is_named_with_its_remedy():
     with pytest.raises(UserError, match="`make test-vllm`"):
-        GenerationConfig(rollout_engine="vllm").check_generation()
+        GenerationConfig(rollout_engine="vllm").check_installed()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_what_vllm_can_not_do_is_named(actors):
     with pytest.raises(UserError, match="may have 130 tokens, and vLLM holds 128"):
         complete(actor, [Request([3], max_new_tokens=129)])
     with pytest.raises(UserError, match="leave out num_beams"):
-        GenerationConfig(rollout_engine="vllm", num_beams=2).check_generation()
+        GenerationConfig(rollout_engine="vllm", num_beams=2).check_installed()
     assert complete(actor, []) == []
 
 

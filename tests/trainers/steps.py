@@ -89,7 +89,7 @@ def end_some_answers(trainer):
     """Makes EOS likelier than a word that about half of the answers hold, so that these end there and others later or
     not at all. The reference stays as it was, so there is a KL."""
     prompts = [prompt_of(trainer.data, i, [i]) for i in range(BATCH)]
-    samples = trainer.generation.sample(prompts, trainer.config).samples
+    samples = trainer.generation.sample(prompts, trainer.config.generation).samples
     answers = [[token for token, ours in zip(s.tokens, s.response_mask, strict=True) if ours] for s in samples]
     words = sorted({word for answer in answers for word in answer[3:]})
     word = min(words, key=lambda w: abs(sum(w in answer for answer in answers) - BATCH / 2))

@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from coati.config import configure
+from coati.config.parse import nested
 from coati.data.dataset import writing
 from coati.errors import UserError
 from coati.run_layout import LOCK
 from coati.tracking import read_metrics, read_run
 from coati.trainers import loop, reference
+from coati.trainers.config import SFTConfig
 from coati.trainers.folder import holds_work, lock_folder
 from tests.conftest import ROOT, settings_for, trainer_classes
 
@@ -112,7 +114,7 @@ def test_two_runs_started_at_once_are_one_run_and_one_line(tiny_world, tmp_path)
     """REPORT 28: as processes, each under a launcher of its own."""
     output = tmp_path / "run"
     settings = settings_for("sft", tiny_world, output_dir=str(output), steps=3)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(nested(SFTConfig, settings)))
     words = [sys.executable, str(ROOT / "examples" / "train_sft.py"), "--config", str(tmp_path / "run.yaml")]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

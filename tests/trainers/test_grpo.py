@@ -44,11 +44,11 @@ def test_every_algorithm_learns_to_answer_at_length(name, tiny_world, runtime, t
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
 
 
-def reward(tmp_path, body: str) -> list[str]:
-    """A reward function of prompts and responses, as `reward_functions`."""
+def reward(tmp_path, body: str) -> list[dict]:
+    """A reward function of prompts and responses, as `rewards`."""
     path = tmp_path / "own_rewards.py"
     path.write_text(f"def own(prompts, responses, **columns):\n    return {body}\n")
-    return [f"{path}:own"]
+    return functions(f"{path}:own")
 
 
 def test_a_prompt_is_read_once_for_its_group_and_answered_in_different_ways(tiny_world, runtime, tmp_path):
@@ -111,7 +111,7 @@ def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
 
 
 def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, tmp_path):
-    options = dict(reward_functions=reward(tmp_path, "[1.0] * len(responses)"), max_refills=2, learning_rate=1.0)
+    options = dict(rewards=reward(tmp_path, "[1.0] * len(responses)"), max_refills=2, learning_rate=1.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", dynamic_sampling=True, **options)
     before = [p.detach().clone() for p in trainer.actor.module.parameters()]
     metrics = trainer.step(0)
@@ -183,7 +183,7 @@ def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_pat
     trainer = make(tiny_world, runtime, tmp_path, advantage="remax", group_size=2, minibatches=1)
     found = iterate(trainer)
     prompts = [prompt_of(trainer.data, row, [9]) for row in trainer.order.batch(0)]
-    greedy = trainer.generation.sample(prompts, dataclasses.replace(trainer.config, temperature=0.0)).samples
+    greedy = trainer.generation.sample(prompts, dataclasses.replace(trainer.config.generation, temperature=0.0)).samples
     baseline = torch.tensor([sample.score for sample in greedy]).repeat_interleave(2)
     expected = (found.batch.scores - baseline)[:, None] * found.batch.response_mask
     torch.testing.assert_close(found.experience.advantages, expected)
@@ -250,7 +250,10 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(normalize_reward=True), "normalize_reward"),
         (dict(kl_coefficient=0.1, kl_estimator="k1"), "k2 or k3"),
         (dict(refresh_reference=3), "kl_coefficient"),
-        (dict(refresh_reference=3, kl_coefficient=0.1, plugin="gemini", precision="bf16"), "whole on every process"),
+        (
+            dict(refresh_reference=3, kl_coefficient=0.1, plugin="gemini", precision="bf16"),
+            "are replicated",
+        ),
         (dict(refresh_reference=3, kl_coefficient=0.1, lora_rank=2), "without LoRA"),
         (dict(dynamic_sampling=True, max_refills=0), "max_refills"),
         (dict(overlong_buffer=9), "max_new_tokens, 8"),

@@ -123,7 +123,7 @@ def test_a_kl_that_is_not_finite_does_not_spoil_its_coefficient(tiny_world, runt
     trainer = make("ppo", tiny_world, runtime, tmp_path, **changes)
     trainer.reference.engine.module.model.lm_head.weight.data.fill_(math.nan)
     metrics = trainer.step(0)
-    assert math.isnan(metrics["kl"]) and trainer.kl_coefficient == trainer.config.kl_coefficient
+    assert math.isnan(metrics["kl"]) and trainer.kl_coefficient == trainer.config.algorithm.kl_coefficient
     assert trainer.skipped_steps > 0
 
 
@@ -148,5 +148,5 @@ def test_a_mismatch_of_sampling_and_training_is_explained(tiny_world, runtime, t
     trainer = make("ppo", tiny_world, runtime, tmp_path, temperature=1.0)
     trainer.actor.module.model.lm_head.weight.data.mul_(20)  # a policy with opinions
     assert abs(iterate(trainer).metrics["rollout_kl"]) < 1e-6
-    with pytest.raises(UserError, match=r"differ by .* nats a token .*weights.*temperature.*precision"):
+    with pytest.raises(UserError, match=r"mismatch: .* nats per token .*weights.*temperature.*precision"):
         iterate(trainer, change=lambda batch: dataclasses.replace(batch, temperature=3.0))

@@ -90,7 +90,7 @@ def test_the_step_has_something_to_get_wrong(case):
     if name.startswith(("ppo", "grpo")):
         shares = ("clip_fraction", "finished") + ("value_clip_fraction",) * name.startswith("ppo")
         assert all(0.02 < metrics[share] < 0.98 for share in shares)
-        assert metrics["response_length"] < trainer.config.max_new_tokens
+        assert metrics["response_length"] < trainer.config.generation.max_new_tokens
         assert metrics["kl"] > 1e-3 or trainer.reference is None
 
 

@@ -37,5 +37,5 @@ def test_preferences_are_learnt_and_hold_on_other_pairs(runtime, tmp_path):
         # the pairs' accuracy of KTO's policy is measured by DPO's trainer
         dpo.engines["model"].module.load_state_dict(trainer.engines["model"].module.state_dict())
         found, _ = dpo.evaluate()
-        print(trainer.config.loss, {name: round(value, 3) for name, value in found.items()})
+        print(trainer.config.algorithm.type, {name: round(value, 3) for name, value in found.items()})
         assert found["accuracy"] > 0.53 and found["margin"] > 0

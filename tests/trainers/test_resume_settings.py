@@ -75,7 +75,7 @@ def test_so_do_batches_of_a_third_size_and_those_of_the_first_again(checkpoint, 
 def prompts_drawn(trainer) -> list[int]:
     """The rows that the next iteration of GRPO draws."""
     prompts = trainer.rollouts.prompts_of(trainer.steps_done)
-    return [prompt.row for prompt in prompts[:: trainer.config.group_size]]
+    return [prompt.row for prompt in prompts[:: trainer.config.algorithm.group_size]]
 
 
 def test_prompts_that_dynamic_sampling_has_drawn_are_not_drawn_again_without_it(
@@ -105,11 +105,11 @@ def test_text_that_ppo_mixes_in_goes_on_too(checkpoint, tiny_world, runtime, tmp
 
 SAID = {
     "seed": (1, "rows come in another order from here on"),
-    "learning_rate": (1e-3, "the learning rate follows the new schedule"),
+    "optimizer.learning_rate": (1e-3, "the learning rate follows the new schedule"),
     "steps": (3, "the learning rate follows the new schedule"),
-    "plugin": ("zero2", "weights and optimizer states are carried over"),
-    "weight_decay": (0.1, "from here on"),
-    "max_grad_norm": (0.5, "from here on"),
+    "parallel.plugin": ("zero2", "weights and optimizer states are carried over"),
+    "optimizer.weight_decay": (0.1, "from here on"),
+    "parallel.max_grad_norm": (0.5, "from here on"),
 }
 
 

@@ -12,7 +12,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor, RewardModel
 from coati.trainers import first_save
-from tests.conftest import settings_for, trainer_classes
+from tests.conftest import reward_model, settings_for, trainer_classes
 
 
 def make(algorithm: str, world, runtime, output: Path, /, **changes):
@@ -310,7 +310,8 @@ def test_rewards_and_critics_start_from_a_policys_adapter(adapter, tiny_world, r
 @pytest.mark.parametrize("setting", ["model", "critic_model", "reward_model"])
 def test_adapters_folders_are_refused_where_adapters_are(setting, changes, adapter, tiny_world, runtime, tmp_path):
     """REPORT 28: whichever setting names one."""
-    changes = {"plugin": "zero1"} | changes | {setting: adapter}
+    named = {"rewards": [reward_model(adapter)]} if setting == "reward_model" else {setting: adapter}
+    changes = {"plugin": "zero1"} | changes | named
     with pytest.raises(UserError, match=r"LoRA adapters.*\(--lora_rank 0, adapters merged\)"):
         make("ppo", tiny_world, runtime, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

@@ -13,9 +13,9 @@ from coati.trainers.ppo import PPOConfig, PPOTrainer
 from tests.conftest import settings_for
 
 
-def make(world, runtime, output, *, policy=None, rewards=(), **changes) -> PPOTrainer:
+def make(world, runtime, output, *, policy=None, given=(), **changes) -> PPOTrainer:
     settings = settings_for("ppo", world, output_dir=str(output), shared_trunk=True, **changes)
-    return PPOTrainer(configure(PPOConfig, **settings), runtime, policy=policy, rewards=rewards)
+    return PPOTrainer(configure(PPOConfig, **settings), runtime, policy=policy, rewards=given)
 
 
 def test_it_learns_and_leaves_a_value_head_folder(tiny_world, runtime, tmp_path):
@@ -84,7 +84,7 @@ def test_a_live_value_head_model_is_trained_with_given_rewards(tiny_world, runti
     policy, head = AutoModelForCausalLMWithValueHead(base), "v_head.summary.weight"
     before = policy.state_dict()[head].clone()
     changes = dict(model=None, rewards=[], steps=2)
-    trainer = make(tiny_world, runtime, tmp_path, policy=policy, rewards=[Short()], **changes)
+    trainer = make(tiny_world, runtime, tmp_path, policy=policy, given=[Short()], **changes)
     trainer.train()
     assert not torch.equal(policy.state_dict()[head], before)
     assert trainer.reference.engine.module.model is not base
@@ -103,7 +103,7 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     options = dict(peft_config=lora, reward_adapter=str(tmp_path / "reward"))
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_world["policy"], **options)
     changes = dict(model=None, rewards=[], steps=2)
-    trainer = make(tiny_world, runtime, tmp_path / "run", policy=policy, rewards=[AdapterReward(policy)], **changes)
+    trainer = make(tiny_world, runtime, tmp_path / "run", policy=policy, given=[AdapterReward(policy)], **changes)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     trainer.train()
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
@@ -122,9 +122,9 @@ def test_policy_critic_and_reward_are_adapters_and_heads_on_one_model(tiny_world
     ],
 )
 def test_what_it_cannot_do_is_said_at_the_start(changes, words, tiny_world):
-    config = configure(PPOConfig, **settings_for("ppo", tiny_world, output_dir="unused", shared_trunk=True, **changes))
+    settings = settings_for("ppo", tiny_world, output_dir="unused", shared_trunk=True, **changes)
     with pytest.raises(UserError, match=words):
-        config.check(world_size=1)
+        configure(PPOConfig, **settings)
 
 
 def test_a_value_head_model_without_a_shared_trunk_is_refused(tiny_world, runtime, tmp_path):

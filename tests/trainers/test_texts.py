@@ -78,7 +78,9 @@ def test_rewards_read_special_tokens_that_carry_content(algorithm, world, runtim
     rewards = dict(rewards=["format"], reward_workers=0)
     trainer = make(algorithm, world, runtime, tmp_path, chat_template_kwargs={"thinks": False}, **rewards)
     respond_with(monkeypatch, trainer.tokenizer, SAID + "<end>", "red<eos>")
-    samples = trainer.generation.sample([prompt_of(trainer.data, row, [row]) for row in (0, 1)], trainer.config).samples
+    samples = trainer.generation.sample(
+        [prompt_of(trainer.data, row, [row]) for row in (0, 1)], trainer.config.generation
+    ).samples
     assert [(sample.response, sample.score) for sample in samples] == [(SAID, 1.0), ("red", 0.0)]
 
 
