@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from examples.tokenizer import byte_level_tokenizer
 
@@ -148,6 +149,19 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
         settings |= dict(rewards=functions(world["rewards"] + ":length"), group_size=4, minibatches=2, ppo_epochs=2)
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
     return settings | changes
+
+
+def as_yaml(settings: dict) -> str:
+    """Settings by their flags' names as a file has them, for the first algorithm that has all of them."""
+    from coati.config.parse import nested
+    from coati.config.schema import leaves, paths_named
+    from coati.trainers.algorithms import ALGORITHMS
+
+    for algorithm in ALGORITHMS.values():
+        known = leaves(algorithm.config)
+        if all(paths_named(name, known) for name in settings):
+            return yaml.safe_dump(nested(algorithm.config, settings))
+    raise ValueError(f"no algorithm has all of {sorted(settings)}")
 
 
 def trainer_classes(algorithm: str):

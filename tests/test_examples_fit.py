@@ -6,6 +6,7 @@ from coati.planner.report import GIB, USABLE, read_workload
 from tests.conftest import ROOT
 
 MEMORY = 80  # GiB of one GPU, as their comments and `coati plan` have it
+METHODS = {"sft": "sft", "reward": "reward", "preference": "dpo", "ppo": "ppo"}
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples" / "configs").glob("*gpu*.yaml"))}
 QUICK = ("reward_8gpu_gemini",)
 QWEN = dict(num_key_value_heads=4, num_hidden_layers=28, max_position_embeddings=32768)
@@ -29,7 +30,7 @@ def test_an_example_fits_the_gpus_that_it_names(name, tmp_path):
     Qwen2Config(**SIZES[size]).save_pretrained(tmp_path)
     algorithm, gpus = name.split("_")[0], int(name.split("_")[1].removesuffix("gpu"))
     shape = ["--model_config", str(tmp_path / "config.json")]
-    found = plan(read_workload(["--config", str(EXAMPLES[name]), *shape], algorithm, gpus, on_gpu=True))
+    found = plan(read_workload(METHODS[algorithm], ["--config", str(EXAMPLES[name]), *shape], gpus, on_gpu=True))
     assert found.peak.total() <= USABLE * MEMORY * GIB
 
 

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import yaml
-
 from examples.stages import free_port
-from tests.conftest import ROOT, trainer_classes
+from tests.conftest import ROOT, as_yaml, trainer_classes
 from tests.distributed import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -39,7 +37,7 @@ def start_training(algorithm: str, settings: dict, folder: Path, processes: int 
     """The example script's `main` with these settings."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    config.write_text(as_yaml(settings))
     return start(train, folder, processes, algorithm, str(config))
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import psutil
 import torch
-import yaml
 
 from coati.run_layout import checkpoints_of, list_complete
 from coati.tracking import read_metrics, read_samples
 from examples.stages import SCRIPTS, free_port
-from tests.conftest import ROOT
+from tests.conftest import ROOT, as_yaml
 
 BIN = Path(sys.executable).parent
 MARK = "COATI_TEST_RUN"  # in the environment of all that a run starts
@@ -51,7 +50,7 @@ def start(
         environment: more variables.
     """
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    config.write_text(as_yaml(settings))
     script = ROOT / "examples" / SCRIPTS[script] if script in SCRIPTS else script
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: str(folder)}

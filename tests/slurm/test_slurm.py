@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from coati.tracking import read_metrics
 from examples.stages import free_port
-from tests.conftest import ROOT, settings_for
+from tests.conftest import ROOT, as_yaml, settings_for
 from tests.distributed.runs import BIN, wait_for_step
 from tests.distributed.test_launchers import check_the_end
 from tests.slurm.cluster import cluster, missing
@@ -45,7 +44,7 @@ def run(command: list[str], environment: dict[str, str], **options) -> subproces
 def submit(name: str, folder: Path, world: dict[str, str], slurm: dict[str, str], *options) -> str:
     """Submits an example with a tiny model; returns the job's number. Its log is FOLDER/log.txt, its run FOLDER/run."""
     settings = settings_for("reward", world, steps=STEPS, save_every=0, tensorboard=False, eval_every=0)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "config.yaml").write_text(as_yaml(settings))
     job = dict(CONFIG=str(folder / "config.yaml"), OUTPUT=str(folder / "run"), MASTER_PORT=str(free_port()))
     job |= {"GPUS": "2" if name == "one_node" else "1"}
     script = f"examples/slurm/{name}.sbatch"
