@@ -85,9 +85,9 @@ def _cases() -> list[Case]:
     cases.append(Case("sft", 2, LARGE, {"plugin": "gemini", **many, **lean}))
     cases.append(Case("ppo", 2, LARGE, {"plugin": "gemini", **lean}))
     cases.append(Case("ppo", 1, SMALL, {"plugin": "ddp", "shared_trunk": True}))
-    for settings in ({}, {"loss": "orpo"}, {"share_prompts": True}, {"cache_reference": True}):
+    for settings in ({}, {"algorithm": "orpo"}, {"share_prompts": True}, {"cache_reference": True}):
         cases.append(Case("preference", 1, SMALL, {"plugin": "zero2", **settings}))
-    cases.append(Case("preference", 2, SMALL, {"plugin": "ddp", "loss": "kto", **half}))
+    cases.append(Case("preference", 2, SMALL, {"plugin": "ddp", "algorithm": "kto", **half}))
     for settings in ({}, {"kl_coefficient": 0.1}, {"share_prompts": True, "batch_size": 8}):
         cases.append(Case("grpo", 1, SMALL, {"plugin": "zero2", **settings}))
     cases.append(Case("grpo", 2, SMALL, {"plugin": "ddp", "lora_rank": 8, "kl_coefficient": 0.1, **half}))
@@ -117,6 +117,9 @@ def world(folder: Path, size: dict) -> dict[str, str]:
     root = folder / str(size["hidden_size"])
     names = ("policy", "scorer", "cache", "sft.jsonl", "preference.jsonl", "prompts.jsonl")
     return {name.split(".")[0]: str(root / name) for name in names}
+
+
+METHODS = {"sft": "sft", "reward": "reward", "preference": "dpo", "ppo": "ppo", "grpo": "grpo"}
 
 
 def flags(case: Case, world: dict[str, str], output: str) -> list[str]:
@@ -162,7 +165,7 @@ def planned(case: Case, folder: Path, on_gpu: bool = False) -> float:
     from coati.planner.report import read_workload
 
     argv = flags(case, world(folder, case.size), "unused")
-    return plan(read_workload(argv, case.algorithm, case.processes, on_gpu=on_gpu)).peak.total()
+    return plan(read_workload(METHODS[case.algorithm], argv, case.processes, on_gpu=on_gpu)).peak.total()
 
 
 def work(folder: Path):

@@ -8,6 +8,7 @@ Needs the data and the models of `make quickstart`. Runs that are already in --o
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def run(stage: str, plugin: str, arguments, *, processes: int = 2, resume: Path 
             flags += ["--model", quickstart / "sft" / "model", "--train_data", data / "preference_train.jsonl"]
             flags += ["--eval_data", data / "preference_eval.jsonl"]
         case "ppo":
-            flags += ["--model", quickstart / "sft" / "model", "--reward_model", quickstart / "reward" / "model"]
+            flags += ["--model", quickstart / "sft" / "model", "--rewards"]
+            flags += [json.dumps({"type": "model", "path": str(quickstart / "reward" / "model")})]
             flags += ["--train_data", data / "prompts_train.jsonl", "--eval_data", data / "prompts_eval.jsonl"]
             flags += ["--batch_size", 16, "--minibatches", 2, "--micro_batch_size", 8, "--temperature", 0]
             # small rates: once weights differ in the 5th digit, a greedy answer somewhere flips

@@ -3,7 +3,6 @@
 A test holds that the committed page is what this writes.
 """
 
-import dataclasses
 import sys
 import typing
 from pathlib import Path
@@ -30,77 +29,126 @@ of reward models, `train_preference.py` those of all runs and of preference opti
 def page() -> str:
     from coati.config.generation import GenerationConfig
     from coati.config.plugin import PluginConfig
+    from coati.config.schema import entry_classes
     from coati.data.config import DataConfig
+    from coati.rewards.config import RewardSettings, ScoringConfig
     from coati.tracking.config import TrackingConfig
-    from coati.trainers.config import (
-        GRPOConfig,
-        ModelConfig,
-        PPOConfig,
-        PreferenceConfig,
-        RewardConfig,
-        RolloutConfig,
-        RunConfig,
-        TrainerConfig,
+    from coati.trainers import config
+
+    text = INTRODUCTION
+    text += table("The run", config.TrainerConfig, level=2)
+    text += table("model", config.ModelConfig)
+    text += table("data", DataConfig)
+    text += table("optimizer", config.OptimizerConfig)
+    text += table("parallel", PluginConfig)
+    text += table("evaluation", config.EvaluationConfig)
+    text += table("checkpoints", config.CheckpointConfig)
+    text += table("tracking", TrackingConfig)
+    text += table(
+        "generation", GenerationConfig, note="Of SFT's samples, and of the responses of PPO, GRPO and the rest."
     )
-
-    common = {field.name for c in (TrainerConfig, GenerationConfig) for field in dataclasses.fields(c)}
-    of_rollouts = {field.name: field.default for field in dataclasses.fields(RolloutConfig)}
-    as_there = {f.name for f in dataclasses.fields(GRPOConfig) if (f.name, f.default) in of_rollouts.items()}
-    sections = [
-        ("All runs: model", ModelConfig, set()),
-        ("All runs: length, speed, files", RunConfig, set()),
-        ("All runs: data", DataConfig, set()),
-        ("All runs: plugin and precision", PluginConfig, set()),
-        ("All runs: logs", TrackingConfig, set()),
-        ("Generation (SFT's samples, answers of PPO and GRPO)", GenerationConfig, set()),
-        ("Reward models", RewardConfig, common),
-        ("Preference optimisation", PreferenceConfig, common),
-        ("Rollouts (PPO and GRPO)", RolloutConfig, common),
-        ("PPO", PPOConfig, set(of_rollouts)),
-        ("GRPO", GRPOConfig, as_there),
-    ]
-    return INTRODUCTION + "".join(_section(*section) for section in sections)
-
-
-def _section(title: str, config_class, left_out: set[str]) -> str:
-    rows = [field for field in dataclasses.fields(config_class) if field.name not in left_out]
-    types = typing.get_type_hints(config_class)
-    lines = "".join(f"| `{f.name}` | {_values(f, types[f.name])} | {_default(f)} | {_help(f)} |\n" for f in rows)
-    return f"\n## {title}\n\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n{lines}"
+    text += "\n## algorithm\n\n`type` is the name of the command, which sets it.\n"
+    text += table("Reward models", config.RewardModeling, level=3)
+    text += "\n### Preference methods\n\n" + methods(config.PreferenceConfig)
+    text += table("PPO", config.PPO, level=3)
+    text += table("GRPO", config.GRPO, level=3)
+    text += "\n### Relatives of GRPO\n\nThey have GRPO's settings, with other defaults.\n\n" + presets(
+        config.GRPOConfig
+    )
+    text += "\n## rewards\n\nA list; each entry is a type, or a mapping with a type and its settings.\n"
+    text += table("Every entry", RewardSettings, level=3)
+    for kind in entry_classes(config.RolloutConfig.__pydantic_fields__["rewards"].annotation):
+        names = [name for name in kind.__pydantic_fields__ if name not in (*RewardSettings.__pydantic_fields__, "type")]
+        about = kind.__pydantic_fields__["type"]
+        text += table(
+            f"{about.default}", kind, names, level=3, note=f"{about.description[0].upper()}{about.description[1:]}."
+        )
+    return text + table("scoring", ScoringConfig)
 
 
-def _values(field, hint) -> str:
+def table(title: str, kind, names=None, *, level: int = 2, note: str = "") -> str:
+    """A heading and the settings of a class, without its sections."""
+    from coati.config.schema import section_classes
+
+    fields = kind.__pydantic_fields__
+    listed = [n for n in (fields if names is None else names) if not section_classes(fields[n].annotation)]
+    lines = "".join(
+        f"| `{n}` | {values(fields[n])} | {default(fields[n])} | {about(fields[n])} |\n" for n in listed if n != "type"
+    )
+    head = f"\n{'#' * level} {title}\n" + (f"\n{note}\n" if note else "")
+    return head + (f"\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n{lines}" if lines else "")
+
+
+def methods(config_class) -> str:
+    """Which method has which setting, with its default."""
+    from coati.config.schema import section_classes, types_of
+
+    kinds = section_classes(config_class.__pydantic_fields__["algorithm"].annotation)
+    named = {name: kind for kind in kinds for name in kind.__pydantic_fields__ if name != "type"}
+    lines = ""
+    for name, kind in named.items():
+        field = kind.__pydantic_fields__[name]
+        by_default = {}
+        for one in kinds:
+            if name in one.__pydantic_fields__:
+                by_default.setdefault(default(one.__pydantic_fields__[name]), []).append(types_of(one)[0])
+        defaults = "; ".join(f"{value} ({', '.join(types)})" for value, types in by_default.items())
+        lines += f"| `{name}` | {values(field)} | {defaults} | {about(field)} |\n"
+    return f"| Setting | Type | Default | Meaning |\n|---|---|---|---|\n{lines}"
+
+
+def presets(config_class) -> str:
+    """What each method's defaults are where they are not the first one's."""
+    from coati.config.schema import section_classes, types_of
+
+    first, *others = section_classes(config_class.__pydantic_fields__["algorithm"].annotation)
+    lines = ""
+    for kind in others:
+        own = {
+            name: default(field)
+            for name, field in kind.__pydantic_fields__.items()
+            if name != "type" and field.default != first.__pydantic_fields__[name].default
+        }
+        lines += f"| `{types_of(kind)[0]}` | {', '.join(f'`{name}` {value}' for name, value in own.items())} |\n"
+    return f"| Type | Defaults |\n|---|---|\n{lines}"
+
+
+def values(field) -> str:
     """Type and range."""
-    from coati.config import range_of
+    from coati.config.flags import range_of
 
-    return ", ".join(filter(None, [_type(hint), range_of(field)]))
+    return ", ".join(filter(None, [type_in_words(field.annotation), range_of(field)]))
 
 
-def _type(hint) -> str:
-    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(f"`{a}`" for a in arguments)
-    if typing.get_origin(hint) is dict:
+def type_in_words(hint) -> str:
+    from coati.config.schema import alternatives, entry_classes
+
+    [kind] = alternatives(hint)
+    if entry_classes(hint):
+        return "list of rewards"
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{a}`" for a in typing.get_args(kind))
+    if typing.get_origin(kind) is dict:
         return "mapping"
-    if typing.get_origin(hint) is list:
-        return f"list of {_type(arguments[0])}"
-    if arguments:
-        return _type(arguments[0])
-    return {str: "text", bool: "true/false", int: "whole number", float: "number"}[hint]
+    if typing.get_origin(kind) is list:
+        return f"list of {type_in_words(typing.get_args(kind)[0])}"
+    return {str: "text", bool: "true/false", int: "whole number", float: "number"}[kind]
 
 
-def _default(field) -> str:
-    default = field.default
-    if default is dataclasses.MISSING:
-        default = field.default_factory()
-    if default is None or default == []:
+def default(field) -> str:
+    from pydantic_core import PydanticUndefined
+
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or value == []:
         return "none"
-    words = default if isinstance(default, list) else [default]
+    words = value if isinstance(value, list) else [value]
     return " ".join(f"`{str(word).lower() if isinstance(word, bool) else word}`" for word in words)
 
 
-def _help(field) -> str:
-    return field.metadata["help"].replace("|", "\\|")
+def about(field) -> str:
+    return field.description.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Sizes:
 def sizes(config, gpus: int) -> Sizes:
     """Data-parallel ranks are what the other kinds leave."""
     split = config.tensor_parallel, config.pipeline_parallel, config.sequence_parallel
-    return Sizes(gpus // config.parallel.model_parallel_size, *split)
+    return Sizes(gpus // config.model_parallel_size, *split)
 
 
 @dataclass(frozen=True)

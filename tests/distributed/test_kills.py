@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from coati.run_layout import MANIFEST, list_checkpoints
 from coati.tracking.files import read_run
 from examples.stages import fill_figures
-from tests.conftest import ROOT, settings_for
+from tests.conftest import ROOT, as_yaml, settings_for
 from tests.distributed import forks, runs
 from tests.distributed.runs import assert_same_end, log_of, whole_checkpoints
 
@@ -274,7 +273,7 @@ def test_without_room_the_run_says_so_keeps_its_checkpoint_and_goes_on_later(kin
         output = disk / "run"
         changes = settings | dict(output_dir=str(output), resume="auto")
         config = tmp_path / "config.yaml"
-        config.write_text(yaml.safe_dump(changes))
+        config.write_text(as_yaml(changes))
         ranks = forks.start(train_until_full, tmp_path, 2, disk, kind, fraction, "sft", str(config))
         try:
             statuses = forks.wait(ranks, PATIENCE)

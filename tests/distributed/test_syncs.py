@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml
 
 from coati.run_layout import MANIFEST, checkpoint_of_step, checkpoints_of, incomplete
-from tests.conftest import settings_for
+from tests.conftest import as_yaml, settings_for
 from tests.distributed import forks
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +43,7 @@ def test_each_rank_syncs_what_it_wrote_before_a_checkpoint_is_listed(layout, tin
     """PITFALL 26."""
     (settings, shards), output, config = LAYOUTS[layout], tmp_path / "run", tmp_path / "config.yaml"
     changes = dict(output_dir=str(output), tensorboard=False, steps=1, eval_every=0, batch_size=4, **settings)
-    config.write_text(yaml.safe_dump(settings_for("sft", tiny_world, **changes)))
+    config.write_text(as_yaml(settings_for("sft", tiny_world, **changes)))
     ranks = forks.start(train_and_note_syncs, tmp_path, 2, str(config), tmp_path)
     try:
         assert forks.wait(ranks, 300) == [0, 0], (tmp_path / "log.txt").read_text()[-3000:]

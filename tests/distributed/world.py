@@ -80,7 +80,7 @@ def make_family(family: str, world: dict[str, str], folder: Path) -> dict[str, s
     return world | paths | {"tokenizer": paths["policy"]}
 
 
-def family_job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
+def family_job(name: str, algorithm: str, world, folder: Path, /, **changes) -> dict:
     """Five steps, or one iteration of PPO with a reward model."""
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
     settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes

@@ -118,12 +118,12 @@ class StagedPretraining:
     def __init__(self, plan, runtime):
         self.plan, self.runtime = plan, runtime
         for stage in plan.stages:  # the last stage's data is looked for before the first trains for a week
-            PackedDataset([*stage.train_data, *stage.eval_data])
+            PackedDataset([*stage.data.train_data, *stage.data.eval_data])
 
     def train(self):
         """Runs the stages that are left, or to the step after a stop was asked for."""
         for number, stage in enumerate(self.plan.stages, 1):
-            title = f"stage {number} of {len(self.plan.stages)}, {stage.run_name}"
+            title = f"stage {number} of {len(self.plan.stages)}, {stage.tracking.run_name}"
             if self.runtime.communicator.any(self.plan.is_finished(stage)):
                 self.runtime.say(f"{title}: finished before, {stage.output_dir}")
                 continue

@@ -140,7 +140,7 @@ def harness(tiny, runtime, tmp_path):
     from colossal_eval.run.model_loading import load_model
     from colossal_eval.run.response_store import ResponseStore
 
-    def make(name: str = "first", folder: Path | None = None, batch_tokens: int | None = None, /, **settings):
+    def make(name: str = "first", folder: Path | None = None, batch_tokens: int | None = None, **settings):
         loaded = load_model(name, folder or tiny[name], "float32", runtime.device, **settings)
         return CoatiLM(loaded, ResponseStore(tmp_path / "answers"), runtime.communicator, batch_tokens=batch_tokens)
 

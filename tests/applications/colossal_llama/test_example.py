@@ -64,7 +64,7 @@ def test_losses_of_documents_are_the_plain_models(tiny_world, monkeypatch, tmp_p
 def test_its_plans_are_plans(plan, stages):
     path = ROOT / "applications" / "colossal_llama" / "example" / f"{plan}.yaml"
     found = parse_stages(PretrainConfig, "", ["--config", str(path)])
-    assert [stage.run_name for stage in found.stages] == stages
+    assert [stage.tracking.run_name for stage in found.stages] == stages
 
 
 def test_bits_and_their_interval():

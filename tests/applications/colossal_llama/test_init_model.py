@@ -206,7 +206,11 @@ def test_random_rows_have_the_old_deviation_and_depend_on_the_seed(tokenizers, e
 def run_random(source, tokenizer, output, seed):
     from colossal_llama.init_model import InitConfig, init_model
 
-    init_model(InitConfig(str(source), str(tokenizer), str(output), rule="random", seed=seed, progress="off"))
+    init_model(
+        InitConfig(
+            model=str(source), tokenizer=str(tokenizer), output=str(output), rule="random", seed=seed, progress="off"
+        )
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
@@ -217,7 +221,9 @@ def test_padding_rows_are_never_generated(architecture, tokenizers, extended, tm
 
     source = save_model(tmp_path / "in", tokenizers["byte-level"], architecture, "float32")
     folder, output = extended["byte-level"]["settings"]["output"], tmp_path / "out"
-    done = init_model(InitConfig(str(source), folder, str(output), pad_to_multiple_of=256, progress="off"))
+    done = init_model(
+        InitConfig(model=str(source), tokenizer=folder, output=str(output), pad_to_multiple_of=256, progress="off")
+    )
     model, tokens = load(output), len(tokenizer_of(output))
     assert done["rows"] == 512 == model.config.vocab_size and done["suppressed"] == 512 - tokens > 0
     assert model.generation_config.suppress_tokens == list(range(tokens, 512))
@@ -390,7 +396,12 @@ def test_extended_twice_only_ids_without_a_token_are_suppressed(
 
     first, second = (len(tokenizer_of(folder)) for folder in extended_twice)
     start = save_model(tmp_path / "in", tokenizers["byte-level"], architecture)
-    one = InitConfig(str(start), extended_twice[0], str(tmp_path / "one"), pad_to_multiple_of=second + rows_left)
+    one = InitConfig(
+        model=str(start),
+        tokenizer=extended_twice[0],
+        output=str(tmp_path / "one"),
+        pad_to_multiple_of=second + rows_left,
+    )
     init_model(one)
     path = tmp_path / "one" / "generation_config.json"
     settings = json.loads(path.read_text())

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from coati.config import configure
+from coati.config.parse import nested
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from colossal_llama.pretraining.pretrain_trainer import PretrainConfig, PretrainTrainer, StagedPretraining
@@ -59,7 +60,7 @@ def test_packed_documents_have_the_losses_that_they_have_alone(micro_batch_size,
 def test_a_stage_learns_counts_its_tokens_and_leaves_a_plain_model(make, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    trainer = make(tokens=3000, steps=0, mix=["zh=1", "en=3"], buckets=[1, 0])
+    trainer = make(tokens=3000, steps=0, mix={"zh": 1, "en": 3}, buckets=[1, 0])
     trainer.train()
     rows = read_metrics(tmp_path / "run")
     first, last = (row for row in (rows[0], rows[-1]))
@@ -126,7 +127,7 @@ def test_neftune_adds_noise_in_training_only(make):
     ("changes", "words"),
     [
         (dict(max_length=10), "set max_length to that, not 10"),
-        (dict(mix=["zh"]), "each entry is CATEGORY=SHARE"),
+        (dict(mix=["zh"]), "mix is a list; it takes a mapping"),
         (dict(freeze="all-but-embeddings", plugin="gemini"), "plugin zero2"),
         (dict(train_data=["nowhere"]), "run prepare_pretrain"),
     ],
@@ -177,7 +178,9 @@ def plan_file(tiny_world, packed, tmp_path):
         dict(name="replay", mix={"zh": 0.5, "en": 0.5}, learning_rate=1e-3, steps=3),
     ]
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(shared | {"stages": stages}))
+    in_file = [nested(PretrainConfig, {k: v for k, v in stage.items() if k != "name"}) for stage in stages]
+    named = [{"name": stage["name"]} | values for stage, values in zip(stages, in_file, strict=True)]
+    path.write_text(yaml.safe_dump(nested(PretrainConfig, shared) | {"stages": named}))
     return path
 
 
@@ -187,7 +190,7 @@ def parse(path, *flags: str):
 
 def test_each_stage_goes_on_from_the_one_before(plan_file, runtime, tmp_path):
     plan = parse(plan_file)
-    assert [stage.model and Path(stage.model).parent.name for stage in plan.stages] == [
+    assert [stage.model.path and Path(stage.model.path).parent.name for stage in plan.stages] == [
         None,
         "1-warm-up",
         "2-knowledge",
@@ -209,7 +212,7 @@ def test_a_stopped_run_goes_on_in_the_stage_where_it_was(plan_file, runtime, tmp
 
     class Stop(PretrainTrainer):
         def step(self, k):
-            if self.config.run_name == "knowledge" and k == 1:
+            if self.config.tracking.run_name == "knowledge" and k == 1:
                 self.runtime.stop_requested = "SIGTERM"
             return super().step(k)
 
@@ -228,7 +231,7 @@ def test_a_stopped_run_goes_on_in_the_stage_where_it_was(plan_file, runtime, tmp
 
 
 def test_flags_win_in_every_stage(plan_file):
-    assert {stage.learning_rate for stage in parse(plan_file, "--learning_rate", "0.5").stages} == {0.5}
+    assert {stage.optimizer.learning_rate for stage in parse(plan_file, "--learning_rate", "0.5").stages} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -238,8 +241,11 @@ def test_flags_win_in_every_stage(plan_file):
         (lambda plan: plan.update(stages=[]), "`stages` must be a list"),
         (lambda plan: plan["stages"][1].pop("name"), "stage 2: give it a name"),
         (lambda plan: plan["stages"][1].update(name="../x"), "stage 2: give it a name"),
-        (lambda plan: plan["stages"][2].update(learning_rat=1), "stage 3: unknown key 'learning_rat'; did you mean"),
-        (lambda plan: plan["stages"][0].update(batch_size=0), "batch_size is 0"),
+        (
+            lambda plan: plan["stages"][2].update(learning_rat=1),
+            "stage 3: unknown setting 'learning_rat'; did you mean",
+        ),
+        (lambda plan: plan["stages"][0].update(batch_size=0), "batch_size is '0'"),
     ],
 )
 def test_a_wrong_plan_is_one_error(change, words, plan_file):
@@ -253,7 +259,7 @@ def test_a_wrong_plan_is_one_error(change, words, plan_file):
 
 def test_the_last_stages_data_is_looked_for_before_the_first_trains(plan_file, runtime, tmp_path):
     plan = parse(plan_file)
-    plan.stages[2].train_data = [str(tmp_path / "nowhere")]
+    plan.stages[2].data.train_data = [str(tmp_path / "nowhere")]
     with pytest.raises(UserError, match="nowhere is no folder of packed rows"):
         StagedPretraining(plan, runtime)
     assert not (tmp_path / "out").exists()

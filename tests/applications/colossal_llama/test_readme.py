@@ -54,7 +54,7 @@ def test_every_command_runs(place, runtime, monkeypatch, capsys):
         if name == "train":
             arguments[arguments.index("--config") + 1] = config
             plan = parse_stages(PretrainConfig, "", [*arguments, *SMALL.split()])
-            assert [stage.run_name for stage in plan.stages] == ["warm-up", "knowledge", "replay"]
+            assert [stage.tracking.run_name for stage in plan.stages] == ["warm-up", "knowledge", "replay"]
             StagedPretraining(plan, runtime).train()
         else:
             assert importlib.import_module(f"colossal_llama.{name}").main(arguments) == 0, command
