@@ -15,14 +15,20 @@ INTRODUCTION = """\
 
 <!-- Written by tools/write_configuration.py: change the help texts in the code, then run it. -->
 
-Each setting is a key of the YAML file and a flag: `learning_rate: 1e-5` or `--learning_rate 1e-5`. A flag wins over
-the file. An unknown key is refused with the nearest known one. Lists are YAML lists, or several words after the flag;
-true-or-false settings take `true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says
-what a word is: `run_name: 1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder.
+A setting stands in a section of the YAML file, or at its top: `optimizer: {learning_rate: 1e-5}`. As a flag its section
+may be left out: `--learning_rate 1e-5` or `--optimizer.learning_rate 1e-5`. A flag wins over the file. A section that is
+one word is its first setting: `model: FOLDER` is `model: {path: FOLDER}`, `algorithm: dapo` is `algorithm: {type: dapo}`,
+and so is a reward: `rewards: [math]`. Unknown settings are refused with the nearest known one, and all mistakes are
+named at once.
 
-The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
-of reward models, `train_preference.py` those of all runs and of preference optimisation, `train_ppo.py` and
-`train_grpo.py` those of all runs, of generation, of rollouts and their own.
+Lists are YAML lists, or several words after the flag; mappings are YAML as flags too; true-or-false settings take `true`
+or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `run_name: 1.10` and
+`stop: [no]` are texts. `~/` at the beginning of a path is the home folder. In Python,
+`coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
+
+All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints` and `tracking`, and
+all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also `rewards` and
+`scoring`.
 """
 
 
