@@ -55,7 +55,7 @@ class Case:
     Attributes:
         flags: of coati's training script, beside the common ones.
         peers: by name, TRL's settings.
-        steps: optimiser steps (PPO: iterations) of a turn.
+        steps: optimizer steps (PPO: iterations) of a turn.
         lengths: tokens of each row; of PPO and GRPO, of each response.
         prompt: tokens of a row that are its prompt, but for PPO and GRPO.
         model: changes of the Llama's configuration.

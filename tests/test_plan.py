@@ -39,7 +39,7 @@ def kinds(found, moment: str | None = None) -> Counter:
     return total
 
 
-def test_zero_divides_the_optimiser_states_by_the_ranks():
+def test_zero_divides_the_optimizer_states_by_the_ranks():
     one, four = kinds(sft(1)), kinds(sft(4))
     assert one["optimizer states"] == 12 * WEIGHTS
     assert four["optimizer states"] == 3 * WEIGHTS

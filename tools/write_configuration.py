@@ -22,7 +22,7 @@ true-or-false settings take `true` or `false`. `null` leaves the default, `[]` e
 what a word is: `run_name: 1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder.
 
 The scripts: `train_sft.py` takes the settings of all runs and those of generation, `train_rm.py` those of all runs and
-of reward models, `train_preference.py` those of all runs and of preference optimisation, `train_ppo.py` and
+of reward models, `train_preference.py` those of all runs and of preference optimization, `train_ppo.py` and
 `train_grpo.py` those of all runs, of generation, of rollouts and their own.
 """
 
@@ -54,7 +54,7 @@ def page() -> str:
         ("All runs: logs", TrackingConfig, set()),
         ("Generation (SFT's samples, answers of PPO and GRPO)", GenerationConfig, set()),
         ("Reward models", RewardConfig, common),
-        ("Preference optimisation", PreferenceConfig, common),
+        ("Preference optimization", PreferenceConfig, common),
         ("Rollouts (PPO and GRPO)", RolloutConfig, common),
         ("PPO", PPOConfig, set(of_rollouts)),
         ("GRPO", GRPOConfig, as_there),

@@ -37,7 +37,7 @@ class JudgeConfig(Settings):
     answers: list[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
     references: str | None = option(None, "file of right answers, for questions that have them", path="file")
     prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
-    output: str = option("runs/eval/judge", "folder of judgements and report; continued if it is there", path="output")
+    output: str = option("runs/eval/judge", "folder of judgments and report; continued if it is there", path="output")
     judge: str = option("", "the judge's name at the endpoint")
     endpoint: str | None = option(None, "URL of the API, such as http://localhost:8000/v1; else OPENAI_BASE_URL")
     api_key_variable: str = option("OPENAI_API_KEY", "the environment variable that holds the key")
@@ -74,7 +74,7 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
     store = ResponseStore(Path(config.output))
     keys = [digest(config.judge, config.temperature, case.kind, case.messages) for case in cases]
     waiting = [(key, case) for key, case in zip(keys, cases, strict=True) if key not in store]
-    print(f"{len(cases)} judgements by {config.judge}: {len(cases) - len(waiting)} reused, {len(waiting)} to ask for")
+    print(f"{len(cases)} judgments by {config.judge}: {len(cases) - len(waiting)} reused, {len(waiting)} to ask for")
     failures: dict[str, list[str]] = {}
     ask = Judge(config)
     tracking = TrackingConfig(progress=config.progress)
@@ -104,7 +104,7 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
 
 
 def judge(config: JudgeConfig) -> dict:
-    """Judges, writes judgements.jsonl, report.json and report.md, and returns the report.
+    """Judges, writes judgments.jsonl, report.json and report.md, and returns the report.
 
     Raises:
         UserError: a wrong setting or file, or an endpoint that refuses.
@@ -115,7 +115,7 @@ def judge(config: JudgeConfig) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     records = list(judge_all(config, cases))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_file(output / "judgements.jsonl", lines)
+    replace_file(output / "judgments.jsonl", lines)
     report = {"judge": config.judge} | summarize(records)
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     replace_file(output / "report.md", report_text(report))

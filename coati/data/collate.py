@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from coati.data.tokenise import PreferenceSample, TokenSequence, UnpairedSample
+from coati.data.tokenize import PreferenceSample, TokenSequence, UnpairedSample
 from coati.transfer import to_device
 
 

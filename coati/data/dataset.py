@@ -1,4 +1,4 @@
-"""Tokenised data sets: built once, kept as memory-mapped arrow files, with a report on the rows."""
+"""Tokenized data sets: built once, kept as memory-mapped arrow files, with a report on the rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from coati.data.config import DataConfig, check_weights
 from coati.data.records import Kind, Record, one_record_per_response, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
-from coati.data.tokenise import (
+from coati.data.tokenize import (
     NotUsed,
     PreferenceSample,
     PromptSample,
     Sample,
     TokenSequence,
     UnpairedSample,
-    tokenise_many,
+    tokenize_many,
 )
 from coati.errors import UserError, unwritable
 from coati.files import written_aside
@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 CHUNK = 256
 
 
-class TokenisedDataset:
+class TokenizedDataset:
     """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
 
     `source_names` are the sources' file names without folder and ending, or whole where two are alike.
@@ -67,8 +67,8 @@ class TokenisedDataset:
 
 def build_dataset(
     sources: list[str], kind: Kind, tokenizer, config: DataConfig, weights: list[float] | None = None
-) -> TokenisedDataset:
-    """Read, check and tokenise `sources`, or open the cached result of the same rows, tokenizer and settings.
+) -> TokenizedDataset:
+    """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
     `tokenizer` went through `prepare_tokenizer`; `weights` are one a source. Processes that build the same
     data at the same time wait for the first.
@@ -91,7 +91,7 @@ def build_dataset(
         with writing(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, sources, kind, tokenizer, config)
-    data = TokenisedDataset(folder, sources, weights)
+    data = TokenizedDataset(folder, sources, weights)
     _raise_on_problems(data, config)
     return data
 
@@ -109,7 +109,7 @@ def writing(cache: Path) -> Iterator[None]:
         raise UserError(f"The cache folder {cache} can't be written ({reason}); change --cache_dir.") from error
 
 
-def _raise_on_problems(data: TokenisedDataset, config: DataConfig) -> None:
+def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
     report = data.report
     if report.bad_rows and config.bad_rows == "error":
         raise UserError(f"{report.first_line()}; correct the data or drop such rows with --bad_rows drop.")
@@ -120,7 +120,7 @@ def _raise_on_problems(data: TokenisedDataset, config: DataConfig) -> None:
 
 
 def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
-    """A hash of all that the tokenised rows and the report depend on."""
+    """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
     for state in ("padding", "truncation"):
@@ -164,15 +164,15 @@ def _samples(
         for index, source in enumerate(sources):
             report.rows.setdefault(source, 0)
             report.samples.setdefault(source, 0)
-            task = progress.add_task(f"Tokenising {source}", total=None)
+            task = progress.add_task(f"Tokenizing {source}", total=None)
             chunk: list[tuple[int, Any]] = []
             for line, record in _records(source, kind, config, report):
                 chunk.append((line, record))
                 if len(chunk) == CHUNK:
-                    yield from _tokenised(chunk, source, index, tokenizer, config, report)
+                    yield from _tokenized(chunk, source, index, tokenizer, config, report)
                     chunk = []
                     progress.update(task, completed=report.rows[source])
-            yield from _tokenised(chunk, source, index, tokenizer, config, report)
+            yield from _tokenized(chunk, source, index, tokenizer, config, report)
 
 
 def _records(source: str, kind: Kind, config: DataConfig, report: ValidationReport) -> Iterator[tuple[int, Record]]:
@@ -190,16 +190,16 @@ def _records(source: str, kind: Kind, config: DataConfig, report: ValidationRepo
         yield from ((line, record) for record in records)
 
 
-def _tokenised(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
+def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
-    results = tokenise_many([record for _, record in chunk], tokenizer, config)
-    for (line, _), tokenised in zip(chunk, results, strict=True):
-        sample = tokenised.sample
+    results = tokenize_many([record for _, record in chunk], tokenizer, config)
+    for (line, _), tokenized in zip(chunk, results, strict=True):
+        sample = tokenized.sample
         if isinstance(sample, ValueError):
             report.drop(source, line, str(sample), bad=not isinstance(sample, NotUsed))
         else:
             report.samples[source] += 1
-            for note in tokenised.notes:
+            for note in tokenized.notes:
                 report.note(source, line, note)
             yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
 

@@ -153,7 +153,7 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
 
     An HH-RLHF text starts with a blank line and `Human:`. `Human:` and `Assistant:` after a blank line begin
     a turn; elsewhere these words are plain text. The format is ambiguous: a message that itself has a
-    paragraph which starts so reads as two turns. Neighbouring turns of one role are joined into one.
+    paragraph which starts so reads as two turns. Neighboring turns of one role are joined into one.
 
     Raises `ValueError` with a short reason, equal for equal faults so that reasons can be counted.
     """

@@ -104,7 +104,7 @@ def prepare_tokenizer(
     """Make sure of an EOS token, a pad token and a chat template that ends answers with EOS.
 
     The tokenizer is changed in place; `eos_token` must already be in its vocabulary. Its padding side and the
-    special tokens that it adds are left alone: `coati.data` renders, tokenises and pads without them. `arguments` are
+    special tokens that it adds are left alone: `coati.data` renders, tokenizes and pads without them. `arguments` are
     for the template, as in `DataConfig.chat_template_kwargs`. Without `learns_responses` the template need only write
     prompts.
 

@@ -30,7 +30,7 @@ from coati.losses.language import cross_entropy, response_targets, token_entropy
 from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
-from coati.losses.shaping import clip_scores, penalise_missing_eos, punish_overlong, shape_rewards
+from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
 from coati.losses.value import value_loss
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
     "masked_sums",
     "moments",
     "pairwise_reward_loss",
-    "penalise_missing_eos",
+    "penalize_missing_eos",
     "policy_loss",
     "preference_loss",
     "punish_overlong",

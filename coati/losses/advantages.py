@@ -7,7 +7,7 @@ from coati.losses.masking import keep
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
+    """Generalized advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
 
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t + 1 is the next response
     token of the row; after the last one V and A are 0.
@@ -59,5 +59,5 @@ def whiten(x: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool = Tr
     A standard deviation under `min_std` is replaced by it: nearly equal values are then noise, and dividing by their
     spread would blow that noise up to the size of a signal.
     """
-    centred = keep(x, mask) - mean
-    return keep(centred / max(std, min_std) + (0.0 if shift else mean), mask)
+    centered = keep(x, mask) - mean
+    return keep(centered / max(std, min_std) + (0.0 if shift else mean), mask)

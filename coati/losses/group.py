@@ -19,7 +19,7 @@ def group_advantages(
 
     * grpo: (r - mean) / (std + 1e-4), with the group's mean and (G - 1) standard deviation (DeepSeekMath, 2402.03300,
       section 4.1.2)
-    * dr_grpo: r - mean: without the factor that favours prompts of little spread (Liu et al., 2503.20783, section 3.2)
+    * dr_grpo: r - mean: without the factor that favors prompts of little spread (Liu et al., 2503.20783, section 3.2)
     * rloo: r - mean of the others (Ahmadian et al., 2402.14740, section 2.2), which is unbiased
     * rloo_std: that, divided by the (population) standard deviation of the others, at least `min_std`: as neither
       depends on the answer itself, the mean gradient of a prompt keeps its direction
@@ -35,19 +35,19 @@ def group_advantages(
     if advantage == "remax" and baseline is not None:
         return rewards - baseline
     groups = rewards.reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    centered = groups - groups.mean(1, keepdim=True)
     others = group_size - 1
     match advantage:
         case "grpo":
-            result = centred / (centred.square().sum(1, keepdim=True).div(others).sqrt() + 1e-4)
+            result = centered / (centered.square().sum(1, keepdim=True).div(others).sqrt() + 1e-4)
         case "dr_grpo" | "reinforce++-baseline":
-            result = centred
+            result = centered
         case "rloo":
-            result = centred * (group_size / others)
+            result = centered * (group_size / others)
         case "rloo_std":
-            mean = -centred / others  # of the others, which with the answer itself add up to 0
-            squares = (centred.square().sum(1, keepdim=True) - centred.square()) / others
-            result = (centred - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
+            mean = -centered / others  # of the others, which with the answer itself add up to 0
+            squares = (centered.square().sum(1, keepdim=True) - centered.square()) / others
+            result = (centered - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
         case _:
             raise ValueError(f"{advantage!r} is no advantage of whole answers in a group")
     return result.reshape(-1)

@@ -1,4 +1,4 @@
-"""Log-probs of tokens and the language-modelling loss."""
+"""Log-probs of tokens and the language-modeling loss."""
 
 import torch
 from torch import Tensor

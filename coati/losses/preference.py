@@ -1,4 +1,4 @@
-"""Losses of preference optimisation: a policy learns from answers that people like better than others.
+"""Losses of preference optimization: a policy learns from answers that people like better than others.
 
 They read sums of log-probs over whole answers. With `r` what an answer is scored with, each loss compares
 `m = r(chosen) - r(rejected)`: by the log-ratio to a reference (DPO and its kin), by the policy's own log-probs (SimPO,
@@ -58,7 +58,7 @@ class Options:
 
     Attributes:
         beta: scale of the rewards; with a reference, how strongly it holds the policy.
-        label_smoothing: the share of pairs taken to be labelled the wrong way round.
+        label_smoothing: the share of pairs taken to be labeled the wrong way round.
         gamma: the margin that SimPO demands.
     """
 

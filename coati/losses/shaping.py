@@ -26,7 +26,7 @@ def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
     return scores if limit is None else scores.clamp(-limit, limit)
 
 
-def penalise_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
+def penalize_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
     """Scores `[batch]`, less `penalty` where the response did not end by itself (`finished` False)."""
     return scores if penalty is None else torch.where(finished, scores, scores - penalty)
 

@@ -20,7 +20,7 @@ class Communicator:
         self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
 
     def sharing(self, processes: int) -> "Communicator":
-        """The communicator of a run in which so many neighbouring processes share one model's work."""
+        """The communicator of a run in which so many neighboring processes share one model's work."""
         if processes == 1:
             return self
         groups = [dist.new_group(range(i, self.world_size, processes)) for i in range(processes)]

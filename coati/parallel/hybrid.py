@@ -30,7 +30,7 @@ from coati.parallel.zero import zero_gradients, zero_master_weights
 class HybridPlugin(HybridParallelPlugin):
     """Tensor, pipeline and sequence parallel with ZeRO around them.
 
-    `configure` is Colossal-AI's without its refusal of ZeRO in fp32 (its optimiser handles that as the plain ZeRO
+    `configure` is Colossal-AI's without its refusal of ZeRO in fp32 (its optimizer handles that as the plain ZeRO
     plugin does) and without a DDP wrapper around models that don't train.
     """
 
@@ -81,7 +81,7 @@ class HybridPlugin(HybridParallelPlugin):
 
 
 class LayoutFreeStates(HybridParallelCheckpointIO):
-    """Optimiser states stored whole, whatever the layout. Colossal-AI guesses from the shapes alone how a weight was
+    """Optimizer states stored whole, whatever the layout. Colossal-AI guesses from the shapes alone how a weight was
     split, which is wrong for fused projections."""
 
     def load_states_into_optimizer(self, optimizer, state_dict, id_map):

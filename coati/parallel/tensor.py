@@ -330,7 +330,7 @@ def _summed(x: Tensor, group) -> Tensor:
 def _split(module: nn.Module, name: str, dim: int, parts: int, group):
     """Cuts a parameter in place; one that is tied to another may have been cut already.
 
-    The name `dist_layout` is what Colossal-AI's optimisers know a split parameter by, when they add up norms.
+    The name `dist_layout` is what Colossal-AI's optimizers know a split parameter by, when they add up norms.
     """
     parameter = getattr(module, name)
     if shard_of(parameter) is None:

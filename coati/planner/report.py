@@ -139,7 +139,7 @@ def _tell_algorithm(argv: list[str]) -> str:
     used = set(read_yaml(path)) if path else set()
     used |= {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     fields = {name: {f.name for f in dataclasses.fields(one.config)} for name, one in ALGORITHMS.items()}
-    used &= set().union(*fields.values())  # parse_config finds the misspelt ones
+    used &= set().union(*fields.values())  # parse_config finds the misspelled ones
     fitting = [name for name in ALGORITHMS if used <= fields[name]]
     if not used & {"reward_model", "reward_functions", "reward_classifiers", "reward_urls", "verifiers"}:
         fitting = [name for name in fitting if name not in ("ppo", "grpo")]  # they need one of these

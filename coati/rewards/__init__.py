@@ -11,7 +11,7 @@ HOME = {
     "HTTPReward": "http",
     "ModelReward": "model",
     "Reward": "base",
-    "RunningMoments": "normalise",
+    "RunningMoments": "normalize",
     "Scorer": "scorer",
     "ScoringConfig": "config",
     "SequenceClassifierReward": "classifier",

@@ -21,7 +21,7 @@ from coati.rewards.config import PLAIN
 
 class SequenceClassifierReward(Reward):
     """Scores texts with a sequence classifier of transformers. Its tokenizer may be another than the policy's: prompt
-    and response are joined as text and tokenised anew.
+    and response are joined as text and tokenized anew.
 
     Scores don't depend on how texts are batched and padded. Decoders (Llama, GPT-2, ...) are read at each text's last
     token, told by the attention mask, so that a pad token which is also EOS, or stands in a text, does no harm.
@@ -88,7 +88,7 @@ class SequenceClassifierReward(Reward):
         scores = torch.zeros(len(rows), device=self.model.device)
         for start in range(0, len(rows), self.batch_size):
             index = shortest_first[start : start + self.batch_size]
-            with quiet_transformers():  # it advises against padding rows that are tokenised already
+            with quiet_transformers():  # it advises against padding rows that are tokenized already
                 batch = self.tokenizer.pad([rows[i] for i in index], return_tensors="pt")
             scores[index] = self._read(self._logits(batch.to(self.model.device)).float())
         return scores

@@ -31,7 +31,7 @@ from coati.samples import Sample
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
 PERCENT = re.compile(r"%|\bpercent")
-# for `normalise`
+# for `normalize`
 DASHES = str.maketrans({"−": "-", "–": "-", "—": " "})
 QUOTES = re.compile(r"[\"“”„«»‘’《》「」『』【】]|(?<=\w)'(?=\w)")
 # a point or a comma in a number counts, a colon between digits, "!" in "5!" and "!="
@@ -219,19 +219,19 @@ class ChoiceVerifier(Verifier):
 
 
 class ExactVerifier(Verifier):
-    """The same text once both are normalised, see `normalise`."""
+    """The same text once both are normalized, see `normalize`."""
 
     name = "exact"
 
     def verdict(self, sample):
         text, _ = final_part(sample)
-        return normalise(text) in {normalise(text) for text in self.accepted(sample.columns)}
+        return normalize(text) in {normalize(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
 class RegexVerifier(Verifier):
     """The pattern is found (a dot may be a newline). If it has groups, what the first group of the last find holds
-    equals the right answer once both are normalised."""
+    equals the right answer once both are normalized."""
 
     regex_pattern: str | None = None
 
@@ -252,7 +252,7 @@ class RegexVerifier(Verifier):
         *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
-        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(sample.columns)}
+        return normalize(last[1] or "") in {normalize(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -525,7 +525,7 @@ def is_json(text: str) -> bool:
     return True
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """One case and one form of each character, single blanks, no a/an/the before a word, no quotes, no emphasis around
     the whole, and no punctuation but what counts: signs, operators, brackets, points and colons in numbers.
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes, ticks, hover titles, no script. Colours come from the style sheet."""
+"""Line charts as inline SVG: axes, ticks, hover titles, no script. Colors come from the style sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 34
-COLOURS = 8
+COLORS = 8
 _DRAWN, _HOVERED, _SMOOTHED = 300, 60, 40
 
 Points = list[tuple[float, float]]
@@ -21,7 +21,7 @@ class Line:
     """One curve: `points` are (step, value) in step order; values may be NaN or infinite."""
 
     label: str
-    colour: int
+    color: int
     points: Points
     dashed: bool = False
 
@@ -68,7 +68,7 @@ def line_chart(lines: list[Line]) -> str:
 
 def _draw(line: Line, place: Place) -> list[str]:
     """A line's curve (thin where a running mean is drawn over it), and dots with hover titles."""
-    style = f"c{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
+    style = f"c{line.color % COLORS}" + (" dashed" if line.dashed else "")
     smooth = running_mean(line.points)
     parts = [_path(_thin(line.points, _DRAWN), place, f"curve {style}" + (" raw" if smooth else ""))]
     if smooth:

@@ -18,14 +18,14 @@ from typing import Any
 
 from coati.errors import UserError
 from coati.files import replace_file
-from coati.tracking.charts import COLOURS, Line, Points, line_chart, number
+from coati.tracking.charts import COLORS, Line, Points, line_chart, number
 from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
 from coati.tracking.style import STYLE
 
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
-    "preference": "Preference optimisation",
+    "preference": "Preference optimization",
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",
 }
@@ -184,7 +184,7 @@ def _stage(algorithm: str, runs: list[Run]) -> str:
 def _curves(runs: list[Run]) -> dict[str, list[Line]]:
     """The stage's lines by metric. `train/x` and `x` are metric x; `eval/x` is its dashed line."""
     curves: dict[str, list[Line]] = defaultdict(list)
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         points: dict[str, Points] = defaultdict(list)
         for record in run.metrics:
             for name in record.keys() - {"step", "time"}:
@@ -192,7 +192,7 @@ def _curves(runs: list[Run]) -> dict[str, list[Line]]:
         for name in sorted(points):
             dashed = name.startswith("eval/")
             label = f"{run.label} {name}" if len(runs) > 1 else name
-            curves[re.sub("^(train|eval)/", "", name)].append(Line(label, colour, points[name], dashed))
+            curves[re.sub("^(train|eval)/", "", name)].append(Line(label, color, points[name], dashed))
     return curves
 
 
@@ -206,7 +206,7 @@ def _headlines(algorithm: str, names: list[str]) -> list[str]:
 
 
 def _legend(runs: list[Run], curves: dict[str, list[Line]]) -> str:
-    keys = [(f"c{colour % COLOURS}", run.label) for colour, run in enumerate(runs) if len(runs) > 1]
+    keys = [(f"c{color % COLORS}", run.label) for color, run in enumerate(runs) if len(runs) > 1]
     if any(line.dashed for lines in curves.values() for line in lines):
         keys += [("", "training"), ("dashed", "evaluation")]
     spans = "".join(f"<span><i class='key {style}'></i>{escape(label)}</span>" for style, label in keys)

@@ -26,7 +26,7 @@ from coati.losses import (
     group_advantages,
     importance_weights,
     kl_divergence,
-    penalise_missing_eos,
+    penalize_missing_eos,
     policy_loss,
     punish_overlong,
     returns_to_go,
@@ -101,7 +101,7 @@ class GRPOTrainer(RolloutTrainer):
         """The scores of whole responses as the policy will see them, `[batch]`."""
         c, lengths = self.config, batch.response_mask.sum(1)
         scores = clip_scores(batch.scores, c.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.missing_eos_penalty)
+        scores = penalize_missing_eos(scores, batch.finished, c.missing_eos_penalty)
         return punish_overlong(scores, lengths, c.max_new_tokens, c.overlong_buffer, c.overlong_penalty)
 
     def advantages(self, rewards: Tensor, baseline: Tensor | None, mask: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from coati.losses import (
     gae,
     kl_divergence,
     masked_sums,
-    penalise_missing_eos,
+    penalize_missing_eos,
     shape_rewards,
     whiten,
 )
@@ -81,7 +81,7 @@ class PPOTrainer(RolloutTrainer):
 
         scores = self.normalize(batch.scores) if c.normalise_reward else batch.scores
         scores = clip_scores(scores, c.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.missing_eos_penalty)
+        scores = penalize_missing_eos(scores, batch.finished, c.missing_eos_penalty)
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient) + batch.token_rewards
         advantages, returns = gae(values, rewards, mask, c.gamma, c.gae_lambda)
@@ -108,7 +108,7 @@ class PPOTrainer(RolloutTrainer):
         """By the mean and standard deviation of all scores so far, these included."""
         everything = torch.ones_like(scores, dtype=torch.bool)
         self.score_moments.update(self.ranks.sum(masked_sums(scores, everything)))
-        return self.score_moments.normalise(scores)
+        return self.score_moments.normalize(scores)
 
     def texts(self, k: int) -> list[SFTBatch]:
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has responses."""

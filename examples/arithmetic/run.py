@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from results import summarise  # noqa: E402
+from results import summarize  # noqa: E402
 from sums import make_data  # noqa: E402
 
 from examples.answers import Answered, Questions, answer  # noqa: E402
@@ -63,7 +63,7 @@ def main():
         for algorithm in chosen:
             if not (folder / algorithm / "summary.json").exists():
                 learn(algorithm, start, before, folder, data, seed, arguments.processes)
-    summarise(output, {name: script for name, (script, _) in ALGORITHMS.items()}, write_docs=arguments.write_docs)
+    summarize(output, {name: script for name, (script, _) in ALGORITHMS.items()}, write_docs=arguments.write_docs)
 
 
 def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int) -> Path:

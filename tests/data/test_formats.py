@@ -72,7 +72,7 @@ def test_a_pair_taken_apart_is_a_good_and_a_bad_answer():
     ]
 
 
-def test_only_the_last_answer_of_a_labelled_dialogue_is_judged():
+def test_only_the_last_answer_of_a_labeled_dialogue_is_judged():
     messages = [*DIALOGUE, user("more"), assistant("no")]
     [record] = parse_record({"messages": messages, "label": False}, "unpaired")
     assert (record.prompt, record.answer) == (messages[:-1], messages[-1:])
@@ -173,7 +173,7 @@ def test_hh_markers_inside_a_paragraph_are_text():
     assert record.prompt == [user("Human: say Assistant: \nHuman: ok")]
 
 
-def test_hh_neighbouring_turns_of_one_role_are_joined():
+def test_hh_neighboring_turns_of_one_role_are_joined():
     text = "\n\nHuman: hi\n\nAssistant: one\n\nAssistant: "
     [record] = parse_record({"chosen": text + "two", "rejected": text + "three"}, "preference")
     assert record.prompt == [user("hi")]

@@ -103,7 +103,7 @@ def whole_checkpoints(output: Path) -> list[Path]:
 
 
 def assert_same_end(expected: Path, found: Path):
-    """The newest checkpoints are the same files, byte for byte: weights, optimiser states, every rank's random states,
+    """The newest checkpoints are the same files, byte for byte: weights, optimizer states, every rank's random states,
     the KL controller, the running reward statistics, the best metric. So are the finished models."""
     pairs = [(whole_checkpoints(expected)[-1], whole_checkpoints(found)[-1])]
     pairs += [(folder, found / folder.name) for name in ("model", "critic") if (folder := expected / name).is_dir()]
@@ -117,7 +117,7 @@ def assert_same_end(expected: Path, found: Path):
 
 
 def _contents(path: Path):
-    """The bytes; of the optimiser's settings their values, which Colossal-AI stores in the order of their arrival."""
+    """The bytes; of the optimizer's settings their values, which Colossal-AI stores in the order of their arrival."""
     return torch.load(path) if path.name.endswith("optim_group.bin") else path.read_bytes()
 
 

@@ -189,7 +189,7 @@ def resumed(worlds, folder, saved):
 @pytest.mark.parametrize("target", SAVED)
 @pytest.mark.parametrize("source", SAVED)
 def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
-    """Weights, optimiser states, data order. Gemini computes in bf16: its curve is within its rounding."""
+    """Weights, optimizer states, data order. Gemini computes in bf16: its curve is within its rounding."""
     expected = [step["loss"] for step in saved["ddp-saved"]["steps"][BEFORE:]]
     found = [step["loss"] for step in resumed[f"{source}-to-{target}"]["steps"]]
     tolerance = 1e-2 if "gemini" in (source, target) else 1e-5

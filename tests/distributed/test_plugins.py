@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(plugin, algorithm, two_p
 
 
 def test_a_run_stopped_in_the_critics_warm_up_resumes(two_processes):
-    """Its actor's optimiser has no state yet."""
+    """Its actor's optimizer has no state yet."""
     assert curve(two_processes["warmup"])[-len(curve(two_processes["warmup-resumed"])) :] == curve(
         two_processes["warmup-resumed"]
     )

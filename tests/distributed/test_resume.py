@@ -1,6 +1,6 @@
 """A run that goes on from a checkpoint is the run that never stopped: in fp32 on a CPU (Gemini: bf16) to the last bit.
 
-Answers are sampled, SFT and reward models train with dropout, rewards are normalised and the KL coefficient adapts, so
+Answers are sampled, SFT and reward models train with dropout, rewards are normalized and the KL coefficient adapts, so
 every state there is has a say in every step. `test_kills.py` puts real kills in between.
 """
 
@@ -91,7 +91,7 @@ def check(runs: dict, algorithm: str, layout: str):
 
 @pytest.mark.parametrize(("algorithm", "layout"), QUICK)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(algorithm, layout, quick):
-    """PITFALL 13, 25: weights, optimiser, log, sampled answers, KL coefficient, statistics, every random state."""
+    """PITFALL 13, 25: weights, optimizer, log, sampled answers, KL coefficient, statistics, every random state."""
     check(quick, algorithm, layout)
 
 

@@ -17,7 +17,7 @@ from tests.oracles import preference as oracle
 
 names = st.sampled_from(sorted(PREFERENCE_LOSSES))
 TRL = json.loads(Path(__file__).with_name("trl_preference.json").read_text())
-NORMALISABLE = ("dpo", "robust", "hinge", "cpo")
+NORMALIZABLE = ("dpo", "robust", "hinge", "cpo")
 
 
 @st.composite
@@ -48,16 +48,16 @@ def part(answers: Answers, which) -> Answers:
 
 @quick
 @given(names, st.data(), dtypes, st.sampled_from([0.05, 1.0, 2.5]), st.sampled_from([0.0, 0.1]), st.booleans())
-def test_every_loss_equals_the_oracle(name, data, dtype, beta, smoothing, normalised):
+def test_every_loss_equals_the_oracle(name, data, dtype, beta, smoothing, normalized):
     """PITFALL 10: log-ratios of 60 give finite losses and gradients."""
     count = data.draw(st.integers(1, 5))
     chosen, rejected = (data.draw(answers(count, dtype)) for _ in range(2))
-    normalised, gamma, nll = normalised and name in NORMALISABLE, 0.5, data.draw(st.sampled_from([0.0, 0.7]))
+    normalized, gamma, nll = normalized and name in NORMALIZABLE, 0.5, data.draw(st.sampled_from([0.0, 0.7]))
     leaf = chosen.log_probs.clone().requires_grad_()
-    how = dict(options=Options(beta, smoothing, gamma), nll_coefficient=nll, length_normalised=normalised)
+    how = dict(options=Options(beta, smoothing, gamma), nll_coefficient=nll, length_normalised=normalized)
     loss, metrics = preference_loss(name, Answers(leaf, chosen.lengths, chosen.reference), rejected, 3.0, **how)
     expected, expected_metrics = oracle.preference_loss(
-        name, rows(chosen), rows(rejected), 3.0, beta, smoothing, gamma, nll, normalised, str(dtype).split(".")[1]
+        name, rows(chosen), rows(rejected), 3.0, beta, smoothing, gamma, nll, normalized, str(dtype).split(".")[1]
     )
     size = 1 + sum(sum(x.abs().sum().item() for x in (a.log_probs, a.reference)) for a in (chosen, rejected))
     # IPO squares differences, and its target is 1 / (2 beta)

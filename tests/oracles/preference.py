@@ -48,9 +48,9 @@ def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
 
 
 def preference_loss(
-    name, chosen, rejected, denominator, beta, smoothing, gamma, nll=0.0, normalised=False, dtype="float64"
+    name, chosen, rejected, denominator, beta, smoothing, gamma, nll=0.0, normalized=False, dtype="float64"
 ):
-    """RPO's likelihood term on top. With `normalised`, log-probs are averages from the start."""
+    """RPO's likelihood term on top. With `normalized`, log-probs are averages from the start."""
     sums = {}
 
     def add(metric, value):
@@ -58,7 +58,7 @@ def preference_loss(
 
     for good, bad in zip(chosen, rejected, strict=True):
         read = (good, bad)
-        if normalised:
+        if normalized:
             read = tuple((p / max(n, 1), n, q / max(n, 1)) for p, n, q in read)
         reward, other, loss = _compare(name, *read, beta, smoothing, gamma, EPS[dtype])
         likelihood = -good[0] / max(good[1], 1)

@@ -54,7 +54,7 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
 
 
 def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path, monkeypatch):
-    """Normalising and clipping leave it alone: they are for the scores of whole responses."""
+    """Normalizing and clipping leave it alone: they are for the scores of whole responses."""
     from coati.trainers import ppo
 
     gae, seen = ppo.gae, []

@@ -1,4 +1,4 @@
-"""The rollout engine: transformers' tokens, whatever the neighbours, the slots and the order of arrival."""
+"""The rollout engine: transformers' tokens, whatever the neighbors, the slots and the order of arrival."""
 
 import math
 import shutil

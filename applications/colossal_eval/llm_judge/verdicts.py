@@ -91,7 +91,7 @@ def _comparisons(records: Sequence[dict]) -> list[dict]:
 
 def report_text(report: dict) -> str:
     """The report as markdown."""
-    lines = [f"Judged by {report['judge']}: {report['judged']} judgements, {report['failed']} failed.", ""]
+    lines = [f"Judged by {report['judge']}: {report['judged']} judgments, {report['failed']} failed.", ""]
     rows = [
         [model, name, with_error(score), str(score["questions"])]
         for model, categories in report["ratings"].items()

@@ -7,7 +7,7 @@ import math
 
 from colossal_eval.results.summaries import title
 
-GREY = "#8a93a3"  # readable on coati's light and dark pages
+GRAY = "#8a93a3"  # readable on coati's light and dark pages
 
 
 def bars(rows: list[dict], models: list[str]) -> str:
@@ -24,9 +24,9 @@ def bars(rows: list[dict], models: list[str]) -> str:
         scores = [scores[i] for _, _, scores in groups]
         errors = [100 * (score["stderr"] or 0) for score in scores]
         values = [100 * score["value"] for score in scores]
-        axes.barh(places, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GREY)
+        axes.barh(places, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GRAY)
     for g, (_, chance, _) in enumerate(groups):
-        axes.plot([100 * chance] * 2, [g - 0.4, g + 0.4], color=GREY, linewidth=1.5, label=None if g else "random")
+        axes.plot([100 * chance] * 2, [g - 0.4, g + 0.4], color=GRAY, linewidth=1.5, label=None if g else "random")
     axes.set_yticks(range(len(groups)), [name for name, _, _ in groups])
     axes.invert_yaxis()
     axes.set_xlabel("percent")
@@ -60,18 +60,18 @@ def _figure(width: float, height: float, polar: bool = False):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(projection="polar" if polar else None)
-    axes.tick_params(colors=GREY, labelsize=8)
-    axes.xaxis.label.set_color(GREY)
+    axes.tick_params(colors=GRAY, labelsize=8)
+    axes.xaxis.label.set_color(GRAY)
     axes.set_facecolor("none")
     for spine in axes.spines.values():
-        spine.set_color(GREY)
-    axes.grid(color=GREY, alpha=0.25)
+        spine.set_color(GRAY)
+    axes.grid(color=GRAY, alpha=0.25)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def _legend(axes) -> None:
-    axes.legend(fontsize=8, labelcolor=GREY, framealpha=0, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=4)
+    axes.legend(fontsize=8, labelcolor=GRAY, framealpha=0, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=4)
 
 
 def _svg(figure) -> str:

@@ -103,7 +103,7 @@ def utf8_bytes(text: str) -> int:
 def per_byte_perplexity(log_probs: Sequence[float], sizes: Sequence[int]) -> Score:
     r"""exp(r), r = -sum(l_i) / sum(b_i), over documents of b_i UTF-8 bytes: comparable between tokenizers.
 
-    The standard error is the ratio estimator's by linearisation (Cochran, Sampling Techniques, 6.4):
+    The standard error is the ratio estimator's by linearization (Cochran, Sampling Techniques, 6.4):
     exp(r) sqrt(n / (n - 1) sum((-l_i - r b_i)^2)) / sum(b_i).
     """
     n, total = len(log_probs), sum(sizes)

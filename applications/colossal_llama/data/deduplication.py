@@ -1,6 +1,6 @@
 """Finding documents that say the same, exactly or nearly.
 
-A signature is made of each document where it is tokenised; signatures are compared later, all in one place and in
+A signature is made of each document where it is tokenized; signatures are compared later, all in one place and in
 input order, so that the document kept is the first whatever the number of processes.
 """
 
@@ -30,7 +30,7 @@ class Deduplication:
         if self.kind == "none":
             return [b""] * len(texts)
         if self.kind == "exact":
-            return [hashlib.sha256(normalise(text).encode()).digest() for text in texts]
+            return [hashlib.sha256(normalize(text).encode()).digest() for text in texts]
         from datasketch import MinHash
         from xxhash import xxh32_intdigest
 
@@ -78,12 +78,12 @@ def _is_new(signatures: Iterable[bytes]) -> np.ndarray:
     return np.array(is_new, dtype=bool)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """`text` in Unicode's composed form (NFC), runs of white space as one space, none at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def shingles(text: str) -> set[str]:
-    """The runs of 5 characters of the normalised text, in lower case; a shorter text is its own only shingle."""
-    text = normalise(text).lower()
+    """The runs of 5 characters of the normalized text, in lower case; a shorter text is its own only shingle."""
+    text = normalize(text).lower()
     return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}

@@ -46,7 +46,7 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
     return dict(sorted(found.items()))
 
 
-def summarise(buckets: list[dict[str, Counts]], max_length: int) -> dict:
+def summarize(buckets: list[dict[str, Counts]], max_length: int) -> dict:
     """The manifest's figures: by category, by bucket and of everything."""
     names = sorted({name for bucket in buckets for name in bucket})
     by_category = {name: sum((bucket[name] for bucket in buckets), Counts()) for name in names}

@@ -1,7 +1,7 @@
 """The steps of `prepare_pretrain`, each of which is deterministic and can be taken up again after a kill.
 
 1. `read_files`: the files are hashed and cut into parts. 2. `check_rows`: every row is parsed, so that a malformed one
-is found before anything is written. 3. `tokenise`: a file of tokenised documents for each part. 4. `choose`:
+is found before anything is written. 3. `tokenize`: a file of tokenized documents for each part. 4. `choose`:
 duplicates are dropped and documents dealt out to buckets. 5. `write_buckets`. 6. `verify`: the rows are read back
 and counted, and must hold every token of every chosen document.
 """
@@ -22,7 +22,7 @@ from coati.tracking.progress import progress_bar
 from colossal_llama.data import buckets, documents, token_store
 from colossal_llama.data.document_tokens import TokenizerData, read_tokenizer
 from colossal_llama.data.left_out_rows import Problems
-from colossal_llama.data.manifest import Counts, measure_bucket, print_tables, summarise
+from colossal_llama.data.manifest import Counts, measure_bucket, print_tables, summarize
 from colossal_llama.data.preparation_settings import PrepareConfig
 from colossal_llama.data.work_folder import WorkFolder, open_work_folder
 from colossal_llama.data.worker_processes import Run, workers
@@ -85,7 +85,7 @@ def _write(job: Job, output: Path) -> dict:
 
 def _fill(job: Job, rows: Rows, work: WorkFolder) -> dict:
     """Steps 3 to 6; returns the manifest's figures."""
-    paths = tokenise(job, work)
+    paths = tokenize(job, work)
     store = token_store.TokenStore(paths)
     try:
         chosen = choose(job.config, store, rows)
@@ -96,7 +96,7 @@ def _fill(job: Job, rows: Rows, work: WorkFolder) -> dict:
     files = {path: {"rows": count + rows.bad.count(path), "documents": count} for path, count in rows.documents.items()}
     return {
         "tokens_in": sum(int(store.lengths[numbers].sum()) for mine in chosen for numbers in mine.values()),
-        **summarise(verify(job, store, chosen, work), job.config.max_length),
+        **summarize(verify(job, store, chosen, work), job.config.max_length),
         "files": files,
         "bad_rows": rows.bad.as_json(),
         "dropped": rows.dropped.as_json(),
@@ -152,20 +152,20 @@ def check_rows(job: Job) -> Rows:
     return rows
 
 
-def tokenise(job: Job, work: WorkFolder) -> list[Path]:
-    """Tokenise the parts that are not done yet; returns the files of all."""
+def tokenize(job: Job, work: WorkFolder) -> list[Path]:
+    """Tokenize the parts that are not done yet; returns the files of all."""
     config, tokenizer = job.config, job.tokenizer
     backend = work.write("tokenizer.json", tokenizer.backend)
     special = dict(tokenizer=str(backend), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     rules = dict(category=config.category, filters=config.filters, deduplication=config.deduplication)
     paths = [work.documents / f"{number:06d}.arrow" for number in range(len(job.parts))]
     tasks = [
-        token_store.TokeniseTask(part=part, output=path, **special, **rules)
+        token_store.TokenizeTask(part=part, output=path, **special, **rules)
         for part, path in zip(job.parts, paths, strict=True)
         if not path.exists()
     ]
-    with _progress(config, "tokenising parts", len(paths), len(paths) - len(tasks)) as bar:
-        for tokens in job.run(token_store.tokenise_part, tasks):
+    with _progress(config, "tokenizing parts", len(paths), len(paths) - len(tasks)) as bar:
+        for tokens in job.run(token_store.tokenize_part, tasks):
             bar.advance(tokens)
     return paths
 

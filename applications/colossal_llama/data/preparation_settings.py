@@ -13,7 +13,7 @@ OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
 
 @dataclass
 class PrepareConfig(Settings):
-    """What to read, how to tokenise and pack it, and where to."""
+    """What to read, how to tokenize and pack it, and where to."""
 
     data: list[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
     tokenizer: str = option("", "a folder with the tokenizer of the model to be trained", path="model")

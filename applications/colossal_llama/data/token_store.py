@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: a file for each part of the input, which is there whole or not at all."""
+"""Tokenized documents on disk: a file for each part of the input, which is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BATCH = 256  # documents in one call of the tokenizer
 
 
 @dataclass(frozen=True)
-class TokeniseTask:
-    """One part of the input, and all that a process needs to tokenise it. `tokenizer` is a JSON file's path."""
+class TokenizeTask:
+    """One part of the input, and all that a process needs to tokenize it. `tokenizer` is a JSON file's path."""
 
     part: Part
     output: Path
@@ -33,8 +33,8 @@ class TokeniseTask:
     deduplication: Deduplication
 
 
-def tokenise_part(task: TokeniseTask) -> int:
-    """Tokenise the documents that pass the filters; returns the number of tokens.
+def tokenize_part(task: TokenizeTask) -> int:
+    """Tokenize the documents that pass the filters; returns the number of tokens.
 
     The file (Arrow, uncompressed) has a row a document, in the order of the input: `input_ids`, `source_tokens`,
     `category`, `line`, `signature`. Its metadata says where the documents are from and which the filters dropped.
@@ -43,7 +43,7 @@ def tokenise_part(task: TokeniseTask) -> int:
     from pyarrow import feather
 
     dropped = Problems()
-    rows = list(_tokenised(task, dropped))
+    rows = list(_tokenized(task, dropped))
     ids = [row.input_ids for row in rows]
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     columns = {
@@ -61,7 +61,7 @@ def tokenise_part(task: TokeniseTask) -> int:
 
 
 @dataclass(frozen=True)
-class _Tokenised:
+class _Tokenized:
     """A document, its tokens, int32 `[tokens]`, of which the first `source_tokens` are not trained on."""
 
     document: Document
@@ -70,7 +70,7 @@ class _Tokenised:
     signature: bytes
 
 
-def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[_Tokenised]:
+def _tokenized(task: TokenizeTask, dropped: Problems) -> Iterator[_Tokenized]:
     backend = text_tokenizer(task.tokenizer)
     chosen: list[Document] = []
     for document in read_documents(task.part, task.category, Problems()):
@@ -84,7 +84,7 @@ def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[_Tokenised]:
         signatures = task.deduplication.signatures([d.source + d.target for d in batch])
         encoded = encode(batch, backend, task.bos_id, task.eos_id)
         for document, (ids, source_tokens), signature in zip(batch, encoded, signatures, strict=True):
-            yield _Tokenised(document, ids, source_tokens, signature)
+            yield _Tokenized(document, ids, source_tokens, signature)
 
 
 class TokenStore:

@@ -77,7 +77,7 @@ def document_losses(folder: Path, texts: Sequence[str]) -> list[float]:
     return losses
 
 
-def summarise(output: Path, arguments, seconds: float):
+def summarize(output: Path, arguments, seconds: float):
     """Writes figures.md and curves.svg, and puts the first into the README when all arms ran with two seeds."""
     texts = {language: held_out(output / "data" / f"{language}_eval.jsonl") for language in ("en", "zh")}
     found = {key: json.loads((folder / "losses.json").read_text()) for key, folder in models(output, arguments).items()}
@@ -145,14 +145,14 @@ def loss_table(found, texts, tokens: int, arguments) -> str:
 
 
 def comparisons(found, texts, arguments) -> str:
-    """The mean-initialised model beside the others, with bootstrap intervals over documents."""
-    lines = ["| bits a character, mean-initialised less | seed | difference | 95 % interval |", "|---|---|---|---|"]
-    for arm in [arm for arm in arguments.arms if arm != "mean-initialised"]:
+    """The mean-initialized model beside the others, with bootstrap intervals over documents."""
+    lines = ["| bits a character, mean-initialized less | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    for arm in [arm for arm in arguments.arms if arm != "mean-initialized"]:
         language = "en" if arm == "no replay" else "zh"
         for seed in range(arguments.seeds):
-            if "mean-initialised" not in arguments.arms:
+            if "mean-initialized" not in arguments.arms:
                 continue
-            ours, theirs = (np.array(found[name, seed][language]) for name in ("mean-initialised", arm))
+            ours, theirs = (np.array(found[name, seed][language]) for name in ("mean-initialized", arm))
             low, high = interval(ours - theirs, np.array([len(text) for text in texts[language]]))
             difference = bits(ours - theirs, texts[language])
             verdict = "" if low <= 0 <= high else ", significant"
@@ -171,7 +171,7 @@ def interval(nats: np.ndarray, characters: np.ndarray) -> tuple[float, float]:
 def curves(output: Path, arguments) -> str:
     """Bits a Chinese character of the evaluation rows while the knowledge is taken in, by Chinese characters seen."""
     lines, data = [], output / "data"
-    for colour, arm in enumerate(arguments.arms):
+    for color, arm in enumerate(arguments.arms):
         tokenizer = "english" if arm == "no extension" else "extended"
         rate = tokens_per_character(data, tokenizer)
         folder, points, seen = output / "seed0" / arm.replace(" ", "-"), [], 0.0
@@ -182,7 +182,7 @@ def curves(output: Path, arguments) -> str:
                 if "eval/loss/zh" in row:
                     points.append(((seen + here) / rate / 1000, row["eval/loss/zh"] * rate / math.log(2)))
             seen += here
-        lines.append(Line(arm, colour, points))
+        lines.append(Line(arm, color, points))
     title = "bits a Chinese character, by thousand Chinese characters seen"
     return figure({title: lines}, list(arguments.arms), "seed 0; three stages: new embeddings, knowledge, replay")
 

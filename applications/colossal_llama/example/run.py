@@ -18,17 +18,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "applications")]
 
-from colossal_llama.example.measure import measure, summarise  # noqa: E402
+from colossal_llama.example.measure import measure, summarize  # noqa: E402
 from colossal_llama.example.texts import write_texts  # noqa: E402
 from examples.stages import run, train_script  # noqa: E402
 
 ARMS = {
-    "mean-initialised": ("extended", "mean", True),
-    "random-initialised": ("extended", "random", True),
+    "mean-initialized": ("extended", "mean", True),
+    "random-initialized": ("extended", "random", True),
     "no extension": ("english", None, True),
     "no replay": ("extended", "mean", False),
 }
-"""By name: tokenizer, how new rows are initialised, and whether English is replayed."""
+"""By name: tokenizer, how new rows are initialized, and whether English is replayed."""
 
 
 def main():
@@ -48,7 +48,7 @@ def main():
         for arm in arguments.arms:
             carry_on(arm, english, output / f"seed{seed}", data, seed, arguments)
     measure(output, arguments)
-    summarise(output, arguments, time.monotonic() - started)
+    summarize(output, arguments, time.monotonic() - started)
 
 
 def prepare_data(text: Path, output: Path) -> Path:

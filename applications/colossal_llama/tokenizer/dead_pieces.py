@@ -12,7 +12,7 @@ def dead_pieces(vocabulary: Vocabulary, tokenizer=None) -> list[str]:
     """The added pieces that no text of their own gives.
 
     A piece of whole characters is looked for among the tokens of its text in `CONTEXTS`, through the whole
-    tokenizer: normalisation, splitting into words, merges. A piece that is part of a character's bytes must come out
+    tokenizer: normalization, splitting into words, merges. A piece that is part of a character's bytes must come out
     of the merges alone.
     """
     tokenizer = tokenizer or vocabulary.tokenizer()

@@ -4,7 +4,7 @@ Two kinds of tokenizer differ in what a piece is made of and in which merges it 
 
 - byte-level (GPT-2, Llama-3, Qwen): one symbol a byte; a piece has the merges that are added for it;
 - sentencepiece (Llama-2, Mistral, Gemma): one symbol a character, spaces as "▁", bytes for unknown characters.
-  sentencepiece joins any two neighbours whose join is a piece (`bpe_model.cc`), so a piece's merges are all its splits
+  sentencepiece joins any two neighbors whose join is a piece (`bpe_model.cc`), so a piece's merges are all its splits
   into two pieces, as transformers' `generate_merges` has them too.
 
 Old ids stay; old merges come first. As no piece may be added without a character that the filter passes, a text
@@ -54,7 +54,7 @@ class Vocabulary:
             self.new[piece] = len(self)
 
     def join(self, left: str, right: str) -> None:
-        """Let two neighbours become one piece, which is added unless it exists."""
+        """Let two neighbors become one piece, which is added unless it exists."""
         self.add(left + right)
         self.merges.setdefault((left, right))
 

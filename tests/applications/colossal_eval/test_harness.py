@@ -234,7 +234,7 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
         assert len({drawn[i][0] for i in batch.rows}) == 1
         assert sharing or batch.prefix == 0
         assert batching or len(batch.rows) == 1
-    # neither the order within a task nor a neighbour of another task changes who is read together
+    # neither the order within a task nor a neighbor of another task changes who is read together
     turned = plan(made, [group[::-1] for group in groups], room)
     lengths = [[len(made[i].ids) for i in batch.rows] for batch in batches]
     assert [[len(made[i].ids) for i in batch.rows] for batch in turned] == lengths

@@ -1,6 +1,6 @@
 """From records to token ids and answer masks.
 
-A record is rendered by the chat template and the text is tokenised once. Which tokens are labels follows from
+A record is rendered by the chat template and the text is tokenized once. Which tokens are labels follows from
 where they start in the text: a token is part of an answer if it starts inside the answer's characters. So the
 tokens are those of the whole dialogue, and nothing that a user writes can move the mask.
 """
@@ -78,38 +78,38 @@ Sample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """What became of a record: a sample or the reason why there is none; and what of its row is not in the sample."""
 
     sample: Sample | ValueError
     notes: list[str]
 
 
-def tokenise(record: Record, tokenizer, config: DataConfig) -> Sample:
+def tokenize(record: Record, tokenizer, config: DataConfig) -> Sample:
     """The sample of one record, for a tokenizer that went through `prepare_tokenizer`.
 
     Sequences end with the last learned answer's EOS. Raises `TooLong` for a row over `config.max_length` (or
     `config.max_prompt_length`) that may not or cannot be cut, `NotUsed` for one of which nothing is to be learned, and
     `ValueError` for a row that the template cannot label.
     """
-    [tokenised] = tokenise_many([record], tokenizer, config)
-    if isinstance(tokenised.sample, ValueError):
-        raise tokenised.sample
-    return tokenised.sample
+    [tokenized] = tokenize_many([record], tokenizer, config)
+    if isinstance(tokenized.sample, ValueError):
+        raise tokenized.sample
+    return tokenized.sample
 
 
-def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[Tokenised]:
-    """As `tokenise`, in one tokenizer call."""
+def tokenize_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[Tokenized]:
+    """As `tokenize`, in one tokenizer call."""
     rendered = [_attempt(_render, record, tokenizer, config) for record in records]
     texts = [piece.text for pieces in rendered if not isinstance(pieces, ValueError) for piece in pieces]
     if not texts:
-        return [Tokenised(error, []) for error in rendered]
+        return [Tokenized(error, []) for error in rendered]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     results = []
     for record, pieces in zip(records, rendered, strict=True):
         if isinstance(pieces, ValueError):
-            results.append(Tokenised(pieces, []))
+            results.append(Tokenized(pieces, []))
             continue
         notes = [note for piece in pieces for note in piece.notes]
         encoded_pieces = []
@@ -117,7 +117,7 @@ def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
             input_ids, offsets = next(tokens)
             encoded_pieces.append(_Encoded(piece.text, piece.responses, input_ids, offsets))
         sample = _attempt(_sample, record, encoded_pieces, tokenizer, config)
-        results.append(Tokenised(sample, list(dict.fromkeys([*record.unused, *notes]))))
+        results.append(Tokenized(sample, list(dict.fromkeys([*record.unused, *notes]))))
     return results
 
 
@@ -153,7 +153,7 @@ class _Encoded:
 
 
 def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
-    """The texts to tokenise for a record."""
+    """The texts to tokenize for a record."""
     template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
@@ -209,7 +209,7 @@ def _contains(value: Any, text: str) -> bool:
 def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfig) -> Sample:
     if isinstance(record, PromptRecord):
         return _prompt_sample(record, pieces[0], tokenizer, config)
-    sequences = _fit([_labelled(piece, tokenizer) for piece in pieces], tokenizer, config)
+    sequences = _fit([_labeled(piece, tokenizer) for piece in pieces], tokenizer, config)
     if isinstance(record, SFTRecord):
         return sequences[0]
     if isinstance(record, UnpairedRecord):
@@ -219,7 +219,7 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
     return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0)
 
 
-def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
+def _labeled(piece: _Encoded, tokenizer) -> TokenSequence:
     """Mask the responses, each up to its end, and leave out what follows the last."""
     ids, starts = np.array(piece.input_ids), _token_starts(piece.offsets)
     mask = np.zeros(len(ids), dtype=bool)
