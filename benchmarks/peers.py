@@ -127,7 +127,7 @@ def trl_dpo(settings: dict):
 
 
 def trl_grpo(settings: dict):
-    """One update an iteration, no reference; the reward is a number a response."""
+    """One update per iteration, no reference; the reward is a number per response."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,7 +7,7 @@
 TRL works in environments of its own, which `make trl` makes; without them it is left out. Everyone has the same model
 (a random Llama of 5.8 M parameters), rows of the same tokens, and steps of as many of them, in fp32.
 
-    sft-fixed, sft-log-normal          32 rows a step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
+    sft-fixed, sft-log-normal          32 rows per step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
     reward-fixed, reward-log-normal    8 pairs a step: of 256 tokens, of up to 512
     ppo-fixed, ppo-shared              16 prompts of 32 tokens, responses of exactly 64, 4 epochs; separate critic, or
                                        one trunk for policy and value (ours; TRL has two)

@@ -7,11 +7,11 @@
         step-00000010/
           manifest.json                 step, metric, every file with its size: without it, a save was interrupted
           trainer.json                  what the trainer remembers
-          random-0-of-2.safetensors     random states, a file a rank
-          actor/                        a folder a model; of algorithms with one model, `model/`
+          random-0-of-2.safetensors     random states, a file per rank
+          actor/                        a folder per model; of algorithms with one model, `model/`
             model/                      as the product, but that an adapter is never merged
             optimizer/                  AdamW's states in shards; not of frozen models
-            master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file a rank
+            master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file per rank
         step-00000020.previous/         of steps after the one that a run went on from
         step-00000030.partial/          being written or removed: see `coati.files`
 

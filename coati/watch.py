@@ -25,7 +25,7 @@ _watching = threading.Event()
 
 
 def watch_launcher():
-    """Starts the watch, once a process; from the main thread. What happens then:
+    """Starts the watch, once per process; from the main thread. What happens then:
 
     - A launcher goes away: SIGTERM to ourselves, which asks for a checkpoint; exit status 1 if that takes over 8 s
       (or what COATI_SECONDS_TO_SAVE says).

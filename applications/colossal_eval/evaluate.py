@@ -161,7 +161,7 @@ def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) ->
 
 
 def _quiet() -> None:
-    """lm-eval's own bars and notices: a bar a subject is too many, and it has no option against them."""
+    """lm-eval's own bars and notices: a bar per subject is too many, and it has no option against them."""
     import lm_eval.api.task
     from tqdm import tqdm
 

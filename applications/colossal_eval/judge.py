@@ -34,7 +34,7 @@ class JudgeConfig(Settings):
     questions: str = option(
         "runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form", path="file"
     )
-    answers: list[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
+    answers: list[str] = option((), "files of answers, one per model; the file's name is the model's", path="file")
     references: str | None = option(None, "file of right answers, for questions that have them", path="file")
     prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
     output: str = option("runs/eval/judge", "folder of judgments and report; continued if it is there", path="output")

@@ -1,4 +1,4 @@
-"""Compares tokenizers on texts: vocabulary, compression rate, tokens a sample, bytes a token, use of new tokens.
+"""Compares tokenizers on texts: vocabulary, compression rate, tokens per sample, bytes per token, use of new tokens.
 
 `python applications/colossal_llama/tokenizer_report.py --tokenizers A B --corpus zh.jsonl en.jsonl --output FOLDER`
 

@@ -19,7 +19,7 @@ from coati.data.tokenize import (
     TokenSequence,
     TooLong,
     UnpairedSample,
-    exchange_answers,
+    mismatched_sequence,
     tokenize,
 )
 
@@ -55,7 +55,7 @@ __all__ = [
     "collate_preference",
     "collate_sft",
     "collate_unpaired",
-    "exchange_answers",
+    "mismatched_sequence",
     "load_rows",
     "parse_record",
     "prepare_tokenizer",

@@ -17,10 +17,10 @@ from coati.data.records import Kind, Record, one_record_per_response, parse_reco
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
 from coati.data.tokenize import (
-    NotUsed,
     PreferenceSample,
     PromptSample,
-    Sample,
+    SkippedRow,
+    TokenizedSample,
     TokenSequence,
     UnpairedSample,
     tokenize_many,
@@ -30,7 +30,7 @@ from coati.files import written_aside
 
 # Count up whenever the same rows and settings give other tokens or other files.
 FORMAT_VERSION = 2
-CHUNK = 256
+CHUNK_ROWS = 256
 
 
 class TokenizedDataset:
@@ -58,10 +58,10 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, row: int) -> Sample:
+    def __getitem__(self, row: int) -> TokenizedSample:
         return _from_row(self._table[int(row)])
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[row] for row in range(len(self)))
 
 
@@ -70,7 +70,7 @@ def build_dataset(
 ) -> TokenizedDataset:
     """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
-    `tokenizer` went through `prepare_tokenizer`; `weights` are one a source. Processes that build the same
+    `tokenizer` went through `prepare_tokenizer`; `weights` are one per source. Processes that build the same
     data at the same time wait for the first.
 
     Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", and when no
@@ -88,7 +88,7 @@ def build_dataset(
         raise UserError(f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir.") from None
     folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
     if not folder.exists():
-        with writing(cache), FileLock(f"{folder}.lock"):
+        with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, sources, kind, tokenizer, config)
     data = TokenizedDataset(folder, sources, weights)
@@ -97,7 +97,7 @@ def build_dataset(
 
 
 @contextmanager
-def writing(cache: Path) -> Iterator[None]:
+def cache_write_errors(cache: Path) -> Iterator[None]:
     """Raises `UserError` where the block finds the cache folder full or read-only."""
     try:
         yield
@@ -168,7 +168,7 @@ def _samples(
             chunk: list[tuple[int, Any]] = []
             for line, record in _records(source, kind, config, report):
                 chunk.append((line, record))
-                if len(chunk) == CHUNK:
+                if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
                     chunk = []
                     progress.update(task, completed=report.rows[source])
@@ -196,7 +196,7 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
     for (line, _), tokenized in zip(chunk, results, strict=True):
         sample = tokenized.sample
         if isinstance(sample, ValueError):
-            report.drop(source, line, str(sample), bad=not isinstance(sample, NotUsed))
+            report.drop(source, line, str(sample), bad=not isinstance(sample, SkippedRow))
         else:
             report.samples[source] += 1
             for note in tokenized.notes:
@@ -206,7 +206,7 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
 
 def _features():
     """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds. The margin of
-    an unpaired answer is 1 if it is good, else 0."""
+    an unpaired response is 1 if it is good, else 0."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
@@ -215,7 +215,7 @@ def _features():
     return Features({**numbers, **sequences, "text": Value("large_string"), "columns": Value("large_string")})
 
 
-def _to_row(sample: Sample) -> dict[str, Any]:
+def _to_row(sample: TokenizedSample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
         return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
@@ -230,7 +230,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     return {"input_ids": ids, "loss_masks": masks, "margin": margin}
 
 
-def _from_row(row: dict[str, Any]) -> Sample:
+def _from_row(row: dict[str, Any]) -> TokenizedSample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
     sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]

@@ -56,7 +56,7 @@ def read_turns(value: Any, role: str, name: str) -> tuple[Messages, list[str]]:
     if not text.startswith("\n\nHuman:"):
         return [{"role": role, "content": text}], []
     turns = _hh_turns(text)
-    # An HH-RLHF prompt ends in "Assistant:", the start of a turn that the answers fill.
+    # An HH-RLHF prompt ends in "Assistant:", the start of a turn that the responses fill.
     open_turn = role == "user" and turns[-1] == {"role": "assistant", "content": ""}
     return turns[:-1] if open_turn else turns, []
 
@@ -171,9 +171,9 @@ def read_history(value: Any) -> Messages:
     if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
         raise ValueError("`history` is not a list of pairs of texts")
     messages: Messages = []
-    for asked, answer in value:
+    for asked, response in value:
         messages.append({"role": "user", "content": read_text(asked, "history")})
-        messages.append({"role": "assistant", "content": read_text(answer, "history")})
+        messages.append({"role": "assistant", "content": read_text(response, "history")})
     return messages
 
 
@@ -229,7 +229,7 @@ def check_turns(messages: Messages, last: str) -> Messages:
             )
         if not message["content"].strip():
             if role == "assistant" and "tool_calls" not in message:
-                raise ValueError("an answer is empty")
+                raise ValueError("a response is empty")
             if role == "user":
                 raise ValueError("a prompt is empty")
         before = role

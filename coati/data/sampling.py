@@ -16,8 +16,8 @@ class BatchSampler:
 
     Every epoch is a fresh permutation of the rows. Epochs are laid end to end and the stream is cut into
     batches, so no row is lost and no batch is short: the batch on an epoch's end takes its last rows from the
-    next epoch. Rows are not sorted by length across batches: a batch of short answers would count each of
-    their tokens for more than one of long answers does, and a policy would learn to answer shortly.
+    next epoch. Rows are not sorted by length across batches: a batch of short responses would count each of
+    their tokens for more than one of long responses does, and a policy would learn to respond briefly.
 
     Args:
         rows: how many there are.
@@ -46,7 +46,7 @@ class BatchSampler:
         self.batch_size, self.seed, self.shuffle, self.start = batch_size, seed, shuffle, start
         weights = np.ones(rows) if weights_per_row is None else np.asarray(weights_per_row, float)
         if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any():
-            raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
+            raise UserError("The sampling weights must be finite, 0 or more, and one per row.")
         self._whole = np.repeat(np.arange(len(weights)), np.floor(weights).astype(int))
         fractions = weights - np.floor(weights)
         # Rows of one fractional weight form a group, of which an equal share is seen in every epoch.

@@ -14,8 +14,8 @@ from typing import Any
 from coati.errors import UserError
 
 TEXTS = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".bz2", ".zst")
-SUFFIXES = (*TEXTS, *(text + packed for text in TEXTS for packed in PACKED), ".parquet")
+COMPRESSED = (".gz", ".bz2", ".zst")
+SUFFIXES = (*TEXTS, *(text + packed for text in TEXTS for packed in COMPRESSED), ".parquet")
 
 
 def load_rows(source: str) -> Iterator[tuple[int, Any]]:

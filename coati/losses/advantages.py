@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     Returns:
         advantages and returns (advantage + value), `[batch, seq]`, 0 where masked.
     """
-    values, rewards = keep(values, mask), keep(rewards, mask)
+    values, rewards = masked(values, mask), masked(rewards, mask)
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(next_value)
@@ -29,8 +29,8 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
         advantage = delta + gamma * lam * next_advantage
         next_advantage = torch.where(here, advantage, next_advantage)
         next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = keep(advantage, here)
-    return advantages, keep(advantages + values, mask)
+        advantages[:, t] = masked(advantage, here)
+    return advantages, masked(advantages + values, mask)
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -40,7 +40,7 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
     """(count, sum, sum of squares) of the unmasked entries, float64 `[3]`: add them over ranks, then `moments`."""
-    kept = keep(x.double(), mask)
+    kept = masked(x.double(), mask)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
@@ -59,5 +59,5 @@ def whiten(x: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool = Tr
     A standard deviation under `min_std` is replaced by it: nearly equal values are then noise, and dividing by their
     spread would blow that noise up to the size of a signal.
     """
-    centered = keep(x, mask) - mean
-    return keep(centered / max(std, min_std) + (0.0 if shift else mean), mask)
+    centered = masked(x, mask) - mean
+    return masked(centered / max(std, min_std) + (0.0 if shift else mean), mask)

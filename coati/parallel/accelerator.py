@@ -175,7 +175,7 @@ def _accept_any_device(optimizer):
 
 
 def install():
-    """Prepares Colossal-AI for this machine, once a process."""
+    """Prepares Colossal-AI for this machine, once per process."""
     # colossalai's pipeline asks for these, the second over gloo where torch has NCCL; only Huawei's torch has them
     if not hasattr(dist, "is_hccl_available"):
         setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010

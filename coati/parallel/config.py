@@ -59,7 +59,9 @@ def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: i
     if not plugin.splits:
         raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
     if sizes["pipeline_parallel"] > 1 and "pipeline_parallel" not in plugin.splits:
-        raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
+        raise UserError(
+            "zero2 would exchange gradients once per micro-batch under pipeline_parallel: use --plugin zero1"
+        )
     if sizes["sequence_parallel"] > 1 and len(used) > 1:
         raise UserError(
             f"sequence_parallel doesn't combine with {used[0]}: use one of them, with --plugin zero1 or zero2"

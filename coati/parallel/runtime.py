@@ -256,7 +256,7 @@ def _first_host(hosts: str) -> str:
 
 
 def _quiet_other_ranks(runtime: Runtime):
-    """One progress bar for a checkpoint that is read, not one a rank, and none where nobody watches."""
+    """One progress bar for a checkpoint that is read, not one per rank, and none where nobody watches."""
     from transformers.utils import logging as transformers_logging
 
     if not (runtime.is_main and sys.stderr.isatty()):

@@ -20,7 +20,7 @@ from coati.models.layout import Layout
 
 @dataclass(frozen=True)
 class Shard:
-    """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one a rank.
+    """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one per rank.
 
     Attributes:
         size: of the whole parameter along `dim`; zeros fill up what doesn't divide.

@@ -29,7 +29,7 @@ class Workload:
         algorithm: of `ALGORITHMS`; `config` is its settings.
         own: transformers config of the model that is trained.
         others: those of further models, by what the settings name; `own` where one is missing.
-        gpus: processes, one a GPU.
+        gpus: processes, one per GPU.
         on_gpu: False for a run on CPUs.
     """
 

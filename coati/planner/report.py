@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         "the training script besides these, and `--config FILE.yaml`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one per GPU (default: 1)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), help="if the settings don't tell")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will use")
@@ -70,7 +70,7 @@ def table(workload, found) -> str:
     kinds = [kind for kind in KINDS if sum(peak[m, kind] for m in models) >= 0.005 * GIB]
     largest = max(peak, key=peak.__getitem__)
     device = "GPU" if workload.on_gpu else "CPU process"
-    rows = [["GiB a rank", *kinds, "sum"]]
+    rows = [["GiB per rank", *kinds, "sum"]]
     for model in models:
         cells = [f"{peak[model, kind] / GIB:.2f}" + ("*" if (model, kind) == largest else " ") for kind in kinds]
         rows.append([model, *cells, f"{sum(peak[model, kind] for kind in KINDS) / GIB:.2f} "])

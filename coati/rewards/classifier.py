@@ -38,7 +38,7 @@ class SequenceClassifierReward(Reward):
         truncation_side: the side that longer texts lose.
         padding_side: of decoders, either; by default right. Encoders keep their tokenizer's side.
         pad_token: what fills rows; the tokenizer's pad token if not given, or EOS for decoders.
-        batch_size: texts a forward pass.
+        batch_size: texts per forward pass.
         device: where the model runs; where it is if not given.
         **kwargs: handed to `from_pretrained`: dtype, attn_implementation, revision, ...
 

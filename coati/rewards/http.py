@@ -24,7 +24,7 @@ class HTTPReward(Reward):
         timeout: seconds that the endpoint may be silent.
         retries: further tries after no answer in time, no connection, or a status of 408, 425, 429 or 500 and above.
         wait: seconds before the first retry; twice as long before each of the next.
-        batch_size: responses a request.
+        batch_size: responses per request.
         headers: HTTP headers, for a key.
     """
 

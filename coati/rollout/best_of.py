@@ -25,7 +25,7 @@ class BestOf:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best of n responses from the policy, nats a response: log n - (n - 1) / n (2009.01325, appendix G.3).
+    """KL of the best of n responses from the policy, nats per response: log n - (n - 1) / n (2009.01325, appendix G.3).
 
     Exact when no two responses have the same score, an upper bound otherwise (Beirami et al., 2401.01879).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from coati.data.collate import SFTBatch
 from coati.losses import cross_entropy, policy_loss, response_targets, value_loss
 from coati.losses.language import align
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 from coati.parallel import Engine
 from coati.rollout import Experience, RolloutBatch
 from coati.trainers.batching import in_batch_order, model_inputs
@@ -155,7 +155,7 @@ def policy_term(c: PPOConfig, log_probs: Tensor, entropy: Tensor, batch: Experie
     """
     mask, clips = batch.response_mask, dict(clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip)
     loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
-    return loss, metrics | {"entropy": keep(entropy.detach(), mask).sum() / denominator}
+    return loss, metrics | {"entropy": masked(entropy.detach(), mask).sum() / denominator}
 
 
 def value_term(c: PPOConfig, values: Tensor, batch: Experience, denominator: float):

@@ -33,7 +33,7 @@ from coati.losses import (
     shape_rewards,
     whiten,
 )
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.models.packed import check_packing
@@ -72,7 +72,7 @@ class GRPOTrainer(RolloutTrainer):
 
         kl = kl_divergence(log_probs, reference, mask, c.kl_estimator)
         rewards = shape_rewards(self.shape(batch), kl, mask, c.kl_coefficient if c.kl_in == "reward" else 0.0)
-        advantages = self.advantages(keep(rewards + batch.token_rewards, mask), baseline, mask)
+        advantages = self.advantages(masked(rewards + batch.token_rewards, mask), baseline, mask)
         correction = importance_weights(
             log_probs, batch.sampling_log_probs, mask, c.importance_correction, c.importance_cap
         )
@@ -161,7 +161,7 @@ class GRPOTrainer(RolloutTrainer):
             if c.kl_coefficient and c.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, c.kl_estimator)
                 loss = loss + c.kl_coefficient * (weights * kl).sum() / denominator
-            mean_entropy = keep(entropy, mask).sum() / denominator
+            mean_entropy = masked(entropy, mask).sum() / denominator
             if c.entropy_coefficient:
                 loss = loss - c.entropy_coefficient * mean_entropy
             return loss, metrics | {"entropy": mean_entropy.detach()}

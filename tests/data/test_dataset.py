@@ -66,7 +66,7 @@ def test_the_report_counts_reasons_with_first_lines(tokenizer, config, write_jso
     assert found == {
         "the line is not valid JSON": (1, [2], True),
         "no known fields for sft data, only `text`": (6, [3, 6, 7], True),
-        "an answer is empty": (1, [5], True),
+        "a response is empty": (1, [5], True),
         "the row is longer than --max_length 1024 tokens": (1, [11], False),
     }
     assert report.rows[source] == 11 and report.samples[source] == 2
@@ -85,7 +85,7 @@ def test_the_report_fits_one_screen():
 
 @pytest.mark.parametrize("train_on", ["all", "each"])
 def test_the_report_counts_what_no_sample_holds(train_on, tokenizer, config, write_jsonl):
-    """REPORT 8: by field, once a row however many samples it gives; also when it is read from the cache."""
+    """REPORT 8: by field, once per row however many samples it gives; also when it is read from the cache."""
     config.train_on = train_on
     dialogue = [{"role": "user", "content": "a", "name": "Al"}, {"role": "assistant", "content": "b"}] * 2
     rows = [{"id": 0, **GOOD[0]}, GOOD[1], {"messages": dialogue, "id": 2}, {"id": 3, "tag": "x", **GOOD[2]}]

@@ -75,7 +75,7 @@ def test_a_pair_taken_apart_is_a_good_and_a_bad_answer():
 def test_only_the_last_answer_of_a_labeled_dialogue_is_judged():
     messages = [*DIALOGUE, user("more"), assistant("no")]
     [record] = parse_record({"messages": messages, "label": False}, "unpaired")
-    assert (record.prompt, record.answer) == (messages[:-1], messages[-1:])
+    assert (record.prompt, record.response) == (messages[:-1], messages[-1:])
 
 
 @pytest.mark.parametrize("label", [None, "true", 0.5, [True]])
@@ -215,7 +215,7 @@ FAULTS = [
     ("sft", {"messages": [assistant("a")]}, "do not alternate"),
     ("sft", {"messages": [*DIALOGUE, {"role": "system", "content": "x"}]}, "do not alternate"),
     ("sft", {"messages": [user("a")]}, "not from the assistant"),
-    ("sft", {"messages": [user("a"), assistant(" \n")]}, "answer is empty"),
+    ("sft", {"messages": [user("a"), assistant(" \n")]}, "response is empty"),
     ("sft", {"prompt": "", "completion": "x"}, "prompt is empty"),
     ("sft", {"prompt": "x", "completion": 3}, "not text"),
     ("sft", {"messages": [user([{"type": "image", "url": "a"}]), assistant("b")]}, "not text"),
@@ -225,7 +225,7 @@ FAULTS = [
     ("preference", {"prompt": "hi", "chosen": "a"}, "no `chosen` and `rejected`"),
     ("preference", {"prompt": "hi", "chosen": "a", "rejected": "a"}, "equals"),
     ("preference", {"chosen": DIALOGUE, "rejected": DIALOGUE}, "equals"),
-    ("preference", {"prompt": "hi", "chosen": "a", "rejected": ""}, "answer is empty"),
+    ("preference", {"prompt": "hi", "chosen": "a", "rejected": ""}, "response is empty"),
     ("preference", {"chosen": "a", "rejected": "b"}, "do not share a prompt"),
     (
         "preference",

@@ -15,7 +15,7 @@ from coati.data import (
     prepare_tokenizer,
     tokenize,
 )
-from coati.data.tokenize import _Encoded, _labeled, _token_starts
+from coati.data.tokenize import _Encoded, _mask_responses, _token_starts
 from coati.errors import UserError
 
 CONFIG = DataConfig()
@@ -146,7 +146,7 @@ def test_what_follows_the_eos_is_left_out(tokenizer_for):
 def test_a_template_without_eos_is_refused_in_words(tokenizer_for):
     tokenizer = copy.deepcopy(tokenizer_for("llama3"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match=r"^the chat template does not end an answer with the EOS token$"):
+    with pytest.raises(ValueError, match=r"^the chat template does not end a response with the EOS token$"):
         tokenize(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
 
 
@@ -208,14 +208,14 @@ def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
 def test_what_starts_where_an_answer_ends_is_not_in_it(tokenizer_for):
     """A template may write EOS twice: the answer has the first."""
     tokenizer = tokenizer_for("default")
-    found = _labeled(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
+    found = _mask_responses(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
     assert found.loss_mask == [False, True, True]
 
 
 def test_an_answer_in_which_no_token_starts_is_refused(tokenizer_for):
     tokenizer = tokenizer_for("default")
-    with pytest.raises(ValueError, match="does not end an answer with the EOS token"):
-        _labeled(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
+    with pytest.raises(ValueError, match="does not end a response with the EOS token"):
+        _mask_responses(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
 
 
 def test_a_token_starts_where_its_characters_do():
@@ -290,7 +290,7 @@ def test_a_row_whose_answer_alone_is_too_long_is_dropped(name, tokenizer_for):
     fits = tokenize(record, tokenizer, DataConfig(max_length=answer + 1, too_long="truncate_prompt"))
     assert fits.loss_mask == [False] + [True] * answer
     assert (fits.input_ids[0] == tokenizer.bos_token_id) == (name == "llama3")
-    with pytest.raises(TooLong, match="answer alone"):
+    with pytest.raises(TooLong, match="response alone"):
         tokenize(record, tokenizer, DataConfig(max_length=answer, too_long="truncate_prompt"))
 
 
@@ -364,7 +364,7 @@ BROKEN = {
     "{% for m in messages %}": "fails at line 1",
     "{{ raise_exception('never') }}": "never",
     "{{ messages[0].content + 1 }}": "fails",
-    "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}": "loses the answer",
+    "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}": "loses the response",
     "{% for m in messages %}{{ m.content }}{% endfor %}": "EOS",
 }
 

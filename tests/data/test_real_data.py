@@ -24,7 +24,7 @@ def test_every_hh_rlhf_row_parses_but_for_two_empty_answers(tokenizer_for, tmp_p
     data = build("hh_rlhf/train.jsonl", "preference", tokenizer_for, tmp_path, bad_rows="drop")
     [problem] = data.report.problems
     assert len(data) == 1658
-    assert (problem.reason, problem.count, problem.lines) == ("an answer is empty", 2, [676, 1620])
+    assert (problem.reason, problem.count, problem.lines) == ("a response is empty", 2, [676, 1620])
     tokenizer = tokenizer_for("default")
     for row in range(0, len(data), 50):
         chosen, rejected = data[row].chosen, data[row].rejected

@@ -17,7 +17,7 @@ from coati.data import (
     prepare_tokenizer,
     tokenize,
 )
-from coati.data.tokenize import NotUsed, tokenize_many
+from coati.data.tokenize import SkippedRow, tokenize_many
 from coati.errors import UserError
 from tests.data.families import FAMILIES, SPECIAL
 from tools.fuzz_data import tokenizer_of
@@ -263,7 +263,7 @@ def test_a_row_with_nothing_to_learn_is_dropped_and_counted(train_on, tokenizer_
     assert len(data) == 1 and not problem.bad
     assert (problem.reason, problem.lines) == ("the responses to learn have weight 0", [1])
     [record] = parse_record(rows[0], "sft")
-    with pytest.raises(NotUsed):
+    with pytest.raises(SkippedRow):
         tokenize(record, tokenizer_for("chatml"), config)
 
 

@@ -22,7 +22,7 @@ MARK = "COATI_TEST_RUN"  # in the environment of all that a run starts
 
 
 def launcher(name: str, processes: int) -> list[str]:
-    """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process a node), or `none`."""
+    """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process per node), or `none`."""
     count = ["--nproc_per_node", str(processes)]
     return {
         "colossalai": [str(BIN / "colossalai"), "run", *count, "--master_port", str(free_port())],

@@ -1,4 +1,4 @@
-"""Writes trl_preference.json: what TRL's own losses give on the answers in it. Run by a python that has TRL 1.16:
+"""Writes trl_preference.json: what TRL's own losses give on the responses in it. Run by a python that has TRL 1.16:
 
     .venv-trl-1.16/bin/python tests/losses/make_trl_preference.py
 
@@ -79,7 +79,7 @@ def kto(log_probs, mask, reference, labels, mixed, mixed_reference, beta, weight
 def each_pair(function, log_probs, mask, reference, *rest):
     """One pair a batch, as with a batch size of 1 and gradient accumulation: the mean of the losses.
 
-    A term that TRL divides by the tokens of a batch weighs answers by their length in any larger one."""
+    A term that TRL divides by the tokens of a batch weighs responses by their length in any larger one."""
     losses = [
         function(*(torch.stack([x[i], x[PAIRS + i]]) for x in (log_probs, mask, reference)), *rest)
         for i in range(PAIRS)

@@ -63,7 +63,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers(family, sizes, message
             {},
             "gemini doesn't combine .* use --plugin zero1",
         ),
-        (dict(plugin="zero2", pipeline_parallel=2), {}, "once a micro-batch .* use --plugin zero1"),
+        (dict(plugin="zero2", pipeline_parallel=2), {}, "once per micro-batch .* use --plugin zero1"),
         (dict(tensor_parallel=2, sequence_parallel=2), {}, "sequence_parallel doesn't combine with tensor_parallel 2"),
         (dict(tensor_parallel=2), dict(lora=True), "LoRA adapters don't combine with tensor_parallel 2"),
         (dict(tensor_parallel=2, pipeline_parallel=2), dict(world_size=6), "needs a multiple of 4 processes: 6"),

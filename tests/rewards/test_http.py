@@ -16,7 +16,7 @@ PROMPTS, RESPONSES = ["a", "b", "c"], ["x", "yy", "zzz"]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by what stands in `script`, one entry a request, then with the responses' lengths. An entry is seconds
+    """Answers by what stands in `script`, one entry per request, then with the responses' lengths. An entry is seconds
     of silence, a status, or the body of the reply."""
 
     def __init__(self):

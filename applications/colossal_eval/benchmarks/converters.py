@@ -146,7 +146,7 @@ def _dialogue(value: dict | ValueError, references: dict) -> Question:
 
 
 def texts(folder: Path) -> Iterator[Row]:
-    """Texts of the user's: `*.txt`, a document each, and `*.jsonl` with `text` (or `target`), one a line. A file is a
+    """Texts of the user's: `*.txt`, a document each, and `*.jsonl` with `text` (or `target`), one per line. A file is a
     subject."""
     paths = sorted(path for path in folder.glob("*") if path.suffix in (".txt", ".jsonl"))
     if not paths:

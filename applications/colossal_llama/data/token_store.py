@@ -36,7 +36,7 @@ class TokenizeTask:
 def tokenize_part(task: TokenizeTask) -> int:
     """Tokenize the documents that pass the filters; returns the number of tokens.
 
-    The file (Arrow, uncompressed) has a row a document, in the order of the input: `input_ids`, `source_tokens`,
+    The file (Arrow, uncompressed) has a row per document, in the order of the input: `input_ids`, `source_tokens`,
     `category`, `line`, `signature`. Its metadata says where the documents are from and which the filters dropped.
     """
     import pyarrow as pa

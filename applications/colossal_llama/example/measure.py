@@ -1,4 +1,4 @@
-"""What the example's models know: bits a character of held-out documents, whatever the tokenizer."""
+"""What the example's models know: bits per character of held-out documents, whatever the tokenizer."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
     """Tokens a character of the held-out texts."""
     from transformers import AutoTokenizer
 
-    lines = ["| tokenizer | vocabulary | tokens a character, English | Chinese |", "|---|---|---|---|"]
+    lines = ["| tokenizer | vocabulary | tokens per character, English | Chinese |", "|---|---|---|---|"]
     for name in ("english", "extended"):
         tokenizer = AutoTokenizer.from_pretrained(output / "data" / name)
         rates = []
@@ -128,8 +128,8 @@ def english_tokens(output: Path, texts: list[str]) -> int:
 
 
 def loss_table(found, texts, tokens: int, arguments) -> str:
-    """Each model's figures, one number a seed."""
-    lines = ["| model | bits a character, Chinese | English | English perplexity a token, to the English model's |"]
+    """Each model's figures, one number per seed."""
+    lines = ["| model | bits per character, Chinese | English | English perplexity per token, to the English model's |"]
     lines.append("|---|---|---|---|")
     for arm in ["", *arguments.arms]:
         cells = [[], [], []]
@@ -146,7 +146,7 @@ def loss_table(found, texts, tokens: int, arguments) -> str:
 
 def comparisons(found, texts, arguments) -> str:
     """The mean-initialized model beside the others, with bootstrap intervals over documents."""
-    lines = ["| bits a character, mean-initialized less | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    lines = ["| bits per character, mean-initialized less | seed | difference | 95 % interval |", "|---|---|---|---|"]
     for arm in [arm for arm in arguments.arms if arm != "mean-initialized"]:
         language = "en" if arm == "no replay" else "zh"
         for seed in range(arguments.seeds):
@@ -162,7 +162,7 @@ def comparisons(found, texts, arguments) -> str:
 
 
 def interval(nats: np.ndarray, characters: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of bits a character, documents drawn with replacement."""
+    """95 % bootstrap interval of bits per character, documents drawn with replacement."""
     draws = np.random.default_rng(0).integers(len(nats), size=(RESAMPLES, len(nats)))
     values = nats[draws].sum(1) / characters[draws].sum(1) / math.log(2)
     return tuple(np.quantile(values, [0.025, 0.975]).tolist())
@@ -183,7 +183,7 @@ def curves(output: Path, arguments) -> str:
                     points.append(((seen + here) / rate / 1000, row["eval/loss/zh"] * rate / math.log(2)))
             seen += here
         lines.append(Line(arm, color, points))
-    title = "bits a Chinese character, by thousand Chinese characters seen"
+    title = "bits per Chinese character, by thousand Chinese characters seen"
     return figure({title: lines}, list(arguments.arms), "seed 0; three stages: new embeddings, knowledge, replay")
 
 
