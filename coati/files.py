@@ -12,24 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ASIDE = ".partial"
-REMOVED = f".removed{ASIDE}"
+PARTIAL = ".partial"
+REMOVED = f".removed{PARTIAL}"
 
 
-def aside_of(target: Path) -> Path:
-    """Where `written_aside` has its caller write."""
-    return target.with_name(target.name + ASIDE)
+def partial_path(target: Path) -> Path:
+    """Where `atomic_write` has its caller write."""
+    return target.with_name(target.name + PARTIAL)
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A path to write a file at, or to make a folder at, which becomes `target` once all of it is on disk.
 
     If the block raises, what it has written is removed, and `target` is as it was. After a kill `target` is the old one
     or the new one, whole; a folder that is replaced is absent for a moment between two renames. Where several processes
     may write to one target, they take turns by a lock of their own.
     """
-    aside = aside_of(target)
+    aside = partial_path(target)
     for left in (aside, _removed(target)):
         _delete(left)
     try:
@@ -47,7 +47,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 def replace_file(path: Path, text: str):
     """Writes a file of text, so that a reader sees the old file or the new one, never a part."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -68,9 +68,9 @@ def remove_folder(folder: Path):
     shutil.rmtree(doomed)
 
 
-def remove_asides(folder: Path):
+def remove_partials(folder: Path):
     """Removes what processes that were killed have left directly in `folder`."""
-    for left in folder.glob(f"*{ASIDE}"):
+    for left in folder.glob(f"*{PARTIAL}"):
         _delete(left)
 
 

@@ -23,7 +23,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from coati.files import ASIDE, write_json
+from coati.files import PARTIAL, write_json
 
 FINAL_MODEL = "model"
 LOCK = ".lock"
@@ -56,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_STEP))
 
 
-def set_aside_name(checkpoint: Path) -> Path:
+def previous_name(checkpoint: Path) -> Path:
     """What a checkpoint is renamed to that is no longer one of its run's."""
     return checkpoint.with_name(checkpoint.name + _PREVIOUS)
 
@@ -117,7 +117,7 @@ def incomplete(checkpoint: Path) -> str | None:
     """Why a folder is not a complete checkpoint; None if it is."""
     if not checkpoint.is_dir():
         return "no such folder"
-    if checkpoint.suffix == ASIDE or not (checkpoint / MANIFEST).exists():
+    if checkpoint.suffix == PARTIAL or not (checkpoint / MANIFEST).exists():
         return f"{MANIFEST} is missing: the save was interrupted"
     try:
         files = dict(read_manifest(checkpoint)["files"])

@@ -15,7 +15,7 @@ from coati.cli import main
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.planner.dry_run import Workload, plan
-from coati.planner.report import read_workload, verdict
+from coati.planner.report import conclusion, read_workload
 from coati.rewards.config import ScoringConfig
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, SFTConfig, TrainerConfig
@@ -133,8 +133,8 @@ def test_the_command_prints_a_table_a_verdict_and_the_best_change(tmp_path, caps
 
 def test_a_run_that_does_not_fit_is_told_so():
     found = sft()
-    assert verdict(found, 0.001, fits=False).startswith("does not fit: ")
-    assert f"({found.worst})" in verdict(found, 80, fits=True)
+    assert conclusion(found, 0.001, fits=False).startswith("does not fit: ")
+    assert f"({found.worst})" in conclusion(found, 80, fits=True)
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
@@ -224,7 +224,7 @@ CASES = [
 
 def plan_of(name: str, gpus: int = 2, own=TINY, others=(), **changes):
     config = ALGORITHMS[name].config(**{**RUN, **SETTINGS[name], **changes})
-    return plan(Workload(name, config, own, gpus, others=dict(others)))
+    return plan(Workload(name, config, own, gpus, other_configs=dict(others)))
 
 
 def models(found) -> set[str]:

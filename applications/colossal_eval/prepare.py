@@ -10,7 +10,7 @@ from typing import Literal
 
 from coati.config import Settings, option, parse_config
 from coati.errors import UserError, run_command
-from coati.files import written_aside
+from coati.files import atomic_write
 from colossal_eval.benchmarks.converters import CONVERTERS
 from colossal_eval.benchmarks.prepared_folder import describe, write_questions, write_summary
 from colossal_eval.benchmarks.published_rows import Row
@@ -56,7 +56,7 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.output) / config.benchmark
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or give another --output")
-    with written_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         aside.mkdir(parents=True)
         found = write_questions(rows, aside, config.subjects)
         check_problems(found.problems, config.bad_rows)

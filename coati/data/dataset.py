@@ -26,7 +26,7 @@ from coati.data.tokenize import (
     tokenize_many,
 )
 from coati.errors import UserError, unwritable
-from coati.files import written_aside
+from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
 FORMAT_VERSION = 2
@@ -142,7 +142,7 @@ def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: Data
     from datasets.arrow_writer import ArrowWriter
 
     report = ValidationReport()
-    with written_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         aside.mkdir()
         with ArrowWriter(features=_features(), path=str(aside / "rows.arrow")) as writer:
             for row in _samples(sources, kind, tokenizer, config, report):

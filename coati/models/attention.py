@@ -13,7 +13,7 @@ def soft_cap(config) -> float | None:
 
 
 def check_attention(config, asked: str):
-    """Refuses a kernel that a model's config rules out.
+    """Raises for a kernel that a model's config doesn't support.
 
     Raises:
         UserError: sdpa for a model with capped scores, which some releases of transformers would leave out.

@@ -15,7 +15,7 @@ WEIGHT_FILES = (SAFE, f"{SAFE}.index.json", BIN, f"{BIN}.index.json")
 
 
 class ValueHead(nn.Module):
-    """One value a token, from the last hidden states. Its weights are float32 whatever the model's dtype.
+    """One value per token, from the last hidden states. Its weights are float32 whatever the model's dtype.
 
     Args:
         config: the model's config, which gives the width; its `summary_dropout_prob`, if any, beats the keyword.

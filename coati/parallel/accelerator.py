@@ -181,7 +181,7 @@ def install():
         setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010
     if not hasattr(dist.Backend, "HCCL"):
         setattr(dist.Backend, "HCCL", "hccl")  # noqa: B010
-    _mend_gemini()
+    _fix_gemini()
     for loader in (FusedOptimizerLoader, CPUAdamLoader):
         loader.REGISTRY = [_TorchAdamExtension]
     if torch.cuda.is_available():
@@ -191,7 +191,7 @@ def install():
     _keep_gemini_shards_in_place()
 
 
-def _mend_gemini():
+def _fix_gemini():
     """Three defects of Gemini 0.5.0.
 
     With gradient accumulation, a chunk that every rank holds whole has its earlier gradients multiplied by the number
@@ -199,7 +199,7 @@ def _mend_gemini():
     restores the sum. Its destructor fails at interpreter exit, when torch is half gone, with a page of noise. And it
     takes no checkpoint in which Adam's step is a number, as the other plugins write it.
     """
-    if getattr(ChunkManager, "mended_by_coati", False):
+    if getattr(ChunkManager, "fixed_by_coati", False):
         return
     rearrange, destroy = ChunkManager.rearrange_accumulated_grad_chunk, GeminiDDP.__del__
 
@@ -220,13 +220,13 @@ def _mend_gemini():
     GeminiOptimizer.load_single_param_states = load_numbers_too
     ChunkManager.rearrange_accumulated_grad_chunk = rearrange_counting_once
     GeminiDDP.__del__ = destroy_unless_exiting
-    ChunkManager.mended_by_coati = True
+    ChunkManager.fixed_by_coati = True
 
 
 def _keep_gemini_shards_in_place():
     """On CPU ranks Gemini takes its shards for offloaded ones, and asserts when it wants them back. Models of less than
     32M parameters don't show it: they are not sharded."""
-    if getattr(Chunk, "mended_by_coati", False):
+    if getattr(Chunk, "fixed_by_coati", False):
         return
     close = Chunk.close_chunk
 
@@ -239,4 +239,4 @@ def _keep_gemini_shards_in_place():
         """There is one place."""
 
     Chunk.close_chunk, ChunkManager.move_chunk = close_in_place, stay
-    Chunk.mended_by_coati = True
+    Chunk.fixed_by_coati = True

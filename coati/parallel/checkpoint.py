@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import aside_of, remove_asides, remove_folder, sync, written_aside
+from coati.files import atomic_write, partial_path, remove_folder, remove_partials, sync
 from coati.parallel.runtime import Runtime, random_state, restore_random_state
 from coati.run_layout import (
     best_checkpoint,
@@ -19,8 +19,8 @@ from coati.run_layout import (
     list_checkpoints,
     list_complete,
     newest_checkpoint,
+    previous_name,
     random_state_name,
-    set_aside_name,
     step_of,
     write_manifest,
 )
@@ -46,8 +46,8 @@ class Checkpoints:
         target = checkpoint_of_step(self.folder, step)
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_asides(self.folder)
-        with written_by_all(target, self.runtime) as aside:
+            remove_partials(self.folder)
+        with atomic_write_by_all(target, self.runtime) as aside:
             if self.runtime.is_main:
                 aside.mkdir()
             self.runtime.communicator.barrier()
@@ -68,8 +68,8 @@ class Checkpoints:
             return
         for folder in list_checkpoints(self.folder):
             if step_of(folder) > step:
-                shutil.rmtree(set_aside_name(folder), ignore_errors=True)
-                folder.rename(set_aside_name(folder))
+                shutil.rmtree(previous_name(folder), ignore_errors=True)
+                folder.rename(previous_name(folder))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -119,7 +119,7 @@ class Checkpoints:
                 remove_folder(folder)
 
 
-def written_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
-    """`written_aside` for a folder that several ranks write into. They enter and leave together: rank 0 alone makes it,
+def atomic_write_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
+    """`atomic_write` for a folder that several ranks write into. They enter and leave together: rank 0 alone makes it,
     and renames it when all have synced what they wrote."""
-    return written_aside(target) if runtime.is_main else nullcontext(aside_of(target))
+    return atomic_write(target) if runtime.is_main else nullcontext(partial_path(target))

@@ -19,7 +19,7 @@ class Communicator:
     def __init__(self, rank: int, world_size: int, device: torch.device, group=None):
         self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
 
-    def sharing(self, processes: int) -> "Communicator":
+    def data_parallel(self, processes: int) -> "Communicator":
         """The communicator of a run in which so many neighboring processes share one model's work."""
         if processes == 1:
             return self
@@ -36,12 +36,12 @@ class Communicator:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def sum_metrics(self, shares: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """Adds up the shares of every micro-batch and rank. All ranks must hold the same names."""
+    def sum_metrics(self, partial: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """Adds up the partial metrics of every micro-batch and rank. All ranks must hold the same names."""
         on_host: dict[str, float] = {}
         on_device: dict[str, Tensor] = {}
-        for share in shares:
-            for name, value in share.items():
+        for metrics in partial:
+            for name, value in metrics.items():
                 if isinstance(value, Tensor) and value.device.type != "cpu":
                     on_device[name] = on_device.get(name, 0.0) + value.detach().double()
                 else:

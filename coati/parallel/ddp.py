@@ -30,7 +30,7 @@ class DDPMemory(EngineMemory):
         if self.config.pipeline_parallel == 1:
             self.kept.append(self.blocks.make(nbytes(self.trained), self.item("communication")))
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         self.blocks.hold([parameter.grad], self.item("gradients"))
 
 
@@ -54,7 +54,7 @@ class DDPEngine(Engine):
     def autocast(self):
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
-    def travels(self, is_last):
+    def reduces_gradients(self, is_last):
         return is_last and self.runtime.world_size > 1  # alone, DDP would copy gradients for no one
 
     def no_sync(self):

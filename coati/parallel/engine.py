@@ -63,7 +63,7 @@ class Engine:
         if optimizer is None:
             module.requires_grad_(False).eval()
             self.trained_parameters = 0
-            self.hold_frozen()
+            self.place_frozen()
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
             self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
@@ -82,7 +82,7 @@ class Engine:
         """Colossal-AI's booster with the plugin."""
         raise NotImplementedError
 
-    def hold_frozen(self):
+    def place_frozen(self):
         """Puts a model that doesn't train on the device: a replica needs no wrapper."""
         self.model = self.module.to(self.runtime.device, DTYPES[self.precision])
 
@@ -172,14 +172,14 @@ class Engine:
         metrics = []
         for i, task in enumerate(tasks):
             # gradients travel with the last micro-batch only, where that helps
-            travels = self.travels(is_last=i == len(tasks) - 1)
-            with nullcontext() if travels else self.no_sync():
-                loss, of_this = task.loss(self(**task.inputs))
+            reduces_now = self.reduces_gradients(is_last=i == len(tasks) - 1)
+            with nullcontext() if reduces_now else self.no_sync():
+                loss, task_metrics = task.loss(self(**task.inputs))
                 self.booster.backward(loss * self.gradient_ranks, self.optimizer)
-            metrics.append(of_this)
+            metrics.append(task_metrics)
         return metrics
 
-    def travels(self, is_last: bool) -> bool:
+    def reduces_gradients(self, is_last: bool) -> bool:
         """Whether a micro-batch's gradients are reduced over ranks at once."""
         return is_last or not self.booster.plugin.support_no_sync()
 

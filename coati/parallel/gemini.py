@@ -7,7 +7,7 @@ import torch
 from coati.parallel.engine import Engine, adam, parameter_groups
 from coati.parallel.memory import EngineMemory
 
-CHUNK = 32 * 2**20  # numbers of the smallest chunk; a model of fewer is not sharded
+CHUNK_NUMEL = 32 * 2**20  # numbers of the smallest chunk; a model of fewer is not sharded
 
 
 class GeminiMemory(EngineMemory):
@@ -15,17 +15,17 @@ class GeminiMemory(EngineMemory):
     weights' place, or where micro-batches add up, chunks that are never freed."""
 
     @property
-    def left_out(self) -> float:
+    def remote_fraction(self) -> float:
         """The share of the weights that other ranks keep."""
         managed = sum(p.numel() for p in self.module.parameters())
-        return self.config.shard_fraction * (1 - 1 / self.ranks) if managed >= CHUNK else 0.0
+        return self.config.shard_fraction * (1 - 1 / self.ranks) if managed >= CHUNK_NUMEL else 0.0
 
-    def share_of(self, parameter):
-        return 1 - self.left_out
+    def local_fraction(self, parameter):
+        return 1 - self.remote_fraction
 
     def hold_states(self):
         """Masters and states. A frozen model has masters too."""
-        c, share = self.config, 1 - self.left_out
+        c, share = self.config, 1 - self.remote_fraction
         if self.on_gpu:
             share *= 1 - c.offload_optimizer_fraction
         if self.trained:
@@ -34,21 +34,21 @@ class GeminiMemory(EngineMemory):
             states = 4 * share * sum(p.numel() for p in self.module.parameters())
         self.kept.append(self.blocks.make(states, self.item("optimizer states")))
         if self.trained and self.accumulates:
-            gradients = 2 * self.numel * (1 - self.left_out)
+            gradients = 2 * self.numel * (1 - self.remote_fraction)
             self.kept.append(self.blocks.make(gradients, self.item("gradients")))
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         parameter.grad = None  # copied into a chunk that is already counted
-        if self.accumulates and not self.left_out and parameter is self.trained[-1]:
+        if self.accumulates and not self.remote_fraction and parameter is self.trained[-1]:
             self.blocks.make(2 * self.numel, self.item("communication"))  # a copy of the one chunk, for a moment
 
     def gathered(self, *, full):
-        if not self.left_out:
+        if not self.remote_fraction:
             return 0.0
         widest = max(p.numel() for p in self.module.parameters())
-        in_use = max(2 * CHUNK, 2 * widest)  # the chunk that computes, and one on its way
+        in_use = max(2 * CHUNK_NUMEL, 2 * widest)  # the chunk that computes, and one on its way
         managed = sum(p.numel() for p in self.module.parameters())
-        return 2 * (managed * self.left_out if full else in_use)
+        return 2 * (managed * self.remote_fraction if full else in_use)
 
     def step_bytes(self):
         """On a CPU Adam works tensor by tensor."""
@@ -82,7 +82,7 @@ class GeminiEngine(Engine):
             )
         )
 
-    def hold_frozen(self):
+    def place_frozen(self):
         self.module.requires_grad_(True)  # it shards nothing else; without an optimizer nothing moves
         self.booster = self.make_booster(accumulates=False)
         self.model, *_ = self.booster.boost(self.module)

@@ -93,7 +93,7 @@ class LayoutFreeStates(HybridParallelCheckpointIO):
             shard = shard_of(parameter if working is None else working[id(parameter)])
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and name != "step":
-                    value = value if shard is None else shard.take(value)
+                    value = value if shard is None else shard.local_shard(value)
                     if self.use_zero:
                         value = pad(value.flatten(), (0, -value.numel() % self.global_dp_size))
                         value = value.chunk(self.global_dp_size)[self.dp_rank].clone()
@@ -103,14 +103,14 @@ class LayoutFreeStates(HybridParallelCheckpointIO):
 
 def _gather_state(state, param, original_shape, dp_group, tp_group, use_zero, inplace, device="cpu", **_):
     """The whole state of one parameter, on the host."""
-    whole = dict(state)
+    gathered = dict(state)
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and name != "step":
             if use_zero:
                 value = torch.cat(gather(value, dp_group)).flatten()[: param.numel()].view_as(param)
             shard = shard_of(param)
-            whole[name] = (value if shard is None else shard.gather(value)).detach().to(device, copy=True)
-    return whole
+            gathered[name] = (value if shard is None else shard.gather(value)).detach().to(device, copy=True)
+    return gathered
 
 
 # Colossal-AI calls it by the name of its own class
@@ -129,10 +129,10 @@ class HybridEngine(Engine):
         names = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
         self.tied = {name: first_names.setdefault(number, name) for name, number in names}
         self.pipelined = config.pipeline_parallel > 1
-        self.replica = copy.deepcopy(module).requires_grad_(False) if generates else None
+        self.generation_copy = copy.deepcopy(module).requires_grad_(False) if generates else None
         super().__init__(module, config, runtime, **settings)
-        if self.replica is not None:
-            self._prepare_replica(self.replica)
+        if self.generation_copy is not None:
+            self._prepare_generation_copy(self.generation_copy)
 
     @property
     def plugin(self) -> HybridPlugin:
@@ -163,7 +163,7 @@ class HybridEngine(Engine):
             )
         )
 
-    def hold_frozen(self):
+    def place_frozen(self):
         self.booster = self.make_booster(accumulates=False)
         self.model, *_ = self.booster.boost(self.module)
 
@@ -217,25 +217,25 @@ class HybridEngine(Engine):
     def full(self):
         """The plain module: under pipeline parallelism a copy with the layers of all stages, whose weights are fetched
         now; under tensor parallelism every rank of the group must generate the same."""
-        if self.replica is not None:
-            self._fetch_weights(self.replica)
-        module = self.module if self.replica is None else self.replica
-        with _whole_sequence(module), _whole_vocabulary(module):
+        if self.generation_copy is not None:
+            self._fetch_weights(self.generation_copy)
+        module = self.module if self.generation_copy is None else self.generation_copy
+        with _unsplit_sequence(module), _gathered_logits(module):
             yield module
 
-    def _prepare_replica(self, replica: nn.Module):
+    def _prepare_generation_copy(self, generation_copy: nn.Module):
         """Splits the copy as the model is split, but for stages; learns which stage holds which weight."""
         if self.config.tensor_parallel > 1:
-            split_tensors(replica, self.plugin.tp_group)
-        replica.to(self.runtime.device, DTYPES[self.precision]).eval()
+            split_tensors(generation_copy, self.plugin.tp_group)
+        generation_copy.to(self.runtime.device, DTYPES[self.precision]).eval()
         names: list[Any] = [None] * self.config.pipeline_parallel
         dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
         self.owners = {name: stage for stage, held in enumerate(names) for name in held}
 
     @torch.no_grad()
-    def _fetch_weights(self, replica: nn.Module):
+    def _fetch_weights(self, generation_copy: nn.Module):
         group, held = self.plugin.pp_group, dict(self.module.named_parameters())
-        for name, parameter in replica.named_parameters():
+        for name, parameter in generation_copy.named_parameters():
             if name in held:
                 parameter.copy_(held[name])
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)
@@ -250,9 +250,9 @@ class HybridEngine(Engine):
         state = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             shard = shard_of(tensor)
-            whole = tensor if shard is None else shard.gather(tensor)
+            gathered = tensor if shard is None else shard.gather(tensor)
             if keeps:
-                state[name] = whole.detach().cpu()
+                state[name] = gathered.detach().cpu()
         if self.pipelined and keeps:
             state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
@@ -292,7 +292,7 @@ def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole_sequence(module):
+def _unsplit_sequence(module):
     """Every rank works on whole sequences, with plain attention."""
     config, sequence = transformer_of(module).config, getattr(module.layout, "sequence", None)
     attention = config._attn_implementation
@@ -309,13 +309,13 @@ def _whole_sequence(module):
 
 
 @contextmanager
-def _whole_vocabulary(module):
+def _gathered_logits(module):
     """All logits on every rank, or each would sample from its own range."""
-    heads = [part for part in module.modules() if hasattr(part, "gives_all")]
+    heads = [part for part in module.modules() if hasattr(part, "gathers_logits")]
     for head in heads:
-        head.gives_all = True
+        head.gathers_logits = True
     try:
         yield
     finally:
         for head in heads:
-            head.gives_all = False
+            head.gathers_logits = False

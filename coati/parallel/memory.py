@@ -18,7 +18,7 @@ from coati.parallel.engine import DTYPES
 class Blocks(Protocol):
     """Where memory is counted. An item is a model's name and a kind of memory, such as `("actor", "gradients")`."""
 
-    def hold(self, tensors, item: tuple[str, str], share: float = 1.0):
+    def hold(self, tensors, item: tuple[str, str], fraction: float = 1.0):
         """Says what tensors are for, and which share of them this rank has."""
 
     def make(self, nbytes: float, item: tuple[str, str]) -> Any:
@@ -30,7 +30,7 @@ class EngineMemory:
 
     Args:
         module: its part that this rank has; its tensors have shapes and no data. A parameter with the attribute
-            `elsewhere` is another pipeline stage's.
+            `on_other_stage` is another pipeline stage's.
         trained: with gradients and optimizer states.
         accumulates: whether the gradients of earlier micro-batches may be there when the next one starts.
         on_gpu: else what is offloaded stays in the same memory.
@@ -62,12 +62,12 @@ class EngineMemory:
         self.kept: list[Any] = []
         self.gradients: list[Any] = []
         for p in module.parameters():
-            elsewhere = getattr(p, "elsewhere", False)
-            blocks.hold([p], self.item("parameters"), 0.0 if elsewhere else self.share_of(p))
+            on_other_stage = getattr(p, "on_other_stage", False)
+            blocks.hold([p], self.item("parameters"), 0.0 if on_other_stage else self.local_fraction(p))
         blocks.hold(module.buffers(), self.item("parameters"))
         self.hold_states()
         for p in self.trained:
-            p.register_post_accumulate_grad_hook(self.take_gradient)
+            p.register_post_accumulate_grad_hook(self.gradient_ready)
 
     def item(self, kind: str) -> tuple[str, str]:
         return self.name, kind
@@ -80,7 +80,7 @@ class EngineMemory:
         if not trained:
             module.to(dtype)
 
-    def share_of(self, parameter: nn.Parameter) -> float:
+    def local_fraction(self, parameter: nn.Parameter) -> float:
         """Which share of a weight this rank keeps."""
         return 1.0
 
@@ -88,7 +88,7 @@ class EngineMemory:
         """What stays beside the weights: optimizer states, master weights, buffers."""
         raise NotImplementedError
 
-    def take_gradient(self, parameter: nn.Parameter):
+    def gradient_ready(self, parameter: nn.Parameter):
         """Called when the backward pass has finished the gradient of a parameter."""
         raise NotImplementedError
 

@@ -53,7 +53,7 @@ class _Zero(nn.Module):
         return torch.zeros((), device=positions.device)
 
 
-def cut_stage(model: nn.Module, part: nn.Module, entry, manager):
+def split_stage(model: nn.Module, part: nn.Module, entry, manager):
     """Leaves this stage's layers in `model`, whose decoder is `part`; its forward gives or takes hidden states."""
     layers = getattr(part, entry.layers)
     start, end = manager.get_stage_index(manager.distribute_layers(len(layers)))
@@ -71,12 +71,12 @@ def cut_stage(model: nn.Module, part: nn.Module, entry, manager):
         for name in entry.entrance:
             if getattr(part, name) is not None:
                 setattr(part, name, nn.Identity())
-    whole_forward = model.forward
+    full_forward = model.forward
 
     def forward(hidden_states=None, **inputs):
         received.hidden_states = hidden_states
         try:
-            return whole_forward(**inputs)
+            return full_forward(**inputs)
         except _StageEnd as end:
             return {"hidden_states": end.hidden_states}
 

@@ -7,7 +7,7 @@ It enters transformers through its registry of attention functions, so that no m
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from coati.errors import UserError
 from coati.models.attention import soft_cap
@@ -16,23 +16,23 @@ from coati.models.layout import Layout
 ATTENTION = "coati_ulysses"
 
 
-class SplitSequence(Layout):
+class UlyssesLayout(Layout):
     """The layout of `[batch, seq / ranks]`."""
 
     def __init__(self, group):
         self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def split(self, x: Tensor) -> Tensor:
-        return self.fill(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
+        return self.pad(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
 
-    def fill(self, x: Tensor) -> Tensor:
-        return pad(x, (0, -x.shape[1] % self.ranks))
+    def pad(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % self.ranks))
 
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self.group)
 
 
-class FilledSequence(SplitSequence):
+class MegatronSequenceLayout(UlyssesLayout):
     """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers
     it again (Megatron's sequence parallelism)."""
 
@@ -42,7 +42,7 @@ class FilledSequence(SplitSequence):
         self.vocabulary = vocabulary or Layout()
 
     def split(self, x: Tensor) -> Tensor:
-        return self.fill(x)
+        return self.pad(x)
 
     def gather(self, x: Tensor) -> Tensor:
         return x if self.has_head else super().gather(x)
@@ -76,19 +76,19 @@ class _Exchange(torch.autograd.Function):
     """All-to-all: cuts along one dimension, joins along another."""
 
     @staticmethod
-    def forward(ctx, x, cut, join, group):
-        ctx.cut, ctx.join, ctx.group = cut, join, group
-        sent = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), cut)]
+    def forward(ctx, x, split_dim, join_dim, group):
+        ctx.split_dim, ctx.join_dim, ctx.group = split_dim, join_dim, group
+        sent = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), split_dim)]
         received = [torch.empty_like(piece) for piece in sent]
         dist.all_to_all(received, sent, group=group)
-        return torch.cat(received, join)
+        return torch.cat(received, join_dim)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Exchange.apply(gradient, ctx.join, ctx.cut, ctx.group), None, None, None
+        return _Exchange.apply(gradient, ctx.join_dim, ctx.split_dim, ctx.group), None, None, None
 
 
-def use_split_attention(transformer, group):
+def use_sequence_parallel_attention(transformer, group):
     """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that
     it is given, whatever length the model takes it to have.
 

@@ -26,7 +26,7 @@ class ZeroMemory(EngineMemory):
         self.adds_up = bool(self.gradients)  # to those of earlier micro-batches
         self.reduces = is_last or self.stage == 2
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         gradient = parameter.grad
         self.blocks.hold([gradient], self.item("gradients"))
         if not self.reduces:

@@ -27,21 +27,21 @@ class Workload:
 
     Attributes:
         algorithm: of `ALGORITHMS`; `config` is its settings.
-        own: transformers config of the model that is trained.
-        others: those of further models, by what the settings name; `own` where one is missing.
+        model_config: transformers config of the model that is trained.
+        other_configs: those of further models, by their names in the settings; `model_config` where one is missing.
         gpus: processes, one per GPU.
         on_gpu: False for a run on CPUs.
     """
 
     algorithm: str
     config: object
-    own: object
+    model_config: object
     gpus: int
     on_gpu: bool = True
-    others: dict[str, object] = field(default_factory=dict)
+    other_configs: dict[str, object] = field(default_factory=dict)
 
-    def shape_of(self, source) -> object:
-        return self.others.get(str(source), self.own)
+    def model_config_of(self, source) -> object:
+        return self.other_configs.get(str(source), self.model_config)
 
 
 @dataclass(frozen=True)
@@ -67,36 +67,36 @@ def plan(workload: Workload) -> Plan:
     """
     few, more = FEW_LAYERS
     depths: dict[str, int] = {}
-    moments = _moments(workload, more, depths)
+    peaks = _peaks(workload, more, depths)
     if max(depths.values()) > more:
-        moments = _continue(_moments(workload, few, depths), moments, depths)
+        peaks = _extrapolate(_peaks(workload, few, depths), peaks, depths)
     phases: dict[str, Counter[Item]] = {}
-    for name, items in moments.items():
+    for name, items in peaks.items():
         phase = name.split(":")[0]
         if items.total() > phases.get(phase, Counter()).total():
             phases[phase] = items
     return Plan(phases)
 
 
-def _continue(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+def _extrapolate(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
     """The straight line through two depths, item by item.
 
     Args:
         depths: layers of the models, by name.
     """
     line = {}
-    for moment in more:
-        line[moment] = Counter()
-        for item in set(few[moment]) | set(more[moment]):
+    for phase in more:
+        line[phase] = Counter()
+        for item in set(few[phase]) | set(more[phase]):
             depth = depths.get(item[0], max(depths.values()))
             low, high = (min(layers, depth) for layers in FEW_LAYERS)
             steps = (depth - low) / max(high - low, 1)
-            value = few[moment][item] + steps * (more[moment][item] - few[moment][item])
-            line[moment][item] = max(0, round(value))
+            value = few[phase][item] + steps * (more[phase][item] - few[phase][item])
+            line[phase][item] = max(0, round(value))
     return line
 
 
-def _moments(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+def _peaks(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
     """The worst of the pipeline's stages, of which the first and the last keep most.
 
     Args:
@@ -106,33 +106,33 @@ def _moments(workload: Workload, layers: int, depths: dict[str, int]) -> dict[st
     worst: dict[str, Counter[Item]] = {}
     of_run = sizes(workload.config, workload.gpus)
     for stage in sorted({0, of_run.pipeline - 1}):
-        for name, items in _go_through(workload, layers, Part(of_run, stage), depths).items():
+        for name, items in _dry_run_step(workload, layers, Part(of_run, stage), depths).items():
             if items.total() > worst.get(name, Counter()).total():
                 worst[name] = items
     return worst
 
 
-def _go_through(workload: Workload, layers: int, part: Part, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+def _dry_run_step(workload: Workload, layers: int, part: Part, depths: dict[str, int]) -> dict[str, Counter[Item]]:
     """An evaluation and a step of the run's own trainer."""
     live = LiveMemory()
     with tempfile.TemporaryDirectory() as folder:
-        config = _planned(workload, Path(folder))
-        factory = partial(PlannedFactory, live, workload.shape_of, layers, part, workload.on_gpu)
+        config = _planning_settings(workload, Path(folder))
+        factory = partial(PlannedFactory, live, workload.model_config_of, layers, part, workload.on_gpu)
         runtime = PlannedRuntime(workload.gpus)
         trainer = ALGORITHMS[workload.algorithm].trainer()(config, runtime, make_factory=factory)
         try:
             depths |= trainer.factory.depths
-            live.moments.clear()
+            live.peaks.clear()
             with live:
-                live.moment("evaluate")
+                live.begin_phase("evaluate")
                 trainer.evaluate()
                 trainer.step(0)
         finally:
             trainer.folder.release()
-    return live.moments
+    return live.peaks
 
 
-def _planned(workload: Workload, folder: Path):
+def _planning_settings(workload: Workload, folder: Path):
     """The settings of the run, but for places that are read or written."""
     c = workload.config
     (folder / "cache").mkdir()
@@ -148,7 +148,7 @@ def _planned(workload: Workload, folder: Path):
     )
     if c.model is None or not is_adapter(c.model):
         changes["model"] = str(folder / "model")
-        workload.own.save_pretrained(folder / "model")
+        workload.model_config.save_pretrained(folder / "model")
     if getattr(c, "ptx_data", None):
         changes["ptx_data"] = ["texts"]
     if hasattr(c, "ppo_epochs"):

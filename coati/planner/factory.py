@@ -7,7 +7,7 @@ import torch
 
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
 from coati.models import Actor, ActorCritic, Critic, RewardModel
-from coati.models.actor import CHUNK
+from coati.models.actor import MAX_LOGITS
 from coati.models.lora import is_adapter
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
@@ -24,7 +24,7 @@ NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "r
 class RanksAlike(Communicator):
     """Ranks that all have what this one has."""
 
-    def sharing(self, processes):
+    def data_parallel(self, processes):
         return RanksAlike(self.rank, self.world_size // processes, self.device)
 
     def sum(self, x):
@@ -107,7 +107,7 @@ class PlannedFactory(Factory):
     """Makes models without weights, and data of the greatest length.
 
     Args:
-        shape_of: the transformers config of the model in a folder.
+        model_config_of: the transformers config of the model in a folder.
         layers: that deeper models are cut down to.
         part: which part of split models is this rank's.
 
@@ -118,7 +118,7 @@ class PlannedFactory(Factory):
     def __init__(
         self,
         live: LiveMemory,
-        shape_of,
+        model_config_of,
         layers: int,
         part: Part,
         on_gpu: bool,
@@ -127,7 +127,8 @@ class PlannedFactory(Factory):
         *,
         learns_responses: bool,
     ):
-        self.live, self.shape_of, self.layers, self.part, self.on_gpu = live, shape_of, layers, part, on_gpu
+        self.live, self.model_config_of = live, model_config_of
+        self.layers, self.part, self.on_gpu = layers, part, on_gpu
         self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
         self.depths: dict[str, int] = {}
 
@@ -143,8 +144,8 @@ class PlannedFactory(Factory):
         return LongestRows(kind, rows, c, learned=learned)
 
     def model(self, model_class, pretrained, *, lora=None):
-        c, shape = self.config, copy.deepcopy(self.shape_of(pretrained))
-        depth = cut_layers(shape, self.layers)
+        c, shape = self.config, copy.deepcopy(self.model_config_of(pretrained))
+        depth = truncate_layers(shape, self.layers)
         if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
             shape.attention_dropout = shape.attn_pdrop = 0.0
         kind = describing_class(c)
@@ -156,7 +157,7 @@ class PlannedFactory(Factory):
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.on_gpu:  # tensors without data pass for a CPU's
-            model.logits_at_once = CHUNK["cuda"]
+            model.max_logits = MAX_LOGITS["cuda"]
         model.depth = depth
         return model
 
@@ -181,14 +182,14 @@ class PlannedFactory(Factory):
             rewards.append((reward_model, 1.0))
         for source in c.reward_classifiers:
             limits = (c.reward_batch_size, c.reward_classifier_max_length)
-            rewards.append((PlannedClassifier(self.live, self.shape_of(source), *limits), 1.0))
+            rewards.append((PlannedClassifier(self.live, self.model_config_of(source), *limits), 1.0))
         return Scorer(rewards)
 
     def check_reward_vocabulary(self, source):
         """A plan needs no tokenizer."""
 
 
-def cut_layers(shape, layers: int) -> int:
+def truncate_layers(shape, layers: int) -> int:
     """Leaves so many layers in a transformers config; returns how many there were."""
     text = shape.get_text_config()
     depth = text.num_hidden_layers

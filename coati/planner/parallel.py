@@ -60,7 +60,7 @@ class Part:
             split_tensors(whole, self.sizes.tensor)
         return whole
 
-    def take(self, model: BaseModel):
+    def reduce_to_part(self, model: BaseModel):
         """Leaves this part in the model."""
         tensor, stages = self.sizes.tensor, self.sizes.pipeline
         if tensor > 1 or stages > 1:
@@ -95,18 +95,18 @@ def split_tensors(model: BaseModel, parts: int):
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
         for name in entry.column:
-            _cut(layer.get_submodule(name), True, parts)
+            _shrink(layer.get_submodule(name), True, parts)
         for name in entry.row:
-            _cut(layer.get_submodule(name), False, parts)
+            _shrink(layer.get_submodule(name), False, parts)
         for name in entry.counts:
             owner, _, count = name.rpartition(".")
             module = layer.get_submodule(owner)
             setattr(module, count, getattr(module, count) // parts)
     embedding, head = getattr(decoder, entry.embedding), model.transformer.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    _cut(embedding, True, parts)
+    _shrink(embedding, True, parts)
     if head is not None:
-        _cut(head, True, parts)
+        _shrink(head, True, parts)
     if tied:
         head.weight = embedding.weight
 
@@ -119,10 +119,10 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
     for module, here in ((embedding, first), (head, last)):
         if module is not None and not here:
             module.requires_grad_(False)
-            module.weight.elsewhere = True
+            module.weight.on_other_stage = True
 
 
-def _cut(module: nn.Module, outputs: bool, parts: int):
+def _shrink(module: nn.Module, outputs: bool, parts: int):
     """One rank's share of a linear layer's outputs, or of its inputs."""
     swapped = not isinstance(module, nn.Linear | nn.Embedding)  # transformers' Conv1D
     dim = 0 if outputs != swapped else 1

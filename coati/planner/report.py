@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     found = plan(workload)
     print(table(workload, found))
     fits = found.peak.total() <= USABLE * known.memory * GIB
-    print(verdict(found, known.memory, fits) + advice(workload, found))
+    print(conclusion(found, known.memory, fits) + advice(workload, found))
     return 0 if fits else 1
 
 
@@ -86,7 +86,7 @@ def table(workload, found) -> str:
     return "\n".join([*lines, f"* the largest item. Peaks of the phases: {peaks}"])
 
 
-def verdict(found, memory: float, fits: bool) -> str:
+def conclusion(found, memory: float, fits: bool) -> str:
     """One sentence."""
     need = found.peak.total() / GIB
     share = f"{need:.1f} GiB at the peak ({found.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"

@@ -10,9 +10,9 @@ from coati.models.base import load_transformer
 from coati.planner.engine import PlannedEngine, give_shapes
 from coati.planner.live import LiveMemory
 from coati.rewards import Reward
-from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_keys_and_values
-from coati.rollout.generator import OnDone, report
-from coati.rollout.vllm import memory
+from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_kv_cache
+from coati.rollout.generator import OnDone, notify_done
+from coati.rollout.vllm import vllm_memory
 
 FIRST_TOKEN = 3  # those before are the tokenizer's own
 
@@ -34,19 +34,19 @@ class PlannedGenerator:
         self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
     ) -> list[Completion]:
         """See `coati.rollout.Generator`."""
-        self.live.moment("generate")
+        self.live.begin_phase("generate")
         if sampling.rollout_engine == "vllm":
             self.start_vllm(sampling)
         else:
             self.run_engine(requests, sampling)
         limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
         completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
-        return report(completions, on_done)
+        return notify_done(completions, on_done)
 
     def start_vllm(self, sampling: GenerationConfig):
         """It stays once it has started."""
         if not self.vllm:
-            for kind, nbytes in memory(self.engine.module, sampling).items():
+            for kind, nbytes in vllm_memory(self.engine.module, sampling).items():
                 self.vllm.append(self.live.make(nbytes, ("vLLM", kind)))
 
     def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
@@ -57,7 +57,7 @@ class PlannedGenerator:
             return
         self.done.add(work)
         with self.engine.full() as model:
-            if not has_keys_and_values(model):
+            if not has_kv_cache(model):
                 return
             rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
             plain = replace(sampling, num_beams=1, compile_generation=False)
@@ -83,16 +83,16 @@ class FirstAndLastToken(RolloutEngine):
         self.slots_held = False
         super().run(rows)
 
-    def read(self, *arguments, **options):
-        cache, logits = super().read(*arguments, **options)
+    def prefill_batch(self, *arguments, **options):
+        cache, logits = super().prefill_batch(*arguments, **options)
         self.hold([x for layer in cache.layers for x in (layer.keys, layer.values)])
         return cache, logits
 
-    def begin(self, new, slots):
+    def start_rows(self, new, slots):
         if not self.slots_held:
             self.slots_held = True
             self.hold([x for layer in self.state.cache.layers for x in (layer.keys, layer.values)])
-        super().begin(new, slots)
+        super().start_rows(new, slots)
 
     def step(self):
         skipped = min(row.limit - row.drawn for row in self.rows) - 1
@@ -136,10 +136,10 @@ class PlannedClassifier(Reward):
 
     @torch.no_grad()
     def score(self, samples):
-        self.live.moment("score")
+        self.live.begin_phase("score")
         tokens = max(len(sample.tokens) for sample in samples)
         rows = min(self.batch_size, len(samples))
         ids = torch.zeros(rows, min(tokens, self.max_length or tokens), dtype=torch.long)
-        with self.live.of("classifier", 0):
+        with self.live.attributed_to("classifier", 0):
             self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
         return [0.0] * len(samples)

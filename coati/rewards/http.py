@@ -12,7 +12,7 @@ from coati.errors import UserError
 from coati.rewards.base import Reward, columns_of
 
 logger = logging.getLogger(__name__)
-BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
+BUSY = (408, 425, 429)  # statuses below 500 that another try may fix
 
 
 class HTTPReward(Reward):

@@ -31,14 +31,14 @@ OUTPUT = 1 << 16  # bytes of output that are kept
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SandboxResult:
     """Whether all tests passed, and the first bytes of what was printed, tracebacks included."""
 
     passed: bool
     output: str
 
 
-def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
+def run_tests(program: str, tests: str, seconds: float = 10.0) -> SandboxResult:
     """Runs the program and then the tests, in one namespace named `program`; both are Python texts.
 
     Args:
@@ -76,7 +76,7 @@ def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
             process.stdout.close()
         if status > 0:
             raise OSError(f"the sandbox could not be set up: {output.strip()[-300:]}")
-        return Verdict(_received(ours) == token, output)
+        return SandboxResult(_received(ours) == token, output)
 
 
 def _read(pipe: int, deadline: float) -> str:

@@ -81,16 +81,16 @@ class Scorer:
         for name, (reward, weight) in self.rewards.items():
             started = time.monotonic()
             if reward.on_tokens:
-                rows = _of_tokens(name, reward.score(samples), samples)
+                rows = _token_scores(name, reward.score(samples), samples)
                 _add_on_tokens(name, weight, samples, rows)
             else:
-                scores = self._of_responses(name, reward, samples, begun)
+                scores = self._response_scores(name, reward, samples, begun)
                 _add(name, weight, samples, scores)
             seconds[name] = time.monotonic() - started
-        _warn_of_unjudged(samples)
+        _warn_of_unscored(samples)
         return seconds
 
-    def _of_responses(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
+    def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
         """One reward's scores; `samples[i].failed` where it looks at each alone."""
         if not reward.per_response:
             return _numbers(name, reward.score(samples), samples)
@@ -159,7 +159,7 @@ def _numbers(name: str, raw, samples: Sequence[Sample]) -> list[float | None]:
     return found
 
 
-def _of_tokens(name: str, raw, samples: Sequence[Sample]) -> list[list[float] | None]:
+def _token_scores(name: str, raw, samples: Sequence[Sample]) -> list[list[float] | None]:
     """One finite number per token of each sample, 0 where it wasn't sampled; or None for a sample."""
     must = "it must return one number per token of each sample"
     rows = _as_list(name, raw, must)
@@ -201,8 +201,8 @@ def _number(name: str, value, sample: Sample, must: str) -> float:
     return number
 
 
-def _warn_of_unjudged(samples: Sequence[Sample]):
-    unjudged = [s for s in samples if all(value is None for value in s.rewards.values())]
-    if unjudged:
-        what = f"{len(unjudged)} of {len(samples)} responses are scored by no reward and get 0"
-        logger.warning(f"{what}, such as {unjudged[0].response[:80]!r}")
+def _warn_of_unscored(samples: Sequence[Sample]):
+    unscored = [s for s in samples if all(value is None for value in s.rewards.values())]
+    if unscored:
+        what = f"{len(unscored)} of {len(samples)} responses are scored by no reward and get 0"
+        logger.warning(f"{what}, such as {unscored[0].response[:80]!r}")

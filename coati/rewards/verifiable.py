@@ -78,9 +78,9 @@ class Verifier(Reward):
             UserError: there is no such column, or it holds no texts.
             ValueError: a row has no right answer that can be read.
         """
-        return [float(self.verdict(sample)) for sample in samples]
+        return [float(self.score_sample(sample)) for sample in samples]
 
-    def verdict(self, sample: Sample) -> float:
+    def score_sample(self, sample: Sample) -> float:
         raise NotImplementedError
 
     def column(self) -> str | None:
@@ -133,7 +133,7 @@ class MathVerifier(Verifier):
 
     name, package = "math", "math_verify"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         text, truncated = final_part(sample)
         given = stated_answer(text, self.answer_style, truncated)
         number = extract_number(text, self.answer_style, truncated)
@@ -185,7 +185,7 @@ class GSM8KVerifier(Verifier):
 
     name = "gsm8k"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         right = [right_number(text) for text in self.accepted(sample.columns)]
         if None in right:
             raise ValueError(f"no number in {look_up(sample.columns, self.answer_column)!r}")
@@ -205,7 +205,7 @@ class ChoiceVerifier(Verifier):
 
     name = "choice"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         right = set()
         for text in self.accepted(sample.columns):
             labels = list(string.ascii_uppercase)
@@ -223,7 +223,7 @@ class ExactVerifier(Verifier):
 
     name = "exact"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         text, _ = final_part(sample)
         return normalize(text) in {normalize(text) for text in self.accepted(sample.columns)}
 
@@ -248,7 +248,7 @@ class RegexVerifier(Verifier):
     def column(self):
         return self.answer_column if re.compile(self.regex_pattern).groups else None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
@@ -270,7 +270,7 @@ class FormatVerifier(Verifier):
     def column(self):
         return None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         opening = f"<{self.format_tags[0]}>"
         opened = sample.prompt.rstrip().endswith(opening)
         text = opening + sample.response if opened else sample.response
@@ -304,7 +304,7 @@ class JSONVerifier(Verifier):
     def column(self):
         return None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         from jsonschema.validators import validator_for
         from referencing import Registry
 
@@ -327,7 +327,7 @@ class ReasoningGymVerifier(Verifier):
 
     name, package = "reasoning_gym", "reasoning_gym"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)
         # some tasks have many answers, and give none
         entry = {"question": sample.prompt, "answer": answer, "metadata": about}
@@ -380,7 +380,7 @@ class PythonVerifier(Verifier):
     def column(self):
         return self.tests_column
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         tests = "\n".join(self.accepted(sample.columns))
         if not tests.strip():
             raise ValueError("the row has no tests")

@@ -48,10 +48,12 @@ class RolloutBatch:
 
     def rows(self, index: Sequence[int]) -> "RolloutBatch":
         """Some rows, without the columns that only other rows need."""
-        return take_rows(self, index)
+        return select_rows(self, index)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device) -> "RolloutBatch":
+    def from_samples(
+        cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device
+    ) -> "RolloutBatch":
         """A row per sample; each must have log-probs."""
         lengths = [len(sample.tokens) for sample in samples]
         shape = (len(samples), max(lengths))
@@ -110,10 +112,10 @@ class Experience:
 
     def rows(self, index: Sequence[int]) -> "Experience":
         """Some rows, without the columns that only other rows need."""
-        return take_rows(self, index)
+        return select_rows(self, index)
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         batch: RolloutBatch,
         learned: Tensor,
@@ -142,17 +144,17 @@ class Experience:
         )
 
 
-def take_rows(batch: Batch, index: Sequence[int]) -> Batch:
+def select_rows(batch: Batch, index: Sequence[int]) -> Batch:
     """Some rows of a batch, cut to the longest of them."""
     index = list(index)
     rows = upload(index, batch.input_ids.device)
     longest = max(batch.lengths[i] for i in index)
-    taken = {}
+    selected = {}
     for name in (field.name for field in fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, list):
-            taken[name] = [value[i] for i in index]
+            selected[name] = [value[i] for i in index]
         elif isinstance(value, Tensor):
             some = value[rows]
-            taken[name] = some[:, :longest] if some.ndim == 2 else some
-    return replace(batch, **taken)
+            selected[name] = some[:, :longest] if some.ndim == 2 else some
+    return replace(batch, **selected)

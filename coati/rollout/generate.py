@@ -8,11 +8,11 @@ from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
-from coati.rollout.generator import Completion, OnDone, Request, report
+from coati.rollout.generator import Completion, OnDone, Request, notify_done
 from coati.rollout.prompts import eos_ids, pad_left
 from coati.rollout.vllm import VLLMEngine
 
-KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
+KV_CACHE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class PolicyGenerator:
@@ -61,20 +61,20 @@ def complete(
     """
     sampling.check_generation()
     with_vllm = sampling.rollout_engine == "vllm"
-    if sampling.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
+    if sampling.num_beams > 1 or not (with_vllm or has_kv_cache(model)):
         prompts = [request.prompt for request in requests]
-        return report(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
+        return notify_done(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
     stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
     kind = VLLMEngine if with_vllm else RolloutEngine
     engine = kind(model, sampling, eos_ids=eos_ids, stop=stop, slots=batch_size)
     return engine.generate(requests, on_done)
 
 
-def has_keys_and_values(model) -> bool:
+def has_kv_cache(model) -> bool:
     """Whether every layer attends to keys and values, as `RolloutEngine` needs; not so in Mamba and its hybrids."""
     transformer = model.transformer
     kinds = getattr(transformer.config, "layer_types", None) or ()
-    return not transformer._is_stateful and set(kinds) <= KEYS_AND_VALUES
+    return not transformer._is_stateful and set(kinds) <= KV_CACHE_LAYERS
 
 
 def stop_at(tokenizer, texts: Sequence[str]):

@@ -41,7 +41,7 @@ class Completion:
 OnDone = Callable[[int, Completion], None]
 
 
-def report(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
+def notify_done(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
     """The completions, each of which is reported."""
     for i, completion in enumerate(completions if on_done else ()):
         on_done(i, completion)

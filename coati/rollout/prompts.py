@@ -30,7 +30,7 @@ def response_text(tokenizer, ids: Sequence[int], ends: Sequence[int] = ()) -> st
     return response_texts(tokenizer, [ids], ends)[0]
 
 
-def never_ids(model) -> list[int]:
+def suppressed_ids(model) -> list[int]:
     """Tokens that are never sampled, by the model's generation config: rows that only fill its vocabulary up."""
     return getattr(getattr(model.transformer, "generation_config", None), "suppress_tokens", None) or []
 

@@ -34,7 +34,7 @@ class Prompt:
     columns: dict[str, Any]
 
     @classmethod
-    def of(cls, sample: Sample) -> "Prompt":
+    def from_sample(cls, sample: Sample) -> "Prompt":
         """What was asked for a sample, without noise to draw from."""
         first = sample.response_mask.index(True)
         return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
@@ -113,7 +113,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RolloutShape:
     """How many samples an iteration has, and in what order.
 
     Attributes:
@@ -152,7 +152,7 @@ class SynchronousRollouts:
         generation: ScoredGeneration,
         data,
         order,
-        shape: Shape,
+        shape: RolloutShape,
         ranks,
         *,
         seed: int,
@@ -168,18 +168,18 @@ class SynchronousRollouts:
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
         if self.max_refills is None:
-            groups, metrics = self._take_all(k)
+            groups, metrics = self._sample_all(k)
         else:
-            groups, metrics = self._take_unequal(k)
+            groups, metrics = self._sample_unequal(k)
         samples = [sample for group in groups for sample in group.samples]
-        temperature = self.sampling(k).temperature or 1.0  # greedy responses are judged at 1
-        return RolloutBatch.of(samples, self.pad_id, temperature, self.device), metrics
+        temperature = self.sampling(k).temperature or 1.0  # greedy responses are scored at 1
+        return RolloutBatch.from_samples(samples, self.pad_id, temperature, self.device), metrics
 
     def prompts_of(self, k: int) -> list[Prompt]:
         """This rank's prompts of iteration k where every group is taken as it is."""
         self.position = self.order.position(k)
-        mine = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
-        return self._prompts(k, mine)
+        local_rows = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
+        return self._prompts(k, local_rows)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -189,14 +189,14 @@ class SynchronousRollouts:
             self.position = state["position"]
             self.order.start = (k, self.position)
 
-    def _take_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+    def _sample_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
         found = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
         groups = self._groups(found.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
         metrics = sample_metrics(found.samples, self.ranks) | seconds_of([found])
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
-    def _take_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+    def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
         """All ranks see all groups and choose alike."""
         wanted, world, rank = self.shape.prompts, self.ranks.world_size, self.ranks.rank
         kept: list[SampleGroup] = []
@@ -256,18 +256,18 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
         sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
         sums.update({"response_length": sample.response_length, "truncated": sample.truncated})
         for name, value in sample.rewards.items():
-            sums.update({f"reward/{name}": value or 0.0, f"judged/{name}": value is not None})
+            sums.update({f"reward/{name}": value or 0.0, f"scored/{name}": value is not None})
         sums.update({f"reward/{name}/failed": failed for name, failed in sample.failed.items()})
     total = ranks.sum_metrics([{name: float(value) for name, value in sums.items()}])
-    count, judged = total.pop("samples"), {}
-    for name in [name for name in total if name.startswith("judged/")]:
-        judged[name.removeprefix("judged/")] = total.pop(name)
+    count, scored = total.pop("samples"), {}
+    for name in [name for name in total if name.startswith("scored/")]:
+        scored[name.removeprefix("scored/")] = total.pop(name)
     squares = total.pop("squares")
     metrics = {name: value / count for name, value in total.items()}
-    for name, n in judged.items():
+    for name, n in scored.items():
         metrics[f"reward/{name}"] = total[f"reward/{name}"] / n if n else float("nan")
         if n < count:
-            metrics[f"reward/{name}/judged"] = n / count
+            metrics[f"reward/{name}/scored"] = n / count
     metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
     return metrics | {"finished": 1 - metrics["truncated"]}
 

@@ -20,8 +20,8 @@ import torch
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models.adapters import merged
-from coati.rollout.generator import Completion, OnDone, Request, report
-from coati.rollout.prompts import never_ids
+from coati.rollout.generator import Completion, OnDone, Request, notify_done
+from coati.rollout.prompts import suppressed_ids
 
 # read by vLLM when it is imported; what the user has set stays
 ENVIRONMENT = {
@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each handing over that tables were not in it
     "VLLM_NO_USAGE_STATS": "1",
 }
-_started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
 
 
 class VLLMEngine:
@@ -66,14 +66,14 @@ class VLLMEngine:
         """
         if not requests:
             return []
-        with _undisturbed(next(self.model.parameters()).device):
+        with _preserving_process_state(next(self.model.parameters()).device):
             os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are
-            if self.model not in _started:
-                _started[self.model] = _start(self.model, self.config, self.slots)
-            llm = _started[self.model]
+            if self.model not in _engines:
+                _engines[self.model] = _start(self.model, self.config, self.slots)
+            llm = _engines[self.model]
             self.check(requests, llm.llm_engine.model_config.max_model_len)
-            llm.collective_rpc(_take, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
+            llm.collective_rpc(_load_weights, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
             if not llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept keys and values of the weights before")
             prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
@@ -84,10 +84,10 @@ class VLLMEngine:
                     raise
                 kind = type(self.model.transformer).__name__
                 raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
-        return report([self.completion(output.outputs[0]) for output in outputs], on_done)
+        return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
 
     def check(self, requests: Sequence[Request], longest: int):
-        if never_ids(self.model):
+        if suppressed_ids(self.model):
             raise UserError("vLLM would sample this model's suppress_tokens: rollout_engine coati")
         for i, request in enumerate(requests):
             if not len(request.prompt):
@@ -165,7 +165,7 @@ def _start(model, config: GenerationConfig, slots: int):
     return llm
 
 
-def memory(model, config: GenerationConfig) -> dict[str, int]:
+def vllm_memory(model, config: GenerationConfig) -> dict[str, int]:
     """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and keys and values."""
     weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
     width = next(model.parameters()).dtype.itemsize
@@ -180,7 +180,7 @@ def _weights(model) -> list[tuple[str, torch.Tensor]]:
     return list(revert_weight_conversion(whole, whole.state_dict()).items())
 
 
-def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
+def _load_weights(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
     """In vLLM's worker: other weights, and logits times `scale`."""
     worker.model_runner.reload_weights(weights_iterator=iter(weights))
     processor = worker.model_runner.get_model().logits_processor
@@ -189,7 +189,7 @@ def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
 
 
 @contextmanager
-def _undisturbed(device: torch.device):
+def _preserving_process_state(device: torch.device):
     """At its start vLLM seeds all generators and hides what there is from the garbage collector. On a CPU it makes
     torch.set_num_threads do nothing and sets variables (LD_PRELOAD among them) for processes that it doesn't start."""
     state, numbers, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads

@@ -78,7 +78,7 @@ class GRPOTrainer(RolloutTrainer):
         )
         learned = mask & batch.finished[:, None] if c.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
-        experience = Experience.of(batch, learned, log_probs, reference, advantages * correction)
+        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * correction)
 
         rate = self.learning_rate(k, c.learning_rate)
         with clock("learn"):
@@ -126,8 +126,10 @@ class GRPOTrainer(RolloutTrainer):
         """What the policy's likeliest responses to the samples' prompts earn, `[samples]`."""
         n = self.config.group_size
         greedy = replace(self.config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-        found = self.generation.sample([Prompt.of(sample) for sample in samples[::n]], greedy, version=k).samples
-        batch = RolloutBatch.of(found, self.factory.pad_id, 1.0, self.runtime.device)
+        found = self.generation.sample(
+            [Prompt.from_sample(sample) for sample in samples[::n]], greedy, version=k
+        ).samples
+        batch = RolloutBatch.from_samples(found, self.factory.pad_id, 1.0, self.runtime.device)
         return (self.shape(batch) + batch.token_rewards.sum(1)).repeat_interleave(n)
 
     # --- the policy learns

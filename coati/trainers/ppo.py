@@ -88,7 +88,7 @@ class PPOTrainer(RolloutTrainer):
         if c.whiten_advantages:
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
 
-        experience = Experience.of(batch, mask, log_probs, reference, advantages, values, returns)
+        experience = Experience.from_batch(batch, mask, log_probs, reference, advantages, values, returns)
         rates = Rates(self.learning_rate(k, c.learning_rate), self.learning_rate(k, c.critic_learning_rate))
         texts = self.texts(k)
         with clock("learn"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coati.data.dataset import cache_write_errors
 from coati.data.sources import hash_file
-from coati.files import written_aside
+from coati.files import atomic_write
 from coati.losses import response_targets
 from coati.losses.masking import masked
 from coati.models.lora import base_of_adapter, is_adapter
@@ -151,5 +151,5 @@ def _write(path: Path, log_probs: Tensor):
     from filelock import FileLock
     from safetensors.torch import save_file
 
-    with FileLock(f"{path}.lock"), written_aside(path) as aside:  # another run may compute the same
+    with FileLock(f"{path}.lock"), atomic_write(path) as aside:  # another run may compute the same
         save_file({"log_probs": log_probs.contiguous()}, aside)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from coati.errors import UserError, no_room
-from coati.files import aside_of
+from coati.files import partial_path
 from coati.parallel.checkpoint import Checkpoints
 from coati.parallel.communication import Communicator
 from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
@@ -209,7 +209,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints
 def test_every_rank_syncs_what_it_wrote_before_the_others_go_on(checkpoints, monkeypatch):
     """On a shared file system only the machine that wrote a file has its content in memory."""
     checkpoints.folder.mkdir()
-    aside_of(checkpoints.folder / "step-00000001").mkdir()
+    partial_path(checkpoints.folder / "step-00000001").mkdir()
     calls = []
     monkeypatch.setattr(os, "fsync", lambda number: calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
     runtime = alone(1, 2)

@@ -28,16 +28,16 @@ STEP = dict(
 
 def placed(monkeypatch, **environment) -> dict[str, str]:
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in place.PLACE:
+        if name.startswith("SLURM_") or name in place.RANK_VARIABLES:
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    for name in place.PLACE:  # so that monkeypatch takes back what is written below
+    for name in place.RANK_VARIABLES:  # so that monkeypatch takes back what is written below
         monkeypatch.setenv(name, environment.get(name, ""))
         if name not in environment:
             os.environ.pop(name)
-    place._place()
-    return {name: os.environ[name] for name in place.PLACE}
+    place._rank_from_environment()
+    return {name: os.environ[name] for name in place.RANK_VARIABLES}
 
 
 @pytest.mark.parametrize(
@@ -201,25 +201,25 @@ def a_gpu_that_torch_can_not_use(monkeypatch, tmp_path):
 
 def test_a_gpu_that_torch_can_not_use_is_no_reason_to_train_on_the_cpu(a_gpu_that_torch_can_not_use):
     with pytest.raises(UserError, match=r"driver on your system is too old \(found version 12020\).*--device cpu"):
-        place._take_device(0)
+        place._select_device(0)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_it_is_left_alone_where_it_is_hidden(hidden, a_gpu_that_torch_can_not_use, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert place._take_device(0).type == "cpu"
+    assert place._select_device(0).type == "cpu"
 
 
 def test_a_torch_for_cpus_uses_cpus(a_gpu_that_torch_can_not_use, monkeypatch):
     monkeypatch.setattr(place.torch.version, "cuda", None)
-    assert place._take_device(0).type == "cpu"
+    assert place._select_device(0).type == "cpu"
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(place.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"no GPU of its own.*--device cpu"):
-        place._take_device(1)
+        place._select_device(1)
 
 
 # in one write: two processes share the output
@@ -266,7 +266,7 @@ main(SFTConfig, lambda: Trainer, "sft", argv=sys.argv[1:])
 
 
 def test_device_cpu_hides_gpus_before_torch_looks_for_them(tiny_world, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", *place.PLACE)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", *place.RANK_VARIABLES)}
     arguments = ["--model", tiny_world["policy"], "--train_data", tiny_world["sft"], "--output_dir", str(tmp_path)]
     for device, expected in (("cpu", "hidden: ''"), ("auto", "hidden: None")):
         command = [sys.executable, "-c", TRAINS, *arguments, "--device", device]

@@ -146,7 +146,7 @@ def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
     written = read_metrics(tmp_path / "run")
     [trained] = [row for row in written if "reward" in row]
     evaluated = next(row for row in written if "eval/reward" in row)
-    assert trained["reward/some/judged"] == 2 / 8
+    assert trained["reward/some/scored"] == 2 / 8
     for row, prefix in ((trained, ""), (evaluated, "eval/")):
         assert row[f"{prefix}reward"] == pytest.approx(3 * 2 / 8) and row[f"{prefix}reward/some"] == 3
 

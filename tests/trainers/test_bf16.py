@@ -125,18 +125,18 @@ def test_prompts_that_are_read_once_are_taken(family, weights):
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("fault", ["positions", "others"])
 def test_rows_that_are_packed_wrongly_are_refused(fault, weights, monkeypatch):
-    of = PackedGroups.of
+    from_rows = PackedGroups.from_rows
 
     def wrong(*arguments):
-        packed = of(*arguments)
+        packed = from_rows(*arguments)
         if fault == "positions":  # as if all stood in one row
             positions = torch.arange(packed.input_ids.shape[1]).expand_as(packed.input_ids)
-            return PackedGroups(packed.input_ids, positions, packed.visible, packed.places)
+            return PackedGroups(packed.input_ids, positions, packed.visible, packed.packed_index)
         everything = torch.ones_like(packed.visible).tril()  # as if responses saw one another
-        return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.places)
+        return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.packed_index)
 
     actor = sharp(Actor).eval()
-    monkeypatch.setattr(PackedGroups, "of", wrong)
+    monkeypatch.setattr(PackedGroups, "from_rows", wrong)
     with pytest.raises(UserError, match="share_prompts"):
         check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
 

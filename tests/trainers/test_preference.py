@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from coati.errors import UserError
-from coati.files import aside_of
+from coati.files import partial_path
 from coati.losses import response_targets
 from coati.tracking import read_metrics, read_samples
 from coati.trainers.config import PreferenceConfig
@@ -296,8 +296,8 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
     make(tiny_world, runtime, tmp_path / "first", **settings)
     [file] = cache_files(tmp_path / "cache")
     whole = file.read_bytes()
-    file.rename(aside_of(file))
-    aside_of(file).write_bytes(whole[:-8])
+    file.rename(partial_path(file))
+    partial_path(file).write_bytes(whole[:-8])
     make(tiny_world, runtime, tmp_path / "second", **settings)
     assert file.read_bytes() == whole
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from coati.errors import UserError
-from coati.rollout.engine.engine import common_beginning
-from coati.rollout.generate import has_keys_and_values
+from coati.rollout.engine.engine import common_prefix_length
+from coati.rollout.generate import has_kv_cache
 
 CPU_TOKENS = 8192
 LOGITS = 2**26  # at a time
@@ -79,7 +79,7 @@ def plan(rows: list[TokenRow], groups: list[list[int]], room: Room) -> list[Batc
         prefix = 0
         if room.sharing:
             # up to the first token that is scored in some row: it goes through the model with the row
-            prefix = common_beginning([rows[i].ids[: len(rows[i].ids) - rows[i].count + 1].tolist() for i in group])
+            prefix = common_prefix_length([rows[i].ids[: len(rows[i].ids) - rows[i].count + 1].tolist() for i in group])
         current: list[int] = []
         longest = count = 0
         for i in sorted(group, key=lambda i: (-len(rows[i].ids), tuple(rows[i].ids))):
@@ -111,7 +111,7 @@ class LogProbScorer:
         config = actor.transformer.config
         kinds = set(getattr(config, "layer_types", None) or {"full_attention"})
         # a sliding window counts columns, and there is padding between the beginning and the rest
-        self.batching = has_keys_and_values(actor)
+        self.batching = has_kv_cache(actor)
         self.sharing = self.batching and kinds == {"full_attention"} and not _slides(config)
         self.usage = Usage()
         self._prefix: tuple[bytes, Any] | None = None
@@ -169,14 +169,14 @@ class LogProbScorer:
         """A cache that holds the beginning for `count` rows; the last beginning is kept."""
         from transformers import DynamicCache
 
-        from coati.rollout.engine.cache import lend
+        from coati.rollout.engine.cache import share_prefix
 
         if self._prefix is None or self._prefix[0] != prefix.tobytes():
             cache, ids = DynamicCache(), torch.from_numpy(prefix.astype(np.int64))[None]
             self._logits(ids, torch.ones_like(ids, dtype=torch.bool), 1, cache)
             self.usage.read += len(prefix)
             self._prefix = (prefix.tobytes(), cache)
-        return lend(self._prefix[1], count)
+        return share_prefix(self._prefix[1], count)
 
 
 def _read(log_probs: torch.Tensor, rows: list[TokenRow]) -> list[list[tuple[float, bool]]]:

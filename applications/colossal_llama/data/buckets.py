@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from coati.errors import UserError
-from coati.files import ASIDE, written_aside
+from coati.files import PARTIAL, atomic_write
 from colossal_llama.data.bin_packing import best_fit, cut
 from colossal_llama.data.token_store import TokenStore
 
@@ -71,12 +71,12 @@ def write_bucket(task: BucketTask) -> int:
     columns = {name: lists for name in ("input_ids", "labels", "position_ids")}
     features = datasets.Features({**columns, "category": datasets.Value("string")})
     at_a_time = max(1, BATCH_TOKENS // task.max_length)
-    table = task.output.with_name(f"{task.output.name}.rows{ASIDE}")
+    table = task.output.with_name(f"{task.output.name}.rows{PARTIAL}")
     with ArrowWriter(features=features, path=str(table)) as writer:
         for start in range(0, len(rows), at_a_time):
             writer.write_table(_table([rows[i] for i in order[start : start + at_a_time]], store))
         writer.finalize()
-    with written_aside(task.output) as aside:
+    with atomic_write(task.output) as aside:
         _save(table, aside)
     table.unlink()
     return sum(int(store.lengths[documents].sum()) for documents in task.documents.values())

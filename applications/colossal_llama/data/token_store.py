@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coati.files import written_aside
+from coati.files import atomic_write
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.document_tokens import encode, text_tokenizer
 from colossal_llama.data.documents import Document, Part, read_documents
@@ -55,7 +55,7 @@ def tokenize_part(task: TokenizeTask) -> int:
     }
     metadata = {"path": task.part.path, "dropped": json.dumps(dropped.as_json())}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    with written_aside(task.output) as aside:
+    with atomic_write(task.output) as aside:
         feather.write_feather(table, str(aside), compression="uncompressed", chunksize=max(1, len(rows)))
     return int(ends[-1])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import aside_of, remove_asides, replace_file, sync_entry
+from coati.files import partial_path, remove_partials, replace_file, sync_entry
 from coati.tracking.files import read_object
 
 SETTINGS, MANIFEST, LOCK = "settings.json", "manifest.json", "lock"
@@ -64,14 +64,14 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
     """
     from filelock import FileLock, Timeout
 
-    work = WorkFolder(aside_of(output), output)
+    work = WorkFolder(partial_path(output), output)
     try:
         work.path.mkdir(parents=True, exist_ok=True)
         with FileLock(work.path / LOCK, timeout=0):
             _begin_or_resume(work, settings)
             work.documents.mkdir(exist_ok=True)
             for folder in (work.path, work.documents):
-                remove_asides(folder)
+                remove_partials(folder)
             yield work
     except Timeout:
         raise UserError(f"Another process is writing {work.path}; wait for it or give another --output.") from None
@@ -82,7 +82,7 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
 def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not (work.path / SETTINGS).exists():
-        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, aside_of(work.path / SETTINGS).name})
+        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, partial_path(work.path / SETTINGS).name})
         if foreign:
             raise UserError(f"{work.path} holds {foreign[0]}, which is not ours; move it or give another --output.")
         work.write(SETTINGS, json.dumps(settings))

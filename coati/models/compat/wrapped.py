@@ -52,7 +52,7 @@ def language_model_head(base: nn.Module, names: tuple[str, ...]) -> nn.Module | 
     return next((module for name, module in base.named_modules() if name.rpartition(".")[2] in names), None)
 
 
-def take_head(model) -> dict[str, Tensor]:
+def pop_head(model) -> dict[str, Tensor]:
     """Removes a head from a model that carries one, and gives its tensors, `v_head.*`."""
     owners = [part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)]
     owners += [model.get_base_model()] if hasattr(model, "get_base_model") else []

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from coati.transfer import upload
 
 
-def lend(cache: Cache, rows: int) -> DynamicCache:
+def share_prefix(cache: Cache, rows: int) -> DynamicCache:
     """A cache of so many rows, all of which go on after the one row of `cache`; nothing is copied until they do."""
     shape = (rows, -1, -1, -1)
     return DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in cache.layers])
@@ -37,7 +37,7 @@ class SlotCache(Cache):
         self.order = torch.arange(slots, device=device)
         self.positions = torch.arange(columns, device=device)
 
-    def place(self, prefilled: DynamicCache, source: list[int], target: list[int], lengths: list[int]):
+    def write(self, prefilled: DynamicCache, source: list[int], target: list[int], lengths: list[int]):
         """Copies rows of a batch of prompts, padded on the right, to slots."""
         device, longest = self.lengths.device, max(lengths)
         source_index, target_index = upload(source, device), upload(target, device)

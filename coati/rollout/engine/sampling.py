@@ -23,15 +23,17 @@ class Sampler:
     """Draws tokens as `GenerationConfig` says.
 
     Args:
-        ends: tokens that end a response; they wait for `min_new_tokens`.
-        never: tokens that are never drawn.
+        eos_ids: tokens that end a response; they wait for `min_new_tokens`.
+        suppressed: tokens that are never drawn.
     """
 
-    def __init__(self, config: GenerationConfig, ends: list[int], device: torch.device, never: Sequence[int] = ()):
+    def __init__(
+        self, config: GenerationConfig, eos_ids: list[int], device: torch.device, suppressed: Sequence[int] = ()
+    ):
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.config = config
-        self.ends, self.never = upload(ends, device), upload(never, device)
+        self.eos_ids, self.suppressed = upload(eos_ids, device), upload(suppressed, device)
         self.warpers = []
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
@@ -72,8 +74,8 @@ class Sampler:
             scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.config.min_new_tokens:
             too_short = (counts < self.config.min_new_tokens)[:, None]
-            scores = scores.index_fill(1, self.ends, -torch.inf).where(too_short, scores)
-        return scores if len(self.never) == 0 else scores.index_fill(1, self.never, -torch.inf)
+            scores = scores.index_fill(1, self.eos_ids, -torch.inf).where(too_short, scores)
+        return scores if len(self.suppressed) == 0 else scores.index_fill(1, self.suppressed, -torch.inf)
 
     def warp(self, scores: Tensor) -> Tensor:
         for warper in self.warpers:
