@@ -1,4 +1,4 @@
-"""The `coati` command: methods that train, and what helps with them."""
+"""The `coati` command: methods that train, and tools."""
 
 import argparse
 import sys

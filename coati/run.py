@@ -1,7 +1,7 @@
-"""`coati run`: one process a GPU of this machine. A short launcher that passes signals on and says what failed.
+"""`coati run`: one process per GPU of this machine. A short launcher that passes signals on and reports what failed.
 
-It does what torchrun can't be told to do from a worker: arguments go to the script as they are, every run has a port of
-its own, a failure is one line, and Ctrl-C or SIGTERM ends with the workers' own exit status, 0 once they have saved.
+It does what torchrun can't: arguments go to the script unchanged, every run has a port of its own, a failure is one
+line, and Ctrl-C or SIGTERM ends with the workers' own exit status, 0 once they have saved.
 """
 
 import os
@@ -16,7 +16,7 @@ SECONDS_TO_END = 10  # for the other processes once one has failed; the reason i
 
 def run(processes: int, command: list[str]) -> int:
     """Starts a command `processes` times and waits; returns the exit status of the first to fail, or 0. The processes
-    share the cores out, unless OMP_NUM_THREADS is set.
+    share the cores, unless OMP_NUM_THREADS is set.
 
     Args:
         command: what Python is started with: a script, or -m and a module, and arguments.

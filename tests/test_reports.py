@@ -35,7 +35,7 @@ REPORTS = {
     27: "numbers without sense are accepted",
     28: "files and layouts that fail with a traceback",
     29: "templates that mark an answer in several pieces, or take arguments",
-    30: "a reward that has no opinion, or another signature",
+    30: "a reward that skips responses, or has another signature",
     31: "a run that failed at once blocks the corrected command",
     32: "warnings of newer libraries",
     33: "attributes and errors of TRL's value-head models",

@@ -1,7 +1,7 @@
-"""Judge answers by any OpenAI-compatible endpoint: `judge.py --questions DATA/mt_bench --answers A.jsonl B.jsonl
+"""Judge responses by any OpenAI-compatible endpoint: `judge.py --questions DATA/mt_bench --answers A.jsonl B.jsonl
 --judge MODEL --output OUT`.
 
-One file of answers: ratings of 1 to 10 for every turn. Several: every pair is compared too, in both orders. Judgments
+One file of responses: ratings of 1 to 10 for every turn. Several: every pair is compared too, in both orders. Judgments
 are kept as they come; a run that was killed continues, and what failed is asked again.
 """
 
@@ -34,7 +34,7 @@ class JudgeConfig(Settings):
     questions: str = option(
         "runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form", path="file"
     )
-    answers: list[str] = option((), "files of answers, one per model; the file's name is the model's", path="file")
+    answers: list[str] = option((), "files of responses, one per model; the file's name is the model's", path="file")
     references: str | None = option(None, "file of right answers, for questions that have them", path="file")
     prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
     output: str = option("runs/eval/judge", "folder of judgments and report; continued if it is there", path="output")
@@ -54,7 +54,7 @@ class JudgeConfig(Settings):
             raise UserError("name at least one file with --answers, and the judge with --judge")
         names = [Path(path).stem for path in self.answers]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"two files of answers are called {twice[0]}: their names are the models'")
+            raise UserError(f"two files of responses are called {twice[0]}: their names are the models'")
 
 
 def load_cases(config: JudgeConfig) -> list[Case]:

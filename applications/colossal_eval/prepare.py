@@ -29,7 +29,7 @@ class PrepareConfig(Settings):
     )
     subjects: list[str] = option((), "only these subjects; each must be there")
     bad_rows: Literal["error", "drop"] = option(
-        "error", "error: malformed rows end the conversion; drop: they are named and left out"
+        "error", "error: malformed rows end the conversion; drop: they are named and skipped"
     )
 
 

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent."""
+"""Atomic outputs."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def new_folder(output: str) -> Iterator[Path]:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}); change --output.") from None
+            raise UserError(f"{folder} can't be created ({error.strerror}); change --output.") from None
         yield folder

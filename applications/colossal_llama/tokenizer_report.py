@@ -159,7 +159,7 @@ def markdown(tables: dict[str, list[Row]], with_new: bool) -> str:
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Bars of tokens per character, a group each tokenizer, a color each corpus."""
+    """Bars of tokens per character, a group per tokenizer, a color per corpus."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

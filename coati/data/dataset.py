@@ -36,7 +36,7 @@ CHUNK_ROWS = 256
 class TokenizedDataset:
     """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
 
-    `source_names` are the sources' file names without folder and ending, or whole where two are alike.
+    `source_names` are the sources' file names without folder and ending, or complete where two are alike.
 
     `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
 
@@ -85,7 +85,7 @@ def build_dataset(
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir.") from None
+        raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
     folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
     if not folder.exists():
         with cache_write_errors(cache), FileLock(f"{folder}.lock"):

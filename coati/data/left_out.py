@@ -18,8 +18,8 @@ Place = tuple[int | str, ...]
 def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt: bool, start: int = 0) -> list[str]:
     """What of the messages from `start` on, and of the tools, is not in `text`, which the template wrote for them.
 
-    Every value gets a mark in its middle, and the template is rendered again: what it writes whole surrounds its mark.
-    Blanks may differ, and characters may be escaped as in JSON.
+    Every value gets a mark in its middle, and the template is rendered again: what it writes completely surrounds its
+    mark. Blanks may differ, and characters may be escaped as in JSON.
     """
     marked, values = _mark(messages, start, None)
     rendered = _squeezed(template, marked, is_prompt)
@@ -69,7 +69,7 @@ def _halves(value: str) -> tuple[str, str]:
 
 
 def _sign(place: Place) -> str:
-    """What no data should hold, of characters that neither JSON nor Python escapes."""
+    """A marker that no data should contain, of characters that neither JSON nor Python escapes."""
     return "⟦" + ".".join(map(str, place)) + "⟧"
 
 

@@ -101,7 +101,7 @@ def prepare_tokenizer(
     arguments: dict[str, Any] | None = None,
     learns_responses: bool = True,
 ):
-    """Make sure of an EOS token, a pad token and a chat template that ends responses with EOS.
+    """Ensure an EOS token, a pad token and a chat template that ends responses with EOS.
 
     The tokenizer is changed in place; `eos_token` must already be in its vocabulary. Its padding side and the
     special tokens that it adds are left alone: `coati.data` renders, tokenizes and pads without them. `arguments` are
@@ -269,6 +269,6 @@ def _header(template: ChatTemplate, before: Messages, prompt: str, through: str)
 
 
 def _common_prefix(texts: Sequence[str]) -> str:
-    """What all begin with, up to a tag that they don't share whole: `<think>` and `</think>` have no common token."""
+    """What all begin with, up to a tag that differs: `<think>` and `</think>` have no common token."""
     equal = takewhile(lambda characters: len({*characters}) == 1, zip(*texts, strict=False))
     return re.sub(r"<[^<>]*$", "", "".join(first for first, *_ in equal))

@@ -79,7 +79,7 @@ TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | PromptSamp
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """What became of a record: a sample or the reason why there is none; and what of its row is not in the sample."""
+    """The result for a record: a sample or the reason why there is none; and what of its row is not in the sample."""
 
     sample: TokenizedSample | ValueError
     notes: list[str]
@@ -89,8 +89,8 @@ def tokenize(record: Record, tokenizer, config: DataConfig) -> TokenizedSample:
     """The sample of one record, for a tokenizer that went through `prepare_tokenizer`.
 
     Sequences end with the last learned response's EOS. Raises `TooLong` for a row over `config.max_length` (or
-    `config.max_prompt_length`) that may not or cannot be cut, `SkippedRow` for one of which nothing is to be learned,
-    and `ValueError` for a row that the template cannot label.
+    `config.max_prompt_length`) that may not or can't be truncated, `SkippedRow` for one of which nothing is to be
+    learned, and `ValueError` for a row that the template cannot label.
     """
     [result] = tokenize_many([record], tokenizer, config)
     if isinstance(result.sample, ValueError):

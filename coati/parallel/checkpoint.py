@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
 A checkpoint is written into `step-N.partial`, listed with the size of every file in `manifest.json`, and renamed. A
-folder without a manifest, or whose files don't match it, is never loaded. What is removed becomes `.partial` first.
+folder without a manifest, or whose files don't match it, is never loaded. Removal renames to `.partial` first.
 """
 
 import shutil
@@ -62,8 +62,8 @@ class Checkpoints:
         return target
 
     def set_aside_after(self, step: int):
-        """Renames the checkpoints of later steps, which a run that goes on from `step` leaves behind: `auto` must not
-        find them, and they are not the newest."""
+        """Renames the checkpoints of later steps, which a run that resumes from `step` abandons: `auto` must not find
+        them, and they are not the newest."""
         if not self.runtime.is_main:
             return
         for folder in list_checkpoints(self.folder):
@@ -91,12 +91,12 @@ class Checkpoints:
         problem = incomplete(folder)
         if problem:
             raise UserError(
-                f"{folder} is not a complete checkpoint ({problem}); --resume auto takes the newest whole one"
+                f"{folder} is not a complete checkpoint ({problem}); use --resume auto for the newest complete one"
             )
         return folder
 
     def restore_random_state(self, folder: Path) -> bool:
-        """This rank's generators as they were; False if the checkpoint was written by another number of ranks."""
+        """Restores this rank's random generators; False if the checkpoint was written by another number of ranks."""
         from safetensors.torch import load_file
 
         path = folder / random_state_name(self.runtime.rank, self.runtime.world_size)
@@ -120,6 +120,6 @@ class Checkpoints:
 
 
 def atomic_write_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
-    """`atomic_write` for a folder that several ranks write into. They enter and leave together: rank 0 alone makes it,
-    and renames it when all have synced what they wrote."""
+    """`atomic_write` for a folder that several ranks write into. They enter and leave together: rank 0 alone creates
+    it, and renames it when all have synced what they wrote."""
     return atomic_write(target) if runtime.is_main else nullcontext(partial_path(target))

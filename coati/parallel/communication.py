@@ -1,4 +1,4 @@
-"""The few collective operations that trainers use, in words."""
+"""The few collective operations that trainers use."""
 
 from collections.abc import Iterable
 
@@ -12,15 +12,15 @@ from coati.transfer import upload
 class Communicator:
     """Sums and agreements over ranks that see different data. With one process every call is the identity.
 
-    Ranks that share one model's work (tensor, pipeline, sequence parallel) see the same data: they have the same `rank`
-    here, of `world_size`, and each of them belongs to its own group of data-parallel ranks.
+    Ranks that hold one model together (tensor, pipeline, sequence parallel) see the same data: they have the same
+    `rank` here, of `world_size`, and each of them belongs to its own group of data-parallel ranks.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device, group=None):
         self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
 
     def data_parallel(self, processes: int) -> "Communicator":
-        """The communicator of a run in which so many neighboring processes share one model's work."""
+        """The communicator of a run in which so many neighboring processes hold one model together."""
         if processes == 1:
             return self
         groups = [dist.new_group(range(i, self.world_size, processes)) for i in range(processes)]
@@ -57,7 +57,7 @@ class Communicator:
         return dict(zip(names, self.sum(totals).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """True on every rank of the run if it is true on one: decisions are taken together, or ranks wait for ever."""
+        """True on every rank of the run if it is true on one: all ranks must decide alike, or some wait forever."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return flag
         x = torch.tensor(float(flag))
@@ -81,5 +81,5 @@ class Communicator:
         return box[0]
 
     def barrier(self):
-        """Of all ranks of the run; they may wait long, for rank 0 that writes or reads."""
+        """Waits for all ranks of the run; this may be long, while rank 0 writes or reads."""
         self.any(False)

@@ -30,7 +30,7 @@ from coati.parallel.zero import zero_gradients, zero_master_weights
 class HybridPlugin(HybridParallelPlugin):
     """Tensor, pipeline and sequence parallel with ZeRO around them.
 
-    `configure` is Colossal-AI's without its refusal of ZeRO in fp32 (its optimizer handles that as the plain ZeRO
+    `configure` is Colossal-AI's without its check against ZeRO in fp32 (its optimizer handles that as the plain ZeRO
     plugin does) and without a DDP wrapper around models that don't train.
     """
 
@@ -81,8 +81,8 @@ class HybridPlugin(HybridParallelPlugin):
 
 
 class LayoutFreeStates(HybridParallelCheckpointIO):
-    """Optimizer states stored whole, whatever the layout. Colossal-AI guesses from the shapes alone how a weight was
-    split, which is wrong for fused projections."""
+    """Unsharded optimizer states in checkpoints, whatever the layout. Colossal-AI guesses from the shapes alone how a
+    weight was split, which is wrong for fused projections."""
 
     def load_states_into_optimizer(self, optimizer, state_dict, id_map):
         working = optimizer.get_master_to_working_map()
@@ -102,7 +102,7 @@ class LayoutFreeStates(HybridParallelCheckpointIO):
 
 
 def _gather_state(state, param, original_shape, dp_group, tp_group, use_zero, inplace, device="cpu", **_):
-    """The whole state of one parameter, on the host."""
+    """The gathered state of one parameter, on the host."""
     gathered = dict(state)
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and name != "step":
@@ -118,7 +118,7 @@ HybridParallelCheckpointIO.gather_from_sharded_optimizer_state = staticmethod(_g
 
 
 class HybridEngine(Engine):
-    """A model split by tensor, pipeline or sequence parallelism, with ZeRO or plain replicas around it.
+    """A model split by tensor, pipeline or sequence parallelism, with ZeRO or data parallelism around it.
 
     Args:
         generates: under pipeline parallelism, keep a copy with the layers of all stages for `full()`.
@@ -224,7 +224,7 @@ class HybridEngine(Engine):
             yield module
 
     def _prepare_generation_copy(self, generation_copy: nn.Module):
-        """Splits the copy as the model is split, but for stages; learns which stage holds which weight."""
+        """Splits the copy as the model is split, except into stages; finds out which stage holds which weight."""
         if self.config.tensor_parallel > 1:
             split_tensors(generation_copy, self.plugin.tp_group)
         generation_copy.to(self.runtime.device, DTYPES[self.precision]).eval()
@@ -243,7 +243,7 @@ class HybridEngine(Engine):
     # --- files
 
     def state_dict(self):
-        """The whole state on rank 0: slices joined, stages put together, a tensor at a time."""
+        """The gathered state on rank 0: shards and stages are joined, a tensor at a time."""
         if self.runtime.rank >= self.config.model_parallel_size:  # another replica
             return {}
         keeps = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
@@ -287,13 +287,13 @@ class HybridEngine(Engine):
 
 
 def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model that is split gives the log-probs of all tokens, wanted or not."""
+    """A split model computes the log-probs of all tokens, whatever the targets."""
     return {name: value for name, value in inputs.items() if name != "targets"}
 
 
 @contextmanager
 def _unsplit_sequence(module):
-    """Every rank works on whole sequences, with plain attention."""
+    """Inside, every rank works on unsplit sequences, with plain attention."""
     config, sequence = transformer_of(module).config, getattr(module.layout, "sequence", None)
     attention = config._attn_implementation
     if attention.startswith(ATTENTION):
@@ -310,7 +310,7 @@ def _unsplit_sequence(module):
 
 @contextmanager
 def _gathered_logits(module):
-    """All logits on every rank, or each would sample from its own range."""
+    """Inside, logits are gathered on every rank, or each would sample from its own range of the vocabulary."""
     heads = [part for part in module.modules() if hasattr(part, "gathers_logits")]
     for head in heads:
         head.gathers_logits = True

@@ -1,6 +1,6 @@
 """What an engine keeps of one model on one rank, for `coati plan`: no weights, only blocks that are counted.
 
-Each kind of engine has its own beside it (`DDPMemory`, `ZeroMemory`, `GeminiMemory`). A model that is split by tensor,
+Each engine has its own beside it (`DDPMemory`, `ZeroMemory`, `GeminiMemory`). A model that is split by tensor,
 pipeline or sequence parallelism has that of the plugin around it.
 """
 
@@ -19,7 +19,7 @@ class Blocks(Protocol):
     """Where memory is counted. An item is a model's name and a kind of memory, such as `("actor", "gradients")`."""
 
     def hold(self, tensors, item: tuple[str, str], fraction: float = 1.0):
-        """Says what tensors are for, and which share of them this rank has."""
+        """Records what tensors are for, and which fraction of them this rank has."""
 
     def make(self, nbytes: float, item: tuple[str, str]) -> Any:
         """A block of this size, which is there until it is dropped."""
@@ -72,16 +72,16 @@ class EngineMemory:
     def item(self, kind: str) -> tuple[str, str]:
         return self.name, kind
 
-    # --- what each kind answers for itself
+    # --- what each engine defines for its plugin
 
     @classmethod
     def cast(cls, module: nn.Module, dtype: torch.dtype, *, trained: bool):
-        """Gives a model's weights the dtype that they are held in, where that isn't the one that they come in."""
+        """Gives a model's weights the dtype that they are held in, where that isn't the one that they are loaded in."""
         if not trained:
             module.to(dtype)
 
     def local_fraction(self, parameter: nn.Parameter) -> float:
-        """Which share of a weight this rank keeps."""
+        """Which fraction of a weight this rank keeps."""
         return 1.0
 
     def hold_states(self):
@@ -110,7 +110,7 @@ class EngineMemory:
 
     @contextmanager
     def computing(self, *, full: bool = False) -> Iterator[None]:
-        """Around what the model computes."""
+        """Counts gathered weights while the model computes."""
         block = self.blocks.make(self.gathered(full=full), self.item("communication"))
         yield
         del block
@@ -124,5 +124,5 @@ class EngineMemory:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Of all of them."""
+    """Bytes of all tensors."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each rank holds a run of layers; micro-batches flow through them one behind another.
+"""Pipeline parallelism: each rank holds consecutive layers; micro-batches flow through them one behind another.
 
 A stage keeps the model's own code. What it doesn't hold is replaced: earlier layers by a module that passes the hidden
 states on, the embedding by one that gives what the stage before sent, and the first later layer by one that ends the
@@ -26,7 +26,7 @@ class _StageEnd(Exception):
 
 
 class _Pass(nn.Module):
-    """Stands where another stage's layer was."""
+    """Replaces another stage's layer."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -91,7 +91,7 @@ def tied_weights(model: nn.Module, part: nn.Module, entry, manager) -> list[dict
 
 
 def _drop_after_layers(model: nn.Module, part: nn.Module, entry):
-    """The final norm and the heads: nothing reaches them here."""
+    """Removes the final norm and the heads, which this stage doesn't reach."""
     here = next(name for name, module in model.named_modules() if module is part)
     prefix = f"{here}." if here else ""
     kept = tuple(prefix + name for name in (entry.layers, entry.embedding, *entry.positions, *entry.entrance))
@@ -109,7 +109,7 @@ def _like(layer: nn.Module, substitute: nn.Module) -> nn.Module:
 
 
 class MicroBatches(OneForwardOneBackwardSchedule):
-    """1F1B over micro-batches of any shapes; Colossal-AI's own cuts them from one batch of equal rows."""
+    """1F1B over micro-batches of any shapes; Colossal-AI's own splits one batch of equal rows."""
 
     def __init__(self, manager, group):
         super().__init__(manager, num_microbatches=1, enable_metadata_cache=False)
@@ -126,7 +126,7 @@ class MicroBatches(OneForwardOneBackwardSchedule):
         return inputs
 
     def criterion(self, output, inputs) -> Tensor:
-        """The share of the loss of the micro-batch that was loaded last; undoes the schedule's mean."""
+        """The partial loss of the micro-batch that was loaded last; undoes the schedule's mean."""
         loss, metrics = self.loss_of(output)
         self.metrics.append({name: float(value) for name, value in metrics.items()})
         return loss * self.num_microbatches

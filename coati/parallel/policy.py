@@ -23,7 +23,7 @@ from coati.parallel.tensor import (
 class DecoderPolicy(Policy):
     """Splits any decoder of `DECODERS`, bare or with a head, for `HybridParallelPlugin(custom_policy=...)`.
 
-    A `layout` attribute of the model (as `coati.models` have) is set to where sequence and vocabulary lie.
+    A `layout` attribute of the model (as `coati.models` have) is set to how sequence and vocabulary are distributed.
 
     Args:
         split_sequence: with tensor parallelism, split the sequence between its layers too.
@@ -39,7 +39,7 @@ class DecoderPolicy(Policy):
             check_splits(self.model, c.tensor_parallel_size, manager.num_stages if manager else 1, self.split_sequence)
 
     def preprocess(self) -> nn.Module:
-        """All of the work: the module descriptions of Shardformer can't split what transformers 5 looks like."""
+        """Does all of the work: Shardformer's module descriptions don't support transformers 5."""
         c, model, manager = self.shard_config, self.model, self.pipeline_stage_manager
         self.shared_parameters = []
         if manager is not None:
@@ -88,7 +88,7 @@ def split_tensors(model: Any, group, split_sequence: bool = False):
 
 
 def _split_between_layers(model: Any, part: Any, entry, sequence: MegatronSequence):
-    """What every rank holds whole sees a stretch of the sequence only, so that gradients are sums over ranks."""
+    """Replicated weights see a stretch of the sequence only, so their gradients are summed over ranks."""
     for name in entry.positions:
         getattr(part, name).register_forward_hook(sequence.local_stretch)
     for parameter in model.parameters():

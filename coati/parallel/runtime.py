@@ -21,7 +21,7 @@ from coati.parallel.communication import Communicator
 from coati.watch import watch_launcher
 
 DEVICE_FILES = Path("/dev")
-# Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a process that dies is noticed at once.
+# Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a dead process is noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
 
 
@@ -45,7 +45,7 @@ class Runtime:
     communicators: dict[int, Communicator] = field(default_factory=dict)
 
     def data_ranks(self, model_parallel_size: int) -> Communicator:
-        """The communicator over ranks that see different data, where so many neighbors share one model's work."""
+        """The communicator over ranks that see different data, where so many neighbors hold one model together."""
         if model_parallel_size not in self.communicators:
             self.communicators[model_parallel_size] = self.communicator.data_parallel(model_parallel_size)
         return self.communicators[model_parallel_size]
@@ -130,8 +130,8 @@ def _select_device(local_rank: int) -> torch.device:
 
 
 def why_not_the_gpu() -> str | None:
-    """What torch says where it is made for NVIDIA GPUs, the machine has one, nobody hides it, and torch sees none: a
-    run on the CPU would be a surprise."""
+    """Torch's reason where it is built for NVIDIA GPUs, the machine has a visible one, and torch finds none: a run on
+    the CPU would be a surprise."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if torch.version.cuda is None or hidden or not list(DEVICE_FILES.glob("nvidia[0-9]*")):
         return None
@@ -143,8 +143,8 @@ def why_not_the_gpu() -> str | None:
 
 
 def _join_process_group(rank: int, world_size: int, device: torch.device):
-    """The group that the launcher prepared. Tensors on a GPU travel by NCCL, those on the host by gloo: what waits for
-    long (for rank 0, which tokenizes or writes) waits there, since NCCL's watchdog ends a process that waits."""
+    """The group that the launcher prepared. Tensors on a GPU travel by NCCL, those on the host by gloo: long
+    waits (for rank 0, which tokenizes or writes) use gloo, since NCCL's watchdog ends a process that waits."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
@@ -171,7 +171,7 @@ def seed_everything(seed: int):
 
 
 def use_deterministic_kernels(wanted: bool):
-    """Whether operations on a GPU add up in a fixed order; what can't raises a RuntimeError then."""
+    """Whether operations on a GPU use deterministic kernels; those without one raise a RuntimeError."""
     torch.use_deterministic_algorithms(wanted)
 
 

@@ -58,7 +58,7 @@ class MegatronSequenceLayout(UlyssesLayout):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' columns; each gets back the gradient of its own (every rank has the same, whole, loss)."""
+    """All ranks' columns; each gets the gradient of its own (every rank has the same full loss)."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -73,7 +73,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all: cuts along one dimension, joins along another."""
+    """All-to-all: splits along one dimension, concatenates along another."""
 
     @staticmethod
     def forward(ctx, x, split_dim, join_dim, group):
@@ -90,20 +90,19 @@ class _Exchange(torch.autograd.Function):
 
 def use_sequence_parallel_attention(transformer, group):
     """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that
-    it is given, whatever length the model takes it to have.
+    it is given, whatever length the model assumes.
 
     Raises:
-        UserError: its heads don't divide, or it takes no positions, or its attention is more than sdpa computes.
+        UserError: its heads don't divide evenly, or its attention is unsupported by sdpa.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config, ranks = transformer.config, 1 if group is None else dist.get_world_size(group)
     if soft_cap(config) or not transformer._supports_sdpa:
-        raise UserError(f"sequences of {config.model_type} can't be split: its attention is more than sdpa computes")
+        raise UserError(f"sequences of {config.model_type} can't be split: sdpa doesn't support its attention")
     if config.num_attention_heads % ranks:
         raise UserError(
-            f"the model has {config.num_attention_heads} attention heads: they don't divide among sequence_parallel "
-            f"{ranks}"
+            f"the model has {config.num_attention_heads} attention heads: not divisible by sequence_parallel {ranks}"
         )
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **_):
@@ -140,6 +139,6 @@ def causal_mask(real: Tensor | None, seq: int, window: int | None, device) -> Te
     allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     allowed = allowed[None, None]
     if real is not None:
-        # padding attends to itself: a row that attends to nothing is not a number
+        # padding attends to itself: a row that attends to nothing would be NaN
         allowed = allowed & (real.bool()[:, None, None, :] | (distance == 0))
     return allowed

@@ -3,7 +3,7 @@
 
 Colossal-AI's own layers are not used: in 0.5.0 the fused ones gather through `.cuda()`, which a CPU lacks, and an
 embedding that is replaced loses the factor that gemma multiplies it by. Here a module keeps its class and its name;
-only its weight is cut and its forward gets a collective call.
+only its weight is split and its forward gets a collective call.
 """
 
 import weakref
@@ -23,7 +23,7 @@ class Shard:
     """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one per rank.
 
     Attributes:
-        size: of the whole parameter along `dim`; zeros fill up what doesn't divide.
+        size: of the unsharded parameter along `dim`; zeros pad what doesn't divide evenly.
     """
 
     dim: int
@@ -43,7 +43,7 @@ class Shard:
         return torch.cat([block.chunk(ranks, self.dim)[rank] for block in blocks], self.dim).clone()
 
     def gather(self, local: Tensor) -> Tensor:
-        """The whole parameter (or what is laid out like it) on every rank of the group."""
+        """The gathered parameter (or what is sharded like it) on every rank of the group."""
         by_rank = [piece.chunk(self.parts, self.dim) for piece in gather(local, self.group)]
         blocks = [torch.cat([chunks[i] for chunks in by_rank], self.dim) for i in range(self.parts)]
         full = torch.cat(blocks, self.dim)
@@ -51,12 +51,12 @@ class Shard:
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """How a parameter is split; None if every rank holds all of it."""
+    """How a parameter is split; None if it is replicated."""
     return getattr(parameter, "dist_layout", None)
 
 
 class MegatronSequence:
-    """Whether the model splits the sequence between its layers now; generation, a token at a time, can't."""
+    """Megatron's sequence parallelism between layers; `on` is False for generation, which goes token by token."""
 
     def __init__(self, group):
         self.group, self.on = group, True
@@ -97,7 +97,7 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
             module = layer.get_submodule(owner)
             setattr(module, attribute, getattr(module, attribute) // ranks)
         for name in entry.per_head:
-            # with `sequence` the gradients of all full weights are summed, these among them
+            # with `sequence` the gradients of all replicated weights are summed, these among them
             if _has(layer, name) and not sequence:
                 for parameter in layer.get_submodule(name).parameters():
                     if parameter.requires_grad:
@@ -147,7 +147,7 @@ def split_embedding(embedding: Any, group, total: Callable):
 def split_head(head: Any, group, sequence: MegatronSequence | None = None):
     """Each rank gives the logits of a range of the vocabulary; all of them where `head.gathers_logits` is set.
 
-    Columns that only fill up the vocabulary get -inf.
+    Columns that only pad the vocabulary get -inf.
     """
     tied = shard_of(head.weight)
     size = tied.size if tied else head.weight.shape[0]
@@ -166,7 +166,7 @@ def split_head(head: Any, group, sequence: MegatronSequence | None = None):
 
 
 def sum_gradient(parameter: nn.Parameter, group):
-    """For a weight that every rank holds but uses on its own heads or stretches: its gradient is the sum over ranks."""
+    """For a replicated weight that each rank uses on its own heads or stretches: its gradient is the sum over ranks."""
     parameter.register_hook(lambda gradient: _summed(gradient, group))
 
 
@@ -266,7 +266,7 @@ _last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
 
 def copy_to_ranks(x: Tensor, group) -> Tensor:
     """`x`, with gradients summed over ranks. Query, key and value read one tensor: they share one such copy, so that
-    its gradient travels once."""
+    its gradient is reduced once."""
     if group in _last_copy:
         source, copied = (reference() for reference in _last_copy[group])
         if source is x and copied is not None and copied.requires_grad == (x.requires_grad and torch.is_grad_enabled()):
@@ -328,7 +328,7 @@ def _summed(x: Tensor, group) -> Tensor:
 
 
 def _split(module: nn.Module, name: str, dim: int, parts: int, group):
-    """Cuts a parameter in place; one that is tied to another may have been cut already.
+    """Splits a parameter in place; one that is tied to another may have been split already.
 
     The name `dist_layout` is what Colossal-AI's optimizers know a split parameter by, when they add up norms.
     """

@@ -1,8 +1,7 @@
-"""A run's peak memory on one rank: the trainer of its algorithm goes through a step with models that have no weights.
+"""A run's peak memory on one rank: the algorithm's trainer runs a step with models without weights.
 
-What the trainer makes and does is its own code; what a plugin keeps is said beside its engine in `coati.parallel`.
-Here are only the workload, the parts of it that one rank has, and the line through deep models, of which few layers are
-gone through.
+What the trainer makes and does is its own code; what a plugin keeps is defined beside its engine in `coati.parallel`.
+This module has the workload, the parts of it that one rank has, and the extrapolation to deep models from few layers.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of every item on one rank, at the worst instant of every phase."""
+    """Bytes of every item on one rank, at the peak of every phase."""
 
     phases: dict[str, Counter[Item]] = field(default_factory=dict)
 
@@ -63,7 +62,7 @@ def plan(workload: Workload) -> Plan:
     """The peak of every phase of the run.
 
     Raises:
-        UserError: settings that the run would refuse.
+        UserError: settings that the run doesn't support.
     """
     few, more = FEW_LAYERS
     depths: dict[str, int] = {}
@@ -79,7 +78,7 @@ def plan(workload: Workload) -> Plan:
 
 
 def _extrapolate(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
-    """The straight line through two depths, item by item.
+    """Extrapolates linearly from two depths, item by item.
 
     Args:
         depths: layers of the models, by name.
@@ -97,11 +96,11 @@ def _extrapolate(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Cou
 
 
 def _peaks(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
-    """The worst of the pipeline's stages, of which the first and the last keep most.
+    """The peak over the pipeline's stages, of which the first and the last keep most.
 
     Args:
         layers: of the models, at most.
-        depths: is filled with what they really have, by name.
+        depths: filled with their real depths, by name.
     """
     worst: dict[str, Counter[Item]] = {}
     of_run = sizes(workload.config, workload.gpus)
@@ -133,7 +132,7 @@ def _dry_run_step(workload: Workload, layers: int, part: Part, depths: dict[str,
 
 
 def _planning_settings(workload: Workload, folder: Path):
-    """The settings of the run, but for places that are read or written."""
+    """The settings of the run, except for paths that are read or written."""
     c = workload.config
     (folder / "cache").mkdir()
     changes = dict(

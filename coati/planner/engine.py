@@ -1,4 +1,4 @@
-"""An engine whose model has no weights: what a trainer asks of it takes memory and gives zeros."""
+"""An engine whose model has no weights: it allocates what a real engine would, and returns zeros."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from coati.planner.parallel import Part
 class PlannedEngine(Engine):
     """A model under a plugin, as one rank has it.
 
-    The same work is gone through twice at most (what it finds in memory may differ then); its results are known.
+    The same work is run twice at most (memory may differ the second time); its results are known.
 
     Args:
         module: the model, on the meta device.
@@ -68,7 +68,7 @@ class PlannedEngine(Engine):
         give_shapes(module, self.live.fake)
         return memory(self.live, self.name, module, self.config, self.precision, ranks, **how)
 
-    # --- what a trainer asks
+    # --- what a trainer calls
 
     def autocast(self):
         return self.kind.autocast(self)
@@ -93,8 +93,7 @@ class PlannedEngine(Engine):
         return [self.zeros(one) for one in inputs]
 
     def accumulate(self, tasks):
-        """Goes through the first micro-batch of each shape, and through the last one, which finds the gradients of
-        others there."""
+        """Runs the first micro-batch of each shape, and the last one, which finds the gradients of others in memory."""
         keys = [key_of(task.inputs) for task in tasks]
         chosen = {keys.index(key) for key in keys} | {len(keys) - 1}
         if self.part.in_flight > 1:
@@ -116,7 +115,7 @@ class PlannedEngine(Engine):
         self.memory.step()
         return 0.0
 
-    # --- how it takes memory
+    # --- how it allocates memory
 
     def compute(self, inputs: dict[str, Any]):
         """This rank's part of the forward pass; the output has shapes and no data."""
@@ -127,7 +126,7 @@ class PlannedEngine(Engine):
         return output
 
     def forward_backward(self, inputs: dict[str, Any], *, is_last: bool, in_flight: int):
-        """One micro-batch. The backward pass has two moments, since one grows with the activations of all layers and
+        """One micro-batch. The backward pass has two phases, since one grows with the activations of all layers and
         the other with their gradients.
 
         Args:
@@ -163,7 +162,7 @@ class PlannedEngine(Engine):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Of a tensor."""
+    """Shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -180,7 +179,7 @@ def key_of(inputs: dict[str, Any]) -> tuple:
 
 
 def give_shapes(module: nn.Module, fake):
-    """Turns weights on the meta device into tensors that pass for CPU tensors; tied ones stay tied."""
+    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied."""
     twins: dict[int, nn.Parameter] = {}
     with fake:
         for part in module.modules():

@@ -1,4 +1,4 @@
-"""What a trainer is given instead of data, models and generators, so that its own code tells what it needs."""
+"""Substitutes for a trainer's data, models and generators, so that its own code shows what it needs."""
 
 import copy
 
@@ -68,7 +68,7 @@ class PlannedTokenizer:
 
 
 class LongestRows:
-    """Rows of the greatest length that the settings allow, no two alike.
+    """Rows of the maximum length that the settings allow, no two alike.
 
     Args:
         kind: as `build_dataset`.
@@ -104,11 +104,11 @@ class LongestRows:
 
 
 class PlannedFactory(Factory):
-    """Makes models without weights, and data of the greatest length.
+    """Makes models without weights, and data of the maximum length.
 
     Args:
         model_config_of: the transformers config of the model in a folder.
-        layers: that deeper models are cut down to.
+        layers: that deeper models are truncated to.
         part: which part of split models is this rank's.
 
     Attributes:
@@ -146,7 +146,7 @@ class PlannedFactory(Factory):
     def model(self, model_class, pretrained, *, lora=None):
         c, shape = self.config, copy.deepcopy(self.model_config_of(pretrained))
         depth = truncate_layers(shape, self.layers)
-        if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
+        if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
             shape.attention_dropout = shape.attn_pdrop = 0.0
         kind = describing_class(c)
         with torch.device("meta"):
@@ -156,7 +156,7 @@ class PlannedFactory(Factory):
                 add_adapter(model, pretrained)
         if c.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if self.on_gpu:  # tensors without data pass for a CPU's
+        if self.on_gpu:  # fake tensors are on the CPU
             model.max_logits = MAX_LOGITS["cuda"]
         model.depth = depth
         return model
@@ -190,7 +190,7 @@ class PlannedFactory(Factory):
 
 
 def truncate_layers(shape, layers: int) -> int:
-    """Leaves so many layers in a transformers config; returns how many there were."""
+    """Truncates a transformers config to so many layers; returns how many there were."""
     text = shape.get_text_config()
     depth = text.num_hidden_layers
     text.num_hidden_layers = min(layers, text.num_hidden_layers)

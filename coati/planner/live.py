@@ -21,7 +21,7 @@ class LiveMemory(TorchDispatchMode):
     ids, masks, and what an algorithm computes of them.
 
     Attributes:
-        moments: name of a moment -> bytes of every item when most was live in it.
+        moments: name of a phase -> bytes of every item when most was live in it.
         fake: makes tensors without data.
     """
 
@@ -43,7 +43,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def hold(self, tensors: Iterable[Tensor], item: Item, fraction: float = 1.0):
-        """Says what tensors are for, and which share of them this rank has."""
+        """Records what tensors are for, and which fraction of them this rank has."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -82,7 +82,7 @@ class LiveMemory(TorchDispatchMode):
             self._counts = before
 
     def begin_phase(self, name: str):
-        """From here on the peak counts for this moment of the run."""
+        """From here on the peak counts for this phase of the run."""
         self._phase = name
         self._note_peak()
 

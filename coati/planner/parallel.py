@@ -12,7 +12,7 @@ from coati.parallel.decoders import check_splits, find_decoder
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ways each kind of parallelism cuts the run."""
+    """How many ways each kind of parallelism splits the run."""
 
     data: int
     tensor: int
@@ -61,7 +61,7 @@ class Part:
         return whole
 
     def reduce_to_part(self, model: BaseModel):
-        """Leaves this part in the model."""
+        """Reduces the model to this part."""
         tensor, stages = self.sizes.tensor, self.sizes.pipeline
         if tensor > 1 or stages > 1:
             check_splits(model, tensor, stages)
@@ -74,7 +74,7 @@ class Part:
             leave_out_other_stages(model, self.stage == 0, self.is_last)
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A model that is split gives the log-probs of all tokens, wanted or not."""
+        """A split model computes the log-probs of all tokens, whatever the targets."""
         if self.sizes.tensor * self.sizes.pipeline * self.sizes.sequence == 1:
             return inputs
         return {name: value for name, value in inputs.items() if name != "targets"}
@@ -91,7 +91,7 @@ class Part:
 
 
 def split_tensors(model: BaseModel, parts: int):
-    """Cuts the weights as tensor parallelism does; the cut model computes nonsense of the right shapes."""
+    """Shrinks the weights as tensor parallelism does; the model then computes nonsense of the right shapes."""
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
         for name in entry.column:
@@ -123,7 +123,7 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
 
 
 def _shrink(module: nn.Module, outputs: bool, parts: int):
-    """One rank's share of a linear layer's outputs, or of its inputs."""
+    """Leaves one rank's part of a linear layer's outputs, or of its inputs."""
     swapped = not isinstance(module, nn.Linear | nn.Embedding)  # transformers' Conv1D
     dim = 0 if outputs != swapped else 1
     size = -(-module.weight.shape[dim] // parts)

@@ -64,7 +64,7 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
 
 
 def table(workload, found) -> str:
-    """GiB of every model and kind of memory at the worst instant, the largest one marked, and the phases' peaks."""
+    """GiB of every model and kind of memory at the peak, the largest one marked, and the phases' peaks."""
     c, peak = workload.config, found.peak
     models = [m for m in dict.fromkeys(model for model, _ in peak) if sum(peak[m, kind] for kind in KINDS) > MIB]
     kinds = [kind for kind in KINDS if sum(peak[m, kind] for m in models) >= 0.005 * GIB]
@@ -150,7 +150,7 @@ def _tell_algorithm(argv: list[str]) -> str:
 
 def _shapes(config) -> tuple[object, dict[str, object]]:
     """The transformers config of the model that is trained, and those of further models by what the settings name.
-    Models that don't exist yet are of the shape of `--model_config`, if that is given."""
+    Models that don't exist yet have the shape of `--model_config`, if that is given."""
     start = config.model_config or config.model
     if start is None:
         raise UserError("give --model FOLDER, or --model_config FILE with the config.json of its shape")

@@ -1,6 +1,6 @@
 """What scores samples, see `coati.rewards.base`.
 
-The classes are imported when they are asked for: the processes of `coati.rewards.pool` do without torch.
+The classes are imported when they are asked for: the processes of `coati.rewards.pool` don't load torch.
 """
 
 from importlib import import_module

@@ -21,10 +21,10 @@ from coati.rewards.config import PLAIN
 
 class SequenceClassifierReward(Reward):
     """Scores texts with a sequence classifier of transformers. Its tokenizer may be another than the policy's: prompt
-    and response are joined as text and tokenized anew.
+    and response are joined as text and tokenized again.
 
     Scores don't depend on how texts are batched and padded. Decoders (Llama, GPT-2, ...) are read at each text's last
-    token, told by the attention mask, so that a pad token which is also EOS, or stands in a text, does no harm.
+    token, found by the attention mask, so that a pad token which is also EOS, or stands in a text, does no harm.
 
     Args:
         model: folder or name of a checkpoint, or the model itself, which is put in evaluation mode and whose

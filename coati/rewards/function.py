@@ -15,12 +15,12 @@ OF_RESPONSES = ("response", "responses", "completion", "completions", "output", 
 
 
 class FunctionReward(Reward):
-    """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None for one that it
-    has no opinion on. It may name the columns that it takes instead: `function(prompts, responses, answer)`.
+    """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None to skip it.
+    It may name the columns that it takes instead: `function(prompts, responses, answer)`.
 
     Columns are lists with a value per response: the data's other fields, None where a row lacks one; `truncated`,
-    whether the response was cut at its greatest length; and the token ids of prompt and response, `input_ids`, with
-    `response_mask`, True on those that were sampled.
+    whether the response was truncated at its maximum length; and the token ids of prompt and response, `input_ids`,
+    with `response_mask`, True on those that were sampled.
 
     A function with the attribute `per_response = True` looks at each response alone, and is given one at a time.
 

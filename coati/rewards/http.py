@@ -17,7 +17,7 @@ BUSY = (408, 425, 429)  # statuses below 500 that another try may fix
 
 class HTTPReward(Reward):
     """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
-    number per response, or null for one that the endpoint has no opinion on. `columns` holds the data's other fields,
+    number per response, or null to skip one. `columns` holds the data's other fields,
     but for what JSON can't hold, and `truncated`.
 
     Args:

@@ -1,6 +1,6 @@
 """Scores samples one at a time in processes of their own, which can be ended, while generation goes on.
 
-Each process belongs to a thread that hands it one sample after another, waits for the score no longer than a limit,
+Each process belongs to a thread that sends it one sample after another, waits for the score up to a timeout,
 and replaces it where it hangs or dies. The processes import neither torch nor the run's script.
 """
 
@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sample: a score, None if the reward has no opinion on it, or why there is none."""
+    """The result for one sample: a score, None if the reward skips it, or the error."""
 
     score: float | None
     error: str = ""

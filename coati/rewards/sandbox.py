@@ -1,6 +1,6 @@
 """Runs a program that nobody has read, with its tests, where it can do no harm; docs/rewards.md says what that means.
 
-Linux only. Where the kernel gives no namespaces nothing is run: there is no weaker mode.
+Linux only. Where the kernel offers no namespaces nothing is run: there is no weaker mode.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from coati.errors import UserError
 
 MB = 1 << 20
-# the hash seed is fixed, so that a program which depends on the order of a set gets the same verdict on every process
+# the hash seed is fixed, so that a program which depends on the order of a set gets the same result on every process
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT |= {"HOME": "/sandbox", "TMPDIR": "/sandbox"}
 # of `resource`: bytes of address space a process, processes and threads at a time, bytes of a file, open files

@@ -45,7 +45,7 @@ class Scorer:
         self.have_worked: set[str] = set()  # rewards `per_response` that have scored a sample
 
     def check(self, rows: Sequence[dict[str, Any]]):
-        """Has every reward look at what it will score, before anything is generated.
+        """Has every reward check the rows that it will score, before anything is generated.
 
         Args:
             rows: the columns of some of the data's rows.
@@ -61,8 +61,8 @@ class Scorer:
         return {name: self.pool.submit(name, sample) for name in self.pooled}
 
     def score(self, samples: Sequence[Sample], begun: "Sequence[dict[str, Future[Outcome]]]" = ()) -> dict[str, float]:
-        """Fills in what the samples earned: `rewards`, `failed`, `score` and `token_rewards`. A sample that no reward
-        has an opinion on gets 0, and a line in the log.
+        """Fills in the samples' `rewards`, `failed`, `score` and `token_rewards`. A sample that all rewards skip gets
+        0, and a line in the log.
 
         Args:
             begun: what `begin` gave for each sample; if not given, they are begun now.
@@ -196,7 +196,7 @@ def _number(name: str, value, sample: Sample, must: str) -> float:
     if not math.isfinite(number):
         raise UserError(
             f"reward {name!r} gave {number} for the response {sample.response[:80]!r}: a reward must be finite, or "
-            "None for a response that it has no opinion on"
+            "None to skip a response"
         )
     return number
 

@@ -1,7 +1,7 @@
-r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, told from the data's own columns.
+r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, by the data's own columns.
 
 Each scores a response by itself (`per_response`), so that it can work while others are still being generated. The rules
-stand in docs/rewards.md. What stands in `<think>` tags is not read, and of `<answer>` tags only the last.
+are in docs/rewards.md. Text in `<think>` tags is skipped, and of `<answer>` tags only the last is read.
 """
 
 import inspect
@@ -41,7 +41,7 @@ ARTICLE = re.compile(r"(?<!\S)(?:the\s+(?=\w)|an?\s+(?=[^\W\d_]{2}))")
 
 @dataclass
 class Verifier(Reward):
-    """A rule; `verdict` is what each fills in.
+    """A rule; each defines `score_sample`.
 
     Args:
         answer_column: the data's column with the right answer, or a list of them.

@@ -1,4 +1,4 @@
-"""Generation, scored samples, and what is learned from them."""
+"""Generation, scored samples, and the experience that policies are trained on."""
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.batch import Experience, RolloutBatch

@@ -1,7 +1,7 @@
-"""Where a policy's rollouts come from: prompts are completed, completions scored, and made a batch.
+"""Where a policy's rollouts come from: prompts are completed, and completions are scored and batched.
 
-`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates when it is asked, with the weights
-of now, one turn per prompt.
+`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates on demand, with the
+current weights, one turn per prompt.
 """
 
 import time
@@ -20,7 +20,7 @@ from coati.samples import Sample, SampleGroup
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked in an iteration.
+    """A prompt of an iteration.
 
     Attributes:
         row: number of the data's row; seed: of the response's noise.
@@ -35,7 +35,7 @@ class Prompt:
 
     @classmethod
     def from_sample(cls, sample: Sample) -> "Prompt":
-        """What was asked for a sample, without noise to draw from."""
+        """The prompt of a sample, without a seed."""
         first = sample.response_mask.index(True)
         return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
 
@@ -48,14 +48,14 @@ class RolloutSource(Protocol):
         same on all ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What must be remembered to go on, as JSON."""
+        """What must be saved to resume, as JSON."""
 
     def load_state(self, state: dict[str, Any], k: int):
         """The inverse of `state`; iteration k comes next."""
 
 
 class ScoredGeneration:
-    """Completes prompts and scores what came of them.
+    """Completes prompts and scores the responses.
 
     Rewards that work in processes of their own begin with a sample as soon as it has ended.
 
@@ -106,7 +106,7 @@ class ScoredGeneration:
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples, and how many seconds this rank spent on what."""
+    """Samples, and the seconds that this rank spent on each part."""
 
     samples: list[Sample]
     seconds: dict[str, float]
@@ -133,15 +133,15 @@ class RolloutShape:
 class SynchronousRollouts:
     """The policy completes iteration k's prompts when they are asked for.
 
-    With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all earn the same are
-    replaced by those of further prompts, up to so many times.
+    With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all have the same reward
+    are replaced by groups of further prompts, up to so many times.
 
     Args:
         data: rows of `PromptSample`.
         order: the rows of each batch (`BatchSampler`).
         ranks: those that see different data (`Communicator`).
         sampling: how iteration k's tokens are drawn.
-        max_refills: None to take every group as it is.
+        max_refills: None for no dynamic sampling.
 
     Attributes:
         position: rows of the data, epoch after epoch, that have been drawn.
@@ -176,7 +176,7 @@ class SynchronousRollouts:
         return RolloutBatch.from_samples(samples, self.pad_id, temperature, self.device), metrics
 
     def prompts_of(self, k: int) -> list[Prompt]:
-        """This rank's prompts of iteration k where every group is taken as it is."""
+        """This rank's prompts of iteration k without dynamic sampling."""
         self.position = self.order.position(k)
         local_rows = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
         return self._prompts(k, local_rows)
@@ -197,7 +197,7 @@ class SynchronousRollouts:
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
     def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        """All ranks see all groups and choose alike."""
+        """Dynamic sampling: all ranks see all groups and choose alike."""
         wanted, world, rank = self.shape.prompts, self.ranks.world_size, self.ranks.rank
         kept: list[SampleGroup] = []
         spare: list[SampleGroup] = []
@@ -243,14 +243,14 @@ class SynchronousRollouts:
 
 
 def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
-    """A row of prompt data as what is asked."""
+    """A row of prompt data as a `Prompt`."""
     found = data[row]
     return Prompt(row, seed, found.input_ids, found.text, found.columns)
 
 
 def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
     """Means over all ranks' samples: the total reward with its standard deviation, each reward (over the samples that
-    it has an opinion on), lengths and how responses ended."""
+    it scores), lengths and how responses ended."""
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
@@ -273,7 +273,7 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
 
 
 def seconds_of(rounds: Sequence[Scored]) -> dict[str, float]:
-    """What generation and rewards took on this rank, `seconds/...`."""
+    """Seconds of generation and rewards on this rank, `seconds/...`."""
     total: Counter[str] = Counter()
     for found in rounds:
         total.update(found.seconds)

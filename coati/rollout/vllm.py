@@ -1,8 +1,8 @@
 """vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
 
-It starts when a model first generates and stays as long as the model. The weights are handed over before each
-batch of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
-before all else. So vLLM's temperature stays at 1, and its model's logits are scaled.
+It starts when a model first generates and stays as long as the model. The weights are synced before each batch
+of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
+before anything else. So vLLM's temperature stays at 1, and its model's logits are scaled.
 """
 
 import copy
@@ -26,20 +26,20 @@ from coati.rollout.prompts import suppressed_ids
 # read by vLLM when it is imported; what the user has set stays
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it moves training's threads to other cores
-    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each handing over that tables were not in it
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each weight sync that tables were missing
     "VLLM_NO_USAGE_STATS": "1",
 }
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
 
 
 class VLLMEngine:
-    """Answers requests with the weights that `model` has now. A random number is drawn otherwise than in
-    `RolloutEngine`: the same seed gives another answer. Each process has its own vLLM, and all must start it together.
+    """Completes requests with the weights that `model` has now. Random numbers differ from those of `RolloutEngine`:
+    the same seed gives another response. Each process has its own vLLM, and all must start it together.
 
     Args:
-        model: an `Actor` with all its weights at hand (`Engine.full()`); adapters are added in for vLLM.
+        model: an `Actor` with unsharded weights (`Engine.full()`); adapters are merged for vLLM.
         eos_ids: tokens that end a response.
-        stop: says which responses hold a text that ends them; they are drawn to their end first, and then cut.
+        stop: says which responses contain a stop string; they are sampled to their end first, and then truncated.
         slots: rows that are generated together, as of a model's first engine.
     """
 
@@ -56,34 +56,34 @@ class VLLMEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion a request, in their order.
+        """One completion per request, in their order.
 
         Args:
             on_done: called with each request's place and its completion when all have ended.
 
         Raises:
-            UserError: an empty prompt, one that leaves no room for its answer, or a model that vLLM doesn't run.
+            UserError: an empty prompt, one that leaves no room for its response, or a model that vLLM doesn't support.
         """
         if not requests:
             return []
         with _preserving_process_state(next(self.model.parameters()).device):
             os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in this process
             if self.model not in _engines:
                 _engines[self.model] = _start(self.model, self.config, self.slots)
             llm = _engines[self.model]
             self.check(requests, llm.llm_engine.model_config.max_model_len)
             llm.collective_rpc(_load_weights, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
             if not llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept keys and values of the weights before")
+                raise RuntimeError("vLLM kept the KV cache of earlier weights")
             prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
             try:
                 outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
             except RuntimeError as error:
-                if "Unsupported" not in str(error):  # an attention of another width is noticed here only
+                if "Unsupported" not in str(error):  # an unsupported head width is only noticed here
                     raise
                 kind = type(self.model.transformer).__name__
-                raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
+                raise UserError(f"vLLM does not support this {kind}: {str(error).splitlines()[0]}") from error
         return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
 
     def check(self, requests: Sequence[Request], longest: int):
@@ -94,7 +94,7 @@ class VLLMEngine:
                 raise UserError(f"prompt {i} is empty: generation starts from at least one token")
             if (length := len(request.prompt) + self.limit(request)) > longest:
                 raise UserError(
-                    f"prompt {i} and its answer may have {length} tokens, and vLLM holds {longest} of this model: "
+                    f"prompt {i} and its response may have {length} tokens, and vLLM's KV cache holds {longest}: "
                     "raise vllm_cache if the model's max_position_embeddings allow more"
                 )
 
@@ -159,21 +159,21 @@ def _start(model, config: GenerationConfig, slots: int):
             )
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
-    # at its end it would take torch's process group with it, which is training's
+            raise UserError(f"vLLM does not support this {type(transformer).__name__}: {reason}") from error
+    # at its end it would destroy torch's process group, which is training's
     llm.llm_engine.engine_core._finalizer.detach()
     return llm
 
 
 def vllm_memory(model, config: GenerationConfig) -> dict[str, int]:
-    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and keys and values."""
+    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and the KV cache."""
     weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
     width = next(model.parameters()).dtype.itemsize
     return {"parameters": width * sum(weights.values()), "KV cache": int(config.vllm_cache * 2**30)}
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:
-    """The weights by their names in a checkpoint, with adapters added in."""
+    """The weights by their names in a checkpoint, with adapters merged."""
     from transformers.core_model_loading import revert_weight_conversion
 
     whole = merged(model.model) if model.has_adapter else model.transformer

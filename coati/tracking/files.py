@@ -37,10 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; none if it is absent. A last line torn by a crash is left out.
+    """The records of a JSON-lines file; none if it is absent. A last line truncated by a crash is skipped.
 
     Raises:
-        UserError: a line other than a torn last one is not a JSON object.
+        UserError: a line other than a truncated last one is not a JSON object.
     """
     if not path.exists():
         return
@@ -103,5 +103,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; mend it or remove it.")
+        raise UserError(f"{path} is not a JSON object; fix it or remove it.")
     return value

@@ -29,7 +29,7 @@ TITLES = {
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",
 }
-# The charts that a stage opens with, in order; the first that it has is its headline.
+# The charts that a stage opens with, in order; the first that it has is its main metric.
 _SPEED = (r"grad.*norm", r"learning_rate|(^|/)lr$", r"tokens_per_second")
 _REINFORCEMENT = (
     r"^(reward|score)s?(/mean)?$",

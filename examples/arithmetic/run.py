@@ -107,7 +107,7 @@ def accuracy(model: Path, prompts: Path, seed: int, n: int = 1) -> float:
 
 
 def pairs(model: Path, prompts: Path, seed: int) -> Path:
-    """A right and a wrong answer of the model to each prompt where eight tries gave both."""
+    """A right and a wrong response to each prompt for which eight samples gave both."""
     path = prompts.with_name(prompts.name.replace("prompts", "pairs"))
     if not path.exists():
         answered = [a for a in answers(model, prompts, seed, 8) if a.teaches]

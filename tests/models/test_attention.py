@@ -76,7 +76,7 @@ def test_a_model_without_sdpa_runs(tmp_path):
     model = Actor(config=config).eval()
     assert attention_of(model) == "eager"
     assert model(*padded(rows(), "right")).isfinite().all()
-    with pytest.raises(UserError, match="can't be split: its attention is more than sdpa computes"):
+    with pytest.raises(UserError, match="can't be split: sdpa doesn't support its attention"):
         use_sequence_parallel_attention(model.transformer, None)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, in one process without a process group."""
+"""Atomic checkpoints, in one process without a process group."""
 
 import errno
 import os

@@ -128,7 +128,7 @@ def test_a_bad_reply_is_an_error_at_once(body, server):
     assert len(server.asked) == 1
 
 
-def test_null_from_an_endpoint_is_no_opinion(server):
+def test_null_from_an_endpoint_skips_the_response(server):
     """REPORT 30."""
     server.script = [{"rewards": [1.0, None, 2]}]
     found = scored(Scorer([(reward(server), 2.0), (Constant(0.5), 1.0)]), PROMPTS, RESPONSES)

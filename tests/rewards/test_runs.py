@@ -132,8 +132,8 @@ def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generate
         make(tiny_world, runtime, tmp_path / "run", **changes | {"reward_functions": places})
 
 
-def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
-    """REPORT 30: its mean is that of the responses that it has an opinion on, in training and evaluation."""
+def test_a_reward_that_skips_responses_in_a_run(tiny_world, runtime, tmp_path):
+    """REPORT 30: its mean is that of the responses that it scores, in training and evaluation."""
     (tmp_path / "rules.py").write_text(
         "def some(prompts, responses, kind, **c):\n    return [None if k == 'chat' else 3.0 for k in kind]\n"
         "def none(prompts, responses, **c):\n    return [None] * len(responses)\n"

@@ -170,7 +170,7 @@ def test_what_vllm_can_not_do_is_named(actors):
 
 
 def test_a_model_that_vllm_does_not_run_is_named(vllm):
-    with pytest.raises(UserError, match="does not run this LlamaForCausalLM"):
+    with pytest.raises(UserError, match="does not support this LlamaForCausalLM"):
         complete(Actor(config=tiny_config("llama")).eval(), [Request([3])])
 
 

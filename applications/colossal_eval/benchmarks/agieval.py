@@ -41,7 +41,7 @@ def _only(folder: Path, name: str) -> Path | None:
 
 
 def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:
-    """Odd rows hold an example a task as Python literals, even ones their explanations."""
+    """Odd rows hold one example per task as Python literals, even ones their explanations."""
     rows = csv_rows(path)
     _, header = next(rows)
     samples = [(line, cells) for line, cells in rows if cells[0].startswith("sample")]
@@ -52,8 +52,8 @@ def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:
             column = "sat-en" if name == "sat-en-without-passage" else name
             cell = cells[header.index(column)] if column in header[: len(cells)] else ""
             if cell:
-                place = f"{path}:{line} ({name})"
-                yield make_row("dev", name, place, _example, cell, f"{name}/dev/{number}")
+                location = f"{path}:{line} ({name})"
+                yield make_row("dev", name, location, _example, cell, f"{name}/dev/{number}")
 
 
 def _example(cell: str, id: str) -> Question:

@@ -81,8 +81,8 @@ def _tables(benchmark: str, root: Path, table: dict, folders: dict, suffix: str,
             for number, (line, cells) in enumerate(csv_rows(path, header)):
                 if header is not None:
                     cells = cells[1:7]
-                id, place = f"{subject}/{split}/{number}", f"{path}:{line}"
-                yield make_row(split, subject, place, lettered, benchmark, id, cells)
+                id, location = f"{subject}/{split}/{number}", f"{path}:{line}"
+                yield make_row(split, subject, location, lettered, benchmark, id, cells)
 
 
 def gsm8k(folder: Path) -> Iterator[Row]:
@@ -126,8 +126,8 @@ def mt_bench(folder: Path) -> Iterator[Row]:
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"{path}:{line} is no reference answer ({error}): get the file again") from None
     for line, value in jsonl_rows(root / "question.jsonl"):
-        place = f"{root / 'question.jsonl'}:{line}"
-        yield make_row("test", "mt_bench", place, _dialogue, value, references)
+        location = f"{root / 'question.jsonl'}:{line}"
+        yield make_row("test", "mt_bench", location, _dialogue, value, references)
 
 
 def _dialogue(value: dict | ValueError, references: dict) -> Question:

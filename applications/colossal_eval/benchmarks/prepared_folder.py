@@ -54,14 +54,14 @@ def write_questions(rows: Iterable[Row], folder: Path, subjects: list[str]) -> C
         if subjects and row.subject not in subjects:
             continue
         if isinstance(row.questions, ValueError):
-            found.problems.append(f"{row.place}: {row.questions}")
+            found.problems.append(f"{row.location}: {row.questions}")
             continue
         found.rows[row.split, row.subject] += 1
         if not row.questions:
             found.inseparable[row.subject] += 1
         for question in row.questions:
             if question.id in ids:
-                raise UserError(f"{row.place}: the question {question.id} is there twice")
+                raise UserError(f"{row.location}: the question {question.id} is there twice")
             ids.add(question.id)
             found.questions[row.split, row.subject] += 1
         path = folder / row.split / f"{row.subject}.jsonl"

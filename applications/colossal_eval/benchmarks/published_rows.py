@@ -19,25 +19,27 @@ class Row:
 
     Attributes:
         split: "dev" or "test".
-        place: `file:line`, or `file: entry N`.
+        location: `file:line`, or `file: entry N`.
     """
 
     split: str
     subject: str
-    place: str
+    location: str
     questions: list[Question] | ValueError
 
 
-def make_row(split: str, subject: str, place: str, make: Callable[..., Question | list[Question]], *arguments) -> Row:
+def make_row(
+    split: str, subject: str, location: str, make: Callable[..., Question | list[Question]], *arguments
+) -> Row:
     """The row of what `make(*arguments)` returns, or of the ValueError that it or `check` raises."""
     try:
         made = make(*arguments)
         questions = made if isinstance(made, list) else [made]
-        return Row(split, subject, place, [check(question) for question in questions])
+        return Row(split, subject, location, [check(question) for question in questions])
     except (KeyError, TypeError) as error:
-        return Row(split, subject, place, ValueError(f"a field is missing or of the wrong type ({error})"))
+        return Row(split, subject, location, ValueError(f"a field is missing or of the wrong type ({error})"))
     except ValueError as error:
-        return Row(split, subject, place, error)
+        return Row(split, subject, location, error)
 
 
 def find_root(folder: Path, parts: list[str], inside: tuple[str, ...], expected: str) -> Path:

@@ -41,7 +41,7 @@ def settle(first: str, second: str) -> float:
 
 
 def summarize(records: Sequence[dict]) -> dict:
-    """Ratings and comparisons, from records of `judge.py`; those without a verdict are counted and left out.
+    """Ratings and comparisons, from records of `judge.py`; those without a verdict are counted and skipped.
 
     A question's turns are averaged before anything else, so that errors are over questions, which are independent.
     """

@@ -1,4 +1,4 @@
-"""Charts of a report as inline SVG, by matplotlib: bars a category, and a radar plot."""
+"""Charts of a report as inline SVG, by matplotlib: bars per category, and a radar plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GRAY = "#8a93a3"  # readable on coati's light and dark pages
 
 
 def bars(rows: list[dict], models: list[str]) -> str:
-    """A bar a category and model with its standard error, and a stroke where blind guessing ends."""
+    """A bar per category and model with its standard error, and a mark at the score of random guessing."""
     groups = [
         (f"{title(row)}: {name}", row["random"], [row["models"][model]["categories"][name] for model in models])
         for row in rows
@@ -35,7 +35,7 @@ def bars(rows: list[dict], models: list[str]) -> str:
 
 
 def radar(rows: list[dict], models: list[str]) -> str:
-    """An axis a benchmark, or a category where there are fewer than three benchmarks."""
+    """An axis per benchmark, or per category where there are fewer than three benchmarks."""
     axes_of = {title(row): [row["models"][model]["mean"]["value"] for model in models] for row in rows}
     if len(axes_of) < 3:
         axes_of = {

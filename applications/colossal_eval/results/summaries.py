@@ -24,10 +24,10 @@ def title(row: dict) -> str:
     return row["benchmark"] + KINDS[row["kind"]]
 
 
-def headline(benchmark: str, kind: str, records: list[dict]) -> str:
+def main_metric(benchmark: str, kind: str, records: list[dict]) -> str:
     """The metric of the table: the benchmark's own, if it was computed."""
     there = records[0]["scores"]
-    wanted = SETTINGS[benchmark].headline if kind == "single_choice" else "exact_match"
+    wanted = SETTINGS[benchmark].main_metric if kind == "single_choice" else "exact_match"
     return wanted if wanted in there else next(iter(there))
 
 
@@ -96,7 +96,7 @@ def report_rows(output: Path, models: list[str], benchmarks: list[str]) -> list[
 
 def _row(benchmark: str, kind: str, columns: Columns) -> dict:
     first = next(iter(columns.values()))
-    metric = headline(benchmark, kind, first)
+    metric = main_metric(benchmark, kind, first)
     return {
         "benchmark": benchmark,
         "kind": kind,

@@ -1,7 +1,7 @@
 """The lm-evaluation-harness task of one subject and kind of question, over our task files.
 
 Requests are lm-eval's ordinary ones (`loglikelihood` of each way to write each letter; `generate_until`), so that any
-of its models can answer them. Ours adds what needs a tokenizer: which ways of writing a letter are one token after the
+of its models can run them. Ours adds what needs a tokenizer: which ways of writing a letter are one token after the
 prompt, and whether a prompt fits.
 """
 
@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         styles: how letters may be written after it.
-        dropped: few-shot examples left out, since they did not fit.
+        dropped: few-shot examples skipped, since they did not fit.
         fits: False if the question doesn't fit even alone; it is not asked then and scores 0.
     """
 
@@ -43,8 +43,8 @@ class Context:
 
 
 @dataclass
-class Given:
-    """What a model gave for a question, by method; empty for a question that was not asked.
+class ModelOutput:
+    """A model's output for a question, by method; empty for a question that was not asked.
 
     Attributes:
         letters: log-probs of the choices' letters, in nats.
@@ -187,9 +187,9 @@ class QuestionTask(Task):
 
     # --- scores
 
-    def given(self, question: Question, results: list) -> Given:
-        """What the model gave, from the results of the requests of `construct_requests`."""
-        found, results = Given(), [result for result in results if result is not None]
+    def model_output(self, question: Question, results: list) -> ModelOutput:
+        """The model's output, from the results of the requests of `construct_requests`."""
+        found, results = ModelOutput(), [result for result in results if result is not None]
         if not results:
             return found
         if "first_token" in self.methods:
@@ -206,7 +206,7 @@ class QuestionTask(Task):
     def process_results(self, doc, results):
         """Scores by name; each question of a task has the same names."""
         question = Question(**doc)
-        given = self.given(question, results)
+        given = self.model_output(question, results)
         scores: dict[str, float] = {}
         if "first_token" in self.methods:
             right = question.labels.index(question.answers[0])

@@ -1,4 +1,4 @@
-"""What a generated text is worth: the answer that it states, beside those that are accepted."""
+"""The score of a generated text: whether the answer that it states is accepted."""
 
 from __future__ import annotations
 

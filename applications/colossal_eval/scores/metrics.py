@@ -1,4 +1,4 @@
-r"""What a question's answer is worth, and means with their standard errors. Pure functions; log-probs are in nats.
+r"""Scores of answers, and means with their standard errors. Pure functions; log-probs are in nats.
 
 Means: with scores x_1 ... x_n of the questions, the mean m = sum(x) / n has the standard error
 se = sqrt(sum((x - m)^2) / (n (n - 1))). The macro mean over k subjects is the mean of their means, with
@@ -69,7 +69,7 @@ def multi_choice(given: Sequence[str], right: Sequence[str], labels: Sequence[st
 
 
 def random_guess(kind: str, labels: Sequence[str], answers: Sequence[str]) -> float:
-    r"""What blind guessing earns on average: 1 / choices for one letter; for several, `multi_choice` averaged over all
+    r"""The average score of blind guessing: 1 / choices for one letter; for several, `multi_choice` averaged over all
     non-empty sets of letters; 0 for free text."""
     if kind == "single_choice":
         return 1 / len(labels)

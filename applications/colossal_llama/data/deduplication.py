@@ -26,7 +26,7 @@ class Deduplication:
     threshold: float = 0.8
 
     def signatures(self, texts: list[str]) -> list[bytes]:
-        """One a text: empty (none), a SHA-256 (exact, 32 bytes) or a MinHash of its shingles (512 bytes)."""
+        """One per text: empty (none), a SHA-256 (exact, 32 bytes) or a MinHash of its shingles (512 bytes)."""
         if self.kind == "none":
             return [b""] * len(texts)
         if self.kind == "exact":
@@ -53,7 +53,7 @@ class Deduplication:
     def _is_first_of_its_kind(self, signatures: Iterable[bytes]) -> np.ndarray:
         from datasketch import LeanMinHash, MinHashLSH
 
-        # what is a false candidate here is found out below, what is missed here is missed for good
+        # false candidates are rejected below; missed ones stay missed
         index = MinHashLSH(threshold=self.threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
         kept: dict[int, np.ndarray] = {}
         is_first = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colossal_llama.data.left_out_rows import Problem
+from colossal_llama.data.skipped_rows import Problem
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Counts:
     trained_tokens: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def as_dict(self, max_length: int) -> dict[str, float]:
         """With the share of the positions that are padding once rows are padded to `max_length`."""
@@ -40,8 +40,8 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
         encoded = batch["category"].dictionary_encode()
         codes = encoded.indices.to_numpy()
         for code, name in enumerate(encoded.dictionary.to_pylist()):
-            mine = codes == code
-            counts = Counts(0, int(mine.sum()), int(lengths[mine].sum()), int(trained[mine].sum()))
+            rows = codes == code
+            counts = Counts(0, int(rows.sum()), int(lengths[rows].sum()), int(trained[rows].sum()))
             found[name] = found.get(name, Counts()) + counts
     return dict(sorted(found.items()))
 
@@ -65,7 +65,7 @@ def summarize(buckets: list[dict[str, Counts]], max_length: int) -> dict:
 
 
 def print_tables(manifest: dict) -> None:
-    """The manifest's figures by category and by bucket, and what was left out, on stdout."""
+    """The manifest's figures by category and by bucket, and what was skipped, on stdout."""
     from rich.console import Console
 
     console = Console()
@@ -74,7 +74,7 @@ def print_tables(manifest: dict) -> None:
     console.print(_table("bucket", {**{bucket["folder"]: bucket for bucket in manifest["buckets"]}, **total}))
     for kind in ("bad_rows", "dropped"):
         for problem in manifest[kind]:
-            print(f"left out {Problem(**problem)}")
+            print(f"skipped {Problem(**problem)}")
 
 
 def _table(title: str, rows: dict[str, dict]):

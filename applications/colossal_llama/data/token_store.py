@@ -1,4 +1,4 @@
-"""Tokenized documents on disk: a file for each part of the input, which is there whole or not at all."""
+"""Tokenized documents on disk: a file for each part of the input, written atomically."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from coati.files import atomic_write
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.document_tokens import encode, text_tokenizer
 from colossal_llama.data.documents import Document, Part, read_documents
-from colossal_llama.data.left_out_rows import Problem, Problems
 from colossal_llama.data.quality_filters import Filters
+from colossal_llama.data.skipped_rows import Problem, Problems
 
 BATCH = 256  # documents in one call of the tokenizer
 

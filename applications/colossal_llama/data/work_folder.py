@@ -1,4 +1,4 @@
-"""The folder in which an output is made: OUTPUT.partial, until it is whole and is renamed."""
+"""The folder in which an output is made: OUTPUT.partial, until it is complete and renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS, MANIFEST, LOCK = "settings.json", "manifest.json", "lock"
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Paths in the folder; what has its final name in it is whole."""
+    """Paths in the folder; what has its final name in it is complete."""
 
     path: Path
     output: Path
@@ -33,7 +33,7 @@ class WorkFolder:
         return self.path / f"bucket_{number:05d}"
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file whole; returns its path."""
+        """Write a file atomically; returns its path."""
         replace_file(self.path / name, text)
         return self.path / name
 
@@ -92,5 +92,5 @@ def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     if changed or begun.keys() != settings.keys():
         differences = ", ".join(f"{name} was {begun.get(name)}, is {settings[name]}" for name in changed)
         raise UserError(
-            f"{work.path} was begun with other settings ({differences}); give the same ones to go on, or remove it."
+            f"{work.path} was begun with other settings ({differences}); give the same ones to continue, or remove it."
         )

@@ -100,7 +100,7 @@ def summarize(output: Path, arguments, seconds: float):
 
 
 def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
-    """Tokens a character of the held-out texts."""
+    """Tokens per character of the held-out texts."""
     from transformers import AutoTokenizer
 
     lines = ["| tokenizer | vocabulary | tokens per character, English | Chinese |", "|---|---|---|---|"]
@@ -115,7 +115,7 @@ def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
 
 
 def bits(losses: Sequence[float], texts: Sequence[str]) -> float:
-    """Bits a character."""
+    """Bits per character."""
     return sum(losses) / sum(map(len, texts)) / math.log(2)
 
 
@@ -169,7 +169,7 @@ def interval(nats: np.ndarray, characters: np.ndarray) -> tuple[float, float]:
 
 
 def curves(output: Path, arguments) -> str:
-    """Bits a Chinese character of the evaluation rows while the knowledge is taken in, by Chinese characters seen."""
+    """Bits per Chinese character of the evaluation rows during training, by Chinese characters seen."""
     lines, data = [], output / "data"
     for color, arm in enumerate(arguments.arms):
         tokenizer = "english" if arm == "no extension" else "extended"

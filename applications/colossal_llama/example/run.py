@@ -1,9 +1,9 @@
-"""A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and what each is worth.
+"""A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and its effect.
 
 python applications/colossal_llama/example/run.py --text FOLDER            # half an hour on two cores
 python applications/colossal_llama/example/run.py --text FOLDER --seeds 2  # and the README's table and plot
 
-FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed goes on.
+FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed continues.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main():
     for seed in range(arguments.seeds):
         english = pretrain(output / f"seed{seed}", data, seed, arguments)
         for arm in arguments.arms:
-            carry_on(arm, english, output / f"seed{seed}", data, seed, arguments)
+            continue_training(arm, english, output / f"seed{seed}", data, seed, arguments)
     measure(output, arguments)
     summarize(output, arguments, time.monotonic() - started)
 
@@ -87,7 +87,7 @@ def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
     return train_stages(plan, folder / "english", data, "english", arguments)
 
 
-def carry_on(arm: str, english: Path, folder: Path, data: Path, seed: int, arguments) -> Path:
+def continue_training(arm: str, english: Path, folder: Path, data: Path, seed: int, arguments) -> Path:
     """The English model after the three stages, in one of the ways."""
     tokenizer, rule, replay = ARMS[arm]
     model = english

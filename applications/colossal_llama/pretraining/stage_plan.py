@@ -24,7 +24,7 @@ class Plan:
 
     @staticmethod
     def is_finished(stage: PretrainConfig) -> bool:
-        """Whether the stage has left its model and may be gone past."""
+        """Whether the stage has left its model and may be skipped."""
         return stage.resume == "auto" and (Path(stage.output_dir) / FINAL_MODEL).is_dir()
 
 

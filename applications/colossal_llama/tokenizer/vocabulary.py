@@ -2,8 +2,8 @@
 
 Two kinds of tokenizer differ in what a piece is made of and in which merges it gets:
 
-- byte-level (GPT-2, Llama-3, Qwen): one symbol a byte; a piece has the merges that are added for it;
-- sentencepiece (Llama-2, Mistral, Gemma): one symbol a character, spaces as "▁", bytes for unknown characters.
+- byte-level (GPT-2, Llama-3, Qwen): one symbol per byte; a piece has the merges that are added for it;
+- sentencepiece (Llama-2, Mistral, Gemma): one symbol per character, spaces as "▁", bytes for unknown characters.
   sentencepiece joins any two neighbors whose join is a piece (`bpe_model.cc`), so a piece's merges are all its splits
   into two pieces, as transformers' `generate_merges` has them too.
 

@@ -1,10 +1,10 @@
-"""Generation with continuous batching: a finished row leaves at once, and a waiting prompt takes its place.
+"""Generation with continuous batching: a finished row frees its slot at once for a waiting prompt.
 
 The engine knows token ids only: prompts in; sampled ids, their log-probs and finish reasons out.
 
-The state of the rows (last token, length, keys and values) lives on the device, and a step needs nothing from the host.
-So on a GPU the host is a step behind: it launches a step before it has read the tokens of the one before, and a row
-that ended there is computed once in vain.
+The state of the rows (last token, length, KV cache) is on the device, and a step needs nothing from the host. So on a
+GPU the host is a step behind: it launches a step before it has read the tokens of the previous one, and a row that
+ended there is computed once in vain.
 """
 
 from collections import deque
@@ -30,10 +30,10 @@ SHORTEST_PREFIX = 16  # a shorter common prefix of all prompts is not worth a pa
 
 @dataclass
 class _Row:
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-        drawn: tokens that have been drawn on the device; the completion may lack the last one still.
+        drawn: tokens that have been sampled on the device; the completion may still lack the last one.
     """
 
     index: int
@@ -63,7 +63,7 @@ class _Prefilled:
 
 
 class _Slots:
-    """What the device knows of the rows under way, by slot.
+    """The device's state of the rows in progress, by slot.
 
     Attributes:
         tokens: the last token of each row, int64 `[slots]`; log_probs: its log-prob, float32.
@@ -91,12 +91,12 @@ class RolloutEngine:
         model: an `Actor` with unsharded weights (`Engine.full()`).
         eos_ids: tokens that end a response.
         stop: says which rows end for another reason, from their responses so far; asked after every token.
-        slots: rows that are generated together, or fewer where the GPU's memory doesn't hold their keys and values.
+        slots: rows that are generated together, or fewer where the GPU has no memory for their KV cache.
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
         cuda_graphs: whether steps on a GPU may be captured.
 
     Attributes:
-        prompt_tokens, padding_tokens: what the model has read of prompts, and of padding beside them.
+        prompt_tokens, padding_tokens: prompt tokens that the model has read, and padding tokens.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RolloutEngine:
             on_done: called with a request's place and its completion as soon as that has ended.
 
         Raises:
-            UserError: an empty prompt, or a response that the GPU's memory can't hold.
+            UserError: an empty prompt, or a response whose KV cache exceeds the GPU's memory.
         """
         self.on_done = on_done
         rows = [self.make_row(i, request) for i, request in enumerate(requests)]
@@ -178,12 +178,12 @@ class RolloutEngine:
         from coati.rollout.engine.cache import stored_as
 
         tensors = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
-        of_a_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
+        bytes_per_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // of_a_slot)
+        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // bytes_per_slot)
         if fits == 0:
             raise UserError(
-                f"the keys and values of one response of {columns} tokens take {of_a_slot / 2**30:.1f} GiB, more than "
+                f"the KV cache of one response of {columns} tokens takes {bytes_per_slot / 2**30:.1f} GiB, more than "
                 "the GPU has free: lower max_new_tokens, or spread the model over more GPUs"
             )
         return min(wanted, fits)
@@ -191,7 +191,7 @@ class RolloutEngine:
     # --- prompts
 
     def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
-        """The model reads prompts, a batch at a time and as late as possible; what all begin with, once."""
+        """Prefills prompts, a batch at a time and as late as possible; their common prefix is read once."""
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
         shared = common_prefix_length([group[0].request.prompt for group in samples])
         prefix = self.prefill_batch(samples[:1], None, shared)[0] if shared else None
@@ -206,7 +206,7 @@ class RolloutEngine:
             yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(batch) for row in group]
 
     def prefill_batch(self, batch: list[list[_Row]], prefix, end: int | None = None):
-        """The keys and values of some prompts (up to `end`), and the logits of their next tokens."""
+        """The KV cache of some prompts (up to `end`), and the logits of their next tokens."""
         from transformers import DynamicCache
 
         from coati.rollout.engine.cache import share_prefix
@@ -297,7 +297,7 @@ class RolloutEngine:
             seen.scatter_(1, tokens[:, None], True)
 
     def start_download(self, rows: list[_Row], slots: slice):
-        """Tokens of these rows are on their way to the host; what has come by now is read."""
+        """Starts copying these rows' tokens to the host, and reads what has arrived."""
         for row in rows:
             row.drawn += 1
         self.downloads.append((list(rows), Download(self.state.tokens[slots], self.state.log_probs[slots])))
@@ -306,16 +306,16 @@ class RolloutEngine:
             self.finish_download()
 
     def finish_download(self):
-        """The host reads the tokens of the oldest step under way; rows that have ended leave."""
+        """Reads the tokens of the oldest pending step; rows that have ended free their slots."""
         rows, download = self.downloads.popleft()
-        under_way = []
+        in_progress = []
         for row, token, log_prob in zip(rows, *download.lists(), strict=True):
             if not row.ended:
                 row.completion.ids.append(token)
                 row.completion.log_probs.append(log_prob)
-                under_way.append(row)
-        stopped = self.stop([row.completion.ids for row in under_way]) if self.stop else [False] * len(under_way)
-        for row, stop in zip(under_way, stopped, strict=True):
+                in_progress.append(row)
+        stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
+        for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
             if row.ended and self.on_done:
                 self.on_done(row.index, row.completion)
@@ -329,7 +329,7 @@ class RolloutEngine:
         return "length" if len(row.completion.ids) == row.limit else ""
 
     def release_slots(self, leaves: list[bool]):
-        """Some rows give up their slots, to which the last ones move."""
+        """Frees the slots of some rows, to which the last rows move."""
         if not any(leaves):
             return
         remain = leaves.count(False)
@@ -347,7 +347,7 @@ class RolloutEngine:
 
 
 def common_prefix_length(prompts: list[Sequence[int]]) -> int:
-    """How many tokens all of several prompts begin with and go on after; 0 if they are too few to matter."""
+    """Length of the prompts' common prefix, at least one token less than each; 0 if it is too short to matter."""
     first, last = min(prompts), max(prompts)  # all others lie between them
     if first == last:
         return 0
@@ -358,8 +358,8 @@ def common_prefix_length(prompts: list[Sequence[int]]) -> int:
 
 
 def can_be_captured(model) -> bool:
-    """Whether a step of the model is the same sequence of kernels each time: not where processes work together, where
-    tokens choose their experts, or where rotary frequencies depend on the length."""
+    """Whether a step of the model is the same sequence of kernels each time: not with sharded models, expert
+    routing, or rotary frequencies that depend on the length."""
     config = model.transformer.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,8 +1,8 @@
-"""How the next token is chosen.
+"""Sampling of the next token.
 
 A draw is a function of the distribution, the row's key and the token's number, computed where the logits are: a race of
 exponential clocks (the Gumbel-max trick, Maddison et al., 1411.0030) on noise from a counter. So a sample depends on no
-neighbor, no other sample and no generator's state, a token of probability 0 is never drawn, and there is no cumulative
+other row, no other sample and no generator's state, a token of probability 0 is never drawn, and there is no cumulative
 sum, which on GPUs is neither monotonic nor the same each time.
 """
 
