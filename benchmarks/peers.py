@@ -57,7 +57,7 @@ def timed(trainer):
     trainer.add_callback(clock)
 
     def counted(model, inputs, *rest):
-        if isinstance(inputs, dict):  # GRPO's are prompts, before they are answered
+        if isinstance(inputs, dict):  # GRPO's are prompts, before they are completed
             mask = inputs.get("attention_mask")  # packed rows have none
             tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
         return step(model, inputs, *rest)

@@ -16,7 +16,7 @@ TRL works in environments of its own, which `make trl` makes; without them it is
     dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
     dpo-vocabulary                     as dpo-fixed, with a vocabulary of 32,768
     dpo-prompts                        as dpo-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
-    grpo-fixed, grpo-log-normal        answers as PPO's, four a prompt, 1 epoch, no reference
+    grpo-fixed, grpo-log-normal        responses as PPO's, four per prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
 

@@ -34,7 +34,7 @@ REPORTS = {
     26: "YAML words mean something else than the file says",
     27: "numbers without sense are accepted",
     28: "files and layouts that fail with a traceback",
-    29: "templates that mark an answer in several pieces, or take arguments",
+    29: "templates that mark a response in several pieces, or take arguments",
     30: "a reward that skips responses, or has another signature",
     31: "a run that failed at once blocks the corrected command",
     32: "warnings of newer libraries",

@@ -98,7 +98,7 @@ def _cases() -> list[Case]:
 
 
 def write_world(folder: Path, size: dict):
-    """Models, and rows of nearly the greatest length, those of SFT nearly all answer."""
+    """Models, and rows of nearly the maximum length, those of SFT nearly all response."""
     from benchmarks.world import words, write_models, write_rows
 
     write_models(folder, size)

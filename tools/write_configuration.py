@@ -52,7 +52,7 @@ def page() -> str:
         ("All runs: data", DataConfig, set()),
         ("All runs: plugin and precision", PluginConfig, set()),
         ("All runs: logs", TrackingConfig, set()),
-        ("Generation (SFT's samples, answers of PPO and GRPO)", GenerationConfig, set()),
+        ("Generation (SFT's samples, rollouts of PPO and GRPO)", GenerationConfig, set()),
         ("Reward models", RewardConfig, common),
         ("Preference optimization", PreferenceConfig, common),
         ("Rollouts (PPO and GRPO)", RolloutConfig, common),

@@ -59,7 +59,7 @@ def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages,
 
 
 def _halves(value: str) -> tuple[str, str]:
-    """Cut in the middle, or behind the tag that is there: templates look for `</think>` whole."""
+    """Split in the middle, or behind the tag that is there: templates look for an intact `</think>`."""
     middle = len(value) // 2
     opened = value.rfind("<", 0, middle)
     closed = value.find(">", opened) + 1
@@ -82,7 +82,7 @@ def _squeezed(template: ChatTemplate, messages: Messages, is_prompt: bool) -> st
 
 
 def _is_written(value: Any, place: Place, rendered: str | None) -> bool:
-    """Whether the rendered text has the whole value around its mark."""
+    """Whether the rendered text has the complete value around its mark."""
     sign = "".join(_sign(place).split())
     at = -1 if rendered is None else rendered.find(sign)
     if rendered is None or at < 0:

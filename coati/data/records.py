@@ -288,13 +288,13 @@ def _sides(row: _Row) -> tuple[Messages, Messages, Messages]:
     if "chosen" not in row or "rejected" not in row:
         raise ValueError("no `chosen` and `rejected` fields")
     chosen, rejected = row.turns("chosen", "assistant"), row.turns("rejected", "assistant")
-    whole = all(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
+    have_prompts = all(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
     before = set(row.taken)
     prompt = _prompt_of_pair(row)
     if prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
         # Some sets give the prompt and repeat it in front of both responses.
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    if prompt and not whole:
+    if prompt and not have_prompts:
         return prompt, chosen, rejected
     row.taken = before
     shared = 0

@@ -197,8 +197,8 @@ def _compare_with_prompt(template: ChatTemplate, name: str, prompt: str) -> list
             f"The chat template {name} ends a prompt with {opened!r}, which it does not write in front of a response "
             "that it is given: sampling starts from other text than training sees."
         ]
-    alone, whole = template.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
-    if whole[: len(alone)] != alone:
+    prompt_ids, dialogue_ids = template.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+    if dialogue_ids[: len(prompt_ids)] != prompt_ids:
         return [
             f"The chat template {name} ends a prompt in text that this tokenizer splits differently when an "
             "response follows: sampling starts from other tokens than training sees."

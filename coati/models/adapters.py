@@ -116,11 +116,11 @@ def merged(model: nn.Module) -> nn.Module:
         UserError: a quantization that can't be undone.
     """
     if is_quantized(model.get_base_model()):
-        whole = _dequantized(copy.deepcopy(model))
+        model_copy = _dequantized(copy.deepcopy(model))
     else:
-        whole = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
-    _untie(whole.get_base_model())
-    plain = whole.merge_and_unload()
+        model_copy = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
+    _untie(model_copy.get_base_model())
+    plain = model_copy.merge_and_unload()
     rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()
     if columns is not None and rows.weight is not columns.weight:
         plain.config.get_text_config().tie_word_embeddings = plain.config.tie_word_embeddings = False

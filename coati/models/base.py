@@ -183,9 +183,9 @@ class BaseModel(nn.Module):
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
         if self.has_adapter and merge:  # adapters aren't supported with sharded weights, so they are in the module
-            whole = merged(self.model)
-            whole = whole if dtype is None else whole.to(dtype)
-            whole.save_pretrained(str(folder), state_dict=whole.state_dict() | head)
+            merged_model = merged(self.model)
+            merged_model = merged_model if dtype is None else merged_model.to(dtype)
+            merged_model.save_pretrained(str(folder), state_dict=merged_model.state_dict() | head)
         elif self.has_adapter:
             more = has_more_tokens(self.model)
             self.model.save_pretrained(str(folder), state_dict=inner, save_embedding_layers=more)

@@ -55,10 +55,10 @@ class Part:
         """What generates under pipeline parallelism; None if the model itself does."""
         if self.sizes.pipeline == 1:
             return None
-        whole = copy.deepcopy(model)
+        full_model = copy.deepcopy(model)
         if self.sizes.tensor > 1:
-            split_tensors(whole, self.sizes.tensor)
-        return whole
+            split_tensors(full_model, self.sizes.tensor)
+        return full_model
 
     def reduce_to_part(self, model: BaseModel):
         """Reduces the model to this part."""

@@ -176,8 +176,8 @@ def _weights(model) -> list[tuple[str, torch.Tensor]]:
     """The weights by their names in a checkpoint, with adapters merged."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = merged(model.model) if model.has_adapter else model.transformer
-    return list(revert_weight_conversion(whole, whole.state_dict()).items())
+    transformer = merged(model.model) if model.has_adapter else model.transformer
+    return list(revert_weight_conversion(transformer, transformer.state_dict()).items())
 
 
 def _load_weights(worker, weights: list[tuple[str, torch.Tensor]], scale: float):

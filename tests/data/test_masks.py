@@ -1,4 +1,4 @@
-"""Answer masks come from where tokens start in the rendered text, for any template and any words."""
+"""Response masks come from where tokens start in the rendered text, for any template and any words."""
 
 import copy
 
@@ -35,9 +35,9 @@ def labels(sequence, tokenizer) -> str:
     return tokenizer.decode([i for i, m in zip(sequence.input_ids, sequence.loss_mask, strict=True) if m])
 
 
-def answers_text(name: str, answers: list[str], eos: str) -> str:
-    """What must be labeled: each answer (after a space in the default template) and its EOS."""
-    return "".join((" " if name == "default" else "") + answer + eos for answer in answers)
+def responses_text(name: str, responses: list[str], eos: str) -> str:
+    """What must be labeled: each response (after a space in the default template) and its EOS."""
+    return "".join((" " if name == "default" else "") + response + eos for response in responses)
 
 
 TRAPS = [
@@ -51,11 +51,11 @@ TRAPS = [
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("messages", TRAPS)
 def test_user_text_does_not_move_labels(name, messages, tokenizer_for):
-    """PITFALL 14: role names, the answer's text and special tokens in what a user writes."""
+    """PITFALL 14: role names, the response's text and special tokens in what a user writes."""
     tokenizer = tokenizer_for(name)
     sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert labels(sequence, tokenizer) == answers_text(name, answers, tokenizer.eos_token)
+    responses = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert labels(sequence, tokenizer) == responses_text(name, responses, tokenizer.eos_token)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -65,17 +65,17 @@ SYSTEM = st.one_of(st.none(), TEXT)
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=80, deadline=None)
 @given(system=SYSTEM, turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
-def test_labels_decode_to_the_answers_and_their_eos(name, system, turns, tokenizer_for):
-    """For any dialogue: the labeled tokens are exactly the answers, each with its EOS."""
+def test_labels_decode_to_the_responses_and_their_eos(name, system, turns, tokenizer_for):
+    """For any dialogue: the labeled tokens are exactly the responses, each with its EOS."""
     tokenizer = tokenizer_for(name)
-    # llama3 trims contents, and an answer's leading space may share a token with the header's newline.
-    turns = [(question.strip(), answer.strip()) for question, answer in turns]
-    assume(all(question and answer for question, answer in turns))
-    messages = [m for question, answer in turns for m in (user(question), assistant(answer))]
+    # llama3 trims contents, and a response's leading space may share a token with the header's newline.
+    turns = [(question.strip(), response.strip()) for question, response in turns]
+    assume(all(question and response for question, response in turns))
+    messages = [m for question, response in turns for m in (user(question), assistant(response))]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
-    expected = answers_text(name, [answer for _, answer in turns], tokenizer.eos_token)
+    expected = responses_text(name, [response for _, response in turns], tokenizer.eos_token)
     assert labels(sequence, tokenizer) == expected
     assert sequence.loss_mask[-1] and sequence.input_ids[-1] == tokenizer.eos_token_id
 
@@ -84,8 +84,8 @@ def test_labels_decode_to_the_answers_and_their_eos(name, system, turns, tokeniz
 def test_tokens_are_those_of_the_whole_text(name, tokenizer_for):
     """PITFALL 16: the dialogue is tokenized once, so its tokens do not depend on where the prompt ends."""
     tokenizer = tokenizer_for(name)
-    for answer in ("x", "\n\nx", "  x", "\u00e9x", "1"):
-        messages = [user("hi"), assistant(answer)]
+    for response in ("x", "\n\nx", "  x", "\u00e9x", "1"):
+        messages = [user("hi"), assistant(response)]
         sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -94,7 +94,7 @@ def test_tokens_are_those_of_the_whole_text(name, tokenizer_for):
 
 
 def test_a_token_that_starts_in_the_prompt_is_not_a_label(tokenizer_for):
-    """PITFALL 16: header newline and the answer's own newlines may merge; the shared token is prompt."""
+    """PITFALL 16: header newline and the response's own newlines may merge; the shared token is prompt."""
     tokenizer = tokenizer_for("chatml")
     sequence = tokenize(SFTRecord([user("hi"), assistant("\n\nx")]), tokenizer, CONFIG)
     assert labels(sequence, tokenizer) in ("\n\nx<|im_end|>", "\nx<|im_end|>", "x<|im_end|>")
@@ -136,7 +136,7 @@ def test_a_template_that_rewrites_earlier_turns_is_a_reason_or_trains_the_last(t
 
 
 def test_what_follows_the_eos_is_left_out(tokenizer_for):
-    """PITFALL 17: a sequence ends with the EOS of its last answer; chatml's newline after it is gone."""
+    """PITFALL 17: a sequence ends with the EOS of its last response; chatml's newline after it is gone."""
     tokenizer = tokenizer_for("chatml")
     sequence = tokenize(SFTRecord([user("a"), assistant("b"), user("c"), assistant("d")]), tokenizer, CONFIG)
     assert labels(sequence, tokenizer) == "b<|im_end|>d<|im_end|>"
@@ -150,7 +150,7 @@ def test_a_template_without_eos_is_refused_in_words(tokenizer_for):
         tokenize(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
 
 
-def test_an_answer_that_contains_the_eos_is_refused(tokenizer_for):
+def test_a_response_that_contains_the_eos_is_refused(tokenizer_for):
     with pytest.raises(ValueError, match="contains the EOS token"):
         tokenize(SFTRecord([user("a"), assistant("b</s>")]), tokenizer_for("llama3"), CONFIG)
 
@@ -184,20 +184,20 @@ PAIR = PreferenceRecord([user("a"), assistant("old"), user("b")], [assistant("ye
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_pairs_share_the_prompt_and_label_their_answers_only(name, tokenizer_for):
+def test_pairs_share_the_prompt_and_label_their_responses_only(name, tokenizer_for):
     tokenizer = tokenizer_for(name)
     pair = tokenize(PAIR, tokenizer, CONFIG)
     prompts = [side.input_ids[: side.loss_mask.index(True)] for side in (pair.chosen, pair.rejected)]
     assert prompts[0] == prompts[1] and "old" in tokenizer.decode(prompts[0])
-    assert labels(pair.chosen, tokenizer) == answers_text(name, ["yes sir"], tokenizer.eos_token)
-    assert labels(pair.rejected, tokenizer) == answers_text(name, ["no"], tokenizer.eos_token)
+    assert labels(pair.chosen, tokenizer) == responses_text(name, ["yes sir"], tokenizer.eos_token)
+    assert labels(pair.rejected, tokenizer) == responses_text(name, ["no"], tokenizer.eos_token)
     assert pair.margin == 2.0
     assert tokenize(PreferenceRecord(PAIR.prompt, PAIR.chosen, PAIR.rejected), tokenizer, CONFIG).margin == 0.0
     assert len(pair) == len(pair.chosen) > len(pair.rejected)
 
 
 def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
-    """A text of one token a word, EOS among them, with an answer in those characters."""
+    """A text of one token a word, EOS among them, with a response in those characters."""
     ids = [tokenizer.eos_token_id if word == "<eos>" else tokenizer.convert_tokens_to_ids("a") for word in words]
     ends = [sum(map(len, words[: i + 1])) for i in range(len(words))]
     return _Encoded(
@@ -205,14 +205,14 @@ def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
     )
 
 
-def test_what_starts_where_an_answer_ends_is_not_in_it(tokenizer_for):
-    """A template may write EOS twice: the answer has the first."""
+def test_what_starts_where_a_response_ends_is_not_in_it(tokenizer_for):
+    """A template may write EOS twice: the response has the first."""
     tokenizer = tokenizer_for("default")
     found = _mask_responses(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
     assert found.loss_mask == [False, True, True]
 
 
-def test_an_answer_in_which_no_token_starts_is_refused(tokenizer_for):
+def test_a_response_in_which_no_token_starts_is_refused(tokenizer_for):
     tokenizer = tokenizer_for("default")
     with pytest.raises(ValueError, match="does not end a response with the EOS token"):
         _mask_responses(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
@@ -230,7 +230,7 @@ def test_a_pair_that_the_template_makes_equal_is_refused(tokenizer_for):
 
 
 def test_a_long_row_is_dropped_or_loses_the_left_of_its_prompt(tokenizer_for):
-    """PITFALL 17: cutting keeps BOS, the whole answer and its EOS."""
+    """PITFALL 17: cutting keeps BOS, the whole response and its EOS."""
     tokenizer = tokenizer_for("llama3")
     record = SFTRecord([user("x y z " * 50), assistant("the answer is Paris")])
     whole = tokenize(record, tokenizer, CONFIG)
@@ -282,16 +282,16 @@ def test_a_limit_that_bos_alone_fills_leaves_no_prompt(tokenizer_for):
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml"])
-def test_a_row_whose_answer_alone_is_too_long_is_dropped(name, tokenizer_for):
-    """PITFALL 17: no row is left without labels or without the prompt token before the answer."""
+def test_a_row_whose_response_alone_is_too_long_is_dropped(name, tokenizer_for):
+    """PITFALL 17: no row is left without labels or without the prompt token before the response."""
     tokenizer = tokenizer_for(name)
     record = SFTRecord([user("hello"), assistant("one two three")])
-    answer = sum(tokenize(record, tokenizer, CONFIG).loss_mask)
-    fits = tokenize(record, tokenizer, DataConfig(max_length=answer + 1, too_long="truncate_prompt"))
-    assert fits.loss_mask == [False] + [True] * answer
+    response = sum(tokenize(record, tokenizer, CONFIG).loss_mask)
+    fits = tokenize(record, tokenizer, DataConfig(max_length=response + 1, too_long="truncate_prompt"))
+    assert fits.loss_mask == [False] + [True] * response
     assert (fits.input_ids[0] == tokenizer.bos_token_id) == (name == "llama3")
     with pytest.raises(TooLong, match="response alone"):
-        tokenize(record, tokenizer, DataConfig(max_length=answer, too_long="truncate_prompt"))
+        tokenize(record, tokenizer, DataConfig(max_length=response, too_long="truncate_prompt"))
 
 
 def test_both_sides_of_a_pair_keep_the_same_prompt_tokens(tokenizer_for):
@@ -305,7 +305,7 @@ def test_both_sides_of_a_pair_keep_the_same_prompt_tokens(tokenizer_for):
 
 
 @pytest.mark.parametrize("name", ["default", "chatml", "chatml_tagged"])
-def test_a_prompt_ends_where_the_answer_begins(name, tokenizer_for):
+def test_a_prompt_ends_where_the_response_begins(name, tokenizer_for):
     """PITFALL 19: the prompt that is sampled from is a prefix of the row that SFT trains on."""
     tokenizer = tokenizer_for(name)
     prompt = tokenize(PromptRecord([user("a b")], {"level": 1}), tokenizer, CONFIG)

@@ -19,8 +19,8 @@ def decode_labels(sequence, tokenizer) -> str:
     return tokenizer.decode([i for i, m in zip(sequence.input_ids, sequence.loss_mask, strict=True) if m])
 
 
-def test_every_hh_rlhf_row_parses_but_for_two_empty_answers(tokenizer_for, tmp_path):
-    """PITFALL 20: 1,660 rows; lines 676 and 1620 have an empty chosen answer."""
+def test_every_hh_rlhf_row_parses_but_for_two_empty_responses(tokenizer_for, tmp_path):
+    """PITFALL 20: 1,660 rows; lines 676 and 1620 have an empty chosen response."""
     data = build("hh_rlhf/train.jsonl", "preference", tokenizer_for, tmp_path, bad_rows="drop")
     [problem] = data.report.problems
     assert len(data) == 1658

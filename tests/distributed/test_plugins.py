@@ -77,7 +77,7 @@ def test_a_plugin_on_two_processes_gives_the_single_process_curve(plugin, algori
 
 @pytest.mark.parametrize("algorithm", ("sft", "reward"))
 def test_gemini_gives_the_curve_of_zero2_in_bf16(algorithm, two_processes):
-    """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy answers of PPO would differ.)"""
+    """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy responses of PPO would differ.)"""
     expected, found = two_processes[f"zero2-bf16-{algorithm}"], two_processes[f"gemini-{algorithm}"]
     assert curve(found) == pytest.approx(curve(expected), rel=1e-2, abs=1e-2)
     norms = [[step["grad_norm"] for step in result["steps"]] for result in (found, expected)]

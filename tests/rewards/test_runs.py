@@ -31,19 +31,19 @@ def make(tiny_world, runtime, folder, **changes):
 
 def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
     """Each is logged and timed under its name, in training and evaluation."""
-    decoder().save_pretrained(tmp_path / "judge")
-    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    decoder().save_pretrained(tmp_path / "scorer")
+    gpt2_tokenizer().save_pretrained(tmp_path / "scorer")
     (tmp_path / "rules.py").write_text(RULES)
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        changes = dict(reward_classifiers=[str(tmp_path / "judge")], reward_classifier_weights=[0.5], steps=1)
+        changes = dict(reward_classifiers=[str(tmp_path / "scorer")], reward_classifier_weights=[0.5], steps=1)
         changes |= dict(reward_urls=[f"http://127.0.0.1:{server.server_port}/"], reward_url_weights=[0.1])
         places = [tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even"]
         changes |= dict(reward_functions=places, reward_function_weights=[1.0, 2.0], reward_batch_size=3)
         make(tiny_world, runtime, tmp_path / "run", **changes).train()
         server.shutdown()
     assert max(len(asked["responses"]) for asked in server.asked) == 3
-    weights = {"length": 1.0, "even": 2.0, "judge": 0.5, "127.0.0.1": 0.1}
+    weights = {"length": 1.0, "even": 2.0, "scorer": 0.5, "127.0.0.1": 0.1}
     trained = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     evaluated = [row for row in read_metrics(tmp_path / "run") if "eval/reward" in row]
     for row, prefix in ((trained[0], ""), (evaluated[0], "eval/")):
@@ -155,10 +155,10 @@ def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_wor
     from coati.models import RewardModel
     from tests.models.families import tiny_config
 
-    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "judge")
-    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "scorer")
+    gpt2_tokenizer().save_pretrained(tmp_path / "scorer")
     with pytest.raises(UserError, match=r"another vocabulary than the policy.*--reward_classifiers"):
-        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "judge"))
+        make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "scorer"))
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"no tokenizer beside it.*--reward_classifier_tokenizer"):
         make(tiny_world, runtime, tmp_path / "run", reward_model=str(tmp_path / "bare"))
@@ -172,9 +172,9 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
 
     config = LlamaConfig.from_pretrained(tiny_world["policy"], num_labels=1)
     classifier = make_classifier(config)
-    classifier.save_pretrained(tmp_path / "judge")
-    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
-    changes = dict(reward_model=str(tmp_path / "judge"), reward_functions=[])
+    classifier.save_pretrained(tmp_path / "scorer")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "scorer")
+    changes = dict(reward_model=str(tmp_path / "scorer"), reward_functions=[])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
     batch, _ = trainer.rollouts.next(0)

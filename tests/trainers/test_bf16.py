@@ -35,18 +35,18 @@ def rows(count: int = 16, longest: int = 40) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.fixture(scope="module")
 def sharp_world(tiny_world, tmp_path_factory) -> dict[str, str]:
-    """The tiny world with a policy and a reward model (`judge`) that tell tokens apart."""
+    """The tiny world with a policy and a reward model (`scorer`) that tell tokens apart."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("sharp")
     config = AutoConfig.from_pretrained(tiny_world["model_config"])
     config.initializer_range = 0.35
-    for name, model_class in (("policy", Actor), ("judge", RewardModel)):
+    for name, model_class in (("policy", Actor), ("scorer", RewardModel)):
         torch.manual_seed(3)
         model_class(config=config).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(folder / name)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    names = dict(policy=folder / "policy", judge=folder / "judge", model_config=folder / "config.json")
+    names = dict(policy=folder / "policy", scorer=folder / "scorer", model_config=folder / "config.json")
     return tiny_world | {name: str(path) for name, path in names.items()}
 
 
@@ -167,11 +167,11 @@ def values_of(output, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_rewards_of_a_run_are_those_of_the_model_in_fp32(plugin, sharp_world, runtime, tmp_path):
     """Of the same responses, up to the rounding of the reward model's trunk."""
-    changes = dict(reward_model=sharp_world["judge"], reward_functions=[], plugin=plugin) | RESPONSES
+    changes = dict(reward_model=sharp_world["scorer"], reward_functions=[], plugin=plugin) | RESPONSES
     trainer = make("grpo", sharp_world, runtime, tmp_path, **changes)
     batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
-        exact = RewardModel(sharp_world["judge"]).eval()(batch.input_ids, batch.attention_mask)
+        exact = RewardModel(sharp_world["scorer"]).eval()(batch.input_ids, batch.attention_mask)
     assert batch.scores.dtype == torch.float32
     assert (batch.scores - exact).abs().mean() < 0.05 * exact.std()
 
