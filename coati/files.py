@@ -29,26 +29,26 @@ def atomic_write(target: Path) -> Iterator[Path]:
     or the new one, complete; a folder that is replaced is absent for a moment between two renames. Processes that may
     write to the same target must lock it themselves.
     """
-    aside = partial_path(target)
-    for left in (aside, _removed(target)):
+    partial = partial_path(target)
+    for left in (partial, _removed(target)):
         _delete(left)
     try:
-        yield aside
-        sync(aside)
+        yield partial
+        sync(partial)
         if target.is_dir():
             target.rename(_removed(target))
-        os.replace(aside, target)
+        os.replace(partial, target)
         sync_entry(target.parent)
     except BaseException:
-        _delete(aside)
+        _delete(partial)
         raise
     _delete(_removed(target))
 
 
 def replace_file(path: Path, text: str):
     """Writes a text file atomically: a reader sees the old file or the new one."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8", errors="replace")
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: Any):

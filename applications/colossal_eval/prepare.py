@@ -56,11 +56,11 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.output) / config.benchmark
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or give another --output")
-    with atomic_write(folder) as aside:
-        aside.mkdir(parents=True)
-        found = write_questions(rows, aside, config.subjects)
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
+        found = write_questions(rows, partial, config.subjects)
         check_problems(found.problems, config.bad_rows)
-        write_summary(aside, config.benchmark, config.data, found)
+        write_summary(partial, config.benchmark, config.data, found)
     print("\n".join([*describe(config.benchmark, found), f"written to {folder}"]))
     return folder
 

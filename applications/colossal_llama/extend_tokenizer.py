@@ -171,7 +171,7 @@ def show(report: dict) -> None:
     for name, comparison in report["agrees_after"].items():
         earlier = report["agrees_before"].get(name)
         warning = "WARNING: " if comparison.different else ""
-        print(f"{warning}tokenizer.json and {name}: {comparison} (before: {earlier or 'not to be had'})")
+        print(f"{warning}tokenizer.json and {name}: {comparison} (before: {earlier or 'not available'})")
     print(
         "tokens per character: {tokens_per_character_before:.3f} -> {tokens_per_character_after:.3f}".format(**report)
     )

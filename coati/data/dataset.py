@@ -138,17 +138,17 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
 
 
 def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> None:
-    """Write the samples and the report aside, then rename them to `folder`."""
+    """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
 
     report = ValidationReport()
-    with atomic_write(folder) as aside:
-        aside.mkdir()
-        with ArrowWriter(features=_features(), path=str(aside / "rows.arrow")) as writer:
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
             for row in _samples(sources, kind, tokenizer, config, report):
                 writer.write(row)
             writer.finalize()
-        (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _samples(

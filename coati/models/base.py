@@ -31,7 +31,7 @@ class BaseModel(nn.Module):
             model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
-        **kwargs: handed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
+        **kwargs: passed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
             given: what the model supports), ...
 
     Attributes:
@@ -226,7 +226,7 @@ class ValueHeadModel(BaseModel):
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
     `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
     head, where that is a linear layer at the last token; so does an adapter that was trained on one. Otherwise the
-    head is initialized anew.
+    head is initialized.
     """
 
     head_bias = True

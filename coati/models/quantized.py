@@ -46,7 +46,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 def prepare_quantized(model: nn.Module, dtype: torch.dtype | None):
     """Makes a quantized model ready for training; any other stays as it is.
 
-    bitsandbytes would pack weights anew when a CPU first evaluates: that rounds them, and the packed ones have no
+    bitsandbytes would repack weights when a CPU first evaluates: that rounds them, and the packed ones have no
     gradient. Transformers leaves what isn't quantized in the stored dtype, for models without a head.
     """
     if not is_quantized(model):

@@ -39,7 +39,7 @@ class ValueHead(nn.Module):
         self.init_weights(v_head_init_strategy, v_head_initializer_range)
 
     def init_weights(self, strategy: str | None, initializer_range: float = 0.2):
-        """Draws the weights anew by "normal"; None leaves them as they are."""
+        """Initializes the weights by "normal"; None leaves them as they are."""
         if strategy not in (None, "normal"):
             raise UserError(f"v_head_init_strategy is {strategy!r}: give None or 'normal'")
         if strategy == "normal":

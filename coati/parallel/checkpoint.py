@@ -47,15 +47,15 @@ class Checkpoints:
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_partials(self.folder)
-        with atomic_write_by_all(target, self.runtime) as aside:
+        with atomic_write_by_all(target, self.runtime) as partial:
             if self.runtime.is_main:
-                aside.mkdir()
+                partial.mkdir()
             self.runtime.communicator.barrier()
-            write(aside)
-            self._save_random_state(aside)
+            write(partial)
+            self._save_random_state(partial)
             self.runtime.communicator.barrier()
             if self.runtime.is_main:
-                write_manifest(aside, step, metric)
+                write_manifest(partial, step, metric)
         if self.runtime.is_main:
             self._remove_old()
         self.runtime.communicator.barrier()

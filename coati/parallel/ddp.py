@@ -55,7 +55,7 @@ class DDPEngine(Engine):
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def reduces_gradients(self, is_last):
-        return is_last and self.runtime.world_size > 1  # with one process, DDP would copy gradients in vain
+        return is_last and self.runtime.world_size > 1  # with one process, DDP's copies of gradients are useless
 
     def no_sync(self):
         # in fp16 the booster wraps what the plugin has wrapped

@@ -51,7 +51,7 @@ class PlannedGenerator:
 
     def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
         """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams
-        are rows. Models that `RolloutEngine` doesn't run are not gone through."""
+        are rows. Models that `RolloutEngine` doesn't support are skipped."""
         work = (len(requests), max((len(r.prompt) for r in requests), default=0))
         if work in self.done or not requests:
             return

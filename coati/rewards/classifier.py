@@ -40,7 +40,7 @@ class SequenceClassifierReward(Reward):
         pad_token: what fills rows; the tokenizer's pad token if not given, or EOS for decoders.
         batch_size: texts per forward pass.
         device: where the model runs; where it is if not given.
-        **kwargs: handed to `from_pretrained`: dtype, attn_implementation, revision, ...
+        **kwargs: passed to `from_pretrained`: dtype, attn_implementation, revision, ...
 
     Raises:
         UserError: the model or tokenizer can't be loaded, or doesn't fit the other; no such label; no pad token; a

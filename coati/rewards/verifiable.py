@@ -122,8 +122,8 @@ class Verifier(Reward):
 class MathVerifier(Verifier):
     """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
 
-    A number's right answer is a number: "67 - 67" is none, lest the question be paid for. Nor is an expression right
-    that stands in the prompt, unless it is written as the right answer is.
+    A number's right answer is a number: "67 - 67" is none, or repeating the question would earn a reward. Nor is an
+    expression right that stands in the prompt, unless it is written as the right answer is.
 
     Args:
         answer_style: what counts as an answer, see `coati.rewards.answers`.

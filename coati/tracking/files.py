@@ -60,7 +60,7 @@ def drop_after(path: Path, step: int) -> None:
     """Remove the records of steps after `step`, so that a resumed run's log equals an uninterrupted one's."""
     if not path.exists():
         return
-    with atomic_write(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for record in read_lines(path):
             if record["step"] <= step:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -123,18 +123,18 @@ class Shop:
             yield {"prompt": text}
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file or folder next to `path`, then move it there, so that no half of it is ever seen."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    write(partial)
     if path.is_dir():
         shutil.rmtree(path)
-    os.replace(aside, path)
+    os.replace(partial, path)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_aside(path, lambda aside: aside.write_text(lines, encoding="utf-8"))
+    atomic_write(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
 
 
 def train_tokenizer(texts: Iterable[str]):
@@ -190,7 +190,7 @@ def make_data(out: str | Path, seed: int = 0) -> dict[str, Path]:
     # With the words of coati's default chat template, so that they become pieces of their own.
     tokenizer = train_tokenizer(f"User: {user}\nAssistant: {assistant}" for user, assistant in dialogues)
     paths["tokenizer"] = out / "tokenizer"
-    write_aside(paths["tokenizer"], tokenizer.save_pretrained)
+    atomic_write(paths["tokenizer"], tokenizer.save_pretrained)
     return paths
 
 

@@ -200,8 +200,8 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints
     assert checkpoints.newest().name == checkpoints.best().name == "step-00000002"
     checkpoints.save(3, write)
     assert names(checkpoints) == ["step-00000002", "step-00000003", "step-00000003.previous", "step-00000004.previous"]
-    aside = checkpoints.folder / "step-00000004.previous"
-    assert checkpoints.find(str(aside)) == aside
+    previous = checkpoints.folder / "step-00000004.previous"
+    assert checkpoints.find(str(previous)) == previous
     checkpoints.set_aside_after(2)
     assert checkpoints.newest().name == "step-00000002"
 

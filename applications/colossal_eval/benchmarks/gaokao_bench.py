@@ -1,6 +1,6 @@
 """GAOKAO-Bench (Zhang et al., 2305.12474), the objective questions: `{"example": [{question, answer, ...}, ...]}`.
 
-An entry with several answers holds as many numbered questions on one passage; they are taken apart. Where their number
+An entry with several answers holds as many numbered questions on one passage; they are split. Where their number
 isn't that of the answers (a cloze text without numbers), the entry is counted and skipped.
 """
 

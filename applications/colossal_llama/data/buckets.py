@@ -76,8 +76,8 @@ def write_bucket(task: BucketTask) -> int:
         for start in range(0, len(rows), rows_per_batch):
             writer.write_table(_table([rows[i] for i in order[start : start + rows_per_batch]], store))
         writer.finalize()
-    with atomic_write(task.output) as aside:
-        _save(table, aside)
+    with atomic_write(task.output) as partial:
+        _save(table, partial)
     table.unlink()
     return sum(int(store.lengths[documents].sum()) for documents in task.documents.values())
 

@@ -55,8 +55,8 @@ def tokenize_part(task: TokenizeTask) -> int:
     }
     metadata = {"path": task.part.path, "dropped": json.dumps(dropped.as_json())}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    with atomic_write(task.output) as aside:
-        feather.write_feather(table, str(aside), compression="uncompressed", chunksize=max(1, len(rows)))
+    with atomic_write(task.output) as partial:
+        feather.write_feather(table, str(partial), compression="uncompressed", chunksize=max(1, len(rows)))
     return int(ends[-1])
 
 

@@ -14,10 +14,10 @@ LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what 
 
 
 def write_texts(source: Path, data: Path):
-    """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written aside and renamed."""
-    with atomic_write(data) as aside:
-        aside.mkdir(parents=True)
-        _write_texts(source, aside)
+    """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written atomically."""
+    with atomic_write(data) as partial:
+        partial.mkdir(parents=True)
+        _write_texts(source, partial)
 
 
 def _write_texts(source: Path, data: Path):

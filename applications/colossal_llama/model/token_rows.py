@@ -86,7 +86,7 @@ def token_sources(old, new, rule: Rule) -> dict[int, list[int]]:
         old, new: `tokenizers.Tokenizer`s.
 
     Returns:
-        No ids stand for a token of which the old tokenizer makes nothing.
+        The list is empty for a token that the old tokenizer can't encode.
     """
     from tokenizers import decoders
 

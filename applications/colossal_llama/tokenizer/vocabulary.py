@@ -34,7 +34,7 @@ class Vocabulary:
         self.byte_level = byte_level
         self._spec = {**spec, "model": {**spec["model"]}}
         self.old: dict[str, int] = dict(spec["model"]["vocab"])
-        # In the model's vocabulary they keep their ids: `tokenizers` numbers other added tokens anew when it loads.
+        # In the model's vocabulary they keep their ids: `tokenizers` renumbers other added tokens when it loads.
         self.old |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
         self._special = {token["content"] for token in spec.get("added_tokens", [])}
         self.first_new = max(self.old.values()) + 1
@@ -78,7 +78,7 @@ class Vocabulary:
         return "".join(self._symbol_of_byte[byte] for byte in text.encode())
 
     def piece_bytes(self, piece: str) -> bytes:
-        """What a piece stands for; of a symbol that is no byte's, nothing."""
+        """The bytes that a piece represents; a symbol that represents no byte has none."""
         if not self.byte_level:
             return piece.replace("▁", " ").encode()
         return bytes(self._byte_of_symbol[symbol] for symbol in piece if symbol in self._byte_of_symbol)

@@ -86,7 +86,7 @@ class PreTrainedModelWrapper(nn.Module):
         v_head_initializer_range: float = 0.2,
         summary_dropout_prob: float | None = None,
     ):
-        """Draws the head's weights anew, given `ValueHead`'s keywords; strategy None leaves them as they are."""
+        """Initializes the head's weights, given `ValueHead`'s keywords; strategy None leaves them as they are."""
         self.v_head.init_weights(v_head_init_strategy, v_head_initializer_range)
 
     def __getattr__(self, name: str):
@@ -110,7 +110,7 @@ class PreTrainedModelWrapper(nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder (full model, or adapter) or name, whose head is read if there is
-                one and initialized anew, with a warning, if not; or a model, whose own `v_head`, if any, becomes the
+                one and initialized, with a warning, if not; or a model, whose own `v_head`, if any, becomes the
                 head.
             peft_config: adds a new adapter.
             is_trainable: whether the adapter of an adapter folder trains.

@@ -13,8 +13,8 @@ ONE_TOKEN = "coati_one_token"
 
 
 def one_token_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """SDPA for a single query token, where query heads that share a key-value head stand for tokens: keys and values
-    are read once and not repeated.
+    """SDPA for a single query token, where query heads that share a key-value head take the place of tokens: keys and
+    values are read once and not repeated.
 
     Args:
         query: `[rows, heads, 1, head_dim]`.

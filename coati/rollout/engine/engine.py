@@ -4,7 +4,7 @@ The engine knows token ids only: prompts in; sampled ids, their log-probs and fi
 
 The state of the rows (last token, length, KV cache) is on the device, and a step needs nothing from the host. So on a
 GPU the host is a step behind: it launches a step before it has read the tokens of the previous one, and a row that
-ended there is computed once in vain.
+ended there is still computed once more.
 """
 
 from collections import deque
