@@ -32,8 +32,8 @@ def run_command(command: Callable[[], object]) -> int:
 def no_room(error: BaseException) -> str | None:
     """Why the disk is full, if that is what an error of Python, safetensors, tokenizers or torch says."""
     number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
-        number = int(found[1])
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
+        number = int(match[1])
     if number in FULL:
         return os.strerror(number)
     if re.search(r"inline_container\.cc|PytorchStreamWriter|iostream error", str(error)):  # torch.save

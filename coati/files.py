@@ -70,8 +70,8 @@ def remove_folder(folder: Path):
 
 def remove_partials(folder: Path):
     """Removes what processes that were killed have left directly in `folder`."""
-    for left in folder.glob(f"*{PARTIAL}"):
-        _delete(left)
+    for partial in folder.glob(f"*{PARTIAL}"):
+        _delete(partial)
 
 
 def sync(path: Path):

@@ -24,22 +24,22 @@ def run(processes: int, command: list[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     workers: list[subprocess.Popen] = []
-    asked: list[int] = []
+    signals: list[int] = []
 
     def pass_on(number, frame):
-        asked.append(number)
+        signals.append(number)
         _send(workers, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     for rank in map(str, range(processes)):
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
         # in a session of its own: a terminal's Ctrl-C arrives once, through us
         workers.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
-    for number in asked:  # came before the last one had started
+    for number in signals:  # came before the last one had started
         _send(workers, number)
     return _wait(workers)
 

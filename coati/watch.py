@@ -50,18 +50,18 @@ def launchers() -> list[psutil.Process]:
 
     Shells between launchers count. What started the first launcher (a terminal, make, nohup) may go away.
     """
-    found: list[psutil.Process] = []
+    chain: list[psutil.Process] = []
     between: list[psutil.Process] = []
     for process in psutil.Process().parents():
         try:
             between.append(process)
             if _is_launcher(process):
-                found, between = found + between, []
+                chain, between = chain + between, []
             elif not (process.name() in SHELLS and "-c" in process.cmdline()):
                 break
         except psutil.Error:  # gone, or another user's and hidden: not a launcher of ours
             break
-    return found
+    return chain
 
 
 def _is_launcher(process: psutil.Process) -> bool:

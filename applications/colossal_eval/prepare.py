@@ -58,10 +58,10 @@ def prepare(config: PrepareConfig) -> Path:
         raise UserError(f"{folder} is there already: remove it, or give another --output")
     with atomic_write(folder) as partial:
         partial.mkdir(parents=True)
-        found = write_questions(rows, partial, config.subjects)
-        check_problems(found.problems, config.bad_rows)
-        write_summary(partial, config.benchmark, config.data, found)
-    print("\n".join([*describe(config.benchmark, found), f"written to {folder}"]))
+        conversion = write_questions(rows, partial, config.subjects)
+        check_problems(conversion.problems, config.bad_rows)
+        write_summary(partial, config.benchmark, config.data, conversion)
+    print("\n".join([*describe(config.benchmark, conversion), f"written to {folder}"]))
     return folder
 
 

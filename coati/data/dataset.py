@@ -115,8 +115,8 @@ def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
         raise UserError(f"{report.first_line()}; correct the data or drop such rows with --bad_rows drop.")
     if len(data) == 0:
         sources = ", ".join(report.rows)
-        found = f": {report.first_line()}" if report.problems else ""
-        raise UserError(f"No usable rows in {sources}{found}; check the data's format and length limits.")
+        first_problem = f": {report.first_line()}" if report.problems else ""
+        raise UserError(f"No usable rows in {sources}{first_problem}; check the data's format and length limits.")
 
 
 def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:

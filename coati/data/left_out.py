@@ -23,7 +23,7 @@ def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt
     """
     marked, values = _mark(messages, start, None)
     rendered = _squeezed(template, marked, is_prompt)
-    found = []
+    missing = []
     for place, value in values.items():
         if _is_written(value, place, rendered):
             continue
@@ -31,10 +31,10 @@ def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt
         alone = _squeezed(template, _mark(messages, start, place)[0], is_prompt)
         # A value that a template refuses once it is changed is read.
         if alone is not None and not _is_written(value, place, alone):
-            found.append(_describe(messages, place, value, text))
+            missing.append(_describe(messages, place, value, text))
     if template.tools and _squeezed(replace(template, tools=None), messages, is_prompt) == "".join(text.split()):
-        found.append("`tools`")
-    return [f"the chat template leaves out or rewrites {what}" for what in dict.fromkeys(found)]
+        missing.append("`tools`")
+    return [f"the chat template leaves out or rewrites {what}" for what in dict.fromkeys(missing)]
 
 
 def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages, dict[Place, Any]]:

@@ -261,8 +261,8 @@ def _dialogue(row: _Row, kind: Kind) -> Messages:
         return _with_system(row, row.messages(name))
     for prompt, response in (*PAIRS, *product(PROMPTS, RESPONSES)):
         if prompt in row and response in row:
-            asked = _asked(row, prompt)
-            return _with_system(row, asked + row.turns(response, "assistant"))
+            prompt_turns = _asked(row, prompt)
+            return _with_system(row, prompt_turns + row.turns(response, "assistant"))
     raise _unknown(row, kind)
 
 

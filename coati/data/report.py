@@ -50,9 +50,9 @@ class ValidationReport:
 
     def note(self, source: str, line: int, what: str) -> None:
         """Count a row that is kept except for `what`, once for all of its records, which come one after another."""
-        found = _find(self.unused, source, what, bad=False)
-        if found.last != line:
-            found.add(line)
+        entry = _find(self.unused, source, what, bad=False)
+        if entry.last != line:
+            entry.add(line)
 
     @property
     def bad_rows(self) -> int:

@@ -24,12 +24,12 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(next_value)
     for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
+        is_unmasked = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        next_advantage = torch.where(here, advantage, next_advantage)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = masked(advantage, here)
+        next_advantage = torch.where(is_unmasked, advantage, next_advantage)
+        next_value = torch.where(is_unmasked, values[:, t], next_value)
+        advantages[:, t] = masked(advantage, is_unmasked)
     return advantages, masked(advantages + values, mask)
 
 
@@ -40,8 +40,8 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
     """(count, sum, sum of squares) of the unmasked entries, float64 `[3]`: add them over ranks, then `moments`."""
-    kept = masked(x.double(), mask)
-    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+    unmasked = masked(x.double(), mask)
+    return torch.stack([mask.sum().double(), unmasked.sum(), unmasked.square().sum()])
 
 
 def moments(sums: Tensor) -> tuple[float, float]:

@@ -185,16 +185,17 @@ def _is_trunk(model: nn.Module) -> bool:
 
 def _names_for(model: nn.Module, stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """An adapter's tensors by the names that they have for `model`; and those of a head that it lacks."""
-    own = {name.replace(".modules_to_save.", "."): tensor for name, tensor in stored.items()}  # older releases of peft
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
+    # ".modules_to_save.": of older releases of peft
+    tensors = {name.replace(".modules_to_save.", "."): tensor for name, tensor in stored.items()}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     prefix, head = model.base_model_prefix + ".", {}
-    of_trunk = not any(name.startswith(prefix) for name in own)
+    of_trunk = not any(name.startswith(prefix) for name in tensors)
     if _is_trunk(model) and not of_trunk:
-        head = {name: tensor for name, tensor in own.items() if not name.startswith(prefix)}
-        own = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+        head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     elif of_trunk and not _is_trunk(model):
-        own = {prefix + name: tensor for name, tensor in own.items()}
-    return {PREFIX + name: tensor for name, tensor in own.items()}, head
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}, head
 
 
 def _aim_at_trunk(config, model: nn.Module):
@@ -245,9 +246,9 @@ def _resize_embeddings(model: nn.Module, prefixes: list[str], stored: dict[str, 
 
 def _rows(part: dict[str, Tensor], is_output: bool) -> set[int]:
     """How many tokens the tensors that an adapter has for the embeddings, or for the output layer, are for."""
-    found = {tensor.shape[0] for name, tensor in part.items() if _is_full_weight(name)}
-    found |= {tensor.shape[1] for name, tensor in part.items() if name.startswith("lora_embedding_A")}
-    return found | {tensor.shape[0] for name, tensor in part.items() if is_output and name.startswith("lora_B")}
+    sizes = {tensor.shape[0] for name, tensor in part.items() if _is_full_weight(name)}
+    sizes |= {tensor.shape[1] for name, tensor in part.items() if name.startswith("lora_embedding_A")}
+    return sizes | {tensor.shape[0] for name, tensor in part.items() if is_output and name.startswith("lora_B")}
 
 
 def _is_full_weight(name: str) -> bool:

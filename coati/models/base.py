@@ -255,13 +255,13 @@ class ValueHeadModel(BaseModel):
         self.value_head.to(next(self.model.parameters()).dtype)
         if not stored:
             return
-        own = self.value_head.state_dict()
+        initial = self.value_head.state_dict()
         # a critic may start from a reward model, whose head has no bias
-        wrong = [name for name in own.keys() ^ stored.keys() if name != "bias" or name in stored]
-        wrong += [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+        wrong = [name for name in initial.keys() ^ stored.keys() if name != "bias" or name in stored]
+        wrong += [name for name in initial.keys() & stored.keys() if initial[name].shape != stored[name].shape]
         if wrong:
-            found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
-            raise UserError(f"the head in {source} ({found}) is no value head of this model: {wrong[0]}")
+            stored_shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
+            raise UserError(f"the head in {source} ({stored_shapes}) is no value head of this model: {wrong[0]}")
         self.value_head.load_state_dict(stored, strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
@@ -385,23 +385,23 @@ def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
     if isinstance(pretrained, nn.Module):
         return pretrained
     auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
-    asked = kwargs.get("attn_implementation", "auto")
-    if asked == "auto":
+    attn_implementation = kwargs.get("attn_implementation", "auto")
+    if attn_implementation == "auto":
         kwargs = {name: value for name, value in kwargs.items() if name != "attn_implementation"}
     if pretrained is None:
-        check_attention(config, asked)
+        check_attention(config, attn_implementation)
         try:
             model = auto.from_config(config, **kwargs)
         except ValueError as error:
             raise UserError(f"can't make a model of this config: {str(error).splitlines()[0]}") from error
     else:
-        model = _load_checkpoint(auto, str(pretrained), config, asked, kwargs)
-    if asked == "auto":
+        model = _load_checkpoint(auto, str(pretrained), config, attn_implementation, kwargs)
+    if attn_implementation == "auto":
         set_eager_where_capped(model)
     return model
 
 
-def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.Module:
+def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs: dict) -> nn.Module:
     if config is not None:
         kwargs = {**kwargs, "config": config}
     with quiet_transformers():  # its report calls the head that we skip "unexpected", and errors are ours to raise
@@ -412,12 +412,12 @@ def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.
             raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
     wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if wrong:
-        name, theirs, ours = wrong[0]
-        raise UserError(f"the weights in {source} don't fit its config: {name} is {list(theirs)}, not {list(ours)}")
+        name, stored, expected = wrong[0]
+        raise UserError(f"the weights in {source} don't fit its config: {name} is {list(stored)}, not {list(expected)}")
     if missing:
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
         )
-    check_attention(model.config, asked)
+    check_attention(model.config, attn_implementation)
     prepare_quantized(model, kwargs.get("dtype"))
     return model

@@ -34,8 +34,8 @@ class PackedGroups:
         alike = ((ids == ids[:, :1]) & real).all(1)
         shared = alike.long().cumprod(1).sum(1)[:, None, None]
         column = torch.arange(seq, device=ids.device).expand_as(ids)
-        own = real & (column >= shared)
-        lengths = own.sum(2, keepdim=True)
+        is_own = real & (column >= shared)
+        lengths = is_own.sum(2, keepdim=True)
         starts = shared + lengths.cumsum(1) - lengths
         packed_index = torch.where(column < shared, column, starts + column - shared)
         width = int((shared + lengths.sum(1, keepdim=True)).max())
@@ -44,7 +44,7 @@ class PackedGroups:
             packed = values.new_full((groups, width + 1), fill)  # the last column is for padding
             return packed.scatter_(1, packed_index.where(real, width).flatten(1), values.flatten(1))[:, :width]
 
-        member = torch.arange(group_size, device=ids.device)[:, None].where(own, -1)  # what is shared has none
+        member = torch.arange(group_size, device=ids.device)[:, None].where(is_own, -1)  # what is shared has none
         owner, order = pack(member, -1), torch.arange(width, device=ids.device)
         visible = (owner[:, None] == owner[..., None]) | (owner[:, None] < 0)
         visible = visible & (order <= order[:, None])  # padding comes last: no real token sees it

@@ -64,10 +64,10 @@ def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
     from transformers.utils import cached_file
 
     for name in WEIGHT_FILES:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        files = [] if found is None else [found]
-        if found is not None and name.endswith(".json"):
-            shards = json.loads(Path(found).read_text())["weight_map"]
+        file_path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        files = [] if file_path is None else [file_path]
+        if file_path is not None and name.endswith(".json"):
+            shards = json.loads(Path(file_path).read_text())["weight_map"]
             wanted = sorted({shard for key, shard in shards.items() if key.startswith(HEAD)})
             files = [cached_file(source, shard, **hub_kwargs) for shard in wanted]
         head = {}

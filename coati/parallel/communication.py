@@ -52,8 +52,8 @@ class Communicator:
         # one copy to the device and one back, whatever there is
         totals = upload([on_host.get(name, 0.0) for name in names], self.device, torch.float64)
         if on_device:
-            places = upload([names.index(name) for name in on_device], self.device)
-            totals = totals.index_add(0, places, torch.stack([*on_device.values()]))
+            positions = upload([names.index(name) for name in on_device], self.device)
+            totals = totals.index_add(0, positions, torch.stack([*on_device.values()]))
         return dict(zip(names, self.sum(totals).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:

@@ -90,9 +90,9 @@ def find_decoder(module: nn.Module) -> tuple[Any, Decoder]:
         entry = DECODERS.get(str(kind))
         if entry is not None and isinstance(getattr(part, entry.layers, None), nn.ModuleList):
             return part, entry
-    found = ", ".join(str(kind) for kind in types if kind)
+    names = ", ".join(str(kind) for kind in types if kind)
     raise UserError(
-        f"tensor and pipeline parallelism support {', '.join(DECODERS)}, not {found}: use --plugin zero2 or gemini, or "
+        f"tensor and pipeline parallelism support {', '.join(DECODERS)}, not {names}: use --plugin zero2 or gemini, or "
         "add its description (docs/add-an-architecture.md)"
     )
 

@@ -230,14 +230,14 @@ class HybridEngine(Engine):
         generation_copy.to(self.runtime.device, DTYPES[self.precision]).eval()
         names: list[Any] = [None] * self.config.pipeline_parallel
         dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
-        self.owners = {name: stage for stage, held in enumerate(names) for name in held}
+        self.owners = {name: stage for stage, of_stage in enumerate(names) for name in of_stage}
 
     @torch.no_grad()
     def _fetch_weights(self, generation_copy: nn.Module):
-        group, held = self.plugin.pp_group, dict(self.module.named_parameters())
+        group, parameters = self.plugin.pp_group, dict(self.module.named_parameters())
         for name, parameter in generation_copy.named_parameters():
-            if name in held:
-                parameter.copy_(held[name])
+            if name in parameters:
+                parameter.copy_(parameters[name])
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)
 
     # --- files
@@ -246,14 +246,14 @@ class HybridEngine(Engine):
         """The gathered state on rank 0: shards and stages are joined, a tensor at a time."""
         if self.runtime.rank >= self.config.model_parallel_size:  # another replica
             return {}
-        keeps = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
+        is_collector = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
         state = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             shard = shard_of(tensor)
             gathered = tensor if shard is None else shard.gather(tensor)
-            if keeps:
+            if is_collector:
                 state[name] = gathered.detach().cpu()
-        if self.pipelined and keeps:
+        if self.pipelined and is_collector:
             state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
         return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
@@ -265,19 +265,19 @@ class HybridEngine(Engine):
             return []
         if not self.pipelined:
             return super().own_shards(folder)
-        own = list(folder.glob(f"*-stage-{writer.pp_rank + 1:05d}-*"))
+        shards = list(folder.glob(f"*-stage-{writer.pp_rank + 1:05d}-*"))
         if self.runtime.is_main:
-            own += [path for path in folder.iterdir() if "-stage-" not in path.name]
-        return own
+            shards += [path for path in folder.iterdir() if "-stage-" not in path.name]
+        return shards
 
     def _collect_stages(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first stage receives the others' tensors, on the host."""
         group = self.plugin.pp_group
-        held: list[Any] = [None] * self.config.pipeline_parallel
-        dist.all_gather_object(held, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
+        tensors_of: list[Any] = [None] * self.config.pipeline_parallel
+        dist.all_gather_object(tensors_of, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
         first, stage = dist.get_global_rank(group, 0), dist.get_rank(group)
-        for source in range(1, len(held)):
-            for name, (shape, dtype) in held[source].items():
+        for source in range(1, len(tensors_of)):
+            for name, (shape, dtype) in tensors_of[source].items():
                 if stage == source:
                     dist.send(state[name], dst=first, group=group)
                 elif stage == 0:

@@ -92,8 +92,8 @@ def tied_weights(model: nn.Module, part: nn.Module, entry, manager) -> list[dict
 
 def _drop_after_layers(model: nn.Module, part: nn.Module, entry):
     """Removes the final norm and the heads, which this stage doesn't reach."""
-    here = next(name for name, module in model.named_modules() if module is part)
-    prefix = f"{here}." if here else ""
+    part_name = next(name for name, module in model.named_modules() if module is part)
+    prefix = f"{part_name}." if part_name else ""
     kept = tuple(prefix + name for name in (entry.layers, entry.embedding, *entry.positions, *entry.entrance))
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     for owner in owners:

@@ -224,11 +224,11 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 def _rank_from_environment() -> tuple[int, int, int]:
     """Rank, world size and local rank: from the environment, else from srun; alone if nothing started several of us."""
-    given = [name for name in RANK_VARIABLES if name in os.environ]
-    if "RANK" in given and len(given) < len(RANK_VARIABLES):
-        missing = ", ".join(name for name in RANK_VARIABLES if name not in given)
+    present = [name for name in RANK_VARIABLES if name in os.environ]
+    if "RANK" in present and len(present) < len(RANK_VARIABLES):
+        missing = ", ".join(name for name in RANK_VARIABLES if name not in present)
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
-    if "RANK" not in given:
+    if "RANK" not in present:
         in_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         os.environ.update(_rank_in_slurm_step() if in_step else _rank_alone())
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])

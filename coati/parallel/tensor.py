@@ -138,8 +138,8 @@ def split_embedding(embedding: Any, group, total: Callable):
     def forward(input_ids: Tensor) -> Tensor:
         local = input_ids - rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        found = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
-        return total(found, group)
+        embedded = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
+        return total(embedded, group)
 
     embedding.forward = forward
 

@@ -144,14 +144,14 @@ class PlannedFactory(Factory):
         return LongestRows(kind, rows, c, learned=learned)
 
     def model(self, model_class, pretrained, *, lora=None):
-        c, shape = self.config, copy.deepcopy(self.model_config_of(pretrained))
-        depth = truncate_layers(shape, self.layers)
+        c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
+        depth = truncate_layers(model_config, self.layers)
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
-            shape.attention_dropout = shape.attn_pdrop = 0.0
+            model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c)
         with torch.device("meta"):
             how = dict(lora=lora, dtype=kind.loads_in(c), attn_implementation=c.attn_implementation)
-            model = model_class(None, shape, **how)
+            model = model_class(None, model_config, **how)
             if pretrained is not None and is_adapter(pretrained):
                 add_adapter(model, pretrained)
         if c.gradient_checkpointing:
@@ -189,13 +189,13 @@ class PlannedFactory(Factory):
         """A plan needs no tokenizer."""
 
 
-def truncate_layers(shape, layers: int) -> int:
+def truncate_layers(model_config, layers: int) -> int:
     """Truncates a transformers config to so many layers; returns how many there were."""
-    text = shape.get_text_config()
-    depth = text.num_hidden_layers
-    text.num_hidden_layers = min(layers, text.num_hidden_layers)
-    if isinstance(kinds := getattr(text, "layer_types", None), list):
-        text.layer_types = kinds[: text.num_hidden_layers]
+    text_config = model_config.get_text_config()
+    depth = text_config.num_hidden_layers
+    text_config.num_hidden_layers = min(layers, text_config.num_hidden_layers)
+    if isinstance(kinds := getattr(text_config, "layer_types", None), list):
+        text_config.layer_types = kinds[: text_config.num_hidden_layers]
     return depth
 
 

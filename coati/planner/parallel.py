@@ -116,8 +116,8 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
     embedding, head = model.transformer.get_input_embeddings(), model.transformer.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         return
-    for module, here in ((embedding, first), (head, last)):
-        if module is not None and not here:
+    for module, on_this_stage in ((embedding, first), (head, last)):
+        if module is not None and not on_this_stage:
             module.requires_grad_(False)
             module.weight.on_other_stage = True
 

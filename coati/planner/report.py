@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
     workload = read_workload(rest, known.algorithm, known.gpus, known.device == "cuda")
     from coati.planner.dry_run import plan  # loads torch, so not before the settings are read
 
-    found = plan(workload)
-    print(table(workload, found))
-    fits = found.peak.total() <= USABLE * known.memory * GIB
-    print(conclusion(found, known.memory, fits) + advice(workload, found))
+    estimate = plan(workload)
+    print(table(workload, estimate))
+    fits = estimate.peak.total() <= USABLE * known.memory * GIB
+    print(conclusion(estimate, known.memory, fits) + advice(workload, estimate))
     return 0 if fits else 1
 
 
@@ -59,13 +59,13 @@ def read_workload(argv: list[str], algorithm: str | None, gpus: int, on_gpu: boo
         config.attn_implementation = config.attn_implementation.replace("flash_attention_2", "auto")
     from coati.planner.dry_run import Workload
 
-    own, others = _shapes(config)
-    return Workload(algorithm, config, own, gpus, on_gpu, others)
+    own_model, others = _model_configs(config)
+    return Workload(algorithm, config, own_model, gpus, on_gpu, others)
 
 
-def table(workload, found) -> str:
+def table(workload, estimate) -> str:
     """GiB of every model and kind of memory at the peak, the largest one marked, and the phases' peaks."""
-    c, peak = workload.config, found.peak
+    c, peak = workload.config, estimate.peak
     models = [m for m in dict.fromkeys(model for model, _ in peak) if sum(peak[m, kind] for kind in KINDS) > MIB]
     kinds = [kind for kind in KINDS if sum(peak[m, kind] for m in models) >= 0.005 * GIB]
     largest = max(peak, key=peak.__getitem__)
@@ -82,28 +82,28 @@ def table(workload, found) -> str:
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    peaks = " · ".join(f"{name} {items.total() / GIB:.2f}" for name, items in found.phases.items())
+    peaks = " · ".join(f"{name} {items.total() / GIB:.2f}" for name, items in estimate.phases.items())
     return "\n".join([*lines, f"* the largest item. Peaks of the phases: {peaks}"])
 
 
-def conclusion(found, memory: float, fits: bool) -> str:
+def conclusion(estimate, memory: float, fits: bool) -> str:
     """One sentence."""
-    need = found.peak.total() / GIB
-    share = f"{need:.1f} GiB at the peak ({found.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"
+    need = estimate.peak.total() / GIB
+    share = f"{need:.1f} GiB at the peak ({estimate.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"
     return ("fits: " if fits else "does not fit: ") + share
 
 
-def advice(workload, found) -> str:
+def advice(workload, estimate) -> str:
     """The one change that saves most, as the end of a sentence; empty if none saves a hundredth."""
     from coati.planner.dry_run import Plan, plan
 
-    best: tuple[int, str, Plan | None] = (found.peak.total() // 100, "", None)
+    best: tuple[int, str, Plan | None] = (estimate.peak.total() // 100, "", None)
     for change in _changes(workload):
         try:
             other = plan(dataclasses.replace(workload, config=dataclasses.replace(workload.config, **change)))
         except UserError:  # a change that can't be made is no advice
             continue
-        saved = found.peak.total() - other.peak.total()
+        saved = estimate.peak.total() - other.peak.total()
         words = ", ".join(f"{name} {str(value).lower()}" for name, value in change.items())
         best = max(best, (saved, words, other), key=lambda entry: entry[0])
     return f"; {best[1]} saves {best[0] / GIB:.1f} GiB" if best[1] else ""
@@ -148,7 +148,7 @@ def _tell_algorithm(argv: list[str]) -> str:
     raise UserError(f"the settings don't tell the algorithm: add --algorithm {', '.join(ALGORITHMS)}")
 
 
-def _shapes(config) -> tuple[object, dict[str, object]]:
+def _model_configs(config) -> tuple[object, dict[str, object]]:
     """The transformers config of the model that is trained, and those of further models by what the settings name.
     Models that don't exist yet have the shape of `--model_config`, if that is given."""
     start = config.model_config or config.model
@@ -159,11 +159,11 @@ def _shapes(config) -> tuple[object, dict[str, object]]:
         value = getattr(config, name, None) or []
         for source in value if isinstance(value, list) else [value]:
             if not config.model_config or Path(source).exists():
-                others[source] = _shape(source, f"--{name}")
-    return _shape(start, "--model_config" if config.model_config else "--model"), others
+                others[source] = _model_config_of(source, f"--{name}")
+    return _model_config_of(start, "--model_config" if config.model_config else "--model"), others
 
 
-def _shape(source: str, flag: str):
+def _model_config_of(source: str, flag: str):
     from transformers import AutoConfig
 
     from coati.models.lora import base_of_adapter, is_adapter

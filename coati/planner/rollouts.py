@@ -119,17 +119,17 @@ class PlannedClassifier(Reward):
     """A sequence classifier, which reads as many tokens as the policy's samples have.
 
     Args:
-        shape: its transformers config.
+        model_config: of transformers.
         batch_size: texts that it reads together.
         max_length: of them, in tokens.
     """
 
     name = "classifier"
 
-    def __init__(self, live: LiveMemory, shape, batch_size: int, max_length: int | None):
+    def __init__(self, live: LiveMemory, model_config, batch_size: int, max_length: int | None):
         self.live, self.batch_size, self.max_length = live, batch_size, max_length
         with torch.device("meta"):
-            self.model = load_transformer("AutoModelForSequenceClassification", None, shape, {})
+            self.model = load_transformer("AutoModelForSequenceClassification", None, model_config, {})
         self.model.requires_grad_(False).eval()
         give_shapes(self.model, live.fake)
         live.hold([*self.model.parameters(), *self.model.buffers()], ("classifier", "parameters"))

@@ -64,14 +64,14 @@ class SequenceClassifierReward(Reward):
         name: str | None = None,
         **kwargs,
     ):
-        given = isinstance(model, nn.Module)
-        self.source = type(model).__name__ if given else str(model)
+        is_loaded = isinstance(model, nn.Module)
+        self.source = type(model).__name__ if is_loaded else str(model)
         self.name = name or Path(self.source).name
-        self.model = (model if given else _load_classifier(self.source, kwargs)).eval()
+        self.model = (model if is_loaded else _load_classifier(self.source, kwargs)).eval()
         if device is not None:
             self.model.to(device)
         self.at_last_token = reads_last_token(self.model)
-        self.tokenizer = self._load_tokenizer(tokenizer if tokenizer is not None or given else model)
+        self.tokenizer = self._load_tokenizer(tokenizer if tokenizer is not None or is_loaded else model)
         self.tokenizer.truncation_side = truncation_side
         self._set_padding(pad_token, padding_side)
         self.label, self.output = self._label(label), output
@@ -214,8 +214,8 @@ class SequenceClassifierReward(Reward):
             limits.append(table.tokens)
         limit = min([n for n in limits if n is not None and n > 0], default=None)
         if wanted is None:
-            own = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none
-            return min(own, limit or own) if limit or own < 1e9 else None
+            of_tokenizer = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none
+            return min(of_tokenizer, limit or of_tokenizer) if limit or of_tokenizer < 1e9 else None
         if wanted < 1 or (limit is not None and wanted > limit):
             raise UserError(f"reward classifier {self.source} reads 1 to {limit} tokens, not max_length {wanted}")
         return wanted

@@ -56,12 +56,12 @@ class HTTPReward(Reward):
         rewards: list[float | None] = []
         for start in range(0, len(samples), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            asked = {
+            request = {
                 "prompts": [sample.prompt for sample in samples[rows]],
                 "responses": [sample.response for sample in samples[rows]],
                 "columns": {name: values[rows] for name, values in columns.items()},
             }
-            rewards += self._read(self._post(json.dumps(asked).encode()), len(samples[rows]))
+            rewards += self._read(self._post(json.dumps(request).encode()), len(samples[rows]))
         return rewards
 
     def _post(self, body: bytes) -> bytes:

@@ -50,24 +50,24 @@ def run_tests(program: str, tests: str, seconds: float = 10.0) -> SandboxResult:
     inside = (Path(__file__).parent / "sandboxed.py").read_text(encoding="utf-8")
     job = dict(program=program, tests=tests, limits=LIMITS | {"CPU": math.ceil(seconds)}, disk=DISK)
     token = secrets.token_bytes(32)
-    ours, theirs = socket.socketpair()
-    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile("w+") as file, ours, theirs:
+    local_end, remote_end = socket.socketpair()
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile("w+") as file, local_end, remote_end:
         file.write(json.dumps(job))
         file.seek(0)
-        ours.send(token)
-        ours.setblocking(False)
+        local_end.send(token)
+        local_end.setblocking(False)
         process = subprocess.Popen(
             # as a text: from its folder, our http.py would hide the standard library's
-            [sys.executable, "-s", "-B", "-c", inside, str(theirs.fileno())],
+            [sys.executable, "-s", "-B", "-c", inside, str(remote_end.fileno())],
             stdin=file,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=root,
             env=ENVIRONMENT,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[remote_end.fileno()],
             start_new_session=True,
         )
-        theirs.close()
+        remote_end.close()
         try:
             output = _read(process.stdout.fileno(), time.monotonic() + seconds)
         finally:
@@ -76,7 +76,7 @@ def run_tests(program: str, tests: str, seconds: float = 10.0) -> SandboxResult:
             process.stdout.close()
         if status > 0:
             raise OSError(f"the sandbox could not be set up: {output.strip()[-300:]}")
-        return SandboxResult(_received(ours) == token, output)
+        return SandboxResult(_received(local_end) == token, output)
 
 
 def _read(pipe: int, deadline: float) -> str:

@@ -117,14 +117,14 @@ class Scorer:
 
 def unique(names: Sequence[str]) -> list[str]:
     """Two functions are often both called `reward`: the second becomes `reward_2`."""
-    found: list[str] = []
+    result: list[str] = []
     for name in names:
-        number, free = 1, name
-        while free in found:
+        number, candidate = 1, name
+        while candidate in result:
             number += 1
-            free = f"{name}_{number}"
-        found.append(free)
-    return found
+            candidate = f"{name}_{number}"
+        result.append(candidate)
+    return result
 
 
 def _add(name: str, weight: float, samples: Sequence[Sample], scores: Sequence[float | None]):
@@ -153,10 +153,10 @@ def _numbers(name: str, raw, samples: Sequence[Sample]) -> list[float | None]:
     scores = _as_list(name, raw, must)
     if len(scores) != len(samples):
         raise UserError(f"reward {name!r} gave {len(scores)} scores for {len(samples)} responses: {must}")
-    found: list[float | None] = []
+    numbers: list[float | None] = []
     for score, sample in zip(scores, samples, strict=True):
-        found.append(None if score is None else _number(name, score, sample, must))
-    return found
+        numbers.append(None if score is None else _number(name, score, sample, must))
+    return numbers
 
 
 def _token_scores(name: str, raw, samples: Sequence[Sample]) -> list[list[float] | None]:
@@ -165,17 +165,17 @@ def _token_scores(name: str, raw, samples: Sequence[Sample]) -> list[list[float]
     rows = _as_list(name, raw, must)
     if len(rows) != len(samples):
         raise UserError(f"reward {name!r} gave rewards for {len(rows)} of {len(samples)} responses: {must}")
-    found: list[list[float] | None] = []
+    token_scores: list[list[float] | None] = []
     for row, sample in zip(rows, samples, strict=True):
         if row is None:
-            found.append(None)
+            token_scores.append(None)
             continue
         values = _as_list(name, row, must)
         if len(values) != len(sample.tokens):
             raise UserError(f"reward {name!r} gave {len(values)} numbers for {len(sample.tokens)} tokens: {must}")
         of_tokens = zip(values, sample.response_mask, strict=True)
-        found.append([_number(name, value, sample, must) if sampled else 0.0 for value, sampled in of_tokens])
-    return found
+        token_scores.append([_number(name, value, sample, must) if sampled else 0.0 for value, sampled in of_tokens])
+    return token_scores
 
 
 def _as_list(name: str, raw, must: str) -> list:

@@ -75,12 +75,12 @@ def best_of_n(
     scorer = Scorer([(reward, 1.0)])
     scorer.check(columns)
     generation = ScoredGeneration(generator, scorer, tokenizer, eos_ids(tokenizer, actor))
-    asked = [
+    requests = [
         Prompt(row, [seed, row, i], ids, text, of_row)
         for row, (ids, text, of_row) in enumerate(zip(rows, prompts, columns, strict=True))
         for i in range(n)
     ]
-    samples = generation.sample(asked, config).samples
+    samples = generation.sample(requests, config).samples
     chosen = []
     for row, prompt in enumerate(prompts):
         of_this = samples[row * n : (row + 1) * n]

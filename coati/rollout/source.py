@@ -190,10 +190,10 @@ class SynchronousRollouts:
             self.order.start = (k, self.position)
 
     def _sample_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        found = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
-        groups = self._groups(found.samples)
+        scored = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
+        groups = self._groups(scored.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
-        metrics = sample_metrics(found.samples, self.ranks) | seconds_of([found])
+        metrics = sample_metrics(scored.samples, self.ranks) | seconds_of([scored])
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
     def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
@@ -244,8 +244,8 @@ class SynchronousRollouts:
 
 def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
     """A row of prompt data as a `Prompt`."""
-    found = data[row]
-    return Prompt(row, seed, found.input_ids, found.text, found.columns)
+    sample = data[row]
+    return Prompt(row, seed, sample.input_ids, sample.text, sample.columns)
 
 
 def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
@@ -275,6 +275,6 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
 def seconds_of(rounds: Sequence[Scored]) -> dict[str, float]:
     """Seconds of generation and rewards on this rank, `seconds/...`."""
     total: Counter[str] = Counter()
-    for found in rounds:
-        total.update(found.seconds)
+    for scored in rounds:
+        total.update(scored.seconds)
     return {f"seconds/{name}": value for name, value in total.items()}

@@ -124,10 +124,10 @@ class VLLMEngine:
     def completion(self, output) -> Completion:
         ids, count, stopped = list(output.token_ids), len(output.token_ids), False
         if self.stop:
-            said = self.stop([ids[:n] for n in range(1, count + 1)])
-            stopped = any(said)
-            count = said.index(True) + 1 if stopped else count
-        log_probs = [place[token].logprob for token, place in zip(ids, output.logprobs, strict=True)]
+            stops = self.stop([ids[:n] for n in range(1, count + 1)])
+            stopped = any(stops)
+            count = stops.index(True) + 1 if stopped else count
+        log_probs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]
         if ids[count - 1] in self.eos_ids:
             reason = "eos"
         else:

@@ -107,10 +107,10 @@ def _read_runs(folders: list[Path]) -> list[Run]:
     """The runs below `folders`, each once, by the time they started."""
     labels: dict[Path, str] = {}
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob(RUN))
-        if not found:
+        run_dirs = sorted(path.parent for path in folder.rglob(RUN))
+        if not run_dirs:
             raise UserError(f"{folder} holds no run (no {RUN}); name a folder that a coati run has written.")
-        for run_dir in found:
+        for run_dir in run_dirs:
             relative = run_dir.relative_to(folder)
             labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
     runs = [Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]

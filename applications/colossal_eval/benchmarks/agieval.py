@@ -34,10 +34,10 @@ def agieval(folder: Path) -> Iterator[Row]:
 
 
 def _only(folder: Path, name: str) -> Path | None:
-    found = sorted(path for path in folder.rglob(name) if path.is_file())
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1]} are both there: name the folder of one version")
-    return found[0] if found else None
+    files = sorted(path for path in folder.rglob(name) if path.is_file())
+    if len(files) > 1:
+        raise UserError(f"{files[0]} and {files[1]} are both there: name the folder of one version")
+    return files[0] if files else None
 
 
 def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:

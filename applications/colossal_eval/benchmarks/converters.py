@@ -74,9 +74,9 @@ def _tables(benchmark: str, root: Path, table: dict, folders: dict, suffix: str,
     def path_of(split: str, subject: str) -> Path:
         return root / folders[split] / (subject + suffix.format(folders[split]))
 
-    found = {split: subject_files(root / name, suffix.format(name), table) for split, name in folders.items()}
-    check_pairs(found["dev"], found["test"], path_of)
-    for split, paths in found.items():
+    files_of = {split: subject_files(root / name, suffix.format(name), table) for split, name in folders.items()}
+    check_pairs(files_of["dev"], files_of["test"], path_of)
+    for split, paths in files_of.items():
         for subject, path in paths.items():
             for number, (line, cells) in enumerate(csv_rows(path, header)):
                 if header is not None:

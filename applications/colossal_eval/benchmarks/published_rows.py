@@ -62,12 +62,12 @@ def subject_files(folder: Path, suffix: str, table: dict) -> dict[str, Path]:
     Raises:
         UserError: there is none, or one whose subject the benchmark hasn't.
     """
-    found = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"*{suffix}"))}
-    if not found:
+    files = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"*{suffix}"))}
+    if not files:
         raise UserError(f"{folder} holds no file SUBJECT{suffix}; expected such as {next(iter(table))}{suffix}")
-    if unknown := [subject for subject in found if subject not in table]:
-        raise UserError(f"{found[unknown[0]]}: {unknown[0]!r} is no published subject; remove the file or rename it")
-    return found
+    if unknown := [subject for subject in files if subject not in table]:
+        raise UserError(f"{files[unknown[0]]}: {unknown[0]!r} is no published subject; remove the file or rename it")
+    return files
 
 
 def check_pairs(dev: dict[str, Path], test: dict[str, Path], name: Callable[[str, str], Path]) -> None:

@@ -94,8 +94,8 @@ def make_cases(
     return cases
 
 
-def _turns(question: Question, model: str, given: dict[str, list[str]]) -> list[str]:
-    found, needed = given.get(question.id, []), len(question.turns) + 1
-    if len(found) < needed:
-        raise UserError(f"{model} responds to {len(found)} of the {needed} turns of question {question.id}")
-    return found
+def _turns(question: Question, model: str, by_question: dict[str, list[str]]) -> list[str]:
+    turns, needed = by_question.get(question.id, []), len(question.turns) + 1
+    if len(turns) < needed:
+        raise UserError(f"{model} responds to {len(turns)} of the {needed} turns of question {question.id}")
+    return turns

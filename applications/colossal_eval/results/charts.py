@@ -20,11 +20,11 @@ def bars(rows: list[dict], models: list[str]) -> str:
     figure, axes = _figure(8, 1.2 + 0.22 * len(groups) * (len(models) + 1))
     height = 0.8 / len(models)
     for i, model in enumerate(models):
-        places = [g + (i + 0.5) * height - 0.4 for g in range(len(groups))]
+        positions = [g + (i + 0.5) * height - 0.4 for g in range(len(groups))]
         scores = [scores[i] for _, _, scores in groups]
         errors = [100 * (score["stderr"] or 0) for score in scores]
         values = [100 * score["value"] for score in scores]
-        axes.barh(places, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GRAY)
+        axes.barh(positions, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GRAY)
     for g, (_, chance, _) in enumerate(groups):
         axes.plot([100 * chance] * 2, [g - 0.4, g + 0.4], color=GRAY, linewidth=1.5, label=None if g else "random")
     axes.set_yticks(range(len(groups)), [name for name, _, _ in groups])

@@ -94,7 +94,7 @@ class CoatiLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probs in nats of continuations, and whether greedy decoding would give them; in the order asked."""
-        rows, about, places = self._rows(requests)
+        rows, about, positions = self._rows(requests)
         groups = [list(group) for _, group in groupby(range(len(rows)), key=lambda i: about[i]["task"])]
         vocabulary = self.loaded.actor.transformer.get_output_embeddings().weight.shape[0]
         limits = BatchLimits(self.batch_tokens, vocabulary, self.scorer.shares_prefix, self.scorer.batches_rows)
@@ -107,14 +107,14 @@ class CoatiLM(LM):
 
         responses = self._respond([work(batch) for batch in batches], "Scoring")
         by_row = dict(zip([i for batch in batches for i in batch.rows], responses, strict=True))
-        return [tuple(by_row[row][target]) for row, target in places]
+        return [tuple(by_row[row][target]) for row, target in positions]
 
     def _rows(self, requests: list[Instance]) -> tuple[list[TokenRow], list[dict], list[tuple[int, int]]]:
         """One row for all single-token continuations of a prompt, one for each longer one; what they are about; and of
         each request its row and place in it."""
         numbers: dict[tuple, int] = {}
         targets: list[list[tuple[int, ...]]] = []
-        about, ids, places = [], [], []
+        about, ids, positions = [], [], []
         for request in requests:
             context, text = request.args
             target = self.prompt_tokenizer.continuation(context, text)
@@ -127,9 +127,9 @@ class CoatiLM(LM):
                 )
             if target not in targets[row]:
                 targets[row].append(target)
-            places.append((row, targets[row].index(target)))
+            positions.append((row, targets[row].index(target)))
         rows = [TokenRow(i, len(t[0]), tuple(t)) for i, t in zip(ids, targets, strict=True)]
-        return rows, about, places
+        return rows, about, positions
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy responses up to the first of the `until` texts or EOS, by coati's rollout engine; in the order asked.

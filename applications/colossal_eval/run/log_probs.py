@@ -182,21 +182,21 @@ class LogProbScorer:
 def _read(log_probs: torch.Tensor, rows: list[TokenRow]) -> list[list[tuple[float, bool]]]:
     """`[batch, last, vocabulary]` to each target's sum and whether it is the greedy choice; copied once."""
     last, greedy = log_probs.shape[1], log_probs.argmax(-1).tolist()
-    places = []
+    positions = []
     for i, row in enumerate(rows):
         for target in row.targets:
-            places += [(i, last - row.count + t, token) for t, token in enumerate(target)]
-    in_row, column, token = torch.tensor(places, device=log_probs.device).T
+            positions += [(i, last - row.count + t, token) for t, token in enumerate(target)]
+    in_row, column, token = torch.tensor(positions, device=log_probs.device).T
     values = log_probs[in_row, column, token].double().tolist()
-    found, start = [], 0
+    by_row, start = [], 0
     for i, row in enumerate(rows):
         of_row = []
         for target in row.targets:
             end = start + len(target)
             of_row.append((sum(values[start:end]), greedy[i][last - row.count :] == list(target)))
             start = end
-        found.append(of_row)
-    return found
+        by_row.append(of_row)
+    return by_row
 
 
 def _slides(config) -> bool:

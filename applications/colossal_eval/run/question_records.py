@@ -63,11 +63,11 @@ def record_of(benchmark: str, task, sample: dict) -> dict:
     if question.kind == "text":
         record |= {"log_prob": results[0], "bytes": utf8_bytes(question.question)}
     elif context.fits:
-        given = task.model_output(question, results)
+        model_output = task.model_output(question, results)
         if "first_token" in task.methods:
-            record["log_probs"] = given.letters
+            record["log_probs"] = model_output.letters
         if "generate" in task.methods:
-            record["text"] = given.text
+            record["text"] = model_output.text
     return record
 
 

@@ -31,7 +31,7 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
     """Read a written bucket and count by category; documents, which rows do not tell, are left at 0."""
     import datasets
 
-    found: dict[str, Counts] = {}
+    counts_of: dict[str, Counts] = {}
     for batch in datasets.load_from_disk(str(folder)).data.to_batches():
         lengths = np.diff(batch["input_ids"].offsets.to_numpy())
         labels = batch["labels"]
@@ -42,8 +42,8 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
         for code, name in enumerate(encoded.dictionary.to_pylist()):
             rows = codes == code
             counts = Counts(0, int(rows.sum()), int(lengths[rows].sum()), int(trained[rows].sum()))
-            found[name] = found.get(name, Counts()) + counts
-    return dict(sorted(found.items()))
+            counts_of[name] = counts_of.get(name, Counts()) + counts
+    return dict(sorted(counts_of.items()))
 
 
 def summarize(buckets: list[dict[str, Counts]], max_length: int) -> dict:

@@ -134,9 +134,9 @@ def check_rows(job: Job) -> Rows:
     categories: Counter[str] = Counter()
     check = partial(documents.check_part, category=config.category)
     with _progress(config, "checking rows", len(job.parts)) as bar:
-        for part, (found, bad) in zip(job.parts, job.run(check, job.parts), strict=True):
-            categories.update(found)
-            rows.documents[part.path] += found.total()
+        for part, (by_category, bad) in zip(job.parts, job.run(check, job.parts), strict=True):
+            categories.update(by_category)
+            rows.documents[part.path] += by_category.total()
             rows.bad.extend(bad)
             bar.advance()
             if bad and config.bad_rows == "error":
@@ -207,12 +207,12 @@ def verify(job: Job, store: token_store.TokenStore, chosen: Chosen, work: WorkFo
     measured = []
     folders = [work.bucket(number) for number in range(len(chosen))]
     with _progress(job.config, "verifying buckets", len(folders)) as bar:
-        for of_bucket, folder, found in zip(chosen, folders, job.run(measure_bucket, folders), strict=True):
+        for of_bucket, folder, by_name in zip(chosen, folders, job.run(measure_bucket, folders), strict=True):
             expected = {name: int(store.lengths[numbers].sum()) for name, numbers in of_bucket.items()}
-            written = {name: counts.tokens for name, counts in found.items()}
+            written = {name: counts.tokens for name, counts in by_name.items()}
             if written != expected:
                 raise RuntimeError(f"{folder} holds the tokens {written}, the documents in it have {expected}")
-            measured.append({name: counts + Counts(documents=len(of_bucket[name])) for name, counts in found.items()})
+            measured.append({name: counts + Counts(documents=len(of_bucket[name])) for name, counts in by_name.items()})
             bar.advance(sum(written.values()))
     return measured
 

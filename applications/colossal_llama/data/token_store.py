@@ -137,4 +137,4 @@ class TokenStore:
 
     def dropped(self) -> Iterator[Problem]:
         """What the filters dropped, part by part."""
-        return (Problem(**found) for metadata in self._metadata for found in json.loads(metadata[b"dropped"]))
+        return (Problem(**fields) for metadata in self._metadata for fields in json.loads(metadata[b"dropped"]))

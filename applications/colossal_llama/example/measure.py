@@ -34,12 +34,12 @@ def measure(output: Path, arguments):
 
 def models(output: Path, arguments) -> dict[tuple[str, int], Path]:
     """Folders by arm and seed; the arm "" is the English model."""
-    found = {}
+    folders = {}
     for seed in range(arguments.seeds):
-        found["", seed] = output / f"seed{seed}" / "english" / "1-english" / "model"
+        folders["", seed] = output / f"seed{seed}" / "english" / "1-english" / "model"
         for arm in arguments.arms:
-            found[arm, seed] = output / f"seed{seed}" / arm.replace(" ", "-") / "3-replay" / "model"
-    return found
+            folders[arm, seed] = output / f"seed{seed}" / arm.replace(" ", "-") / "3-replay" / "model"
+    return folders
 
 
 def held_out(path: Path) -> list[str]:

@@ -138,7 +138,7 @@ class Vocabulary:
     def _splits(self, piece: str, new_only: bool) -> list[tuple[str, str]]:
         if piece in self._special:
             return []
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = ((piece[:position], piece[position:]) for position in range(1, len(piece)))
         return [
             (left, right)
             for left, right in pairs

@@ -83,12 +83,12 @@ def load_base(auto_class, source: str, is_trainable: bool, hub: dict, kwargs: di
 
     kwargs = dict(kwargs)
     config = kwargs.pop("config", None)
-    found = find_adapter_config_file(source, **hub)
-    if found is None:
+    config_file = find_adapter_config_file(source, **hub)
+    if config_file is None:
         return load_transformer(auto_class, source, config, kwargs)
     for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
         kwargs.pop(name, None)
-    base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
+    base = load_transformer(auto_class, base_of_adapter(Path(config_file).parent), config, kwargs)
     adapted, _ = load_adapter(base, source, is_trainable, **hub)
     return adapted
 

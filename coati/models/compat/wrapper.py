@@ -268,8 +268,8 @@ class PreTrainedModelWrapper(nn.Module):
                 "train it with bias='none'"
             )
         with _restored(pretrained_model):
-            found = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
-        wrong = [*found.missing_keys, *(key for key in found.unexpected_keys if not _is_score(key))]
+            load_result = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+        wrong = [*load_result.missing_keys, *(key for key in load_result.unexpected_keys if not _is_score(key))]
         if wrong:
             raise UserError(f"the reward adapter {adapter_model_id} doesn't fit this model: {wrong[0]}")
         labels, width = parts["weight"].shape

@@ -64,12 +64,12 @@ class SlotCache(Cache):
             kind: of attention: full, sliding or chunked, as transformers names a layer's type.
         """
         columns, position = self.positions[: self.width], self.lengths[: self.rows, None]
-        seen = columns <= position
+        visible_columns = columns <= position
         if kind == "sliding_attention":
-            seen &= columns > position - config.sliding_window
+            visible_columns &= columns > position - config.sliding_window
         elif kind == "chunked_attention":
-            seen &= columns // config.attention_chunk_size == position // config.attention_chunk_size
-        return seen
+            visible_columns &= columns // config.attention_chunk_size == position // config.attention_chunk_size
+        return visible_columns
 
 
 def stored_as(states: Tensor) -> torch.dtype:

@@ -56,15 +56,15 @@ class Sampler:
         """
         logits = logits.float()
         temperature = self.config.temperature or 1.0
-        own = logits if temperature == 1 else logits / temperature
+        unadjusted = logits if temperature == 1 else logits / temperature
         scores = self.adjust(logits, counts, seen)
         if self.config.temperature == 0:
-            tokens, total = scores.argmax(-1), own.logsumexp(-1)
+            tokens, total = scores.argmax(-1), unadjusted.logsumexp(-1)
         elif scores is logits and not self.warpers:
-            tokens, total = draw(own, keys, counts)
+            tokens, total = draw(unadjusted, keys, counts)
         else:
-            tokens, total = draw(self.warp(scores / temperature), keys, counts)[0], own.logsumexp(-1)
-        return tokens, own.gather(1, tokens[:, None]).squeeze(1) - total
+            tokens, total = draw(self.warp(scores / temperature), keys, counts)[0], unadjusted.logsumexp(-1)
+        return tokens, unadjusted.gather(1, tokens[:, None]).squeeze(1) - total
 
     def adjust(self, logits: Tensor, counts: Tensor, seen: Tensor | None) -> Tensor:
         """Repetition penalty (Keskar et al., 1909.05858, section 4.1), shortest response and tokens that are never

@@ -178,7 +178,7 @@ def test_the_command_says_what_is_wrong(place, endpoint, capsys):
     words = ["--questions", str(place / "mt_bench"), "--endpoint", server.url, "--output", str(place / "out")]
     words += ["--progress", "off", "--references", str(place / "right.jsonl")]
     assert judge.main([*words, "--judge", "m", "--answers", str(place / "short.jsonl")]) == 2
-    assert "short answers 1 of the 2 turns of question 101" in capsys.readouterr().err
+    assert "short responds to 1 of the 2 turns of question 101" in capsys.readouterr().err
     assert judge.main([*words, "--answers", str(place / "good.jsonl")]) == 2
     assert judge.main([*words, "--judge", "m", "--answers", str(place / "good.jsonl")]) == 0
     assert "| good | all | 8.00 ± 0.00 | 2 |" in capsys.readouterr().out
