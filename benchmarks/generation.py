@@ -8,7 +8,7 @@ A case is fixed-BATCH-NEW (responses of exactly NEW tokens) or log-normal (128 p
 256, the same for all; `generate` is given several batch sizes, and its best counts). Prompts have 32 tokens. The model
 is a random Llama of 5.8 M parameters in fp32; both sample at temperature 1 and keep log-probs. Ours comes as it is and
 with `compile_generation` (compiled before the clock runs; left out where there is no g++). vLLM runs eager, as behind
-`rollout_engine: vllm`, but without seeds and without weights to hand over. Ratios are to transformers.
+`rollout_engine: vllm`, but without seeds and without a weight sync. Ratios are to transformers.
 """
 
 import argparse

@@ -9,8 +9,8 @@ Random Llamas in bf16. Contenders work one after the other, each alone on the de
 
 MFU is (6 P + 6 layers x hidden x length) FLOPs a token (PaLM, 2204.02311, appendix B, for causal attention) over the
 rate of a square matrix product; P counts all weights but the input embeddings, and the 8B shape trains with 8 of its
-32 layers, as its optimiser states would not fit. Decoding reads all weights and the keys and values of all rows at
-each step; its share is those bytes a second over the bandwidth of a copy.
+32 layers, as its optimizer states would not fit. Decoding reads all weights and the keys and values of all rows at
+each step; its share is those bytes per second over the bandwidth of a copy.
 """
 
 import argparse

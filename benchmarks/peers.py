@@ -57,7 +57,7 @@ def timed(trainer):
     trainer.add_callback(clock)
 
     def counted(model, inputs, *rest):
-        if isinstance(inputs, dict):  # GRPO's are prompts, before they are answered
+        if isinstance(inputs, dict):  # GRPO's are prompts, before they are completed
             mask = inputs.get("attention_mask")  # packed rows have none
             tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
         return step(model, inputs, *rest)
@@ -127,7 +127,7 @@ def trl_dpo(settings: dict):
 
 
 def trl_grpo(settings: dict):
-    """One update an iteration, no reference; the reward is a number a response."""
+    """One update per iteration, no reference; the reward is a number per response."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer

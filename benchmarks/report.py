@@ -41,7 +41,7 @@ TARGETS = [
     ("family", "grpo-fixed", "TRL", 1.5),
     ("family", "grpo-log-normal", "TRL", 3.0),
 ]
-COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
+COLORS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 
 
 def rates(result: dict) -> str:
@@ -118,7 +118,7 @@ def draw_scaling(result: dict):
                     for v, found in points.items()
                 }
                 values = [points[v]["contenders"][name_of[v]][key] for v in points]
-                plot.plot([int(v) for v in points], values, "o-", label=name.split(", b")[0], color=COLOURS[i])
+                plot.plot([int(v) for v in points], values, "o-", label=name.split(", b")[0], color=COLORS[i])
             plot.set(xscale="log", ylim=(0, None), xlabel=axis, ylabel=label)
             plot.set_xticks([int(v) for v in points], points)
             plot.minorticks_off()
@@ -132,9 +132,9 @@ def draw_parts(result: dict):
     figure, plot = pyplot.subplots(figsize=(7, 0.6 * len(cases) + 1))
     for y, (name, parts) in enumerate(cases.items()):
         left = 0.0
-        for colour, (part, seconds) in zip(COLOURS, parts.items(), strict=False):
+        for color, (part, seconds) in zip(COLORS, parts.items(), strict=False):
             label = part.removeprefix("seconds/") if y == 0 else None
-            plot.barh(name, seconds, left=left, color=colour, label=label, height=0.6)
+            plot.barh(name, seconds, left=left, color=color, label=label, height=0.6)
             left += seconds
     plot.set(xlabel="seconds of an iteration")
     plot.invert_yaxis()

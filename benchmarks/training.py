@@ -7,7 +7,7 @@
 TRL works in environments of its own, which `make trl` makes; without them it is left out. Everyone has the same model
 (a random Llama of 5.8 M parameters), rows of the same tokens, and steps of as many of them, in fp32.
 
-    sft-fixed, sft-log-normal          32 rows a step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
+    sft-fixed, sft-log-normal          32 rows per step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
     reward-fixed, reward-log-normal    8 pairs a step: of 256 tokens, of up to 512
     ppo-fixed, ppo-shared              16 prompts of 32 tokens, responses of exactly 64, 4 epochs; separate critic, or
                                        one trunk for policy and value (ours; TRL has two)
@@ -16,7 +16,7 @@ TRL works in environments of its own, which `make trl` makes; without them it is
     dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
     dpo-vocabulary                     as dpo-fixed, with a vocabulary of 32,768
     dpo-prompts                        as dpo-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
-    grpo-fixed, grpo-log-normal        answers as PPO's, four a prompt, 1 epoch, no reference
+    grpo-fixed, grpo-log-normal        responses as PPO's, four per prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
 
@@ -55,7 +55,7 @@ class Case:
     Attributes:
         flags: of coati's training script, beside the common ones.
         peers: by name, TRL's settings.
-        steps: optimiser steps (PPO: iterations) of a turn.
+        steps: optimizer steps (PPO: iterations) of a turn.
         lengths: tokens of each row; of PPO and GRPO, of each response.
         prompt: tokens of a row that are its prompt, but for PPO and GRPO.
         model: changes of the Llama's configuration.

@@ -1,4 +1,4 @@
-"""The `coati` command: methods that train, and what helps with them."""
+"""The `coati` command: methods that train, and tools."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in ("-h", "--help"):
             print(overview())
         elif name in TOOLS:
-            return use(name, rest)
+            return run_tool(name, rest)
         else:
             from coati.commands import COMMANDS, train
 
@@ -47,7 +47,7 @@ def overview() -> str:
     return "\n".join([*lines, "coati COMMAND --help lists a command's settings."])
 
 
-def use(name: str, argv: list[str]) -> int:
+def run_tool(name: str, argv: list[str]) -> int:
     """Runs one of `TOOLS`."""
     if name == "plan":  # its flags are those of the methods
         from coati.planner import main as plan

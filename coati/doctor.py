@@ -26,7 +26,7 @@ def diagnose() -> int:
         # coati.parallel can't be imported then; its message says the same
         console.print("colossalai is missing: pip install --no-deps colossalai==0.5.0 galore_torch bitsandbytes")
         return 1
-    plugins = Table("plugin", "precisions here", "refused here", title="Plugins", title_justify="left")
+    plugins = Table("plugin", "precisions here", "unsupported here", title="Plugins", title_justify="left")
     for row in _plugins():
         plugins.add_row(*row)
     console.print(plugins)
@@ -65,15 +65,15 @@ def _plugins():
     from coati.parallel.config import check_plugin
 
     for plugin in PLUGINS:
-        runs, refusals = [], []
+        runs, unsupported = [], []
         for precision in ("fp32", "bf16", "fp16"):
             try:
                 check_plugin(PluginConfig(plugin=plugin, precision=precision))
                 runs.append(precision)
             except UserError as error:
-                refusals.append(str(error))
+                unsupported.append(str(error))
         try:
             check_plugin(PluginConfig(plugin=plugin), lora=True)
         except UserError as error:
-            refusals.append(str(error))
-        yield plugin, ", ".join(runs), "\n".join(refusals) or "-"
+            unsupported.append(str(error))
+        yield plugin, ", ".join(runs), "\n".join(unsupported) or "-"

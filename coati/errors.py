@@ -11,7 +11,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
-    """Something the person who started the run can mend: a file, a line, a flag, a combination.
+    """Something the person who started the run can fix: a file, a line, a flag, a combination.
 
     Its message is one sentence that names the place and the remedy. Entry points print it without a traceback
     and exit with status 2.
@@ -30,10 +30,10 @@ def run_command(command: Callable[[], object]) -> int:
 
 
 def no_room(error: BaseException) -> str | None:
-    """Why the disk took no more, if that is what an error of Python, safetensors, tokenizers or torch says."""
+    """Why the disk is full, if that is what an error of Python, safetensors, tokenizers or torch says."""
     number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
-        number = int(found[1])
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
+        number = int(match[1])
     if number in FULL:
         return os.strerror(number)
     if re.search(r"inline_container\.cc|PytorchStreamWriter|iostream error", str(error)):  # torch.save

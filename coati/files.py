@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written aside, synced to disk, renamed.
+"""Atomic writes of files and folders: written to a `.partial` path, synced to disk, renamed.
 
-What a killed process leaves ends in `.partial`, and the next write to the same place clears it.
+The next write to the same path removes what a killed process has left.
 """
 
 import errno
@@ -12,47 +12,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ASIDE = ".partial"
-REMOVED = f".removed{ASIDE}"
+PARTIAL = ".partial"
+REMOVED = f".removed{PARTIAL}"
 
 
-def aside_of(target: Path) -> Path:
-    """Where `written_aside` has its caller write."""
-    return target.with_name(target.name + ASIDE)
+def partial_path(target: Path) -> Path:
+    """Where `atomic_write` has its caller write."""
+    return target.with_name(target.name + PARTIAL)
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A path to write a file at, or to make a folder at, which becomes `target` once all of it is on disk.
 
     If the block raises, what it has written is removed, and `target` is as it was. After a kill `target` is the old one
-    or the new one, whole; a folder that is replaced is absent for a moment between two renames. Where several processes
-    may write to one target, they take turns by a lock of their own.
+    or the new one, complete; a folder that is replaced is absent for a moment between two renames. Processes that may
+    write to the same target must lock it themselves.
     """
-    aside = aside_of(target)
-    for left in (aside, _removed(target)):
+    partial = partial_path(target)
+    for left in (partial, _removed(target)):
         _delete(left)
     try:
-        yield aside
-        sync(aside)
+        yield partial
+        sync(partial)
         if target.is_dir():
             target.rename(_removed(target))
-        os.replace(aside, target)
+        os.replace(partial, target)
         sync_entry(target.parent)
     except BaseException:
-        _delete(aside)
+        _delete(partial)
         raise
     _delete(_removed(target))
 
 
 def replace_file(path: Path, text: str):
-    """Writes a file of text, so that a reader sees the old file or the new one, never a part."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8", errors="replace")
+    """Writes a text file atomically: a reader sees the old file or the new one."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: Any):
-    """Writes a JSON file in the same way.
+    """Writes a JSON file atomically.
 
     Raises:
         TypeError: JSON has no such value.
@@ -61,17 +61,17 @@ def write_json(path: Path, value: Any):
 
 
 def remove_folder(folder: Path):
-    """Renames a folder before it is removed, so that a kill in the middle leaves nothing that looks whole."""
+    """Renames a folder before it is removed, so that a kill in the middle leaves nothing that looks complete."""
     doomed = _removed(folder)
     _delete(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def remove_asides(folder: Path):
+def remove_partials(folder: Path):
     """Removes what processes that were killed have left directly in `folder`."""
-    for left in folder.glob(f"*{ASIDE}"):
-        _delete(left)
+    for partial in folder.glob(f"*{PARTIAL}"):
+        _delete(partial)
 
 
 def sync(path: Path):

@@ -1,7 +1,7 @@
-"""`coati run`: one process a GPU of this machine. A short launcher that passes signals on and says what failed.
+"""`coati run`: one process per GPU of this machine. A short launcher that passes signals on and reports what failed.
 
-It does what torchrun can't be told to do from a worker: arguments go to the script as they are, every run has a port of
-its own, a failure is one line, and Ctrl-C or SIGTERM ends with the workers' own exit status, 0 once they have saved.
+It does what torchrun can't: arguments go to the script unchanged, every run has a port of its own, a failure is one
+line, and Ctrl-C or SIGTERM ends with the workers' own exit status, 0 once they have saved.
 """
 
 import os
@@ -16,7 +16,7 @@ SECONDS_TO_END = 10  # for the other processes once one has failed; the reason i
 
 def run(processes: int, command: list[str]) -> int:
     """Starts a command `processes` times and waits; returns the exit status of the first to fail, or 0. The processes
-    share the cores out, unless OMP_NUM_THREADS is set.
+    share the cores, unless OMP_NUM_THREADS is set.
 
     Args:
         command: what Python is started with: a script, or -m and a module, and arguments.
@@ -24,22 +24,22 @@ def run(processes: int, command: list[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     workers: list[subprocess.Popen] = []
-    asked: list[int] = []
+    signals: list[int] = []
 
     def pass_on(number, frame):
-        asked.append(number)
+        signals.append(number)
         _send(workers, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     for rank in map(str, range(processes)):
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
         # in a session of its own: a terminal's Ctrl-C arrives once, through us
         workers.append(subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True))
-    for number in asked:  # came before the last one had started
+    for number in signals:  # came before the last one had started
         _send(workers, number)
     return _wait(workers)
 

@@ -1,4 +1,4 @@
-"""What lies where in a run's folder, which checkpoints there are, and where the models in them are.
+"""The layout of a run's folder, which checkpoints there are, and where the models in them are.
 
     RUN/                                what --output_dir names
       model/                            the run's product: a Hugging Face folder with its tokenizer, maybe an adapter
@@ -6,16 +6,16 @@
       checkpoints/
         step-00000010/
           manifest.json                 step, metric, every file with its size: without it, a save was interrupted
-          trainer.json                  what the trainer remembers
-          random-0-of-2.safetensors     random states, a file a rank
-          actor/                        a folder a model; of algorithms with one model, `model/`
-            model/                      as the product, but that an adapter is never merged
+          trainer.json                  the trainer's state
+          random-0-of-2.safetensors     random states, a file per rank
+          actor/                        a folder per model; of algorithms with one model, `model/`
+            model/                      as the product, but with adapters unmerged
             optimizer/                  AdamW's states in shards; not of frozen models
-            master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file a rank
-        step-00000020.previous/         of steps after the one that a run went on from
+            master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file per rank
+        step-00000020.previous/         of steps after the one that a run resumed from
         step-00000030.partial/          being written or removed: see `coati.files`
 
-Logs (`metrics.jsonl`, `samples.jsonl`, `run.json`) are told in `coati.tracking.files`.
+Logs (`metrics.jsonl`, `samples.jsonl`, `run.json`) are described in `coati.tracking.files`.
 """
 
 import json
@@ -23,7 +23,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from coati.files import ASIDE, write_json
+from coati.files import PARTIAL, write_json
 
 FINAL_MODEL = "model"
 LOCK = ".lock"
@@ -56,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_STEP))
 
 
-def set_aside_name(checkpoint: Path) -> Path:
+def previous_name(checkpoint: Path) -> Path:
     """What a checkpoint is renamed to that is no longer one of its run's."""
     return checkpoint.with_name(checkpoint.name + _PREVIOUS)
 
@@ -75,7 +75,7 @@ def master_weights_name(layout: str, rank: int, world_size: int) -> str:
     """The file of one rank's fp32 master weights.
 
     Args:
-        layout: tells how the weights are split; under another one the file is of no use.
+        layout: how the weights are split; the file can't be used under another.
     """
     return f"master-{layout}-{rank}-of-{world_size}.safetensors"
 
@@ -89,7 +89,7 @@ def random_state_name(rank: int, world_size: int) -> str:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Those of all steps, whole or not, oldest first; neither what is set aside nor what is being written."""
+    """Those of all steps, complete or not, oldest first; without those set aside or being written."""
     return sorted(checkpoints.glob(_STEP + "[0-9]" * 8))
 
 
@@ -117,7 +117,7 @@ def incomplete(checkpoint: Path) -> str | None:
     """Why a folder is not a complete checkpoint; None if it is."""
     if not checkpoint.is_dir():
         return "no such folder"
-    if checkpoint.suffix == ASIDE or not (checkpoint / MANIFEST).exists():
+    if checkpoint.suffix == PARTIAL or not (checkpoint / MANIFEST).exists():
         return f"{MANIFEST} is missing: the save was interrupted"
     try:
         files = dict(read_manifest(checkpoint)["files"])
@@ -132,7 +132,7 @@ def incomplete(checkpoint: Path) -> str | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`{"step": int, "metric": float | None, "files": {path: bytes}}`; the metric tells the best, higher is better."""
+    """`{"step": int, "metric": float | None, "files": {path: bytes}}`; the best checkpoint has the highest metric."""
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
@@ -147,7 +147,7 @@ def write_manifest(checkpoint: Path, step: int, metric: float | None):
 
 
 def find_model(place: Path) -> Path | None:
-    """The Hugging Face folder that a path names, be it that folder, a run, a checkpoint or a model's folder in one.
+    """The Hugging Face folder that a path names: that folder itself, or one in a run or in a checkpoint.
 
     Of a run it is the product, else the trained model of the newest complete checkpoint; None if there is no model.
     """

@@ -1,4 +1,4 @@
-"""What a rollout leaves: samples, token by token. Free of torch, as the processes that score samples are."""
+"""Samples of a rollout, token by token. Free of torch, as the processes that score samples are."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class Sample:
-    """A prompt and what the policy made of it.
+    """A prompt and the policy's response.
 
     Per-token lists are aligned with `tokens`.
 
@@ -14,12 +14,12 @@ class Sample:
         row: number of the data's row that the prompt is from; columns: the row's other fields.
         prompt, response: the texts, without what ends a response.
         tokens: ids of the prompt and of all that came after it.
-        response_mask: True on the tokens that the policy sampled (EOS included), which may stand in several parts.
+        response_mask: True on the tokens that the policy sampled (EOS included), which may be in several parts.
         log_probs: of the sampled tokens, at the sampling temperature and before top-k and the like; 0 elsewhere. None
             where the generator gives none (beam search).
         finish_reason: "eos", "stop" (a stop text or id) or "length".
         weights_version: the iteration whose weights sampled it.
-        rewards: what each reward gave, by name, unweighted; those of tokens summed up; None where it has no opinion.
+        rewards: each reward by name, unweighted; per-token rewards are summed; None where it was skipped.
         failed: of the rewards that look at one sample at a time, whether they could not score it.
         score: the weighted sum of the rewards of whole responses.
         token_rewards: the weighted sum of the rewards of tokens; None without any.
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was cut at its greatest length."""
+        """Whether the response was truncated at its maximum length."""
         return self.finish_reason == "length"
 
     @property
@@ -68,5 +68,5 @@ class SampleGroup:
 
     @property
     def all_equal(self) -> bool:
-        """Whether all of them earned the same, so that there is nothing to compare."""
+        """Whether all have the same reward, so that no advantage differs from 0."""
         return len({sample.total_reward for sample in self.samples}) == 1

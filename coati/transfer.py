@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The same values on the device. From pinned memory they travel behind what the device is doing; from other memory
-    the host would wait for all of that first."""
+    """The same values on the device. From pinned memory they are copied asynchronously; from other memory the host
+    would wait for the device first."""
     if tensor.device.type != "cpu" or torch.device(device).type in ("cpu", "meta"):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -20,7 +20,7 @@ def upload(values: Sequence, device: torch.device | str, dtype: torch.dtype = to
 
 
 class Download:
-    """Copies of tensors on their way to the host."""
+    """Pending copies of tensors to the host."""
 
     def __init__(self, *tensors: Tensor):
         self.event = None
@@ -35,7 +35,7 @@ class Download:
         self.event.record()
 
     def lists(self) -> list[list]:
-        """The values, once they have come."""
+        """The values, once they have arrived."""
         if self.event is not None:
             self.event.synchronize()
         return [copy.tolist() for copy in self.copies]

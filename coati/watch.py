@@ -1,4 +1,4 @@
-"""Ends this process when its launcher is gone, so that no run hangs or goes on unseen. See docs/launching.md.
+"""Ends this process when its launcher is gone, so that no run hangs or continues unseen. See docs/launching.md.
 
 A thread watches, since the main thread may sit in a collective call for minutes. It starts before torch is imported,
 which takes seconds, and so imports nothing heavy.
@@ -25,7 +25,7 @@ _watching = threading.Event()
 
 
 def watch_launcher():
-    """Starts the watch, once a process; from the main thread. What happens then:
+    """Starts the watch, once per process; from the main thread. What happens then:
 
     - A launcher goes away: SIGTERM to ourselves, which asks for a checkpoint; exit status 1 if that takes over 8 s
       (or what COATI_SECONDS_TO_SAVE says).
@@ -50,18 +50,18 @@ def launchers() -> list[psutil.Process]:
 
     Shells between launchers count. What started the first launcher (a terminal, make, nohup) may go away.
     """
-    found: list[psutil.Process] = []
+    chain: list[psutil.Process] = []
     between: list[psutil.Process] = []
     for process in psutil.Process().parents():
         try:
             between.append(process)
             if _is_launcher(process):
-                found, between = found + between, []
+                chain, between = chain + between, []
             elif not (process.name() in SHELLS and "-c" in process.cmdline()):
                 break
         except psutil.Error:  # gone, or another user's and hidden: not a launcher of ours
             break
-    return found
+    return chain
 
 
 def _is_launcher(process: psutil.Process) -> bool:
@@ -77,7 +77,7 @@ def _names(process: psutil.Process) -> set[str]:
 
 
 def _left_behind(chain: list[psutil.Process]) -> list[int]:
-    """`colossalai run`'s children: after Ctrl-C, or without their parent, they wait for ever for a message from it.
+    """`colossalai run`'s children: after Ctrl-C, or without their parent, they wait forever for a message from it.
 
     Every rank ends them: the first to notice has all stop, and another may be gone before it looks.
     """
@@ -123,7 +123,7 @@ def lives(process: psutil.Process) -> bool:
 def _end_after(chain: list[psutil.Process], left_behind: list[int]):
     """Has a process of its own session end those once our parent, torchrun, is done with its workers.
 
-    Interrupted a second time while it shuts down, torchrun now and then runs on for ever without any worker.
+    Interrupted a second time while it shuts down, torchrun now and then runs on forever without any worker.
     """
     if left_behind:
         words = [sys.executable, __file__, *map(str, [chain[0].pid, *left_behind])]

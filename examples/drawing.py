@@ -2,14 +2,14 @@
 
 from html import escape
 
-from coati.tracking.charts import COLOURS, HEIGHT, WIDTH, Line, line_chart
+from coati.tracking.charts import COLORS, HEIGHT, WIDTH, Line, line_chart
 from coati.tracking.style import STYLE
 
 GAP, ROW, TITLE = 16, 18, 22
 
 
 def figure(charts: dict[str, list[Line]], legend: list[str], note: str = "", columns: int = 3) -> str:
-    """A standalone SVG: a legend, one entry a colour (dashed where they begin again), then the charts by title in rows.
+    """A standalone SVG: a legend, one entry a color (dashed where they begin again), then the charts by title in rows.
 
     Args:
         note: a last line of the legend.
@@ -23,7 +23,7 @@ def figure(charts: dict[str, list[Line]], legend: list[str], note: str = "", col
     ]
     for i, name in enumerate(legend):
         y = 12 + ROW * i
-        style = f"c{i % COLOURS}" + " dashed" * (i >= COLOURS)
+        style = f"c{i % COLORS}" + " dashed" * (i >= COLORS)
         parts.append(f'<line class="curve {style}" x1="10" x2="30" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="38" y="{y + 4}">{escape(name)}</text>')
     parts.append(f'<text x="10" y="{16 + ROW * len(legend)}">{escape(note)}</text>')

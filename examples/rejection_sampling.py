@@ -1,5 +1,5 @@
-"""Rejection sampling (Llama 2, 2307.09288, section 3.2.3; RAFT, 2304.06767): in each round the policy answers prompts n
-times and is fine-tuned on the best answers. Prompts whose answers all earn the same are left out.
+"""Rejection sampling (Llama 2, 2307.09288, section 3.2.3; RAFT, 2304.06767): in each round the policy responds to
+prompts n times and is fine-tuned on the best responses. Prompts whose responses all earn the same are skipped.
 
 python examples/rejection_sampling.py --model FOLDER --prompts FILE --reward FILE.py:function --config SFT.yaml \\
     --output FOLDER
@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from examples.answers import Answered, run_rounds  # noqa: E402
+from examples.rounds import ScoredPrompt, run_rounds  # noqa: E402
 
 
-def row(answered: Answered) -> dict:
-    return {"prompt": answered.prompt, "completion": answered.best}
+def row(scored: ScoredPrompt) -> dict:
+    return {"prompt": scored.prompt, "completion": scored.best}
 
 
 if __name__ == "__main__":
-    run_rounds("Rejection sampling: SFT on the best of n answers, in rounds.", "sft", row)
+    run_rounds("Rejection sampling: SFT on the best of n responses, in rounds.", "sft", row)

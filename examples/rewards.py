@@ -10,7 +10,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def brevity(prompts, responses, **columns):
-    """1 for an answer of up to 8 words, 1/8 less for each word more, not below 0; 0 for no words.
+    """1 for a response of up to 8 words, 1/8 less for each word more, not below 0; 0 for no words.
 
     >>> brevity(["Hi"] * 3, ["It is free.", "a b c d e f g h i j", ""])
     [1.0, 0.75, 0.0]

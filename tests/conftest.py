@@ -141,11 +141,11 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     elif algorithm != "reward":
         settings |= dict(max_new_tokens=8)
     if algorithm == "ppo":
-        # greedy answers don't depend on which process draws them, so curves can be compared
+        # greedy responses don't depend on which process draws them, so curves can be compared
         settings |= dict(temperature=0.0, rewards=functions(world["rewards"] + ":length"), critic_learning_rate=1e-2)
         settings |= dict(ppo_epochs=2, minibatches=2, learning_rate=3e-3, model=world["policy"], model_config=None)
         settings |= dict(max_prompt_length=96)
-    if algorithm == "grpo":  # sampled answers, whose noise depends on the prompt alone
+    if algorithm == "grpo":  # sampled responses, whose noise depends on the prompt alone
         settings |= dict(rewards=functions(world["rewards"] + ":length"), group_size=4, minibatches=2, ppo_epochs=2)
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
     return settings | changes

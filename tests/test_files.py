@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic writes of files and folders."""
 
 import ast
 import errno
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coati.files import aside_of, remove_asides, remove_folder, replace_file, write_json, written_aside
+from coati.files import atomic_write, partial_path, remove_folder, remove_partials, replace_file, write_json
 from tests.conftest import ROOT
 from tests.kills import killed_before
 
@@ -17,15 +17,15 @@ OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "c": "new"}
 
 
 def write_file(target: Path, contents: dict[str, str]):
-    with written_aside(target) as aside:
-        aside.write_text(json.dumps(contents))
+    with atomic_write(target) as partial:
+        partial.write_text(json.dumps(contents))
 
 
 def write_folder(target: Path, contents: dict[str, str]):
-    with written_aside(target) as aside:
-        (aside / "below").mkdir(parents=True)
+    with atomic_write(target) as partial:
+        (partial / "below").mkdir(parents=True)
         for name, text in contents.items():
-            (aside / "below" / name).write_text(text)
+            (partial / "below" / name).write_text(text)
 
 
 def read(target: Path) -> dict[str, str] | None:
@@ -53,9 +53,9 @@ def test_an_error_leaves_what_was_there_and_nothing_half_written(write, before, 
         write(tmp_path / "target", before)
 
     def fail(target: Path):
-        with written_aside(target) as aside:
-            aside.mkdir()
-            (aside / "half").write_text("wri")
+        with atomic_write(target) as partial:
+            partial.mkdir()
+            (partial / "half").write_text("wri")
             raise error
 
     with pytest.raises(type(error)):
@@ -88,9 +88,9 @@ def test_all_is_on_disk_before_the_rename_and_the_name_after_it(write, tmp_path,
     monkeypatch.setattr(os, "fsync", lambda number: calls.append(Path(os.readlink(f"/proc/self/fd/{number}"))))
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
     write(tmp_path / "target", NEW)
-    aside = aside_of(tmp_path / "target")
-    within = [] if write is write_file else [aside / "below", *(aside / "below" / name for name in NEW)]
-    assert sorted(calls[:-2]) == sorted([aside, *within]) and calls[-2:] == ["rename", tmp_path]
+    partial = partial_path(tmp_path / "target")
+    within = [] if write is write_file else [partial / "below", *(partial / "below" / name for name in NEW)]
+    assert sorted(calls[:-2]) == sorted([partial, *within]) and calls[-2:] == ["rename", tmp_path]
 
 
 def sync_files_only(number: int):
@@ -127,7 +127,7 @@ def test_a_removed_folder_never_looks_whole(tmp_path):
         assert read(folder / "target") in (OLD, None)
         if not killed:
             break
-        remove_asides(folder)
+        remove_partials(folder)
         assert [path.name for path in folder.iterdir()] in ([], ["target"])
         shutil.rmtree(folder)
     assert 2 < operation < 99 and not list(folder.iterdir())

@@ -15,7 +15,7 @@ from coati.config import configure
 from coati.config.schema import leaves, section_classes, types_of
 from coati.errors import UserError
 from coati.planner.dry_run import Workload, plan
-from coati.planner.report import read_workload, verdict
+from coati.planner.report import conclusion, read_workload
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, SFTConfig
 from coati.trainers.trainer import Trainer
@@ -39,7 +39,7 @@ def kinds(found, moment: str | None = None) -> Counter:
     return total
 
 
-def test_zero_divides_the_optimiser_states_by_the_ranks():
+def test_zero_divides_the_optimizer_states_by_the_ranks():
     one, four = kinds(sft(1)), kinds(sft(4))
     assert one["optimizer states"] == 12 * WEIGHTS
     assert four["optimizer states"] == 3 * WEIGHTS
@@ -133,8 +133,8 @@ def test_the_command_prints_a_table_a_verdict_and_the_best_change(tmp_path, caps
 
 def test_a_run_that_does_not_fit_is_told_so():
     found = sft()
-    assert verdict(found, 0.001, fits=False).startswith("does not fit: ")
-    assert f"({found.worst})" in verdict(found, 80, fits=True)
+    assert conclusion(found, 0.001, fits=False).startswith("does not fit: ")
+    assert f"({found.worst})" in conclusion(found, 80, fits=True)
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
@@ -218,7 +218,7 @@ CASES = [
 
 def plan_of(name: str, gpus: int = 2, own=TINY, others=(), **changes):
     config = configure(ALGORITHMS[name].config, **{**RUN, **SETTINGS[name], **changes})
-    return plan(Workload(name, config, own, gpus, others=dict(others)))
+    return plan(Workload(name, config, own, gpus, other_configs=dict(others)))
 
 
 def models(found) -> set[str]:
@@ -300,7 +300,7 @@ def test_a_reward_model_of_another_depth_is_continued_by_its_own():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(rollout_engine="vllm", plugin="gemini"), "vLLM takes models that are replicated"),
+        (dict(rollout_engine="vllm", plugin="gemini"), "vLLM .* ddp, zero1, zero2, or --rollout_engine coati"),
         (dict(batch_size=3), "not a multiple"),
         (dict(group_size=1), "group_size must be at least 2"),
     ],

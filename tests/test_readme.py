@@ -256,10 +256,10 @@ def test_python_blocks_run(page, place, runtime, tmp_path, monkeypatch):
     from coati.models import RewardModel
 
     monkeypatch.setattr(coati.parallel, "launch", lambda: runtime)
-    RewardModel(place["policy"]).save_pretrained(tmp_path / "judge")
+    RewardModel(place["policy"]).save_pretrained(tmp_path / "scorer")
     real = {
         "runs/quickstart/sft/model": place["policy"],
-        "runs/quickstart/reward/model": str(tmp_path / "judge"),
+        "runs/quickstart/reward/model": str(tmp_path / "scorer"),
         "runs/quickstart/data/sft.jsonl": place["sft"],
         "runs/quickstart/data/prompts_train.jsonl": place["prompts"],
         "runs/demo": str(tmp_path),

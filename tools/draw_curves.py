@@ -90,12 +90,12 @@ def title(metric: str) -> str:
 
 
 def lines(folders: dict[str, Path], metric: str) -> list[Line]:
-    """A run's curve each, in the order of its colours."""
+    """A run's curve each, in the order of its colors."""
     low, high = LIMITS.get(metric, (-math.inf, math.inf))
     curves = []
-    for colour, (label, folder) in enumerate(folders.items()):
+    for color, (label, folder) in enumerate(folders.items()):
         points = [(row["step"], min(max(row[metric], low), high)) for row in read_metrics(folder) if metric in row]
-        curves.append(Line(label, colour, points))
+        curves.append(Line(label, color, points))
     return curves
 
 

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from coati.data import DataConfig, PromptRecord, SFTRecord, parse_record, prepare_tokenizer, tokenise
+from coati.data import DataConfig, PromptRecord, SFTRecord, parse_record, prepare_tokenizer, tokenize
 from coati.data.records import one_record_per_response
-from coati.data.tokenise import tokenise_many
+from coati.data.tokenize import tokenize_many
 from tests.data.families import FAMILIES, Family, Refused
 
 # What people write that could be mistaken for the template's own.
@@ -171,7 +171,7 @@ def check_mask(family: Family, messages: list[dict], tools, train_on: str, argum
         learned = [i for i in answers if "weight" not in messages[i]]
         should_be = expected(family, shown[: len(record.messages)], tools, learned, arguments) if learned else None
         try:
-            sample = tokenise(record, tokenizer, config)
+            sample = tokenize(record, tokenizer, config)
         except ValueError as error:
             assert should_be is None, f"refused: {error}"
             continue
@@ -193,7 +193,7 @@ def check_prompt(family: Family, messages: list[dict], tools, arguments: dict) -
     except Refused:
         should_be = None
     try:
-        sample = tokenise(PromptRecord(messages[:-1], {}, tools), tokenizer, config)
+        sample = tokenize(PromptRecord(messages[:-1], {}, tools), tokenizer, config)
     except ValueError as error:
         assert should_be is None, f"refused: {error}"
         return "refused"
@@ -346,7 +346,7 @@ def check_row(family: Family, kind: str, row: dict, stamps: Stamps, train_on: st
         return "refused"
     if train_on == "each":
         records = [one for record in records for one in one_record_per_response(record)]
-    results = tokenise_many(records, tokenizer, config)
+    results = tokenize_many(records, tokenizer, config)
     for result in results:
         assert not isinstance(result.sample, ValueError) or (str(result.sample) and "\n" not in str(result.sample))
     if any(isinstance(result.sample, ValueError) for result in results):

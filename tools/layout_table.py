@@ -62,7 +62,7 @@ def of_family(family: str, layout: str) -> list[str]:
     """The runs of an architecture that make a cell; none where the layout is refused."""
     if "split_sequence" in layout and not DECODERS[family].splits_sequence:
         return []
-    # greedy answers differ in bf16
+    # greedy responses differ in bf16
     return [f"{family}-{algorithm}" for algorithm in (FIRST[:2] if "bf16" in layout else FIRST)]
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv-mutation"
 WORK = VENV / "work"
 MUTMUT = "mutmut==3.8.1"
-MUTATED = ("coati/losses/*", "coati/data/tokenise.py", "coati/data/collate.py")
+MUTATED = ("coati/losses/*", "coati/data/tokenize.py", "coati/data/collate.py")
 TESTS = ("tests/losses", "tests/data/test_masks.py", "tests/data/test_collate.py")
 KILLED = (1, 3)  # pytest's exit codes: a test failed; it could not even be set up
 TIMEOUT = -24  # SIGXCPU

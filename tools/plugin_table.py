@@ -3,7 +3,7 @@
     python tools/plugin_table.py            # about 10 minutes on 2 cores
 
 Each stage does 20 steps on 2 processes with `colossalai run`, saves at step 10, and is run again from that checkpoint.
-The reference is one process without a launcher. PPO answers greedily, so that answers don't depend on the processes.
+The reference is one process without a launcher. PPO samples greedily, so that responses don't depend on the processes.
 Needs the data and the models of `make quickstart`. Runs that are already in --output are not repeated.
 """
 
@@ -63,7 +63,7 @@ def run(stage: str, plugin: str, arguments, *, processes: int = 2, resume: Path 
             flags += [json.dumps({"type": "model", "path": str(quickstart / "reward" / "model")})]
             flags += ["--train_data", data / "prompts_train.jsonl", "--eval_data", data / "prompts_eval.jsonl"]
             flags += ["--batch_size", 16, "--minibatches", 2, "--micro_batch_size", 8, "--temperature", 0]
-            # small rates: once weights differ in the 5th digit, a greedy answer somewhere flips
+            # small rates: once weights differ in the 5th digit, a greedy response somewhere flips
             flags += ["--learning_rate", 1e-5, "--critic_learning_rate", 1e-4]
     if resume:
         flags += ["--resume", resume]

@@ -15,20 +15,20 @@ INTRODUCTION = """\
 
 <!-- Written by tools/write_configuration.py: change the help texts in the code, then run it. -->
 
-A setting stands in a section of the YAML file, or at its top: `optimizer: {learning_rate: 1e-5}`. As a flag its section
-may be left out: `--learning_rate 1e-5` or `--optimizer.learning_rate 1e-5`. A flag wins over the file. A section that is
-one word is its first setting: `model: FOLDER` is `model: {path: FOLDER}`, `algorithm: dapo` is `algorithm: {type: dapo}`,
-and so is a reward: `rewards: [math]`. Unknown settings are refused with the nearest known one, and all mistakes are
-named at once.
+A setting stands in a section of the YAML file, or at its top: `optimizer: {learning_rate: 1e-5}`. As a flag its
+section may be left out: `--learning_rate 1e-5` or `--optimizer.learning_rate 1e-5`. A flag wins over the file. A
+section that is one word is its first setting: `model: FOLDER` is `model: {path: FOLDER}`, `algorithm: dapo` is
+`algorithm: {type: dapo}`, and so is a reward: `rewards: [math]`. Unknown settings are refused with the nearest known
+one, and all mistakes are named at once.
 
-Lists are YAML lists, or several words after the flag; mappings are YAML as flags too; true-or-false settings take `true`
-or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `run_name: 1.10` and
-`stop: [no]` are texts. `~/` at the beginning of a path is the home folder. In Python,
+Lists are YAML lists, or several words after the flag; mappings are YAML as flags too; true-or-false settings take
+`true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `run_name:
+1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder. In Python,
 `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
 
-All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints` and `tracking`, and
-all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also `rewards` and
-`scoring`.
+All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints` and `tracking`,
+and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also `rewards`
+and `scoring`.
 """
 
 

@@ -25,10 +25,10 @@ QUOTE = re.compile(r"(<!-- source: (\S+):(\S+) -->\n```python quoted\n).*?(```\n
 
 def filled(page: str) -> str:
     """A page with the code of now in its quotes."""
-    return QUOTE.sub(lambda found: found[1] + source(found[2], found[3]) + found[4], page)
+    return QUOTE.sub(lambda found: found[1] + source_code(found[2], found[3]) + found[4], page)
 
 
-def source(module: str, name: str) -> str:
+def source_code(module: str, name: str) -> str:
     """The code of a class, method or function."""
     code = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     return textwrap.dedent(inspect.getsource(code))

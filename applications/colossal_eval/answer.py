@@ -68,16 +68,16 @@ def respond_to_turns(loaded: Loaded, questions: list[Question], config: AnswerCo
     dialogues: list[list[dict]] = [[] for _ in questions]
     responses: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions) + 1):
-        asked = [i for i, question in enumerate(questions) if turn <= len(question.turns)]
-        for i in asked:
+        with_this_turn = [i for i, question in enumerate(questions) if turn <= len(question.turns)]
+        for i in with_this_turn:
             dialogues[i].append({"role": "user", "content": [questions[i].question, *questions[i].turns][turn]})
         requests = [
             Request(_prompt(loaded, dialogues[i], questions[i], config.max_new_tokens), [config.seed, turn, i])
-            for i in asked
+            for i in with_this_turn
         ]
         completions = complete(loaded.actor, requests, sampling, eos_ids=ends, tokenizer=tokenizer)
         texts = response_texts(tokenizer, [completion.ids for completion in completions], ends)
-        for i, text in zip(asked, texts, strict=True):
+        for i, text in zip(with_this_turn, texts, strict=True):
             responses[i].append(text.strip())
             dialogues[i].append({"role": "assistant", "content": responses[i][-1]})
     return responses

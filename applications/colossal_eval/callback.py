@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coati.errors import UserError
 from colossal_eval.evaluate import EvaluateConfig, options
-from colossal_eval.results.summaries import headline, scores_of
+from colossal_eval.results.summaries import main_metric, scores_of
 from colossal_eval.run.model_loading import Loaded, longest_sequence
 from colossal_eval.run.question_records import run_benchmark
 from colossal_eval.run.response_store import ResponseStore
@@ -49,7 +49,7 @@ class Benchmarks:
 
         engine = next(iter(trainer.engines.values()))
         if not isinstance(engine.module, Actor):
-            raise UserError(f"{type(engine.module).__name__} answers no questions: evaluators of language models only")
+            raise UserError(f"{type(engine.module).__name__} is no language model: evaluators support those only")
         folder, scores = self._folder(trainer), {}
         with engine.full() as model:
             training = model.training
@@ -85,7 +85,7 @@ def _scores(benchmark: str, records: list[dict]) -> dict[str, float]:
     scores = {}
     for kind in sorted({record["kind"] for record in records}):
         alike = [record for record in records if record["kind"] == kind]
-        metric = headline(benchmark, kind, alike)
+        metric = main_metric(benchmark, kind, alike)
         name = benchmark if len(alike) == len(records) else f"{benchmark}/{kind}"
         scores[name] = mean(scores_of(alike, metric)).value
     return scores

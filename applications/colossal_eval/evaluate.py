@@ -1,6 +1,7 @@
 """Evaluate models on prepared benchmarks: `evaluate.py --models A B --tasks mmlu cmmlu --data DATA --output OUT`.
 
-Under `colossalai run` or torchrun the ranks share the questions. Started again after it was killed, a run continues.
+Under `colossalai run` or torchrun the questions are split over the ranks. A run that was killed continues when started
+again.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) ->
     output = Path(config.output)
     loaded = load_model(name, folder, config.dtype, runtime.device, config.max_length)
     store = ResponseStore(output / "answers", runtime.rank)
-    runtime.communicator.barrier()  # nobody writes before all have read
+    runtime.communicator.barrier()  # no rank writes before all have read
     settings = {"dtype": config.dtype, "device": runtime.device.type}
     lm = CoatiLM(loaded, store, runtime.communicator, config, config.batch_tokens, settings)
     runtime.say(f"{name}: {folder}, up to {loaded.max_length} tokens, batches of {lm.batch_tokens} tokens")
@@ -149,7 +150,9 @@ def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) ->
         reused, added = store.reused, store.added
         records, results = run_benchmark(lm, output / "tasks", benchmark, config.limit, config.chat_template)
         new = int(runtime.communicator.sum(store.added - added))
-        runtime.say(f"{name} {benchmark}: {len(records)} questions, {store.reused - reused} answers reused, {new} new")
+        runtime.say(
+            f"{name} {benchmark}: {len(records)} questions, {store.reused - reused} responses reused, {new} new"
+        )
         for line in notes(records):
             runtime.say(f"{name} {benchmark}: {line}")
         if runtime.is_main:
@@ -157,11 +160,11 @@ def _evaluate_model(config: EvaluateConfig, runtime, name: str, folder: Path) ->
     usage = lm.scorer.usage
     read = int(runtime.communicator.sum(usage.read))
     padding = int(runtime.communicator.sum(usage.padding))
-    runtime.say(f"{name}: {read:,} tokens through the model, {padding:,} of padding beside them")
+    runtime.say(f"{name}: {read:,} tokens through the model, and {padding:,} padding tokens")
 
 
 def _quiet() -> None:
-    """lm-eval's own bars and notices: a bar a subject is too many, and it has no option against them."""
+    """lm-eval's own bars and notices: a bar per subject is too many, and it has no option against them."""
     import lm_eval.api.task
     from tqdm import tqdm
 
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         from coati.parallel.runtime import shutdown
 
         runtime = launch(0)
-        for number in (signal.SIGINT, signal.SIGTERM):  # answers are on disk: nothing is lost by ending at once
+        for number in (signal.SIGINT, signal.SIGTERM):  # responses are on disk: nothing is lost by ending at once
             signal.signal(number, signal.SIG_DFL)
         evaluate(config, runtime)
         shutdown()

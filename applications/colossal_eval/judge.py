@@ -1,7 +1,7 @@
-"""Judge answers by any OpenAI-compatible endpoint: `judge.py --questions DATA/mt_bench --answers A.jsonl B.jsonl
+"""Judge responses by any OpenAI-compatible endpoint: `judge.py --questions DATA/mt_bench --answers A.jsonl B.jsonl
 --judge MODEL --output OUT`.
 
-One file of answers: ratings of 1 to 10 for every turn. Several: every pair is compared too, in both orders. Judgments
+One file of responses: ratings of 1 to 10 for every turn. Several: every pair is compared too, in both orders. Judgments
 are kept as they come; a run that was killed continues, and what failed is asked again.
 """
 
@@ -33,10 +33,10 @@ class JudgeConfig(Settings):
     questions: str = option(
         "runs/eval/data/mt_bench", "what prepare.py made of MT-Bench, or a folder in its form", path="file"
     )
-    answers: ListOf[str] = option((), "files of answers, one a model; the file's name is the model's", path="file")
+    answers: ListOf[str] = option((), "files of responses, one per model; the file's name is the model's", path="file")
     references: str | None = option(None, "file of right answers, for questions that have them", path="file")
     prompts: str | None = option(None, "prompts for the judge in FastChat's form; ours if not given", path="file")
-    output: str = option("runs/eval/judge", "folder of judgements and report; continued if it is there", path="output")
+    output: str = option("runs/eval/judge", "folder of judgments and report; continued if it is there", path="output")
     judge: str = option("", "the judge's name at the endpoint")
     endpoint: str | None = option(None, "URL of the API, such as http://localhost:8000/v1; else OPENAI_BASE_URL")
     api_key_variable: str = option("OPENAI_API_KEY", "the environment variable that holds the key")
@@ -53,7 +53,7 @@ class JudgeConfig(Settings):
             raise UserError("name at least one file with --answers, and the judge with --judge")
         names = [Path(path).stem for path in self.answers]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"two files of answers are called {twice[0]}: their names are the models'")
+            raise UserError(f"two files of responses are called {twice[0]}: their names are the models'")
 
 
 def load_cases(config: JudgeConfig) -> list[Case]:
@@ -73,7 +73,7 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
     store = ResponseStore(Path(config.output))
     keys = [digest(config.judge, config.temperature, case.kind, case.messages) for case in cases]
     waiting = [(key, case) for key, case in zip(keys, cases, strict=True) if key not in store]
-    print(f"{len(cases)} judgements by {config.judge}: {len(cases) - len(waiting)} reused, {len(waiting)} to ask for")
+    print(f"{len(cases)} judgments by {config.judge}: {len(cases) - len(waiting)} reused, {len(waiting)} to ask for")
     failures: dict[str, list[str]] = {}
     ask = Judge(config)
     tracking = TrackingConfig(progress=config.progress)
@@ -103,7 +103,7 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
 
 
 def judge(config: JudgeConfig) -> dict:
-    """Judges, writes judgements.jsonl, report.json and report.md, and returns the report.
+    """Judges, writes judgments.jsonl, report.json and report.md, and returns the report.
 
     Raises:
         UserError: a wrong setting or file, or an endpoint that refuses.
@@ -114,7 +114,7 @@ def judge(config: JudgeConfig) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     records = list(judge_all(config, cases))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_file(output / "judgements.jsonl", lines)
+    replace_file(output / "judgments.jsonl", lines)
     report = {"judge": config.judge} | summarize(records)
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     replace_file(output / "report.md", report_text(report))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
-from coati.files import written_aside
+from coati.files import atomic_write
 from colossal_eval.benchmarks.converters import CONVERTERS
 from colossal_eval.benchmarks.prepared_folder import describe, write_questions, write_summary
 from colossal_eval.benchmarks.published_rows import Row
@@ -28,7 +28,7 @@ class PrepareConfig(Settings):
     )
     subjects: ListOf[str] = option((), "only these subjects; each must be there")
     bad_rows: Literal["error", "drop"] = option(
-        "error", "error: malformed rows end the conversion; drop: they are named and left out"
+        "error", "error: malformed rows end the conversion; drop: they are named and skipped"
     )
 
 
@@ -55,12 +55,12 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.output) / config.benchmark
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or give another --output")
-    with written_aside(folder) as aside:
-        aside.mkdir(parents=True)
-        found = write_questions(rows, aside, config.subjects)
-        check_problems(found.problems, config.bad_rows)
-        write_summary(aside, config.benchmark, config.data, found)
-    print("\n".join([*describe(config.benchmark, found), f"written to {folder}"]))
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
+        conversion = write_questions(rows, partial, config.subjects)
+        check_problems(conversion.problems, config.bad_rows)
+        write_summary(partial, config.benchmark, config.data, conversion)
+    print("\n".join([*describe(config.benchmark, conversion), f"written to {folder}"]))
     return folder
 
 

@@ -1,1 +1,1 @@
-"""Continual pre-training in a new language: tokenizer extension, model initialisation, pre-training data."""
+"""Continual pre-training in a new language: tokenizer extension, model initialization, pre-training data."""

@@ -94,11 +94,11 @@ def _add(vocabulary, config: ExtendConfig, allowed) -> list[str]:
     """Add the pieces; returns a sample of the corpus, or of the pieces without one."""
     from colossal_llama.tokenizer.new_pieces import add_characters, add_given, frequent_characters, learn_pieces
 
-    given = _read_pieces(config.pieces) if config.pieces else []
+    listed_pieces = _read_pieces(config.pieces) if config.pieces else []
     counts: Counter[str] = Counter()
-    sample = sample_texts(_counted(config, counts), config.sample_size, config.seed) if config.corpus else given
+    sample = sample_texts(_counted(config, counts), config.sample_size, config.seed) if config.corpus else listed_pieces
     if config.pieces:
-        add_given(vocabulary, [vocabulary.symbols(piece) for piece in given], config.dead == "reach")
+        add_given(vocabulary, [vocabulary.symbols(piece) for piece in listed_pieces], config.dead == "reach")
         return sample
     letters = frequent_characters(counts, allowed, config.coverage, config.min_frequency)
     add_characters(vocabulary, letters, allowed, config.size)
@@ -171,7 +171,7 @@ def show(report: dict) -> None:
     for name, comparison in report["agrees_after"].items():
         earlier = report["agrees_before"].get(name)
         warning = "WARNING: " if comparison.different else ""
-        print(f"{warning}tokenizer.json and {name}: {comparison} (before: {earlier or 'not to be had'})")
+        print(f"{warning}tokenizer.json and {name}: {comparison} (before: {earlier or 'not available'})")
     print(
         "tokens per character: {tokens_per_character_before:.3f} -> {tokens_per_character_after:.3f}".format(**report)
     )

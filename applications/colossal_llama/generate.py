@@ -13,13 +13,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", help="what to continue; without it, lines are read until the end of the input")
     parser.add_argument("--chat", action="store_true", help="lines are turns of a dialogue, in the chat template")
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 for the likeliest text")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 for greedy decoding")
     options = parser.parse_args(argv)
     return run_command(lambda: write(options))
 
 
 def write(options):
-    """Loads the model and answers.
+    """Loads the model and generates.
 
     Raises:
         UserError: it can't be loaded, or has no chat template.
@@ -47,8 +47,8 @@ def write(options):
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not options.chat)
         streamer = TextStreamer(tokenizer, skip_prompt=options.chat, skip_special_tokens=True)
         output = model.generate(**inputs, **sampling, streamer=streamer, max_new_tokens=options.max_new_tokens)
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        dialogue.append({"role": "assistant", "content": answer})
+        response = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        dialogue.append({"role": "assistant", "content": response})
 
 
 def _lines():

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent."""
+"""Atomic outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import written_aside
+from coati.files import atomic_write
 
 
 @contextmanager
@@ -22,9 +22,9 @@ def new_folder(output: str) -> Iterator[Path]:
     target = Path(output)
     if target.exists():
         raise UserError(f"{target} exists; name another --output or remove it.")
-    with written_aside(target) as folder:
+    with atomic_write(target) as folder:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}); change --output.") from None
+            raise UserError(f"{folder} can't be created ({error.strerror}); change --output.") from None
         yield folder

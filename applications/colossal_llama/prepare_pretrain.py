@@ -2,7 +2,7 @@
 
     python applications/colossal_llama/prepare_pretrain.py --data zh.jsonl en.jsonl --tokenizer MODEL --output DATA
 
-A killed run goes on where it stopped when the same command is given again.
+A killed run continues where it stopped when the same command is run again.
 """
 
 import sys
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command(lambda: _prepare(argv))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this run stopped", file=sys.stderr)
+        print("interrupted: the same command continues where this run stopped", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""Compares tokenizers on texts: vocabulary, compression rate, tokens a sample, bytes a token, use of new tokens.
+"""Compares tokenizers on texts: vocabulary, compression rate, tokens per sample, bytes per token, use of new tokens.
 
 `python applications/colossal_llama/tokenizer_report.py --tokenizers A B --corpus zh.jsonl en.jsonl --output FOLDER`
 
@@ -159,7 +159,7 @@ def markdown(tables: dict[str, list[Row]], with_new: bool) -> str:
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Bars of tokens per character, a group each tokenizer, a colour each corpus."""
+    """Bars of tokens per character, a group per tokenizer, a color per corpus."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -168,8 +168,8 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
     figure = Figure(figsize=(8, 1 + 0.22 * len(names) * (len(tables) + 1)), layout="constrained")
     axes = figure.subplots()
     for number, (title, rows) in enumerate(tables.items()):
-        places = [place * (len(tables) + 1) + number for place in range(len(rows))]
-        bars = axes.barh(places, [row.tokens_per_character for row in rows], height=0.9, label=title)
+        row_positions = [place * (len(tables) + 1) + number for place in range(len(rows))]
+        bars = axes.barh(row_positions, [row.tokens_per_character for row in rows], height=0.9, label=title)
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axes.set_yticks([place * (len(tables) + 1) + (len(tables) - 1) / 2 for place in range(len(names))], names)
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""From files of dialogues to batches: formats, chat templates and masks, tokenising, collating, sampling.
+"""From files of dialogues to batches: formats, chat templates and masks, tokenizing, collating, sampling.
 
 Batches are imported when they are asked for: that a data file is missing is said before torch is loaded.
 """
@@ -7,20 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from coati.data.config import DataConfig
-from coati.data.dataset import TokenisedDataset, build_dataset
+from coati.data.dataset import TokenizedDataset, build_dataset
 from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sampling import BatchSampler, shard_batch, split_micro_batches
 from coati.data.sources import load_rows
 from coati.data.templates import prepare_tokenizer
-from coati.data.tokenise import (
+from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
     TokenSequence,
     TooLong,
     UnpairedSample,
-    exchange_answers,
-    tokenise,
+    mismatched_sequence,
+    tokenize,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ __all__ = [
     "SFTBatch",
     "SFTRecord",
     "TokenSequence",
-    "TokenisedDataset",
+    "TokenizedDataset",
     "TooLong",
     "UnpairedBatch",
     "UnpairedRecord",
@@ -55,13 +55,13 @@ __all__ = [
     "collate_preference",
     "collate_sft",
     "collate_unpaired",
-    "exchange_answers",
+    "mismatched_sequence",
     "load_rows",
     "parse_record",
     "prepare_tokenizer",
     "shard_batch",
     "split_micro_batches",
-    "tokenise",
+    "tokenize",
 ]
 
 

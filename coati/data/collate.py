@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from coati.data.tokenise import PreferenceSample, TokenSequence, UnpairedSample
+from coati.data.tokenize import PreferenceSample, TokenSequence, UnpairedSample
 from coati.transfer import to_device
 
 
@@ -36,7 +36,7 @@ class SFTBatch(_Batch):
 class PreferenceBatch(_Batch):
     """Right-padded. As `SFTBatch` with `[2 * batch, seq]`, chosen rows first; `margin` float32 `[batch]`.
 
-    `reference` `[2 * batch]`: sums of the answers' log-probs under a reference policy, if a trainer has put them in.
+    `reference` `[2 * batch]`: sums of the responses' log-probs under a reference policy, if a trainer has put them in.
     """
 
     input_ids: Tensor

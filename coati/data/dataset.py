@@ -1,4 +1,4 @@
-"""Tokenised data sets: built once, kept as memory-mapped arrow files, with a report on the rows."""
+"""Tokenized data sets: built once, kept as memory-mapped arrow files, with a report on the rows."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from coati.data.config import DataConfig, check_weights
 from coati.data.records import Kind, Record, one_record_per_response, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
-from coati.data.tokenise import (
-    NotUsed,
+from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
-    Sample,
+    SkippedRow,
+    TokenizedSample,
     TokenSequence,
     UnpairedSample,
-    tokenise_many,
+    tokenize_many,
 )
 from coati.errors import UserError, unwritable
-from coati.files import written_aside
+from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
 FORMAT_VERSION = 2
-CHUNK = 256
+CHUNK_ROWS = 256
 
 
-class TokenisedDataset:
+class TokenizedDataset:
     """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
 
-    `source_names` are the sources' file names without folder and ending, or whole where two are alike.
+    `source_names` are the sources' file names without folder and ending, or complete where two are alike.
 
     `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
 
@@ -58,19 +58,19 @@ class TokenisedDataset:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, row: int) -> Sample:
+    def __getitem__(self, row: int) -> TokenizedSample:
         return _from_row(self._table[int(row)])
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[row] for row in range(len(self)))
 
 
 def build_dataset(
     sources: list[str], kind: Kind, tokenizer, config: DataConfig, weights: list[float] | None = None
-) -> TokenisedDataset:
-    """Read, check and tokenise `sources`, or open the cached result of the same rows, tokenizer and settings.
+) -> TokenizedDataset:
+    """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
-    `tokenizer` went through `prepare_tokenizer`; `weights` are one a source. Processes that build the same
+    `tokenizer` went through `prepare_tokenizer`; `weights` are one per source. Processes that build the same
     data at the same time wait for the first.
 
     Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", and when no
@@ -85,19 +85,19 @@ def build_dataset(
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The cache folder {cache} cannot be made ({error.strerror}); change --cache_dir.") from None
+        raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
     folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
     if not folder.exists():
-        with writing(cache), FileLock(f"{folder}.lock"):
+        with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, sources, kind, tokenizer, config)
-    data = TokenisedDataset(folder, sources, weights)
+    data = TokenizedDataset(folder, sources, weights)
     _raise_on_problems(data, config)
     return data
 
 
 @contextmanager
-def writing(cache: Path) -> Iterator[None]:
+def cache_write_errors(cache: Path) -> Iterator[None]:
     """Raises `UserError` where the block finds the cache folder full or read-only."""
     try:
         yield
@@ -109,18 +109,18 @@ def writing(cache: Path) -> Iterator[None]:
         raise UserError(f"The cache folder {cache} can't be written ({reason}); change --cache_dir.") from error
 
 
-def _raise_on_problems(data: TokenisedDataset, config: DataConfig) -> None:
+def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
     report = data.report
     if report.bad_rows and config.bad_rows == "error":
         raise UserError(f"{report.first_line()}; correct the data or drop such rows with --bad_rows drop.")
     if len(data) == 0:
         sources = ", ".join(report.rows)
-        found = f": {report.first_line()}" if report.problems else ""
-        raise UserError(f"No usable rows in {sources}{found}; check the data's format and length limits.")
+        first_problem = f": {report.first_line()}" if report.problems else ""
+        raise UserError(f"No usable rows in {sources}{first_problem}; check the data's format and length limits.")
 
 
 def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
-    """A hash of all that the tokenised rows and the report depend on."""
+    """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
     for state in ("padding", "truncation"):
@@ -138,17 +138,17 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
 
 
 def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> None:
-    """Write the samples and the report aside, then rename them to `folder`."""
+    """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
 
     report = ValidationReport()
-    with written_aside(folder) as aside:
-        aside.mkdir()
-        with ArrowWriter(features=_features(), path=str(aside / "rows.arrow")) as writer:
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
             for row in _samples(sources, kind, tokenizer, config, report):
                 writer.write(row)
             writer.finalize()
-        (aside / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _samples(
@@ -164,15 +164,15 @@ def _samples(
         for index, source in enumerate(sources):
             report.rows.setdefault(source, 0)
             report.samples.setdefault(source, 0)
-            task = progress.add_task(f"Tokenising {source}", total=None)
+            task = progress.add_task(f"Tokenizing {source}", total=None)
             chunk: list[tuple[int, Any]] = []
             for line, record in _records(source, kind, config, report):
                 chunk.append((line, record))
-                if len(chunk) == CHUNK:
-                    yield from _tokenised(chunk, source, index, tokenizer, config, report)
+                if len(chunk) == CHUNK_ROWS:
+                    yield from _tokenized(chunk, source, index, tokenizer, config, report)
                     chunk = []
                     progress.update(task, completed=report.rows[source])
-            yield from _tokenised(chunk, source, index, tokenizer, config, report)
+            yield from _tokenized(chunk, source, index, tokenizer, config, report)
 
 
 def _records(source: str, kind: Kind, config: DataConfig, report: ValidationReport) -> Iterator[tuple[int, Record]]:
@@ -190,23 +190,23 @@ def _records(source: str, kind: Kind, config: DataConfig, report: ValidationRepo
         yield from ((line, record) for record in records)
 
 
-def _tokenised(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
+def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
-    results = tokenise_many([record for _, record in chunk], tokenizer, config)
-    for (line, _), tokenised in zip(chunk, results, strict=True):
-        sample = tokenised.sample
+    results = tokenize_many([record for _, record in chunk], tokenizer, config)
+    for (line, _), tokenized in zip(chunk, results, strict=True):
+        sample = tokenized.sample
         if isinstance(sample, ValueError):
-            report.drop(source, line, str(sample), bad=not isinstance(sample, NotUsed))
+            report.drop(source, line, str(sample), bad=not isinstance(sample, SkippedRow))
         else:
             report.samples[source] += 1
-            for note in tokenised.notes:
+            for note in tokenized.notes:
                 report.note(source, line, note)
             yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
 
 
 def _features():
     """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds. The margin of
-    an unpaired answer is 1 if it is good, else 0."""
+    an unpaired response is 1 if it is good, else 0."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
@@ -215,7 +215,7 @@ def _features():
     return Features({**numbers, **sequences, "text": Value("large_string"), "columns": Value("large_string")})
 
 
-def _to_row(sample: Sample) -> dict[str, Any]:
+def _to_row(sample: TokenizedSample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
         return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
@@ -230,7 +230,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     return {"input_ids": ids, "loss_masks": masks, "margin": margin}
 
 
-def _from_row(row: dict[str, Any]) -> Sample:
+def _from_row(row: dict[str, Any]) -> TokenizedSample:
     if row["columns"] is not None:
         return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
     sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]

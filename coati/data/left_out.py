@@ -18,12 +18,12 @@ Place = tuple[int | str, ...]
 def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt: bool, start: int = 0) -> list[str]:
     """What of the messages from `start` on, and of the tools, is not in `text`, which the template wrote for them.
 
-    Every value gets a mark in its middle, and the template is rendered again: what it writes whole surrounds its mark.
-    Blanks may differ, and characters may be escaped as in JSON.
+    Every value gets a mark in its middle, and the template is rendered again: what it writes completely surrounds its
+    mark. Blanks may differ, and characters may be escaped as in JSON.
     """
     marked, values = _mark(messages, start, None)
     rendered = _squeezed(template, marked, is_prompt)
-    found = []
+    missing = []
     for place, value in values.items():
         if _is_written(value, place, rendered):
             continue
@@ -31,10 +31,10 @@ def left_out(template: ChatTemplate, messages: Messages, text: str, *, is_prompt
         alone = _squeezed(template, _mark(messages, start, place)[0], is_prompt)
         # A value that a template refuses once it is changed is read.
         if alone is not None and not _is_written(value, place, alone):
-            found.append(_describe(messages, place, value, text))
+            missing.append(_describe(messages, place, value, text))
     if template.tools and _squeezed(replace(template, tools=None), messages, is_prompt) == "".join(text.split()):
-        found.append("`tools`")
-    return [f"the chat template leaves out or rewrites {what}" for what in dict.fromkeys(found)]
+        missing.append("`tools`")
+    return [f"the chat template leaves out or rewrites {what}" for what in dict.fromkeys(missing)]
 
 
 def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages, dict[Place, Any]]:
@@ -59,7 +59,7 @@ def _mark(messages: Messages, start: int, only: Place | None) -> tuple[Messages,
 
 
 def _halves(value: str) -> tuple[str, str]:
-    """Cut in the middle, or behind the tag that is there: templates look for `</think>` whole."""
+    """Split in the middle, or behind the tag that is there: templates look for an intact `</think>`."""
     middle = len(value) // 2
     opened = value.rfind("<", 0, middle)
     closed = value.find(">", opened) + 1
@@ -69,7 +69,7 @@ def _halves(value: str) -> tuple[str, str]:
 
 
 def _sign(place: Place) -> str:
-    """What no data should hold, of characters that neither JSON nor Python escapes."""
+    """A marker that no data should contain, of characters that neither JSON nor Python escapes."""
     return "⟦" + ".".join(map(str, place)) + "⟧"
 
 
@@ -82,7 +82,7 @@ def _squeezed(template: ChatTemplate, messages: Messages, is_prompt: bool) -> st
 
 
 def _is_written(value: Any, place: Place, rendered: str | None) -> bool:
-    """Whether the rendered text has the whole value around its mark."""
+    """Whether the rendered text has the complete value around its mark."""
     sign = "".join(_sign(place).split())
     at = -1 if rendered is None else rendered.find(sign)
     if rendered is None or at < 0:

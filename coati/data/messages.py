@@ -56,7 +56,7 @@ def read_turns(value: Any, role: str, name: str) -> tuple[Messages, list[str]]:
     if not text.startswith("\n\nHuman:"):
         return [{"role": role, "content": text}], []
     turns = _hh_turns(text)
-    # An HH-RLHF prompt ends in "Assistant:", the start of a turn that the answers fill.
+    # An HH-RLHF prompt ends in "Assistant:", the start of a turn that the responses fill.
     open_turn = role == "user" and turns[-1] == {"role": "assistant", "content": ""}
     return turns[:-1] if open_turn else turns, []
 
@@ -67,10 +67,10 @@ def read_messages(value: Any, name: str) -> tuple[Messages, list[str]]:
         raise ValueError(f"`{name}` is not a list of messages")
     messages: Messages = []
     unread: list[str] = []
-    for given in value:
-        message = _message({key: part for key, part in given.items() if part is not None}, name, unread)
+    for fields in value:
+        message = _message({key: part for key, part in fields.items() if part is not None}, name, unread)
         calls_before = bool(messages) and set(messages[-1]) == {"role", "content", "tool_calls"}
-        if given.get("role", given.get("from")) in CALLS and calls_before and not messages[-1]["content"]:
+        if fields.get("role", fields.get("from")) in CALLS and calls_before and not messages[-1]["content"]:
             # Calls made at once, each written as a message of its own.
             messages[-1] = {**messages[-1], "tool_calls": messages[-1]["tool_calls"] + message["tool_calls"]}
         else:
@@ -78,27 +78,27 @@ def read_messages(value: Any, name: str) -> tuple[Messages, list[str]]:
     return messages, unread
 
 
-def _message(given: dict[str, Any], name: str, unread: list[str]) -> dict[str, Any]:
-    role_key = "role" if "role" in given else "from"
-    content_key = "content" if "content" in given else "value"
-    role, content = given.pop(role_key, None), given.pop(content_key, None)
+def _message(fields: dict[str, Any], name: str, unread: list[str]) -> dict[str, Any]:
+    role_key = "role" if "role" in fields else "from"
+    content_key = "content" if "content" in fields else "value"
+    role, content = fields.pop(role_key, None), fields.pop(content_key, None)
     if not isinstance(role, str) or role.lower() not in (*ROLES, *CALLS):
         known = "it is none of system, user, assistant and tool"
         raise ValueError(f"`{name}` has a role {str(role)[:40]!r}; {known}, nor another name for one")
     if role.lower() in CALLS:
-        given = {**given, "tool_calls": read_text(content, name)}
+        fields = {**fields, "tool_calls": read_text(content, name)}
         role, content = "assistant", ""
     role = ROLES[role.lower()]
-    if "function_call" in given and "tool_calls" not in given:
-        given["tool_calls"] = given.pop("function_call")
-    if "tool_calls" in given:
-        given["tool_calls"] = _tool_calls(given["tool_calls"], name)
-        if not given["tool_calls"]:
-            del given["tool_calls"]
-    learned = _is_learned(given, role, name, unread)
-    text = _content(content, role, "tool_calls" in given, name, unread)
-    _check_unicode(given, name)
-    message = {"role": role, "content": text, **given}
+    if "function_call" in fields and "tool_calls" not in fields:
+        fields["tool_calls"] = fields.pop("function_call")
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], name)
+        if not fields["tool_calls"]:
+            del fields["tool_calls"]
+    learned = _is_learned(fields, role, name, unread)
+    text = _content(content, role, "tool_calls" in fields, name, unread)
+    _check_unicode(fields, name)
+    message = {"role": role, "content": text, **fields}
     return message if learned else {**message, "weight": 0}
 
 
@@ -117,13 +117,13 @@ def _content(content: Any, role: str, calls: bool, name: str, unread: list[str])
     return read_text(content, name)
 
 
-def _is_learned(given: dict[str, Any], role: str, name: str, unread: list[str]) -> bool:
+def _is_learned(fields: dict[str, Any], role: str, name: str, unread: list[str]) -> bool:
     """Takes what says so out of the message."""
     learned = True
     for key in TRAINED:
-        if key not in given:
+        if key not in fields:
             continue
-        value = given.pop(key)
+        value = fields.pop(key)
         if value not in (0, 1):
             raise ValueError(f"`{name}` has a `{key}` that is neither 0 nor 1, false nor true")
         if not value:
@@ -171,9 +171,9 @@ def read_history(value: Any) -> Messages:
     if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
         raise ValueError("`history` is not a list of pairs of texts")
     messages: Messages = []
-    for asked, answer in value:
+    for asked, response in value:
         messages.append({"role": "user", "content": read_text(asked, "history")})
-        messages.append({"role": "assistant", "content": read_text(answer, "history")})
+        messages.append({"role": "assistant", "content": read_text(response, "history")})
     return messages
 
 
@@ -229,7 +229,7 @@ def check_turns(messages: Messages, last: str) -> Messages:
             )
         if not message["content"].strip():
             if role == "assistant" and "tool_calls" not in message:
-                raise ValueError("an answer is empty")
+                raise ValueError("a response is empty")
             if role == "user":
                 raise ValueError("a prompt is empty")
         before = role

@@ -67,7 +67,7 @@ class UnpairedRecord:
     """A dialogue up to a user's or a tool's message, and one way in which it goes on, which is good or bad."""
 
     prompt: Messages
-    answer: Messages
+    response: Messages
     desirable: bool
     tools: list[dict] | None = None
     unused: tuple[str, ...] = field(default=(), compare=False)
@@ -104,17 +104,17 @@ class _Row:
     def first(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in self), None)
 
-    def take(self, name: str) -> Any:
+    def pop(self, name: str) -> Any:
         self.taken.add(name)
         return self.values[name]
 
     def turns(self, name: str, role: str) -> Messages:
-        messages, unread = read_turns(self.take(name), role, name)
+        messages, unread = read_turns(self.pop(name), role, name)
         self.unread += unread
         return messages
 
     def messages(self, name: str) -> Messages:
-        messages, unread = read_messages(self.take(name), name)
+        messages, unread = read_messages(self.pop(name), name)
         self.unread += unread
         return messages
 
@@ -143,9 +143,9 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
       - `chosen`, `rejected` alone: whole message lists or HH-RLHF texts; the prompt is what they share
       - optional `margin`, or `score_chosen` and `score_rejected` (their difference is the margin)
     Unpaired preferences (`unpaired`):
-      - any dialogue above with a `label`: true for a good last answer, false for a bad one (TRL)
-      - any preference above: the chosen answer is a good one, the rejected answer a bad one
-    Prompts come from any of these, without the last assistant answer; all fields that made no part of the prompt are
+      - any dialogue above with a `label`: true for a good last response, false for a bad one (TRL)
+      - any preference above: the chosen response is a good one, the rejected response a bad one
+    Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns.
 
     In all of them `system` or `system_prompt` is a system message in front, `history` (pairs of texts) are earlier
@@ -153,7 +153,7 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
 
     An HH-RLHF text starts with a blank line and `Human:`. `Human:` and `Assistant:` after a blank line begin
     a turn; elsewhere these words are plain text. The format is ambiguous: a message that itself has a
-    paragraph which starts so reads as two turns. Neighbouring turns of one role are joined into one.
+    paragraph which starts so reads as two turns. Neighboring turns of one role are joined into one.
 
     Raises `ValueError` with a short reason, equal for equal faults so that reasons can be counted.
     """
@@ -205,7 +205,7 @@ def _prompt(row: _Row) -> PromptRecord:
     elif "prompt" in row:
         messages = _asked(row, "prompt")
     elif all(isinstance(row.values.get(name), str | list | dict) for name in ("chosen", "rejected")):
-        # The pair is looked at for what it shares; both answers stay columns.
+        # The pair is looked at for what it shares; both responses stay columns.
         messages, _, _ = _sides(row)
         row.taken -= {"chosen", "rejected"}
     elif name := row.first(PROMPTS):
@@ -247,7 +247,7 @@ def _unpaired(row: _Row) -> list[Record]:
         raise ValueError("no `label` field that is true or false")
     records: list[Record] = []
     for one in map(_Row, _instances(row.values)):
-        desirable = bool(one.take("label"))
+        desirable = bool(one.pop("label"))
         messages, tools = check_turns(_dialogue(one, "unpaired"), last="assistant"), _tools(one)
         if messages[-1].get("weight") == 0:
             raise ValueError("the labeled response has weight 0")
@@ -261,8 +261,8 @@ def _dialogue(row: _Row, kind: Kind) -> Messages:
         return _with_system(row, row.messages(name))
     for prompt, response in (*PAIRS, *product(PROMPTS, RESPONSES)):
         if prompt in row and response in row:
-            asked = _asked(row, prompt)
-            return _with_system(row, asked + row.turns(response, "assistant"))
+            prompt_turns = _asked(row, prompt)
+            return _with_system(row, prompt_turns + row.turns(response, "assistant"))
     raise _unknown(row, kind)
 
 
@@ -276,10 +276,10 @@ def _asked(row: _Row, name: str) -> Messages:
     turns = row.turns(name, "user")
     more = row.first(("input", "context"))
     if name == "instruction" and more and len(turns) == 1:
-        texts = turns[0]["content"], read_text(row.take(more), more)
+        texts = turns[0]["content"], read_text(row.pop(more), more)
         turns = [{**turns[0], "content": "\n\n".join(text for text in texts if text)}]
     if "history" in row:
-        turns = read_history(row.take("history")) + turns
+        turns = read_history(row.pop("history")) + turns
     return turns
 
 
@@ -288,13 +288,13 @@ def _sides(row: _Row) -> tuple[Messages, Messages, Messages]:
     if "chosen" not in row or "rejected" not in row:
         raise ValueError("no `chosen` and `rejected` fields")
     chosen, rejected = row.turns("chosen", "assistant"), row.turns("rejected", "assistant")
-    whole = all(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
+    have_prompts = all(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
     before = set(row.taken)
     prompt = _prompt_of_pair(row)
     if prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-        # Some sets give the prompt and repeat it in front of both answers.
+        # Some sets give the prompt and repeat it in front of both responses.
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    if prompt and not whole:
+    if prompt and not have_prompts:
         return prompt, chosen, rejected
     row.taken = before
     shared = 0
@@ -316,7 +316,7 @@ def _prompt_of_pair(row: _Row) -> Messages:
             messages, unread = read_messages(row.values[name], name)
             # Some sets repeat the chosen dialogue in such a list.
             if messages and messages[-1]["role"] != "assistant":
-                row.take(name)
+                row.pop(name)
                 row.unread += unread
                 return messages
     field = row.first((*PROMPTS, "context"))
@@ -328,7 +328,7 @@ def _with_system(row: _Row, messages: Messages) -> Messages:
     name = row.first(SYSTEMS)
     if name is None:
         return messages
-    text = read_text(row.take(name), name)
+    text = read_text(row.pop(name), name)
     if not text.strip():
         return messages
     if messages and messages[0]["role"] == "system":
@@ -339,14 +339,14 @@ def _with_system(row: _Row, messages: Messages) -> Messages:
 
 
 def _tools(row: _Row) -> list[dict] | None:
-    return read_tools(row.take("tools")) if "tools" in row else None
+    return read_tools(row.pop("tools")) if "tools" in row else None
 
 
 def _margin(row: _Row) -> float | None:
     if "margin" in row:
-        margin = row.take("margin")
+        margin = row.pop("margin")
     elif "score_chosen" in row and "score_rejected" in row:
-        chosen, rejected = row.take("score_chosen"), row.take("score_rejected")
+        chosen, rejected = row.pop("score_chosen"), row.pop("score_rejected")
         margin = chosen - rejected if _is_number(chosen) and _is_number(rejected) else None
     else:
         return None

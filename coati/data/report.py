@@ -1,4 +1,4 @@
-"""What became of the rows that were read."""
+"""A report on the rows that were read."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class ValidationReport:
         _find(self.problems, source, reason, bad).add(line)
 
     def note(self, source: str, line: int, what: str) -> None:
-        """Count a row that is kept but for `what`, once for all of its records, which come one after another."""
-        found = _find(self.unused, source, what, bad=False)
-        if found.last != line:
-            found.add(line)
+        """Count a row that is kept except for `what`, once for all of its records, which come one after another."""
+        entry = _find(self.unused, source, what, bad=False)
+        if entry.last != line:
+            entry.add(line)
 
     @property
     def bad_rows(self) -> int:

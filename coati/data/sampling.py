@@ -14,10 +14,10 @@ from coati.errors import UserError
 class BatchSampler:
     """An endless stream of global batches; batch `k` is a pure function of the arguments and `k`.
 
-    Every epoch is a fresh permutation of the rows. Epochs are laid end to end and the stream is cut into
+    Every epoch is a fresh permutation of the rows. Epochs are laid end to end and the stream is split into
     batches, so no row is lost and no batch is short: the batch on an epoch's end takes its last rows from the
-    next epoch. Rows are not sorted by length across batches: a batch of short answers would count each of
-    their tokens for more than one of long answers does, and a policy would learn to answer shortly.
+    next epoch. Rows are not sorted by length across batches: a batch of short responses would count each of
+    their tokens for more than one of long responses does, and a policy would learn to respond briefly.
 
     Args:
         rows: how many there are.
@@ -25,8 +25,8 @@ class BatchSampler:
         weights_per_row: how often a row is seen in an epoch, `[rows]`. 2.0: twice. 0.5: rows of that weight
             take turns, a random half each epoch and the other half in the next.
         shuffle: False gives the rows in order.
-        start: a batch, and the row of the endless stream that it begins with: a run that goes on with batches of
-            another size goes on at the row where it stopped.
+        start: a batch, and the row of the endless stream that it begins with: a run that resumes with batches of
+            another size resumes at the row where it stopped.
 
     Raises `UserError` when there are no rows, or nothing with a weight above 0.
     """
@@ -46,7 +46,7 @@ class BatchSampler:
         self.batch_size, self.seed, self.shuffle, self.start = batch_size, seed, shuffle, start
         weights = np.ones(rows) if weights_per_row is None else np.asarray(weights_per_row, float)
         if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any():
-            raise UserError("The sampling weights must be finite, 0 or more, and one a row.")
+            raise UserError("The sampling weights must be finite, 0 or more, and one per row.")
         self._whole = np.repeat(np.arange(len(weights)), np.floor(weights).astype(int))
         fractions = weights - np.floor(weights)
         # Rows of one fractional weight form a group, of which an equal share is seen in every epoch.
@@ -63,7 +63,7 @@ class BatchSampler:
         return math.ceil(self.epoch_size / self.batch_size)
 
     def epoch(self, k: int) -> float:
-        """Epochs gone by before batch `k`."""
+        """Epochs completed before batch `k`."""
         return self.position(k) / self.epoch_size
 
     def position(self, k: int) -> int:
@@ -116,7 +116,7 @@ def shard_batch(
 ) -> list[list[int]]:
     """This rank's micro-batches of a global batch.
 
-    Rows are sorted by length and dealt to the ranks in turn, so that ranks get like work and every rank has
+    Rows are sorted by length and distributed to the ranks in turn, so that ranks get like work and every rank has
     the same number of micro-batches, see `split_micro_batches`.
 
     Raises `UserError` when the ranks cannot get equally many rows.
@@ -132,7 +132,7 @@ def shard_batch(
 
 def split_micro_batches(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
     """Micro-batches of rows that are sorted by length: of `micro_batch_size` rows each, or, given `max_tokens`, of as
-    many as have no more tokens together with their padding (one row at least)."""
+    many rows as fit into `max_tokens`, padding included (one row at least)."""
     if max_tokens is None:
         return [slice(i, i + micro_batch_size) for i in range(0, len(lengths), micro_batch_size)]
     parts, start = [], 0

@@ -14,8 +14,8 @@ from typing import Any
 from coati.errors import UserError
 
 TEXTS = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".bz2", ".zst")
-SUFFIXES = (*TEXTS, *(text + packed for text in TEXTS for packed in PACKED), ".parquet")
+COMPRESSED = (".gz", ".bz2", ".zst")
+SUFFIXES = (*TEXTS, *(text + packed for text in TEXTS for packed in COMPRESSED), ".parquet")
 
 
 def load_rows(source: str) -> Iterator[tuple[int, Any]]:
@@ -24,7 +24,7 @@ def load_rows(source: str) -> Iterator[tuple[int, Any]]:
     `source` is a file of JSON lines or of a JSON list (.jsonl, .ndjson, .json, also .gz, .bz2 or .zst), a .parquet
     file, a folder that `datasets` saved or can load, or a name `name`, `org/name` or `org/name/config`; with `:split`
     at the end unless the split is `train` (a file has no other), which may be a slice: `:train[:100]`. Nulls in the
-    fields of tables are left out at every level: there they stand for what a row does not have.
+    fields of tables are left out at every level: there they mean that a row lacks the field.
 
     Raises `UserError` when the source does not exist or cannot be read as a whole.
     """

@@ -1,4 +1,4 @@
-"""Chat templates: readying a tokenizer, rendering messages, and finding the answers in the rendered text."""
+"""Chat templates: readying a tokenizer, rendering messages, and finding the responses in the rendered text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from coati.data.messages import Messages
 from coati.errors import UserError
 
-# The space belongs to the answer: most tokenizers join it to the first word, so prompt and answer never share
+# The space belongs to the response: most tokenizers join it to the first word, so prompt and response never share
 # a token.
 DEFAULT_TEMPLATE = """\
 {%- if bos_token %}{{ bos_token }}{% endif %}
@@ -49,7 +49,7 @@ OWN_ARGUMENTS = (
     "tokenizer_kwargs",
 )
 
-Pieces = list[tuple[int, int]]
+Spans = list[tuple[int, int]]
 
 
 class TurnRewritten(ValueError):
@@ -74,7 +74,7 @@ class ChatTemplate:
         how = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
         return self.tokenizer.apply_chat_template(_shown(messages), tools=self.tools, **how, **self.arguments)
 
-    def render_tagged(self, messages: Messages) -> tuple[str, Pieces]:
+    def render_tagged(self, messages: Messages) -> tuple[str, Spans]:
         """As `render`, and the `(start, end)` characters of each pair of `{% generation %}` tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -101,10 +101,10 @@ def prepare_tokenizer(
     arguments: dict[str, Any] | None = None,
     learns_responses: bool = True,
 ):
-    """Make sure of an EOS token, a pad token and a chat template that ends answers with EOS.
+    """Ensure an EOS token, a pad token and a chat template that ends responses with EOS.
 
     The tokenizer is changed in place; `eos_token` must already be in its vocabulary. Its padding side and the
-    special tokens that it adds are left alone: `coati.data` renders, tokenises and pads without them. `arguments` are
+    special tokens that it adds are left alone: `coati.data` renders, tokenizes and pads without them. `arguments` are
     for the template, as in `DataConfig.chat_template_kwargs`. Without `learns_responses` the template need only write
     prompts.
 
@@ -114,7 +114,7 @@ def prepare_tokenizer(
     notes: list[str] = []
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without the character offsets that answer masks "
+            f"{type(tokenizer).__name__} is a slow tokenizer without the character offsets that response masks "
             "need; use a tokenizer with a tokenizer.json (a fast one)."
         )
     if eos_token is not None:
@@ -123,7 +123,9 @@ def prepare_tokenizer(
         # Adding it as a special token keeps text from being merged with it.
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no EOS token to end answers with; name one of its tokens with --eos_token.")
+        raise UserError(
+            "The tokenizer has no EOS token to end responses with; name one of its tokens with --eos_token."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"The tokenizer has no pad token: {tokenizer.eos_token} is used (masks come from lengths).")
@@ -158,14 +160,14 @@ def _check_arguments(template: ChatTemplate, name: str) -> None:
 
 
 def _check_response(template: ChatTemplate, name: str) -> None:
-    text, [pieces] = _attempt(name, lambda: response_pieces(template, PROBE, [1]))
-    if PROBE[1]["content"] not in "".join(text[start:end] for start, end in pieces):
-        raise UserError(f"The chat template {name} loses the answer; correct it or give --chat_template.")
+    text, [spans] = _attempt(name, lambda: response_spans(template, PROBE, [1]))
+    if PROBE[1]["content"] not in "".join(text[start:end] for start, end in spans):
+        raise UserError(f"The chat template {name} loses the response; correct it or give --chat_template.")
     eos = template.tokenizer.eos_token
-    if eos not in text[pieces[0][0] : pieces[-1][1]] and not text.startswith(eos, pieces[-1][1]):
+    if eos not in text[spans[0][0] : spans[-1][1]] and not text.startswith(eos, spans[-1][1]):
         raise UserError(
-            f"The chat template {name} does not end an answer with the EOS token {eos}, so a model could "
-            "not learn to stop; name the token that ends an answer with --eos_token, or give --chat_template."
+            f"The chat template {name} does not end a response with the EOS token {eos}, so a model could "
+            "not learn to stop; name the token that ends a response with --eos_token, or give --chat_template."
         )
 
 
@@ -190,21 +192,21 @@ def _compare_with_prompt(template: ChatTemplate, name: str, prompt: str) -> list
     """A note if a prompt that is sampled from is not what training sees before a response."""
     text = template.render(PROBE)
     if not text.startswith(prompt):
-        opened = prompt[len(_shared_start([prompt, text])) :]
+        opened = prompt[len(_common_prefix([prompt, text])) :]
         return [
             f"The chat template {name} ends a prompt with {opened!r}, which it does not write in front of a response "
             "that it is given: sampling starts from other text than training sees."
         ]
-    alone, whole = template.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
-    if whole[: len(alone)] != alone:
+    prompt_ids, dialogue_ids = template.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+    if dialogue_ids[: len(prompt_ids)] != prompt_ids:
         return [
             f"The chat template {name} ends a prompt in text that this tokenizer splits differently when an "
-            "answer follows: sampling starts from other tokens than training sees."
+            "response follows: sampling starts from other tokens than training sees."
         ]
     return []
 
 
-def response_pieces(template: ChatTemplate, messages: Messages, responses: Sequence[int]) -> tuple[str, list[Pieces]]:
+def response_spans(template: ChatTemplate, messages: Messages, responses: Sequence[int]) -> tuple[str, list[Spans]]:
     """The rendered text, and of each of these of the assistant's messages the `(start, end)` characters that the
     template wrote for it.
 
@@ -214,12 +216,12 @@ def response_pieces(template: ChatTemplate, messages: Messages, responses: Seque
     Raises `TurnRewritten` where that is not possible, and `ValueError` when tags or prompts do not fit the messages.
     """
     if GENERATION_TAG.search(template.source):
-        text, spans = template.render_tagged(messages)
-        pieces = []
+        text, tagged = template.render_tagged(messages)
+        spans = []
         for i in responses:
-            first, end = _tags_of(template, messages, i, len(spans))
-            pieces.append(spans[first:end])
-        return text, pieces
+            first, end = _tags_of(template, messages, i, len(tagged))
+            spans.append(tagged[first:end])
+        return text, spans
     text = template.render(messages)
     return text, [[_span(template, messages, i, text)] for i in responses]
 
@@ -257,7 +259,7 @@ def _header(template: ChatTemplate, before: Messages, prompt: str, through: str)
     The response itself may begin like that, so another one says where it begins.
     """
     other = template.render([*before, {"role": "assistant", "content": "\ue000"}])
-    shared = _shared_start([prompt, through, other])
+    shared = _common_prefix([prompt, through, other])
     if not shared.startswith(template.render(before)):
         raise ValueError(
             "the chat template does not write a response after its own prompt (mark responses in it with "
@@ -266,7 +268,7 @@ def _header(template: ChatTemplate, before: Messages, prompt: str, through: str)
     return shared
 
 
-def _shared_start(texts: Sequence[str]) -> str:
-    """What all begin with, up to a tag that they don't share whole: `<think>` and `</think>` have no common token."""
+def _common_prefix(texts: Sequence[str]) -> str:
+    """What all begin with, up to a tag that differs: `<think>` and `</think>` have no common token."""
     equal = takewhile(lambda characters: len({*characters}) == 1, zip(*texts, strict=False))
     return re.sub(r"<[^<>]*$", "", "".join(first for first, *_ in equal))

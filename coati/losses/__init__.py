@@ -7,20 +7,20 @@ Conventions, the same everywhere:
   counts, as nothing predicts the first token.
 * `mask` is bool, True where an entry counts. Masked entries may hold anything, NaN included: they are replaced before
   any arithmetic, so they reach neither the result nor a gradient.
-* `denominator` is the GLOBAL count (all ranks, all micro-batches of the step). Each call returns its share; the sum of
-  the shares is the loss. A mean of micro-batch means is another number, and the wrong one: with 1 target token in one
-  micro-batch and 3 in another, a mean of means gives that one token the weight of three.
+* `denominator` is the GLOBAL count (all ranks, all micro-batches of the step). Each call returns a partial
+  loss; their sum is the loss. A mean of micro-batch means is another number, and the wrong one: with 1 target token in
+  one micro-batch and 3 in another, a mean of means gives that one token the weight of three.
 
   >>> import torch
   >>> from coati.losses import cross_entropy
   >>> first, second = torch.tensor([[0.0, -4.0, 0.0, 0.0]]), torch.tensor([[0.0, -1.0, -1.0, -1.0]])
   >>> mask = lambda *tokens: torch.tensor([[t in tokens for t in range(4)]])
-  >>> share = lambda x, m: cross_entropy(x, m, denominator=4)[0]
-  >>> float(share(first, mask(1)) + share(second, mask(1, 2, 3)))  # (4 + 1 + 1 + 1) / 4; a mean of means says 2.5
+  >>> partial_loss = lambda x, m: cross_entropy(x, m, denominator=4)[0]
+  >>> float(partial_loss(first, mask(1)) + partial_loss(second, mask(1, 2, 3)))  # a mean of means says 2.5
   1.75
 
-* Losses return `(loss, metrics)`; metrics are detached shares too, so that sums over micro-batches and ranks are the
-  global values.
+* Losses return `(loss, metrics)`; metrics are detached and partial too, so that sums over micro-batches and ranks are
+  the global values.
 """
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
@@ -30,7 +30,7 @@ from coati.losses.language import cross_entropy, response_targets, token_entropy
 from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
-from coati.losses.shaping import clip_scores, penalise_missing_eos, punish_overlong, shape_rewards
+from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
 from coati.losses.value import value_loss
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
     "masked_sums",
     "moments",
     "pairwise_reward_loss",
-    "penalise_missing_eos",
+    "penalize_missing_eos",
     "policy_loss",
     "preference_loss",
     "punish_overlong",

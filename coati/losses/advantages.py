@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
+    """Generalized advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
 
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t + 1 is the next response
     token of the row; after the last one V and A are 0.
@@ -19,18 +19,18 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     Returns:
         advantages and returns (advantage + value), `[batch, seq]`, 0 where masked.
     """
-    values, rewards = keep(values, mask), keep(rewards, mask)
+    values, rewards = masked(values, mask), masked(rewards, mask)
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(next_value)
     for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
+        is_unmasked = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        next_advantage = torch.where(here, advantage, next_advantage)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = keep(advantage, here)
-    return advantages, keep(advantages + values, mask)
+        next_advantage = torch.where(is_unmasked, advantage, next_advantage)
+        next_value = torch.where(is_unmasked, values[:, t], next_value)
+        advantages[:, t] = masked(advantage, is_unmasked)
+    return advantages, masked(advantages + values, mask)
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -40,8 +40,8 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def masked_sums(x: Tensor, mask: Tensor) -> Tensor:
     """(count, sum, sum of squares) of the unmasked entries, float64 `[3]`: add them over ranks, then `moments`."""
-    kept = keep(x.double(), mask)
-    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+    unmasked = masked(x.double(), mask)
+    return torch.stack([mask.sum().double(), unmasked.sum(), unmasked.square().sum()])
 
 
 def moments(sums: Tensor) -> tuple[float, float]:
@@ -59,5 +59,5 @@ def whiten(x: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool = Tr
     A standard deviation under `min_std` is replaced by it: nearly equal values are then noise, and dividing by their
     spread would blow that noise up to the size of a signal.
     """
-    centred = keep(x, mask) - mean
-    return keep(centred / max(std, min_std) + (0.0 if shift else mean), mask)
+    centered = masked(x, mask) - mean
+    return masked(centered / max(std, min_std) + (0.0 if shift else mean), mask)

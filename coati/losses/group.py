@@ -1,11 +1,11 @@
-"""Groups of answers to one prompt: their advantages, what a token weighs in the loss, and what corrects a rollout."""
+"""Groups of responses to one prompt: advantages, weights of tokens in the loss, and importance weights of rollouts."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep, log_ratio
+from coati.losses.masking import log_ratio, masked
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -15,54 +15,57 @@ Correction = Literal["none", "truncated", "masked"]
 def group_advantages(
     rewards: Tensor, group_size: int, advantage: Advantage, *, baseline: Tensor | None = None, min_std: float = 0.1
 ) -> Tensor:
-    """One advantage an answer, `[batch]`, where r is its reward and G the size of its group:
+    """One advantage per response, `[batch]`, where r is its reward and G the size of its group:
 
     * grpo: (r - mean) / (std + 1e-4), with the group's mean and (G - 1) standard deviation (DeepSeekMath, 2402.03300,
       section 4.1.2)
-    * dr_grpo: r - mean: without the factor that favours prompts of little spread (Liu et al., 2503.20783, section 3.2)
+    * dr_grpo: r - mean: without the factor that favors prompts whose rewards differ little (Liu et al., 2503.20783,
+      section 3.2)
     * rloo: r - mean of the others (Ahmadian et al., 2402.14740, section 2.2), which is unbiased
     * rloo_std: that, divided by the (population) standard deviation of the others, at least `min_std`: as neither
-      depends on the answer itself, the mean gradient of a prompt keeps its direction
+      depends on the response itself, the mean gradient of a prompt keeps its direction
     * reinforce++-baseline: r - mean, for the caller to whiten over the global batch (Hu et al., 2501.03262)
-    * remax: r - `baseline`, the reward of the prompt's greedy answer (Li et al., 2310.10505, algorithm 1)
+    * remax: r - `baseline`, the reward of the prompt's greedy response (Li et al., 2310.10505, algorithm 1)
 
     Args:
         rewards: `[batch]`, the rows of a group one after the other.
 
     Raises:
-        ValueError: unknown, or one of single tokens (reinforce++: `returns_to_go`, whitened over the global batch).
+        ValueError: unknown, or one per token (reinforce++: `returns_to_go`, whitened over the global batch).
     """
     if advantage == "remax" and baseline is not None:
         return rewards - baseline
     groups = rewards.reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    centered = groups - groups.mean(1, keepdim=True)
     others = group_size - 1
     match advantage:
         case "grpo":
-            result = centred / (centred.square().sum(1, keepdim=True).div(others).sqrt() + 1e-4)
+            result = centered / (centered.square().sum(1, keepdim=True).div(others).sqrt() + 1e-4)
         case "dr_grpo" | "reinforce++-baseline":
-            result = centred
+            result = centered
         case "rloo":
-            result = centred * (group_size / others)
+            result = centered * (group_size / others)
         case "rloo_std":
-            mean = -centred / others  # of the others, which with the answer itself add up to 0
-            squares = (centred.square().sum(1, keepdim=True) - centred.square()) / others
-            result = (centred - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
+            mean = -centered / others  # of the others, which with the response itself add up to 0
+            squares = (centered.square().sum(1, keepdim=True) - centered.square()) / others
+            result = (centered - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
         case _:
-            raise ValueError(f"{advantage!r} is no advantage of whole answers in a group")
+            raise ValueError(f"{advantage!r} is no advantage per response of a group")
     return result.reshape(-1)
 
 
-def aggregation_weights(mask: Tensor, aggregation: Aggregation, tokens: float, answers: float, longest: int) -> Tensor:
+def aggregation_weights(
+    mask: Tensor, aggregation: Aggregation, tokens: float, responses: float, longest: int
+) -> Tensor:
     """What each token weighs, `[batch, seq]`, in a loss that is divided by the global number of `tokens`:
 
     * token: 1, so that the loss is the mean over tokens (DAPO, 2503.14476, eq. 8)
-    * sequence: the mean over answers of the mean over their tokens (GRPO, 2402.03300, eq. 3)
-    * constant: the sum over tokens, divided by answers x `longest` (Dr. GRPO, 2503.20783, section 3.2)
+    * sequence: the mean over responses of the mean over their tokens (GRPO, 2402.03300, eq. 3)
+    * constant: the sum over tokens, divided by responses x `longest` (Dr. GRPO, 2503.20783, section 3.2)
 
     Args:
         mask: `[batch, seq]` bool, True on the response tokens that count; the weights of others are 0.
-        tokens, answers: of the whole step that count, over all ranks and micro-batches.
+        tokens, responses: of the whole step that count, over all ranks and micro-batches.
 
     Raises:
         ValueError: unknown aggregation.
@@ -71,9 +74,9 @@ def aggregation_weights(mask: Tensor, aggregation: Aggregation, tokens: float, a
         case "token":
             return mask.float()
         case "sequence":
-            return mask * (tokens / answers / mask.sum(1, keepdim=True).clamp(min=1))
+            return mask * (tokens / responses / mask.sum(1, keepdim=True).clamp(min=1))
         case "constant":
-            return mask * (tokens / answers / longest)
+            return mask * (tokens / responses / longest)
     raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence or constant")
 
 
@@ -97,5 +100,5 @@ def importance_weights(
         case "truncated":
             return ratio.clamp(max=cap)
         case "masked":
-            return keep(ratio, (ratio >= 1 / cap) & (ratio <= cap))
+            return masked(ratio, (ratio >= 1 / cap) & (ratio <= cap))
     raise ValueError(f"unknown correction {correction!r}: choose none, truncated or masked")

@@ -35,7 +35,7 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
 
     Args:
         kl: measured KL of a response to the reference, in nats, over the global batch.
-        target: the KL to hold.
+        target: the KL to stay near.
         horizon: samples over which the coefficient may move by the factor e^0.2 or so.
         samples: responses in the global batch.
     """

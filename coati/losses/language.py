@@ -1,9 +1,9 @@
-"""Log-probs of tokens and the language-modelling loss."""
+"""Log-probs of tokens and the language-modeling loss."""
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -17,22 +17,22 @@ def next_log_probs(logits: Tensor, next_ids: Tensor, temperature: float = 1.0) -
 
     Args:
         logits: `[batch, seq, vocab]`, any float dtype.
-        next_ids: `[batch, seq]` int64, the token that position `t` is asked about.
+        next_ids: `[batch, seq]` int64, the token whose log-prob is wanted at position `t`.
         temperature: logits are divided by it: the distribution that sampling at this temperature draws from.
 
     Returns:
         `[batch, seq]`, float32 (float64 for float64 logits).
     """
-    return _ChosenLogProbs.apply(at_temperature(logits, temperature), next_ids)
+    return _SelectedLogProbs.apply(at_temperature(logits, temperature), next_ids)
 
 
-class _ChosenLogProbs(torch.autograd.Function):
+class _SelectedLogProbs(torch.autograd.Function):
     """log softmax at one entry of each row. Its backward pass makes one tensor of the logits' size where autograd's own
     makes four: with a large vocabulary that is most of a step's memory."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
-        chosen, partition = _chosen(logits, ids)
+        chosen, partition = _selected(logits, ids)
         ctx.save_for_backward(logits, ids, partition)
         return chosen
 
@@ -43,20 +43,21 @@ class _ChosenLogProbs(torch.autograd.Function):
         return _gradient_in_place(logits - partition[..., None], ids, grad), None
 
 
-def _chosen(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _selected(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs of the ids, and the log-partition, `[...]`."""
     partition = logits.logsumexp(-1)
     return logits.gather(-1, ids[..., None]).squeeze(-1) - partition, partition
 
 
 def _gradient_in_place(log_probs: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    """What the logits get from the log-probs of the ids; written over all log-probs, `[..., vocab]`."""
+    """The logits' gradient from that of the ids' log-probs; overwrites all log-probs, `[..., vocab]`."""
     return log_probs.exp_().mul_(-grad[..., None]).scatter_add_(-1, ids[..., None], grad[..., None])
 
 
 class ProjectedLogProbs(torch.autograd.Function):
-    """Log-probs of tokens from the states that predict them, and entropies if asked for, without a gradient. Logits are
-    there for some rows at a time and computed again in the backward pass, which adds up one gradient of the weight.
+    """Log-probs of tokens from the states that predict them, and entropies if asked for, without a gradient. Logits
+    exist for `rows` tokens at a time and are recomputed in the backward pass, which accumulates one gradient of the
+    weight.
 
     Args of `apply`:
         states: `[tokens, hidden]`.
@@ -70,9 +71,9 @@ class ProjectedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, ids, temperature, with_entropy, rows):
         chosen, partitions, entropies = [], [], []
-        for some, of_some in zip(states.split(rows), ids.split(rows), strict=True):
-            logits = at_temperature(torch.nn.functional.linear(some, weight, bias), temperature)
-            log_probs, partition = _chosen(logits, of_some)
+        for chunk, chunk_ids in zip(states.split(rows), ids.split(rows), strict=True):
+            logits = at_temperature(torch.nn.functional.linear(chunk, weight, bias), temperature)
+            log_probs, partition = _selected(logits, chunk_ids)
             chosen.append(log_probs)
             partitions.append(partition)
             if with_entropy:
@@ -117,8 +118,8 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def align(x: Tensor) -> Tensor:
-    """From what position `t` says about the next token to what was said about token `t`: `[batch, seq]`, column 0 is
-    0, and the last position's word is dropped."""
+    """Shifts predictions of the next token to the tokens themselves: `[batch, seq]`, column 0 is 0, and the last
+    position's prediction is dropped."""
     return torch.nn.functional.pad(x[:, :-1], (1, 0))
 
 
@@ -155,17 +156,17 @@ def cross_entropy(log_probs: Tensor, loss_mask: Tensor, denominator: Tensor | fl
         loss_mask: `[batch, seq]` bool, True on target tokens.
         denominator: target tokens of the whole step, over all ranks and micro-batches.
     """
-    loss = -keep(log_probs, loss_mask).sum() / denominator
+    loss = -masked(log_probs, loss_mask).sum() / denominator
     return loss, {"loss": loss.detach()}
 
 
 def z_loss(log_partition: Tensor, loss_mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
-    """Mean of log(Z)^2 over the target tokens, which holds the logits' scale near 0 (PaLM, 2204.02311, section 5).
+    """Mean of log(Z)^2 over the target tokens, which keeps the logits' scale near 0 (PaLM, 2204.02311, section 5).
 
     Args:
         log_partition: log Z of the logits that predict each token, `[batch, seq]`.
         loss_mask: `[batch, seq]` bool, True on target tokens.
         denominator: target tokens of the whole step, over all ranks and micro-batches.
     """
-    loss = keep(log_partition, loss_mask).square().sum() / denominator
+    loss = masked(log_partition, loss_mask).square().sum() / denominator
     return loss, {"z_loss": loss.detach()}

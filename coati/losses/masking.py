@@ -1,4 +1,4 @@
-"""What every loss needs: masked entries that cannot poison a sum."""
+"""What every loss needs: masked entries that can't contaminate a sum."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,9 @@ from torch import Tensor
 MAX_LOG_RATIO = 60.0
 
 
-def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` in at least float32 with masked entries 0; unlike `x * mask`, a masked NaN is gone, in the gradient too."""
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` in at least float32 with masked entries 0; unlike with `x * mask`, a masked NaN vanishes, in the gradient
+    too."""
     x = x if x.dtype == torch.float64 else x.float()
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -18,4 +19,4 @@ def log_ratio(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor) -> Tenso
 
     The clamp lets no gradient through beyond 60, where a ratio has no meaning left.
     """
-    return (keep(log_probs, mask) - keep(other_log_probs, mask)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (masked(log_probs, mask) - masked(other_log_probs, mask)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -1,11 +1,11 @@
-"""The policy losses of PPO and of those who came after it."""
+"""The policy losses of PPO and its successors."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep, log_ratio
+from coati.losses.masking import log_ratio, masked
 
 PolicyLoss = Literal["clip", "gspo", "cispo", "none"]
 
@@ -27,7 +27,7 @@ def policy_loss(
     and clip(r) = r within [1 - clip_low, 1 + clip_high]:
 
     * clip: min(r A, clip(r) A) (PPO, Schulman et al., 1707.06347, eq. 7; two bounds as in DAPO, 2503.14476)
-    * gspo: the same with one r for all tokens of an answer, the geometric mean of theirs (Zheng et al., 2507.18071,
+    * gspo: the same with one r for all tokens of a response, the geometric mean of theirs (Zheng et al., 2507.18071,
       eq. 5 and 7)
     * cispo: clip(r) A log p, where clip(r) is a constant: every token keeps a gradient (MiniMax-M1, 2506.13585, eq. 4)
     * none: r A; where the policy is still the one that sampled, its gradient is REINFORCE's
@@ -46,12 +46,12 @@ def policy_loss(
     Raises:
         ValueError: unknown kind.
     """
-    advantages = keep(advantages, mask)
+    advantages = masked(advantages, mask)
     log_r = log_ratio(log_probs, old_log_probs, mask)
     ratio = of_token = log_r.exp()
     if kind == "gspo":
-        of_answer = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        ratio = of_answer.expand_as(log_r).exp()
+        per_response = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        ratio = per_response.expand_as(log_r).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     unclipped, clipped = ratio * advantages, bounded * advantages
     match kind:
@@ -60,17 +60,17 @@ def policy_loss(
             if dual_clip is not None:
                 objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
         case "cispo":
-            objective, is_clipped = clipped.detach() * keep(log_probs, mask), bounded != ratio
+            objective, is_clipped = clipped.detach() * masked(log_probs, mask), bounded != ratio
         case "none":
             objective, is_clipped = unclipped, torch.zeros_like(mask)
         case _:
             raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo or none")
-    objective = objective if weights is None else objective * keep(weights, mask)
-    loss = -keep(objective, mask).sum() / denominator
+    objective = objective if weights is None else objective * masked(weights, mask)
+    loss = -masked(objective, mask).sum() / denominator
     metrics = {
         "policy_loss": loss,
-        "clip_fraction": keep(is_clipped.to(ratio.dtype), mask).sum() / denominator,
-        "ratio": keep(ratio, mask).sum() / denominator,
-        "approximate_kl": keep(of_token - 1 - log_r, mask).sum() / denominator,
+        "clip_fraction": masked(is_clipped.to(ratio.dtype), mask).sum() / denominator,
+        "ratio": masked(ratio, mask).sum() / denominator,
+        "approximate_kl": masked(of_token - 1 - log_r, mask).sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -1,8 +1,8 @@
-"""Losses of preference optimisation: a policy learns from answers that people like better than others.
+"""Losses of preference optimization: a policy learns from responses that people prefer to others.
 
-They read sums of log-probs over whole answers. With `r` what an answer is scored with, each loss compares
+They read sums of log-probs over whole responses. With `r` what a response is scored with, each loss compares
 `m = r(chosen) - r(rejected)`: by the log-ratio to a reference (DPO and its kin), by the policy's own log-probs (SimPO,
-ORPO, CPO), or one answer at a time with the batch's KL (KTO).
+ORPO, CPO), or one response at a time with the batch's KL (KTO).
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a loss reads of answers, each `[answers]`.
+class Responses:
+    """What a loss reads of responses, each `[responses]`.
 
     Attributes:
-        log_probs: the sum of the log-probs of an answer's tokens.
+        log_probs: the sum of the log-probs of a response's tokens.
         lengths: how many tokens that are.
         reference: the same sums under the reference policy; None where a loss needs none.
     """
@@ -27,26 +27,26 @@ class Answers:
     lengths: Tensor
     reference: Tensor | None = None
 
-    def in_float(self) -> "Answers":
+    def in_float(self) -> "Responses":
         """The same in float32 at least, so that sums of half-precision numbers keep their digits."""
         dtype = torch.float64 if self.log_probs.dtype == torch.float64 else torch.float32
         reference = None if self.reference is None else self.reference.to(dtype)
-        return Answers(self.log_probs.to(dtype), self.lengths.to(dtype), reference)
+        return Responses(self.log_probs.to(dtype), self.lengths.to(dtype), reference)
 
-    def rows(self, index: Tensor) -> "Answers":
+    def rows(self, index: Tensor) -> "Responses":
         """Some of them."""
         reference = None if self.reference is None else self.reference[index]
-        return Answers(self.log_probs[index], self.lengths[index], reference)
+        return Responses(self.log_probs[index], self.lengths[index], reference)
 
     @property
     def log_ratios(self) -> Tensor:
-        """log pi / pi_ref of whole answers."""
+        """log pi / pi_ref of whole responses."""
         if self.reference is None:
             raise ValueError("this loss compares with a reference policy: give its log-probs")
         return self.log_probs - self.reference
 
-    def per_token(self) -> "Answers":
-        """Averages over an answer's tokens in place of sums."""
+    def per_token(self) -> "Responses":
+        """Averages over a response's tokens in place of sums."""
         n = self.lengths.clamp(min=1)
         reference = None if self.reference is None else self.reference / n
         return replace(self, log_probs=self.log_probs / n, reference=reference)
@@ -58,7 +58,7 @@ class Options:
 
     Attributes:
         beta: scale of the rewards; with a reference, how strongly it holds the policy.
-        label_smoothing: the share of pairs taken to be labelled the wrong way round.
+        label_smoothing: the fraction of pairs whose preference is taken to be flipped.
         gamma: the margin that SimPO demands.
     """
 
@@ -70,7 +70,7 @@ class Options:
 Compared = tuple[Tensor, Tensor, Tensor]  # rewards of the chosen, of the rejected, loss of each pair: `[pairs]`
 
 
-def dpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
+def dpo(chosen: Responses, rejected: Responses, o: Options) -> Compared:
     """DPO (Rafailov et al., 2305.18290, eq. 7); with label smoothing e cDPO (Mitchell 2023).
 
     r = beta log pi / pi_ref and loss = -(1 - e) log sigmoid(m) - e log sigmoid(-m)
@@ -79,8 +79,8 @@ def dpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
     return good, bad, _smoothed(good - bad, o.label_smoothing)
 
 
-def robust(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """Robust DPO (Chowdhury et al., 2403.00409): unbiased if a share e < 1/2 of the labels is flipped.
+def robust(chosen: Responses, rejected: Responses, o: Options) -> Compared:
+    """Robust DPO (Chowdhury et al., 2403.00409): unbiased if a fraction e < 1/2 of the labels is flipped.
 
     loss = (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2e)
     """
@@ -88,7 +88,7 @@ def robust(chosen: Answers, rejected: Answers, o: Options) -> Compared:
     return good, bad, (e * logsigmoid(bad - good) - (1 - e) * logsigmoid(good - bad)) / (1 - 2 * e)
 
 
-def hinge(chosen: Answers, rejected: Answers, o: Options) -> Compared:
+def hinge(chosen: Responses, rejected: Responses, o: Options) -> Compared:
     """SLiC's hinge (Zhao et al., 2305.10425, eq. 1) on DPO's rewards, as in RSO (Liu et al., 2309.06657).
 
     loss = max(0, 1 - m)
@@ -97,40 +97,40 @@ def hinge(chosen: Answers, rejected: Answers, o: Options) -> Compared:
     return good, bad, torch.relu(1 - (good - bad))
 
 
-def ipo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """IPO (Azar et al., 2310.12036, eq. 17), on log-ratios averaged over an answer's tokens.
+def ipo(chosen: Responses, rejected: Responses, o: Options) -> Compared:
+    """IPO (Azar et al., 2310.12036, eq. 17), on log-ratios averaged over a response's tokens.
 
     loss = (m / beta - 1 / (2 beta))^2
 
-    The paper writes sums. With those the target 1 / (2 beta) means less the longer the answers are; its authors
+    The paper writes sums. With those the target 1 / (2 beta) means less the longer the responses are; its authors
     average, and so does TRL.
     """
     good, bad = chosen.per_token().log_ratios, rejected.per_token().log_ratios
     return o.beta * good, o.beta * bad, (good - bad - 1 / (2 * o.beta)).square()
 
 
-def simpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
-    """SimPO (Meng et al., 2405.14734, eq. 6): no reference, log-probs averaged over an answer's tokens, a margin.
+def simpo(chosen: Responses, rejected: Responses, o: Options) -> Compared:
+    """SimPO (Meng et al., 2405.14734, eq. 6): no reference, log-probs averaged over a response's tokens, a margin.
 
     r = beta / |y| log pi and loss = -log sigmoid(m - gamma), with label smoothing as DPO
     """
-    good, bad = (o.beta * answers.per_token().log_probs for answers in (chosen, rejected))
+    good, bad = (o.beta * responses.per_token().log_probs for responses in (chosen, rejected))
     return good, bad, _smoothed(good - bad - o.gamma, o.label_smoothing)
 
 
-def orpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
+def orpo(chosen: Responses, rejected: Responses, o: Options) -> Compared:
     """ORPO's odds-ratio term (Hong et al., 2403.07691, eq. 7), beta being the paper's lambda; its other term is the
-    log-likelihood of the chosen answer.
+    log-likelihood of the chosen response.
 
     loss = -beta log sigmoid(log odds(chosen) - log odds(rejected)), odds(y) = p / (1 - p), p = exp(log pi / |y|)
     """
-    good, bad = (answers.per_token().log_probs for answers in (chosen, rejected))
+    good, bad = (responses.per_token().log_probs for responses in (chosen, rejected))
     return o.beta * good, o.beta * bad, -o.beta * logsigmoid(_log_odds(good) - _log_odds(bad))
 
 
-def cpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
+def cpo(chosen: Responses, rejected: Responses, o: Options) -> Compared:
     """CPO's preference term (Xu et al., 2401.08417, eq. 3): DPO with a uniform reference. Its other term is the
-    log-likelihood of the chosen answer.
+    log-likelihood of the chosen response.
 
     r = beta log pi and loss as DPO's
     """
@@ -138,7 +138,7 @@ def cpo(chosen: Answers, rejected: Answers, o: Options) -> Compared:
     return good, bad, _smoothed(good - bad, o.label_smoothing)
 
 
-PREFERENCE_LOSSES: dict[str, Callable[[Answers, Answers, Options], Compared]] = {
+PREFERENCE_LOSSES: dict[str, Callable[[Responses, Responses, Options], Compared]] = {
     "dpo": dpo,
     "robust-dpo": robust,
     "hinge": hinge,
@@ -151,45 +151,45 @@ PREFERENCE_LOSSES: dict[str, Callable[[Answers, Answers, Options], Compared]] = 
 
 def preference_loss(
     name: str,
-    chosen: Answers,
-    rejected: Answers,
+    chosen: Responses,
+    rejected: Responses,
     denominator: Tensor | float,
     *,
     options: Options | None = None,
     nll_coefficient: float = 0.0,
-    length_normalised: bool = False,
+    length_normalized: bool = False,
 ) -> tuple[Tensor, dict]:
-    """One of `PREFERENCE_LOSSES`, and the negative log-likelihood of the chosen answers.
+    """One of `PREFERENCE_LOSSES`, and the negative log-likelihood of the chosen responses.
 
     Args:
-        chosen, rejected: the two answers of each pair.
+        chosen, rejected: the two responses of each pair.
         denominator: pairs of the whole step, over all ranks and micro-batches.
         nll_coefficient: weight of -log pi(chosen) / |chosen| (RPO: Pang et al., 2404.19733).
-        length_normalised: averages over an answer's tokens in place of sums.
+        length_normalized: averages over a response's tokens in place of sums.
 
     Metrics: loss, rewards of both, their margin, accuracy (a tie counts one half), log-probs and lengths of both, nll.
     """
     chosen, rejected = chosen.in_float(), rejected.in_float()
     options = options or Options()
-    if length_normalised:
+    if length_normalized:
         good, bad, per_pair = PREFERENCE_LOSSES[name](chosen.per_token(), rejected.per_token(), options)
     else:
         good, bad, per_pair = PREFERENCE_LOSSES[name](chosen, rejected, options)
     metrics = {"accuracy": (good > bad).to(good.dtype) + 0.5 * (good == bad).to(good.dtype), "margin": good - bad}
-    for side, rewards, answers in (("chosen", good, chosen), ("rejected", bad, rejected)):
+    for side, rewards, responses in (("chosen", good, chosen), ("rejected", bad, rejected)):
         metrics[f"reward_{side}"] = rewards
-        metrics[f"log_probs_{side}"] = answers.log_probs
-        metrics[f"length_{side}"] = answers.lengths
+        metrics[f"log_probs_{side}"] = responses.log_probs
+        metrics[f"length_{side}"] = responses.lengths
     if nll_coefficient:
         metrics["nll"] = -chosen.per_token().log_probs
         per_pair = per_pair + nll_coefficient * metrics["nll"]
     metrics["loss"] = per_pair
-    shares = {name: value.sum() / denominator for name, value in metrics.items()}
-    return shares["loss"], {name: value.detach() for name, value in shares.items()}
+    partial = {name: value.sum() / denominator for name, value in metrics.items()}
+    return partial["loss"], {name: value.detach() for name, value in partial.items()}
 
 
 def kto_loss(
-    answers: Answers,
+    responses: Responses,
     desirable: Tensor,
     kl: Tensor,
     denominator: Tensor | float,
@@ -198,32 +198,32 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, dict]:
-    """KTO (Ethayarajh et al., 2402.01306, eq. 7): answers that are good or bad by themselves.
+    """KTO (Ethayarajh et al., 2402.01306, eq. 7): responses that are good or bad by themselves.
 
-    w (1 - sigmoid(r - beta z)) for a good answer, w (1 - sigmoid(beta z - r)) for a bad one, r = beta log pi / pi_ref
+    w (1 - sigmoid(r - beta z)) for a good response, w (1 - sigmoid(beta z - r)) for a bad one, r = beta log pi / pi_ref
 
     Args:
-        desirable: bool `[answers]`, True for a good answer.
-        kl: the estimate of KL(pi || pi_ref) over the GLOBAL batch, a number: the mean log-ratio of answers to prompts
+        desirable: bool `[responses]`, True for a good response.
+        kl: the estimate of KL(pi || pi_ref) over the GLOBAL batch, a number: the mean log-ratio of responses to prompts
             that they do not belong to. z is the larger of it and 0; no gradient goes through it.
-        denominator: answers of the whole step, over all ranks and micro-batches.
+        denominator: responses of the whole step, over all ranks and micro-batches.
         desirable_weight, undesirable_weight: w of either sort; their ratio makes up for unequal numbers.
 
-    Metrics: loss, kl (z), the share of good answers, and of the rewards and log-probs of either sort the sum over ALL
-    answers' number: divide by the sort's share for its mean.
+    Metrics: loss, kl (z), the fraction of desirable responses, and the sums of the rewards and log-probs of either sort
+    over the number of ALL responses: divide by the sort's fraction for its mean.
     """
-    answers = answers.in_float()
-    rewards = beta * answers.log_ratios
+    responses = responses.in_float()
+    rewards = beta * responses.log_ratios
     z = kl.detach().to(rewards.dtype).clamp(min=0)
     sign = 2 * desirable.to(rewards.dtype) - 1
     weights = torch.where(desirable, desirable_weight, undesirable_weight).to(rewards.dtype)
-    per_answer = weights * torch.sigmoid(-sign * (rewards - beta * z))
-    metrics = {"loss": per_answer, "kl": z.expand_as(rewards), "desirable": desirable.to(rewards.dtype)}
+    per_response = weights * torch.sigmoid(-sign * (rewards - beta * z))
+    metrics = {"loss": per_response, "kl": z.expand_as(rewards), "desirable": desirable.to(rewards.dtype)}
     for side, of_side in (("desirable", desirable), ("undesirable", ~desirable)):
         metrics[f"reward_{side}"] = rewards * of_side
-        metrics[f"log_probs_{side}"] = answers.log_probs * of_side
-    shares = {name: value.sum() / denominator for name, value in metrics.items()}
-    return shares["loss"], {name: value.detach() for name, value in shares.items()}
+        metrics[f"log_probs_{side}"] = responses.log_probs * of_side
+    partial = {name: value.sum() / denominator for name, value in metrics.items()}
+    return partial["loss"], {name: value.detach() for name, value in partial.items()}
 
 
 def _smoothed(margin: Tensor, label_smoothing: float) -> Tensor:

@@ -19,8 +19,8 @@ def pairwise_reward_loss(
     Args:
         chosen, rejected: rewards `[batch]`.
         denominator: pairs of the whole step, over all ranks and micro-batches.
-        margin: `[batch]`, how much better the chosen answer is known to be (Llama 2, 2307.09288, eq. 2).
-        label_smoothing: the share of pairs taken to be labelled the wrong way round.
+        margin: `[batch]`, how much better the chosen response is known to be (Llama 2, 2307.09288, eq. 2).
+        label_smoothing: the fraction of pairs whose preference is taken to be flipped.
         centering: weight of (chosen + rejected)^2, which keeps rewards near zero (Eisenstein et al., 2312.09244).
 
     Metrics: loss, accuracy (a tie counts one half), margin between the two, mean of the chosen and rejected rewards.

@@ -1,9 +1,9 @@
-"""From one score a response to one reward a token."""
+"""From one score per response to one reward per token."""
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
@@ -12,13 +12,13 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: floa
     As in InstructGPT (2203.02155, eq. 2), per token as in Ziegler et al. (1909.08593).
 
     Args:
-        scores: `[batch]`, one a response.
+        scores: `[batch]`, one per response.
         kl: `[batch, seq]` per-token KL to the reference.
         mask: `[batch, seq]` bool, True on response tokens. A row without response tokens gets no reward.
     """
-    rewards = -kl_coefficient * keep(kl, mask)
+    rewards = -kl_coefficient * masked(kl, mask)
     is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return rewards + keep(scores[:, None].to(rewards.dtype).expand_as(rewards), is_last)
+    return rewards + masked(scores[:, None].to(rewards.dtype).expand_as(rewards), is_last)
 
 
 def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
@@ -26,14 +26,14 @@ def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
     return scores if limit is None else scores.clamp(-limit, limit)
 
 
-def penalise_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
+def penalize_missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
     """Scores `[batch]`, less `penalty` where the response did not end by itself (`finished` False)."""
     return scores if penalty is None else torch.where(finished, scores, scores - penalty)
 
 
 def punish_overlong(scores: Tensor, lengths: Tensor, longest: int, buffer: int, penalty: float = 1.0) -> Tensor:
-    """Scores `[batch]`, less up to `penalty` for what an answer takes of the last `buffer` tokens before `longest`: the
-    soft overlong punishment of DAPO (2503.14476, eq. 13). `buffer` 0 leaves them as they are.
+    """Scores `[batch]`, less up to `penalty` for a response that reaches into the last `buffer` tokens before
+    `longest`: DAPO's soft overlong punishment (2503.14476, eq. 13). `buffer` 0 leaves them as they are.
 
     Args:
         lengths: `[batch]`, response tokens, at most `longest`.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 
 
 def value_loss(
@@ -23,16 +23,16 @@ def value_loss(
         values, old_values, returns: `[batch, seq]`.
         mask: `[batch, seq]` bool, True on response tokens.
         denominator: response tokens of the whole step, over all ranks and micro-batches.
-        clip: how far a value may move from the old one before it stops learning; None for no clipping.
+        clip: how far a value may move from the old one before its gradient is cut off; None for no clipping.
     """
-    values, old_values, returns = keep(values, mask), keep(old_values, mask), keep(returns, mask)
+    values, old_values, returns = masked(values, mask), masked(old_values, mask), masked(returns, mask)
     squared = (values - returns).square()
-    clipped_share = torch.zeros((), dtype=values.dtype, device=values.device)
+    clip_fraction = torch.zeros((), dtype=values.dtype, device=values.device)
     if clip is not None:
         near = old_values + (values - old_values).clamp(-clip, clip)
         clipped = (near - returns).square()
         moved = (values - old_values).abs() > clip
-        clipped_share = (moved & (clipped > squared)).to(values.dtype).sum() / denominator
+        clip_fraction = (moved & (clipped > squared)).to(values.dtype).sum() / denominator
         squared = torch.maximum(squared, clipped)
     loss = 0.5 * squared.sum() / denominator
-    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped_share}
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clip_fraction}

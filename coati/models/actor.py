@@ -15,14 +15,14 @@ from coati.models.base import BaseModel
 from coati.models.layout import Layout
 from coati.models.packed import PackedGroups
 
-# Logits that are there at a time. On a CPU they stay near the caches; a GPU's products need many rows.
-CHUNK = {"cpu": 2**23, "cuda": 2**27}
-ROWS = 128  # with fewer, a product takes as long as reading the weight
+# Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+ROWS = 128  # with fewer, a matrix product takes as long as reading the weight
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked about logits beside the log-probs, see `Actor.forward`."""
+class LogitOutputs:
+    """What is computed from logits besides the log-probs, see `Actor.forward`."""
 
     temperature: float
     entropy: bool | Literal["trained"]
@@ -33,11 +33,11 @@ class Actor(BaseModel):
     """A causal language model that gives the log-probs of given tokens, and generates.
 
     Attributes:
-        logits_at_once: how many numbers of them there may be, as `CHUNK` says for the device if None.
+        max_logits: how many logits may be in memory at a time; the device's number in `MAX_LOGITS` if None.
     """
 
     auto_class = "AutoModelForCausalLM"
-    logits_at_once: int | None = None
+    max_logits: int | None = None
     _head_is_last: bool | None = None  # not known before the first forward pass
 
     def forward(
@@ -59,24 +59,24 @@ class Actor(BaseModel):
         Args:
             input_ids: `[batch, seq]`.
             attention_mask: `[batch, seq]`, False on padding, which may stand on either side; None for no padding.
-            targets: bool `[batch, seq]`, the tokens whose log-probs are wanted; the others get 0, and the vocabulary's
-                logits are never there for more than a few at a time. For whole models only.
+            targets: bool `[batch, seq]`, the tokens whose log-probs are wanted; the others get 0, and logits are
+                in memory for a few tokens at a time only. For unsharded models only.
             position_ids: `[batch, seq]`, of rows that hold several documents, see `run`.
             temperature: of the distribution whose log-probs are wanted.
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
-            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and what they all begin with is
-                read once, see `PackedGroups`. For whole models only.
+            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and their shared prefix is read
+                once, see `PackedGroups`. For unsharded models only.
             right_padded: padding stands on the right only, see `run`.
         """
-        wanted = Wanted(temperature, with_entropy, with_log_partition)
+        wanted = LogitOutputs(temperature, with_entropy, with_log_partition)
         packed = None
         inputs = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, right_padded=right_padded
         )
         if shared_prefix_group > 1:
-            packed = PackedGroups.of(input_ids, attention_mask, shared_prefix_group)
+            packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype)
         with self._with_adapter(adapter):
             if targets is not None and self._head_is_last is not False:
@@ -84,12 +84,12 @@ class Actor(BaseModel):
                 if packed:
                     hidden = packed.unpack(hidden)
                 if self._head_is_last:
-                    return self._chosen_log_probs(hidden, input_ids, targets, wanted)
+                    return self._target_log_probs(hidden, input_ids, targets, wanted)
             logits = self.run(**inputs).logits
         if packed:
             logits = packed.unpack(logits)
         next_ids = self.layout.split(input_ids.roll(-1, dims=1))
-        outputs = _measure(self.layout, logits, next_ids, wanted)
+        outputs = _outputs_of_logits(self.layout, logits, next_ids, wanted)
         outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -99,19 +99,19 @@ class Actor(BaseModel):
         return self.model.disable_adapter()
 
     def _states_before_head(self, inputs: dict) -> Tensor:
-        """What the output layer reads, `[batch, seq, hidden]`, given what `run` takes. It gets to see the first
-        position only, by which the first call tells whether logits are all it gives: some models cap or scale them
-        afterwards."""
+        """What the output layer reads, `[batch, seq, hidden]`, given what `run` takes. The layer itself
+        sees the first position only: enough for the first call to find out whether its logits are the model's, since
+        some models cap or scale them afterwards."""
         head, states, logits = self.transformer.get_output_embeddings(), [], []
 
-        def take_states(module, positional):
+        def capture_states(module, positional):
             states.append(positional[0])
             return (positional[0][:, :1],)
 
-        def note_logits(module, positional, output):
+        def capture_logits(module, positional, output):
             logits.append(output)
 
-        hooks = [head.register_forward_pre_hook(take_states), head.register_forward_hook(note_logits)]
+        hooks = [head.register_forward_pre_hook(capture_states), head.register_forward_hook(capture_logits)]
         try:
             output = self.run(**inputs)
         finally:
@@ -120,25 +120,25 @@ class Actor(BaseModel):
         self._head_is_last = output.logits is logits[0]
         return states[0]
 
-    def places(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the tokens whose log-probs are computed, long `[tokens]`: one at least, since every
-        weight must take part for data parallelism."""
+    def target_indices(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the tokens whose log-probs are computed, long `[tokens]`: one at least, since
+        every weight must get a gradient under data parallelism."""
         rows, columns = targets[:, 1:].nonzero(as_tuple=True)
         if len(rows) == 0:
             rows = columns = targets.new_zeros(1, dtype=torch.long)
         return rows, columns + 1
 
-    def _chosen_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: Wanted):
-        """Log-probs (and more, see `_measure`) of the targets from the states that predict them, `CHUNK` logits at a
-        time but those of `ROWS` tokens at least; in the backward pass logits are computed again."""
-        head, (rows, columns) = self.transformer.get_output_embeddings(), self.places(targets)
+    def _target_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: LogitOutputs):
+        """Log-probs (and more, see `_outputs_of_logits`) of the targets from the states that predict them, `MAX_LOGITS`
+        logits at a time but those of `ROWS` tokens at least; the backward pass recomputes the logits."""
+        head, (rows, columns) = self.transformer.get_output_embeddings(), self.target_indices(targets)
         states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
 
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            return _measure(Layout(), head(states), ids, wanted)
+            return _outputs_of_logits(Layout(), head(states), ids, wanted)
 
-        at_once = self.logits_at_once or CHUNK.get(hidden.device.type, 2**24)
-        length = max(at_once // self.config.get_text_config().vocab_size, ROWS)
+        max_logits = self.max_logits or MAX_LOGITS.get(hidden.device.type, 2**24)
+        length = max(max_logits // self.config.get_text_config().vocab_size, ROWS)
         recomputes = len(ids) > length and torch.is_grad_enabled()
         if recomputes and is_plain(head) and wanted.entropy != "trained" and not wanted.log_partition:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
@@ -148,11 +148,11 @@ class Actor(BaseModel):
             )
         else:
             parts = []
-            for some, of_some in zip(states.split(length), ids.split(length), strict=True):
+            for chunk, chunk_ids in zip(states.split(length), ids.split(length), strict=True):
                 if recomputes:
-                    parts.append(checkpoint(measure, some, of_some, use_reentrant=False))
+                    parts.append(checkpoint(measure, chunk, chunk_ids, use_reentrant=False))
                 else:
-                    parts.append(measure(some, of_some))
+                    parts.append(measure(chunk, chunk_ids))
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
         outputs = []
         for values in found:
@@ -233,13 +233,13 @@ class Actor(BaseModel):
 
 
 def is_plain(head: nn.Module) -> bool:
-    """A linear layer whose weight is all here and whose output nobody changes: no adapter, no shards."""
+    """A linear layer with its unsharded weight whose output nothing changes: no adapter, no hooks."""
     hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 
-def _measure(layout: Layout, logits: Tensor, next_ids: Tensor, wanted: Wanted) -> tuple[Tensor, ...]:
-    """What is asked about logits `[..., vocab]`: log-probs of the next tokens, entropies, log-partitions, `[...]`."""
+def _outputs_of_logits(layout: Layout, logits: Tensor, next_ids: Tensor, wanted: LogitOutputs) -> tuple[Tensor, ...]:
+    """From logits `[..., vocab]` the log-probs of the next tokens, entropies and log-partitions, each `[...]`."""
     outputs = [layout.log_probs(logits, next_ids, wanted.temperature)]
     if wanted.entropy:
         with torch.set_grad_enabled(wanted.entropy == "trained" and torch.is_grad_enabled()):

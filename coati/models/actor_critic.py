@@ -19,7 +19,7 @@ class ActorCritic(Actor):
     beside its weights. A folder without a head gets a new one.
 
     Args:
-        pretrained: as `BaseModel`; or an `AutoModelForCausalLMWithValueHead`, which goes on living: its weights are
+        pretrained: as `BaseModel`; or an `AutoModelForCausalLMWithValueHead`, which stays in use: its weights are
             the ones that are trained.
     """
 
@@ -39,7 +39,7 @@ class ActorCritic(Actor):
         `[batch, seq]`. A value has seen the tokens up to and including its own.
 
         Args:
-            value_only: the head learns and the trunk doesn't.
+            value_only: the head gets a gradient and the trunk doesn't.
             **options: those of `Actor`.
         """
         with self._last_hidden_states() as hidden:

@@ -16,7 +16,7 @@ LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
 def load_adapter(
     model: nn.Module, source: str | Path, is_trainable: bool = True, **hub
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Puts a saved adapter on its base model, whatever the adapter was trained on: the model without a head, or one
+    """Loads a saved adapter onto its base model, whatever the adapter was trained on: the model without a head, or one
     with the head of a language model or of a sequence classifier. Where it was trained with more tokens than `model`
     has, the embeddings get their number.
 
@@ -30,7 +30,7 @@ def load_adapter(
         weight.
 
     Raises:
-        UserError: prompt or prefix tuning; tensors that the model has no place for, or that are not in the file; sizes
+        UserError: prompt or prefix tuning; tensors that the model lacks, or that are not in the file; sizes
             that don't fit.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
@@ -48,8 +48,8 @@ def load_adapter(
     others = [name for name in others if name.removeprefix("score.") not in score]
     if _is_trunk(model):
         _aim_at_trunk(config, model)
-    places = _embedding_places(model)
-    _resize_embeddings(model, places, stored, config, source)
+    prefixes = _embedding_prefixes(model)
+    _resize_embeddings(model, prefixes, stored, config, source)
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     kind = type(model).__name__
     try:
@@ -67,7 +67,7 @@ def load_adapter(
     missing = [name for name in result.missing_keys if id(state[name]) in wanted]
     if missing:
         raise UserError(f"the adapter in {source} lacks {len(missing)} tensors that {kind} needs: {missing[0]}")
-    unexpected = [name for name in result.unexpected_keys if not _is_twice(stored, name, places)] + others
+    unexpected = [name for name in result.unexpected_keys if not _is_twice(stored, name, prefixes)] + others
     if unexpected:
         raise UserError(
             f"the adapter in {source} holds {len(unexpected)} tensors that {kind} has no place for "
@@ -86,7 +86,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unsaved(model: nn.Module) -> list[str]:
-    """Trained parameters of a peft model that the folder of its adapter would not hold."""
+    """Trained parameters of a peft model that its saved adapter would lack."""
     saved = {id(tensor) for tensor in adapter_state(model).values()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
 
@@ -102,24 +102,25 @@ def has_more_tokens(model: nn.Module) -> bool:
     try:
         stored = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
         return stored.vocab_size != vocabulary(model.get_base_model())
-    except (OSError, ValueError):  # the base has gone in the meantime
+    except (OSError, ValueError):  # the base model no longer exists
         return True
 
 
 def merged(model: nn.Module) -> nn.Module:
     """A copy of a peft model's transformers model with the adapters added to the weights, exactly: those of a quantized
-    model are dequantized first and stay so; embeddings and output layer are tied no more if an adapter tells them
-    apart. The copy is in the host's memory, as a GPU may have no room for it; on "meta" if the model is.
+    model are dequantized first and stay so; embeddings and output layer are untied if an adapter
+    changes only one of them. The copy is in the host's memory, as a GPU may have no room for it; on "meta" if the model
+    is.
 
     Raises:
         UserError: a quantization that can't be undone.
     """
     if is_quantized(model.get_base_model()):
-        whole = _dequantized(copy.deepcopy(model))
+        model_copy = _dequantized(copy.deepcopy(model))
     else:
-        whole = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
-    _untie(whole.get_base_model())
-    plain = whole.merge_and_unload()
+        model_copy = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
+    _untie(model_copy.get_base_model())
+    plain = model_copy.merge_and_unload()
     rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()
     if columns is not None and rows.weight is not columns.weight:
         plain.config.get_text_config().tie_word_embeddings = plain.config.tie_word_embeddings = False
@@ -142,7 +143,7 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def _dequantized(model: nn.Module) -> nn.Module:
-    """A quantized peft model on plain weights. The model is taken apart."""
+    """A quantized peft model on plain weights. Consumes the model."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     config, state = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -165,16 +166,16 @@ def _untie(base: nn.Module):
         inner.weight = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
 
 
-def _embedding_places(model: nn.Module) -> list[str]:
+def _embedding_prefixes(model: nn.Module) -> list[str]:
     """How the names of an adapter's tensors for the embeddings begin; and for the output layer, if there is one."""
     names = {id(module): name for name, module in model.named_modules()}
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [PREFIX + names[id(layer)] + "." for layer in layers if layer is not None]
 
 
-def _is_twice(stored: dict[str, Tensor], name: str, places: list[str]) -> bool:
+def _is_twice(stored: dict[str, Tensor], name: str, prefixes: list[str]) -> bool:
     """Whether a tensor for the output layer is that of the embeddings, as peft writes it where they are tied."""
-    twin = name.replace(places[-1], places[0])
+    twin = name.replace(prefixes[-1], prefixes[0])
     return twin != name and name in stored and twin in stored and torch.equal(stored[name], stored[twin])
 
 
@@ -184,16 +185,17 @@ def _is_trunk(model: nn.Module) -> bool:
 
 def _names_for(model: nn.Module, stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """An adapter's tensors by the names that they have for `model`; and those of a head that it lacks."""
-    own = {name.replace(".modules_to_save.", "."): tensor for name, tensor in stored.items()}  # older releases of peft
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
+    # ".modules_to_save.": of older releases of peft
+    tensors = {name.replace(".modules_to_save.", "."): tensor for name, tensor in stored.items()}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     prefix, head = model.base_model_prefix + ".", {}
-    of_trunk = not any(name.startswith(prefix) for name in own)
+    of_trunk = not any(name.startswith(prefix) for name in tensors)
     if _is_trunk(model) and not of_trunk:
-        head = {name: tensor for name, tensor in own.items() if not name.startswith(prefix)}
-        own = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+        head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     elif of_trunk and not _is_trunk(model):
-        own = {prefix + name: tensor for name, tensor in own.items()}
-    return {PREFIX + name: tensor for name, tensor in own.items()}, head
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}, head
 
 
 def _aim_at_trunk(config, model: nn.Module):
@@ -212,13 +214,13 @@ def _aim_at_trunk(config, model: nn.Module):
     config.modules_to_save = [name for name in wanted if any(one.endswith(f".{name}") for one in there)] or None
 
 
-def _resize_embeddings(model: nn.Module, places: list[str], stored: dict[str, Tensor], config, source):
+def _resize_embeddings(model: nn.Module, prefixes: list[str], stored: dict[str, Tensor], config, source):
     """Gives the embeddings the number of rows that the adapter's tensors have.
 
     Raises:
         UserError: it is another number, and the adapter doesn't hold the rows.
     """
-    parts = [{k.removeprefix(place): v for k, v in stored.items() if k.startswith(place)} for place in places]
+    parts = [{k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)} for prefix in prefixes]
     sizes = set()
     for part, is_output in zip(parts, (False, True), strict=False):  # not every model has an output layer
         sizes |= _rows(part, is_output)
@@ -234,7 +236,7 @@ def _resize_embeddings(model: nn.Module, places: list[str], stored: dict[str, Te
         raise UserError(f"the adapter in {source} has embeddings of several sizes: {sorted(sizes)}")
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         parts = parts[:1]
-    if not all(any(_is_whole(name) for name in part) for part in parts):
+    if not all(any(_is_full_weight(name) for name in part) for part in parts):
         raise UserError(
             f"the adapter in {source} was trained with {sizes.pop()} tokens and doesn't hold their embeddings, and its "
             f"base model has {had}: save it with its embeddings (peft: save_embedding_layers=True), or merged"
@@ -244,11 +246,11 @@ def _resize_embeddings(model: nn.Module, places: list[str], stored: dict[str, Te
 
 def _rows(part: dict[str, Tensor], is_output: bool) -> set[int]:
     """How many tokens the tensors that an adapter has for the embeddings, or for the output layer, are for."""
-    found = {tensor.shape[0] for name, tensor in part.items() if _is_whole(name)}
-    found |= {tensor.shape[1] for name, tensor in part.items() if name.startswith("lora_embedding_A")}
-    return found | {tensor.shape[0] for name, tensor in part.items() if is_output and name.startswith("lora_B")}
+    sizes = {tensor.shape[0] for name, tensor in part.items() if _is_full_weight(name)}
+    sizes |= {tensor.shape[1] for name, tensor in part.items() if name.startswith("lora_embedding_A")}
+    return sizes | {tensor.shape[0] for name, tensor in part.items() if is_output and name.startswith("lora_B")}
 
 
-def _is_whole(name: str) -> bool:
+def _is_full_weight(name: str) -> bool:
     """`weight`, `base_layer.weight`, `token_adapter.base_layer.weight`, `original_module.weight`."""
     return name.endswith("weight") and "lora_" not in name

@@ -12,14 +12,14 @@ def soft_cap(config) -> float | None:
     return next((cap for cap in caps if cap), None)
 
 
-def check_attention(config, asked: str):
-    """Refuses a kernel that a model's config rules out.
+def check_attention(config, attn_implementation: str):
+    """Raises for a kernel that a model's config doesn't support.
 
     Raises:
         UserError: sdpa for a model with capped scores, which some releases of transformers would leave out.
     """
     cap = soft_cap(config)
-    if asked == "sdpa" and cap:
+    if attn_implementation == "sdpa" and cap:
         raise UserError(
             f"sdpa attention can't cap scores, and {config.model_type} caps them at {cap}: leave attn_implementation "
             "at auto, or give eager"

@@ -17,7 +17,7 @@ from coati.models.classifier import score_weight, stored_classifier
 from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter
-from coati.models.quantized import check_mergeable, is_quantized, prepare
+from coati.models.quantized import check_mergeable, is_quantized, prepare_quantized
 from coati.models.quiet import quiet_transformers
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -31,7 +31,7 @@ class BaseModel(nn.Module):
             model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
-        **kwargs: handed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
+        **kwargs: passed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
             given: what the model supports), ...
 
     Attributes:
@@ -41,8 +41,8 @@ class BaseModel(nn.Module):
         takes_positions: whether the transformer reads position ids.
         hides_right_padding: whether causal attention alone keeps real tokens from padding to their right.
         cache_name: the keyword by which it takes a cache.
-        layout: how sequence and vocabulary lie over processes; sharded models get another.
-        notes: lines on what was changed in the stored model, for its user.
+        layout: how sequence and vocabulary are distributed over processes; sharded models get another.
+        notes: lines for the user on what was changed in the stored model.
 
     Raises:
         ValueError: neither `pretrained` nor `config`; a folder without a model; FlashAttention-2 without CUDA.
@@ -83,7 +83,7 @@ class BaseModel(nn.Module):
         causal = {part.is_causal for part in self.transformer.modules() if hasattr(part, "is_causal")}
         self.hides_right_padding = self.takes_positions and causal == {True}
         self.cache_name = cache_name(self.transformer)
-        # for a loss that balances experts, which is none of ours; from there, it needs masks as for whole rows
+        # router logits are for a load-balancing loss, which isn't part of ours, and need masks of whole rows
         self._options = {"output_router_logits": False} if "output_router_logits" in forward else {}
 
     def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -128,10 +128,10 @@ class BaseModel(nn.Module):
         Args:
             attention_mask: `[batch, seq]`. Padding may stand on either side: positions count real tokens. Or, with
                 `position_ids`, what is added to attention's scores, `[batch, 1, seq, seq]`.
-            position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which sees no other (if
-                `keeps_documents_apart`). They take the mask's place; padding is made of documents of one token.
-            right_padded: padding stands on the right only. The model gets no mask then, if it does without: attention
-                kernels that take none are faster, and a GPU doesn't wait for the host to look at it.
+            position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which attends to no other
+                (if `isolates_documents`). They replace the mask; padding is documents of one token.
+            right_padded: padding stands on the right only. The model gets no mask then, if it needs none: attention
+                kernels without a mask are faster, and a GPU doesn't wait for the host to inspect it.
         """
         layout = self.layout
         inputs = {"input_ids": layout.split(input_ids), "use_cache": False, **self._options}
@@ -143,17 +143,17 @@ class BaseModel(nn.Module):
             if not layout.is_plain:  # transformers counts from 0 in each process's part
                 columns = torch.arange(input_ids.shape[1], device=input_ids.device)
                 inputs["position_ids"] = layout.split(columns.expand_as(input_ids))
-            with one_document_a_row():
+            with one_document_per_row():
                 return self.model(**inputs)
         elif attention_mask is not None:
-            inputs["attention_mask"] = layout.fill(attention_mask.long())
+            inputs["attention_mask"] = layout.pad(attention_mask.long())
             if self.takes_positions:
                 inputs["position_ids"] = layout.split((attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         return self.model(**inputs)
 
     @torch.no_grad()
-    def keeps_documents_apart(self) -> bool:
-        """Whether positions that start again hide a row's earlier documents: not in every architecture."""
+    def isolates_documents(self) -> bool:
+        """Whether position ids that restart hide a row's earlier documents; some architectures ignore them."""
         if not self.takes_positions:
             return False
         training, device = self.training, next(self.parameters()).device
@@ -182,10 +182,10 @@ class BaseModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
-        if self.has_adapter and merge:  # adapters are refused where weights are sharded: they are in the module
-            whole = merged(self.model)
-            whole = whole if dtype is None else whole.to(dtype)
-            whole.save_pretrained(str(folder), state_dict=whole.state_dict() | head)
+        if self.has_adapter and merge:  # adapters aren't supported with sharded weights, so they are in the module
+            merged_model = merged(self.model)
+            merged_model = merged_model if dtype is None else merged_model.to(dtype)
+            merged_model.save_pretrained(str(folder), state_dict=merged_model.state_dict() | head)
         elif self.has_adapter:
             more = has_more_tokens(self.model)
             self.model.save_pretrained(str(folder), state_dict=inner, save_embedding_layers=more)
@@ -199,17 +199,17 @@ class BaseModel(nn.Module):
                 config.save_pretrained(str(folder))
 
     def try_saving(self, folder: str | Path, merge: bool = False):
-        """Writes what `save_pretrained` writes, but no weights: what can fail there fails here.
+        """Writes what `save_pretrained` writes except weights, so that it fails early where that would fail.
 
         Raises:
-            UserError: an adapter that can't be merged, or whose folder would not hold all that trains.
+            UserError: an adapter that can't be merged, or whose folder would lack trained weights.
         """
         if not self.has_adapter:
             self.transformer.save_pretrained(str(folder), state_dict={})
             return
         lost = unsaved(self.model)
         if lost:
-            raise UserError(f"{len(lost)} trained weights have no place in the adapter's folder: {lost[0]}")
+            raise UserError(f"{len(lost)} trained weights would not be saved in the adapter's folder: {lost[0]}")
         for config in self.model.peft_config.values():
             config.save_pretrained(str(folder))
         self.config.save_pretrained(str(folder))
@@ -226,7 +226,7 @@ class ValueHeadModel(BaseModel):
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
     `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
     head, where that is a linear layer at the last token; so does an adapter that was trained on one. Otherwise the
-    head is drawn anew.
+    head is initialized.
     """
 
     head_bias = True
@@ -255,13 +255,13 @@ class ValueHeadModel(BaseModel):
         self.value_head.to(next(self.model.parameters()).dtype)
         if not stored:
             return
-        own = self.value_head.state_dict()
+        initial = self.value_head.state_dict()
         # a critic may start from a reward model, whose head has no bias
-        wrong = [name for name in own.keys() ^ stored.keys() if name != "bias" or name in stored]
-        wrong += [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+        wrong = [name for name in initial.keys() ^ stored.keys() if name != "bias" or name in stored]
+        wrong += [name for name in initial.keys() & stored.keys() if initial[name].shape != stored[name].shape]
         if wrong:
-            found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
-            raise UserError(f"the head in {source} ({found}) is no value head of this model: {wrong[0]}")
+            stored_shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
+            raise UserError(f"the head in {source} ({stored_shapes}) is no value head of this model: {wrong[0]}")
         self.value_head.load_state_dict(stored, strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
@@ -282,16 +282,16 @@ class ValueHeadModel(BaseModel):
 
 def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
     """What a head of one output gives, `[...]` float32, for hidden states `[..., width]`: neither bf16 weights nor
-    autocast round it, which would leave values of 8 bits."""
+    autocast round it to 8 bits of mantissa."""
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
         return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 @contextmanager
-def one_document_a_row():
-    """Inside, transformers doesn't look at positions to see whether a row holds several documents, which would make a
-    GPU's host wait in each forward pass."""
+def one_document_per_row():
+    """Inside, transformers doesn't inspect positions for several documents per row, which would synchronize host and
+    GPU in each forward pass."""
     from transformers import masking_utils
 
     look = masking_utils.find_packed_sequence_indices
@@ -321,10 +321,10 @@ def stored_dtype(source: str | Path) -> torch.dtype | None:
 
 
 def router_note(config) -> str | None:
-    """What becomes of a setting for a loss that isn't ours."""
+    """A note on router logits that the config asks for, which training ignores."""
     if not getattr(config.get_text_config(), "output_router_logits", False):
         return None
-    return "config.json asks for router logits, for a loss that balances experts: it is no part of this training"
+    return "config.json asks for router logits, for a load-balancing loss that is not part of this training: ignored"
 
 
 def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -332,11 +332,11 @@ def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     done: dict[tuple, Tensor] = {}
     for tensor in state.values():
         if tensor.is_floating_point():
-            done.setdefault(_place(tensor), tensor.to(dtype))
-    return {name: done.get(_place(tensor), tensor) for name, tensor in state.items()}
+            done.setdefault(_storage_key(tensor), tensor.to(dtype))
+    return {name: done.get(_storage_key(tensor), tensor) for name, tensor in state.items()}
 
 
-def _place(tensor: Tensor) -> tuple:
+def _storage_key(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -356,7 +356,7 @@ def hidden_size(config) -> int:
 
 
 def disable_dropout(module: nn.Module):
-    """Takes all noise out of training: with it, a policy's ratio to itself is not 1. Dropout probabilities become 0;
+    """Removes all noise from training: with noise, a policy's ratio to itself is not 1. Dropout probabilities become 0;
     routers of experts, which jitter their inputs or draw experts in training, choose as in evaluation."""
     for part in module.modules():
         if any("jitter" in name for name in vars(part)):
@@ -385,26 +385,26 @@ def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
     if isinstance(pretrained, nn.Module):
         return pretrained
     auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
-    asked = kwargs.get("attn_implementation", "auto")
-    if asked == "auto":
+    attn_implementation = kwargs.get("attn_implementation", "auto")
+    if attn_implementation == "auto":
         kwargs = {name: value for name, value in kwargs.items() if name != "attn_implementation"}
     if pretrained is None:
-        check_attention(config, asked)
+        check_attention(config, attn_implementation)
         try:
             model = auto.from_config(config, **kwargs)
         except ValueError as error:
             raise UserError(f"can't make a model of this config: {str(error).splitlines()[0]}") from error
     else:
-        model = _load_checkpoint(auto, str(pretrained), config, asked, kwargs)
-    if asked == "auto":
+        model = _load_checkpoint(auto, str(pretrained), config, attn_implementation, kwargs)
+    if attn_implementation == "auto":
         set_eager_where_capped(model)
     return model
 
 
-def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.Module:
+def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs: dict) -> nn.Module:
     if config is not None:
         kwargs = {**kwargs, "config": config}
-    with quiet_transformers():  # its report calls the head that we leave out "unexpected", and errors are ours to raise
+    with quiet_transformers():  # its report calls the head that we skip "unexpected", and errors are ours to raise
         try:
             options = {"ignore_mismatched_sizes": True, **kwargs}  # ours to report, by name
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
@@ -412,12 +412,12 @@ def _load_checkpoint(auto, source: str, config, asked: str, kwargs: dict) -> nn.
             raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
     wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if wrong:
-        name, theirs, ours = wrong[0]
-        raise UserError(f"the weights in {source} don't fit its config: {name} is {list(theirs)}, not {list(ours)}")
+        name, stored, expected = wrong[0]
+        raise UserError(f"the weights in {source} don't fit its config: {name} is {list(stored)}, not {list(expected)}")
     if missing:
         raise UserError(
             f"the checkpoint in {source} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}"
         )
-    check_attention(model.config, asked)
-    prepare(model, kwargs.get("dtype"))
+    check_attention(model.config, attn_implementation)
+    prepare_quantized(model, kwargs.get("dtype"))
     return model

@@ -1,4 +1,4 @@
-"""The cache of keys and values by the name that transformers gives it: another from 5.24 on."""
+"""The KV cache by the name that transformers gives it, which changed in 5.24."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""How a model's tensors lie over processes."""
+"""How a model's tensors are distributed over processes."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from coati.losses.language import entropy, log_partition, next_log_probs
 
 
 class Layout:
-    """Every process holds the whole sequence and the whole vocabulary. Sharded layouts (coati.parallel) override."""
+    """Every process holds the whole sequence and the whole vocabulary. Sharded layouts (coati.parallel) override it."""
 
     @property
     def is_plain(self) -> bool:
@@ -14,15 +14,15 @@ class Layout:
         return type(self) is Layout
 
     def split(self, x: Tensor) -> Tensor:
-        """This process's columns of `[batch, seq]`, which is filled up (False, 0) to a length that divides."""
+        """This process's columns of `[batch, seq]`, padded (False, 0) to a length that divides evenly."""
         return x
 
-    def fill(self, x: Tensor) -> Tensor:
-        """`[batch, seq]` filled up to a length that divides."""
+    def pad(self, x: Tensor) -> Tensor:
+        """`[batch, seq]` padded to a length that divides evenly."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """The inverse of `split`, with gradients: `[batch, seq]`, filled up."""
+        """The inverse of `split`, with gradients: `[batch, seq]`, padded."""
         return x
 
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:

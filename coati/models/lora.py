@@ -37,8 +37,8 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        found = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(found)}") from error
+        layers = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(layers)}") from error
 
 
 def is_adapter(folder: str | Path) -> bool:

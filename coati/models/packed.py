@@ -1,4 +1,4 @@
-"""Rows that begin alike as one row: what they share goes through the model once."""
+"""Rows with a shared prefix packed into one row: the prefix goes through the model once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,45 +11,45 @@ from coati.errors import UserError
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """What the members of a group of rows all begin with, and then the rest of each, one after the other.
+    """The shared prefix of a group of rows, and then the rest of each row, one after the other.
 
     Attributes:
         input_ids, position_ids: long `[groups, packed]`; a token keeps the position it has in its own row.
         visible: bool `[groups, 1, packed, packed]`, which token (last but one dimension) sees which (last): those of
             its own row up to itself.
-        places: long `[members * groups, seq]`, where in its packed row each token of the batch is; anywhere for
-            padding.
+        packed_index: long `[group_size * groups, seq]`, where in its packed row each token of the batch is; anywhere
+            for padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     visible: Tensor
-    places: Tensor
+    packed_index: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, members: int) -> "PackedGroups":
-        """From `[members * groups, seq]`, padded on the right: the groups' first rows, their second ones and so on."""
-        ids, real = (torch.stack(x.chunk(members), 1) for x in (input_ids, attention_mask.bool()))
+    def from_rows(cls, input_ids: Tensor, attention_mask: Tensor, group_size: int) -> "PackedGroups":
+        """From `[group_size * groups, seq]`, right-padded: the groups' first rows, then their second rows, ..."""
+        ids, real = (torch.stack(x.chunk(group_size), 1) for x in (input_ids, attention_mask.bool()))
         groups, _, seq = ids.shape
         alike = ((ids == ids[:, :1]) & real).all(1)
         shared = alike.long().cumprod(1).sum(1)[:, None, None]
         column = torch.arange(seq, device=ids.device).expand_as(ids)
-        own = real & (column >= shared)
-        lengths = own.sum(2, keepdim=True)
+        is_own = real & (column >= shared)
+        lengths = is_own.sum(2, keepdim=True)
         starts = shared + lengths.cumsum(1) - lengths
-        places = torch.where(column < shared, column, starts + column - shared)
+        packed_index = torch.where(column < shared, column, starts + column - shared)
         width = int((shared + lengths.sum(1, keepdim=True)).max())
 
         def pack(values: Tensor, fill: int) -> Tensor:
             packed = values.new_full((groups, width + 1), fill)  # the last column is for padding
-            return packed.scatter_(1, places.where(real, width).flatten(1), values.flatten(1))[:, :width]
+            return packed.scatter_(1, packed_index.where(real, width).flatten(1), values.flatten(1))[:, :width]
 
-        member = torch.arange(members, device=ids.device)[:, None].where(own, -1)  # what is shared has none
+        member = torch.arange(group_size, device=ids.device)[:, None].where(is_own, -1)  # what is shared has none
         owner, order = pack(member, -1), torch.arange(width, device=ids.device)
         visible = (owner[:, None] == owner[..., None]) | (owner[:, None] < 0)
         visible = visible & (order <= order[:, None])  # padding comes last: no real token sees it
-        of_rows = places.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
-        return cls(pack(ids, 0), pack(column, 0), visible[:, None], of_rows)
+        index_by_row = packed_index.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
+        return cls(pack(ids, 0), pack(column, 0), visible[:, None], index_by_row)
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Ids, what is added to attention's scores, and positions: keywords of `BaseModel.run`."""
@@ -57,30 +57,30 @@ class PackedGroups:
         return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`[groups, packed, ...]` as `[members * groups, seq, ...]`; padding holds anything."""
-        rows = torch.arange(len(packed), device=packed.device).repeat(len(self.places) // len(packed))
-        return packed[rows[:, None], self.places]
+        """`[groups, packed, ...]` as `[group_size * groups, seq, ...]`; padding holds anything."""
+        rows = torch.arange(len(packed), device=packed.device).repeat(len(self.packed_index) // len(packed))
+        return packed[rows[:, None], self.packed_index]
 
 
-MOST_KL = 0.02  # per token: bf16 gives some 0.001, a model that must be refused ten times the bound
+MAX_KL = 0.02  # per token: bf16 gives some 0.001, an unsupported model ten times the bound
 
 
 def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inputs: dict, exact: bool):
-    """Refuses an `Actor` that gives other log-probs when what rows begin with is read once: those with windows or
-    biases by distance, and kernels that take no mask.
+    """Raises for an `Actor` whose log-probs change when a shared prefix is read once: with windows or biases by
+    distance, and with kernels that take no mask.
 
     Args:
         forward_all: calls it with each of several inputs.
         inputs: of a call with `shared_prefix_group` and `targets`.
         exact: it computes in float32. In lower precision an unlikely token's log-prob may be far off by rounding alone,
-            so the mean over tokens counts (k3 of one from the other).
+            so the mean over tokens counts (k3 between the two).
     """
     attention = model.config._attn_implementation
     if attention in ("sdpa", "eager") and model.takes_positions:
         once, separately = forward_all([inputs, inputs | {"shared_prefix_group": 1}])
         difference = (once - separately)[inputs["targets"]]
         kl = (difference.exp() - 1 - difference).mean()
-        agrees = difference.abs().max() < 1e-3 if exact else kl < MOST_KL
+        agrees = difference.abs().max() < 1e-3 if exact else kl < MAX_KL
         if agrees:
             return
     name = type(model.transformer).__name__

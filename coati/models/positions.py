@@ -1,11 +1,11 @@
-"""How long a model's rows may be."""
+"""The longest row that a model supports."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-# what holds as many positions as a setting of the config says, and is no module: ALiBi's biases, sinusoids
-MADE_IN_CODE = {"mpt": "max_seq_len", "ctrl": "n_positions"}
+# tables computed in code for as many positions as a setting of the config says: ALiBi's biases, sinusoids
+COMPUTED_TABLES = {"mpt": "max_seq_len", "ctrl": "n_positions"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class RowLimit:
 
 
 def row_limit(model: nn.Module) -> RowLimit | None:
-    """The longest row that a transformers model reads as it should; None where positions go on for ever.
+    """The longest row that a transformers model reads as it should; None where positions are unlimited.
 
     Learned positions end with their table. Frequencies that are chosen by length (rope types dynamic and longrope,
     2402.13753) are one choice for a whole batch, and another for the same tokens in generation: beyond the original
@@ -36,7 +36,7 @@ def _of_table(model: nn.Module) -> RowLimit | None:
             # RoBERTa and its kin count from the padding's number on; OPT and BART leave two rows out
             taken = 0 if module.padding_idx is None else module.padding_idx + 1
             sizes.append(module.num_embeddings - getattr(module, "offset", taken))
-    setting = MADE_IN_CODE.get(model.config.model_type)
+    setting = COMPUTED_TABLES.get(model.config.model_type)
     if setting is not None:
         sizes.append(getattr(model.config, setting))
     sizes += [len(table) for name, table in model.named_buffers() if name.endswith("embed_positions")]  # GPT-J's kind

@@ -13,7 +13,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def check_mergeable(model: nn.Module):
-    """Refuses a transformers model to whose weights adapters can't be added.
+    """Raises for a transformers model into whose weights adapters can't be merged.
 
     Raises:
         UserError: a quantization that transformers can't undo.
@@ -29,8 +29,8 @@ def check_mergeable(model: nn.Module):
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """A quantized transformers model with plain weights in its own dtype: those that it computes with. The model is
-    taken apart."""
+    """A quantized transformers model with plain weights in its own dtype: those that it computes with. Consumes the
+    model."""
     check_mergeable(model)
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -39,14 +39,14 @@ def dequantize(model: nn.Module) -> nn.Module:
             state.dtype = module.compute_dtype or model.dtype
     with quiet_transformers():
         plain = model.dequantize(dtype=model.dtype)
-    plain._weight_conversions = None  # those that it was loaded with end in quantized weights, which are no more
+    plain._weight_conversions = None  # those that it was loaded with end in quantized weights, which are gone
     return plain
 
 
-def prepare(model: nn.Module, dtype: torch.dtype | None):
+def prepare_quantized(model: nn.Module, dtype: torch.dtype | None):
     """Makes a quantized model ready for training; any other stays as it is.
 
-    bitsandbytes would pack weights anew when a CPU first evaluates: that rounds them, and the packed ones have no
+    bitsandbytes would repack weights when a CPU first evaluates: that rounds them, and the packed ones have no
     gradient. Transformers leaves what isn't quantized in the stored dtype, for models without a head.
     """
     if not is_quantized(model):

@@ -1,4 +1,4 @@
-"""Transformers without its advice."""
+"""Transformers without its warnings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

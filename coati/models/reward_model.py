@@ -12,7 +12,7 @@ from coati.models.classifier import at_last_token, save_classifier
 class RewardModel(ValueHeadModel):
     """Scores a whole sequence by the head's output at its last real token.
 
-    The head has no bias: pairs only tell differences, so a bias would learn nothing but rounding errors.
+    The head has no bias: pairs only determine differences, so a bias would learn nothing but rounding errors.
     """
 
     head_bias = False
@@ -22,9 +22,9 @@ class RewardModel(ValueHeadModel):
 
         Args:
             input_ids: `[batch, seq]`.
-            attention_mask: `[batch, seq]`, False on padding (either side). Without it, padding is told by the config's
-                pad token, unless that is also EOS (a real EOS could not be told from padding then): every token
-                counts as real.
+            attention_mask: `[batch, seq]`, False on padding (either side). Without it, padding is recognized by the
+                config's pad token, unless that is also EOS (a real EOS would be indistinguishable from padding): then
+                every token counts as real.
             right_padded: padding stands on the right only, see `run`.
         """
         if attention_mask is None:
@@ -59,7 +59,7 @@ class RewardModel(ValueHeadModel):
         if not as_sequence_classifier:
             return super().save_pretrained(folder, state_dict, merge, dtype)
         if self.has_adapter and not merge:
-            raise UserError("a sequence classifier is stored whole: merge its adapters (merge=True)")
+            raise UserError("a sequence classifier is saved without adapters: merge them (merge=True)")
         state = self.state_dict() if state_dict is None else state_dict
         if self.has_adapter:
             trunk = merged(self.model).state_dict()

@@ -15,7 +15,7 @@ WEIGHT_FILES = (SAFE, f"{SAFE}.index.json", BIN, f"{BIN}.index.json")
 
 
 class ValueHead(nn.Module):
-    """One value a token, from the last hidden states. Its weights are float32 whatever the model's dtype.
+    """One value per token, from the last hidden states. Its weights are float32 whatever the model's dtype.
 
     Args:
         config: the model's config, which gives the width; its `summary_dropout_prob`, if any, beats the keyword.
@@ -39,7 +39,7 @@ class ValueHead(nn.Module):
         self.init_weights(v_head_init_strategy, v_head_initializer_range)
 
     def init_weights(self, strategy: str | None, initializer_range: float = 0.2):
-        """Draws the weights anew by "normal"; None leaves them as they are."""
+        """Initializes the weights by "normal"; None leaves them as they are."""
         if strategy not in (None, "normal"):
             raise UserError(f"v_head_init_strategy is {strategy!r}: give None or 'normal'")
         if strategy == "normal":
@@ -64,10 +64,10 @@ def load_head(source: str | Path, **hub_kwargs) -> dict[str, Tensor] | None:
     from transformers.utils import cached_file
 
     for name in WEIGHT_FILES:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        files = [] if found is None else [found]
-        if found is not None and name.endswith(".json"):
-            shards = json.loads(Path(found).read_text())["weight_map"]
+        file_path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        files = [] if file_path is None else [file_path]
+        if file_path is not None and name.endswith(".json"):
+            shards = json.loads(Path(file_path).read_text())["weight_map"]
             wanted = sorted({shard for key, shard in shards.items() if key.startswith(HEAD)})
             files = [cached_file(source, shard, **hub_kwargs) for shard in wanted]
         head = {}

@@ -1,7 +1,7 @@
 """What Colossal-AI 0.5.0 needs to run its plugins on CPU ranks over gloo.
 
 Its `CpuAccelerator` raises in most methods, three places assert CUDA or NPU, and Gemini's Adam wants a compiled kernel.
-Here is an accelerator with the missing methods and an Adam by torch's kernels; `install()` puts them in place.
+This module has an accelerator with the missing methods and an Adam on torch's kernels; `install()` registers them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
 
 class _NoStream:
-    """CPU work is already in order: waiting for a stream is a no-op by nature, not by omission."""
+    """CPU operations run in order: there is no stream to wait for."""
 
     def wait_stream(self, *_):
         """Nothing to wait for."""
@@ -114,7 +114,7 @@ def adam_update(params, grads, first, second, *, lr, betas, eps, step, adamw, bi
     `scale` divides the gradients first (loss scale times clipping); -1 means none.
 
     Raises:
-        ValueError: without bias correction, which nobody here asks for.
+        ValueError: without bias correction, which is not implemented.
     """
     if not bias_correction:
         raise ValueError("Adam without bias correction is not implemented")
@@ -175,13 +175,13 @@ def _accept_any_device(optimizer):
 
 
 def install():
-    """Prepares Colossal-AI for this machine, once a process."""
-    # colossalai's pipeline asks for these, the second over gloo where torch has NCCL; only Huawei's torch has them
+    """Prepares Colossal-AI for this machine, once per process."""
+    # colossalai's pipeline looks for these, the second over gloo where torch has NCCL; only Huawei's torch has them
     if not hasattr(dist, "is_hccl_available"):
         setattr(dist, "is_hccl_available", lambda: False)  # noqa: B010
     if not hasattr(dist.Backend, "HCCL"):
         setattr(dist.Backend, "HCCL", "hccl")  # noqa: B010
-    _mend_gemini()
+    _fix_gemini()
     for loader in (FusedOptimizerLoader, CPUAdamLoader):
         loader.REGISTRY = [_TorchAdamExtension]
     if torch.cuda.is_available():
@@ -191,15 +191,15 @@ def install():
     _keep_gemini_shards_in_place()
 
 
-def _mend_gemini():
+def _fix_gemini():
     """Three defects of Gemini 0.5.0.
 
-    With gradient accumulation, a chunk that every rank holds whole has its earlier gradients multiplied by the number
-    of ranks, and then summed over the ranks: on two ranks the first micro-batch counts twice. Dividing beforehand
-    restores the sum. Its destructor fails at interpreter exit, when torch is half gone, with a page of noise. And it
-    takes no checkpoint in which Adam's step is a number, as the other plugins write it.
+    With gradient accumulation, an unsharded chunk has its earlier gradients multiplied by the number of ranks, and then
+    summed over the ranks: on two ranks the first micro-batch counts twice. Dividing beforehand
+    restores the sum. Its destructor fails at interpreter exit, when torch is half gone, with a page of messages. And it
+    rejects checkpoints in which Adam's step is a number, as the other plugins write it.
     """
-    if getattr(ChunkManager, "mended_by_coati", False):
+    if getattr(ChunkManager, "fixed_by_coati", False):
         return
     rearrange, destroy = ChunkManager.rearrange_accumulated_grad_chunk, GeminiDDP.__del__
 
@@ -220,13 +220,13 @@ def _mend_gemini():
     GeminiOptimizer.load_single_param_states = load_numbers_too
     ChunkManager.rearrange_accumulated_grad_chunk = rearrange_counting_once
     GeminiDDP.__del__ = destroy_unless_exiting
-    ChunkManager.mended_by_coati = True
+    ChunkManager.fixed_by_coati = True
 
 
 def _keep_gemini_shards_in_place():
-    """On CPU ranks Gemini takes its shards for offloaded ones, and asserts when it wants them back. Models of less than
+    """On CPU ranks Gemini mistakes its shards for offloaded ones, and asserts when it fetches them. Models of less than
     32M parameters don't show it: they are not sharded."""
-    if getattr(Chunk, "mended_by_coati", False):
+    if getattr(Chunk, "fixed_by_coati", False):
         return
     close = Chunk.close_chunk
 
@@ -239,4 +239,4 @@ def _keep_gemini_shards_in_place():
         """There is one place."""
 
     Chunk.close_chunk, ChunkManager.move_chunk = close_in_place, stay
-    Chunk.mended_by_coati = True
+    Chunk.fixed_by_coati = True

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
 A checkpoint is written into `step-N.partial`, listed with the size of every file in `manifest.json`, and renamed. A
-folder without a manifest, or whose files don't match it, is never loaded. What is removed becomes `.partial` first.
+folder without a manifest, or whose files don't match it, is never loaded. Removal renames to `.partial` first.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import aside_of, remove_asides, remove_folder, sync, written_aside
+from coati.files import atomic_write, partial_path, remove_folder, remove_partials, sync
 from coati.parallel.runtime import Runtime, random_state, restore_random_state
 from coati.run_layout import (
     best_checkpoint,
@@ -19,8 +19,8 @@ from coati.run_layout import (
     list_checkpoints,
     list_complete,
     newest_checkpoint,
+    previous_name,
     random_state_name,
-    set_aside_name,
     step_of,
     write_manifest,
 )
@@ -46,30 +46,30 @@ class Checkpoints:
         target = checkpoint_of_step(self.folder, step)
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_asides(self.folder)
-        with written_by_all(target, self.runtime) as aside:
+            remove_partials(self.folder)
+        with atomic_write_by_all(target, self.runtime) as partial:
             if self.runtime.is_main:
-                aside.mkdir()
+                partial.mkdir()
             self.runtime.communicator.barrier()
-            write(aside)
-            self._save_random_state(aside)
+            write(partial)
+            self._save_random_state(partial)
             self.runtime.communicator.barrier()
             if self.runtime.is_main:
-                write_manifest(aside, step, metric)
+                write_manifest(partial, step, metric)
         if self.runtime.is_main:
             self._remove_old()
         self.runtime.communicator.barrier()
         return target
 
     def set_aside_after(self, step: int):
-        """Renames the checkpoints of later steps, which a run that goes on from `step` leaves behind: `auto` must not
-        find them, and they are not the newest."""
+        """Renames the checkpoints of later steps, which a run that resumes from `step` abandons: `auto` must not find
+        them, and they are not the newest."""
         if not self.runtime.is_main:
             return
         for folder in list_checkpoints(self.folder):
             if step_of(folder) > step:
-                shutil.rmtree(set_aside_name(folder), ignore_errors=True)
-                folder.rename(set_aside_name(folder))
+                shutil.rmtree(previous_name(folder), ignore_errors=True)
+                folder.rename(previous_name(folder))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -91,12 +91,12 @@ class Checkpoints:
         problem = incomplete(folder)
         if problem:
             raise UserError(
-                f"{folder} is not a complete checkpoint ({problem}); --resume auto takes the newest whole one"
+                f"{folder} is not a complete checkpoint ({problem}); use --resume auto for the newest complete one"
             )
         return folder
 
     def restore_random_state(self, folder: Path) -> bool:
-        """This rank's generators as they were; False if the checkpoint was written by another number of ranks."""
+        """Restores this rank's random generators; False if the checkpoint was written by another number of ranks."""
         from safetensors.torch import load_file
 
         path = folder / random_state_name(self.runtime.rank, self.runtime.world_size)
@@ -119,7 +119,7 @@ class Checkpoints:
                 remove_folder(folder)
 
 
-def written_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
-    """`written_aside` for a folder that several ranks write into. They enter and leave together: rank 0 alone makes it,
-    and renames it when all have synced what they wrote."""
-    return written_aside(target) if runtime.is_main else nullcontext(aside_of(target))
+def atomic_write_by_all(target: Path, runtime: Runtime) -> AbstractContextManager[Path]:
+    """`atomic_write` for a folder that several ranks write into. They enter and leave together: rank 0 alone creates
+    it, and renames it when all have synced what they wrote."""
+    return atomic_write(target) if runtime.is_main else nullcontext(partial_path(target))

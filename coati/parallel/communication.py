@@ -1,4 +1,4 @@
-"""The few collective operations that trainers use, in words."""
+"""The few collective operations that trainers use."""
 
 from collections.abc import Iterable
 
@@ -12,15 +12,15 @@ from coati.transfer import upload
 class Communicator:
     """Sums and agreements over ranks that see different data. With one process every call is the identity.
 
-    Ranks that share one model's work (tensor, pipeline, sequence parallel) see the same data: they have the same `rank`
-    here, of `world_size`, and each of them belongs to its own group of data-parallel ranks.
+    Ranks that hold one model together (tensor, pipeline, sequence parallel) see the same data: they have the same
+    `rank` here, of `world_size`, and each of them belongs to its own group of data-parallel ranks.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device, group=None):
         self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
 
-    def sharing(self, processes: int) -> "Communicator":
-        """The communicator of a run in which so many neighbouring processes share one model's work."""
+    def data_parallel(self, processes: int) -> "Communicator":
+        """The communicator of a run in which so many neighboring processes hold one model together."""
         if processes == 1:
             return self
         groups = [dist.new_group(range(i, self.world_size, processes)) for i in range(processes)]
@@ -36,12 +36,12 @@ class Communicator:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def sum_metrics(self, shares: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """Adds up the shares of every micro-batch and rank. All ranks must hold the same names."""
+    def sum_metrics(self, partial: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """Adds up the partial metrics of every micro-batch and rank. All ranks must hold the same names."""
         on_host: dict[str, float] = {}
         on_device: dict[str, Tensor] = {}
-        for share in shares:
-            for name, value in share.items():
+        for metrics in partial:
+            for name, value in metrics.items():
                 if isinstance(value, Tensor) and value.device.type != "cpu":
                     on_device[name] = on_device.get(name, 0.0) + value.detach().double()
                 else:
@@ -52,12 +52,12 @@ class Communicator:
         # one copy to the device and one back, whatever there is
         totals = upload([on_host.get(name, 0.0) for name in names], self.device, torch.float64)
         if on_device:
-            places = upload([names.index(name) for name in on_device], self.device)
-            totals = totals.index_add(0, places, torch.stack([*on_device.values()]))
+            positions = upload([names.index(name) for name in on_device], self.device)
+            totals = totals.index_add(0, positions, torch.stack([*on_device.values()]))
         return dict(zip(names, self.sum(totals).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """True on every rank of the run if it is true on one: decisions are taken together, or ranks wait for ever."""
+        """True on every rank of the run if it is true on one: all ranks must decide alike, or some wait forever."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return flag
         x = torch.tensor(float(flag))
@@ -81,5 +81,5 @@ class Communicator:
         return box[0]
 
     def barrier(self):
-        """Of all ranks of the run; they may wait long, for rank 0 that writes or reads."""
+        """Waits for all ranks of the run; this may be long, while rank 0 writes or reads."""
         self.any(False)

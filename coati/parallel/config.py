@@ -1,4 +1,4 @@
-"""What each plugin can't do, told before any work; the settings are `coati.config.plugin.PluginConfig`."""
+"""What each plugin doesn't support, checked before any work; the settings are `coati.config.plugin.PluginConfig`."""
 
 from coati.config.plugin import PLUGINS, Plugin, PluginConfig
 from coati.errors import UserError
@@ -16,7 +16,7 @@ def resolve_precision(config: PluginConfig) -> str:
 
 
 def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | None = None):
-    """Refuses what Colossal-AI can't do, before any work.
+    """Raises for unsupported combinations, before any work.
 
     Raises:
         UserError: one line that names an alternative.
@@ -27,8 +27,8 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
     _check_sizes(config, plugin, lora, world_size)
     if lora and not plugin.trains_adapters:
         raise UserError(
-            f"{config.plugin} can't train LoRA adapters: use --plugin zero2, or all weights (--lora_rank 0, adapters "
-            "merged)"
+            f"{config.plugin} doesn't support LoRA adapters: use --plugin zero2, or all weights (--lora_rank 0, "
+            "adapters merged)"
         )
     if config.precision == "fp32" and not plugin.computes_in_fp32:
         raise UserError(f"{config.plugin} computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
@@ -44,9 +44,7 @@ def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: i
     sizes = {f"{kind}_parallel": getattr(config, f"{kind}_parallel") for kind in ("tensor", "pipeline", "sequence")}
     used = [f"{name} {size}" for name, size in sizes.items() if size != 1]
     if config.split_sequence and (sizes["tensor_parallel"] == 1 or len(used) > 1):
-        raise UserError(
-            "split_sequence splits what tensor_parallel alone leaves whole: use it with tensor_parallel only"
-        )
+        raise UserError("split_sequence splits what tensor_parallel alone replicates: use it with tensor_parallel only")
     if not used:
         return
     if lora:
@@ -59,7 +57,9 @@ def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: i
     if not plugin.splits:
         raise UserError(f"{config.plugin} doesn't combine with {used[0]}: use --plugin zero1")
     if sizes["pipeline_parallel"] > 1 and "pipeline_parallel" not in plugin.splits:
-        raise UserError("zero2 would exchange gradients once a micro-batch under pipeline_parallel: use --plugin zero1")
+        raise UserError(
+            "zero2 would exchange gradients once per micro-batch under pipeline_parallel: use --plugin zero1"
+        )
     if sizes["sequence_parallel"] > 1 and len(used) > 1:
         raise UserError(
             f"sequence_parallel doesn't combine with {used[0]}: use one of them, with --plugin zero1 or zero2"

@@ -1,4 +1,4 @@
-"""Data parallelism: every rank has all weights in float32 and computes in lower precision under autocast."""
+"""Data parallelism: weights are replicated in float32 and computes in lower precision under autocast."""
 
 import torch
 from torch import nn
@@ -8,15 +8,15 @@ from coati.parallel.memory import EngineMemory, nbytes
 
 
 def narrow_frozen_weights(module: nn.Module, dtype: torch.dtype):
-    """Weights beside an adapter: autocast would cast them at every use."""
+    """Casts the frozen weights beside an adapter once: autocast would cast them at every use."""
     for parameter in module.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
             parameter.data = parameter.data.to(dtype)
 
 
 class DDPMemory(EngineMemory):
-    """Weights and AdamW's two moments in float32; gradients stay where autograd puts them, and once more in the buckets
-    that travel. A model that is split over ranks has low-precision weights and float32 masters instead."""
+    """Weights and AdamW's two moments in float32; gradients stay where autograd puts them, and again in the
+    communication buckets. A model that is split over ranks has low-precision weights and float32 masters instead."""
 
     @classmethod
     def cast(cls, module, dtype, *, trained):
@@ -30,7 +30,7 @@ class DDPMemory(EngineMemory):
         if self.config.pipeline_parallel == 1:
             self.kept.append(self.blocks.make(nbytes(self.trained), self.item("communication")))
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         self.blocks.hold([parameter.grad], self.item("gradients"))
 
 
@@ -54,8 +54,8 @@ class DDPEngine(Engine):
     def autocast(self):
         return torch.autocast(self.runtime.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
-    def travels(self, is_last):
-        return is_last and self.runtime.world_size > 1  # alone, DDP would copy gradients for no one
+    def reduces_gradients(self, is_last):
+        return is_last and self.runtime.world_size > 1  # with one process, DDP's copies of gradients are useless
 
     def no_sync(self):
         # in fp16 the booster wraps what the plugin has wrapped

@@ -1,4 +1,4 @@
-"""Where the parts of a decoder are: what tensor and pipeline parallel must know of an architecture.
+"""Where the parts of a decoder are: what tensor and pipeline parallelism must know of an architecture.
 
 A new architecture needs an entry in `DECODERS`, not code: see docs/add-an-architecture.md.
 """
@@ -20,12 +20,12 @@ class Decoder:
         embedding: the token embedding.
         positions: modules whose output is added to the embedding.
         entrance: other modules that the embedding passes before the first layer (dropout, projections).
-        column: linear layers of one layer whose outputs are split over ranks (their inputs are whole).
+        column: linear layers of one layer whose outputs are split over ranks (their inputs are replicated).
         row: linear layers whose inputs are split (their outputs are sums over ranks).
         fused: those of `column` that hold several projections in one weight, and how many.
-        per_head: modules whose weights every rank holds, but each uses on its own heads only.
+        per_head: modules with replicated weights that each rank uses on its own heads only.
         counts: attributes of a layer that count what is split (heads, widths).
-        splits_sequence: the code between layers works on a part of the sequence (it shapes nothing by its length).
+        splits_sequence: the code between layers works on a part of the sequence (no shape depends on its length).
     """
 
     layers: str = "layers"
@@ -90,15 +90,15 @@ def find_decoder(module: nn.Module) -> tuple[Any, Decoder]:
         entry = DECODERS.get(str(kind))
         if entry is not None and isinstance(getattr(part, entry.layers, None), nn.ModuleList):
             return part, entry
-    found = ", ".join(str(kind) for kind in types if kind)
+    names = ", ".join(str(kind) for kind in types if kind)
     raise UserError(
-        f"tensor and pipeline parallel know {', '.join(DECODERS)}, not {found}: use --plugin zero2 or gemini, or add "
-        "its description (docs/add-an-architecture.md)"
+        f"tensor and pipeline parallelism support {', '.join(DECODERS)}, not {names}: use --plugin zero2 or gemini, or "
+        "add its description (docs/add-an-architecture.md)"
     )
 
 
 def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int, split_sequence: bool = False):
-    """Whether a model's layers and heads divide among so many ranks.
+    """Checks that a model's layers and heads divide evenly over so many ranks.
 
     Raises:
         UserError: they don't; it names the numbers.
@@ -113,11 +113,11 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
         raise UserError(f"{config.model_type}'s code can't split the sequence between layers: leave out split_sequence")
     for name, count in head_counts(config).items():
         if count % tensor_parallel:
-            raise UserError(f"the model has {count} {name}: they don't divide among tensor_parallel {tensor_parallel}")
+            raise UserError(f"the model has {count} {name}: not divisible by tensor_parallel {tensor_parallel}")
 
 
 def head_counts(config) -> dict[str, int]:
-    """What must divide: heads, key-value heads, the feed-forward width."""
+    """What tensor parallelism must divide: heads, key-value heads, the feed-forward width."""
     heads = config.num_attention_heads
     width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
     width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size

@@ -1,6 +1,6 @@
-"""One model under one plugin: the handful of operations that trainers need, whatever the plugin.
+"""One model under one plugin: the few operations that trainers need, the same for all plugins.
 
-The kinds of engine (ddp, zero, gemini, hybrid) stand in files of their own, each answering for its plugin;
+The engines (ddp, zero, gemini, hybrid) are in files of their own, each responsible for its plugin;
 `coati.parallel.factory` chooses.
 """
 
@@ -37,8 +37,8 @@ class Engine:
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
-        parameters, trained_parameters: how many there are on all ranks together, whatever holds them here.
-        memory: what the kind keeps on one rank, see `coati.parallel.memory`.
+        parameters, trained_parameters: how many there are on all ranks together, however they are sharded.
+        memory: what the engine keeps on one rank, see `coati.parallel.memory`.
     """
 
     memory: type
@@ -63,27 +63,27 @@ class Engine:
         if optimizer is None:
             module.requires_grad_(False).eval()
             self.trained_parameters = 0
-            self.hold_frozen()
+            self.place_frozen()
         else:
-            module.train()  # `from_pretrained` leaves models in evaluation mode, where nothing is checkpointed
+            module.train()  # `from_pretrained` leaves models in evaluation mode, without gradient checkpointing
             self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
             self.booster = self.make_booster(accumulates)
             self.model, self.optimizer, *_ = self.booster.boost(module, self.make_optimizer(optimizer))
         self._restore_buffers(buffers)
 
-    # --- what each kind answers for itself
+    # --- what each engine defines for its plugin
 
     @classmethod
     def loads_in(cls, config: PluginConfig) -> torch.dtype:
-        """The dtype that trained weights come in."""
+        """The dtype that trained weights are loaded in."""
         return DTYPES[resolve_precision(config)]
 
     def make_booster(self, accumulates: bool):
         """Colossal-AI's booster with the plugin."""
         raise NotImplementedError
 
-    def hold_frozen(self):
-        """Puts a model that doesn't train on the device: a replica needs no wrapper."""
+    def place_frozen(self):
+        """Moves a frozen model to the device: a replicated one needs no wrapper."""
         self.model = self.module.to(self.runtime.device, DTYPES[self.precision])
 
     def make_optimizer(self, settings: dict):
@@ -113,7 +113,7 @@ class Engine:
         return []
 
     def layout_name(self) -> str:
-        """Names how master weights lie over ranks: they are read back under the same name only."""
+        """Names how master weights are sharded over ranks: they are loaded under the same name only."""
         raise NotImplementedError
 
     # --- forward
@@ -129,7 +129,7 @@ class Engine:
             return [self(**one) for one in inputs]
 
     def autocast(self):
-        """What computes in the working precision where weights are wider."""
+        """The context that computes in the working precision where weights are wider."""
         return nullcontext()
 
     @contextmanager
@@ -171,15 +171,15 @@ class Engine:
         """
         metrics = []
         for i, task in enumerate(tasks):
-            # gradients travel with the last micro-batch only, where that helps
-            travels = self.travels(is_last=i == len(tasks) - 1)
-            with nullcontext() if travels else self.no_sync():
-                loss, of_this = task.loss(self(**task.inputs))
+            # gradients are reduced with the last micro-batch only, where the plugin allows it
+            reduces_now = self.reduces_gradients(is_last=i == len(tasks) - 1)
+            with nullcontext() if reduces_now else self.no_sync():
+                loss, task_metrics = task.loss(self(**task.inputs))
                 self.booster.backward(loss * self.gradient_ranks, self.optimizer)
-            metrics.append(of_this)
+            metrics.append(task_metrics)
         return metrics
 
-    def travels(self, is_last: bool) -> bool:
+    def reduces_gradients(self, is_last: bool) -> bool:
         """Whether a micro-batch's gradients are reduced over ranks at once."""
         return is_last or not self.booster.plugin.support_no_sync()
 
@@ -213,8 +213,8 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_optimizer(self, folder: Path):
-        """Optimizer state in shards that any layout can load, and this rank's fp32 master weights. Each rank syncs the
-        files that it wrote itself: only its own machine may have their content in memory."""
+        """Saves the optimizer state in shards that any layout can load, and this rank's fp32 master weights. Each rank
+        syncs the files that it wrote itself: only its own machine may have their content in memory."""
         from safetensors.torch import save_file
 
         if self.optimizer.optim.state:  # empty before the first step, as in a critic's warm-up
@@ -241,7 +241,7 @@ class Engine:
             groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.booster.load_optimizer(self.optimizer, str(folder / OPTIMIZER))
             for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(settings)  # the stored ones are those of another class of optimizer, and older
+                group.update(settings)  # the stored ones are of another optimizer class, and outdated
             self._count_steps_alike()
         path = folder / self._master_name()
         if path.exists():
@@ -268,7 +268,7 @@ class Engine:
 
 
 def count(parameter: nn.Parameter) -> int:
-    """Its numbers; of a quantized weight, those that are packed in it."""
+    """The number of values; of a quantized weight, those that are packed in it."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 

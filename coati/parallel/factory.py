@@ -29,12 +29,12 @@ def engine_class(config: PluginConfig) -> type[Engine]:
 
 
 def memory_class(config: PluginConfig) -> type[EngineMemory]:
-    """What its engines keep of a model; a split model has that of the plugin around it."""
+    """The memory of its engines; a split model has that of the plugin around it."""
     return ENGINES[config.plugin].memory
 
 
 def describing_class(config: PluginConfig) -> type[Engine]:
-    """The class that tells an engine's memory and dtypes, without colossalai."""
+    """The class that describes an engine's memory and dtypes, without colossalai."""
     return Engine if config.splits_models else ENGINES[config.plugin]
 
 

@@ -1,4 +1,4 @@
-"""Gemini: weights, gradients and AdamW's states lie in chunks that are shared out over ranks (and the host)."""
+"""Gemini: weights, gradients and AdamW's states are sharded in chunks over ranks (and the host)."""
 
 from contextlib import contextmanager
 
@@ -7,48 +7,48 @@ import torch
 from coati.parallel.engine import Engine, adam, parameter_groups
 from coati.parallel.memory import EngineMemory
 
-CHUNK = 32 * 2**20  # numbers of the smallest chunk; a model of fewer is not sharded
+CHUNK_NUMEL = 32 * 2**20  # numbers of the smallest chunk; a model of fewer is not sharded
 
 
 class GeminiMemory(EngineMemory):
-    """Chunks of weights and of their float32 masters, of frozen models too, and AdamW's two moments. Gradients take the
-    weights' place, or where micro-batches add up, chunks that are never freed."""
+    """Chunks of weights and of their float32 masters, of frozen models too, and AdamW's two moments. Gradients
+    overwrite the weights, or with several micro-batches, have chunks that are never freed."""
 
     @property
-    def left_out(self) -> float:
-        """The share of the weights that other ranks keep."""
+    def remote_fraction(self) -> float:
+        """The fraction of the weights that other ranks keep."""
         managed = sum(p.numel() for p in self.module.parameters())
-        return self.config.shard_fraction * (1 - 1 / self.ranks) if managed >= CHUNK else 0.0
+        return self.config.shard_fraction * (1 - 1 / self.ranks) if managed >= CHUNK_NUMEL else 0.0
 
-    def share_of(self, parameter):
-        return 1 - self.left_out
+    def local_fraction(self, parameter):
+        return 1 - self.remote_fraction
 
     def hold_states(self):
         """Masters and states. A frozen model has masters too."""
-        c, share = self.config, 1 - self.left_out
+        c, fraction = self.config, 1 - self.remote_fraction
         if self.on_gpu:
-            share *= 1 - c.offload_optimizer_fraction
+            fraction *= 1 - c.offload_optimizer_fraction
         if self.trained:
-            states = 12 * self.numel * share
+            states = 12 * self.numel * fraction
         else:
-            states = 4 * share * sum(p.numel() for p in self.module.parameters())
+            states = 4 * fraction * sum(p.numel() for p in self.module.parameters())
         self.kept.append(self.blocks.make(states, self.item("optimizer states")))
         if self.trained and self.accumulates:
-            gradients = 2 * self.numel * (1 - self.left_out)
+            gradients = 2 * self.numel * (1 - self.remote_fraction)
             self.kept.append(self.blocks.make(gradients, self.item("gradients")))
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         parameter.grad = None  # copied into a chunk that is already counted
-        if self.accumulates and not self.left_out and parameter is self.trained[-1]:
+        if self.accumulates and not self.remote_fraction and parameter is self.trained[-1]:
             self.blocks.make(2 * self.numel, self.item("communication"))  # a copy of the one chunk, for a moment
 
     def gathered(self, *, full):
-        if not self.left_out:
+        if not self.remote_fraction:
             return 0.0
         widest = max(p.numel() for p in self.module.parameters())
-        in_use = max(2 * CHUNK, 2 * widest)  # the chunk that computes, and one on its way
+        in_use = max(2 * CHUNK_NUMEL, 2 * widest)  # the chunk in use, and one being fetched
         managed = sum(p.numel() for p in self.module.parameters())
-        return 2 * (managed * self.left_out if full else in_use)
+        return 2 * (managed * self.remote_fraction if full else in_use)
 
     def step_bytes(self):
         """On a CPU Adam works tensor by tensor."""
@@ -74,21 +74,21 @@ class GeminiEngine(Engine):
                 precision=self.precision,
                 max_norm=c.max_grad_norm,
                 enable_gradient_accumulation=accumulates,
-                # without a norm to wait for, storage is freed while it is still read
+                # without a norm to wait for, storage is freed while it is still being read
                 enable_async_reduce=cuda and c.max_grad_norm > 0,
-                # a pinned copy of every shard on the host pays where shards travel there
+                # pinned copies of all shards on the host pay off with offloading only
                 pin_memory=cuda and c.offload_optimizer_fraction + c.offload_parameter_fraction > 0,
                 initial_scale=2**16,
             )
         )
 
-    def hold_frozen(self):
-        self.module.requires_grad_(True)  # it shards nothing else; without an optimizer nothing moves
+    def place_frozen(self):
+        self.module.requires_grad_(True)  # Gemini shards trainable weights only; without an optimizer they don't change
         self.booster = self.make_booster(accumulates=False)
         self.model, *_ = self.booster.boost(self.module)
 
     def make_optimizer(self, settings):
-        from colossalai.nn.optimizer import HybridAdam  # Gemini takes no other
+        from colossalai.nn.optimizer import HybridAdam  # Gemini supports no other
 
         return HybridAdam(parameter_groups(self.module, settings), adamw_mode=True, **adam(settings))
 
@@ -96,7 +96,8 @@ class GeminiEngine(Engine):
         return self.precision == "fp16" or not self.model.chunk_manager.overflow_counter.item()
 
     def drop_gradients(self):
-        # gradients lie where the weights were, which come back from their fp32 copies: the end of Gemini's own `step`
+        # gradients have overwritten the weights, which are restored from their fp32 copies: the end of Gemini's own
+        # `step`
         self.optimizer._set_grad_ptr()
         self.optimizer._clear_global_norm()
         self.optimizer.zero_grad()

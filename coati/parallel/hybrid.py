@@ -30,7 +30,7 @@ from coati.parallel.zero import zero_gradients, zero_master_weights
 class HybridPlugin(HybridParallelPlugin):
     """Tensor, pipeline and sequence parallel with ZeRO around them.
 
-    `configure` is Colossal-AI's without its refusal of ZeRO in fp32 (its optimiser handles that as the plain ZeRO
+    `configure` is Colossal-AI's without its check against ZeRO in fp32 (its optimizer handles that as the plain ZeRO
     plugin does) and without a DDP wrapper around models that don't train.
     """
 
@@ -81,8 +81,8 @@ class HybridPlugin(HybridParallelPlugin):
 
 
 class LayoutFreeStates(HybridParallelCheckpointIO):
-    """Optimiser states stored whole, whatever the layout. Colossal-AI guesses from the shapes alone how a weight was
-    split, which is wrong for fused projections."""
+    """Unsharded optimizer states in checkpoints, whatever the layout. Colossal-AI guesses from the shapes alone how a
+    weight was split, which is wrong for fused projections."""
 
     def load_states_into_optimizer(self, optimizer, state_dict, id_map):
         working = optimizer.get_master_to_working_map()
@@ -93,7 +93,7 @@ class LayoutFreeStates(HybridParallelCheckpointIO):
             shard = shard_of(parameter if working is None else working[id(parameter)])
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and name != "step":
-                    value = value if shard is None else shard.take(value)
+                    value = value if shard is None else shard.local_shard(value)
                     if self.use_zero:
                         value = pad(value.flatten(), (0, -value.numel() % self.global_dp_size))
                         value = value.chunk(self.global_dp_size)[self.dp_rank].clone()
@@ -102,15 +102,15 @@ class LayoutFreeStates(HybridParallelCheckpointIO):
 
 
 def _gather_state(state, param, original_shape, dp_group, tp_group, use_zero, inplace, device="cpu", **_):
-    """The whole state of one parameter, on the host."""
-    whole = dict(state)
+    """The gathered state of one parameter, on the host."""
+    gathered = dict(state)
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and name != "step":
             if use_zero:
                 value = torch.cat(gather(value, dp_group)).flatten()[: param.numel()].view_as(param)
             shard = shard_of(param)
-            whole[name] = (value if shard is None else shard.gather(value)).detach().to(device, copy=True)
-    return whole
+            gathered[name] = (value if shard is None else shard.gather(value)).detach().to(device, copy=True)
+    return gathered
 
 
 # Colossal-AI calls it by the name of its own class
@@ -118,7 +118,7 @@ HybridParallelCheckpointIO.gather_from_sharded_optimizer_state = staticmethod(_g
 
 
 class HybridEngine(Engine):
-    """A model split by tensor, pipeline or sequence parallelism, with ZeRO or plain replicas around it.
+    """A model split by tensor, pipeline or sequence parallelism, with ZeRO or data parallelism around it.
 
     Args:
         generates: under pipeline parallelism, keep a copy with the layers of all stages for `full()`.
@@ -129,10 +129,10 @@ class HybridEngine(Engine):
         names = [(name, id(p)) for name, p in module.named_parameters(remove_duplicate=False)]
         self.tied = {name: first_names.setdefault(number, name) for name, number in names}
         self.pipelined = config.pipeline_parallel > 1
-        self.replica = copy.deepcopy(module).requires_grad_(False) if generates else None
+        self.generation_copy = copy.deepcopy(module).requires_grad_(False) if generates else None
         super().__init__(module, config, runtime, **settings)
-        if self.replica is not None:
-            self._prepare_replica(self.replica)
+        if self.generation_copy is not None:
+            self._prepare_generation_copy(self.generation_copy)
 
     @property
     def plugin(self) -> HybridPlugin:
@@ -163,7 +163,7 @@ class HybridEngine(Engine):
             )
         )
 
-    def hold_frozen(self):
+    def place_frozen(self):
         self.booster = self.make_booster(accumulates=False)
         self.model, *_ = self.booster.boost(self.module)
 
@@ -217,43 +217,43 @@ class HybridEngine(Engine):
     def full(self):
         """The plain module: under pipeline parallelism a copy with the layers of all stages, whose weights are fetched
         now; under tensor parallelism every rank of the group must generate the same."""
-        if self.replica is not None:
-            self._fetch_weights(self.replica)
-        module = self.module if self.replica is None else self.replica
-        with _whole_sequence(module), _whole_vocabulary(module):
+        if self.generation_copy is not None:
+            self._fetch_weights(self.generation_copy)
+        module = self.module if self.generation_copy is None else self.generation_copy
+        with _unsplit_sequence(module), _gathered_logits(module):
             yield module
 
-    def _prepare_replica(self, replica: nn.Module):
-        """Splits the copy as the model is split, but for stages; learns which stage holds which weight."""
+    def _prepare_generation_copy(self, generation_copy: nn.Module):
+        """Splits the copy as the model is split, except into stages; finds out which stage holds which weight."""
         if self.config.tensor_parallel > 1:
-            split_tensors(replica, self.plugin.tp_group)
-        replica.to(self.runtime.device, DTYPES[self.precision]).eval()
+            split_tensors(generation_copy, self.plugin.tp_group)
+        generation_copy.to(self.runtime.device, DTYPES[self.precision]).eval()
         names: list[Any] = [None] * self.config.pipeline_parallel
         dist.all_gather_object(names, [name for name, _ in self.module.named_parameters()], group=self.plugin.pp_group)
-        self.owners = {name: stage for stage, held in enumerate(names) for name in held}
+        self.owners = {name: stage for stage, of_stage in enumerate(names) for name in of_stage}
 
     @torch.no_grad()
-    def _fetch_weights(self, replica: nn.Module):
-        group, held = self.plugin.pp_group, dict(self.module.named_parameters())
-        for name, parameter in replica.named_parameters():
-            if name in held:
-                parameter.copy_(held[name])
+    def _fetch_weights(self, generation_copy: nn.Module):
+        group, parameters = self.plugin.pp_group, dict(self.module.named_parameters())
+        for name, parameter in generation_copy.named_parameters():
+            if name in parameters:
+                parameter.copy_(parameters[name])
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)
 
     # --- files
 
     def state_dict(self):
-        """The whole state on rank 0: slices joined, stages put together, a tensor at a time."""
+        """The gathered state on rank 0: shards and stages are joined, a tensor at a time."""
         if self.runtime.rank >= self.config.model_parallel_size:  # another replica
             return {}
-        keeps = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
+        is_collector = dist.get_rank(self.plugin.tp_group) == 0  # the other ranks help to gather, and keep nothing
         state = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             shard = shard_of(tensor)
-            whole = tensor if shard is None else shard.gather(tensor)
-            if keeps:
-                state[name] = whole.detach().cpu()
-        if self.pipelined and keeps:
+            gathered = tensor if shard is None else shard.gather(tensor)
+            if is_collector:
+                state[name] = gathered.detach().cpu()
+        if self.pipelined and is_collector:
             state = self._collect_stages(state)
         # tied weights are one tensor again, which is stored once
         return {name: state[self.tied.get(name, name)] for name in state} if self.runtime.is_main else {}
@@ -265,19 +265,19 @@ class HybridEngine(Engine):
             return []
         if not self.pipelined:
             return super().own_shards(folder)
-        own = list(folder.glob(f"*-stage-{writer.pp_rank + 1:05d}-*"))
+        shards = list(folder.glob(f"*-stage-{writer.pp_rank + 1:05d}-*"))
         if self.runtime.is_main:
-            own += [path for path in folder.iterdir() if "-stage-" not in path.name]
-        return own
+            shards += [path for path in folder.iterdir() if "-stage-" not in path.name]
+        return shards
 
     def _collect_stages(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first stage receives the others' tensors, on the host."""
         group = self.plugin.pp_group
-        held: list[Any] = [None] * self.config.pipeline_parallel
-        dist.all_gather_object(held, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
+        tensors_of: list[Any] = [None] * self.config.pipeline_parallel
+        dist.all_gather_object(tensors_of, {name: (x.shape, x.dtype) for name, x in state.items()}, group=group)
         first, stage = dist.get_global_rank(group, 0), dist.get_rank(group)
-        for source in range(1, len(held)):
-            for name, (shape, dtype) in held[source].items():
+        for source in range(1, len(tensors_of)):
+            for name, (shape, dtype) in tensors_of[source].items():
                 if stage == source:
                     dist.send(state[name], dst=first, group=group)
                 elif stage == 0:
@@ -287,13 +287,13 @@ class HybridEngine(Engine):
 
 
 def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model that is split gives the log-probs of all tokens, wanted or not."""
+    """A split model computes the log-probs of all tokens, whatever the targets."""
     return {name: value for name, value in inputs.items() if name != "targets"}
 
 
 @contextmanager
-def _whole_sequence(module):
-    """Every rank works on whole sequences, with plain attention."""
+def _unsplit_sequence(module):
+    """Inside, every rank works on unsplit sequences, with plain attention."""
     config, sequence = transformer_of(module).config, getattr(module.layout, "sequence", None)
     attention = config._attn_implementation
     if attention.startswith(ATTENTION):
@@ -309,13 +309,13 @@ def _whole_sequence(module):
 
 
 @contextmanager
-def _whole_vocabulary(module):
-    """All logits on every rank, or each would sample from its own range."""
-    heads = [part for part in module.modules() if hasattr(part, "gives_all")]
+def _gathered_logits(module):
+    """Inside, logits are gathered on every rank, or each would sample from its own range of the vocabulary."""
+    heads = [part for part in module.modules() if hasattr(part, "gathers_logits")]
     for head in heads:
-        head.gives_all = True
+        head.gathers_logits = True
     try:
         yield
     finally:
         for head in heads:
-            head.gives_all = False
+            head.gathers_logits = False

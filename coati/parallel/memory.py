@@ -1,6 +1,6 @@
 """What an engine keeps of one model on one rank, for `coati plan`: no weights, only blocks that are counted.
 
-Each kind of engine has its own beside it (`DDPMemory`, `ZeroMemory`, `GeminiMemory`). A model that is split by tensor,
+Each engine has its own beside it (`DDPMemory`, `ZeroMemory`, `GeminiMemory`). A model that is split by tensor,
 pipeline or sequence parallelism has that of the plugin around it.
 """
 
@@ -18,8 +18,8 @@ from coati.parallel.engine import DTYPES
 class Blocks(Protocol):
     """Where memory is counted. An item is a model's name and a kind of memory, such as `("actor", "gradients")`."""
 
-    def hold(self, tensors, item: tuple[str, str], share: float = 1.0):
-        """Says what tensors are for, and which share of them this rank has."""
+    def hold(self, tensors, item: tuple[str, str], fraction: float = 1.0):
+        """Records what tensors are for, and which fraction of them this rank has."""
 
     def make(self, nbytes: float, item: tuple[str, str]) -> Any:
         """A block of this size, which is there until it is dropped."""
@@ -30,7 +30,7 @@ class EngineMemory:
 
     Args:
         module: its part that this rank has; its tensors have shapes and no data. A parameter with the attribute
-            `elsewhere` is another pipeline stage's.
+            `on_other_stage` is another pipeline stage's.
         trained: with gradients and optimizer states.
         accumulates: whether the gradients of earlier micro-batches may be there when the next one starts.
         on_gpu: else what is offloaded stays in the same memory.
@@ -62,33 +62,33 @@ class EngineMemory:
         self.kept: list[Any] = []
         self.gradients: list[Any] = []
         for p in module.parameters():
-            elsewhere = getattr(p, "elsewhere", False)
-            blocks.hold([p], self.item("parameters"), 0.0 if elsewhere else self.share_of(p))
+            on_other_stage = getattr(p, "on_other_stage", False)
+            blocks.hold([p], self.item("parameters"), 0.0 if on_other_stage else self.local_fraction(p))
         blocks.hold(module.buffers(), self.item("parameters"))
         self.hold_states()
         for p in self.trained:
-            p.register_post_accumulate_grad_hook(self.take_gradient)
+            p.register_post_accumulate_grad_hook(self.gradient_ready)
 
     def item(self, kind: str) -> tuple[str, str]:
         return self.name, kind
 
-    # --- what each kind answers for itself
+    # --- what each engine defines for its plugin
 
     @classmethod
     def cast(cls, module: nn.Module, dtype: torch.dtype, *, trained: bool):
-        """Gives a model's weights the dtype that they are held in, where that isn't the one that they come in."""
+        """Gives a model's weights the dtype that they are held in, where that isn't the one that they are loaded in."""
         if not trained:
             module.to(dtype)
 
-    def share_of(self, parameter: nn.Parameter) -> float:
-        """Which share of a weight this rank keeps."""
+    def local_fraction(self, parameter: nn.Parameter) -> float:
+        """Which fraction of a weight this rank keeps."""
         return 1.0
 
     def hold_states(self):
         """What stays beside the weights: optimizer states, master weights, buffers."""
         raise NotImplementedError
 
-    def take_gradient(self, parameter: nn.Parameter):
+    def gradient_ready(self, parameter: nn.Parameter):
         """Called when the backward pass has finished the gradient of a parameter."""
         raise NotImplementedError
 
@@ -110,7 +110,7 @@ class EngineMemory:
 
     @contextmanager
     def computing(self, *, full: bool = False) -> Iterator[None]:
-        """Around what the model computes."""
+        """Counts gathered weights while the model computes."""
         block = self.blocks.make(self.gathered(full=full), self.item("communication"))
         yield
         del block
@@ -124,5 +124,5 @@ class EngineMemory:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Of all of them."""
+    """Bytes of all tensors."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each rank holds a run of layers; micro-batches flow through them one behind another.
+"""Pipeline parallelism: each rank holds consecutive layers; micro-batches flow through them one behind another.
 
 A stage keeps the model's own code. What it doesn't hold is replaced: earlier layers by a module that passes the hidden
 states on, the embedding by one that gives what the stage before sent, and the first later layer by one that ends the
@@ -26,7 +26,7 @@ class _StageEnd(Exception):
 
 
 class _Pass(nn.Module):
-    """Stands where another stage's layer was."""
+    """Replaces another stage's layer."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -53,7 +53,7 @@ class _Zero(nn.Module):
         return torch.zeros((), device=positions.device)
 
 
-def cut_stage(model: nn.Module, part: nn.Module, entry, manager):
+def split_stage(model: nn.Module, part: nn.Module, entry, manager):
     """Leaves this stage's layers in `model`, whose decoder is `part`; its forward gives or takes hidden states."""
     layers = getattr(part, entry.layers)
     start, end = manager.get_stage_index(manager.distribute_layers(len(layers)))
@@ -71,12 +71,12 @@ def cut_stage(model: nn.Module, part: nn.Module, entry, manager):
         for name in entry.entrance:
             if getattr(part, name) is not None:
                 setattr(part, name, nn.Identity())
-    whole_forward = model.forward
+    full_forward = model.forward
 
     def forward(hidden_states=None, **inputs):
         received.hidden_states = hidden_states
         try:
-            return whole_forward(**inputs)
+            return full_forward(**inputs)
         except _StageEnd as end:
             return {"hidden_states": end.hidden_states}
 
@@ -91,9 +91,9 @@ def tied_weights(model: nn.Module, part: nn.Module, entry, manager) -> list[dict
 
 
 def _drop_after_layers(model: nn.Module, part: nn.Module, entry):
-    """The final norm and the heads: nothing reaches them here."""
-    here = next(name for name, module in model.named_modules() if module is part)
-    prefix = f"{here}." if here else ""
+    """Removes the final norm and the heads, which this stage doesn't reach."""
+    part_name = next(name for name, module in model.named_modules() if module is part)
+    prefix = f"{part_name}." if part_name else ""
     kept = tuple(prefix + name for name in (entry.layers, entry.embedding, *entry.positions, *entry.entrance))
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     for owner in owners:
@@ -109,7 +109,7 @@ def _like(layer: nn.Module, substitute: nn.Module) -> nn.Module:
 
 
 class MicroBatches(OneForwardOneBackwardSchedule):
-    """1F1B over micro-batches of any shapes; Colossal-AI's own cuts them from one batch of equal rows."""
+    """1F1B over micro-batches of any shapes; Colossal-AI's own splits one batch of equal rows."""
 
     def __init__(self, manager, group):
         super().__init__(manager, num_microbatches=1, enable_metadata_cache=False)
@@ -126,7 +126,7 @@ class MicroBatches(OneForwardOneBackwardSchedule):
         return inputs
 
     def criterion(self, output, inputs) -> Tensor:
-        """The share of the loss of the micro-batch that was loaded last; undoes the schedule's mean."""
+        """The partial loss of the micro-batch that was loaded last; undoes the schedule's mean."""
         loss, metrics = self.loss_of(output)
         self.metrics.append({name: float(value) for name, value in metrics.items()})
         return loss * self.num_microbatches

@@ -6,11 +6,11 @@ from colossalai.shardformer.policies.base_policy import Policy
 from torch import nn
 
 from coati.parallel.decoders import check_splits, find_decoder
-from coati.parallel.pipeline import cut_stage, tied_weights
-from coati.parallel.sequence import FilledSequence, SplitSequence, use_split_attention
+from coati.parallel.pipeline import split_stage, tied_weights
+from coati.parallel.sequence import MegatronSequenceLayout, UlyssesLayout, use_sequence_parallel_attention
 from coati.parallel.tensor import (
-    SequenceSplit,
-    SplitVocabulary,
+    MegatronSequence,
+    VocabularyLayout,
     shard_of,
     split_embedding,
     split_head,
@@ -23,7 +23,7 @@ from coati.parallel.tensor import (
 class DecoderPolicy(Policy):
     """Splits any decoder of `DECODERS`, bare or with a head, for `HybridParallelPlugin(custom_policy=...)`.
 
-    A `layout` attribute of the model (as `coati.models` have) is set to where sequence and vocabulary lie.
+    A `layout` attribute of the model (as `coati.models` have) is set to how sequence and vocabulary are distributed.
 
     Args:
         split_sequence: with tensor parallelism, split the sequence between its layers too.
@@ -39,19 +39,19 @@ class DecoderPolicy(Policy):
             check_splits(self.model, c.tensor_parallel_size, manager.num_stages if manager else 1, self.split_sequence)
 
     def preprocess(self) -> nn.Module:
-        """All of the work: the module descriptions of Shardformer can't split what transformers 5 looks like."""
+        """Does all of the work: Shardformer's module descriptions don't support transformers 5."""
         c, model, manager = self.shard_config, self.model, self.pipeline_stage_manager
         self.shared_parameters = []
         if manager is not None:
             part, entry = find_decoder(model)
             self.shared_parameters = tied_weights(model, part, entry, manager)
-            cut_stage(model, part, entry, manager)
+            split_stage(model, part, entry, manager)
         if c.enable_tensor_parallelism:
             split_tensors(model, c.tensor_parallel_process_group, self.split_sequence)
         if c.enable_sequence_parallelism:
             group = c.sequence_parallel_process_group
-            use_split_attention(transformer_of(model), group)
-            model.layout = SplitSequence(group)
+            use_sequence_parallel_attention(transformer_of(model), group)
+            model.layout = UlyssesLayout(group)
         return model
 
     def module_policy(self):
@@ -61,7 +61,7 @@ class DecoderPolicy(Policy):
         return self.model
 
     def get_held_layers(self) -> list[nn.Module]:
-        """Everything that `cut_stage` has left."""
+        """Everything that `split_stage` has left."""
         return list(self.model.modules())
 
     def get_shared_params(self):
@@ -72,7 +72,7 @@ def split_tensors(model: Any, group, split_sequence: bool = False):
     """Tensor parallelism for whichever layers, embedding and output head the model (or stage) holds."""
     from transformers import PreTrainedModel
 
-    sequence = SequenceSplit(group) if split_sequence else None
+    sequence = MegatronSequence(group) if split_sequence else None
 
     part, entry = find_decoder(model)
     layers = [layer for layer in getattr(part, entry.layers) if any(True for _ in layer.parameters())]
@@ -82,21 +82,21 @@ def split_tensors(model: Any, group, split_sequence: bool = False):
     head = next((m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if isinstance(head, nn.Linear):
         split_head(head, group, sequence)
-        model.layout = SplitVocabulary(group)
+        model.layout = VocabularyLayout(group)
     if sequence:
         _split_between_layers(model, part, entry, sequence)
 
 
-def _split_between_layers(model: Any, part: Any, entry, sequence: SequenceSplit):
-    """What every rank holds whole sees a stretch of the sequence only, so that gradients are sums over ranks."""
+def _split_between_layers(model: Any, part: Any, entry, sequence: MegatronSequence):
+    """Replicated weights see a stretch of the sequence only, so their gradients are summed over ranks."""
     for name in entry.positions:
-        getattr(part, name).register_forward_hook(sequence.take)
+        getattr(part, name).register_forward_hook(sequence.local_stretch)
     for parameter in model.parameters():
         if shard_of(parameter) is None and parameter.requires_grad:
             sum_gradient(parameter, sequence.group)
-    use_split_attention(transformer_of(model), None)
-    vocabulary = model.layout if isinstance(model.layout, SplitVocabulary) else None
-    model.layout = FilledSequence(sequence, vocabulary)
+    use_sequence_parallel_attention(transformer_of(model), None)
+    vocabulary = model.layout if isinstance(model.layout, VocabularyLayout) else None
+    model.layout = MegatronSequenceLayout(sequence, vocabulary)
 
 
 def transformer_of(model: nn.Module):

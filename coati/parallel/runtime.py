@@ -21,7 +21,7 @@ from coati.parallel.communication import Communicator
 from coati.watch import watch_launcher
 
 DEVICE_FILES = Path("/dev")
-# Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a process that dies is noticed at once.
+# Longer than rank 0 takes to tokenize a corpus or to write a large checkpoint; a dead process is noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
 
 
@@ -32,7 +32,7 @@ class Runtime:
     Attributes:
         device: where models live.
         communicator: collective operations.
-        sharing: the communicators of `data_ranks`, by size.
+        communicators: those of `data_ranks`, by size.
         stop_requested: the signal that asked for a stop (SIGTERM or SIGINT); trainers look at it after each step.
     """
 
@@ -42,13 +42,13 @@ class Runtime:
     device: torch.device
     communicator: Communicator
     stop_requested: str | None = None
-    sharing: dict[int, Communicator] = field(default_factory=dict)
+    communicators: dict[int, Communicator] = field(default_factory=dict)
 
     def data_ranks(self, model_parallel_size: int) -> Communicator:
-        """The communicator over ranks that see different data, where so many neighbors share one model's work."""
-        if model_parallel_size not in self.sharing:
-            self.sharing[model_parallel_size] = self.communicator.sharing(model_parallel_size)
-        return self.sharing[model_parallel_size]
+        """The communicator over ranks that see different data, where so many neighbors hold one model together."""
+        if model_parallel_size not in self.communicators:
+            self.communicators[model_parallel_size] = self.communicator.data_parallel(model_parallel_size)
+        return self.communicators[model_parallel_size]
 
     @property
     def is_main(self) -> bool:
@@ -91,10 +91,10 @@ def launch(seed: int = 42) -> Runtime:
 
     from coati.parallel import accelerator
 
-    rank, world_size, local_rank = _place()
+    rank, world_size, local_rank = _rank_from_environment()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once; `deterministic` needs it
     accelerator.install()
-    device = _take_device(local_rank)
+    device = _select_device(local_rank)
     _join_process_group(rank, world_size, device)
     seed_everything(seed)
     torch._dynamo.config.optimize_ddp = world_size > 1
@@ -106,7 +106,7 @@ def launch(seed: int = 42) -> Runtime:
     return runtime
 
 
-def _take_device(local_rank: int) -> torch.device:
+def _select_device(local_rank: int) -> torch.device:
     """This process's GPU, or the CPU where there is none.
 
     Raises:
@@ -130,8 +130,8 @@ def _take_device(local_rank: int) -> torch.device:
 
 
 def why_not_the_gpu() -> str | None:
-    """What torch says where it is made for NVIDIA GPUs, the machine has one, nobody hides it, and torch sees none: a
-    run on the CPU would be a surprise."""
+    """Torch's reason where it is built for NVIDIA GPUs, the machine has a visible one, and torch finds none: a run on
+    the CPU would be a surprise."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if torch.version.cuda is None or hidden or not list(DEVICE_FILES.glob("nvidia[0-9]*")):
         return None
@@ -143,8 +143,8 @@ def why_not_the_gpu() -> str | None:
 
 
 def _join_process_group(rank: int, world_size: int, device: torch.device):
-    """The group that the launcher prepared. Tensors on a GPU travel by NCCL, those on the host by gloo: what waits for
-    long (for rank 0, which tokenizes or writes) waits there, since NCCL's watchdog ends a process that waits."""
+    """The group that the launcher prepared. Tensors on a GPU travel by NCCL, those on the host by gloo: long
+    waits (for rank 0, which tokenizes or writes) use gloo, since NCCL's watchdog ends a process that waits."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
@@ -171,7 +171,7 @@ def seed_everything(seed: int):
 
 
 def use_deterministic_kernels(wanted: bool):
-    """Whether operations on a GPU add up in a fixed order; what can't raises a RuntimeError then."""
+    """Whether operations on a GPU use deterministic kernels; those without one raise a RuntimeError."""
     torch.use_deterministic_algorithms(wanted)
 
 
@@ -219,25 +219,26 @@ def quiet_colossalai():
         warnings.filterwarnings("ignore", message=pattern)
 
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def _place() -> tuple[int, int, int]:
+def _rank_from_environment() -> tuple[int, int, int]:
     """Rank, world size and local rank: from the environment, else from srun; alone if nothing started several of us."""
-    given = [name for name in PLACE if name in os.environ]
-    if "RANK" in given and len(given) < len(PLACE):
-        missing = ", ".join(name for name in PLACE if name not in given)
+    present = [name for name in RANK_VARIABLES if name in os.environ]
+    if "RANK" in present and len(present) < len(RANK_VARIABLES):
+        missing = ", ".join(name for name in RANK_VARIABLES if name not in present)
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
-    if "RANK" not in given:
-        os.environ.update(_place_in_step() if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else _place_alone())
+    if "RANK" not in present:
+        in_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        os.environ.update(_rank_in_slurm_step() if in_step else _rank_alone())
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
-def _place_alone() -> dict[str, str]:
-    return dict(zip(PLACE, ["0", "1", "0", "127.0.0.1", "0"], strict=True))  # 0: any free port
+def _rank_alone() -> dict[str, str]:
+    return dict(zip(RANK_VARIABLES, ["0", "1", "0", "127.0.0.1", "0"], strict=True))  # 0: any free port
 
 
-def _place_in_step() -> dict[str, str]:
+def _rank_in_slurm_step() -> dict[str, str]:
     """A task of `srun python ...`. MASTER_ADDR and MASTER_PORT stay as they are if the user has set them."""
     slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST")}
     # srun may have given each task one GPU of its own, which is number 0 there
@@ -246,7 +247,7 @@ def _place_in_step() -> dict[str, str]:
     free = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
     address = os.environ.get("MASTER_ADDR", _first_host(slurm["STEP_NODELIST"]))
     port = os.environ.get("MASTER_PORT", str(free))
-    return dict(zip(PLACE, [slurm["PROCID"], slurm["STEP_NUM_TASKS"], local_rank, address, port], strict=True))
+    return dict(zip(RANK_VARIABLES, [slurm["PROCID"], slurm["STEP_NUM_TASKS"], local_rank, address, port], strict=True))
 
 
 def _first_host(hosts: str) -> str:
@@ -256,7 +257,7 @@ def _first_host(hosts: str) -> str:
 
 
 def _quiet_other_ranks(runtime: Runtime):
-    """One progress bar for a checkpoint that is read, not one a rank, and none where nobody watches."""
+    """One progress bar for a checkpoint that is read, not one per rank, and none where nobody watches."""
     from transformers.utils import logging as transformers_logging
 
     if not (runtime.is_main and sys.stderr.isatty()):

@@ -7,7 +7,7 @@ It enters transformers through its registry of attention functions, so that no m
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from coati.errors import UserError
 from coati.models.attention import soft_cap
@@ -16,23 +16,23 @@ from coati.models.layout import Layout
 ATTENTION = "coati_ulysses"
 
 
-class SplitSequence(Layout):
+class UlyssesLayout(Layout):
     """The layout of `[batch, seq / ranks]`."""
 
     def __init__(self, group):
         self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def split(self, x: Tensor) -> Tensor:
-        return self.fill(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
+        return self.pad(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
 
-    def fill(self, x: Tensor) -> Tensor:
-        return pad(x, (0, -x.shape[1] % self.ranks))
+    def pad(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % self.ranks))
 
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self.group)
 
 
-class FilledSequence(SplitSequence):
+class MegatronSequenceLayout(UlyssesLayout):
     """The layout where the model itself splits the sequence after the embedding, and its head, if it has one, gathers
     it again (Megatron's sequence parallelism)."""
 
@@ -42,7 +42,7 @@ class FilledSequence(SplitSequence):
         self.vocabulary = vocabulary or Layout()
 
     def split(self, x: Tensor) -> Tensor:
-        return self.fill(x)
+        return self.pad(x)
 
     def gather(self, x: Tensor) -> Tensor:
         return x if self.has_head else super().gather(x)
@@ -58,7 +58,7 @@ class FilledSequence(SplitSequence):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' columns; each gets back the gradient of its own (every rank has the same, whole, loss)."""
+    """All ranks' columns; each gets the gradient of its own (every rank has the same full loss)."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -73,37 +73,36 @@ class _Gather(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all: cuts along one dimension, joins along another."""
+    """All-to-all: splits along one dimension, concatenates along another."""
 
     @staticmethod
-    def forward(ctx, x, cut, join, group):
-        ctx.cut, ctx.join, ctx.group = cut, join, group
-        sent = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), cut)]
+    def forward(ctx, x, split_dim, join_dim, group):
+        ctx.split_dim, ctx.join_dim, ctx.group = split_dim, join_dim, group
+        sent = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), split_dim)]
         received = [torch.empty_like(piece) for piece in sent]
         dist.all_to_all(received, sent, group=group)
-        return torch.cat(received, join)
+        return torch.cat(received, join_dim)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Exchange.apply(gradient, ctx.join, ctx.cut, ctx.group), None, None, None
+        return _Exchange.apply(gradient, ctx.join_dim, ctx.split_dim, ctx.group), None, None, None
 
 
-def use_split_attention(transformer, group):
+def use_sequence_parallel_attention(transformer, group):
     """Makes a transformers model attend over the stretches of all ranks; without a group, over the whole sequence that
-    it is given, whatever length the model takes it to have.
+    it is given, whatever length the model assumes.
 
     Raises:
-        UserError: its heads don't divide, or it takes no positions, or its attention is more than sdpa computes.
+        UserError: its heads don't divide evenly, or its attention is unsupported by sdpa.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config, ranks = transformer.config, 1 if group is None else dist.get_world_size(group)
     if soft_cap(config) or not transformer._supports_sdpa:
-        raise UserError(f"sequences of {config.model_type} can't be split: its attention is more than sdpa computes")
+        raise UserError(f"sequences of {config.model_type} can't be split: sdpa doesn't support its attention")
     if config.num_attention_heads % ranks:
         raise UserError(
-            f"the model has {config.num_attention_heads} attention heads: they don't divide among sequence_parallel "
-            f"{ranks}"
+            f"the model has {config.num_attention_heads} attention heads: not divisible by sequence_parallel {ranks}"
         )
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **_):
@@ -140,6 +139,6 @@ def causal_mask(real: Tensor | None, seq: int, window: int | None, device) -> Te
     allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     allowed = allowed[None, None]
     if real is not None:
-        # padding attends to itself: a row that attends to nothing is not a number
+        # padding attends to itself: a row that attends to nothing would be NaN
         allowed = allowed & (real.bool()[:, None, None, :] | (distance == 0))
     return allowed

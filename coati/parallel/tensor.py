@@ -3,7 +3,7 @@
 
 Colossal-AI's own layers are not used: in 0.5.0 the fused ones gather through `.cuda()`, which a CPU lacks, and an
 embedding that is replaced loses the factor that gemma multiplies it by. Here a module keeps its class and its name;
-only its weight is cut and its forward gets a collective call.
+only its weight is split and its forward gets a collective call.
 """
 
 import weakref
@@ -20,10 +20,10 @@ from coati.models.layout import Layout
 
 @dataclass(frozen=True)
 class Shard:
-    """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one a rank.
+    """How a parameter is split: along `dim`, each of `parts` equal blocks into equal slices, one per rank.
 
     Attributes:
-        size: of the whole parameter along `dim`; zeros fill up what doesn't divide.
+        size: of the unsharded parameter along `dim`; zeros pad what doesn't divide evenly.
     """
 
     dim: int
@@ -31,32 +31,32 @@ class Shard:
     parts: int
     group: Any
 
-    def take(self, whole: Tensor) -> Tensor:
+    def local_shard(self, full: Tensor) -> Tensor:
         """This rank's slice."""
         ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        missing = -whole.shape[self.dim] % (self.parts * ranks)
+        missing = -full.shape[self.dim] % (self.parts * ranks)
         if missing:
-            filler = list(whole.shape)
+            filler = list(full.shape)
             filler[self.dim] = missing
-            whole = torch.cat([whole, whole.new_zeros(filler)], self.dim)
-        blocks = whole.chunk(self.parts, self.dim)
+            full = torch.cat([full, full.new_zeros(filler)], self.dim)
+        blocks = full.chunk(self.parts, self.dim)
         return torch.cat([block.chunk(ranks, self.dim)[rank] for block in blocks], self.dim).clone()
 
     def gather(self, local: Tensor) -> Tensor:
-        """The whole parameter (or what is laid out like it) on every rank of the group."""
+        """The gathered parameter (or what is sharded like it) on every rank of the group."""
         by_rank = [piece.chunk(self.parts, self.dim) for piece in gather(local, self.group)]
         blocks = [torch.cat([chunks[i] for chunks in by_rank], self.dim) for i in range(self.parts)]
-        whole = torch.cat(blocks, self.dim)
-        return whole.narrow(self.dim, 0, self.size)
+        full = torch.cat(blocks, self.dim)
+        return full.narrow(self.dim, 0, self.size)
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """How a parameter is split; None if every rank holds all of it."""
+    """How a parameter is split; None if it is replicated."""
     return getattr(parameter, "dist_layout", None)
 
 
-class SequenceSplit:
-    """Whether the model splits the sequence between its layers now; generation, a token at a time, can't."""
+class MegatronSequence:
+    """Megatron's sequence parallelism between layers; `on` is False for generation, which goes token by token."""
 
     def __init__(self, group):
         self.group, self.on = group, True
@@ -73,13 +73,13 @@ class SequenceSplit:
             return (_GatherSequence.apply(inputs[0], self.group), *inputs[1:]), keywords
         return inputs, keywords | {"hidden_states": _GatherSequence.apply(keywords["hidden_states"], self.group)}
 
-    def take(self, module, inputs, output: Tensor) -> Tensor:
+    def local_stretch(self, module, inputs, output: Tensor) -> Tensor:
         """A hook: of what every rank computes for the whole sequence (position embeddings), this rank's stretch."""
         ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         return output.chunk(ranks, dim=-2)[rank] if self.on else output
 
 
-def split_layers(layers, entry, group, sequence: SequenceSplit | None = None):
+def split_layers(layers, entry, group, sequence: MegatronSequence | None = None):
     """Splits every layer's projections over the group, in place; with `sequence` also what lies between them
     (Megatron's sequence parallelism, 2205.05198, section 4.2.2): norms and residuals hold a stretch of each sequence,
     which is gathered before a column-split projection and scattered with the sum after a row-split one."""
@@ -97,7 +97,7 @@ def split_layers(layers, entry, group, sequence: SequenceSplit | None = None):
             module = layer.get_submodule(owner)
             setattr(module, attribute, getattr(module, attribute) // ranks)
         for name in entry.per_head:
-            # with `sequence` the gradients of all whole weights are summed, these among them
+            # with `sequence` the gradients of all replicated weights are summed, these among them
             if _has(layer, name) and not sequence:
                 for parameter in layer.get_submodule(name).parameters():
                     if parameter.requires_grad:
@@ -138,39 +138,39 @@ def split_embedding(embedding: Any, group, total: Callable):
     def forward(input_ids: Tensor) -> Tensor:
         local = input_ids - rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        found = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
-        return total(found, group)
+        embedded = lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
+        return total(embedded, group)
 
     embedding.forward = forward
 
 
-def split_head(head: Any, group, sequence: SequenceSplit | None = None):
-    """Each rank gives the logits of a range of the vocabulary; all of them where `head.gives_all` is set.
+def split_head(head: Any, group, sequence: MegatronSequence | None = None):
+    """Each rank gives the logits of a range of the vocabulary; all of them where `head.gathers_logits` is set.
 
-    Columns that only fill up the vocabulary get -inf.
+    Columns that only pad the vocabulary get -inf.
     """
     tied = shard_of(head.weight)
     size = tied.size if tied else head.weight.shape[0]
     split_column(head, group, copy=sequence is None)
     if sequence:
         head.register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
-    columns, rank, head.gives_all = head.weight.shape[0], dist.get_rank(group), False
+    columns, rank, head.gathers_logits = head.weight.shape[0], dist.get_rank(group), False
 
     def give(module, inputs, logits: Tensor) -> Tensor:
         if size < (rank + 1) * columns:
             filler = torch.arange(rank * columns, (rank + 1) * columns, device=logits.device) >= size
             logits = logits.masked_fill(filler, -torch.inf)
-        return torch.cat(gather(logits, group), -1)[..., :size] if head.gives_all else logits
+        return torch.cat(gather(logits, group), -1)[..., :size] if head.gathers_logits else logits
 
     head.register_forward_hook(give)
 
 
 def sum_gradient(parameter: nn.Parameter, group):
-    """For a weight that every rank holds but uses on its own heads or stretches: its gradient is the sum over ranks."""
+    """For a replicated weight that each rank uses on its own heads or stretches: its gradient is the sum over ranks."""
     parameter.register_hook(lambda gradient: _summed(gradient, group))
 
 
-class SplitVocabulary(Layout):
+class VocabularyLayout(Layout):
     """The layout of logits `[batch, seq, vocab / ranks]`: log-probs and entropy without gathering them."""
 
     def __init__(self, group):
@@ -250,7 +250,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Megatron's g: the sum of all ranks' outputs; each gets its gradient whole."""
+    """Megatron's g: the sum of all ranks' outputs; each gets the full gradient."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -266,7 +266,7 @@ _last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
 
 def copy_to_ranks(x: Tensor, group) -> Tensor:
     """`x`, with gradients summed over ranks. Query, key and value read one tensor: they share one such copy, so that
-    its gradient travels once."""
+    its gradient is reduced once."""
     if group in _last_copy:
         source, copied = (reference() for reference in _last_copy[group])
         if source is x and copied is not None and copied.requires_grad == (x.requires_grad and torch.is_grad_enabled()):
@@ -308,9 +308,9 @@ class _SumAndScatter(torch.autograd.Function):
 
 def _scattered_sum(x: Tensor, group) -> Tensor:
     pieces = [piece.contiguous() for piece in x.chunk(dist.get_world_size(group), dim=-2)]
-    mine = torch.empty_like(pieces[0])
-    dist.reduce_scatter(mine, pieces, group=group)
-    return mine
+    local = torch.empty_like(pieces[0])
+    dist.reduce_scatter(local, pieces, group=group)
+    return local
 
 
 def gather(x: Tensor, group) -> list[Tensor]:
@@ -328,14 +328,14 @@ def _summed(x: Tensor, group) -> Tensor:
 
 
 def _split(module: nn.Module, name: str, dim: int, parts: int, group):
-    """Cuts a parameter in place; one that is tied to another may have been cut already.
+    """Splits a parameter in place; one that is tied to another may have been split already.
 
-    The name `dist_layout` is what Colossal-AI's optimisers know a split parameter by, when they add up norms.
+    The name `dist_layout` is what Colossal-AI's optimizers know a split parameter by, when they add up norms.
     """
     parameter = getattr(module, name)
     if shard_of(parameter) is None:
         shard = Shard(dim, parameter.shape[dim], parts, group)
-        parameter.data = shard.take(parameter.data)
+        parameter.data = shard.local_shard(parameter.data)
         parameter.dist_layout = shard
 
 

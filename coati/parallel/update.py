@@ -44,7 +44,7 @@ class Update:
 
     Attributes:
         metrics: once the step is done, those of the losses, the gradients' norm before clipping (`grad_norm`) and the
-            share of padding in what the model read (`padding_share`).
+            fraction of padding in what the model read (`padding_share`).
         tokens: that the model read on all ranks, without padding.
     """
 

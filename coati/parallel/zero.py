@@ -1,4 +1,5 @@
-"""ZeRO stages 1 and 2 (Rajbhandari et al., 1910.02054): ranks share AdamW's states, in stage 2 the gradients too."""
+"""ZeRO stages 1 and 2 (Rajbhandari et al., 1910.02054): AdamW's states are sharded over ranks, in stage 2 the gradients
+too."""
 
 import torch
 
@@ -9,8 +10,9 @@ BUCKET = 12 * 2**20  # gradients that are reduced at a time (Colossal-AI's defau
 
 
 class ZeroMemory(EngineMemory):
-    """Whole weights, and this rank's part of float32 masters and AdamW's two moments, on the host with offloading.
-    Gradients gather in a bucket, whose flat copy travels; of what comes back, stage 2 keeps this rank's part."""
+    """Replicated weights, and this rank's shard of float32 masters and AdamW's two moments, on the host with
+    offloading. Gradients gather in a bucket, whose flat copy is reduced; of the result, stage 2 keeps this rank's
+    shard."""
 
     @property
     def stage(self) -> int:
@@ -26,7 +28,7 @@ class ZeroMemory(EngineMemory):
         self.adds_up = bool(self.gradients)  # to those of earlier micro-batches
         self.reduces = is_last or self.stage == 2
 
-    def take_gradient(self, parameter):
+    def gradient_ready(self, parameter):
         gradient = parameter.grad
         self.blocks.hold([gradient], self.item("gradients"))
         if not self.reduces:
@@ -54,7 +56,7 @@ class ZeroMemory(EngineMemory):
             self.gradients.append(kept)
 
     def step_bytes(self):
-        """Adam gets its gradients in float32; then the ranks' parts of the weights are gathered, a bucket at a time."""
+        """Adam gets its gradients in float32; then the weights' shards are gathered, a bucket at a time."""
         part = self.numel / self.ranks
         gradients = 0 if self.dtype == torch.float32 else 4 * part
         return max(gradients, self.dtype.itemsize * min(part, BUCKET) * (1 + self.ranks))

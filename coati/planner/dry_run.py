@@ -1,8 +1,7 @@
-"""A run's peak memory on one rank: the trainer of its algorithm goes through a step with models that have no weights.
+"""A run's peak memory on one rank: the algorithm's trainer runs a step with models without weights.
 
-What the trainer makes and does is its own code; what a plugin keeps is said beside its engine in `coati.parallel`.
-Here are only the workload, the parts of it that one rank has, and the line through deep models, of which few layers are
-gone through.
+What the trainer makes and does is its own code; what a plugin keeps is defined beside its engine in `coati.parallel`.
+This module has the workload, the parts of it that one rank has, and the extrapolation to deep models from few layers.
 """
 
 import tempfile
@@ -28,26 +27,26 @@ class Workload:
 
     Attributes:
         algorithm: of `ALGORITHMS`; `config` is its settings.
-        own: transformers config of the model that is trained.
-        others: those of further models, by what the settings name; `own` where one is missing.
-        gpus: processes, one a GPU.
+        model_config: transformers config of the model that is trained.
+        other_configs: those of further models, by their names in the settings; `model_config` where one is missing.
+        gpus: processes, one per GPU.
         on_gpu: False for a run on CPUs.
     """
 
     algorithm: str
     config: object
-    own: object
+    model_config: object
     gpus: int
     on_gpu: bool = True
-    others: dict[str, object] = field(default_factory=dict)
+    other_configs: dict[str, object] = field(default_factory=dict)
 
-    def shape_of(self, source) -> object:
-        return self.others.get(str(source), self.own)
+    def model_config_of(self, source) -> object:
+        return self.other_configs.get(str(source), self.model_config)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of every item on one rank, at the worst instant of every phase."""
+    """Bytes of every item on one rank, at the peak of every phase."""
 
     phases: dict[str, Counter[Item]] = field(default_factory=dict)
 
@@ -64,77 +63,77 @@ def plan(workload: Workload) -> Plan:
     """The peak of every phase of the run.
 
     Raises:
-        UserError: settings that the run would refuse.
+        UserError: settings that the run doesn't support.
     """
     few, more = FEW_LAYERS
     depths: dict[str, int] = {}
-    moments = _moments(workload, more, depths)
+    peaks = _peaks(workload, more, depths)
     if max(depths.values()) > more:
-        moments = _continue(_moments(workload, few, depths), moments, depths)
+        peaks = _extrapolate(_peaks(workload, few, depths), peaks, depths)
     phases: dict[str, Counter[Item]] = {}
-    for name, items in moments.items():
+    for name, items in peaks.items():
         phase = name.split(":")[0]
         if items.total() > phases.get(phase, Counter()).total():
             phases[phase] = items
     return Plan(phases)
 
 
-def _continue(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
-    """The straight line through two depths, item by item.
+def _extrapolate(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+    """Extrapolates linearly from two depths, item by item.
 
     Args:
         depths: layers of the models, by name.
     """
     line = {}
-    for moment in more:
-        line[moment] = Counter()
-        for item in set(few[moment]) | set(more[moment]):
+    for phase in more:
+        line[phase] = Counter()
+        for item in set(few[phase]) | set(more[phase]):
             depth = depths.get(item[0], max(depths.values()))
             low, high = (min(layers, depth) for layers in FEW_LAYERS)
             steps = (depth - low) / max(high - low, 1)
-            value = few[moment][item] + steps * (more[moment][item] - few[moment][item])
-            line[moment][item] = max(0, round(value))
+            value = few[phase][item] + steps * (more[phase][item] - few[phase][item])
+            line[phase][item] = max(0, round(value))
     return line
 
 
-def _moments(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
-    """The worst of the pipeline's stages, of which the first and the last keep most.
+def _peaks(workload: Workload, layers: int, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+    """The peak over the pipeline's stages, of which the first and the last keep most.
 
     Args:
         layers: of the models, at most.
-        depths: is filled with what they really have, by name.
+        depths: filled with their real depths, by name.
     """
     worst: dict[str, Counter[Item]] = {}
     of_run = sizes(workload.config.parallel, workload.gpus)
     for stage in sorted({0, of_run.pipeline - 1}):
-        for name, items in _go_through(workload, layers, Part(of_run, stage), depths).items():
+        for name, items in _dry_run_step(workload, layers, Part(of_run, stage), depths).items():
             if items.total() > worst.get(name, Counter()).total():
                 worst[name] = items
     return worst
 
 
-def _go_through(workload: Workload, layers: int, part: Part, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+def _dry_run_step(workload: Workload, layers: int, part: Part, depths: dict[str, int]) -> dict[str, Counter[Item]]:
     """An evaluation and a step of the run's own trainer."""
     live = LiveMemory()
     with tempfile.TemporaryDirectory() as folder:
-        config = _planned(workload, Path(folder))
-        factory = partial(PlannedFactory, live, workload.shape_of, layers, part, workload.on_gpu)
+        config = _planning_settings(workload, Path(folder))
+        factory = partial(PlannedFactory, live, workload.model_config_of, layers, part, workload.on_gpu)
         runtime = PlannedRuntime(workload.gpus)
         trainer = ALGORITHMS[workload.algorithm].trainer()(config, runtime, make_factory=factory)
         try:
             depths |= trainer.factory.depths
-            live.moments.clear()
+            live.peaks.clear()
             with live:
-                live.moment("evaluate")
+                live.begin_phase("evaluate")
                 trainer.evaluate()
                 trainer.step(0)
         finally:
             trainer.folder.release()
-    return live.moments
+    return live.peaks
 
 
-def _planned(workload: Workload, folder: Path):
-    """The settings of the run, but for places that are read or written."""
+def _planning_settings(workload: Workload, folder: Path):
+    """The settings of the run, except for paths that are read or written."""
     c = workload.config
     (folder / "cache").mkdir()
     changes = dict(
@@ -149,7 +148,7 @@ def _planned(workload: Workload, folder: Path):
     )
     if c.model.path is None or not is_adapter(c.model.path):
         changes["model"] = str(folder / "model")
-        workload.own.save_pretrained(folder / "model")
+        workload.model_config.save_pretrained(folder / "model")
     if isinstance(c, PPOConfig) and c.algorithm.ptx_data:
         changes["ptx_data"] = ["texts"]
     if isinstance(c, RolloutConfig):

@@ -1,4 +1,4 @@
-"""An engine whose model has no weights: what a trainer asks of it takes memory and gives zeros."""
+"""An engine whose model has no weights: it allocates what a real engine would, and returns zeros."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from coati.planner.parallel import Part
 class PlannedEngine(Engine):
     """A model under a plugin, as one rank has it.
 
-    The same work is gone through twice at most (what it finds in memory may differ then); its results are known.
+    The same work is run twice at most (memory may differ the second time); its results are known.
 
     Args:
         module: the model, on the meta device.
@@ -52,23 +52,23 @@ class PlannedEngine(Engine):
         if not trained:
             module.requires_grad_(False)
         module.train(trained)
-        part.take(module)
-        self.memory = self._take_memory(module, trained=trained, accumulates=accumulates, on_gpu=on_gpu)
+        part.reduce_to_part(module)
+        self.memory = self._make_memory(module, trained=trained, accumulates=accumulates, on_gpu=on_gpu)
         if self.generating is not None:
             self.generating.requires_grad_(False).eval()
-            self._take_memory(self.generating, trained=False, accumulates=False, on_gpu=on_gpu)
+            self._make_memory(self.generating, trained=False, accumulates=False, on_gpu=on_gpu)
         self.done: Counter[tuple] = Counter()
         self.shapes: dict[tuple, Any] = {}
         head = module.transformer.get_output_embeddings()
         self.vocabulary = 0 if head is None else head.weight.shape[0]  # width of the logits on this rank
 
-    def _take_memory(self, module: BaseModel, **how):
+    def _make_memory(self, module: BaseModel, **how):
         memory, ranks = memory_class(self.config), self.data_ranks.world_size * self.config.sequence_parallel
         memory.cast(module, DTYPES[self.precision], trained=how["trained"])
         give_shapes(module, self.live.fake)
         return memory(self.live, self.name, module, self.config, self.precision, ranks, **how)
 
-    # --- what a trainer asks
+    # --- what a trainer calls
 
     def autocast(self):
         return self.kind.autocast(self)
@@ -76,7 +76,7 @@ class PlannedEngine(Engine):
     @contextmanager
     def full(self):
         """The module with unsharded weights."""
-        with self.memory.computing(full=True), self.live.of(self.name, self.vocabulary), self.autocast():
+        with self.memory.computing(full=True), self.live.attributed_to(self.name, self.vocabulary), self.autocast():
             yield self.module if self.generating is None else self.generating
 
     def __call__(self, **inputs):
@@ -84,7 +84,7 @@ class PlannedEngine(Engine):
 
     @torch.no_grad()
     def forward_all(self, inputs):
-        self.live.moment("evaluate" if self.memory.trained or self.name == "reference" else "score")
+        self.live.begin_phase("evaluate" if self.memory.trained or self.name == "reference" else "score")
         for one in inputs:
             key = ("forward", *key_of(one))
             if self.done[key] < 2:
@@ -93,8 +93,7 @@ class PlannedEngine(Engine):
         return [self.zeros(one) for one in inputs]
 
     def accumulate(self, tasks):
-        """Goes through the first micro-batch of each shape, and through the last one, which finds the gradients of
-        others there."""
+        """Runs the first micro-batch of each shape, and the last one, which finds the gradients of others in memory."""
         keys = [key_of(task.inputs) for task in tasks]
         chosen = {keys.index(key) for key in keys} | {len(keys) - 1}
         if self.part.in_flight > 1:
@@ -106,27 +105,28 @@ class PlannedEngine(Engine):
         metrics = []
         for i, task in enumerate(tasks):
             if i in chosen:
-                self.learn(task.inputs, is_last=i == max(chosen), in_flight=min(self.part.in_flight, len(tasks)))
+                in_flight = min(self.part.in_flight, len(tasks))
+                self.forward_backward(task.inputs, is_last=i == max(chosen), in_flight=in_flight)
             metrics.append(task.loss(self.zeros(task.inputs))[1])
         return metrics
 
     def step(self, learning_rate, finite=True):
-        self.live.moment("learn: step")
+        self.live.begin_phase("learn: step")
         self.memory.step()
         return 0.0
 
-    # --- how it takes memory
+    # --- how it allocates memory
 
     def compute(self, inputs: dict[str, Any]):
         """This rank's part of the forward pass; the output has shapes and no data."""
-        with self.memory.computing(), self.live.of(self.name, self.vocabulary), self.autocast():
+        with self.memory.computing(), self.live.attributed_to(self.name, self.vocabulary), self.autocast():
             output = self.part.forward(self.module, inputs)
         if self.part.gives_outputs:
-            self.shapes[key_of(inputs)] = tree_map(shape_of, output)
+            self.shapes[key_of(inputs)] = tree_map(spec_of, output)
         return output
 
-    def learn(self, inputs: dict[str, Any], *, is_last: bool, in_flight: int):
-        """One micro-batch. The backward pass has two moments, since one grows with the activations of all layers and
+    def forward_backward(self, inputs: dict[str, Any], *, is_last: bool, in_flight: int):
+        """One micro-batch. The backward pass has two phases, since one grows with the activations of all layers and
         the other with their gradients.
 
         Args:
@@ -137,14 +137,14 @@ class PlannedEngine(Engine):
         def count(_):
             finished.append(1)
             if len(finished) == len(trained) // 2:
-                self.live.moment("learn: late backward")
+                self.live.begin_phase("learn: late backward")
 
         hooks = [p.register_post_accumulate_grad_hook(count) for p in trained]
-        self.live.moment("learn: early backward")
+        self.live.begin_phase("learn: early backward")
         self.memory.begin_micro_batch(is_last=is_last)
         outputs = [tree_leaves(self.compute(inputs)) for _ in range(in_flight)]
         differentiable = [x for x in outputs.pop() if x.requires_grad]
-        with self.live.of(self.name, self.vocabulary):
+        with self.live.attributed_to(self.name, self.vocabulary):
             torch.autograd.backward(differentiable, [torch.zeros_like(x) for x in differentiable])
         self.memory.end_backward()
         for hook in hooks:
@@ -156,20 +156,20 @@ class PlannedEngine(Engine):
         key = key_of(inputs)
         if key not in self.shapes:
             with self.live.uncounted(), self.autocast():
-                self.shapes[key] = tree_map(shape_of, self.module(**self.part.inputs(inputs)))
+                self.shapes[key] = tree_map(spec_of, self.module(**self.part.inputs(inputs)))
         return tree_map(lambda known: torch.zeros(known.shape, dtype=known.dtype), self.shapes[key])
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a tensor."""
+class TensorSpec:
+    """Shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
-def shape_of(tensor: Tensor) -> Shape:
-    return Shape(tensor.shape, tensor.dtype)
+def spec_of(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tensor.shape, tensor.dtype)
 
 
 def key_of(inputs: dict[str, Any]) -> tuple:
@@ -179,14 +179,14 @@ def key_of(inputs: dict[str, Any]) -> tuple:
 
 
 def give_shapes(module: nn.Module, fake):
-    """Turns weights on the meta device into tensors that pass for CPU tensors; tied ones stay tied."""
+    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied."""
     twins: dict[int, nn.Parameter] = {}
     with fake:
         for part in module.modules():
             for name, p in part.named_parameters(recurse=False):
                 if id(p) not in twins:
                     twins[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-                    twins[id(p)].elsewhere = getattr(p, "elsewhere", False)
+                    twins[id(p)].on_other_stage = getattr(p, "on_other_stage", False)
                 setattr(part, name, twins[id(p)])
             for name, b in part.named_buffers(recurse=False):
                 setattr(part, name, torch.empty(b.shape, dtype=b.dtype))

@@ -1,4 +1,4 @@
-"""What a trainer is given instead of data, models and generators, so that its own code tells what it needs."""
+"""Substitutes for a trainer's data, models and generators, so that its own code shows what it needs."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
 from coati.models import Actor, ActorCritic, Critic, RewardModel
-from coati.models.actor import CHUNK
+from coati.models.actor import MAX_LOGITS
 from coati.models.lora import is_adapter
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
@@ -25,7 +25,7 @@ NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "r
 class RanksAlike(Communicator):
     """Ranks that all have what this one has."""
 
-    def sharing(self, processes):
+    def data_parallel(self, processes):
         return RanksAlike(self.rank, self.world_size // processes, self.device)
 
     def sum(self, x):
@@ -69,7 +69,7 @@ class PlannedTokenizer:
 
 
 class LongestRows:
-    """Rows of the greatest length that the settings allow, no two alike.
+    """Rows of the maximum length that the settings allow, no two alike.
 
     Args:
         kind: as `build_dataset`.
@@ -105,11 +105,11 @@ class LongestRows:
 
 
 class PlannedFactory(Factory):
-    """Makes models without weights, and data of the greatest length.
+    """Makes models without weights, and data of the maximum length.
 
     Args:
-        shape_of: the transformers config of the model in a folder.
-        layers: that deeper models are cut down to.
+        model_config_of: the transformers config of the model in a folder.
+        layers: that deeper models are truncated to.
         part: which part of split models is this rank's.
 
     Attributes:
@@ -119,7 +119,7 @@ class PlannedFactory(Factory):
     def __init__(
         self,
         live: LiveMemory,
-        shape_of,
+        model_config_of,
         layers: int,
         part: Part,
         on_gpu: bool,
@@ -128,7 +128,8 @@ class PlannedFactory(Factory):
         *,
         learns_responses: bool,
     ):
-        self.live, self.shape_of, self.layers, self.part, self.on_gpu = live, shape_of, layers, part, on_gpu
+        self.live, self.model_config_of = live, model_config_of
+        self.layers, self.part, self.on_gpu = layers, part, on_gpu
         self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
         self.depths: dict[str, int] = {}
 
@@ -144,20 +145,20 @@ class PlannedFactory(Factory):
         return LongestRows(kind, rows, c, learned=learned)
 
     def model(self, model_class, pretrained, *, lora=None):
-        c, shape = self.config, copy.deepcopy(self.shape_of(pretrained))
-        depth = cut_layers(shape, self.layers)
-        if self.on_gpu:  # fused attention draws its dropout anew in the backward pass; a CPU keeps all of it
-            shape.attention_dropout = shape.attn_pdrop = 0.0
+        c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
+        depth = truncate_layers(model_config, self.layers)
+        if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
+            model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c.parallel)
         with torch.device("meta"):
             how = dict(lora=lora, dtype=kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation)
-            model = model_class(None, shape, **how)
+            model = model_class(None, model_config, **how)
             if pretrained is not None and is_adapter(pretrained):
                 add_adapter(model, pretrained)
         if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if self.on_gpu:  # tensors without data pass for a CPU's
-            model.logits_at_once = CHUNK["cuda"]
+        if self.on_gpu:  # fake tensors are on the CPU
+            model.max_logits = MAX_LOGITS["cuda"]
         model.depth = depth
         return model
 
@@ -182,21 +183,21 @@ class PlannedFactory(Factory):
             if isinstance(entry, ModelRewardSettings):
                 rewards.append((load_model(entry.path), 1.0))
             elif isinstance(entry, ClassifierRewardSettings):
-                shape = self.shape_of(entry.path)
-                rewards.append((PlannedClassifier(self.live, shape, entry.batch_size, entry.max_length), 1.0))
+                model_config = self.model_config_of(entry.path)
+                rewards.append((PlannedClassifier(self.live, model_config, entry.batch_size, entry.max_length), 1.0))
         return Scorer(rewards)
 
     def check_reward_vocabulary(self, source):
         """A plan needs no tokenizer."""
 
 
-def cut_layers(shape, layers: int) -> int:
-    """Leaves so many layers in a transformers config; returns how many there were."""
-    text = shape.get_text_config()
-    depth = text.num_hidden_layers
-    text.num_hidden_layers = min(layers, text.num_hidden_layers)
-    if isinstance(kinds := getattr(text, "layer_types", None), list):
-        text.layer_types = kinds[: text.num_hidden_layers]
+def truncate_layers(model_config, layers: int) -> int:
+    """Truncates a transformers config to so many layers; returns how many there were."""
+    text_config = model_config.get_text_config()
+    depth = text_config.num_hidden_layers
+    text_config.num_hidden_layers = min(layers, text_config.num_hidden_layers)
+    if isinstance(kinds := getattr(text_config, "layer_types", None), list):
+        text_config.layer_types = kinds[: text_config.num_hidden_layers]
     return depth
 
 

@@ -21,17 +21,17 @@ class LiveMemory(TorchDispatchMode):
     ids, masks, and what an algorithm computes of them.
 
     Attributes:
-        moments: name of a moment -> bytes of every item when most was live in it.
+        moments: name of a phase -> bytes of every item when most was live in it.
         fake: makes tensors without data.
     """
 
     def __init__(self):
         super().__init__()
-        self.moments: dict[str, Counter[Item]] = {}
+        self.peaks: dict[str, Counter[Item]] = {}
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[int, tuple[Item, int]] = {}  # a storage -> what it is for, and its bytes
         self._now: Counter[Item] = Counter()
-        self._moment, self._model, self._vocabulary = "start", "batch", 0
+        self._phase, self._model, self._vocabulary = "start", "batch", 0
         self._counts = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -42,8 +42,8 @@ class LiveMemory(TorchDispatchMode):
                 self.hold([tensor], (self._model, "logits" if wide else "activations"))
         return result
 
-    def hold(self, tensors: Iterable[Tensor], item: Item, share: float = 1.0):
-        """Says what tensors are for, and which share of them this rank has."""
+    def hold(self, tensors: Iterable[Tensor], item: Item, fraction: float = 1.0):
+        """Records what tensors are for, and which fraction of them this rank has."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -51,7 +51,7 @@ class LiveMemory(TorchDispatchMode):
                 self._forget(key)
             else:
                 weakref.finalize(storage, self._forget, key)
-            self._known[key] = (item, round(storage.nbytes() * share))
+            self._known[key] = (item, round(storage.nbytes() * fraction))
             self._now[item] += self._known[key][1]
         self._note_peak()
 
@@ -63,7 +63,7 @@ class LiveMemory(TorchDispatchMode):
         return block
 
     @contextmanager
-    def of(self, model: str, vocabulary: int) -> Iterator[None]:
+    def attributed_to(self, model: str, vocabulary: int) -> Iterator[None]:
         """What is made inside belongs to this model."""
         before = self._model, self._vocabulary
         self._model, self._vocabulary = model, vocabulary
@@ -81,9 +81,9 @@ class LiveMemory(TorchDispatchMode):
         finally:
             self._counts = before
 
-    def moment(self, name: str):
-        """From here on the peak counts for this moment of the run."""
-        self._moment = name
+    def begin_phase(self, name: str):
+        """From here on the peak counts for this phase of the run."""
+        self._phase = name
         self._note_peak()
 
     def _forget(self, key: int):
@@ -91,5 +91,5 @@ class LiveMemory(TorchDispatchMode):
         self._now[item] -= nbytes
 
     def _note_peak(self):
-        if self._now.total() > self.moments.get(self._moment, Counter()).total():
-            self.moments[self._moment] = Counter(self._now)
+        if self._now.total() > self.peaks.get(self._phase, Counter()).total():
+            self.peaks[self._phase] = Counter(self._now)

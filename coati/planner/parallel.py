@@ -12,7 +12,7 @@ from coati.parallel.decoders import check_splits, find_decoder
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ways each kind of parallelism cuts the run."""
+    """How many ways each kind of parallelism splits the run."""
 
     data: int
     tensor: int
@@ -55,13 +55,13 @@ class Part:
         """What generates under pipeline parallelism; None if the model itself does."""
         if self.sizes.pipeline == 1:
             return None
-        whole = copy.deepcopy(model)
+        full_model = copy.deepcopy(model)
         if self.sizes.tensor > 1:
-            split_tensors(whole, self.sizes.tensor)
-        return whole
+            split_tensors(full_model, self.sizes.tensor)
+        return full_model
 
-    def take(self, model: BaseModel):
-        """Leaves this part in the model."""
+    def reduce_to_part(self, model: BaseModel):
+        """Reduces the model to this part."""
         tensor, stages = self.sizes.tensor, self.sizes.pipeline
         if tensor > 1 or stages > 1:
             check_splits(model, tensor, stages)
@@ -74,7 +74,7 @@ class Part:
             leave_out_other_stages(model, self.stage == 0, self.is_last)
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A model that is split gives the log-probs of all tokens, wanted or not."""
+        """A split model computes the log-probs of all tokens, whatever the targets."""
         if self.sizes.tensor * self.sizes.pipeline * self.sizes.sequence == 1:
             return inputs
         return {name: value for name, value in inputs.items() if name != "targets"}
@@ -91,22 +91,22 @@ class Part:
 
 
 def split_tensors(model: BaseModel, parts: int):
-    """Cuts the weights as tensor parallelism does; the cut model computes nonsense of the right shapes."""
+    """Shrinks the weights as tensor parallelism does; the model then computes nonsense of the right shapes."""
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
         for name in entry.column:
-            _cut(layer.get_submodule(name), True, parts)
+            _shrink(layer.get_submodule(name), True, parts)
         for name in entry.row:
-            _cut(layer.get_submodule(name), False, parts)
+            _shrink(layer.get_submodule(name), False, parts)
         for name in entry.counts:
             owner, _, count = name.rpartition(".")
             module = layer.get_submodule(owner)
             setattr(module, count, getattr(module, count) // parts)
     embedding, head = getattr(decoder, entry.embedding), model.transformer.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    _cut(embedding, True, parts)
+    _shrink(embedding, True, parts)
     if head is not None:
-        _cut(head, True, parts)
+        _shrink(head, True, parts)
     if tied:
         head.weight = embedding.weight
 
@@ -116,14 +116,14 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
     embedding, head = model.transformer.get_input_embeddings(), model.transformer.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         return
-    for module, here in ((embedding, first), (head, last)):
-        if module is not None and not here:
+    for module, on_this_stage in ((embedding, first), (head, last)):
+        if module is not None and not on_this_stage:
             module.requires_grad_(False)
-            module.weight.elsewhere = True
+            module.weight.on_other_stage = True
 
 
-def _cut(module: nn.Module, outputs: bool, parts: int):
-    """One rank's share of a linear layer's outputs, or of its inputs."""
+def _shrink(module: nn.Module, outputs: bool, parts: int):
+    """Leaves one rank's part of a linear layer's outputs, or of its inputs."""
     swapped = not isinstance(module, nn.Linear | nn.Embedding)  # transformers' Conv1D
     dim = 0 if outputs != swapped else 1
     size = -(-module.weight.shape[dim] // parts)

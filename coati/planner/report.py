@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         "the method besides these, and `--config FILE.yaml`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one per GPU (default: 1)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
     parser.add_argument("method", choices=list(COMMANDS), metavar="METHOD", help="what will run, such as ppo")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will use")
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> int:
     workload = read_workload(known.method, rest, known.gpus, known.device == "cuda")
     from coati.planner.dry_run import plan  # loads torch, so not before the settings are read
 
-    found = plan(workload)
-    print(table(workload, found))
-    fits = found.peak.total() <= USABLE * known.memory * GIB
-    print(verdict(found, known.memory, fits) + advice(workload, found))
+    estimate = plan(workload)
+    print(table(workload, estimate))
+    fits = estimate.peak.total() <= USABLE * known.memory * GIB
+    print(conclusion(estimate, known.memory, fits) + advice(workload, estimate))
     return 0 if fits else 1
 
 
@@ -65,18 +65,18 @@ def read_workload(method: str, argv: list[str], gpus: int, on_gpu: bool):
     config = reconfigure(config, precision=precision, attn_implementation=attention)
     from coati.planner.dry_run import Workload
 
-    own, others = _shapes(config)
-    return Workload(command.algorithm, config, own, gpus, on_gpu, others)
+    own_model, others = _model_configs(config)
+    return Workload(command.algorithm, config, own_model, gpus, on_gpu, others)
 
 
-def table(workload, found) -> str:
-    """GiB of every model and kind of memory at the worst instant, the largest one marked, and the phases' peaks."""
-    c, peak = workload.config, found.peak
+def table(workload, estimate) -> str:
+    """GiB of every model and kind of memory at the peak, the largest one marked, and the phases' peaks."""
+    c, peak = workload.config, estimate.peak
     models = [m for m in dict.fromkeys(model for model, _ in peak) if sum(peak[m, kind] for kind in KINDS) > MIB]
     kinds = [kind for kind in KINDS if sum(peak[m, kind] for m in models) >= 0.005 * GIB]
     largest = max(peak, key=peak.__getitem__)
     device = "GPU" if workload.on_gpu else "CPU process"
-    rows = [["GiB a rank", *kinds, "sum"]]
+    rows = [["GiB per rank", *kinds, "sum"]]
     for model in models:
         cells = [f"{peak[model, kind] / GIB:.2f}" + ("*" if (model, kind) == largest else " ") for kind in kinds]
         rows.append([model, *cells, f"{sum(peak[model, kind] for kind in KINDS) / GIB:.2f} "])
@@ -88,28 +88,28 @@ def table(workload, found) -> str:
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    peaks = " · ".join(f"{name} {items.total() / GIB:.2f}" for name, items in found.phases.items())
+    peaks = " · ".join(f"{name} {items.total() / GIB:.2f}" for name, items in estimate.phases.items())
     return "\n".join([*lines, f"* the largest item. Peaks of the phases: {peaks}"])
 
 
-def verdict(found, memory: float, fits: bool) -> str:
+def conclusion(estimate, memory: float, fits: bool) -> str:
     """One sentence."""
-    need = found.peak.total() / GIB
-    share = f"{need:.1f} GiB at the peak ({found.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"
+    need = estimate.peak.total() / GIB
+    share = f"{need:.1f} GiB at the peak ({estimate.worst}) of {memory:g} GiB, of which {USABLE:.0%} can be used"
     return ("fits: " if fits else "does not fit: ") + share
 
 
-def advice(workload, found) -> str:
+def advice(workload, estimate) -> str:
     """The one change that saves most, as the end of a sentence; empty if none saves a hundredth."""
     from coati.planner.dry_run import Plan, plan
 
-    best: tuple[int, str, Plan | None] = (found.peak.total() // 100, "", None)
+    best: tuple[int, str, Plan | None] = (estimate.peak.total() // 100, "", None)
     for change in _changes(workload):
         try:
             other = plan(dataclasses.replace(workload, config=reconfigure(workload.config, **change)))
         except UserError:  # a change that can't be made is no advice
             continue
-        saved = found.peak.total() - other.peak.total()
+        saved = estimate.peak.total() - other.peak.total()
         words = ", ".join(f"{name} {str(value).lower()}" for name, value in change.items())
         best = max(best, (saved, words, other), key=lambda entry: entry[0])
     return f"; {best[1]} saves {best[0] / GIB:.1f} GiB" if best[1] else ""
@@ -140,7 +140,7 @@ def _changes(workload) -> list[dict]:
     return changes
 
 
-def _shapes(config) -> tuple[object, dict[str, object]]:
+def _model_configs(config) -> tuple[object, dict[str, object]]:
     """The transformers config of the model that is trained, and those of further models by what the settings name.
     Models that don't exist yet are of the shape of `--model_config`, if that is given."""
     start = config.model.model_config or config.model.path
@@ -150,11 +150,11 @@ def _shapes(config) -> tuple[object, dict[str, object]]:
     for name, kind, source in named_paths(config):
         is_other = kind == "model" and name.startswith(("algorithm.", "rewards.")) and name.endswith(MODELS)
         if is_other and (not config.model.model_config or Path(source).exists()):
-            others[source] = _shape(source, name)
-    return _shape(start, "--model_config" if config.model.model_config else "--model"), others
+            others[source] = _model_config_of(source, name)
+    return _model_config_of(start, "--model_config" if config.model.model_config else "--model"), others
 
 
-def _shape(source: str, flag: str):
+def _model_config_of(source: str, flag: str):
     from transformers import AutoConfig
 
     from coati.models.lora import base_of_adapter, is_adapter

@@ -10,9 +10,9 @@ from coati.models.base import load_transformer
 from coati.planner.engine import PlannedEngine, give_shapes
 from coati.planner.live import LiveMemory
 from coati.rewards import Reward
-from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_keys_and_values
-from coati.rollout.generator import OnDone, report
-from coati.rollout.vllm import memory
+from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_kv_cache
+from coati.rollout.generator import OnDone, notify_done
+from coati.rollout.vllm import vllm_memory
 
 FIRST_TOKEN = 3  # those before are the tokenizer's own
 
@@ -34,30 +34,30 @@ class PlannedGenerator:
         self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
     ) -> list[Completion]:
         """See `coati.rollout.Generator`."""
-        self.live.moment("generate")
+        self.live.begin_phase("generate")
         if sampling.rollout_engine == "vllm":
             self.start_vllm(sampling)
         else:
             self.run_engine(requests, sampling)
         limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
         completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
-        return report(completions, on_done)
+        return notify_done(completions, on_done)
 
     def start_vllm(self, sampling: GenerationConfig):
         """It stays once it has started."""
         if not self.vllm:
-            for kind, nbytes in memory(self.engine.module, sampling).items():
+            for kind, nbytes in vllm_memory(self.engine.module, sampling).items():
                 self.vllm.append(self.live.make(nbytes, ("vLLM", kind)))
 
     def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
         """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams
-        are rows. Models that `RolloutEngine` doesn't run are not gone through."""
+        are rows. Models that `RolloutEngine` doesn't support are skipped."""
         work = (len(requests), max((len(r.prompt) for r in requests), default=0))
         if work in self.done or not requests:
             return
         self.done.add(work)
         with self.engine.full() as model:
-            if not has_keys_and_values(model):
+            if not has_kv_cache(model):
                 return
             rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
             plain = replace(sampling, num_beams=1, compile_generation=False)
@@ -83,16 +83,16 @@ class FirstAndLastToken(RolloutEngine):
         self.slots_held = False
         super().run(rows)
 
-    def read(self, *arguments, **options):
-        cache, logits = super().read(*arguments, **options)
+    def prefill_batch(self, *arguments, **options):
+        cache, logits = super().prefill_batch(*arguments, **options)
         self.hold([x for layer in cache.layers for x in (layer.keys, layer.values)])
         return cache, logits
 
-    def begin(self, new, slots):
+    def start_rows(self, new, slots):
         if not self.slots_held:
             self.slots_held = True
             self.hold([x for layer in self.state.cache.layers for x in (layer.keys, layer.values)])
-        super().begin(new, slots)
+        super().start_rows(new, slots)
 
     def step(self):
         skipped = min(row.limit - row.drawn for row in self.rows) - 1
@@ -119,27 +119,27 @@ class PlannedClassifier(Reward):
     """A sequence classifier, which reads as many tokens as the policy's samples have.
 
     Args:
-        shape: its transformers config.
+        model_config: of transformers.
         batch_size: texts that it reads together.
         max_length: of them, in tokens.
     """
 
     name = "classifier"
 
-    def __init__(self, live: LiveMemory, shape, batch_size: int, max_length: int | None):
+    def __init__(self, live: LiveMemory, model_config, batch_size: int, max_length: int | None):
         self.live, self.batch_size, self.max_length = live, batch_size, max_length
         with torch.device("meta"):
-            self.model = load_transformer("AutoModelForSequenceClassification", None, shape, {})
+            self.model = load_transformer("AutoModelForSequenceClassification", None, model_config, {})
         self.model.requires_grad_(False).eval()
         give_shapes(self.model, live.fake)
         live.hold([*self.model.parameters(), *self.model.buffers()], ("classifier", "parameters"))
 
     @torch.no_grad()
     def score(self, samples):
-        self.live.moment("score")
+        self.live.begin_phase("score")
         tokens = max(len(sample.tokens) for sample in samples)
         rows = min(self.batch_size, len(samples))
         ids = torch.zeros(rows, min(tokens, self.max_length or tokens), dtype=torch.long)
-        with self.live.of("classifier", 0):
+        with self.live.attributed_to("classifier", 0):
             self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
         return [0.0] * len(samples)

@@ -1,6 +1,6 @@
 """What scores samples, see `coati.rewards.base`.
 
-The classes are imported when they are asked for: the processes of `coati.rewards.pool` do without torch.
+The classes are imported when they are asked for: the processes of `coati.rewards.pool` don't load torch.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ HOME = {
     "HTTPReward": "http",
     "ModelReward": "model",
     "Reward": "base",
-    "RunningMoments": "normalise",
+    "RunningMoments": "normalize",
     "Scorer": "scorer",
     "ScoringConfig": "config",
     "SequenceClassifierReward": "classifier",

@@ -103,20 +103,20 @@ def _last_box(text: str) -> tuple[int, int, str] | None:
 
     A box that is never closed is empty and ends the text.
     """
-    found, opened = [], []
+    boxes, opened = [], []
     for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text, re.DOTALL):
         if token[1] or token[0] == "{":
             opened.append(token)
         elif token[0] == "}" and opened and (opening := opened.pop())[1]:
-            while found and found[-1][0] > opening.start():  # boxes inside this one
-                found.pop()
-            found.append((opening.start(), token.end(), text[opening.end() : token.start()]))
-    found += [(token.start(), len(text), "") for token in opened if token[1]]
-    if not found:
+            while boxes and boxes[-1][0] > opening.start():  # boxes inside this one
+                boxes.pop()
+            boxes.append((opening.start(), token.end(), text[opening.end() : token.start()]))
+    boxes += [(token.start(), len(text), "") for token in opened if token[1]]
+    if not boxes:
         return None
-    first, end, content = found.pop()
-    while found and text[found[-1][1] : first].strip(" \t\n$,;、") in ("", "and", "or", "和", "或"):
-        first, _, before = found.pop()
+    first, end, content = boxes.pop()
+    while boxes and text[boxes[-1][1] : first].strip(" \t\n$,;、") in ("", "and", "or", "和", "或"):
+        first, _, before = boxes.pop()
         content = f"{before}, {content}"
     while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{([^{}]*)\}\s*", content):
         content = inner[1]
@@ -178,8 +178,8 @@ def extract_number(text: str, style: Style = "anywhere", truncated: bool = False
     number = to_number(stated_answer(text, style, truncated and style != "anywhere"))
     if number is not None or style != "anywhere":
         return number
-    found = [*re.finditer(rf"(?<![\w.]){_NUMBER}", plain(text))]
-    return _value(found[-1]) if found else None
+    matches = [*re.finditer(rf"(?<![\w.]){_NUMBER}", plain(text))]
+    return _value(matches[-1]) if matches else None
 
 
 def to_number(answer: str) -> Fraction | None:
@@ -259,37 +259,37 @@ def extract_letters(text: str, labels: list[str], style: Style = "stated", trunc
     text = _finished(text, box[1] if box else 0) if truncated else text
     text = plain(f"{text[: box[0]]} Answer: {box[2]} .\n{text[box[1] :]}" if box else text)
     marked = re.finditer(rf"{_LETTER_MARK}{group}|{group}{_IS_CORRECT}", text, re.IGNORECASE | re.MULTILINE)
-    found = [mark for mark in marked if not _doubted(text[: mark.start()])]
-    if found or truncated or style == "marked":
-        return _letters(found[-1] if found else None, labels)
-    if found := re.match(opening, text):
-        return _letters(found, labels)
+    matches = [mark for mark in marked if not _doubted(text[: mark.start()])]
+    if matches or truncated or style == "marked":
+        return _letters(matches[-1] if matches else None, labels)
+    if at_start := re.match(opening, text):
+        return _letters(at_start, labels)
     alone = rf"^[ \t(（*]*(?:(?:option|choice)[ \t(（*]*)?{group}[ \t)）.。*]*$"
     for form in (alone, rf"[(（\[【]\s*{group}\s*[)）\]】]"):
-        found = [*re.finditer(form, text, re.IGNORECASE | re.MULTILINE)]
-        if len({match[1] for match in found}) == 1:
-            last = found[-1]
+        matches = [*re.finditer(form, text, re.IGNORECASE | re.MULTILINE)]
+        if len({match[1] for match in matches}) == 1:
+            last = matches[-1]
             at_the_end = not re.search(r"\w", text[last.end() :]) and not _doubted(text[: last.start()])
             return _letters(last, labels) if at_the_end or style == "anywhere" else []
     return []
 
 
-def _letters(found: re.Match | None, labels: list[str]) -> list[str]:
+def _letters(match: re.Match | None, labels: list[str]) -> list[str]:
     r"""Those of a match; none where they are left open ("A or B", "A?") or begin the list of choices ("A. x\nB. y")."""
-    if found is None:
+    if match is None:
         return []
-    given, after = found[found.lastindex], found.string[found.end(found.lastindex) :]
+    letters, after = match[match.lastindex], match.string[match.end(match.lastindex) :]
     rest = re.sub(r"^[)）\]】*_]+", "", after)
     if re.match(r"\s*[,，]?\s*(?:或|[?？])", rest) or _TAKEN_BACK.match(rest):
         return []
-    if given == labels[0] and _are_listed(labels[1:3], after):
+    if letters == labels[0] and _are_listed(labels[1:3], after):
         return []
-    return [label for label in labels if label in given]
+    return [label for label in labels if label in letters]
 
 
 def _are_listed(labels: list[str], after: str) -> bool:
     """Whether what follows a letter lists the next ones as it does this one: one in a line of its own, or both."""
     style = re.escape(re.match(r"[)）\]】.．、:：]*", after)[0])
     first, second = (rf"(^[ \t(（\[【]*)?(?<![A-Za-z]){label}{style}(?![A-Za-z])" for label in labels)
-    found = re.search(first, after, re.MULTILINE)
-    return found is not None and (found[1] is not None or (style != "" and re.search(second, after) is not None))
+    next_one = re.search(first, after, re.MULTILINE)
+    return next_one is not None and (next_one[1] is not None or (style != "" and re.search(second, after) is not None))

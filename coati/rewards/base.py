@@ -10,9 +10,9 @@ class Reward:
     """What scores samples. A reward of your own derives from this, or is a function (`FunctionReward`).
 
     Attributes:
-        name: in metrics and errors.
+        name: shown in metrics and errors.
         per_response: it looks at each sample alone. It is then asked for one at a time, may work in a process of its
-            own while responses are generated, and a sample that it fails for is counted and gets a set score.
+            own while responses are generated, and a sample that it fails for is counted and gets a default score.
         on_tokens: it gives a number for each token instead of one for the response.
         worker_spec: what another process makes it again from: itself if it can be pickled, or the place of a function
             (`FILE.py:function`); None if it works in this process only.
@@ -25,11 +25,11 @@ class Reward:
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float | None] | Sequence[Sequence[float] | None]:
         """One number per sample; with `on_tokens` one per token of each sample, of which those of sampled tokens count.
-        None for a sample that it has no opinion on: the other rewards alone count there."""
+        None to skip a sample: the other rewards alone count there."""
         raise NotImplementedError
 
     def check(self, rows: Sequence[dict[str, Any]]):
-        """Is asked once, before anything is generated.
+        """Called once, before anything is generated.
 
         Args:
             rows: the columns of some of the data's rows.
@@ -39,12 +39,12 @@ class Reward:
         """
 
     def load(self):
-        """Gets ready in the process that it works in; what can fail for good fails here."""
+        """Prepares in the process that scores; permanent failures are raised here."""
 
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, list]:
     """By name, a value per sample: the data's other fields, None where a row lacks one, and whether the response was
-    cut at its greatest length (`truncated`)."""
+    truncated at its maximum length (`truncated`)."""
     names = dict.fromkeys(name for sample in samples for name in sample.columns)
     columns = {name: [sample.columns.get(name) for sample in samples] for name in names}
     return columns | {"truncated": [sample.truncated for sample in samples]}

@@ -21,10 +21,10 @@ from coati.rewards.config import PLAIN
 
 class SequenceClassifierReward(Reward):
     """Scores texts with a sequence classifier of transformers. Its tokenizer may be another than the policy's: prompt
-    and response are joined as text and tokenised anew.
+    and response are joined as text and tokenized again.
 
     Scores don't depend on how texts are batched and padded. Decoders (Llama, GPT-2, ...) are read at each text's last
-    token, told by the attention mask, so that a pad token which is also EOS, or stands in a text, does no harm.
+    token, found by the attention mask, so that a pad token which is also EOS, or stands in a text, does no harm.
 
     Args:
         model: folder or name of a checkpoint, or the model itself, which is put in evaluation mode and whose
@@ -38,9 +38,9 @@ class SequenceClassifierReward(Reward):
         truncation_side: the side that longer texts lose.
         padding_side: of decoders, either; by default right. Encoders keep their tokenizer's side.
         pad_token: what fills rows; the tokenizer's pad token if not given, or EOS for decoders.
-        batch_size: texts a forward pass.
+        batch_size: texts per forward pass.
         device: where the model runs; where it is if not given.
-        **kwargs: handed to `from_pretrained`: dtype, attn_implementation, revision, ...
+        **kwargs: passed to `from_pretrained`: dtype, attn_implementation, revision, ...
 
     Raises:
         UserError: the model or tokenizer can't be loaded, or doesn't fit the other; no such label; no pad token; a
@@ -64,14 +64,14 @@ class SequenceClassifierReward(Reward):
         name: str | None = None,
         **kwargs,
     ):
-        given = isinstance(model, nn.Module)
-        self.source = type(model).__name__ if given else str(model)
+        is_loaded = isinstance(model, nn.Module)
+        self.source = type(model).__name__ if is_loaded else str(model)
         self.name = name or Path(self.source).name
-        self.model = (model if given else _load_classifier(self.source, kwargs)).eval()
+        self.model = (model if is_loaded else _load_classifier(self.source, kwargs)).eval()
         if device is not None:
             self.model.to(device)
         self.at_last_token = reads_last_token(self.model)
-        self.tokenizer = self._load_tokenizer(tokenizer if tokenizer is not None or given else model)
+        self.tokenizer = self._load_tokenizer(tokenizer if tokenizer is not None or is_loaded else model)
         self.tokenizer.truncation_side = truncation_side
         self._set_padding(pad_token, padding_side)
         self.label, self.output = self._label(label), output
@@ -88,7 +88,7 @@ class SequenceClassifierReward(Reward):
         scores = torch.zeros(len(rows), device=self.model.device)
         for start in range(0, len(rows), self.batch_size):
             index = shortest_first[start : start + self.batch_size]
-            with quiet_transformers():  # it advises against padding rows that are tokenised already
+            with quiet_transformers():  # it advises against padding rows that are tokenized already
                 batch = self.tokenizer.pad([rows[i] for i in index], return_tensors="pt")
             scores[index] = self._read(self._logits(batch.to(self.model.device)).float())
         return scores
@@ -214,8 +214,8 @@ class SequenceClassifierReward(Reward):
             limits.append(table.tokens)
         limit = min([n for n in limits if n is not None and n > 0], default=None)
         if wanted is None:
-            own = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none
-            return min(own, limit or own) if limit or own < 1e9 else None
+            of_tokenizer = self.tokenizer.model_max_length  # 1e30 where the tokenizer sets none
+            return min(of_tokenizer, limit or of_tokenizer) if limit or of_tokenizer < 1e9 else None
         if wanted < 1 or (limit is not None and wanted > limit):
             raise UserError(f"reward classifier {self.source} reads 1 to {limit} tokens, not max_length {wanted}")
         return wanted

@@ -15,24 +15,24 @@ OF_RESPONSES = ("response", "responses", "completion", "completions", "output", 
 
 
 class FunctionReward(Reward):
-    """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None for one that it
-    has no opinion on. It may name the columns that it takes instead: `function(prompts, responses, answer)`.
+    """Wraps `function(prompts, responses, **columns)`, which returns one number per response, or None to skip it.
+    It may name the columns that it takes instead: `function(prompts, responses, answer)`.
 
     Columns are lists with a value per response: the data's other fields, None where a row lacks one; `truncated`,
-    whether the response was cut at its greatest length; and the token ids of prompt and response, `input_ids`, with
-    `response_mask`, True on those that were sampled.
+    whether the response was truncated at its maximum length; and the token ids of prompt and response, `input_ids`,
+    with `response_mask`, True on those that were sampled.
 
     A function with the attribute `per_response = True` looks at each response alone, and is given one at a time.
 
     Args:
-        place: where another process finds the function.
+        location: where another process finds the function.
 
     Raises:
         UserError: the function takes no prompts and responses, in that order, or is a coroutine's.
     """
 
-    def __init__(self, function: Callable, name: str | None = None, place: str | None = None):
-        self.function, self.worker_spec = function, place
+    def __init__(self, function: Callable, name: str | None = None, location: str | None = None):
+        self.function, self.worker_spec = function, location
         self.name = name or getattr(function, "__name__", "function")
         self.per_response = getattr(function, "per_response", False)
         self.signature = signature_of(function)
@@ -88,19 +88,19 @@ def takes_prompts_and_responses(signature: inspect.Signature) -> bool:
     return names[0] not in OF_RESPONSES and "prompts" not in names[1:]
 
 
-def load_function(place: str) -> Reward:
-    """The function that `place` names as a reward, see `import_function`; it may be a `Reward` already.
+def load_function(location: str) -> Reward:
+    """The function that `location` names as a reward, see `import_function`; it may be a `Reward` already.
 
     Raises:
         UserError: no such file, module or function.
     """
-    function = import_function(place, "reward function")
+    function = import_function(location, "reward function")
     if isinstance(function, Reward):
         return function
-    return FunctionReward(function, place.rpartition(":")[2], place)
+    return FunctionReward(function, location.rpartition(":")[2], location)
 
 
-def import_function(place: str, kind: str):
+def import_function(location: str, kind: str):
     """The function, or `Reward`, at `path/to/file.py:name` or `package.module:name`.
 
     Args:
@@ -109,17 +109,17 @@ def import_function(place: str, kind: str):
     Raises:
         UserError: no such file, module or function.
     """
-    source, _, name = place.rpartition(":")
+    source, _, name = location.rpartition(":")
     if not source or not name:
-        raise UserError(f"{kind} {place!r}: write it as FILE.py:function or module:function")
+        raise UserError(f"{kind} {location!r}: write it as FILE.py:function or module:function")
     try:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:  # the user's own code may fail in any way
-        raise UserError(f"{kind} {place!r}: importing {source} failed: {error!r}") from error
+        raise UserError(f"{kind} {location!r}: importing {source} failed: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function) and not isinstance(function, Reward):
         raise UserError(
-            f"{kind} {place!r}: {source} has no {name!r}, or it is neither a function nor a coati.rewards.Reward"
+            f"{kind} {location!r}: {source} has no {name!r}, or it is neither a function nor a coati.rewards.Reward"
         )
     return function
 

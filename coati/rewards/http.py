@@ -12,19 +12,19 @@ from coati.errors import UserError
 from coati.rewards.base import Reward, columns_of
 
 logger = logging.getLogger(__name__)
-BUSY = (408, 425, 429)  # statuses below 500 that another try may mend
+BUSY = (408, 425, 429)  # statuses below 500 that another try may fix
 
 
 class HTTPReward(Reward):
     """POSTs `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` and reads `{"rewards": [...]}`, one
-    number per response, or null for one that the endpoint has no opinion on. `columns` holds the data's other fields,
+    number per response, or null to skip one. `columns` holds the data's other fields,
     but for what JSON can't hold, and `truncated`.
 
     Args:
         timeout: seconds that the endpoint may be silent.
         retries: further tries after no answer in time, no connection, or a status of 408, 425, 429 or 500 and above.
         wait: seconds before the first retry; twice as long before each of the next.
-        batch_size: responses a request.
+        batch_size: responses per request.
         headers: HTTP headers, for a key.
     """
 
@@ -56,12 +56,12 @@ class HTTPReward(Reward):
         rewards: list[float | None] = []
         for start in range(0, len(samples), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            asked = {
+            request = {
                 "prompts": [sample.prompt for sample in samples[rows]],
                 "responses": [sample.response for sample in samples[rows]],
                 "columns": {name: values[rows] for name, values in columns.items()},
             }
-            rewards += self._read(self._post(json.dumps(asked).encode()), len(samples[rows]))
+            rewards += self._read(self._post(json.dumps(request).encode()), len(samples[rows]))
         return rewards
 
     def _post(self, body: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """Scores samples one at a time in processes of their own, which can be ended, while generation goes on.
 
-Each process belongs to a thread that hands it one sample after another, waits for the score no longer than a limit,
+Each process belongs to a thread that sends it one sample after another, waits for the score up to a timeout,
 and replaces it where it hangs or dies. The processes import neither torch nor the run's script.
 """
 
@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sample: a score, None if the reward has no opinion on it, or why there is none."""
+    """The result for one sample: a score, None if the reward skips it, or the error."""
 
     score: float | None
     error: str = ""
@@ -96,15 +96,15 @@ class _Worker(threading.Thread):
     def run(self):
         self.ask(None)  # starts the process now, while the models load; if that fails, the first sample says how
         while (task := self.tasks.get()) is not None and not self.closed:
-            future, *asked = task
-            future.set_result(self.ask(asked))
+            future, *job = task
+            future.set_result(self.ask(job))
         self.kill()
 
-    def ask(self, asked) -> Outcome:
+    def ask(self, job) -> Outcome:
         try:
             if self.process is None:
                 self.begin()
-            self.channel.send(asked)
+            self.channel.send(job)
             if self.channel.poll(self.timeout):
                 return self.channel.recv()
             error = f"TimeoutError: no score within {self.timeout:g} s, --reward_timeout"
@@ -114,16 +114,16 @@ class _Worker(threading.Thread):
         return Outcome(None, error)
 
     def begin(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
+        local_end, remote_end = socket.socketpair()
+        with remote_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from coati.rewards.pool import work; work({theirs.fileno()})"],
+                [sys.executable, "-c", f"from coati.rewards.pool import work; work({remote_end.fileno()})"],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # it finds what this process finds
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[remote_end.fileno()],
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends it later
             )
-        self.channel = Connection(ours.detach())
+        self.channel = Connection(local_end.detach())
         self.channel.send((os.getpid(), self.rewards))
         if not self.channel.poll(SECONDS_TO_START):
             raise TimeoutError(f"it did not start within {SECONDS_TO_START:g} s")
@@ -155,9 +155,9 @@ def work(fd: int):
     channel.send("")
     with contextlib.suppress(EOFError):
         while True:
-            asked = channel.recv()
-            if asked is None:  # whether it has started
+            job = channel.recv()
+            if job is None:  # whether it has started
                 channel.send(Outcome(None))
             else:
-                name, sample = asked
+                name, sample = job
                 channel.send(score_one(rewards[name], sample))

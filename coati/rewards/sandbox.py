@@ -1,6 +1,6 @@
 """Runs a program that nobody has read, with its tests, where it can do no harm; docs/rewards.md says what that means.
 
-Linux only. Where the kernel gives no namespaces nothing is run: there is no weaker mode.
+Linux only. Where the kernel offers no namespaces nothing is run: there is no weaker mode.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from coati.errors import UserError
 
 MB = 1 << 20
-# the hash seed is fixed, so that a program which depends on the order of a set gets the same verdict on every process
+# the hash seed is fixed, so that a program which depends on the order of a set gets the same result on every process
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT |= {"HOME": "/sandbox", "TMPDIR": "/sandbox"}
 # of `resource`: bytes of address space a process, processes and threads at a time, bytes of a file, open files
@@ -31,14 +31,14 @@ OUTPUT = 1 << 16  # bytes of output that are kept
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SandboxResult:
     """Whether all tests passed, and the first bytes of what was printed, tracebacks included."""
 
     passed: bool
     output: str
 
 
-def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
+def run_tests(program: str, tests: str, seconds: float = 10.0) -> SandboxResult:
     """Runs the program and then the tests, in one namespace named `program`; both are Python texts.
 
     Args:
@@ -50,24 +50,24 @@ def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
     inside = (Path(__file__).parent / "sandboxed.py").read_text(encoding="utf-8")
     job = dict(program=program, tests=tests, limits=LIMITS | {"CPU": math.ceil(seconds)}, disk=DISK)
     token = secrets.token_bytes(32)
-    ours, theirs = socket.socketpair()
-    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile("w+") as file, ours, theirs:
+    local_end, remote_end = socket.socketpair()
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile("w+") as file, local_end, remote_end:
         file.write(json.dumps(job))
         file.seek(0)
-        ours.send(token)
-        ours.setblocking(False)
+        local_end.send(token)
+        local_end.setblocking(False)
         process = subprocess.Popen(
             # as a text: from its folder, our http.py would hide the standard library's
-            [sys.executable, "-s", "-B", "-c", inside, str(theirs.fileno())],
+            [sys.executable, "-s", "-B", "-c", inside, str(remote_end.fileno())],
             stdin=file,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=root,
             env=ENVIRONMENT,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[remote_end.fileno()],
             start_new_session=True,
         )
-        theirs.close()
+        remote_end.close()
         try:
             output = _read(process.stdout.fileno(), time.monotonic() + seconds)
         finally:
@@ -76,7 +76,7 @@ def run_tests(program: str, tests: str, seconds: float = 10.0) -> Verdict:
             process.stdout.close()
         if status > 0:
             raise OSError(f"the sandbox could not be set up: {output.strip()[-300:]}")
-        return Verdict(_received(ours) == token, output)
+        return SandboxResult(_received(local_end) == token, output)
 
 
 def _read(pipe: int, deadline: float) -> str:

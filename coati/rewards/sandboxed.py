@@ -79,7 +79,8 @@ def show(source: str, target: str):
 
 
 def enter(root: str, uid: int, job: dict):
-    """Goes in for good: no rights are left, and a process whose root was changed makes no namespace to regain any."""
+    """Enters for good: no privileges are left, and a process whose root was changed makes no namespace to regain
+    any."""
     os.chroot(root)
     os.chdir(WORK)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)

@@ -45,7 +45,7 @@ class Scorer:
         self.have_worked: set[str] = set()  # rewards `per_response` that have scored a sample
 
     def check(self, rows: Sequence[dict[str, Any]]):
-        """Has every reward look at what it will score, before anything is generated.
+        """Has every reward check the rows that it will score, before anything is generated.
 
         Args:
             rows: the columns of some of the data's rows.
@@ -61,8 +61,8 @@ class Scorer:
         return {name: self.pool.submit(name, sample) for name in self.pooled}
 
     def score(self, samples: Sequence[Sample], begun: "Sequence[dict[str, Future[Outcome]]]" = ()) -> dict[str, float]:
-        """Fills in what the samples earned: `rewards`, `failed`, `score` and `token_rewards`. A sample that no reward
-        has an opinion on gets 0, and a line in the log.
+        """Fills in the samples' `rewards`, `failed`, `score` and `token_rewards`. A sample that all rewards skip gets
+        0, and a line in the log.
 
         Args:
             begun: what `begin` gave for each sample; if not given, they are begun now.
@@ -81,16 +81,16 @@ class Scorer:
         for name, (reward, weight) in self.rewards.items():
             started = time.monotonic()
             if reward.on_tokens:
-                rows = _of_tokens(name, reward.score(samples), samples)
+                rows = _token_scores(name, reward.score(samples), samples)
                 _add_on_tokens(name, weight, samples, rows)
             else:
-                scores = self._of_responses(name, reward, samples, begun)
+                scores = self._response_scores(name, reward, samples, begun)
                 _add(name, weight, samples, scores)
             seconds[name] = time.monotonic() - started
-        _warn_of_unjudged(samples)
+        _warn_of_unscored(samples)
         return seconds
 
-    def _of_responses(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
+    def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
         """One reward's scores; `samples[i].failed` where it looks at each alone."""
         if not reward.per_response:
             return _numbers(name, reward.score(samples), samples)
@@ -117,14 +117,14 @@ class Scorer:
 
 def unique(names: Sequence[str]) -> list[str]:
     """Two functions are often both called `reward`: the second becomes `reward_2`."""
-    found: list[str] = []
+    result: list[str] = []
     for name in names:
-        number, free = 1, name
-        while free in found:
+        number, candidate = 1, name
+        while candidate in result:
             number += 1
-            free = f"{name}_{number}"
-        found.append(free)
-    return found
+            candidate = f"{name}_{number}"
+        result.append(candidate)
+    return result
 
 
 def _add(name: str, weight: float, samples: Sequence[Sample], scores: Sequence[float | None]):
@@ -153,29 +153,29 @@ def _numbers(name: str, raw, samples: Sequence[Sample]) -> list[float | None]:
     scores = _as_list(name, raw, must)
     if len(scores) != len(samples):
         raise UserError(f"reward {name!r} gave {len(scores)} scores for {len(samples)} responses: {must}")
-    found: list[float | None] = []
+    numbers: list[float | None] = []
     for score, sample in zip(scores, samples, strict=True):
-        found.append(None if score is None else _number(name, score, sample, must))
-    return found
+        numbers.append(None if score is None else _number(name, score, sample, must))
+    return numbers
 
 
-def _of_tokens(name: str, raw, samples: Sequence[Sample]) -> list[list[float] | None]:
+def _token_scores(name: str, raw, samples: Sequence[Sample]) -> list[list[float] | None]:
     """One finite number per token of each sample, 0 where it wasn't sampled; or None for a sample."""
     must = "it must return one number per token of each sample"
     rows = _as_list(name, raw, must)
     if len(rows) != len(samples):
         raise UserError(f"reward {name!r} gave rewards for {len(rows)} of {len(samples)} responses: {must}")
-    found: list[list[float] | None] = []
+    token_scores: list[list[float] | None] = []
     for row, sample in zip(rows, samples, strict=True):
         if row is None:
-            found.append(None)
+            token_scores.append(None)
             continue
         values = _as_list(name, row, must)
         if len(values) != len(sample.tokens):
             raise UserError(f"reward {name!r} gave {len(values)} numbers for {len(sample.tokens)} tokens: {must}")
         of_tokens = zip(values, sample.response_mask, strict=True)
-        found.append([_number(name, value, sample, must) if sampled else 0.0 for value, sampled in of_tokens])
-    return found
+        token_scores.append([_number(name, value, sample, must) if sampled else 0.0 for value, sampled in of_tokens])
+    return token_scores
 
 
 def _as_list(name: str, raw, must: str) -> list:
@@ -196,13 +196,13 @@ def _number(name: str, value, sample: Sample, must: str) -> float:
     if not math.isfinite(number):
         raise UserError(
             f"reward {name!r} gave {number} for the response {sample.response[:80]!r}: a reward must be finite, or "
-            "None for a response that it has no opinion on"
+            "None to skip a response"
         )
     return number
 
 
-def _warn_of_unjudged(samples: Sequence[Sample]):
-    unjudged = [s for s in samples if all(value is None for value in s.rewards.values())]
-    if unjudged:
-        what = f"{len(unjudged)} of {len(samples)} responses are scored by no reward and get 0"
-        logger.warning(f"{what}, such as {unjudged[0].response[:80]!r}")
+def _warn_of_unscored(samples: Sequence[Sample]):
+    unscored = [s for s in samples if all(value is None for value in s.rewards.values())]
+    if unscored:
+        what = f"{len(unscored)} of {len(samples)} responses are scored by no reward and get 0"
+        logger.warning(f"{what}, such as {unscored[0].response[:80]!r}")

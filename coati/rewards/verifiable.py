@@ -1,7 +1,7 @@
-r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, told from the data's own columns.
+r"""Rewards by rule: 1 for a response that is right, 0 for one that isn't, by the data's own columns.
 
 Each scores a response by itself (`per_response`), so that it can work while others are still being generated. The rules
-stand in docs/rewards.md. What stands in `<think>` tags is not read, and of `<answer>` tags only the last.
+are in docs/rewards.md. Text in `<think>` tags is skipped, and of `<answer>` tags only the last is read.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from coati.samples import Sample
 
 SECONDS_OF_ALGEBRA = 5  # for reading an answer with math-verify, and as many for comparing it
 PERCENT = re.compile(r"%|\bpercent")
-# for `normalise`
+# for `normalize`
 DASHES = str.maketrans({"−": "-", "–": "-", "—": " "})
 QUOTES = re.compile(r"[\"“”„«»‘’《》「」『』【】]|(?<=\w)'(?=\w)")
 # a point or a comma in a number counts, a colon between digits, "!" in "5!" and "!="
@@ -41,7 +41,7 @@ ARTICLE = re.compile(r"(?<!\S)(?:the\s+(?=\w)|an?\s+(?=[^\W\d_]{2}))")
 
 @dataclass
 class Verifier(Reward):
-    """A rule; `verdict` is what each fills in.
+    """A rule; each defines `score_sample`.
 
     Args:
         answer_column: the data's column with the right answer, or a list of them.
@@ -78,9 +78,9 @@ class Verifier(Reward):
             UserError: there is no such column, or it holds no texts.
             ValueError: a row has no right answer that can be read.
         """
-        return [float(self.verdict(sample)) for sample in samples]
+        return [float(self.score_sample(sample)) for sample in samples]
 
-    def verdict(self, sample: Sample) -> float:
+    def score_sample(self, sample: Sample) -> float:
         raise NotImplementedError
 
     def column(self) -> str | None:
@@ -92,13 +92,13 @@ class Verifier(Reward):
         column = self.column()
         if not has(row, column):
             raise self.no_column(row, column)
-        given = look_up(row, column)
-        if given is None:
+        value = look_up(row, column)
+        if value is None:
             raise ValueError(f"the row has no {column!r}")
-        if given == []:
+        if value == []:
             raise ValueError(f"the row has no {column}: the list is empty")
-        refuse_objects(given, column)
-        return [as_text(answer) for answer in (given if isinstance(given, list) else [given])]
+        refuse_objects(value, column)
+        return [as_text(answer) for answer in (value if isinstance(value, list) else [value])]
 
     def having(self, rows: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]:
         """The rows that have a column; the samples of others, in data of several kinds, will count as failures.
@@ -106,10 +106,10 @@ class Verifier(Reward):
         Raises:
             UserError: none has it.
         """
-        found = [row for row in rows if has(row, column)]
-        if rows and not found:
+        rows_with = [row for row in rows if has(row, column)]
+        if rows and not rows_with:
             raise self.no_column(rows[0], column)
-        return found
+        return rows_with
 
     def no_column(self, row: dict[str, Any], column: str) -> UserError:
         return UserError(
@@ -122,8 +122,8 @@ class Verifier(Reward):
 class MathVerifier(Verifier):
     """The right number, or by math-verify something equal to what is no plain number: LaTeX, roots, sets, equations.
 
-    A number's right answer is a number: "67 - 67" is none, lest the question be paid for. Nor is an expression right
-    that stands in the prompt, unless it is written as the right answer is.
+    If the right answer is a number, an expression such as "67 - 67" is wrong: else repeating the question would earn a
+    reward. So is an expression that the prompt contains, unless it is written as the right answer is.
 
     Args:
         answer_style: what counts as an answer, see `coati.rewards.answers`.
@@ -133,32 +133,33 @@ class MathVerifier(Verifier):
 
     name, package = "math", "math_verify"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         text, truncated = final_part(sample)
-        given = stated_answer(text, self.answer_style, truncated)
+        answer = stated_answer(text, self.answer_style, truncated)
         number = extract_number(text, self.answer_style, truncated)
         for right in self.accepted(sample.columns):
             right = stated_answer(right, "marked") or right.strip()
             if (wanted := right_number(right)) is not None:
-                equal = number is not None and same_number(wanted, number, right, given)
+                equal = number is not None and same_number(wanted, number, right, answer)
             else:
-                found = text if self.answer_style == "anywhere" and not given else given
-                equal = self.same_expression(right, found) and not is_of_prompt(found, sample.prompt, right)
+                expression = text if self.answer_style == "anywhere" and not answer else answer
+                equal = self.same_expression(right, expression)
+                equal = equal and not is_of_prompt(expression, sample.prompt, right)
             if equal:
                 return True
         return False
 
-    def same_expression(self, right: str, given: str) -> bool:
+    def same_expression(self, right: str, answer: str) -> bool:
         """Whether math-verify finds them equal."""
         from math_verify import verify
         from sympy import Number as SympyNumber
 
-        wanted, found = self.parse(right), self.parse(given) if given else []
+        wanted, parsed = self.parse(right), self.parse(answer) if answer else []
         if not wanted:
             raise ValueError(f"{right!r} can't be read as mathematics")
-        if isinstance(wanted[0], SympyNumber) and not (found and isinstance(found[0], SympyNumber)):
+        if isinstance(wanted[0], SympyNumber) and not (parsed and isinstance(parsed[0], SympyNumber)):
             return False
-        return verify(wanted, found, timeout_seconds=self.seconds())
+        return verify(wanted, parsed, timeout_seconds=self.seconds())
 
     def parse(self, text: str) -> list:
         from math_verify import parse
@@ -185,7 +186,7 @@ class GSM8KVerifier(Verifier):
 
     name = "gsm8k"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         right = [right_number(text) for text in self.accepted(sample.columns)]
         if None in right:
             raise ValueError(f"no number in {look_up(sample.columns, self.answer_column)!r}")
@@ -205,7 +206,7 @@ class ChoiceVerifier(Verifier):
 
     name = "choice"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         right = set()
         for text in self.accepted(sample.columns):
             labels = list(string.ascii_uppercase)
@@ -219,19 +220,19 @@ class ChoiceVerifier(Verifier):
 
 
 class ExactVerifier(Verifier):
-    """The same text once both are normalised, see `normalise`."""
+    """The same text once both are normalized, see `normalize`."""
 
     name = "exact"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         text, _ = final_part(sample)
-        return normalise(text) in {normalise(text) for text in self.accepted(sample.columns)}
+        return normalize(text) in {normalize(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
 class RegexVerifier(Verifier):
     """The pattern is found (a dot may be a newline). If it has groups, what the first group of the last find holds
-    equals the right answer once both are normalised."""
+    equals the right answer once both are normalized."""
 
     regex_pattern: str | None = None
 
@@ -248,11 +249,11 @@ class RegexVerifier(Verifier):
     def column(self):
         return self.answer_column if re.compile(self.regex_pattern).groups else None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
-        return normalise(last[1] or "") in {normalise(text) for text in self.accepted(sample.columns)}
+        return normalize(last[1] or "") in {normalize(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
@@ -270,7 +271,7 @@ class FormatVerifier(Verifier):
     def column(self):
         return None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         opening = f"<{self.format_tags[0]}>"
         opened = sample.prompt.rstrip().endswith(opening)
         text = opening + sample.response if opened else sample.response
@@ -304,7 +305,7 @@ class JSONVerifier(Verifier):
     def column(self):
         return None
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         from jsonschema.validators import validator_for
         from referencing import Registry
 
@@ -327,7 +328,7 @@ class ReasoningGymVerifier(Verifier):
 
     name, package = "reasoning_gym", "reasoning_gym"
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)
         # some tasks have many answers, and give none
         entry = {"question": sample.prompt, "answer": answer, "metadata": about}
@@ -380,7 +381,7 @@ class PythonVerifier(Verifier):
     def column(self):
         return self.tests_column
 
-    def verdict(self, sample):
+    def score_sample(self, sample):
         tests = "\n".join(self.accepted(sample.columns))
         if not tests.strip():
             raise ValueError("the row has no tests")
@@ -444,14 +445,16 @@ def has(row: dict[str, Any], column: str) -> bool:
     return True
 
 
-def refuse_objects(given, column: str):
+def refuse_objects(answer, column: str):
     """Raises a `UserError` unless it is a text, a number, a list of these, or None."""
-    values = given if isinstance(given, list) else [given]
-    if given is None or all(as_text(value) is not None for value in values):
+    values = answer if isinstance(answer, list) else [answer]
+    if answer is None or all(as_text(value) is not None for value in values):
         return
     fields = dict.fromkeys(name for value in values if isinstance(value, dict) for name in value)
     remedy = f"; name one of its fields: {', '.join(f'{column}.{name}' for name in fields)}" if fields else ""
-    raise UserError(f"the column {column!r} holds {str(given)[:80]}, which is no text, number or list of these{remedy}")
+    raise UserError(
+        f"the column {column!r} holds {str(answer)[:80]}, which is no text, number or list of these{remedy}"
+    )
 
 
 def as_text(answer) -> str | None:
@@ -466,18 +469,18 @@ def right_number(text: str) -> Fraction | None:
     return None if text.lstrip().startswith(("{", "[")) else extract_number(text, "stated")
 
 
-def same_number(right: Fraction, given: Fraction, right_text: str, given_text: str) -> bool:
+def same_number(right: Fraction, answer: Fraction, right_text: str, answer_text: str) -> bool:
     """Equal, up to rounding where the right one isn't whole. 50 % is 50 or a half, as math-verify has it."""
-    scaled = [given]
-    if bool(PERCENT.search(right_text)) != bool(PERCENT.search(given_text)):
-        scaled.append(given / 100 if PERCENT.search(given_text) else given * 100)
+    scaled = [answer]
+    if bool(PERCENT.search(right_text)) != bool(PERCENT.search(answer_text)):
+        scaled.append(answer / 100 if PERCENT.search(answer_text) else answer * 100)
     return right in scaled or (right.denominator > 1 and any(math.isclose(right, x, rel_tol=2e-6) for x in scaled))
 
 
-def is_of_prompt(given: str, prompt: str, right: str) -> bool:
+def is_of_prompt(answer: str, prompt: str, right: str) -> bool:
     """Whether an expression stands in the prompt, and is another than the right one."""
-    given, prompt, right = ("".join(plain(text).split()) for text in (given, prompt, right))
-    return given != right and given in prompt
+    answer, prompt, right = ("".join(plain(text).split()) for text in (answer, prompt, right))
+    return answer != right and answer in prompt
 
 
 def fenced(text: str, fits: Callable[[str], Any], *languages: str) -> str:
@@ -500,12 +503,12 @@ def between_fences(text: str) -> list[tuple[str, str]]:
     """
     fence = r"^([ \t]*)(```+|~~~+)[ \t]*\{?\.?([\w+-]*)[^\n`]*\n?|()(```+)([\w+-]*)[ \t]*$"
     blocks, start, language, indent, marks = [], 0, "", "", ""
-    for found in re.finditer(fence, text, re.MULTILINE):
-        found_indent, found_marks, found_language = found.groups()[:3] if found[2] else found.groups()[3:]
-        if language and (len(found_marks) < len(marks) or len(found_indent) > len(indent) + 3):
+    for fence_match in re.finditer(fence, text, re.MULTILINE):
+        new_indent, new_marks, new_language = fence_match.groups()[:3] if fence_match[2] else fence_match.groups()[3:]
+        if language and (len(new_marks) < len(marks) or len(new_indent) > len(indent) + 3):
             continue
-        blocks.append((language, text[start : found.start()]))
-        start, language, indent, marks = found.end(), found_language.lower(), found_indent, found_marks
+        blocks.append((language, text[start : fence_match.start()]))
+        start, language, indent, marks = fence_match.end(), new_language.lower(), new_indent, new_marks
     return [*blocks, (language, text[start:])]
 
 
@@ -525,7 +528,7 @@ def is_json(text: str) -> bool:
     return True
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """One case and one form of each character, single blanks, no a/an/the before a word, no quotes, no emphasis around
     the whole, and no punctuation but what counts: signs, operators, brackets, points and colons in numbers.
 

@@ -1,12 +1,12 @@
-"""Generation, scored samples, and what is learned from them."""
+"""Generation, scored samples, and the experience that policies are trained on."""
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.batch import Experience, RolloutBatch
 from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.engine import RolloutEngine
-from coati.rollout.generate import PolicyGenerator, complete, has_keys_and_values
+from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, Generator, Request
-from coati.rollout.source import Prompt, RolloutSource, ScoredGeneration, Shape, SynchronousRollouts, prompt_of
+from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
 
 __all__ = [
     "BestOf",
@@ -21,11 +21,11 @@ __all__ = [
     "RolloutEngine",
     "RolloutSource",
     "ScoredGeneration",
-    "Shape",
+    "RolloutShape",
     "SynchronousRollouts",
     "best_of_n",
     "best_of_n_kl",
     "complete",
-    "has_keys_and_values",
+    "has_kv_cache",
     "prompt_of",
 ]

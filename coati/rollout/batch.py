@@ -1,4 +1,4 @@
-"""Samples as tensors, and what PPO and its relatives learn from."""
+"""Samples as tensors, and the experience that PPO and its relatives are trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,13 +23,13 @@ class RolloutBatch:
         samples: what the rows were made of.
         input_ids: int64.
         attention_mask: bool, False on padding.
-        response_mask: bool, True on the tokens that the policy sampled; they may stand in several parts.
+        response_mask: bool, True on the tokens that the policy sampled; they may be in several parts.
         sampling_log_probs: float32, of those tokens at sampling; 0 elsewhere.
         token_rewards: float32, 0 outside the response.
         lengths: tokens of each row, on the host.
         finished: bool `[batch]`, the response ended by itself.
         scores: float32 `[batch]`, the rewards of whole responses.
-        temperature: of the distribution that was sampled from; log-probs of it are meant throughout.
+        temperature: of the distribution that was sampled from; all log-probs are of it.
     """
 
     samples: list[Sample]
@@ -48,10 +48,12 @@ class RolloutBatch:
 
     def rows(self, index: Sequence[int]) -> "RolloutBatch":
         """Some rows, without the columns that only other rows need."""
-        return take_rows(self, index)
+        return select_rows(self, index)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device) -> "RolloutBatch":
+    def from_samples(
+        cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device
+    ) -> "RolloutBatch":
         """A row per sample; each must have log-probs."""
         lengths = [len(sample.tokens) for sample in samples]
         shape = (len(samples), max(lengths))
@@ -81,17 +83,17 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class Experience:
-    """Responses with everything that a policy learns from, a row each, padded on the right.
+    """Responses with everything that a policy is trained on, a row each, padded on the right.
 
     Per-token tensors are float32 `[batch, seq]`, aligned with the tokens and meaningless outside `response_mask`.
 
     Attributes:
         input_ids, attention_mask, lengths, temperature: as `RolloutBatch` has them.
-        response_mask: bool `[batch, seq]`, the tokens that are learned.
+        response_mask: bool `[batch, seq]`, the tokens that are trained on.
         log_probs: of the policy that sampled, as training computes them.
         reference_log_probs: of the reference model.
-        advantages: what the policy learns from.
-        values, returns: the critic's estimate before each token, and what it learns; None without a critic.
+        advantages: of the policy's loss.
+        values, returns: the critic's estimate before each token, and its targets; None without a critic.
     """
 
     input_ids: Tensor
@@ -110,10 +112,10 @@ class Experience:
 
     def rows(self, index: Sequence[int]) -> "Experience":
         """Some rows, without the columns that only other rows need."""
-        return take_rows(self, index)
+        return select_rows(self, index)
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         batch: RolloutBatch,
         learned: Tensor,
@@ -123,10 +125,10 @@ class Experience:
         values: Tensor | None = None,
         returns: Tensor | None = None,
     ) -> "Experience":
-        """A batch with what was found out about it, all `[batch, seq]`.
+        """A batch with log-probs, advantages and values, all `[batch, seq]`.
 
         Args:
-            learned: its response tokens, or some of them.
+            learned: the response tokens to train on.
         """
         return cls(
             input_ids=batch.input_ids,
@@ -142,17 +144,17 @@ class Experience:
         )
 
 
-def take_rows(batch: Batch, index: Sequence[int]) -> Batch:
-    """Some rows of a batch, cut to the longest of them."""
+def select_rows(batch: Batch, index: Sequence[int]) -> Batch:
+    """Some rows of a batch, truncated to the longest of them."""
     index = list(index)
     rows = upload(index, batch.input_ids.device)
     longest = max(batch.lengths[i] for i in index)
-    taken = {}
+    selected = {}
     for name in (field.name for field in fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, list):
-            taken[name] = [value[i] for i in index]
+            selected[name] = [value[i] for i in index]
         elif isinstance(value, Tensor):
             some = value[rows]
-            taken[name] = some[:, :longest] if some.ndim == 2 else some
-    return replace(batch, **taken)
+            selected[name] = some[:, :longest] if some.ndim == 2 else some
+    return replace(batch, **selected)

@@ -1,4 +1,4 @@
-"""Best-of-n: the policy responds n times and the reward chooses (Stiennon et al., 2009.01325, section 4)."""
+"""Best-of-n: of n responses, the one of highest reward (Stiennon et al., 2009.01325, section 4)."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class BestOf:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best of n responses from the policy, nats a response: log n - (n - 1) / n (2009.01325, appendix G.3).
+    """KL of the best of n responses from the policy, nats per response: log n - (n - 1) / n (2009.01325, appendix G.3).
 
     Exact when no two responses have the same score, an upper bound otherwise (Beirami et al., 2401.01879).
 
@@ -47,19 +47,19 @@ def best_of_n(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[BestOf]:
-    """Draws n responses to each prompt and keeps the best.
+    """Samples n responses to each prompt and keeps the best.
 
     Args:
         actor: an `Actor`.
         prompts: as the model reads them (a chat template is already applied).
         tokenizer: the actor's.
-        config: how responses are drawn; at temperature 0 all n would be the same.
-        columns: what else the reward reads, of each prompt.
+        config: how responses are sampled; at temperature 0 all n would be the same.
+        columns: further fields that the reward reads, per prompt.
         seed: of the responses.
-        batch_size: responses drawn at a time.
+        batch_size: responses generated at a time.
 
     Raises:
-        UserError: n < 1, greedy decoding, an empty prompt, or scores that are not one finite number a response.
+        UserError: n < 1, greedy decoding, an empty prompt, or scores that are not one finite number per response.
     """
     config = config or GenerationConfig()
     if n < 1:
@@ -75,12 +75,12 @@ def best_of_n(
     scorer = Scorer([(reward, 1.0)])
     scorer.check(columns)
     generation = ScoredGeneration(generator, scorer, tokenizer, eos_ids(tokenizer, actor))
-    asked = [
+    requests = [
         Prompt(row, [seed, row, i], ids, text, of_row)
         for row, (ids, text, of_row) in enumerate(zip(rows, prompts, columns, strict=True))
         for i in range(n)
     ]
-    samples = generation.sample(asked, config).samples
+    samples = generation.sample(requests, config).samples
     chosen = []
     for row, prompt in enumerate(prompts):
         of_this = samples[row * n : (row + 1) * n]

@@ -1,4 +1,4 @@
-"""Completions by coati's engine, by vLLM or by transformers, as the settings ask."""
+"""Completions by coati's engine, by vLLM or by transformers, depending on the settings."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
-from coati.rollout.generator import Completion, OnDone, Request, report
+from coati.rollout.generator import Completion, OnDone, Request, notify_done
 from coati.rollout.prompts import eos_ids, pad_left
 from coati.rollout.vllm import VLLMEngine
 
-KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
+KV_CACHE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class PolicyGenerator:
-    """The `Generator` of a policy that is being trained: each call samples with the weights of now.
+    """The `Generator` of a policy that is being trained: each call samples with the current weights.
 
     Args:
         full: gives the plain model with unsharded weights, for the time of a call (`Engine.full`).
@@ -46,7 +46,7 @@ def complete(
     batch_size: int = 64,
     on_done: OnDone | None = None,
 ) -> list[Completion]:
-    """One completion per request, in their order, by whatever the settings ask for.
+    """One completion per request, in their order, by the engine that the settings choose.
 
     Args:
         model: an `Actor` with unsharded weights.
@@ -61,24 +61,24 @@ def complete(
     """
     sampling.check_installed()
     with_vllm = sampling.rollout_engine == "vllm"
-    if sampling.num_beams > 1 or not (with_vllm or has_keys_and_values(model)):
+    if sampling.num_beams > 1 or not (with_vllm or has_kv_cache(model)):
         prompts = [request.prompt for request in requests]
-        return report(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
+        return notify_done(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
     stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
     kind = VLLMEngine if with_vllm else RolloutEngine
     engine = kind(model, sampling, eos_ids=eos_ids, stop=stop, slots=batch_size)
     return engine.generate(requests, on_done)
 
 
-def has_keys_and_values(model) -> bool:
-    """Whether every layer attends to keys and values, as `RolloutEngine` needs; not so in Mamba and its hybrids."""
+def has_kv_cache(model) -> bool:
+    """Whether every layer has a KV cache, as `RolloutEngine` needs; not so in Mamba and its hybrids."""
     transformer = model.transformer
     kinds = getattr(transformer.config, "layer_types", None) or ()
-    return not transformer._is_stateful and set(kinds) <= KEYS_AND_VALUES
+    return not transformer._is_stateful and set(kinds) <= KV_CACHE_LAYERS
 
 
 def stop_at(tokenizer, texts: Sequence[str]):
-    """Says which responses now hold one of the texts, from their ids; asked after every token."""
+    """A function that says which responses now contain one of the texts, from their ids; called after every token."""
     # a token has a byte or more; the few before it may change how the first ones are written
     reach = max(len(text.encode()) for text in texts) + 4
 
@@ -120,8 +120,8 @@ def _by_transformers(model, prompts, config: GenerationConfig, eos_ids, pad_id, 
 
 @contextmanager
 def _nothing_but_our_settings(transformer):
-    """transformers fills what we don't name from the checkpoint's generation_config.json; a repetition penalty from
-    there would sample from another distribution than the one that is trained."""
+    """transformers takes other settings from the checkpoint's generation_config.json; its repetition penalty would
+    sample from another distribution than the one that is trained."""
     from transformers import GenerationConfig as Defaults
 
     published = transformer.generation_config

@@ -1,4 +1,4 @@
-"""What generates: token ids in, completions out."""
+"""The protocol of generators: token ids in, completions out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,15 +41,15 @@ class Completion:
 OnDone = Callable[[int, Completion], None]
 
 
-def report(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
-    """The completions, each of which is reported."""
+def notify_done(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
+    """Calls `on_done` for each completion, and returns them."""
     for i, completion in enumerate(completions if on_done else ()):
         on_done(i, completion)
     return completions
 
 
 class Generator(Protocol):
-    """Completes requests, whatever does the work. It knows token ids only."""
+    """Completes requests, by any engine. It knows token ids only."""
 
     def generate(
         self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None

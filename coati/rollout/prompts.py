@@ -1,4 +1,4 @@
-"""Token ids around generation: what ends a response, what a response says, and prompts that end together."""
+"""Token ids around generation: EOS, the text of a response, padding."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def eos_ids(tokenizer, model) -> list[int]:
 
 
 def response_texts(tokenizer, rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> list[str]:
-    """What rewards, samples and reports read of sampled ids: all but EOS, padding and the `ends` of `eos_ids`.
+    """The text of sampled ids for rewards, samples and reports: all but EOS, padding and the `ends` of `eos_ids`.
 
     Other special tokens carry content: `<think>`, or the marks of a tool's call, are often added as such.
     """
@@ -30,8 +30,8 @@ def response_text(tokenizer, ids: Sequence[int], ends: Sequence[int] = ()) -> st
     return response_texts(tokenizer, [ids], ends)[0]
 
 
-def never_ids(model) -> list[int]:
-    """Tokens that are never sampled, by the model's generation config: rows that only fill its vocabulary up."""
+def suppressed_ids(model) -> list[int]:
+    """Tokens that are never sampled, by the model's generation config: rows that only pad its vocabulary."""
     return getattr(getattr(model.transformer, "generation_config", None), "suppress_tokens", None) or []
 
 

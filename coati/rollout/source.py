@@ -1,7 +1,7 @@
-"""Where a policy's rollouts come from: prompts are completed, completions scored, and made a batch.
+"""Where a policy's rollouts come from: prompts are completed, and completions are scored and batched.
 
-`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates when it is asked, with the weights
-of now, one turn per prompt.
+`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates on demand, with the
+current weights, one turn per prompt.
 """
 
 import time
@@ -20,7 +20,7 @@ from coati.samples import Sample, SampleGroup
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked in an iteration.
+    """A prompt of an iteration.
 
     Attributes:
         row: number of the data's row; seed: of the response's noise.
@@ -34,8 +34,8 @@ class Prompt:
     columns: dict[str, Any]
 
     @classmethod
-    def of(cls, sample: Sample) -> "Prompt":
-        """What was asked for a sample, without noise to draw from."""
+    def from_sample(cls, sample: Sample) -> "Prompt":
+        """The prompt of a sample, without a seed."""
         first = sample.response_mask.index(True)
         return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
 
@@ -48,14 +48,14 @@ class RolloutSource(Protocol):
         same on all ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What must be remembered to go on, as JSON."""
+        """What must be saved to resume, as JSON."""
 
     def load_state(self, state: dict[str, Any], k: int):
         """The inverse of `state`; iteration k comes next."""
 
 
 class ScoredGeneration:
-    """Completes prompts and scores what came of them.
+    """Completes prompts and scores the responses.
 
     Rewards that work in processes of their own begin with a sample as soon as it has ended.
 
@@ -106,14 +106,14 @@ class ScoredGeneration:
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples, and how many seconds this rank spent on what."""
+    """Samples, and the seconds that this rank spent on each part."""
 
     samples: list[Sample]
     seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Shape:
+class RolloutShape:
     """How many samples an iteration has, and in what order.
 
     Attributes:
@@ -133,15 +133,15 @@ class Shape:
 class SynchronousRollouts:
     """The policy completes iteration k's prompts when they are asked for.
 
-    With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all earn the same are
-    replaced by those of further prompts, up to so many times.
+    With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all have the same reward
+    are replaced by groups of further prompts, up to so many times.
 
     Args:
         data: rows of `PromptSample`.
         order: the rows of each batch (`BatchSampler`).
         ranks: those that see different data (`Communicator`).
         sampling: how iteration k's tokens are drawn.
-        max_refills: None to take every group as it is.
+        max_refills: None for no dynamic sampling.
 
     Attributes:
         position: rows of the data, epoch after epoch, that have been drawn.
@@ -152,7 +152,7 @@ class SynchronousRollouts:
         generation: ScoredGeneration,
         data,
         order,
-        shape: Shape,
+        shape: RolloutShape,
         ranks,
         *,
         seed: int,
@@ -168,18 +168,18 @@ class SynchronousRollouts:
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
         if self.max_refills is None:
-            groups, metrics = self._take_all(k)
+            groups, metrics = self._sample_all(k)
         else:
-            groups, metrics = self._take_unequal(k)
+            groups, metrics = self._sample_unequal(k)
         samples = [sample for group in groups for sample in group.samples]
-        temperature = self.sampling(k).temperature or 1.0  # greedy responses are judged at 1
-        return RolloutBatch.of(samples, self.pad_id, temperature, self.device), metrics
+        temperature = self.sampling(k).temperature or 1.0  # greedy responses are scored at 1
+        return RolloutBatch.from_samples(samples, self.pad_id, temperature, self.device), metrics
 
     def prompts_of(self, k: int) -> list[Prompt]:
-        """This rank's prompts of iteration k where every group is taken as it is."""
+        """This rank's prompts of iteration k without dynamic sampling."""
         self.position = self.order.position(k)
-        mine = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
-        return self._prompts(k, mine)
+        local_rows = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
+        return self._prompts(k, local_rows)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -189,15 +189,15 @@ class SynchronousRollouts:
             self.position = state["position"]
             self.order.start = (k, self.position)
 
-    def _take_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        found = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
-        groups = self._groups(found.samples)
+    def _sample_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+        scored = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
+        groups = self._groups(scored.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
-        metrics = sample_metrics(found.samples, self.ranks) | seconds_of([found])
+        metrics = sample_metrics(scored.samples, self.ranks) | seconds_of([scored])
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
-    def _take_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        """All ranks see all groups and choose alike."""
+    def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
+        """Dynamic sampling: all ranks see all groups and choose alike."""
         wanted, world, rank = self.shape.prompts, self.ranks.world_size, self.ranks.rank
         kept: list[SampleGroup] = []
         spare: list[SampleGroup] = []
@@ -243,38 +243,38 @@ class SynchronousRollouts:
 
 
 def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
-    """A row of prompt data as what is asked."""
-    found = data[row]
-    return Prompt(row, seed, found.input_ids, found.text, found.columns)
+    """A row of prompt data as a `Prompt`."""
+    sample = data[row]
+    return Prompt(row, seed, sample.input_ids, sample.text, sample.columns)
 
 
 def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
     """Means over all ranks' samples: the total reward with its standard deviation, each reward (over the samples that
-    it has an opinion on), lengths and how responses ended."""
+    it scores), lengths and how responses ended."""
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
         sums.update({"response_length": sample.response_length, "truncated": sample.truncated})
         for name, value in sample.rewards.items():
-            sums.update({f"reward/{name}": value or 0.0, f"judged/{name}": value is not None})
+            sums.update({f"reward/{name}": value or 0.0, f"scored/{name}": value is not None})
         sums.update({f"reward/{name}/failed": failed for name, failed in sample.failed.items()})
     total = ranks.sum_metrics([{name: float(value) for name, value in sums.items()}])
-    count, judged = total.pop("samples"), {}
-    for name in [name for name in total if name.startswith("judged/")]:
-        judged[name.removeprefix("judged/")] = total.pop(name)
+    count, scored = total.pop("samples"), {}
+    for name in [name for name in total if name.startswith("scored/")]:
+        scored[name.removeprefix("scored/")] = total.pop(name)
     squares = total.pop("squares")
     metrics = {name: value / count for name, value in total.items()}
-    for name, n in judged.items():
+    for name, n in scored.items():
         metrics[f"reward/{name}"] = total[f"reward/{name}"] / n if n else float("nan")
         if n < count:
-            metrics[f"reward/{name}/judged"] = n / count
+            metrics[f"reward/{name}/scored"] = n / count
     metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
     return metrics | {"finished": 1 - metrics["truncated"]}
 
 
 def seconds_of(rounds: Sequence[Scored]) -> dict[str, float]:
-    """What generation and rewards took on this rank, `seconds/...`."""
+    """Seconds of generation and rewards on this rank, `seconds/...`."""
     total: Counter[str] = Counter()
-    for found in rounds:
-        total.update(found.seconds)
+    for scored in rounds:
+        total.update(scored.seconds)
     return {f"seconds/{name}": value for name, value in total.items()}

@@ -1,8 +1,8 @@
 """vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
 
-It starts when a model first generates and stays as long as the model. The weights are handed over before each
-batch of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
-before all else. So vLLM's temperature stays at 1, and its model's logits are scaled.
+It starts when a model first generates and stays as long as the model. The weights are synced before each batch
+of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
+before anything else. So vLLM's temperature stays at 1, and its model's logits are scaled.
 """
 
 import copy
@@ -20,26 +20,26 @@ import torch
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models.adapters import merged
-from coati.rollout.generator import Completion, OnDone, Request, report
-from coati.rollout.prompts import never_ids
+from coati.rollout.generator import Completion, OnDone, Request, notify_done
+from coati.rollout.prompts import suppressed_ids
 
 # read by vLLM when it is imported; what the user has set stays
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it moves training's threads to other cores
-    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each handing over that tables were not in it
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at each start, and at each weight sync that tables were missing
     "VLLM_NO_USAGE_STATS": "1",
 }
-_started: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> vllm.LLM
 
 
 class VLLMEngine:
-    """Answers requests with the weights that `model` has now. A random number is drawn otherwise than in
-    `RolloutEngine`: the same seed gives another answer. Each process has its own vLLM, and all must start it together.
+    """Completes requests with the weights that `model` has now. Random numbers differ from those of `RolloutEngine`:
+    the same seed gives another response. Each process has its own vLLM, and all must start it together.
 
     Args:
-        model: an `Actor` with all its weights at hand (`Engine.full()`); adapters are added in for vLLM.
+        model: an `Actor` with unsharded weights (`Engine.full()`); adapters are merged for vLLM.
         eos_ids: tokens that end a response.
-        stop: says which responses hold a text that ends them; they are drawn to their end first, and then cut.
+        stop: says which responses contain a stop string; they are sampled to their end first, and then truncated.
         slots: rows that are generated together, as of a model's first engine.
     """
 
@@ -56,45 +56,45 @@ class VLLMEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion a request, in their order.
+        """One completion per request, in their order.
 
         Args:
             on_done: called with each request's place and its completion when all have ended.
 
         Raises:
-            UserError: an empty prompt, one that leaves no room for its answer, or a model that vLLM doesn't run.
+            UserError: an empty prompt, one that leaves no room for its response, or a model that vLLM doesn't support.
         """
         if not requests:
             return []
-        with _undisturbed(next(self.model.parameters()).device):
+        with _preserving_process_state(next(self.model.parameters()).device):
             os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are
-            if self.model not in _started:
-                _started[self.model] = _start(self.model, self.config, self.slots)
-            llm = _started[self.model]
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in this process
+            if self.model not in _engines:
+                _engines[self.model] = _start(self.model, self.config, self.slots)
+            llm = _engines[self.model]
             self.check(requests, llm.llm_engine.model_config.max_model_len)
-            llm.collective_rpc(_take, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
+            llm.collective_rpc(_load_weights, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
             if not llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept keys and values of the weights before")
+                raise RuntimeError("vLLM kept the KV cache of earlier weights")
             prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
             try:
                 outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
             except RuntimeError as error:
-                if "Unsupported" not in str(error):  # an attention of another width is noticed here only
+                if "Unsupported" not in str(error):  # an unsupported head width is only noticed here
                     raise
                 kind = type(self.model.transformer).__name__
-                raise UserError(f"vLLM does not run this {kind}: {str(error).splitlines()[0]}") from error
-        return report([self.completion(output.outputs[0]) for output in outputs], on_done)
+                raise UserError(f"vLLM does not support this {kind}: {str(error).splitlines()[0]}") from error
+        return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
 
     def check(self, requests: Sequence[Request], longest: int):
-        if never_ids(self.model):
+        if suppressed_ids(self.model):
             raise UserError("vLLM would sample this model's suppress_tokens: rollout_engine coati")
         for i, request in enumerate(requests):
             if not len(request.prompt):
                 raise UserError(f"prompt {i} is empty: generation starts from at least one token")
             if (length := len(request.prompt) + self.limit(request)) > longest:
                 raise UserError(
-                    f"prompt {i} and its answer may have {length} tokens, and vLLM holds {longest} of this model: "
+                    f"prompt {i} and its response may have {length} tokens, and vLLM's KV cache holds {longest}: "
                     "raise vllm_cache if the model's max_position_embeddings allow more"
                 )
 
@@ -124,10 +124,10 @@ class VLLMEngine:
     def completion(self, output) -> Completion:
         ids, count, stopped = list(output.token_ids), len(output.token_ids), False
         if self.stop:
-            said = self.stop([ids[:n] for n in range(1, count + 1)])
-            stopped = any(said)
-            count = said.index(True) + 1 if stopped else count
-        log_probs = [place[token].logprob for token, place in zip(ids, output.logprobs, strict=True)]
+            stops = self.stop([ids[:n] for n in range(1, count + 1)])
+            stopped = any(stops)
+            count = stops.index(True) + 1 if stopped else count
+        log_probs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]
         if ids[count - 1] in self.eos_ids:
             reason = "eos"
         else:
@@ -159,28 +159,28 @@ def _start(model, config: GenerationConfig, slots: int):
             )
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"vLLM does not run this {type(transformer).__name__}: {reason}") from error
-    # at its end it would take torch's process group with it, which is training's
+            raise UserError(f"vLLM does not support this {type(transformer).__name__}: {reason}") from error
+    # at its end it would destroy torch's process group, which is training's
     llm.llm_engine.engine_core._finalizer.detach()
     return llm
 
 
-def memory(model, config: GenerationConfig) -> dict[str, int]:
-    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and keys and values."""
+def vllm_memory(model, config: GenerationConfig) -> dict[str, int]:
+    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and the KV cache."""
     weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
     width = next(model.parameters()).dtype.itemsize
     return {"parameters": width * sum(weights.values()), "KV cache": int(config.vllm_cache * 2**30)}
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:
-    """The weights by their names in a checkpoint, with adapters added in."""
+    """The weights by their names in a checkpoint, with adapters merged."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = merged(model.model) if model.has_adapter else model.transformer
-    return list(revert_weight_conversion(whole, whole.state_dict()).items())
+    transformer = merged(model.model) if model.has_adapter else model.transformer
+    return list(revert_weight_conversion(transformer, transformer.state_dict()).items())
 
 
-def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
+def _load_weights(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
     """In vLLM's worker: other weights, and logits times `scale`."""
     worker.model_runner.reload_weights(weights_iterator=iter(weights))
     processor = worker.model_runner.get_model().logits_processor
@@ -189,7 +189,7 @@ def _take(worker, weights: list[tuple[str, torch.Tensor]], scale: float):
 
 
 @contextmanager
-def _undisturbed(device: torch.device):
+def _preserving_process_state(device: torch.device):
     """At its start vLLM seeds all generators and hides what there is from the garbage collector. On a CPU it makes
     torch.set_num_threads do nothing and sets variables (LD_PRELOAD among them) for processes that it doesn't start."""
     state, numbers, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes, ticks, hover titles, no script. Colours come from the style sheet."""
+"""Line charts as inline SVG: axes, ticks, hover titles, no script. Colors come from the style sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 34
-COLOURS = 8
+COLORS = 8
 _DRAWN, _HOVERED, _SMOOTHED = 300, 60, 40
 
 Points = list[tuple[float, float]]
@@ -21,7 +21,7 @@ class Line:
     """One curve: `points` are (step, value) in step order; values may be NaN or infinite."""
 
     label: str
-    colour: int
+    color: int
     points: Points
     dashed: bool = False
 
@@ -41,7 +41,7 @@ def line_chart(lines: list[Line]) -> str:
     if not finite:
         finite = [(0, 0.0), (1, 1.0)]
     steps, values = [step for step, _ in finite], [value for _, value in finite]
-    x_ticks = _ticks(min(steps), max(max(steps), min(steps) + 1), 5, whole=True)
+    x_ticks = _ticks(min(steps), max(max(steps), min(steps) + 1), 5, integer=True)
     x_low, x_high = x_ticks[0], max(max(steps), x_ticks[0] + 1)
     low, high = min(values), max(values)
     y_ticks = _ticks(0 if 0 < low < high / 2 else low, high, 4)
@@ -68,7 +68,7 @@ def line_chart(lines: list[Line]) -> str:
 
 def _draw(line: Line, place: Place) -> list[str]:
     """A line's curve (thin where a running mean is drawn over it), and dots with hover titles."""
-    style = f"c{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
+    style = f"c{line.color % COLORS}" + (" dashed" if line.dashed else "")
     smooth = running_mean(line.points)
     parts = [_path(_thin(line.points, _DRAWN), place, f"curve {style}" + (" raw" if smooth else ""))]
     if smooth:
@@ -132,7 +132,7 @@ def _thin(points: Points, most: int) -> Points:
     return [points[i] for i in sorted(kept)]
 
 
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+def _ticks(low: float, high: float, count: int, integer: bool = False) -> list[float]:
     """Round numbers, evenly spaced, that enclose `low` to `high`."""
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-30):
         spread = abs(low) / 2 or 0.5
@@ -140,7 +140,7 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough * 0.999)
-    if whole:
+    if integer:
         step = max(1.0, math.ceil(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
-from coati.files import written_aside
+from coati.files import atomic_write
 
 METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
 _NON_FINITE = ("nan", "inf", "-inf")
@@ -37,10 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; none if it is absent. A last line torn by a crash is left out.
+    """The records of a JSON-lines file; none if it is absent. A last line truncated by a crash is skipped.
 
     Raises:
-        UserError: a line other than a torn last one is not a JSON object.
+        UserError: a line other than a truncated last one is not a JSON object.
     """
     if not path.exists():
         return
@@ -60,7 +60,7 @@ def drop_after(path: Path, step: int) -> None:
     """Remove the records of steps after `step`, so that a resumed run's log equals an uninterrupted one's."""
     if not path.exists():
         return
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for record in read_lines(path):
             if record["step"] <= step:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -103,5 +103,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; mend it or remove it.")
+        raise UserError(f"{path} is not a JSON object; fix it or remove it.")
     return value

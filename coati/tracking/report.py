@@ -18,18 +18,18 @@ from typing import Any
 
 from coati.errors import UserError
 from coati.files import replace_file
-from coati.tracking.charts import COLOURS, Line, Points, line_chart, number
+from coati.tracking.charts import COLORS, Line, Points, line_chart, number
 from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
 from coati.tracking.style import STYLE
 
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
-    "preference": "Preference optimisation",
+    "preference": "Preference optimization",
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",
 }
-# The charts that a stage opens with, in order; the first that it has is its headline.
+# The charts that a stage opens with, in order; the first that it has is its main metric.
 _SPEED = (r"grad.*norm", r"learning_rate|(^|/)lr$", r"tokens_per_second")
 _REINFORCEMENT = (
     r"^(reward|score)s?(/mean)?$",
@@ -107,10 +107,10 @@ def _read_runs(folders: list[Path]) -> list[Run]:
     """The runs below `folders`, each once, by the time they started."""
     labels: dict[Path, str] = {}
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob(RUN))
-        if not found:
+        run_dirs = sorted(path.parent for path in folder.rglob(RUN))
+        if not run_dirs:
             raise UserError(f"{folder} holds no run (no {RUN}); name a folder that a coati run has written.")
-        for run_dir in found:
+        for run_dir in run_dirs:
             relative = run_dir.relative_to(folder)
             labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
     runs = [Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]
@@ -184,7 +184,7 @@ def _stage(algorithm: str, runs: list[Run]) -> str:
 def _curves(runs: list[Run]) -> dict[str, list[Line]]:
     """The stage's lines by metric. `train/x` and `x` are metric x; `eval/x` is its dashed line."""
     curves: dict[str, list[Line]] = defaultdict(list)
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         points: dict[str, Points] = defaultdict(list)
         for record in run.metrics:
             for name in record.keys() - {"step", "time"}:
@@ -192,7 +192,7 @@ def _curves(runs: list[Run]) -> dict[str, list[Line]]:
         for name in sorted(points):
             dashed = name.startswith("eval/")
             label = f"{run.label} {name}" if len(runs) > 1 else name
-            curves[re.sub("^(train|eval)/", "", name)].append(Line(label, colour, points[name], dashed))
+            curves[re.sub("^(train|eval)/", "", name)].append(Line(label, color, points[name], dashed))
     return curves
 
 
@@ -206,7 +206,7 @@ def _headlines(algorithm: str, names: list[str]) -> list[str]:
 
 
 def _legend(runs: list[Run], curves: dict[str, list[Line]]) -> str:
-    keys = [(f"c{colour % COLOURS}", run.label) for colour, run in enumerate(runs) if len(runs) > 1]
+    keys = [(f"c{color % COLORS}", run.label) for color, run in enumerate(runs) if len(runs) > 1]
     if any(line.dashed for lines in curves.values() for line in lines):
         keys += [("", "training"), ("dashed", "evaluation")]
     spans = "".join(f"<span><i class='key {style}'></i>{escape(label)}</span>" for style, label in keys)

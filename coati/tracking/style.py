@@ -4,8 +4,8 @@ _LIGHT = ("#2563c9", "#d2691e", "#15803d", "#a21caf", "#0e7490", "#b91c1c", "#6d
 _DARK = ("#7aa7ff", "#f2a15f", "#5fd38d", "#e08af0", "#5cc8dc", "#ff8a8a", "#b0a4ff", "#d8c35a")
 
 
-def _palette(colours: tuple[str, ...]) -> str:
-    return "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours))
+def _palette(colors: tuple[str, ...]) -> str:
+    return "".join(f"--c{i}:{color};" for i, color in enumerate(colors))
 
 
 STYLE = (

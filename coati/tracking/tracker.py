@@ -29,7 +29,7 @@ class Tracker:
         run_dir: the run's folder, made if absent. An earlier run's logs there are set aside, unless resumed.
         algorithm: "sft", "reward", "ppo", ...: the stage under which the report shows the run.
         settings: all of the run's options, nested as they are in its YAML.
-        resume_step: the last step of the checkpoint that the run goes on from; later log lines are dropped.
+        resume_step: the last step of the checkpoint that the run resumes from; later log lines are dropped.
 
     Raises:
         UserError: `run_dir` can't be written, or wandb or tensorboard is asked for and can't start.
@@ -72,7 +72,7 @@ class Tracker:
             sink.log(values, step)
 
     def log_samples(self, rows: list[dict[str, Any]], step: int, name: str = "samples") -> None:
-        """Record what the model says: rows such as `{"prompt": ..., "response": ..., "reward": ...}`.
+        """Record samples: rows such as `{"prompt": ..., "response": ..., "reward": ...}`.
 
         Raises:
             ValueError: as for `log`.

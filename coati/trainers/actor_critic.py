@@ -9,7 +9,7 @@ from torch import Tensor
 from coati.data.collate import SFTBatch
 from coati.losses import cross_entropy, policy_loss, response_targets, value_loss
 from coati.losses.language import align
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 from coati.parallel import Engine
 from coati.rollout import Experience, RolloutBatch
 from coati.trainers.batching import in_batch_order, model_inputs
@@ -156,7 +156,7 @@ def policy_term(settings: PPO, log_probs: Tensor, entropy: Tensor, batch: Experi
     mask = batch.response_mask
     clips = dict(clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip)
     loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
-    return loss, metrics | {"entropy": keep(entropy.detach(), mask).sum() / denominator}
+    return loss, metrics | {"entropy": masked(entropy.detach(), mask).sum() / denominator}
 
 
 def value_term(settings: PPO, values: Tensor, batch: Experience, denominator: float):

@@ -8,7 +8,7 @@ One step:
 
 from coati.data import collate_preference
 from coati.losses import preference_loss
-from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
+from coati.losses.preference import PREFERENCE_LOSSES, Options, Responses
 from coati.models.packed import check_packing
 from coati.parallel import resolve_precision
 from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
@@ -49,10 +49,10 @@ class DPOTrainer(PreferenceTrainer):
     def loss(self, log_probs, batch, denominator):
         return self.loss_of(*chosen_and_rejected(self.responses(log_probs, batch)), denominator)
 
-    def loss_of(self, chosen: Answers, rejected: Answers, denominator: float):
+    def loss_of(self, chosen: Responses, rejected: Responses, denominator: float):
         """The loss of pairs, and its metrics."""
         a = self.config.algorithm
-        how = dict(nll_coefficient=a.nll_coefficient, length_normalised=a.length_normalized)
+        how = dict(nll_coefficient=a.nll_coefficient, length_normalized=a.length_normalized)
         return preference_loss(a.type, chosen, rejected, denominator, options=self.options, **how)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coati.config.generation import GenerationConfig
-from coati.data import BatchSampler, TokenisedDataset, build_dataset, prepare_tokenizer
+from coati.data import BatchSampler, TokenizedDataset, build_dataset, prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.adapters import vocabulary
@@ -46,7 +46,7 @@ class Factory:
 
     # --- data
 
-    def dataset(self, sources: list[str], kind: str, weights: list[float] | None = None) -> TokenisedDataset | None:
+    def dataset(self, sources: list[str], kind: str, weights: list[float] | None = None) -> TokenizedDataset | None:
         """Tokenized rows, built on rank 0 first; None for no sources."""
         if not sources:
             return None
@@ -55,7 +55,7 @@ class Factory:
         self.runtime.say(str(data.report))
         return data
 
-    def order(self, data: TokenisedDataset, start: tuple[int, int]) -> tuple[BatchSampler, int]:
+    def order(self, data: TokenizedDataset, start: tuple[int, int]) -> tuple[BatchSampler, int]:
         """The order of the training data, and how many steps the run has.
 
         Args:

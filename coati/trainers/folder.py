@@ -13,7 +13,7 @@ from coati.files import sync, write_json
 from coati.models.base import stored_dtype
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Checkpoints, Engine, Runtime
-from coati.parallel.checkpoint import written_by_all
+from coati.parallel.checkpoint import atomic_write_by_all
 from coati.parallel.engine import DTYPES
 from coati.run_layout import (
     FINAL_MODEL,
@@ -120,7 +120,7 @@ class RunFolder:
         """The finished models as HF folders, written aside and renamed."""
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
-            with written_by_all(target, self.runtime) as aside:
+            with atomic_write_by_all(target, self.runtime) as aside:
                 self._write_model(engine, tokenizer, aside, self.config.model.merge_lora, self._export_dtype(engine))
         self.runtime.communicator.barrier()
         self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")

@@ -26,14 +26,14 @@ from coati.losses import (
     group_advantages,
     importance_weights,
     kl_divergence,
-    penalise_missing_eos,
+    penalize_missing_eos,
     policy_loss,
     punish_overlong,
     returns_to_go,
     shape_rewards,
     whiten,
 )
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.models.packed import check_packing
@@ -74,13 +74,13 @@ class GRPOTrainer(RolloutTrainer):
         kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         in_reward = a.kl_coefficient if a.kl_in == "reward" else 0.0
         rewards = shape_rewards(self.shape(batch), kl, mask, in_reward)
-        advantages = self.advantages(keep(rewards + batch.token_rewards, mask), baseline, mask)
+        advantages = self.advantages(masked(rewards + batch.token_rewards, mask), baseline, mask)
         correction = importance_weights(
             log_probs, batch.sampling_log_probs, mask, a.importance_correction, a.importance_cap
         )
         learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
-        experience = Experience.of(batch, learned, log_probs, reference, advantages * correction)
+        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * correction)
 
         rate = self.learning_rate(k, c.optimizer.learning_rate)
         with clock("learn"):
@@ -103,7 +103,7 @@ class GRPOTrainer(RolloutTrainer):
         """The scores of whole responses as the policy will see them, `[batch]`."""
         c, lengths = self.config, batch.response_mask.sum(1)
         scores = clip_scores(batch.scores, c.scoring.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
+        scores = penalize_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
         buffer, penalty = c.algorithm.overlong_buffer, c.algorithm.overlong_penalty
         return punish_overlong(scores, lengths, c.generation.max_new_tokens, buffer, penalty)
 
@@ -129,8 +129,9 @@ class GRPOTrainer(RolloutTrainer):
         """What the policy's likeliest responses to the samples' prompts earn, `[samples]`."""
         n = self.config.algorithm.group_size
         greedy = replace(self.config.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-        found = self.generation.sample([Prompt.of(sample) for sample in samples[::n]], greedy, version=k).samples
-        batch = RolloutBatch.of(found, self.factory.pad_id, 1.0, self.runtime.device)
+        prompts = [Prompt.from_sample(sample) for sample in samples[::n]]
+        found = self.generation.sample(prompts, greedy, version=k).samples
+        batch = RolloutBatch.from_samples(found, self.factory.pad_id, 1.0, self.runtime.device)
         return (self.shape(batch) + batch.token_rewards.sum(1)).repeat_interleave(n)
 
     # --- the policy learns
@@ -164,7 +165,7 @@ class GRPOTrainer(RolloutTrainer):
             if a.kl_coefficient and a.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)
                 loss = loss + a.kl_coefficient * (weights * kl).sum() / denominator
-            mean_entropy = keep(entropy, mask).sum() / denominator
+            mean_entropy = masked(entropy, mask).sum() / denominator
             if a.entropy_coefficient:
                 loss = loss - a.entropy_coefficient * mean_entropy
             return loss, metrics | {"entropy": mean_entropy.detach()}

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coati.data import collate_sft, collate_unpaired, exchange_answers
+from coati.data import collate_sft, collate_unpaired, mismatched_sequence
 from coati.losses import kto_loss
-from coati.losses.masking import keep
-from coati.losses.preference import Answers
+from coati.losses.masking import masked
+from coati.losses.preference import Responses
 from coati.trainers.pairs import text_of
 from coati.trainers.preference import PreferenceTrainer
 from coati.trainers.reference import response_sums
@@ -52,7 +52,7 @@ class KTOTrainer(PreferenceTrainer):
     def loss(self, log_probs, batch, denominator):
         return self.loss_of(self.responses(log_probs, batch), batch.desirable, batch.kl, denominator)
 
-    def loss_of(self, responses: Answers, desirable: Tensor, kl: Tensor, denominator: float):
+    def loss_of(self, responses: Responses, desirable: Tensor, kl: Tensor, denominator: float):
         """The loss of responses, and its metrics."""
         a = self.config.algorithm
         weights = dict(desirable_weight=a.desirable_weight, undesirable_weight=a.undesirable_weight)
@@ -66,7 +66,7 @@ class KTOTrainer(PreferenceTrainer):
         """The mean log-ratio of the rows' responses to other rows' prompts, over all ranks: a number."""
         sequences, n = [data[row].sequence for row in rows], len(rows)
         mixed = [
-            exchange_answers(asked, sequences[(i + n // 2) % n], self.tokenizer, self.config.data.max_length)
+            mismatched_sequence(asked, sequences[(i + n // 2) % n], self.tokenizer, self.config.data.max_length)
             for i, asked in enumerate(sequences)
         ]
         chunks = self.batching.shard_all([len(sequence) for sequence in mixed])
@@ -77,7 +77,7 @@ class KTOTrainer(PreferenceTrainer):
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for chunk, ours, theirs in zip(chunks, policy, self.reference.sums_of(batches), strict=True):
             real = upload([is_real for _, is_real in chunk], self.runtime.device, torch.bool)
-            total += keep(ours - theirs, real).sum()
+            total += masked(ours - theirs, real).sum()
         return self.ranks.sum(total) / n
 
     def accumulate(self, log_probs, batch, rows):

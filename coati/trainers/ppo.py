@@ -28,7 +28,7 @@ from coati.losses import (
     gae,
     kl_divergence,
     masked_sums,
-    penalise_missing_eos,
+    penalize_missing_eos,
     shape_rewards,
     whiten,
 )
@@ -56,7 +56,7 @@ class PPOTrainer(RolloutTrainer):
     Attributes:
         models: policy and critic.
         kl_coefficient: of now; with `kl_target` it adapts itself.
-        score_moments: of all scores so far, for `normalise_reward`.
+        score_moments: of all scores so far, for `normalize_reward`.
     """
 
     config: PPOConfig
@@ -82,14 +82,14 @@ class PPOTrainer(RolloutTrainer):
 
         scores = self.normalize(batch.scores) if c.scoring.normalize_reward else batch.scores
         scores = clip_scores(scores, c.scoring.reward_clip)
-        scores = penalise_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
+        scores = penalize_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
         kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient) + batch.token_rewards
         advantages, returns = gae(values, rewards, mask, a.gamma, a.gae_lambda)
         if a.whiten_advantages:
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
 
-        experience = Experience.of(batch, mask, log_probs, reference, advantages, values, returns)
+        experience = Experience.from_batch(batch, mask, log_probs, reference, advantages, values, returns)
         rates = Rates(self.learning_rate(k, c.optimizer.learning_rate), self.learning_rate(k, a.critic_learning_rate))
         texts = self.texts(k)
         with clock("learn"):
@@ -108,7 +108,7 @@ class PPOTrainer(RolloutTrainer):
         """By the mean and standard deviation of all scores so far, these included."""
         everything = torch.ones_like(scores, dtype=torch.bool)
         self.score_moments.update(self.ranks.sum(masked_sums(scores, everything)))
-        return self.score_moments.normalise(scores)
+        return self.score_moments.normalize(scores)
 
     def texts(self, k: int) -> list[SFTBatch]:
         """This rank's micro-batches of the pre-training mix: as many rows as a minibatch has responses."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from coati.errors import UserError
 from coati.losses import response_targets
-from coati.losses.masking import keep
-from coati.losses.preference import Answers
+from coati.losses.masking import masked
+from coati.losses.preference import Responses
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.trainers.config import PreferenceConfig
@@ -74,17 +74,17 @@ class PreferenceTrainer(SupervisedTrainer):
         found = self.reference.sums(data, chunks, batches)
         return [replace(batch, reference=sums) for batch, sums in zip(batches, found, strict=True)]
 
-    def responses(self, log_probs: Tensor, batch) -> Answers:
+    def responses(self, log_probs: Tensor, batch) -> Responses:
         """What a loss reads of the batch's responses, one per row."""
         targets = self.targets(batch)
-        return Answers(keep(log_probs, targets).sum(1), targets.sum(1), batch.reference)
+        return Responses(masked(log_probs, targets).sum(1), targets.sum(1), batch.reference)
 
 
-def chosen_and_rejected(responses: Answers, rows: Tensor | slice = slice(None)) -> tuple[Answers, Answers]:
+def chosen_and_rejected(responses: Responses, rows: Tensor | slice = slice(None)) -> tuple[Responses, Responses]:
     """The two halves of a batch of pairs, or some pairs of it."""
     references: Sequence[Tensor | None] = (None, None)
     if responses.reference is not None:
         references = responses.reference.chunk(2)
     halves = zip(responses.log_probs.chunk(2), responses.lengths.chunk(2), references, strict=True)
-    chosen, rejected = (Answers(s[rows], n[rows], r if r is None else r[rows]) for s, n, r in halves)
+    chosen, rejected = (Responses(s[rows], n[rows], r if r is None else r[rows]) for s, n, r in halves)
     return chosen, rejected

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.data.dataset import writing
+from coati.data.dataset import cache_write_errors
 from coati.data.sources import hash_file
-from coati.files import written_aside
+from coati.files import atomic_write
 from coati.losses import response_targets
-from coati.losses.masking import keep
+from coati.losses.masking import masked
 from coati.models.lora import base_of_adapter, is_adapter
 from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.factory import engine_class
@@ -32,7 +32,7 @@ def response_sums(engine: Engine, batches: Sequence, inputs: Callable[[Any], dic
     """
     outputs = engine.forward_all([inputs(batch) for batch in batches])
     return [
-        keep(log_probs, response_targets(batch.loss_mask)).sum(1)
+        masked(log_probs, response_targets(batch.loss_mask)).sum(1)
         for log_probs, batch in zip(outputs, batches, strict=True)
     ]
 
@@ -105,7 +105,7 @@ def cached_reference(
             stored = _compute(reference, data, load, batching)
             runtime.say(f"reference log-probs of {len(data)} rows: {path}")
             if main:
-                with writing(folder):
+                with cache_write_errors(folder):
                     _write(path, stored)
         found[data.key] = stored
     return CachedReference(found, runtime.device)
@@ -157,5 +157,5 @@ def _write(path: Path, log_probs: Tensor):
     from filelock import FileLock
     from safetensors.torch import save_file
 
-    with FileLock(f"{path}.lock"), written_aside(path) as aside:  # another run may compute the same
+    with FileLock(f"{path}.lock"), atomic_write(path) as aside:  # another run may compute the same
         save_file({"log_probs": log_probs.contiguous()}, aside)

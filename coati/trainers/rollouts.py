@@ -9,11 +9,11 @@ from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
 from coati.rewards import ModelReward, Reward, Scorer
 from coati.rollout import (
+    RolloutShape,
     RolloutSource,
     ScoredGeneration,
-    Shape,
     SynchronousRollouts,
-    has_keys_and_values,
+    has_kv_cache,
     prompt_of,
 )
 from coati.rollout.prompts import eos_ids
@@ -87,7 +87,7 @@ class RolloutTrainer(Trainer):
         self.factory.longest_sequence = self.longest_sequence()
         self.engines = self.build_models()
         self.actor = self.engines[ACTOR]
-        if not has_keys_and_values(self.actor.module):
+        if not has_kv_cache(self.actor.module):
             raise UserError(
                 f"{self.algorithm} needs a policy whose layers all keep keys and values; "
                 f"{self.actor.module.config.model_type} has others"
@@ -108,11 +108,12 @@ class RolloutTrainer(Trainer):
     def build_rollouts(self) -> RolloutSource:
         """Samples of the policy of now, drawn when an iteration asks for them."""
         c = self.config
+        group_size, minibatches = c.responses // c.batch_size, c.algorithm.minibatches
         return SynchronousRollouts(
             self.generation,
             self.data,
             self.order,
-            Shape(prompts=c.batch_size, group_size=c.responses // c.batch_size, minibatches=c.algorithm.minibatches),
+            RolloutShape(prompts=c.batch_size, group_size=group_size, minibatches=minibatches),
             self.ranks,
             seed=c.seed,
             sampling=self.sampling,

@@ -6,14 +6,14 @@ import statistics
 from pathlib import Path
 
 from coati.tracking import read_metrics
-from coati.tracking.charts import COLOURS, Line
+from coati.tracking.charts import COLORS, Line
 from examples.drawing import figure
 from examples.stages import ROOT, fill_figures
 
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of the 95 % interval of a mean, by the number of values
 
 
-def summarise(output: Path, scripts: dict[str, str], *, write_docs: bool = False):
+def summarize(output: Path, scripts: dict[str, str], *, write_docs: bool = False):
     """Writes figures.md and curves.svg, by algorithm over its seeds; into docs/ too if that is asked for.
 
     Args:
@@ -60,7 +60,7 @@ def evaluations(folder: Path, name: str) -> list[tuple[float, float]]:
 def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
     """Means over seeds: right answers to held-out sums, and held-out pairs told apart."""
     charts: dict[str, list[Line]] = {}
-    for colour, (name, runs) in enumerate(folders.items()):
+    for color, (name, runs) in enumerate(folders.items()):
         paired = scripts[name] == "preference"
         title = "held-out pairs told apart, by step" if paired else "right answers to held-out sums, by iteration"
         values: dict[float, list[float]] = {}
@@ -69,5 +69,5 @@ def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
                 values.setdefault(step, []).append(value)
         points = [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
         if points:  # KTO has no pairs to tell apart
-            charts.setdefault(title, []).append(Line(name, colour, points, dashed=colour >= COLOURS))
+            charts.setdefault(title, []).append(Line(name, color, points, dashed=color >= COLORS))
     return figure(charts, list(folders), f"means over {max(map(len, folders.values()))} seeds")

@@ -1,5 +1,5 @@
 """Chain sums: a small model from random weights gets some of them right after a short SFT, and goes on to learn from
-whether its answers are right, or from pairs of a right and a wrong one, on two CPU processes in minutes.
+whether its responses are right, or from pairs of a right and a wrong one, on two CPU processes in minutes.
 
 python examples/arithmetic/run.py                                   # data, SFT, GRPO
 python examples/arithmetic/run.py --algorithms dapo dpo --seed 1    # a seed's data and SFT serve all its algorithms
@@ -16,10 +16,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from results import summarise  # noqa: E402
+from results import summarize  # noqa: E402
 from sums import make_data  # noqa: E402
 
-from examples.answers import Answered, Questions, answer  # noqa: E402
+from examples.rounds import PromptSet, ScoredPrompt, sample_responses  # noqa: E402
 from examples.stages import train  # noqa: E402
 
 # The config, and what an algorithm differs in from it, see docs/grpo.md and docs/preference.md.
@@ -33,15 +33,15 @@ ALGORITHMS = {
     "reinforce++": ("grpo", dict(advantage="reinforce++-baseline", aggregation="token")),
     "remax": ("grpo", dict(advantage="remax", group_size=1, batch_size=512, aggregation="token")),
     "ppo": ("ppo", {}),
-    # without a likelihood term both answers of a pair become rarer, and fewer answers right
+    # without a likelihood term both responses of a pair become rarer, and fewer are right
     "dpo": ("preference", dict(nll_coefficient=1.0)),
     "simpo": ("preference", dict(algorithm="simpo", beta=2.0, gamma=1.0, nll_coefficient=1.0)),
     "orpo": ("preference", dict(algorithm="orpo", beta=1.0)),
     "kto": ("preference", dict(algorithm="kto", beta=0.5)),
 }
 ENOUGH = 0.5  # accuracy at which SFT is left
-PAIRED = 3000  # prompts that are answered to make pairs
-TRIES = 4  # answers to each held-out prompt
+PAIRED = 3000  # prompts that are sampled to make pairs
+TRIES = 4  # responses to each held-out prompt
 
 
 def main():
@@ -63,11 +63,11 @@ def main():
         for algorithm in chosen:
             if not (folder / algorithm / "summary.json").exists():
                 learn(algorithm, start, before, folder, data, seed, arguments.processes)
-    summarise(output, {name: script for name, (script, _) in ALGORITHMS.items()}, write_docs=arguments.write_docs)
+    summarize(output, {name: script for name, (script, _) in ALGORITHMS.items()}, write_docs=arguments.write_docs)
 
 
 def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int) -> Path:
-    """Trains on right answers, and returns the first checkpoint that is right often enough."""
+    """Trains on right responses, and returns the first checkpoint that is right often enough."""
     flags = {"seed": seed, "cache_dir": folder / "cache", "train_data": data["sft"], "eval_data": data["sft_eval"]}
     train("sft", HERE / "configs" / "sft.yaml", folder / "sft", flags | {"tokenizer": data["tokenizer"]}, processes)
     for checkpoint in sorted((folder / "sft" / "checkpoints").glob("step-*")):
@@ -95,23 +95,25 @@ def learn(algorithm: str, start: Path, before: float, folder: Path, data: dict[s
     print(f"{algorithm}, seed {seed}: {before:.3f} right before, {after:.3f} after, {seconds:.0f} s", flush=True)
 
 
-def answers(model: Path, prompts: Path, seed: int, n: int) -> list[Answered]:
-    """n sampled answers to each of at most `PAIRED` prompts of a file, and whether each is right."""
-    return answer(model, Questions(prompts, f"{HERE}/reward.py:correct", n, PAIRED, max_new_tokens=28), [seed, 0])
+def draw_responses(model: Path, prompts: Path, seed: int, n: int) -> list[ScoredPrompt]:
+    """n sampled responses to each of at most `PAIRED` prompts of a file, and whether each is right."""
+    return sample_responses(
+        model, PromptSet(prompts, f"{HERE}/reward.py:correct", n, PAIRED, max_new_tokens=28), [seed, 0]
+    )
 
 
 def accuracy(model: Path, prompts: Path, seed: int, n: int = 1) -> float:
-    """The share of right answers among n sampled ones to each prompt."""
-    rewards = [reward for answered in answers(model, prompts, seed, n) for reward in answered.rewards]
+    """The fraction of right responses among n sampled ones to each prompt."""
+    rewards = [reward for scored in draw_responses(model, prompts, seed, n) for reward in scored.rewards]
     return sum(rewards) / len(rewards)
 
 
 def pairs(model: Path, prompts: Path, seed: int) -> Path:
-    """A right and a wrong answer of the model to each prompt where eight tries gave both."""
+    """A right and a wrong response to each prompt for which eight samples gave both."""
     path = prompts.with_name(prompts.name.replace("prompts", "pairs"))
     if not path.exists():
-        answered = [a for a in answers(model, prompts, seed, 8) if a.teaches]
-        rows = [{"prompt": a.prompt, "chosen": a.best, "rejected": a.worst} for a in answered]
+        informative = [a for a in draw_responses(model, prompts, seed, 8) if a.is_informative]
+        rows = [{"prompt": a.prompt, "chosen": a.best, "rejected": a.worst} for a in informative]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

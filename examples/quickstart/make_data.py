@@ -3,7 +3,7 @@
     python examples/quickstart/make_data.py --out runs/quickstart/data --seed 0
 
 Half of the replies in `sft.jsonl` are bad (rude, off topic, or both), so that reinforcement learning has
-something left to do after supervised fine-tuning. The evaluation files hold messages about pairs of colour and
+something left to do after supervised fine-tuning. The evaluation files hold messages about pairs of color and
 item that no training file contains. The same seed gives the same bytes.
 """
 
@@ -33,7 +33,7 @@ PHRASES = Path(__file__).with_name("phrases.yaml")
 class Shop:
     """Draws messages and replies from the phrase book with one random generator.
 
-    `pairs` are the (colour, item) pairs that messages may be about.
+    `pairs` are the (color, item) pairs that messages may be about.
     """
 
     def __init__(self, rng: random.Random, book: dict, pairs: list[tuple[str, str]]) -> None:
@@ -41,9 +41,9 @@ class Shop:
 
     def fill(self, phrase: str) -> str:
         """`phrase` with its slots filled at random."""
-        colour, item = self.rng.choice(self.pairs)
+        color, item = self.rng.choice(self.pairs)
         day, name = self.rng.choice(self.book["days"]), self.rng.choice(self.book["names"])
-        return phrase.format(colour=colour, item=item, day=day, name=name)
+        return phrase.format(color=color, item=item, day=day, name=name)
 
     def message(self) -> tuple[str, str]:
         """A topic and a customer's message about it."""
@@ -123,18 +123,18 @@ class Shop:
             yield {"prompt": text}
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file or folder next to `path`, then move it there, so that no half of it is ever seen."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    write(partial)
     if path.is_dir():
         shutil.rmtree(path)
-    os.replace(aside, path)
+    os.replace(partial, path)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_aside(path, lambda aside: aside.write_text(lines, encoding="utf-8"))
+    atomic_write(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
 
 
 def train_tokenizer(texts: Iterable[str]):
@@ -169,7 +169,7 @@ def make_data(out: str | Path, seed: int = 0) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     book = yaml.safe_load(PHRASES.read_text(encoding="utf-8"))
-    pairs = list(product(book["colours"], book["items"]))
+    pairs = list(product(book["colors"], book["items"]))
     rng.shuffle(pairs)
     held_out = len(pairs) // 10
     train, evaluation = Shop(rng, book, pairs[held_out:]), Shop(rng, book, pairs[:held_out])
@@ -190,7 +190,7 @@ def make_data(out: str | Path, seed: int = 0) -> dict[str, Path]:
     # With the words of coati's default chat template, so that they become pieces of their own.
     tokenizer = train_tokenizer(f"User: {user}\nAssistant: {assistant}" for user, assistant in dialogues)
     paths["tokenizer"] = out / "tokenizer"
-    write_aside(paths["tokenizer"], tokenizer.save_pretrained)
+    atomic_write(paths["tokenizer"], tokenizer.save_pretrained)
     return paths
 
 

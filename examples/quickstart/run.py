@@ -33,7 +33,7 @@ def main():
         if (folder / "summary.json").exists():
             sys.exit(f"error: {folder} holds a finished quickstart: remove it, or name another --output")
         three_stages(folder, seed, arguments)
-        summaries.append(summarise(folder))
+        summaries.append(summarize(folder))
     print(f"\n{time.monotonic() - started:.0f} s for data and training")
     for seed, summary in enumerate(summaries):
         print(f"seed {seed}: " + "  ".join(f"{name} {value:.3f}" for name, value in summary.items()))
@@ -57,7 +57,7 @@ def three_stages(folder: Path, seed: int, arguments):
     train("ppo", configs / "ppo.yaml", folder / "ppo", common | rows, arguments.processes)
 
 
-def summarise(folder: Path) -> dict[str, float]:
+def summarize(folder: Path) -> dict[str, float]:
     """Reward-model accuracy, and reward and the independent measure before and after PPO, on held-out prompts."""
     accuracy = [row["eval/accuracy"] for row in read_metrics(folder / "reward") if "eval/accuracy" in row]
     rewards = [row["eval/reward"] for row in read_metrics(folder / "ppo") if "eval/reward" in row]

@@ -56,10 +56,10 @@ def main():
 def draw(folders: dict[str, Path]) -> str:
     """Reward on the held-out prompts (dots) and on each iteration's own, by iteration."""
     lines = []
-    for colour, (name, folder) in enumerate(folders.items()):
+    for color, (name, folder) in enumerate(folders.items()):
         for metric in ("reward", "eval/reward"):
             points = [(row["step"], row[metric]) for row in read_metrics(folder) if metric in row]
-            lines.append(Line(name, colour, points, dashed=metric != "reward"))
+            lines.append(Line(name, color, points, dashed=metric != "reward"))
     return figure({"reward": lines}, list(folders), note="dots: on 200 held-out prompts")
 
 

@@ -29,7 +29,7 @@ def runs(tmp_path):
 
 def test_a_row_gives_each_seed_and_the_interval_of_the_gain(runs):
     scripts = {"grpo": "grpo", "ppo": "ppo", "dpo": "preference"}
-    results.summarise(runs, scripts)
+    results.summarize(runs, scripts)
     head, _, grpo, dpo = (runs / "figures.md").read_text().splitlines()
     half = 4.303 * 10 / 3**0.5  # Student's t, two degrees of freedom
     expected = f"+40.0 ({40 - half:+.1f} to {40 + half:+.1f})"
@@ -50,13 +50,13 @@ def test_the_page_is_filled_when_asked_for(runs, monkeypatch):
     monkeypatch.setattr(results, "fill_figures", lambda *arguments: filled.append(arguments))
     monkeypatch.setattr(results, "ROOT", runs)
     (runs / "docs").mkdir()
-    results.summarise(runs, {"grpo": "grpo", "dpo": "preference"})
+    results.summarize(runs, {"grpo": "grpo", "dpo": "preference"})
     assert filled == []
-    results.summarise(runs, {"grpo": "grpo", "dpo": "preference"}, write_docs=True)
+    results.summarize(runs, {"grpo": "grpo", "dpo": "preference"}, write_docs=True)
     assert len(filled) == 1 and (runs / "docs" / "arithmetic.svg").is_file()
 
 
 def test_runs_without_pairs_have_neither_a_share_nor_a_line(runs):
     run(runs / "seed0" / "kto", "loss", [0.5, 0.4], before=0.4, after=0.5, seconds=30)
-    results.summarise(runs, {"dpo": "preference", "kto": "preference"})
+    results.summarize(runs, {"dpo": "preference", "kto": "preference"})
     assert (runs / "figures.md").read_text().splitlines()[-1].endswith("|  | 0.5 |")

@@ -54,7 +54,7 @@ QWEN3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-# template, and the token that ends an answer in it
+# template, and the token that ends a response in it
 TEMPLATES = {
     "default": (None, "</s>"),
     "llama3": (LLAMA3, "</s>"),

@@ -29,7 +29,7 @@ class Family:
     """A template, its tokenizer's special tokens, its writer, and what it can take.
 
     Attributes:
-        tagged: answers are marked with {% generation %}.
+        tagged: responses are marked with {% generation %}.
     """
 
     name: str

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coati.config import parse_config
-from coati.data import DataConfig, build_dataset, dataset, prepare_tokenizer, tokenise
+from coati.data import DataConfig, build_dataset, dataset, prepare_tokenizer, tokenize
 from coati.data.records import parse_record
 from coati.errors import UserError
 
@@ -29,9 +29,9 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("kind, rows", [("sft", GOOD), ("prompt", GOOD), ("preference", PAIRS)])
-def test_samples_are_those_of_tokenise_in_order(kind, rows, tokenizer, config, write_jsonl):
+def test_samples_are_those_of_tokenize_in_order(kind, rows, tokenizer, config, write_jsonl):
     data = build_dataset([write_jsonl(rows)], kind, tokenizer, config)
-    expected = [tokenise(parse_record(row, kind)[0], tokenizer, config) for row in rows]
+    expected = [tokenize(parse_record(row, kind)[0], tokenizer, config) for row in rows]
     assert list(data) == expected
     assert data.lengths.tolist() == [len(sample) for sample in expected]
     assert len(data) == len(rows) and data[np.int64(1)] == expected[1]
@@ -66,7 +66,7 @@ def test_the_report_counts_reasons_with_first_lines(tokenizer, config, write_jso
     assert found == {
         "the line is not valid JSON": (1, [2], True),
         "no known fields for sft data, only `text`": (6, [3, 6, 7], True),
-        "an answer is empty": (1, [5], True),
+        "a response is empty": (1, [5], True),
         "the row is longer than --max_length 1024 tokens": (1, [11], False),
     }
     assert report.rows[source] == 11 and report.samples[source] == 2
@@ -85,7 +85,7 @@ def test_the_report_fits_one_screen():
 
 @pytest.mark.parametrize("train_on", ["all", "each"])
 def test_the_report_counts_what_no_sample_holds(train_on, tokenizer, config, write_jsonl):
-    """REPORT 8: by field, once a row however many samples it gives; also when it is read from the cache."""
+    """REPORT 8: by field, once per row however many samples it gives; also when it is read from the cache."""
     config.train_on = train_on
     dialogue = [{"role": "user", "content": "a", "name": "Al"}, {"role": "assistant", "content": "b"}] * 2
     rows = [{"id": 0, **GOOD[0]}, GOOD[1], {"messages": dialogue, "id": 2}, {"id": 3, "tag": "x", **GOOD[2]}]
@@ -192,7 +192,7 @@ def test_a_build_that_fails_leaves_no_data(tokenizer, config, write_jsonl, monke
         raise RuntimeError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_tokenised", fail)
+        patch.setattr(dataset, "_tokenized", fail)
         with pytest.raises(RuntimeError, match="disk full"):
             build_dataset([write_jsonl(GOOD)], "sft", tokenizer, config)
     assert [p for p in Path(config.cache_dir).iterdir() if p.suffix != ".lock"] == []
@@ -206,12 +206,12 @@ from coati.config import parse_config
 from coati.data import DataConfig, build_dataset, dataset, prepare_tokenizer
 source, tokenizer, cache, mode = sys.argv[1:]
 tokenizer, _ = prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer))
-original = dataset._tokenised
+original = dataset._tokenized
 def slow(*arguments):
     yield from original(*arguments)
     print("started", flush=True)
     time.sleep(60 if mode == "hang" else 0.5)
-dataset._tokenised = slow
+dataset._tokenized = slow
 print(len(build_dataset([source], "sft", tokenizer, DataConfig(cache_dir=cache))), flush=True)
 """
 

@@ -52,19 +52,19 @@ def test_every_dialogue_format_gives_the_same_record(name):
 
 
 @pytest.mark.parametrize("name", SFT_ROWS)
-def test_a_prompt_is_the_dialogue_without_the_last_answer(name):
+def test_a_prompt_is_the_dialogue_without_the_last_response(name):
     [record] = parse_record(SFT_ROWS[name], "prompt")
     assert record.prompt == [user("hi")]
 
 
 @pytest.mark.parametrize("name", SFT_ROWS)
 @pytest.mark.parametrize("label", [True, False])
-def test_a_dialogue_with_a_label_is_a_good_or_a_bad_answer(name, label):
+def test_a_dialogue_with_a_label_is_a_good_or_a_bad_response(name, label):
     expected = [UnpairedRecord([user("hi")], [assistant("hello")], label)]
     assert parse_record(SFT_ROWS[name] | {"label": label}, "unpaired") == expected
 
 
-def test_a_pair_taken_apart_is_a_good_and_a_bad_answer():
+def test_a_pair_taken_apart_is_a_good_and_a_bad_response():
     row = {"prompt": "hi", "chosen": "hello", "rejected": "no"}
     assert parse_record(row, "unpaired") == [
         UnpairedRecord([user("hi")], [assistant("hello")], True),
@@ -72,10 +72,10 @@ def test_a_pair_taken_apart_is_a_good_and_a_bad_answer():
     ]
 
 
-def test_only_the_last_answer_of_a_labelled_dialogue_is_judged():
+def test_only_the_last_response_of_a_labeled_dialogue_has_the_label():
     messages = [*DIALOGUE, user("more"), assistant("no")]
     [record] = parse_record({"messages": messages, "label": False}, "unpaired")
-    assert (record.prompt, record.answer) == (messages[:-1], messages[-1:])
+    assert (record.prompt, record.response) == (messages[:-1], messages[-1:])
 
 
 @pytest.mark.parametrize("label", [None, "true", 0.5, [True]])
@@ -173,7 +173,7 @@ def test_hh_markers_inside_a_paragraph_are_text():
     assert record.prompt == [user("Human: say Assistant: \nHuman: ok")]
 
 
-def test_hh_neighbouring_turns_of_one_role_are_joined():
+def test_hh_neighboring_turns_of_one_role_are_joined():
     text = "\n\nHuman: hi\n\nAssistant: one\n\nAssistant: "
     [record] = parse_record({"chosen": text + "two", "rejected": text + "three"}, "preference")
     assert record.prompt == [user("hi")]
@@ -215,7 +215,7 @@ FAULTS = [
     ("sft", {"messages": [assistant("a")]}, "do not alternate"),
     ("sft", {"messages": [*DIALOGUE, {"role": "system", "content": "x"}]}, "do not alternate"),
     ("sft", {"messages": [user("a")]}, "not from the assistant"),
-    ("sft", {"messages": [user("a"), assistant(" \n")]}, "answer is empty"),
+    ("sft", {"messages": [user("a"), assistant(" \n")]}, "response is empty"),
     ("sft", {"prompt": "", "completion": "x"}, "prompt is empty"),
     ("sft", {"prompt": "x", "completion": 3}, "not text"),
     ("sft", {"messages": [user([{"type": "image", "url": "a"}]), assistant("b")]}, "not text"),
@@ -225,7 +225,7 @@ FAULTS = [
     ("preference", {"prompt": "hi", "chosen": "a"}, "no `chosen` and `rejected`"),
     ("preference", {"prompt": "hi", "chosen": "a", "rejected": "a"}, "equals"),
     ("preference", {"chosen": DIALOGUE, "rejected": DIALOGUE}, "equals"),
-    ("preference", {"prompt": "hi", "chosen": "a", "rejected": ""}, "answer is empty"),
+    ("preference", {"prompt": "hi", "chosen": "a", "rejected": ""}, "response is empty"),
     ("preference", {"chosen": "a", "rejected": "b"}, "do not share a prompt"),
     (
         "preference",
@@ -240,7 +240,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("kind, row, reason", FAULTS)
 def test_a_faulty_row_has_a_reason(kind, row, reason):
-    """PITFALL 20: rows that do not parse, have the wrong roles or empty answers are named at the start."""
+    """PITFALL 20: rows that do not parse, have the wrong roles or empty responses are named at the start."""
     with pytest.raises(ValueError, match=reason):
         parse_record(row, kind)
 
@@ -452,7 +452,7 @@ def test_rewards_are_called_with_every_name_that_is_not_reserved():
             scorer.score([sample])
 
 
-def test_the_answer_at_a_dialogue_s_end_is_said_to_be_left_out():
+def test_the_response_at_a_dialogue_s_end_is_said_to_be_left_out():
     """REPORT 22: nothing of a row goes without a word."""
     [record] = parse_record({"messages": DIALOGUE}, "prompt")
     assert record.unused == ("the last response (a prompt ends in front of it)",)

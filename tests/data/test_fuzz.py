@@ -22,7 +22,7 @@ def test_masks_are_what_the_template_wrote_and_nothing_of_a_row_is_lost(name):
 
 def test_a_part_that_vanishes_is_found(monkeypatch):
     """REPORT 8: the fuzzer sees what it is for."""
-    module = importlib.import_module("coati.data.tokenise")
+    module = importlib.import_module("coati.data.tokenize")
     monkeypatch.setattr(module, "left_out", lambda *arguments, **options: [])
     with pytest.raises(AssertionError, match="is nowhere"):
         fuzz_data.run("gemma3", examples=60, **SAME)

@@ -1,4 +1,4 @@
-"""Answer masks come from where tokens start in the rendered text, for any template and any words."""
+"""Response masks come from where tokens start in the rendered text, for any template and any words."""
 
 import copy
 
@@ -13,9 +13,9 @@ from coati.data import (
     SFTRecord,
     TooLong,
     prepare_tokenizer,
-    tokenise,
+    tokenize,
 )
-from coati.data.tokenise import _Encoded, _labelled, _token_starts
+from coati.data.tokenize import _Encoded, _mask_responses, _token_starts
 from coati.errors import UserError
 
 CONFIG = DataConfig()
@@ -31,13 +31,13 @@ def assistant(text):
 
 
 def labels(sequence, tokenizer) -> str:
-    """The text of the labelled tokens."""
+    """The text of the labeled tokens."""
     return tokenizer.decode([i for i, m in zip(sequence.input_ids, sequence.loss_mask, strict=True) if m])
 
 
-def answers_text(name: str, answers: list[str], eos: str) -> str:
-    """What must be labelled: each answer (after a space in the default template) and its EOS."""
-    return "".join((" " if name == "default" else "") + answer + eos for answer in answers)
+def responses_text(name: str, responses: list[str], eos: str) -> str:
+    """What must be labeled: each response (after a space in the default template) and its EOS."""
+    return "".join((" " if name == "default" else "") + response + eos for response in responses)
 
 
 TRAPS = [
@@ -51,11 +51,11 @@ TRAPS = [
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("messages", TRAPS)
 def test_user_text_does_not_move_labels(name, messages, tokenizer_for):
-    """PITFALL 14: role names, the answer's text and special tokens in what a user writes."""
+    """PITFALL 14: role names, the response's text and special tokens in what a user writes."""
     tokenizer = tokenizer_for(name)
-    sequence = tokenise(SFTRecord(messages), tokenizer, CONFIG)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert labels(sequence, tokenizer) == answers_text(name, answers, tokenizer.eos_token)
+    sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
+    responses = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert labels(sequence, tokenizer) == responses_text(name, responses, tokenizer.eos_token)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -65,28 +65,28 @@ SYSTEM = st.one_of(st.none(), TEXT)
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=80, deadline=None)
 @given(system=SYSTEM, turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
-def test_labels_decode_to_the_answers_and_their_eos(name, system, turns, tokenizer_for):
-    """For any dialogue: the labelled tokens are exactly the answers, each with its EOS."""
+def test_labels_decode_to_the_responses_and_their_eos(name, system, turns, tokenizer_for):
+    """For any dialogue: the labeled tokens are exactly the responses, each with its EOS."""
     tokenizer = tokenizer_for(name)
-    # llama3 trims contents, and an answer's leading space may share a token with the header's newline.
-    turns = [(question.strip(), answer.strip()) for question, answer in turns]
-    assume(all(question and answer for question, answer in turns))
-    messages = [m for question, answer in turns for m in (user(question), assistant(answer))]
+    # llama3 trims contents, and a response's leading space may share a token with the header's newline.
+    turns = [(question.strip(), response.strip()) for question, response in turns]
+    assume(all(question and response for question, response in turns))
+    messages = [m for question, response in turns for m in (user(question), assistant(response))]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    sequence = tokenise(SFTRecord(messages), tokenizer, CONFIG)
-    expected = answers_text(name, [answer for _, answer in turns], tokenizer.eos_token)
+    sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
+    expected = responses_text(name, [response for _, response in turns], tokenizer.eos_token)
     assert labels(sequence, tokenizer) == expected
     assert sequence.loss_mask[-1] and sequence.input_ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tokens_are_those_of_the_whole_text(name, tokenizer_for):
-    """PITFALL 16: the dialogue is tokenised once, so its tokens do not depend on where the prompt ends."""
+    """PITFALL 16: the dialogue is tokenized once, so its tokens do not depend on where the prompt ends."""
     tokenizer = tokenizer_for(name)
-    for answer in ("x", "\n\nx", "  x", "\u00e9x", "1"):
-        messages = [user("hi"), assistant(answer)]
-        sequence = tokenise(SFTRecord(messages), tokenizer, CONFIG)
+    for response in ("x", "\n\nx", "  x", "\u00e9x", "1"):
+        messages = [user("hi"), assistant(response)]
+        sequence = tokenize(SFTRecord(messages), tokenizer, CONFIG)
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert sequence.input_ids == whole[: len(sequence.input_ids)]
@@ -94,9 +94,9 @@ def test_tokens_are_those_of_the_whole_text(name, tokenizer_for):
 
 
 def test_a_token_that_starts_in_the_prompt_is_not_a_label(tokenizer_for):
-    """PITFALL 16: header newline and the answer's own newlines may merge; the shared token is prompt."""
+    """PITFALL 16: header newline and the response's own newlines may merge; the shared token is prompt."""
     tokenizer = tokenizer_for("chatml")
-    sequence = tokenise(SFTRecord([user("hi"), assistant("\n\nx")]), tokenizer, CONFIG)
+    sequence = tokenize(SFTRecord([user("hi"), assistant("\n\nx")]), tokenizer, CONFIG)
     assert labels(sequence, tokenizer) in ("\n\nx<|im_end|>", "\nx<|im_end|>", "x<|im_end|>")
     assert tokenizer.decode(sequence.input_ids).endswith("assistant\n\n\nx<|im_end|>")
 
@@ -115,30 +115,30 @@ def test_a_header_that_ends_in_a_space_is_not_a_label(trim, new_tokenizer):
     )
     tokenizer, _ = prepare_tokenizer(tokenizer)
     assert len(tokenizer(" <", add_special_tokens=False)["input_ids"]) == 2, "the space must be its own token"
-    sequence = tokenise(SFTRecord([user("q"), assistant("<x>")]), tokenizer, CONFIG)
+    sequence = tokenize(SFTRecord([user("q"), assistant("<x>")]), tokenizer, CONFIG)
     assert labels(sequence, tokenizer) == "<x></s>"
 
 
 def test_trained_turns_are_all_or_the_last(tokenizer_for):
     tokenizer = tokenizer_for("llama3")
     record = SFTRecord([user("a"), assistant("one"), user("b"), assistant("two")])
-    assert labels(tokenise(record, tokenizer, CONFIG), tokenizer) == "one</s>two</s>"
-    assert labels(tokenise(record, tokenizer, DataConfig(train_on="last")), tokenizer) == "two</s>"
+    assert labels(tokenize(record, tokenizer, CONFIG), tokenizer) == "one</s>two</s>"
+    assert labels(tokenize(record, tokenizer, DataConfig(train_on="last")), tokenizer) == "two</s>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_a_reason_or_trains_the_last(tokenizer_for):
     tokenizer = tokenizer_for("qwen3")
     two_turns = SFTRecord([user("a"), assistant("one"), user("b"), assistant("two")])
     with pytest.raises(ValueError, match="chat template writes a turn differently"):
-        tokenise(two_turns, tokenizer, CONFIG)
-    last = tokenise(two_turns, tokenizer, DataConfig(train_on="last"))
+        tokenize(two_turns, tokenizer, CONFIG)
+    last = tokenize(two_turns, tokenizer, DataConfig(train_on="last"))
     assert labels(last, tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>"
 
 
 def test_what_follows_the_eos_is_left_out(tokenizer_for):
-    """PITFALL 17: a sequence ends with the EOS of its last answer; chatml's newline after it is gone."""
+    """PITFALL 17: a sequence ends with the EOS of its last response; chatml's newline after it is gone."""
     tokenizer = tokenizer_for("chatml")
-    sequence = tokenise(SFTRecord([user("a"), assistant("b"), user("c"), assistant("d")]), tokenizer, CONFIG)
+    sequence = tokenize(SFTRecord([user("a"), assistant("b"), user("c"), assistant("d")]), tokenizer, CONFIG)
     assert labels(sequence, tokenizer) == "b<|im_end|>d<|im_end|>"
     assert sequence.input_ids[-1] == tokenizer.eos_token_id
 
@@ -146,20 +146,20 @@ def test_what_follows_the_eos_is_left_out(tokenizer_for):
 def test_a_template_without_eos_is_refused_in_words(tokenizer_for):
     tokenizer = copy.deepcopy(tokenizer_for("llama3"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match=r"^the chat template does not end an answer with the EOS token$"):
-        tokenise(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
+    with pytest.raises(ValueError, match=r"^the chat template does not end a response with the EOS token$"):
+        tokenize(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
 
 
-def test_an_answer_that_contains_the_eos_is_refused(tokenizer_for):
+def test_a_response_that_contains_the_eos_is_refused(tokenizer_for):
     with pytest.raises(ValueError, match="contains the EOS token"):
-        tokenise(SFTRecord([user("a"), assistant("b</s>")]), tokenizer_for("llama3"), CONFIG)
+        tokenize(SFTRecord([user("a"), assistant("b</s>")]), tokenizer_for("llama3"), CONFIG)
 
 
 def test_pad_that_equals_eos_keeps_the_eos_label(new_tokenizer):
     """PITFALL 6: pad token = EOS."""
     tokenizer, notes = prepare_tokenizer(new_tokenizer(pad_token=None))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and any("no pad token" in note for note in notes)
-    sequence = tokenise(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
+    sequence = tokenize(SFTRecord([user("a"), assistant("b")]), tokenizer, CONFIG)
     assert sequence.input_ids[-1] == tokenizer.eos_token_id and sequence.loss_mask[-1]
 
 
@@ -176,7 +176,7 @@ def test_there_is_one_bos(name, new_tokenizer, template_text):
     assert tokenizer("a")["input_ids"][0] == bos
     messages = [user("a"), assistant("b")]
     for record in (SFTRecord(messages), PromptRecord(messages[:1])):
-        ids = tokenise(record, tokenizer, CONFIG).input_ids
+        ids = tokenize(record, tokenizer, CONFIG).input_ids
         assert ids.count(bos) == 1 and ids[0] == bos
 
 
@@ -184,20 +184,20 @@ PAIR = PreferenceRecord([user("a"), assistant("old"), user("b")], [assistant("ye
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_pairs_share_the_prompt_and_label_their_answers_only(name, tokenizer_for):
+def test_pairs_share_the_prompt_and_label_their_responses_only(name, tokenizer_for):
     tokenizer = tokenizer_for(name)
-    pair = tokenise(PAIR, tokenizer, CONFIG)
+    pair = tokenize(PAIR, tokenizer, CONFIG)
     prompts = [side.input_ids[: side.loss_mask.index(True)] for side in (pair.chosen, pair.rejected)]
     assert prompts[0] == prompts[1] and "old" in tokenizer.decode(prompts[0])
-    assert labels(pair.chosen, tokenizer) == answers_text(name, ["yes sir"], tokenizer.eos_token)
-    assert labels(pair.rejected, tokenizer) == answers_text(name, ["no"], tokenizer.eos_token)
+    assert labels(pair.chosen, tokenizer) == responses_text(name, ["yes sir"], tokenizer.eos_token)
+    assert labels(pair.rejected, tokenizer) == responses_text(name, ["no"], tokenizer.eos_token)
     assert pair.margin == 2.0
-    assert tokenise(PreferenceRecord(PAIR.prompt, PAIR.chosen, PAIR.rejected), tokenizer, CONFIG).margin == 0.0
+    assert tokenize(PreferenceRecord(PAIR.prompt, PAIR.chosen, PAIR.rejected), tokenizer, CONFIG).margin == 0.0
     assert len(pair) == len(pair.chosen) > len(pair.rejected)
 
 
 def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
-    """A text of one token a word, EOS among them, with an answer in those characters."""
+    """A text of one token a word, EOS among them, with a response in those characters."""
     ids = [tokenizer.eos_token_id if word == "<eos>" else tokenizer.convert_tokens_to_ids("a") for word in words]
     ends = [sum(map(len, words[: i + 1])) for i in range(len(words))]
     return _Encoded(
@@ -205,17 +205,17 @@ def encoded(tokenizer, words: list[str], span: tuple[int, int]) -> _Encoded:
     )
 
 
-def test_what_starts_where_an_answer_ends_is_not_in_it(tokenizer_for):
-    """A template may write EOS twice: the answer has the first."""
+def test_what_starts_where_a_response_ends_is_not_in_it(tokenizer_for):
+    """A template may write EOS twice: the response has the first."""
     tokenizer = tokenizer_for("default")
-    found = _labelled(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
+    found = _mask_responses(encoded(tokenizer, ["user", "yes", "<eos>", "<eos>"], (4, 12)), tokenizer)
     assert found.loss_mask == [False, True, True]
 
 
-def test_an_answer_in_which_no_token_starts_is_refused(tokenizer_for):
+def test_a_response_in_which_no_token_starts_is_refused(tokenizer_for):
     tokenizer = tokenizer_for("default")
-    with pytest.raises(ValueError, match="does not end an answer with the EOS token"):
-        _labelled(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
+    with pytest.raises(ValueError, match="does not end a response with the EOS token"):
+        _mask_responses(encoded(tokenizer, ["user", "yes"], (5, 7)), tokenizer)
 
 
 def test_a_token_starts_where_its_characters_do():
@@ -226,18 +226,18 @@ def test_a_token_starts_where_its_characters_do():
 def test_a_pair_that_the_template_makes_equal_is_refused(tokenizer_for):
     with pytest.raises(ValueError, match=r"^`chosen` equals `rejected` once the chat template has written them$"):
         record = PreferenceRecord([user("a")], [assistant("b")], [assistant("b ")])
-        tokenise(record, tokenizer_for("llama3"), CONFIG)
+        tokenize(record, tokenizer_for("llama3"), CONFIG)
 
 
 def test_a_long_row_is_dropped_or_loses_the_left_of_its_prompt(tokenizer_for):
-    """PITFALL 17: cutting keeps BOS, the whole answer and its EOS."""
+    """PITFALL 17: cutting keeps BOS, the whole response and its EOS."""
     tokenizer = tokenizer_for("llama3")
     record = SFTRecord([user("x y z " * 50), assistant("the answer is Paris")])
-    whole = tokenise(record, tokenizer, CONFIG)
+    whole = tokenize(record, tokenizer, CONFIG)
     limit = len(whole) - 20
     with pytest.raises(TooLong):
-        tokenise(record, tokenizer, DataConfig(max_length=limit))
-    cut = tokenise(record, tokenizer, DataConfig(max_length=limit, too_long="truncate_prompt"))
+        tokenize(record, tokenizer, DataConfig(max_length=limit))
+    cut = tokenize(record, tokenizer, DataConfig(max_length=limit, too_long="truncate_prompt"))
     assert len(cut) == limit
     assert cut.input_ids == whole.input_ids[:1] + whole.input_ids[21:]
     assert labels(cut, tokenizer) == labels(whole, tokenizer)
@@ -249,14 +249,14 @@ def test_a_row_of_just_the_longest_length_stays_whole(too_long, tokenizer_for):
     tokenizer = tokenizer_for("llama3")
     row, prompt = SFTRecord([user("hello"), assistant("one")]), PromptRecord([user("hello you")])
     for record, limit in ((row, "max_length"), (prompt, "max_prompt_length")):
-        whole = tokenise(record, tokenizer, CONFIG)
-        assert tokenise(record, tokenizer, DataConfig(**{limit: len(whole)}, too_long=too_long)) == whole
+        whole = tokenize(record, tokenizer, CONFIG)
+        assert tokenize(record, tokenizer, DataConfig(**{limit: len(whole)}, too_long=too_long)) == whole
         shorter = DataConfig(**{limit: len(whole) - 1}, too_long=too_long)
         if too_long == "drop":
             with pytest.raises(TooLong, match=f"longer than --{limit} {len(whole) - 1} tokens"):
-                tokenise(record, tokenizer, shorter)
+                tokenize(record, tokenizer, shorter)
         else:
-            cut = tokenise(record, tokenizer, shorter)
+            cut = tokenize(record, tokenizer, shorter)
             assert cut.input_ids == whole.input_ids[:1] + whole.input_ids[2:]
 
 
@@ -265,9 +265,9 @@ def test_without_a_bos_a_row_is_cut_from_its_first_token_on(tokenizer_for):
     tokenizer = tokenizer_for("chatml")
     row, prompt = SFTRecord([user("x y z " * 9), assistant("one")]), PromptRecord([user("x y z " * 9)], {"level": 1})
     for record in (row, prompt):
-        whole = tokenise(record, tokenizer, CONFIG)
+        whole = tokenize(record, tokenizer, CONFIG)
         limits = dict(max_length=len(whole) - 3, max_prompt_length=len(whole) - 3)
-        cut = tokenise(record, tokenizer, DataConfig(**limits, too_long="truncate_prompt"))
+        cut = tokenize(record, tokenizer, DataConfig(**limits, too_long="truncate_prompt"))
         assert cut.input_ids == whole.input_ids[3:]
     assert cut.text == tokenizer.decode(cut.input_ids)
     assert cut.columns == {"level": 1}
@@ -276,40 +276,40 @@ def test_without_a_bos_a_row_is_cut_from_its_first_token_on(tokenizer_for):
 def test_a_limit_that_bos_alone_fills_leaves_no_prompt(tokenizer_for):
     config = DataConfig(max_prompt_length=1, too_long="truncate_prompt")
     with pytest.raises(TooLong, match="--max_prompt_length 1 leaves no room"):
-        tokenise(PromptRecord([user("hello")]), tokenizer_for("llama3"), config)
+        tokenize(PromptRecord([user("hello")]), tokenizer_for("llama3"), config)
     # no BOS to keep: the last token is what there is room for
-    assert len(tokenise(PromptRecord([user("hello")]), tokenizer_for("chatml"), config)) == 1
+    assert len(tokenize(PromptRecord([user("hello")]), tokenizer_for("chatml"), config)) == 1
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml"])
-def test_a_row_whose_answer_alone_is_too_long_is_dropped(name, tokenizer_for):
-    """PITFALL 17: no row is left without labels or without the prompt token before the answer."""
+def test_a_row_whose_response_alone_is_too_long_is_dropped(name, tokenizer_for):
+    """PITFALL 17: no row is left without labels or without the prompt token before the response."""
     tokenizer = tokenizer_for(name)
     record = SFTRecord([user("hello"), assistant("one two three")])
-    answer = sum(tokenise(record, tokenizer, CONFIG).loss_mask)
-    fits = tokenise(record, tokenizer, DataConfig(max_length=answer + 1, too_long="truncate_prompt"))
-    assert fits.loss_mask == [False] + [True] * answer
+    response = sum(tokenize(record, tokenizer, CONFIG).loss_mask)
+    fits = tokenize(record, tokenizer, DataConfig(max_length=response + 1, too_long="truncate_prompt"))
+    assert fits.loss_mask == [False] + [True] * response
     assert (fits.input_ids[0] == tokenizer.bos_token_id) == (name == "llama3")
-    with pytest.raises(TooLong, match="answer alone"):
-        tokenise(record, tokenizer, DataConfig(max_length=answer, too_long="truncate_prompt"))
+    with pytest.raises(TooLong, match="response alone"):
+        tokenize(record, tokenizer, DataConfig(max_length=response, too_long="truncate_prompt"))
 
 
 def test_both_sides_of_a_pair_keep_the_same_prompt_tokens(tokenizer_for):
     tokenizer = tokenizer_for("llama3")
-    whole = tokenise(PAIR, tokenizer, CONFIG)
+    whole = tokenize(PAIR, tokenizer, CONFIG)
     config = DataConfig(max_length=len(whole) - 4, too_long="truncate_prompt")
-    cut = tokenise(PAIR, tokenizer, config)
+    cut = tokenize(PAIR, tokenizer, config)
     prompts = [side.input_ids[: side.loss_mask.index(True)] for side in (cut.chosen, cut.rejected)]
     assert prompts[0] == prompts[1] and len(cut) == config.max_length
     assert labels(cut.rejected, tokenizer) == labels(whole.rejected, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["default", "chatml", "chatml_tagged"])
-def test_a_prompt_ends_where_the_answer_begins(name, tokenizer_for):
+def test_a_prompt_ends_where_the_response_begins(name, tokenizer_for):
     """PITFALL 19: the prompt that is sampled from is a prefix of the row that SFT trains on."""
     tokenizer = tokenizer_for(name)
-    prompt = tokenise(PromptRecord([user("a b")], {"level": 1}), tokenizer, CONFIG)
-    row = tokenise(SFTRecord([user("a b"), assistant("yes")]), tokenizer, CONFIG)
+    prompt = tokenize(PromptRecord([user("a b")], {"level": 1}), tokenizer, CONFIG)
+    row = tokenize(SFTRecord([user("a b"), assistant("yes")]), tokenizer, CONFIG)
     assert prompt.input_ids == row.input_ids[: row.loss_mask.index(True)]
     assert prompt.columns == {"level": 1}
     assert prompt.text == tokenizer.decode(prompt.input_ids)
@@ -326,10 +326,10 @@ def test_a_template_whose_prompt_is_split_differently_alone_is_noted(new_tokeniz
 def test_a_long_prompt_is_dropped_or_keeps_its_right_end(tokenizer_for):
     tokenizer = tokenizer_for("llama3")
     record = PromptRecord([user("x y z " * 20)])
-    whole = tokenise(record, tokenizer, CONFIG).input_ids
+    whole = tokenize(record, tokenizer, CONFIG).input_ids
     with pytest.raises(TooLong):
-        tokenise(record, tokenizer, DataConfig(max_prompt_length=20))
-    cut = tokenise(record, tokenizer, DataConfig(max_prompt_length=20, too_long="truncate_prompt"))
+        tokenize(record, tokenizer, DataConfig(max_prompt_length=20))
+    cut = tokenize(record, tokenizer, DataConfig(max_prompt_length=20, too_long="truncate_prompt"))
     assert cut.input_ids == whole[:1] + whole[-19:]
     assert cut.text == tokenizer.decode(cut.input_ids)
 
@@ -364,7 +364,7 @@ BROKEN = {
     "{% for m in messages %}": "fails at line 1",
     "{{ raise_exception('never') }}": "never",
     "{{ messages[0].content + 1 }}": "fails",
-    "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}": "loses the answer",
+    "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}": "loses the response",
     "{% for m in messages %}{{ m.content }}{% endfor %}": "EOS",
 }
 
@@ -388,4 +388,4 @@ def test_a_row_that_the_template_refuses_has_a_reason(new_tokenizer, template_te
     tokenizer.chat_template = refuse + template_text["llama3"]
     tokenizer, _ = prepare_tokenizer(tokenizer)
     with pytest.raises(ValueError, match=r"refuses the row \(no system"):
-        tokenise(SFTRecord([{"role": "system", "content": "s"}, user("a"), assistant("b")]), tokenizer, CONFIG)
+        tokenize(SFTRecord([{"role": "system", "content": "s"}, user("a"), assistant("b")]), tokenizer, CONFIG)

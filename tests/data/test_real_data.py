@@ -19,12 +19,12 @@ def decode_labels(sequence, tokenizer) -> str:
     return tokenizer.decode([i for i, m in zip(sequence.input_ids, sequence.loss_mask, strict=True) if m])
 
 
-def test_every_hh_rlhf_row_parses_but_for_two_empty_answers(tokenizer_for, tmp_path):
-    """PITFALL 20: 1,660 rows; lines 676 and 1620 have an empty chosen answer."""
+def test_every_hh_rlhf_row_parses_but_for_two_empty_responses(tokenizer_for, tmp_path):
+    """PITFALL 20: 1,660 rows; lines 676 and 1620 have an empty chosen response."""
     data = build("hh_rlhf/train.jsonl", "preference", tokenizer_for, tmp_path, bad_rows="drop")
     [problem] = data.report.problems
     assert len(data) == 1658
-    assert (problem.reason, problem.count, problem.lines) == ("an answer is empty", 2, [676, 1620])
+    assert (problem.reason, problem.count, problem.lines) == ("a response is empty", 2, [676, 1620])
     tokenizer = tokenizer_for("default")
     for row in range(0, len(data), 50):
         chosen, rejected = data[row].chosen, data[row].rejected

@@ -81,7 +81,7 @@ def test_weights_are_respected():
 
 
 def test_length_does_not_say_which_rows_meet_in_a_batch():
-    """Else the few tokens of a batch of short answers count for more than the many of another (`BatchSampler`)."""
+    """Else the few tokens of a batch of short responses count for more than the many of another (`BatchSampler`)."""
     lengths = lengths_of(4000)
     sampler = BatchSampler(len(lengths), 8, seed=1)
     means = [lengths[sampler.batch(k)].mean() for k in range(500)]

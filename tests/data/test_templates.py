@@ -15,9 +15,9 @@ from coati.data import (
     build_dataset,
     parse_record,
     prepare_tokenizer,
-    tokenise,
+    tokenize,
 )
-from coati.data.tokenise import NotUsed, tokenise_many
+from coati.data.tokenize import SkippedRow, tokenize_many
 from coati.errors import UserError
 from tests.data.families import FAMILIES, SPECIAL
 from tools.fuzz_data import tokenizer_of
@@ -60,9 +60,9 @@ def written(family, messages, tools=None, prompt=False, **arguments) -> str:
 
 
 def notes_of(record, tokenizer, config=CONFIG) -> list[str]:
-    [tokenised] = tokenise_many([record], tokenizer, config)
-    assert not isinstance(tokenised.sample, ValueError), tokenised.sample
-    return tokenised.notes
+    [tokenized] = tokenize_many([record], tokenizer, config)
+    assert not isinstance(tokenized.sample, ValueError), tokenized.sample
+    return tokenized.notes
 
 
 # --- prompts
@@ -75,7 +75,7 @@ def test_a_prompt_is_what_the_template_writes_with_its_generation_prompt(name, l
     family = FAMILIES[name]
     tokenizer, _ = prepare_tokenizer(family.tokenizer(), learns_responses=learns_responses)
     messages = [user("hi"), assistant("hello"), user("and?")]
-    sample = tokenise(PromptRecord(messages), tokenizer, CONFIG)
+    sample = tokenize(PromptRecord(messages), tokenizer, CONFIG)
     template = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert sample.text == template == written(family, messages, prompt=True)
     assert sample.input_ids == tokenizer(template, add_special_tokens=False)["input_ids"]
@@ -96,7 +96,7 @@ def test_a_template_that_only_writes_prompts_is_enough_where_no_response_is_lear
     with pytest.raises(UserError, match="chat template"):
         prepare_tokenizer(tokenizer)
     tokenizer, notes = prepare_tokenizer(tokenizer, learns_responses=False)
-    assert notes == [] and tokenise(PromptRecord([user("hi")]), tokenizer, CONFIG).text.startswith("hi")
+    assert notes == [] and tokenize(PromptRecord([user("hi")]), tokenizer, CONFIG).text.startswith("hi")
 
 
 # --- reasoning
@@ -111,7 +111,7 @@ def test_sft_with_a_template_that_opens_a_thought_learns_what_it_writes(name):
     tokenizer, notes = prepare_tokenizer(family.tokenizer(), arguments=arguments)
     assert len(notes) == 1 and "'<think>" in notes[0] and "sampling starts from other text" in notes[0]
     record = SFTRecord([user("hi"), assistant("<b>hello"), user("and?"), assistant("<think>")])
-    sample = tokenise(record, tokenizer, DataConfig(chat_template_kwargs=arguments))
+    sample = tokenize(record, tokenizer, DataConfig(chat_template_kwargs=arguments))
     closes = "</think>" if name == "deepseek_v3_1" else ""
     assert labels(sample, tokenizer) == "".join(closes + text + family.eos_token for text in ("<b>hello", "<think>"))
 
@@ -125,7 +125,7 @@ def test_reasoning_that_a_template_cuts_is_said(name, length):
     assert notes_of(record, tokenizer) == [
         "the chat template leaves out or rewrites the reasoning (up to </think>) in `content` of assistant messages"
     ]
-    text = labels(tokenise(record, tokenizer, CONFIG), tokenizer)
+    text = labels(tokenize(record, tokenizer, CONFIG), tokenizer)
     assert "should" not in text and text.strip().startswith("hello")
 
 
@@ -135,7 +135,7 @@ def test_reasoning_that_a_template_writes_is_learned_without_a_note(name):
     tokenizer = tokenizer_of(name)
     content = "<think>\nshould I?\n</think>\n\nhello"
     record = SFTRecord([user("hi"), assistant(content)])
-    assert content in labels(tokenise(record, tokenizer, CONFIG), tokenizer) and notes_of(record, tokenizer) == []
+    assert content in labels(tokenize(record, tokenizer, CONFIG), tokenizer) and notes_of(record, tokenizer) == []
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "name", "mood"])
@@ -146,7 +146,7 @@ def test_a_field_of_a_message_is_used_by_the_template_or_named(name, field):
     record = SFTRecord([user("hi"), assistant("hello", **{field: "some odd words"})])
     used = "some odd words" in written(family, record.messages)
     assert used == ((name, field) in {("qwen3", "reasoning_content"), ("gpt_oss", "thinking")})
-    assert ("some odd words" in labels(tokenise(record, tokenizer, CONFIG), tokenizer)) == used
+    assert ("some odd words" in labels(tokenize(record, tokenizer, CONFIG), tokenizer)) == used
     left = [f"the chat template leaves out or rewrites `{field}` of assistant messages"]
     assert notes_of(record, tokenizer) == ([] if used else left)
 
@@ -176,7 +176,7 @@ def test_calls_of_tools_are_learned_and_their_results_read(name, train_on):
     """REPORT 8: `tools`, `tool_calls` and messages of tools, as the second writer writes them."""
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     record = SFTRecord(AGENT, TOOLS)
-    sequence = tokenise(record, tokenizer, DataConfig(train_on=train_on))
+    sequence = tokenize(record, tokenizer, DataConfig(train_on=train_on))
     text, pieces = written(family, AGENT, TOOLS), family.write(AGENT, TOOLS)
     learned = "".join(piece for piece, who in pieces if who is not None and (train_on == "all" or who == 3))
     assert labels(sequence, tokenizer) == learned
@@ -196,13 +196,13 @@ def test_what_a_template_checks_is_used():
 def test_tools_of_a_row_reach_prompts_and_pairs():
     """REPORT 8: of all kinds of records."""
     tokenizer, family = tokenizer_of("qwen2_5"), FAMILIES["qwen2_5"]
-    prompt = tokenise(PromptRecord(AGENT[:3], {}, TOOLS), tokenizer, CONFIG)
+    prompt = tokenize(PromptRecord(AGENT[:3], {}, TOOLS), tokenizer, CONFIG)
     assert prompt.text == written(family, AGENT[:3], TOOLS, prompt=True)
-    pair = tokenise(PreferenceRecord(AGENT[:1], AGENT[1:], [assistant("No.")], tools=TOOLS), tokenizer, CONFIG)
+    pair = tokenize(PreferenceRecord(AGENT[:1], AGENT[1:], [assistant("No.")], tools=TOOLS), tokenizer, CONFIG)
     calls = '<tool_call>\n{"name": "find", "arguments": {"what": "it"}}\n</tool_call><|im_end|>'
     assert labels(pair.chosen, tokenizer) == calls + "There.<|im_end|>"
     assert labels(pair.rejected, tokenizer) == "No.<|im_end|>"
-    one = tokenise(UnpairedRecord(AGENT[:3], AGENT[3:], True, TOOLS), tokenizer, CONFIG)
+    one = tokenize(UnpairedRecord(AGENT[:3], AGENT[3:], True, TOOLS), tokenizer, CONFIG)
     assert labels(one.sequence, tokenizer) == "There.<|im_end|>" and "finds" in tokenizer.decode(one.sequence.input_ids)
 
 
@@ -211,7 +211,7 @@ def test_a_template_without_tools_names_them_or_refuses_the_row(name):
     """REPORT 8: no empty response is learned where a call was."""
     tokenizer = tokenizer_of(name)
     with pytest.raises(ValueError, match=r"writes nothing of a response|refuses the row"):
-        tokenise(SFTRecord(AGENT, TOOLS), tokenizer, CONFIG)
+        tokenize(SFTRecord(AGENT, TOOLS), tokenizer, CONFIG)
     plain = SFTRecord([user("hi"), assistant("hello")], TOOLS)
     assert notes_of(plain, tokenizer) == ["the chat template leaves out or rewrites `tools`"]
 
@@ -222,8 +222,8 @@ def test_a_tokenizer_with_a_template_for_tools_uses_it(new_tokenizer, template_t
     special = "{{ tools | tojson }}" + template_text["chatml"]
     tokenizer.chat_template = {"default": template_text["chatml"], "tool_use": special}
     tokenizer, _ = prepare_tokenizer(tokenizer)
-    with_tools = tokenise(SFTRecord([user("hi"), assistant("a")], TOOLS), tokenizer, CONFIG)
-    without = tokenise(SFTRecord([user("hi"), assistant("a")]), tokenizer, CONFIG)
+    with_tools = tokenize(SFTRecord([user("hi"), assistant("a")], TOOLS), tokenizer, CONFIG)
+    without = tokenize(SFTRecord([user("hi"), assistant("a")]), tokenizer, CONFIG)
     assert tokenizer.decode(with_tools.input_ids) == json.dumps(TOOLS) + tokenizer.decode(without.input_ids)
     config = DataConfig(cache_dir=str(tmp_path / "cache"))
     assert len(build_dataset([write_jsonl([{"prompt": "a", "completion": "b"}])], "sft", tokenizer, config)) == 1
@@ -238,7 +238,7 @@ def test_a_message_of_weight_0_is_read_and_not_learned(name, off, tokenizer_for)
     """REPORT 8: its words stay in the context of the next response."""
     tokenizer = tokenizer_for(name)
     [record] = parse_record({"messages": [user("a"), assistant("wrong", **off), user("b"), assistant("right")]}, "sft")
-    sequence = tokenise(record, tokenizer, CONFIG)
+    sequence = tokenize(record, tokenizer, CONFIG)
     assert labels(sequence, tokenizer).strip() == "right" + tokenizer.eos_token
     assert "wrong" in tokenizer.decode(sequence.input_ids) and "weight" not in tokenizer.decode(sequence.input_ids)
 
@@ -250,7 +250,7 @@ def test_weights_of_1_change_nothing(tokenizer_for):
     assert record.messages == [user("a"), assistant("b"), user("c"), assistant("d")]
     assert record.unused == ("`weight` of user messages (only the assistant's are learned)",)
     tokenizer = tokenizer_for("chatml")
-    assert labels(tokenise(record, tokenizer, CONFIG), tokenizer) == "b<|im_end|>d<|im_end|>"
+    assert labels(tokenize(record, tokenizer, CONFIG), tokenizer) == "b<|im_end|>d<|im_end|>"
 
 
 @pytest.mark.parametrize("train_on", ["all", "last", "each"])
@@ -263,15 +263,15 @@ def test_a_row_with_nothing_to_learn_is_dropped_and_counted(train_on, tokenizer_
     assert len(data) == 1 and not problem.bad
     assert (problem.reason, problem.lines) == ("the responses to learn have weight 0", [1])
     [record] = parse_record(rows[0], "sft")
-    with pytest.raises(NotUsed):
-        tokenise(record, tokenizer_for("chatml"), config)
+    with pytest.raises(SkippedRow):
+        tokenize(record, tokenizer_for("chatml"), config)
 
 
 def test_what_follows_the_last_learned_response_is_counted(tokenizer_for):
     """REPORT 8: it is cut, for no token of it is learned."""
     [record] = parse_record({"messages": [user("a"), assistant("b"), user("c"), assistant("d", weight=0)]}, "sft")
     tokenizer = tokenizer_for("chatml")
-    assert tokenizer.decode(tokenise(record, tokenizer, CONFIG).input_ids).endswith("b<|im_end|>")
+    assert tokenizer.decode(tokenize(record, tokenizer, CONFIG).input_ids).endswith("b<|im_end|>")
     assert notes_of(record, tokenizer) == ["the messages after the last response that is learned"]
 
 
@@ -301,9 +301,9 @@ def test_a_response_in_several_generation_tags_is_learned_whole():
     record = SFTRecord(
         [SYSTEM, user("a"), assistant("one"), user("b"), assistant("two", weight=0), user("c"), assistant("three")]
     )
-    assert labels(tokenise(record, tokenizer, CONFIG), tokenizer) == "one<|end|>three<|end|>"
+    assert labels(tokenize(record, tokenizer, CONFIG), tokenizer) == "one<|end|>three<|end|>"
     pair = PreferenceRecord([user("a"), assistant("one"), user("b")], [assistant("two")], [assistant("three")])
-    assert labels(tokenise(pair, tokenizer, CONFIG).chosen, tokenizer) == "two<|end|>"
+    assert labels(tokenize(pair, tokenizer, CONFIG).chosen, tokenizer) == "two<|end|>"
 
 
 def test_text_between_the_tags_is_not_learned(new_tokenizer):
@@ -316,7 +316,7 @@ def test_text_between_the_tags_is_not_learned(new_tokenizer):
     )
     tokenizer, _ = prepare_tokenizer(tokenizer)
     record = SFTRecord([user("a"), assistant("b", mood="glad"), user("c"), assistant("d")])
-    assert labels(tokenise(record, tokenizer, CONFIG), tokenizer) == "b glad</s>d</s>"
+    assert labels(tokenize(record, tokenizer, CONFIG), tokenizer) == "b glad</s>d</s>"
 
 
 def test_tags_that_miss_a_response_are_refused(new_tokenizer):
@@ -330,7 +330,7 @@ def test_tags_that_miss_a_response_are_refused(new_tokenizer):
     tokenizer, _ = prepare_tokenizer(tokenizer)
     record = SFTRecord([user("a"), assistant("b"), user("c"), assistant("d", mood="sad")])
     with pytest.raises(ValueError, match="tags do not surround a response"):
-        tokenise(record, tokenizer, CONFIG)
+        tokenize(record, tokenizer, CONFIG)
 
 
 TURNS = [user("a"), assistant("one"), user("b"), assistant("two")]
@@ -341,10 +341,10 @@ def test_the_remedies_for_rewritten_turns_help(name, tmp_path, write_jsonl):
     """REPORT 29: `each` learns every response as it is sampled, `last` the last; neither is named for pairs."""
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     with pytest.raises(ValueError, match=r"--train_on each, or only the last with --train_on last\)"):
-        tokenise(SFTRecord(TURNS), tokenizer, CONFIG)
+        tokenize(SFTRecord(TURNS), tokenizer, CONFIG)
     pair = PreferenceRecord(TURNS[:1], TURNS[1:], [assistant("no")])
     with pytest.raises(ValueError, match=r"once more turns follow \(mark responses in it with {% generation %}\)$"):
-        tokenise(pair, tokenizer, CONFIG)
+        tokenize(pair, tokenizer, CONFIG)
     for train_on, ends in (("each", [2, 4]), ("last", [4])):
         config = DataConfig(train_on=train_on, cache_dir=str(tmp_path))
         data = build_dataset([write_jsonl([{"messages": TURNS}])], "sft", tokenizer, config)
@@ -364,7 +364,7 @@ def test_with_each_a_thought_is_learned_once_and_not_called_left_out():
     ]
     from coati.data.records import one_record_per_response
 
-    results = tokenise_many(one_record_per_response(SFTRecord(messages)), tokenizer, config)
+    results = tokenize_many(one_record_per_response(SFTRecord(messages)), tokenizer, config)
     assert ["hm" in labels(r.sample, tokenizer) for r in results] == [True, False]
     assert [r.notes for r in results] == [[], []]
 
@@ -372,7 +372,7 @@ def test_with_each_a_thought_is_learned_once_and_not_called_left_out():
 def test_a_template_that_does_not_write_responses_after_its_prompt_names_a_remedy_that_helps():
     """REPORT 29: Mistral's writes a system prompt only where a response is to follow; no --train_on changes that."""
     with pytest.raises(ValueError, match="does not write a response after its own prompt") as error:
-        tokenise(SFTRecord([SYSTEM, *TURNS[:2]]), tokenizer_of("mistral"), CONFIG)
+        tokenize(SFTRecord([SYSTEM, *TURNS[:2]]), tokenizer_of("mistral"), CONFIG)
     assert "--train_on" not in str(error.value) and "{% generation %}" in str(error.value)
 
 
@@ -383,8 +383,8 @@ def test_a_template_that_does_not_write_responses_after_its_prompt_names_a_remed
 def test_arguments_reach_the_template(thinks):
     """REPORT 29: prompts and rows alike."""
     tokenizer, config = tokenizer_of("qwen3"), DataConfig(chat_template_kwargs={"enable_thinking": thinks})
-    prompt = tokenise(PromptRecord([user("a")]), tokenizer, config)
-    row = tokenise(SFTRecord([user("a"), assistant("b")]), tokenizer, config)
+    prompt = tokenize(PromptRecord([user("a")]), tokenizer, config)
+    row = tokenize(SFTRecord([user("a"), assistant("b")]), tokenizer, config)
     empty = "<think>\n\n</think>\n\n"
     assert prompt.text.endswith("assistant\n" if thinks else f"assistant\n{empty}")
     assert labels(row, tokenizer) == (empty if thinks else "") + "b<|im_end|>"
@@ -448,4 +448,4 @@ def test_a_row_that_breaks_the_template_s_own_code_has_a_reason(new_tokenizer, t
     )
     tokenizer, _ = prepare_tokenizer(tokenizer)
     with pytest.raises(ValueError, match="the chat template refuses the row"):
-        tokenise(SFTRecord([{**user("a"), "level": 3}, assistant("b")]), tokenizer, CONFIG)
+        tokenize(SFTRecord([{**user("a"), "level": 3}, assistant("b")]), tokenizer, CONFIG)

@@ -33,14 +33,14 @@ def strict_device(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def device_world(tiny_world, tmp_path_factory) -> dict[str, str]:
-    """The tiny world with a reward model in the folder `judge`."""
+    """The tiny world with a reward model in the folder `scorer`."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from coati.models import RewardModel
 
-    folder = str(tmp_path_factory.mktemp("judge"))
+    folder = str(tmp_path_factory.mktemp("scorer"))
     torch.manual_seed(1)
     RewardModel(config=AutoConfig.from_pretrained(tiny_world["model_config"])).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(folder)
-    return tiny_world | {"judge": folder}
+    return tiny_world | {"scorer": folder}

@@ -38,7 +38,7 @@ def sizes(run: str, times: int = 1, micro_batches: int = 1, updates: int = 1) ->
 
 
 def make_job(name: str, run: str, world: dict[str, str], folder: Path, /, **changes) -> dict:
-    """One step of a run of `RUNS`, with fewer answers than other tests have; the output goes to FOLDER/NAME."""
+    """One step of a run of `RUNS`, with fewer responses than other tests have; the output goes to FOLDER/NAME."""
     algorithm, of_run = RUNS[run]
     changes = of_run | changes
     settings = settings_for(algorithm, world, output_dir=str(folder / name), steps=1, samples=2)
@@ -49,5 +49,5 @@ def make_job(name: str, run: str, world: dict[str, str], folder: Path, /, **chan
     if "lora_rank" in changes:
         settings |= dict(model=world["policy"], model_config=None)
     if changes.pop("scored_by_model", False):
-        settings |= dict(rewards=[reward_model(world["judge"])])
+        settings |= dict(rewards=[reward_model(world["scorer"])])
     return {"algorithm": algorithm, "settings": settings | changes}

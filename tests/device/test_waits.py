@@ -68,8 +68,8 @@ def deeper(world: dict[str, str], folder) -> dict[str, str]:
     """The world's models with four layers."""
     config = AutoConfig.from_pretrained(world["model_config"])
     config.num_hidden_layers = 4
-    paths = {name: str(folder / name) for name in ("policy", "judge")}
-    for name, model_class in (("policy", Actor), ("judge", RewardModel)):
+    paths = {name: str(folder / name) for name in ("policy", "scorer")}
+    for name, model_class in (("policy", Actor), ("scorer", RewardModel)):
         torch.manual_seed(2)
         model_class(config=config).save_pretrained(paths[name])
         AutoTokenizer.from_pretrained(world["tokenizer"]).save_pretrained(paths[name])

@@ -81,7 +81,7 @@ def use(runtime: Runtime, kind: accelerator.HostAccelerator):
     """Runs of this runtime are on the accelerator's device from now on."""
     accelerator.set_accelerator(kind)
     runtime.device = runtime.communicator.device = kind.current_device()
-    runtime.sharing.clear()  # communicators that know the old one
+    runtime.communicators.clear()  # communicators that know the old one
     # stages exchange tensors on the device, as they do with NCCL
     on_device = isinstance(kind, StrictAccelerator)
     p2p._check_device = (lambda group: (strict.DEVICE, True)) if on_device else CHECK_DEVICE

@@ -21,7 +21,7 @@ MARK = "COATI_TEST_RUN"  # in the environment of all that a run starts
 
 
 def launcher(name: str, processes: int) -> list[str]:
-    """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process a node), or `none`."""
+    """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process per node), or `none`."""
     count = ["--nproc_per_node", str(processes)]
     return {
         "colossalai": [str(BIN / "colossalai"), "run", *count, "--master_port", str(free_port())],
@@ -102,7 +102,7 @@ def whole_checkpoints(output: Path) -> list[Path]:
 
 
 def assert_same_end(expected: Path, found: Path):
-    """The newest checkpoints are the same files, byte for byte: weights, optimiser states, every rank's random states,
+    """The newest checkpoints are the same files, byte for byte: weights, optimizer states, every rank's random states,
     the KL controller, the running reward statistics, the best metric. So are the finished models."""
     pairs = [(whole_checkpoints(expected)[-1], whole_checkpoints(found)[-1])]
     pairs += [(folder, found / folder.name) for name in ("model", "critic") if (folder := expected / name).is_dir()]
@@ -116,7 +116,7 @@ def assert_same_end(expected: Path, found: Path):
 
 
 def _contents(path: Path):
-    """The bytes; of the optimiser's settings their values, which Colossal-AI stores in the order of their arrival."""
+    """The bytes; of the optimizer's settings their values, which Colossal-AI stores in the order of their arrival."""
     return torch.load(path) if path.name.endswith("optim_group.bin") else path.read_bytes()
 
 

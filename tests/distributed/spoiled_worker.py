@@ -21,7 +21,7 @@ run_unspoiled = worker.run
 
 
 def run(job: dict, runtime) -> dict:
-    """What `worker.run` gives, and by step: which models' weights or optimiser state moved in it on some rank, and
+    """What `worker.run` gives, and by step: which models' weights or optimizer state moved in it on some rank, and
     whether all ranks have the same weights after it (nothing where they hold different ones)."""
     _, trainer_class = trainer_classes(job["algorithm"])
     plant, moved, alike = job["spoil"], [], []
@@ -62,7 +62,7 @@ def spoiled(share: torch.Tensor, metrics: dict, kind: str):
 
 
 def everything(engine) -> dict[str, torch.Tensor]:
-    """Copies of the weights (on rank 0) and of this rank's optimiser state and master weights."""
+    """Copies of the weights (on rank 0) and of this rank's optimizer state and master weights."""
     tensors = dict(engine.state_dict())
     for i, state in enumerate(engine.optimizer.optim.state.values()):
         tensors |= {f"state.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}

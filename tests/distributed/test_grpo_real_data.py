@@ -53,8 +53,8 @@ def test_grpo_runs_on_real_questions_with_the_reward_really_evaluated(tmp_path):
     assert all(row["reward/gsm8k/failed"] == 0 for row in trained)
     samples = read_samples(tmp_path / "grpo")
     ended = [row["response"] for row in samples if "####" in row["response"]]
-    print(f"{len(ended)} of {len(samples)} answers have a last line, reward {[row['reward'] for row in trained]}")
-    assert len(ended) > len(samples) / 4  # the solutions' form was learnt
+    print(f"{len(ended)} of {len(samples)} responses have a last line, reward {[row['reward'] for row in trained]}")
+    assert len(ended) > len(samples) / 4  # the solutions' form was learned
     solutions = {row["prompt"]: row["answer"] for row in held_out}
     for row in samples:
         [solution] = [answer for question, answer in solutions.items() if question in row["prompt"]]

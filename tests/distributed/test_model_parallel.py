@@ -1,4 +1,4 @@
-"""Tensor, pipeline and sequence parallelism against one process: the same losses, weights and greedy answers; every
+"""Tensor, pipeline and sequence parallelism against one process: the same losses, weights and greedy responses; every
 layout's checkpoint goes on under every other.
 
 Figures of every layout and architecture are in docs/plugins.md: `python tools/layout_table.py` writes them.
@@ -108,7 +108,7 @@ def test_the_plugins_that_keep_models_whole_do_for_every_architecture(plugin, fa
 @pytest.mark.parametrize("algorithm", ("sft", "reward"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gemini_in_bf16_stays_near_the_fp32_run(family, algorithm, one_process, whole):
-    """bf16 has 8 bits of mantissa: losses within 2 % of the loss or of 1. (Greedy answers of PPO differ.)"""
+    """bf16 has 8 bits of mantissa: losses within 2 % of the loss or of 1. (Greedy responses of PPO differ.)"""
     expected, found = (r[f"{n}-{family}-{algorithm}"] for r, n in ((one_process, "one"), (whole, "gemini, bf16")))
     losses = [[step["loss"] for step in result["steps"]] for result in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2, abs=2e-2)
@@ -148,7 +148,7 @@ def test_four_processes_do_for_another_shape_of_layers(layout, algorithm, one_pr
 
 
 @pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_greedy_answers_are_the_single_process_ones(layout, family, folder, one_process, two_processes):
+def test_greedy_responses_are_the_single_process_ones(layout, family, folder, one_process, two_processes):
     """PITFALL: tensor-parallel logits are a range of the vocabulary, and a token sampled from it is silently wrong."""
     for algorithm in ("sft", "ppo"):
         expected, found = (
@@ -189,7 +189,7 @@ def resumed(worlds, folder, saved):
 @pytest.mark.parametrize("target", SAVED)
 @pytest.mark.parametrize("source", SAVED)
 def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
-    """Weights, optimiser states, data order. Gemini computes in bf16: its curve is within its rounding."""
+    """Weights, optimizer states, data order. Gemini computes in bf16: its curve is within its rounding."""
     expected = [step["loss"] for step in saved["ddp-saved"]["steps"][BEFORE:]]
     found = [step["loss"] for step in resumed[f"{source}-to-{target}"]["steps"]]
     tolerance = 1e-2 if "gemini" in (source, target) else 1e-5

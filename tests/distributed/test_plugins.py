@@ -77,7 +77,7 @@ def test_a_plugin_on_two_processes_gives_the_single_process_curve(plugin, algori
 
 @pytest.mark.parametrize("algorithm", ("sft", "reward"))
 def test_gemini_gives_the_curve_of_zero2_in_bf16(algorithm, two_processes):
-    """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy answers of PPO would differ.)"""
+    """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy responses of PPO would differ.)"""
     expected, found = two_processes[f"zero2-bf16-{algorithm}"], two_processes[f"gemini-{algorithm}"]
     assert curve(found) == pytest.approx(curve(expected), rel=1e-2, abs=1e-2)
     norms = [[step["grad_norm"] for step in result["steps"]] for result in (found, expected)]
@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(plugin, algorithm, two_p
 
 
 def test_a_run_stopped_in_the_critics_warm_up_resumes(two_processes):
-    """Its actor's optimiser has no state yet."""
+    """Its actor's optimizer has no state yet."""
     assert curve(two_processes["warmup"])[-len(curve(two_processes["warmup-resumed"])) :] == curve(
         two_processes["warmup-resumed"]
     )

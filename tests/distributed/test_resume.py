@@ -1,7 +1,7 @@
 """A run that goes on from a checkpoint is the run that never stopped: in fp32 on a CPU (Gemini: bf16) to the last bit.
 
-Answers are sampled, SFT and reward models train with dropout, rewards are normalised and the KL coefficient adapts, so
-every state there is has a say in every step. `test_kills.py` puts real kills in between.
+Responses are sampled, SFT and reward models train with dropout, rewards are normalized and the KL coefficient adapts,
+so every state there is has a say in every step. `test_kills.py` puts real kills in between.
 """
 
 import json
@@ -20,7 +20,7 @@ PLUGINS = {name: dict(plugin=name) for name in ("ddp", "zero1", "zero2", "zero2-
 PLUGINS["gemini"] = dict(plugin="gemini", precision="bf16")
 SPLIT = {name: LAYOUTS[name] for name in ("tp2", "pp2", "sp2", "tp2 x zero1", "pp2 x zero1", "sp2 x zero1")}
 STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
-# two rewards an answer may earn, so that many groups are replaced
+# two rewards a response may earn, so that many groups are replaced
 REFILLED = dict(dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards="odd")
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
@@ -89,7 +89,7 @@ def check(runs: dict, algorithm: str, layout: str):
 
 @pytest.mark.parametrize(("algorithm", "layout"), QUICK)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(algorithm, layout, quick):
-    """PITFALL 13, 25: weights, optimiser, log, sampled answers, KL coefficient, statistics, every random state."""
+    """PITFALL 13, 25: weights, optimizer, log, sampled responses, KL coefficient, statistics, every random state."""
     check(quick, algorithm, layout)
 
 

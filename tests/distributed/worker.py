@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def run(job: dict, runtime):
-    """Metrics of every step, a fingerprint of the final weights, and one of every iteration's answers on each rank."""
+    """Metrics of every step, a fingerprint of the final weights, and one of every iteration's responses on each
+    rank."""
     import torch
 
     from tests.conftest import trainer_classes

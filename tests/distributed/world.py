@@ -68,7 +68,7 @@ def make_family(family: str, world: dict[str, str], folder: Path) -> dict[str, s
     config = family_config(family, len(tokenizer))
     torch.manual_seed(3)
     paths = {}
-    for name, model in (("policy", Actor(config=config)), ("judge", RewardModel(config=config))):
+    for name, model in (("policy", Actor(config=config)), ("scorer", RewardModel(config=config))):
         with torch.no_grad():
             for parameter in model.parameters():
                 # larger than the usual start, or all losses would be the loss of knowing nothing
@@ -85,7 +85,7 @@ def family_job(name: str, algorithm: str, world, folder: Path, /, **changes) -> 
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
     settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
     if algorithm == "ppo":
-        settings |= dict(steps=1, rewards=[reward_model(world["judge"])], critic_learning_rate=1e-3) | changes
+        settings |= dict(steps=1, rewards=[reward_model(world["scorer"])], critic_learning_rate=1e-3) | changes
     return {"name": name, "algorithm": algorithm, "settings": settings}
 
 
@@ -104,6 +104,6 @@ def run_jobs(jobs: list[dict], folder: Path, processes: int, worker: str = "work
 
 
 def without_ties(steps: list[dict]) -> list[dict]:
-    """Before the first update the policy is its reference: which answer of a pair it prefers then is rounding."""
+    """Before the first update the policy is its reference: which response of a pair it prefers then is rounding."""
     first, *others = steps
     return [{name: value for name, value in first.items() if name != "accuracy"}, *others]

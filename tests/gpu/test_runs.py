@@ -142,9 +142,9 @@ def test_grpo_runs_with(changes, layout, tiny_world, runtime, tmp_path):
 
 
 def test_more_processes_than_gpus_is_one_clear_error():
-    from coati.parallel.runtime import _take_device
+    from coati.parallel.runtime import _select_device
 
     if DEVICE != "cuda":
         pytest.skip("is about GPUs")
     with pytest.raises(UserError, match="no GPU of its own"):
-        _take_device(torch.cuda.device_count())
+        _select_device(torch.cuda.device_count())

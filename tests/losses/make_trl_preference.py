@@ -1,4 +1,4 @@
-"""Writes trl_preference.json: what TRL's own losses give on the answers in it. Run by a python that has TRL 1.16:
+"""Writes trl_preference.json: what TRL's own losses give on the responses in it. Run by a python that has TRL 1.16:
 
     .venv-trl-1.16/bin/python tests/losses/make_trl_preference.py
 
@@ -79,7 +79,7 @@ def kto(log_probs, mask, reference, labels, mixed, mixed_reference, beta, weight
 def each_pair(function, log_probs, mask, reference, *rest):
     """One pair a batch, as with a batch size of 1 and gradient accumulation: the mean of the losses.
 
-    A term that TRL divides by the tokens of a batch weighs answers by their length in any larger one."""
+    A term that TRL divides by the tokens of a batch weighs responses by their length in any larger one."""
     losses = [
         function(*(torch.stack([x[i], x[PAIRS + i]]) for x in (log_probs, mask, reference)), *rest)
         for i in range(PAIRS)
@@ -115,7 +115,7 @@ def main():
         for name, kind in (("dpo", "sigmoid"), ("robust-dpo", "robust"), ("hinge", "hinge"), ("ipo", "ipo")):
             if kind != "sigmoid" or smoothing == 0:  # TRL's sigmoid has no smoothing any more: CPO's has
                 losses[name] = dpo(*given, [kind], [1.0], beta, smoothing)
-        losses["dpo, length_normalised"] = dpo(*given, ["sigmoid_norm"], [1.0], beta, 0.0)
+        losses["dpo, length_normalized"] = dpo(*given, ["sigmoid_norm"], [1.0], beta, 0.0)
         losses["rpo"] = each_pair(dpo, *given, ["sigmoid", "sft"], [1.0, 0.7], beta, 0.0)
         losses["kto"], kl = kto(*given, labels, mixed, mixed_reference, beta, (1.0, 1.5))
         losses |= reference_free(log_probs, mask, beta, smoothing, gamma, scale)

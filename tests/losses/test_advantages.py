@@ -100,9 +100,9 @@ def test_running_moments_are_those_of_the_concatenation(batches):
         assert running.std == pytest.approx(std, rel=1e-4 if std < 1e-3 * size else 1e-9)
 
 
-def test_running_normalisation_of_equal_scores_is_finite():
-    """PITFALL 8: all scores equal so far: normalised to 0, not to NaN or 1e8."""
+def test_running_normalization_of_equal_scores_is_finite():
+    """PITFALL 8: all scores equal so far: normalized to 0, not to NaN or 1e8."""
     running, scores = RunningMoments(), torch.full((4,), 0.7)
     running.update(masked_sums(scores, torch.ones(4, dtype=torch.bool)))
-    assert running.normalise(scores).abs().max() < 1e-3
-    assert RunningMoments().normalise(scores).tolist() == scores.tolist()
+    assert running.normalize(scores).abs().max() < 1e-3
+    assert RunningMoments().normalize(scores).tolist() == scores.tolist()

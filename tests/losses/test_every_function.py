@@ -18,7 +18,7 @@ from coati.losses import (
     masked_sums,
     moments,
     pairwise_reward_loss,
-    penalise_missing_eos,
+    penalize_missing_eos,
     policy_loss,
     preference_loss,
     punish_overlong,
@@ -30,7 +30,7 @@ from coati.losses import (
     whiten,
     z_loss,
 )
-from coati.losses.preference import PREFERENCE_LOSSES, Answers
+from coati.losses.preference import PREFERENCE_LOSSES, Responses
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
 from tests.oracles import advantages, group, losses, preference
 
@@ -44,10 +44,10 @@ PER_TOKEN = {
     "cross_entropy": (1, lambda x, mask: cross_entropy(x[0], mask, 7)[0]),
     "gae": (2, lambda x, mask: torch.stack(gae(*x, mask, 0.9, 0.95))),
     "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
-    "kto_loss": (2, lambda x, mask: kto_loss(answers(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
+    "kto_loss": (2, lambda x, mask: kto_loss(responses(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
     "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
     "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
-    "penalise_missing_eos": (1, lambda x, mask: penalise_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
+    "penalize_missing_eos": (1, lambda x, mask: penalize_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
     "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
     "punish_overlong": (1, lambda x, mask: punish_overlong(x[0][:, 0], mask.sum(1), mask.shape[1], 3)),
     "preference_loss": (4, lambda x, mask: torch.stack([of_pairs(name, x) for name in sorted(PREFERENCE_LOSSES)])),
@@ -71,7 +71,7 @@ UNMASKED = {
     "kto_loss",
     "preference_loss",
     "pairwise_reward_loss",
-    "penalise_missing_eos",
+    "penalize_missing_eos",
     "punish_overlong",
     "shape_rewards",
 }
@@ -81,12 +81,12 @@ def pair(x, **options):
     return pairwise_reward_loss(x[0][:, 0], x[1][:, 0], 7, margin=x[2][:, 0], **options)[0]
 
 
-def answers(x):
-    return Answers(x[0][:, 0], torch.full_like(x[0][:, 0], 3.0), x[1][:, 0])
+def responses(x):
+    return Responses(x[0][:, 0], torch.full_like(x[0][:, 0], 3.0), x[1][:, 0])
 
 
 def of_pairs(name, x):
-    return preference_loss(name, answers(x[:2]), answers(x[2:]), 7, nll_coefficient=0.5)[0]
+    return preference_loss(name, responses(x[:2]), responses(x[2:]), 7, nll_coefficient=0.5)[0]
 
 
 def whitened(x, mask):

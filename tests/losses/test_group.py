@@ -100,15 +100,15 @@ def test_what_is_no_advantage_of_whole_answers_is_named():
 @given(masks(), st.sampled_from(["token", "sequence", "constant"]), st.data())
 def test_aggregation_equals_the_oracle(mask, aggregation, data):
     """Of shares too: weights know only the global counts."""
-    tokens, answers = max(mask.sum().item(), 1), max(mask.any(1).sum().item(), 1)
-    found = aggregation_weights(mask, aggregation, tokens, answers, 9)
-    assert_close(found, oracle.aggregation_weights(mask.tolist(), aggregation, tokens, answers, 9), rtol=1e-6)
-    parts = [aggregation_weights(m, aggregation, tokens, answers, 9) for m in mask.split(1)]
+    tokens, responses = max(mask.sum().item(), 1), max(mask.any(1).sum().item(), 1)
+    found = aggregation_weights(mask, aggregation, tokens, responses, 9)
+    assert_close(found, oracle.aggregation_weights(mask.tolist(), aggregation, tokens, responses, 9), rtol=1e-6)
+    parts = [aggregation_weights(m, aggregation, tokens, responses, 9) for m in mask.split(1)]
     assert torch.equal(torch.cat(parts), found)
 
 
 def test_aggregates_are_the_means_that_they_are_called():
-    """An answer of one token and one of three: means over tokens, over answers, and over answers x 10."""
+    """A response of one token and one of three: means over tokens, over responses, and over responses x 10."""
     mask = torch.tensor([[True, False, False], [True, True, True]])
     x = torch.tensor([[8.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     found = {
@@ -116,7 +116,7 @@ def test_aggregates_are_the_means_that_they_are_called():
     }
     assert found == pytest.approx({"token": 14 / 4, "sequence": (8 + 2) / 2, "constant": 14 / 20})
     with pytest.raises(ValueError, match="token, sequence or constant"):
-        aggregation_weights(mask, "answer", 4, 2, 10)
+        aggregation_weights(mask, "response", 4, 2, 10)
 
 
 @quick
@@ -142,8 +142,8 @@ def test_an_unknown_correction_is_named():
 
 @quick
 @given(st.lists(st.tuples(st.floats(-9, 9), st.integers(0, 20)), min_size=1, max_size=6), st.integers(0, 20))
-def test_overlong_punishment_equals_the_oracle(answers, buffer):
-    scores, lengths = (list(x) for x in zip(*answers, strict=True))
+def test_overlong_punishment_equals_the_oracle(responses, buffer):
+    scores, lengths = (list(x) for x in zip(*responses, strict=True))
     found = punish_overlong(torch.tensor(scores, dtype=torch.float64), torch.tensor(lengths), 20, buffer, 0.7)
     assert_close(found, oracle.punish_overlong(scores, lengths, 20, buffer, 0.7), scale=10)
 

@@ -29,7 +29,7 @@ names = st.sampled_from(sorted(LOSSES))
 
 
 def lengths(mask, tokens):
-    """Each answer weighs the same, as in GRPO."""
+    """Each response weighs the same, as in GRPO."""
     return aggregation_weights(mask, "sequence", tokens, 3, 9)
 
 

@@ -51,7 +51,7 @@ def test_policy_loss_equals_the_oracle(mask, data, dtype, options, weighted):
     # a difference of log-probs near 50 is itself rounded, which the exponential magnifies by the difference
     rtol = 1e-9 if dtype == torch.float64 else 1e-5
     scale = size_of_terms(lambda m: oracle.policy_loss(*lists, m, 5.0, **options, **whole), mask.tolist())
-    if options["kind"] == "gspo" and mask.any():  # a token alone has another ratio; an answer's is at most its largest
+    if options["kind"] == "gspo" and mask.any():  # a token alone has another ratio; a response's is at most its largest
         scale += 200 * mask.sum().item() * math.exp(min((case[0] - case[1])[mask].max().item(), 60.0))
     assert_close(loss, expected, scale, rtol)
     assert_metrics(metrics, expected_metrics, scale, rtol)

@@ -10,37 +10,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.losses import kto_loss, preference_loss
-from coati.losses.preference import PREFERENCE_LOSSES, Answers, Options
+from coati.losses.preference import PREFERENCE_LOSSES, Options, Responses
 from tests.losses.draw import assert_close, assert_metrics, dtypes, numbers, quick
 from tests.losses.test_invariance import added, assert_same
 from tests.oracles import preference as oracle
 
 names = st.sampled_from(sorted(PREFERENCE_LOSSES))
 TRL = json.loads(Path(__file__).with_name("trl_preference.json").read_text())
-NORMALISABLE = ("dpo", "robust-dpo", "hinge", "cpo")
+NORMALIZABLE = ("dpo", "robust-dpo", "hinge", "cpo")
 
 
 @st.composite
-def answers(draw, count, dtype, limit=60.0):
-    """Log-probs down to -limit, some of them 0, answers without a token among them."""
+def responses(draw, count, dtype, limit=60.0):
+    """Log-probs down to -limit, some of them 0, responses without a token among them."""
     log_probs, reference = (-draw(numbers((count,), limit, dtype)).abs() for _ in range(2))
     lengths = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)))
-    return Answers(log_probs, lengths, reference)
+    return Responses(log_probs, lengths, reference)
 
 
-def rows(answers: Answers) -> list[tuple[float, int, float]]:
-    columns = (answers.log_probs, answers.lengths, answers.reference)
+def rows(responses: Responses) -> list[tuple[float, int, float]]:
+    columns = (responses.log_probs, responses.lengths, responses.reference)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def drawn(count: int, seed: int = 0, dtype=torch.float64) -> Answers:
+def drawn(count: int, seed: int = 0, dtype=torch.float64) -> Responses:
     generator = torch.Generator().manual_seed(seed)
     log_probs, reference = -3 * torch.rand(2, count, dtype=torch.float64, generator=generator).to(dtype)
-    return Answers(log_probs, torch.randint(1, 9, (count,), generator=generator), reference)
+    return Responses(log_probs, torch.randint(1, 9, (count,), generator=generator), reference)
 
 
-def part(answers: Answers, which) -> Answers:
-    return Answers(*(x[which] for x in (answers.log_probs, answers.lengths, answers.reference)))
+def part(responses: Responses, which) -> Responses:
+    return Responses(*(x[which] for x in (responses.log_probs, responses.lengths, responses.reference)))
 
 
 # --- the oracle
@@ -48,16 +48,16 @@ def part(answers: Answers, which) -> Answers:
 
 @quick
 @given(names, st.data(), dtypes, st.sampled_from([0.05, 1.0, 2.5]), st.sampled_from([0.0, 0.1]), st.booleans())
-def test_every_loss_equals_the_oracle(name, data, dtype, beta, smoothing, normalised):
+def test_every_loss_equals_the_oracle(name, data, dtype, beta, smoothing, normalized):
     """PITFALL 10: log-ratios of 60 give finite losses and gradients."""
     count = data.draw(st.integers(1, 5))
-    chosen, rejected = (data.draw(answers(count, dtype)) for _ in range(2))
-    normalised, gamma, nll = normalised and name in NORMALISABLE, 0.5, data.draw(st.sampled_from([0.0, 0.7]))
+    chosen, rejected = (data.draw(responses(count, dtype)) for _ in range(2))
+    normalized, gamma, nll = normalized and name in NORMALIZABLE, 0.5, data.draw(st.sampled_from([0.0, 0.7]))
     leaf = chosen.log_probs.clone().requires_grad_()
-    how = dict(options=Options(beta, smoothing, gamma), nll_coefficient=nll, length_normalised=normalised)
-    loss, metrics = preference_loss(name, Answers(leaf, chosen.lengths, chosen.reference), rejected, 3.0, **how)
+    how = dict(options=Options(beta, smoothing, gamma), nll_coefficient=nll, length_normalized=normalized)
+    loss, metrics = preference_loss(name, Responses(leaf, chosen.lengths, chosen.reference), rejected, 3.0, **how)
     expected, expected_metrics = oracle.preference_loss(
-        name, rows(chosen), rows(rejected), 3.0, beta, smoothing, gamma, nll, normalised, str(dtype).split(".")[1]
+        name, rows(chosen), rows(rejected), 3.0, beta, smoothing, gamma, nll, normalized, str(dtype).split(".")[1]
     )
     size = 1 + sum(sum(x.abs().sum().item() for x in (a.log_probs, a.reference)) for a in (chosen, rejected))
     # IPO squares differences, and its target is 1 / (2 beta)
@@ -77,7 +77,7 @@ def test_every_loss_equals_the_oracle(name, data, dtype, beta, smoothing, normal
 @given(st.data(), dtypes, st.sampled_from([0.05, 1.0]), st.floats(-5, 5), st.sampled_from([(1.0, 1.0), (1.5, 0.5)]))
 def test_kto_equals_the_oracle(data, dtype, beta, kl, weights):
     count = data.draw(st.integers(1, 6))
-    drawn = data.draw(answers(count, dtype))
+    drawn = data.draw(responses(count, dtype))
     good = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     how = dict(desirable_weight=weights[0], undesirable_weight=weights[1])
     loss, metrics = kto_loss(drawn, torch.tensor(good), torch.tensor(kl, dtype=dtype), 3.0, beta=beta, **how)
@@ -95,7 +95,7 @@ def test_gradients_of_all_answers_are_those_of_finite_differences(name):
     leaves = [a.log_probs.clone().requires_grad_() for a in fixed]
 
     def loss(*log_probs):
-        sides = [Answers(x, a.lengths, a.reference) for x, a in zip(log_probs, fixed, strict=True)]
+        sides = [Responses(x, a.lengths, a.reference) for x, a in zip(log_probs, fixed, strict=True)]
         return preference_loss(name, *sides, 5, options=Options(0.7, 0.1, 0.3), nll_coefficient=0.5)[0]
 
     assert torch.autograd.gradcheck(loss, leaves)
@@ -104,9 +104,9 @@ def test_gradients_of_all_answers_are_those_of_finite_differences(name):
 # --- TRL's own values
 
 
-def of_case(case: dict) -> list[Answers]:
+def of_case(case: dict) -> list[Responses]:
     tensors = [torch.tensor(case[name], dtype=torch.float64) for name in ("log_probs", "lengths", "reference")]
-    return [Answers(*halves) for halves in zip(*(x.chunk(2) for x in tensors), strict=True)]
+    return [Responses(*halves) for halves in zip(*(x.chunk(2) for x in tensors), strict=True)]
 
 
 @pytest.mark.parametrize("number", range(len(TRL["cases"])))
@@ -124,11 +124,11 @@ def test_each_loss_is_trls_on_the_same_answers(number):
                 assert max(kl.item(), 0.0) == pytest.approx(case["kl"], abs=1e-9)
                 good = torch.tensor(case["desirable"])
                 how = dict(beta=case["beta"], undesirable_weight=1.5)
-                ours, _ = kto_loss(Answers(*whole), good, kl, 2 * count, **how)
+                ours, _ = kto_loss(Responses(*whole), good, kl, 2 * count, **how)
             case "rpo":
                 ours, _ = preference_loss("dpo", *sides, count, options=plain, nll_coefficient=0.7)
-            case "dpo, length_normalised":
-                ours, _ = preference_loss("dpo", *sides, count, options=plain, length_normalised=True)
+            case "dpo, length_normalized":
+                ours, _ = preference_loss("dpo", *sides, count, options=plain, length_normalized=True)
             case "orpo":  # TRL computes it in float32
                 ours, _ = preference_loss(name, *sides, count, options=options)
             case _:
@@ -182,7 +182,7 @@ def test_orpo_is_finite_where_the_model_is_sure(chosen, dtype):
     sure = torch.tensor([chosen, -30.0], dtype=dtype, requires_grad=True)
     other = torch.tensor([-30.0, chosen], dtype=dtype, requires_grad=True)
     lengths = torch.tensor([3, 3])
-    loss, metrics = preference_loss("orpo", Answers(sure, lengths), Answers(other, lengths), 2)
+    loss, metrics = preference_loss("orpo", Responses(sure, lengths), Responses(other, lengths), 2)
     loss.backward()
     assert all(x.isfinite().all() for x in (loss, sure.grad, other.grad, *metrics.values()))
     assert metrics["accuracy"] == 0.5
@@ -213,20 +213,20 @@ def test_robust_is_unbiased_when_labels_are_flipped():
 def test_losses_without_a_reference_read_none(name):
     """PITFALL 29."""
     chosen, rejected = drawn(3, 1), drawn(3, 2)
-    without = [Answers(a.log_probs, a.lengths) for a in (chosen, rejected)]
+    without = [Responses(a.log_probs, a.lengths) for a in (chosen, rejected)]
     assert_same(preference_loss(name, *without, 3), preference_loss(name, chosen, rejected, 3))
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust-dpo", "hinge", "ipo"])
 def test_losses_with_a_reference_miss_it(name):
-    alone = Answers(torch.zeros(2), torch.ones(2))
+    alone = Responses(torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match="reference"):
         preference_loss(name, alone, alone, 2)
 
 
 def test_a_negative_kl_counts_as_none_and_has_no_gradient():
-    answers, good = drawn(4), torch.tensor([True, False, True, False])
+    responses, good = drawn(4), torch.tensor([True, False, True, False])
     for kl, same in ((-3.0, 0.0), (2.0, 2.0)):
         leaf = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
-        assert_same(kto_loss(answers, good, leaf, 4), kto_loss(answers, good, torch.tensor(same), 4))
-    assert not kto_loss(answers, good, leaf, 4)[0].requires_grad
+        assert_same(kto_loss(responses, good, leaf, 4), kto_loss(responses, good, torch.tensor(same), 4))
+    assert not kto_loss(responses, good, leaf, 4)[0].requires_grad

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import clip_scores, pairwise_reward_loss, penalise_missing_eos, shape_rewards
+from coati.losses import clip_scores, pairwise_reward_loss, penalize_missing_eos, shape_rewards
 from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -79,8 +79,8 @@ def test_the_score_falls_on_the_last_response_token_of_short_and_empty_responses
 @given(st.lists(st.tuples(st.floats(-100, 100), st.booleans()), min_size=1, max_size=6), st.sampled_from([None, 1.5]))
 def test_missing_eos_penalty_equals_the_oracle(rows, penalty):
     scores, finished = map(list, zip(*rows, strict=True))
-    result = penalise_missing_eos(torch.tensor(scores, dtype=torch.float64), torch.tensor(finished), penalty)
-    assert result.tolist() == oracle.penalise_missing_eos(scores, finished, penalty)
+    result = penalize_missing_eos(torch.tensor(scores, dtype=torch.float64), torch.tensor(finished), penalty)
+    assert result.tolist() == oracle.penalize_missing_eos(scores, finished, penalty)
 
 
 @quick

@@ -37,7 +37,7 @@ def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
 def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch):
     """Values, entropies and every weight's gradient, however few logits are there at a time; Gemma 2 caps its logits
     after the head and is computed as a whole."""
-    monkeypatch.setattr("coati.models.actor.CHUNK", {"cpu": chunk})
+    monkeypatch.setattr("coati.models.actor.MAX_LOGITS", {"cpu": chunk})
     monkeypatch.setattr("coati.models.actor.ROWS", 1)
     capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
     actor, (ids, mask) = make(family, initializer_range=0.3, **capped), padded(rows(), "right")
@@ -77,7 +77,7 @@ def test_documents_of_a_row_see_no_other(family):
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mamba"])
 def test_which_models_keep_documents_apart(family):
     """OPT makes a mask of its own, and Bloom takes no positions."""
-    assert make(family).keeps_documents_apart() == (family not in ("opt", "bloom", "mamba"))
+    assert make(family).isolates_documents() == (family not in ("opt", "bloom", "mamba"))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])

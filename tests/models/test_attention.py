@@ -6,7 +6,7 @@ import torch
 from coati.errors import UserError
 from coati.models import Actor, AutoModelForCausalLMWithValueHead, RewardModel
 from coati.models.attention import soft_cap
-from coati.parallel.sequence import use_split_attention
+from coati.parallel.sequence import use_sequence_parallel_attention
 from coati.rewards import SequenceClassifierReward
 from tests.models.families import GROUPED, SHARED, padded, rows, tiny_config
 
@@ -76,8 +76,8 @@ def test_a_model_without_sdpa_runs(tmp_path):
     model = Actor(config=config).eval()
     assert attention_of(model) == "eager"
     assert model(*padded(rows(), "right")).isfinite().all()
-    with pytest.raises(UserError, match="can't be split: its attention is more than sdpa computes"):
-        use_split_attention(model.transformer, None)
+    with pytest.raises(UserError, match="can't be split: sdpa doesn't support its attention"):
+        use_sequence_parallel_attention(model.transformer, None)
 
 
 def test_sdpa_is_refused_where_scores_are_capped(tmp_path):
@@ -91,7 +91,7 @@ def test_sdpa_is_refused_where_scores_are_capped(tmp_path):
     with pytest.raises(UserError, match=r"caps them at 0\.5|does not support .*scaled_dot_product_attention"):
         Actor(tmp_path, attn_implementation="sdpa")
     with pytest.raises(UserError, match="gemma2 can't be split"):
-        use_split_attention(model.transformer, None)
+        use_sequence_parallel_attention(model.transformer, None)
 
 
 def test_a_cap_is_found_in_the_parts_of_a_config():

@@ -37,19 +37,21 @@ def common_beginning(rows: list[list[int]]) -> int:
 def test_every_token_is_there_with_its_position_and_sees_its_own_row(shapes, seed):
     """Beside a loop over all tokens."""
     ids, mask = batch_of(shapes, seed)
-    packed = PackedGroups.of(ids, mask, len(shapes[0]) - 1)
+    packed = PackedGroups.from_rows(ids, mask, len(shapes[0]) - 1)
     lengths, groups = mask.sum(1).tolist(), len(shapes)
     assert torch.equal(packed.unpack(packed.input_ids)[mask], ids[mask])
     assert torch.equal(packed.unpack(packed.position_ids)[mask], torch.arange(ids.shape[1]).expand_as(ids)[mask])
     for row, length in enumerate(lengths):
-        places = packed.places[row, :length].tolist()
-        assert len(set(places)) == length
+        packed_index = packed.packed_index[row, :length].tolist()
+        assert len(set(packed_index)) == length
         for t in range(length):
-            seen = packed.visible[row % groups, 0, places[t]].nonzero()[:, 0].tolist()
-            assert seen == sorted(places[: t + 1])
+            seen = packed.visible[row % groups, 0, packed_index[t]].nonzero()[:, 0].tolist()
+            assert seen == sorted(packed_index[: t + 1])
     for i in range(groups):
         rows = [ids[row, : lengths[row]].tolist() for row in range(i, len(ids), groups)]
-        used = {place for row in range(i, len(ids), groups) for place in packed.places[row, : lengths[row]].tolist()}
+        used = set()
+        for row in range(i, len(ids), groups):
+            used.update(packed.packed_index[row, : lengths[row]].tolist())
         assert len(used) == sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows)
 
 

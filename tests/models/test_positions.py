@@ -167,8 +167,8 @@ def test_rows_that_are_too_long_are_refused_at_the_start(algorithm, family, poli
         make(algorithm, tiny_world, runtime, tmp_path / "short", steps=1, **changes).train()
 
 
-def test_sample_answers_count(policies, tiny_world, runtime, tmp_path):
-    """REPORT 19: SFT's rows fit, and its answers to the evaluation prompts would not."""
+def test_sample_responses_count(policies, tiny_world, runtime, tmp_path):
+    """REPORT 19: SFT's rows fit, and its responses to the evaluation prompts would not."""
     changes = dict(model=policies["gpt2"], model_config=None, max_length=28, too_long="drop", steps=1)
     with pytest.raises(UserError, match="have up to"):
         make("sft", tiny_world, runtime, tmp_path / "run", max_new_tokens=20, **changes)

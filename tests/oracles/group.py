@@ -1,4 +1,4 @@
-"""Groups of answers as loops over python floats, from the papers' equations."""
+"""Groups of responses as loops over python floats, from the papers' equations."""
 
 import math
 import statistics
@@ -26,13 +26,13 @@ def group_advantages(rewards, group_size, advantage, baseline=None, min_std=0.1)
     return result
 
 
-def aggregation_weights(mask, aggregation, tokens, answers, longest):
+def aggregation_weights(mask, aggregation, tokens, responses, longest):
     """Weights with which sum(weight * x) / tokens is the aggregate of x."""
     rows = [[0.0] * len(row) for row in mask]
     for b, row in enumerate(mask):
         for t, counts in enumerate(row):
             if counts:
-                share = {"token": 1 / tokens, "sequence": 1 / answers / sum(row), "constant": 1 / answers / longest}
+                share = {"token": 1 / tokens, "sequence": 1 / responses / sum(row), "constant": 1 / responses / longest}
                 rows[b][t] = tokens * share[aggregation]
     return rows
 
@@ -52,7 +52,7 @@ def importance_weights(log_probs, rollout_log_probs, mask, correction, cap=2.0):
 
 
 def punish_overlong(scores, lengths, longest, buffer, penalty=1.0):
-    """DAPO, eq. 13, for answers that are cut at `longest`."""
+    """DAPO, eq. 13, for responses that are cut at `longest`."""
     result = []
     for score, length in zip(scores, lengths, strict=True):
         if buffer == 0 or length <= longest - buffer:

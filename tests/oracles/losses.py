@@ -162,7 +162,7 @@ def shape_rewards(scores, kl, mask, coefficient):
     return rows
 
 
-def penalise_missing_eos(scores, finished, penalty):
+def penalize_missing_eos(scores, finished, penalty):
     if penalty is None:
         return list(scores)
     return [score if done else score - penalty for score, done in zip(scores, finished, strict=True)]

@@ -1,6 +1,6 @@
 """The preference losses as loops over python floats, written from the papers' equations.
 
-An answer is (log-prob under the policy, its length in tokens, log-prob under the reference).
+A response is (log-prob under the policy, its length in tokens, log-prob under the reference).
 """
 
 import math
@@ -19,7 +19,7 @@ def _log_odds(log_p, eps):
 
 
 def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
-    """Rewards of both answers, and the loss of the pair."""
+    """Rewards of both responses, and the loss of the pair."""
     (good, n, good_reference), (bad, k, bad_reference) = chosen, rejected
     n, k = max(n, 1), max(k, 1)
     if name in ("dpo", "robust-dpo", "hinge"):
@@ -48,9 +48,9 @@ def _compare(name, chosen, rejected, beta, smoothing, gamma, eps):
 
 
 def preference_loss(
-    name, chosen, rejected, denominator, beta, smoothing, gamma, nll=0.0, normalised=False, dtype="float64"
+    name, chosen, rejected, denominator, beta, smoothing, gamma, nll=0.0, normalized=False, dtype="float64"
 ):
-    """RPO's likelihood term on top. With `normalised`, log-probs are averages from the start."""
+    """RPO's likelihood term on top. With `normalized`, log-probs are averages from the start."""
     sums = {}
 
     def add(metric, value):
@@ -58,7 +58,7 @@ def preference_loss(
 
     for good, bad in zip(chosen, rejected, strict=True):
         read = (good, bad)
-        if normalised:
+        if normalized:
             read = tuple((p / max(n, 1), n, q / max(n, 1)) for p, n, q in read)
         reward, other, loss = _compare(name, *read, beta, smoothing, gamma, EPS[dtype])
         likelihood = -good[0] / max(good[1], 1)
@@ -68,19 +68,19 @@ def preference_loss(
         add("loss", loss)
         add("accuracy", 1.0 if reward > other else 0.5 if reward == other else 0.0)
         add("margin", reward - other)
-        for side, value, answer in (("chosen", reward, good), ("rejected", other, bad)):
+        for side, value, response in (("chosen", reward, good), ("rejected", other, bad)):
             add(f"reward_{side}", value)
-            add(f"log_probs_{side}", answer[0])
-            add(f"length_{side}", answer[1])
+            add(f"log_probs_{side}", response[0])
+            add(f"length_{side}", response[1])
     metrics = {name: math.fsum(values) / denominator for name, values in sums.items()}
     return metrics["loss"], metrics
 
 
-def kto_loss(answers, desirable, kl, denominator, beta, desirable_weight, undesirable_weight):
+def kto_loss(responses, desirable, kl, denominator, beta, desirable_weight, undesirable_weight):
     """KTO eq. 7 with z_0 = max(0, kl)."""
     z, losses = max(kl, 0.0), []
     sums = {f"{name}_{sort}": [0.0] for name in ("reward", "log_probs") for sort in ("desirable", "undesirable")}
-    for (log_p, _, reference), good in zip(answers, desirable, strict=True):
+    for (log_p, _, reference), good in zip(responses, desirable, strict=True):
         reward = beta * (log_p - reference)
         x = reward - beta * z if good else beta * z - reward
         # 1 - sigmoid(x)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, in one process without a process group."""
+"""Atomic checkpoints, in one process without a process group."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from coati.errors import UserError, no_room
-from coati.files import aside_of
+from coati.files import partial_path
 from coati.parallel.checkpoint import Checkpoints
 from coati.parallel.communication import Communicator
 from coati.parallel.runtime import Runtime, random_state, restore_random_state, seed_everything
@@ -200,8 +200,8 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints
     assert checkpoints.newest().name == checkpoints.best().name == "step-00000002"
     checkpoints.save(3, write)
     assert names(checkpoints) == ["step-00000002", "step-00000003", "step-00000003.previous", "step-00000004.previous"]
-    aside = checkpoints.folder / "step-00000004.previous"
-    assert checkpoints.find(str(aside)) == aside
+    previous = checkpoints.folder / "step-00000004.previous"
+    assert checkpoints.find(str(previous)) == previous
     checkpoints.set_aside_after(2)
     assert checkpoints.newest().name == "step-00000002"
 
@@ -209,7 +209,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(checkpoints
 def test_every_rank_syncs_what_it_wrote_before_the_others_go_on(checkpoints, monkeypatch):
     """On a shared file system only the machine that wrote a file has its content in memory."""
     checkpoints.folder.mkdir()
-    aside_of(checkpoints.folder / "step-00000001").mkdir()
+    partial_path(checkpoints.folder / "step-00000001").mkdir()
     calls = []
     monkeypatch.setattr(os, "fsync", lambda number: calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
     runtime = alone(1, 2)

@@ -37,15 +37,15 @@ def test_a_classifier_is_found_too():
 def test_an_unknown_architecture_is_refused_with_a_way_out():
     from transformers import BloomConfig
 
-    with pytest.raises(UserError, match=r"know llama, .*, not bloom: use --plugin zero2.*add-an-architecture"):
+    with pytest.raises(UserError, match=r"support llama, .*, not bloom: use --plugin zero2.*add-an-architecture"):
         find_decoder(Actor(config=BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)))
 
 
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
-        ("llama", (4, 1), "2 key-value heads: they don't divide among tensor_parallel 4"),
-        ("gpt2", (3, 1), "4 attention heads: they don't divide among tensor_parallel 3"),
+        ("llama", (4, 1), "2 key-value heads: not divisible by tensor_parallel 4"),
+        ("gpt2", (3, 1), "4 attention heads: not divisible by tensor_parallel 3"),
         ("llama", (1, 4), "3 layers: pipeline_parallel 4 leaves stages empty"),
         ("gpt2", (2, 1, True), "gpt2's code can't split the sequence"),
     ],
@@ -63,7 +63,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers(family, sizes, message
             {},
             "gemini doesn't combine .* use --plugin zero1",
         ),
-        (dict(plugin="zero2", pipeline_parallel=2), {}, "once a micro-batch .* use --plugin zero1"),
+        (dict(plugin="zero2", pipeline_parallel=2), {}, "once per micro-batch .* use --plugin zero1"),
         (dict(tensor_parallel=2, sequence_parallel=2), {}, "sequence_parallel doesn't combine with tensor_parallel 2"),
         (dict(tensor_parallel=2), dict(lora=True), "LoRA adapters don't combine with tensor_parallel 2"),
         (dict(tensor_parallel=2, pipeline_parallel=2), dict(world_size=6), "needs a multiple of 4 processes: 6"),

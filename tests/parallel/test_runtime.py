@@ -14,7 +14,7 @@ from coati import watch
 from coati.errors import UserError
 from coati.watch import launchers
 
-place = importlib.import_module("coati.parallel.runtime")  # coati.parallel.runtime is the function
+runtime_module = importlib.import_module("coati.parallel.runtime")  # coati.parallel.runtime is the function
 
 STEP = dict(
     SLURM_JOB_ID="7",
@@ -28,16 +28,16 @@ STEP = dict(
 
 def placed(monkeypatch, **environment) -> dict[str, str]:
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in place.PLACE:
+        if name.startswith("SLURM_") or name in runtime_module.RANK_VARIABLES:
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    for name in place.PLACE:  # so that monkeypatch takes back what is written below
+    for name in runtime_module.RANK_VARIABLES:  # so that monkeypatch takes back what is written below
         monkeypatch.setenv(name, environment.get(name, ""))
         if name not in environment:
             os.environ.pop(name)
-    place._place()
-    return {name: os.environ[name] for name in place.PLACE}
+    runtime_module._rank_from_environment()
+    return {name: os.environ[name] for name in runtime_module.RANK_VARIABLES}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def placed(monkeypatch, **environment) -> dict[str, str]:
     ],
 )
 def test_the_first_host_of_slurms_list(hosts, first):
-    assert place._first_host(hosts) == first
+    assert runtime_module._first_host(hosts) == first
 
 
 def test_a_task_of_srun_finds_its_place(monkeypatch):
@@ -72,7 +72,7 @@ def test_steps_and_jobs_get_different_ports_below_those_of_linux(monkeypatch):
 
 
 def test_a_task_with_one_gpu_of_its_own_uses_it(monkeypatch):
-    monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(runtime_module.torch.cuda, "device_count", lambda: 1)
     assert placed(monkeypatch, **STEP)["LOCAL_RANK"] == "0"
 
 
@@ -193,33 +193,33 @@ def a_gpu_that_torch_can_not_use(monkeypatch, tmp_path):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update it.")
 
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(place, "DEVICE_FILES", tmp_path)
-    monkeypatch.setattr(place.torch.version, "cuda", "13.0")
-    monkeypatch.setattr(place.torch.cuda, "init", init)
+    monkeypatch.setattr(runtime_module, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(runtime_module.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(runtime_module.torch.cuda, "init", init)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_a_gpu_that_torch_can_not_use_is_no_reason_to_train_on_the_cpu(a_gpu_that_torch_can_not_use):
     with pytest.raises(UserError, match=r"driver on your system is too old \(found version 12020\).*--device cpu"):
-        place._take_device(0)
+        runtime_module._select_device(0)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_it_is_left_alone_where_it_is_hidden(hidden, a_gpu_that_torch_can_not_use, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert place._take_device(0).type == "cpu"
+    assert runtime_module._select_device(0).type == "cpu"
 
 
 def test_a_torch_for_cpus_uses_cpus(a_gpu_that_torch_can_not_use, monkeypatch):
-    monkeypatch.setattr(place.torch.version, "cuda", None)
-    assert place._take_device(0).type == "cpu"
+    monkeypatch.setattr(runtime_module.torch.version, "cuda", None)
+    assert runtime_module._select_device(0).type == "cpu"
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(place.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(runtime_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime_module.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"no GPU of its own.*--device cpu"):
-        place._take_device(1)
+        runtime_module._select_device(1)
 
 
 # in one write: two processes share the output
@@ -266,7 +266,8 @@ main(SFTConfig, lambda: Trainer, "sft", argv=sys.argv[1:])
 
 
 def test_device_cpu_hides_gpus_before_torch_looks_for_them(tiny_world, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", *place.PLACE)}
+    removed = ("CUDA_VISIBLE_DEVICES", *runtime_module.RANK_VARIABLES)
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
     arguments = ["--model", tiny_world["policy"], "--train_data", tiny_world["sft"], "--output_dir", str(tmp_path)]
     for device, expected in (("cpu", "hidden: ''"), ("auto", "hidden: None")):
         command = [sys.executable, "-c", TRAINS, *arguments, "--device", device]

@@ -16,7 +16,7 @@ PROMPTS, RESPONSES = ["a", "b", "c"], ["x", "yy", "zzz"]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by what stands in `script`, one entry a request, then with the responses' lengths. An entry is seconds
+    """Answers by what stands in `script`, one entry per request, then with the responses' lengths. An entry is seconds
     of silence, a status, or the body of the reply."""
 
     def __init__(self):
@@ -128,7 +128,7 @@ def test_a_bad_reply_is_an_error_at_once(body, server):
     assert len(server.asked) == 1
 
 
-def test_null_from_an_endpoint_is_no_opinion(server):
+def test_null_from_an_endpoint_skips_the_response(server):
     """REPORT 30."""
     server.script = [{"rewards": [1.0, None, 2]}]
     found = scored(Scorer([(reward(server), 2.0), (Constant(0.5), 1.0)]), PROMPTS, RESPONSES)

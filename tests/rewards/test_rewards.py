@@ -145,7 +145,7 @@ def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):
     assert [sample.rewards for sample in found] == [{"reward": 1.0, "reward_2": 2.0}] * 3
 
 
-def test_a_reward_without_an_opinion_leaves_the_others_alone(caplog):
+def test_a_reward_that_skips_a_response_leaves_the_others_alone(caplog):
     """REPORT 30: None is no 0 of its own; with tokens too."""
     some = FunctionReward(lambda prompts, responses, **c: [None, 3.0, None], "some")
     other = FunctionReward(lambda prompts, responses, **c: (1.0, None, None), "other")
@@ -156,7 +156,7 @@ def test_a_reward_without_an_opinion_leaves_the_others_alone(caplog):
     assert "1 of 3 responses are scored by no reward and get 0, such as ''" in line
 
 
-def test_a_reward_of_tokens_may_have_no_opinion(monkeypatch):
+def test_a_reward_of_tokens_may_skip_a_sample(monkeypatch):
     """REPORT 30."""
     reward, made = TokenIds(), tokens()
     monkeypatch.setattr(reward, "score", lambda samples: [[0.0, 1.0, 2.0], None, [0.0] * 4])
@@ -166,7 +166,7 @@ def test_a_reward_of_tokens_may_have_no_opinion(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_reward_of_one_response_may_have_no_opinion(write_module, workers):
+def test_a_reward_of_one_response_may_skip_it(write_module, workers):
     """REPORT 30: it has not failed."""
     path = write_module(
         "def some(prompts, responses, **columns):\n    return [len(responses[0]) or None]\nsome.per_response = True\n"

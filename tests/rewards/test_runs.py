@@ -34,19 +34,19 @@ def make(tiny_world, runtime, folder, /, **changes):
 
 def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
     """Each is logged and timed under its name, in training and evaluation."""
-    decoder().save_pretrained(tmp_path / "judge")
-    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    decoder().save_pretrained(tmp_path / "scorer")
+    gpt2_tokenizer().save_pretrained(tmp_path / "scorer")
     (tmp_path / "rules.py").write_text(RULES)
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         listed = functions(tiny_world["rewards"] + ":length", f"{tmp_path}/rules.py:even", weights=[1.0, 2.0])
-        listed.append(dict(type="classifier", path=str(tmp_path / "judge"), weight=0.5, batch_size=3))
+        listed.append(dict(type="classifier", path=str(tmp_path / "scorer"), weight=0.5, batch_size=3))
         url = f"http://127.0.0.1:{server.server_port}/"
         listed.append(dict(type="http", url=url, weight=0.1, batch_size=3))
         make(tiny_world, runtime, tmp_path / "run", rewards=listed, steps=1).train()
         server.shutdown()
     assert max(len(asked["responses"]) for asked in server.asked) == 3
-    weights = {"length": 1.0, "even": 2.0, "judge": 0.5, "127.0.0.1": 0.1}
+    weights = {"length": 1.0, "even": 2.0, "scorer": 0.5, "127.0.0.1": 0.1}
     trained = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     evaluated = [row for row in read_metrics(tmp_path / "run") if "eval/reward" in row]
     for row, prefix in ((trained[0], ""), (evaluated[0], "eval/")):
@@ -57,7 +57,7 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
 
 
 def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path, monkeypatch):
-    """Normalising and clipping leave it alone: they are for the scores of whole responses."""
+    """Normalizing and clipping leave it alone: they are for the scores of whole responses."""
     from coati.trainers import ppo
 
     gae, seen = ppo.gae, []
@@ -137,8 +137,8 @@ def test_rows_that_a_reward_cannot_score_are_refused_before_anything_is_generate
         make(tiny_world, runtime, tmp_path / "run", rewards=listed, **changes)
 
 
-def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
-    """REPORT 30: its mean is that of the responses that it has an opinion on, in training and evaluation."""
+def test_a_reward_that_skips_responses_in_a_run(tiny_world, runtime, tmp_path):
+    """REPORT 30: its mean is that of the responses that it scores, in training and evaluation."""
     (tmp_path / "rules.py").write_text(
         "def some(prompts, responses, kind, **c):\n    return [None if k == 'chat' else 3.0 for k in kind]\n"
         "def none(prompts, responses, **c):\n    return [None] * len(responses)\n"
@@ -151,7 +151,7 @@ def test_a_reward_without_an_opinion_in_a_run(tiny_world, runtime, tmp_path):
     written = read_metrics(tmp_path / "run")
     [trained] = [row for row in written if "reward" in row]
     evaluated = next(row for row in written if "eval/reward" in row)
-    assert trained["reward/some/judged"] == 2 / 8
+    assert trained["reward/some/scored"] == 2 / 8
     for row, prefix in ((trained, ""), (evaluated, "eval/")):
         assert row[f"{prefix}reward"] == pytest.approx(3 * 2 / 8) and row[f"{prefix}reward/some"] == 3
 
@@ -160,10 +160,10 @@ def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_wor
     from coati.models import RewardModel
     from tests.models.families import tiny_config
 
-    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "judge")
-    gpt2_tokenizer().save_pretrained(tmp_path / "judge")
+    RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "scorer")
+    gpt2_tokenizer().save_pretrained(tmp_path / "scorer")
     with pytest.raises(UserError, match=r"another vocabulary than the policy.*type classifier"):
-        make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "judge"))])
+        make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "scorer"))])
     RewardModel(config=tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"no tokenizer beside it.*type classifier with a tokenizer"):
         make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(str(tmp_path / "bare"))])
@@ -177,9 +177,9 @@ def test_a_reward_model_may_be_a_sequence_classifier(tiny_world, runtime, tmp_pa
 
     config = LlamaConfig.from_pretrained(tiny_world["policy"], num_labels=1)
     classifier = make_classifier(config)
-    classifier.save_pretrained(tmp_path / "judge")
-    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "judge")
-    changes = dict(rewards=[reward_model(str(tmp_path / "judge"))])
+    classifier.save_pretrained(tmp_path / "scorer")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "scorer")
+    changes = dict(rewards=[reward_model(str(tmp_path / "scorer"))])
     trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
     assert trainer.engines["critic"].module.value_head.weight.equal(classifier.score.weight)
     batch, _ = trainer.rollouts.next(0)

@@ -14,7 +14,7 @@ import pytest
 
 from coati.errors import UserError
 from coati.rewards import sandbox
-from coati.rewards.sandbox import MB, OUTPUT, Verdict, check_sandbox, run_tests
+from coati.rewards.sandbox import MB, OUTPUT, SandboxResult, check_sandbox, run_tests
 from tests.conftest import ROOT
 
 QUICK = 5.0  # seconds
@@ -262,7 +262,7 @@ def test_a_machine_without_namespaces_runs_nothing(monkeypatch):
     check_sandbox.cache_clear()
     with pytest.raises(UserError, match=r"the verifier python needs .*namespaces \(unshare: no\)"):
         check_sandbox()
-    monkeypatch.setattr(sandbox, "run_tests", lambda *a: Verdict(True, ""))
+    monkeypatch.setattr(sandbox, "run_tests", lambda *a: SandboxResult(True, ""))
     with pytest.raises(UserError, match="its own check failed"):
         check_sandbox()
     check_sandbox.cache_clear()

@@ -13,7 +13,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.rewards.answers import extract_number
 from coati.rewards.config import load_rewards
-from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, normalise
+from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, normalize
 from coati.trainers.config import PPOConfig
 from tests.conftest import ROOT
 from tests.rewards.samples import make_verifier, samples
@@ -105,7 +105,7 @@ def test_a_number_is_read_however_it_is_written(number, form):
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/gsm8k").is_dir(), reason="no ../shared/data here")
 def test_gsm8k_verdicts_are_those_of_the_data_set():
-    """4,000 solutions that OpenAI labelled."""
+    """4,000 solutions that OpenAI labeled."""
     rows = [json.loads(line) for line in (ROOT.parent / "shared/data/gsm8k/model_solutions.jsonl").open()]
     solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
     answers = [truth for truth, _ in solutions]
@@ -155,8 +155,8 @@ def test_exact_answers():
 
 
 @given(st.text(max_size=20))
-def test_normalising_empties_only_what_is_blank(text):
-    assert bool(normalise(text)) == bool(unicodedata.normalize("NFKC", text).split())
+def test_normalizing_empties_only_what_is_blank(text):
+    assert bool(normalize(text)) == bool(unicodedata.normalize("NFKC", text).split())
     assert verdict("exact", text.upper().lower(), f" {text.lower()} ") == 1
 
 

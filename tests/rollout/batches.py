@@ -25,7 +25,7 @@ def batch_of(
         )
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]
-    return RolloutBatch.of(samples, pad_id, temperature, torch.device("cpu"))
+    return RolloutBatch.from_samples(samples, pad_id, temperature, torch.device("cpu"))
 
 
 def response_ids(batch: RolloutBatch) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Best-of-n keeps the answer that scores highest, and moves the policy by log n - (n - 1) / n."""
+"""Best-of-n keeps the response that scores highest, and moves the policy by log n - (n - 1) / n."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_best_of_each_prompt_is_returned(policy):
 
 
 def test_the_kl_is_that_of_the_best_of_n_distribution():
-    """With m equally likely answers of different scores, the best of n is answer k with (k/m)^n - ((k-1)/m)^n."""
+    """With m equally likely responses of different scores, the best of n is response k with (k/m)^n - ((k-1)/m)^n."""
     m, n = 20_000, 8
     shares = [(k / m) ** n - ((k - 1) / m) ** n for k in range(1, m + 1)]
     exact = sum(p * math.log(p * m) for p in shares if p > 0)

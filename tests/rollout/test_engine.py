@@ -1,4 +1,4 @@
-"""The rollout engine: transformers' tokens, whatever the neighbours, the slots and the order of arrival."""
+"""The rollout engine: transformers' tokens, whatever the neighbors, the slots and the order of arrival."""
 
 import math
 import shutil
@@ -50,11 +50,11 @@ def complete(actor, requests, slots=256, eos_ids=(EOS,), stop=None, **options):
 
 
 def transformers_own(actor, prompts, **options):
-    """Greedy answers of `transformers.generate`, cut after the first EOS."""
+    """Greedy responses of `transformers.generate`, cut after the first EOS."""
     ids, mask = padded([torch.tensor(p) for p in prompts], "left")
     keywords = dict(max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD) | options
-    answers = actor.generate(ids, mask.long(), do_sample=False, **keywords)[:, ids.shape[1] :].tolist()
-    return [answer[: answer.index(EOS) + 1] if EOS in answer else answer for answer in answers]
+    responses = actor.generate(ids, mask.long(), do_sample=False, **keywords)[:, ids.shape[1] :].tolist()
+    return [response[: response.index(EOS) + 1] if EOS in response else response for response in responses]
 
 
 @pytest.mark.parametrize("slots", [7, 256])
@@ -155,13 +155,13 @@ def test_a_prompt_is_read_once_for_all_its_samples(actors, monkeypatch):
 
 
 def test_cost_follows_the_sum_of_lengths(actors, monkeypatch):
-    """One long answer beside many short ones: rows that have ended are not computed any more."""
+    """One long response beside many short ones: rows that have ended are not computed any more."""
     actor, rows = actors("llama"), []
     forward = type(actor).next_logits
     monkeypatch.setattr(type(actor), "next_logits", lambda *a, **k: rows.append(a[1].shape[0]) or forward(*a, **k))
     limits = [100] + [2] * 63
     complete(actor, [Request([5 + i % 9], i, n) for i, n in enumerate(limits)], 16, max_new_tokens=100, eos_ids=())
-    prompts = 9  # read once each; they give the first token of every answer
+    prompts = 9  # read once each; they give the first token of every response
     assert sum(rows) == prompts + sum(limits) - len(limits) and max(rows) <= 16
 
 

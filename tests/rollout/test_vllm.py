@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine: its answers are the engine's own. `make test-vllm` runs this file where vLLM is."""
+"""vLLM as the rollout engine: its responses are the engine's own. `make test-vllm` runs this file where vLLM is."""
 
 import importlib.util
 import os
@@ -104,7 +104,7 @@ def test_tokens_come_as_often_as_the_engines_own(actors):
     torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.04)
 
 
-def test_the_same_seed_gives_the_same_answer_in_any_batch(actors):
+def test_the_same_seed_gives_the_same_response_in_any_batch(actors):
     actor, prompts = actors("qwen3"), some_prompts(20)
     requests = [Request(p, [3, i]) for i, p in enumerate(prompts)]
     together = complete(actor, requests)
@@ -119,15 +119,15 @@ def test_changed_weights_are_used_by_the_next_call(vllm, lora):
     torch.manual_seed(1)
     config = tiny_config("llama", vocab_size=VOCABULARY, initializer_range=0.2, tie_word_embeddings=not lora, **WIDTH)
     actor, prompts = Actor(config=config, lora=lora).eval(), [list(range(3, 40)), *some_prompts(9)]
-    answers = []
+    responses = []
     for _ in range(3):
         found = complete(actor, [Request(p) for p in prompts], temperature=0.0)
         log_probs_are_the_models(actor, prompts, found)
-        answers.append([c.ids for c in found])
+        responses.append([c.ids for c in found])
         with torch.no_grad():
             for parameter in actor.parameters():
                 parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
-    assert answers[0] != answers[1] != answers[2]
+    assert responses[0] != responses[1] != responses[2]
 
 
 def test_a_stop_ends_a_response_after_the_token_that_says_so(actors):
@@ -171,7 +171,7 @@ def test_what_vllm_can_not_do_is_named(actors):
 
 
 def test_a_model_that_vllm_does_not_run_is_named(vllm):
-    with pytest.raises(UserError, match="does not run this LlamaForCausalLM"):
+    with pytest.raises(UserError, match="does not support this LlamaForCausalLM"):
         complete(Actor(config=tiny_config("llama")).eval(), [Request([3])])
 
 

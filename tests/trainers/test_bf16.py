@@ -36,18 +36,18 @@ def rows(count: int = 16, longest: int = 40) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.fixture(scope="module")
 def sharp_world(tiny_world, tmp_path_factory) -> dict[str, str]:
-    """The tiny world with a policy and a reward model (`judge`) that tell tokens apart."""
+    """The tiny world with a policy and a reward model (`scorer`) that tell tokens apart."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("sharp")
     config = AutoConfig.from_pretrained(tiny_world["model_config"])
     config.initializer_range = 0.35
-    for name, model_class in (("policy", Actor), ("judge", RewardModel)):
+    for name, model_class in (("policy", Actor), ("scorer", RewardModel)):
         torch.manual_seed(3)
         model_class(config=config).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(folder / name)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    names = dict(policy=folder / "policy", judge=folder / "judge", model_config=folder / "config.json")
+    names = dict(policy=folder / "policy", scorer=folder / "scorer", model_config=folder / "config.json")
     return tiny_world | {name: str(path) for name, path in names.items()}
 
 
@@ -128,18 +128,18 @@ def test_prompts_that_are_read_once_are_taken(family, weights):
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("fault", ["positions", "others"])
 def test_rows_that_are_packed_wrongly_are_refused(fault, weights, monkeypatch):
-    of = PackedGroups.of
+    from_rows = PackedGroups.from_rows
 
     def wrong(*arguments):
-        packed = of(*arguments)
+        packed = from_rows(*arguments)
         if fault == "positions":  # as if all stood in one row
             positions = torch.arange(packed.input_ids.shape[1]).expand_as(packed.input_ids)
-            return PackedGroups(packed.input_ids, positions, packed.visible, packed.places)
+            return PackedGroups(packed.input_ids, positions, packed.visible, packed.packed_index)
         everything = torch.ones_like(packed.visible).tril()  # as if responses saw one another
-        return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.places)
+        return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.packed_index)
 
     actor = sharp(Actor).eval()
-    monkeypatch.setattr(PackedGroups, "of", wrong)
+    monkeypatch.setattr(PackedGroups, "from_rows", wrong)
     with pytest.raises(UserError, match="share_prompts"):
         check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
 
@@ -170,11 +170,11 @@ def values_of(output, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_rewards_of_a_run_are_those_of_the_model_in_fp32(plugin, sharp_world, runtime, tmp_path):
     """Of the same responses, up to the rounding of the reward model's trunk."""
-    changes = dict(rewards=[reward_model(sharp_world["judge"])], plugin=plugin) | RESPONSES
+    changes = dict(rewards=[reward_model(sharp_world["scorer"])], plugin=plugin) | RESPONSES
     trainer = make("grpo", sharp_world, runtime, tmp_path, **changes)
     batch, _ = trainer.rollouts.next(0)
     with torch.no_grad():
-        exact = RewardModel(sharp_world["judge"]).eval()(batch.input_ids, batch.attention_mask)
+        exact = RewardModel(sharp_world["scorer"]).eval()(batch.input_ids, batch.attention_mask)
     assert batch.scores.dtype == torch.float32
     assert (batch.scores - exact).abs().mean() < 0.05 * exact.std()
 

@@ -11,7 +11,7 @@ import yaml
 
 from coati.config import configure
 from coati.config.parse import nested
-from coati.data.dataset import writing
+from coati.data.dataset import cache_write_errors
 from coati.errors import UserError
 from coati.run_layout import LOCK
 from coati.tracking import read_metrics, read_run
@@ -203,11 +203,11 @@ def test_what_is_in_a_read_only_cache_is_used(tiny_world, runtime, tmp_path, mon
 
 def test_errors_of_other_files_are_not_put_down_to_the_cache(tmp_path):
     """REPORT 28: such as a data file without permission."""
-    with pytest.raises(PermissionError), writing(tmp_path / "cache"):
+    with pytest.raises(PermissionError), cache_write_errors(tmp_path / "cache"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "rows.jsonl"))
-    with pytest.raises(UserError), writing(tmp_path / "cache"):
+    with pytest.raises(UserError), cache_write_errors(tmp_path / "cache"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "cache" / "x.lock"))
-    with pytest.raises(ValueError, match="os error"), writing(tmp_path / "cache"):
+    with pytest.raises(ValueError, match="os error"), cache_write_errors(tmp_path / "cache"):
         raise ValueError("os error")
 
 

@@ -1,4 +1,4 @@
-"""Preference runs in this process: what is learnt, from which reference, and what is kept of it."""
+"""Preference runs in this process: what is learned, from which reference, and what is kept of it."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from coati.config import configure
 from coati.config.schema import leaves
 from coati.errors import UserError
-from coati.files import aside_of
+from coati.files import partial_path
 from coati.losses import response_targets
 from coati.tracking import read_metrics, read_samples
 from coati.trainers.config import PreferenceConfig
@@ -61,7 +61,7 @@ def answers_of(trainer, sequences) -> list[tuple[float, int, float]]:
     return list(zip(policy, (sum(s.loss_mask) for s in sequences), reference, strict=True))
 
 
-# --- what is learnt
+# --- what is learned
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -303,8 +303,8 @@ def test_a_cache_that_was_not_finished_is_not_read(tiny_world, runtime, tmp_path
     make(tiny_world, runtime, tmp_path / "first", **settings)
     [file] = cache_files(tmp_path / "cache")
     whole = file.read_bytes()
-    file.rename(aside_of(file))
-    aside_of(file).write_bytes(whole[:-8])
+    file.rename(partial_path(file))
+    partial_path(file).write_bytes(whole[:-8])
     make(tiny_world, runtime, tmp_path / "second", **settings)
     assert file.read_bytes() == whole
 

@@ -13,7 +13,7 @@ pytestmark = [
 
 
 @pytest.mark.timeout(1800)
-def test_preferences_are_learnt_and_hold_on_other_pairs(runtime, tmp_path):
+def test_preferences_are_learned_and_hold_on_other_pairs(runtime, tmp_path):
     """Accuracy starts at one half, as no answer is better than the other under the reference itself."""
     from coati.trainers.preference import PreferenceConfig, preference_trainer
     from examples.real_data.run import read

@@ -40,7 +40,7 @@ def test_warm_up_starts_above_zero_and_reaches_the_peak():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_rates_fall_towards_the_final_rate_and_never_below(schedule):
+def test_rates_fall_toward_the_final_rate_and_never_below(schedule):
     rates = [learning_rate_at(step, 1000, 1.0, schedule, 0.0, 0.1) for step in range(1001)]
     assert rates[0] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates))

@@ -68,7 +68,7 @@ def test_one_gradient_is_the_sum_of_both_losses(tiny_world, runtime, tmp_path):
     assert any((both[name] - policy[name]).abs().max() > 1e-4 for name in both if "layers" in name)
 
 
-def test_text_of_the_pre_training_mix_is_learnt_beside_it(tiny_world, runtime, tmp_path):
+def test_text_of_the_pre_training_mix_is_learned_beside_it(tiny_world, runtime, tmp_path):
     make(tiny_world, runtime, tmp_path, steps=2, ptx_data=[tiny_world["sft"]], ptx_coefficient=0.5).train()
     assert all(row["ptx_loss"] > 0 for row in read_metrics(tmp_path) if "policy_loss" in row)
 

@@ -1,7 +1,7 @@
 """PPO and GRPO against theory: E[r] - beta KL(pi || pi_ref) is greatest for pi*(y) proportional to
 pi_ref(y) exp(r(y) / beta).
 
-Answers of one or two tokens from a vocabulary of 8 are few enough to enumerate, so pi_ref, pi* and the trained policy
+Responses of one or two tokens from a vocabulary of 8 are few enough to enumerate, so pi_ref, pi* and the trained policy
 are known exactly. Nothing in the trainer is replaced: tokens are sampled (the pad token may be one), EOS ends an answer
 or the limit does, the critic learns, advantages are whitened, ratios are clipped.
 """

@@ -1,3 +1,3 @@
-"""What is asked: the published benchmarks, read out of their files into one record a question.
+"""The published benchmarks, read from their files into one record per question.
 
 A benchmark is prepared once; all that comes later reads the prepared folder."""

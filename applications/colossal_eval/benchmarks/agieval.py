@@ -34,14 +34,14 @@ def agieval(folder: Path) -> Iterator[Row]:
 
 
 def _only(folder: Path, name: str) -> Path | None:
-    found = sorted(path for path in folder.rglob(name) if path.is_file())
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1]} are both there: name the folder of one version")
-    return found[0] if found else None
+    files = sorted(path for path in folder.rglob(name) if path.is_file())
+    if len(files) > 1:
+        raise UserError(f"{files[0]} and {files[1]} are both there: name the folder of one version")
+    return files[0] if files else None
 
 
 def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:
-    """Odd rows hold an example a task as Python literals, even ones their explanations."""
+    """Odd rows hold one example per task as Python literals, even ones their explanations."""
     rows = csv_rows(path)
     _, header = next(rows)
     samples = [(line, cells) for line, cells in rows if cells[0].startswith("sample")]
@@ -52,8 +52,8 @@ def _examples(path: Path, tasks: list[str]) -> Iterator[Row]:
             column = "sat-en" if name == "sat-en-without-passage" else name
             cell = cells[header.index(column)] if column in header[: len(cells)] else ""
             if cell:
-                place = f"{path}:{line} ({name})"
-                yield make_row("dev", name, place, _example, cell, f"{name}/dev/{number}")
+                location = f"{path}:{line} ({name})"
+                yield make_row("dev", name, location, _example, cell, f"{name}/dev/{number}")
 
 
 def _example(cell: str, id: str) -> Question:

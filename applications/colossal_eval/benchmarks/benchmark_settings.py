@@ -16,13 +16,13 @@ class Setting:
     Attributes:
         shots: few-shot examples.
         methods: of questions with one right letter; other kinds are answered by generation.
-        headline: the metric of the report's table.
+        main_metric: the metric of the report's table.
         max_new_tokens: longest generated response.
     """
 
     shots: int = 5
     methods: tuple[str, ...] = ("first_token",)
-    headline: str = "first_token"
+    main_metric: str = "first_token"
     max_new_tokens: int = 32
 
 
@@ -30,10 +30,10 @@ SETTINGS = {
     "mmlu": Setting(),
     "cmmlu": Setting(),
     "ceval": Setting(),
-    "agieval": Setting(methods=("first_token", "generate"), headline="combined"),
+    "agieval": Setting(methods=("first_token", "generate"), main_metric="combined"),
     "gaokao_bench": Setting(shots=0, methods=("first_token", "generate")),
-    "gsm8k": Setting(headline="exact_match", max_new_tokens=256),
-    "texts": Setting(shots=0, methods=(), headline="nats_per_byte"),
+    "gsm8k": Setting(main_metric="exact_match", max_new_tokens=256),
+    "texts": Setting(shots=0, methods=(), main_metric="nats_per_byte"),
 }
 
 

@@ -74,15 +74,15 @@ def _tables(benchmark: str, root: Path, table: dict, folders: dict, suffix: str,
     def path_of(split: str, subject: str) -> Path:
         return root / folders[split] / (subject + suffix.format(folders[split]))
 
-    found = {split: subject_files(root / name, suffix.format(name), table) for split, name in folders.items()}
-    check_pairs(found["dev"], found["test"], path_of)
-    for split, paths in found.items():
+    files_of = {split: subject_files(root / name, suffix.format(name), table) for split, name in folders.items()}
+    check_pairs(files_of["dev"], files_of["test"], path_of)
+    for split, paths in files_of.items():
         for subject, path in paths.items():
             for number, (line, cells) in enumerate(csv_rows(path, header)):
                 if header is not None:
                     cells = cells[1:7]
-                id, place = f"{subject}/{split}/{number}", f"{path}:{line}"
-                yield make_row(split, subject, place, lettered, benchmark, id, cells)
+                id, location = f"{subject}/{split}/{number}", f"{path}:{line}"
+                yield make_row(split, subject, location, lettered, benchmark, id, cells)
 
 
 def gsm8k(folder: Path) -> Iterator[Row]:
@@ -126,8 +126,8 @@ def mt_bench(folder: Path) -> Iterator[Row]:
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"{path}:{line} is no reference answer ({error}): get the file again") from None
     for line, value in jsonl_rows(root / "question.jsonl"):
-        place = f"{root / 'question.jsonl'}:{line}"
-        yield make_row("test", "mt_bench", place, _dialogue, value, references)
+        location = f"{root / 'question.jsonl'}:{line}"
+        yield make_row("test", "mt_bench", location, _dialogue, value, references)
 
 
 def _dialogue(value: dict | ValueError, references: dict) -> Question:
@@ -146,7 +146,7 @@ def _dialogue(value: dict | ValueError, references: dict) -> Question:
 
 
 def texts(folder: Path) -> Iterator[Row]:
-    """Texts of the user's: `*.txt`, a document each, and `*.jsonl` with `text` (or `target`), one a line. A file is a
+    """Texts of the user's: `*.txt`, a document each, and `*.jsonl` with `text` (or `target`), one per line. A file is a
     subject."""
     paths = sorted(path for path in folder.glob("*") if path.suffix in (".txt", ".jsonl"))
     if not paths:

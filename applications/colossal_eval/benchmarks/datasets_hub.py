@@ -45,8 +45,8 @@ def hub_rows(benchmark: str, name: str) -> Iterator[Row]:
             if benchmark == "gsm8k" and split == "dev":
                 rows = islice(rows, SHOTS)
             for number, value in enumerate(rows):
-                place = f"datasets:{name} {part} {published}: row {number + 1}"
-                yield make_row(split, subject, place, make, value, f"{subject}/{split}/{number}")
+                location = f"datasets:{name} {part} {published}: row {number + 1}"
+                yield make_row(split, subject, location, make, value, f"{subject}/{split}/{number}")
 
 
 def _tried(name: str, load: Callable, *arguments, **options):

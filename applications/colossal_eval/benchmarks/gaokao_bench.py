@@ -1,7 +1,7 @@
 """GAOKAO-Bench (Zhang et al., 2305.12474), the objective questions: `{"example": [{question, answer, ...}, ...]}`.
 
-An entry with several answers holds as many numbered questions on one passage; they are taken apart. Where their number
-isn't that of the answers (a cloze text without numbers), the entry is counted and left out.
+An entry with several answers holds as many numbered questions on one passage; they are split. Where their number
+isn't that of the answers (a cloze text without numbers), the entry is counted and skipped.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def gaokao_bench(folder: Path) -> Iterator[Row]:
         raise UserError(f"{root} has no {next(iter(GAOKAO))}.json or the like; expected GAOKAO-Bench's objective part")
     for path in paths:
         for number, entry in enumerate(_entries(path)):
-            place = f"{path}: entry {number + 1}"
-            yield make_row("test", path.stem, place, _questions, entry, f"{path.stem}/{number}")
+            location = f"{path}: entry {number + 1}"
+            yield make_row("test", path.stem, location, _questions, entry, f"{path.stem}/{number}")
 
 
 def _entries(path: Path) -> list[dict]:

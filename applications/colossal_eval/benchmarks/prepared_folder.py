@@ -48,30 +48,32 @@ def write_questions(rows: Iterable[Row], folder: Path, subjects: list[str]) -> C
     Raises:
         UserError: two questions of one id; a subject of `subjects` that is not there.
     """
-    found = Conversion()
+    conversion = Conversion()
     ids: set[str] = set()
     for row in rows:
         if subjects and row.subject not in subjects:
             continue
         if isinstance(row.questions, ValueError):
-            found.problems.append(f"{row.place}: {row.questions}")
+            conversion.problems.append(f"{row.location}: {row.questions}")
             continue
-        found.rows[row.split, row.subject] += 1
+        conversion.rows[row.split, row.subject] += 1
         if not row.questions:
-            found.inseparable[row.subject] += 1
+            conversion.inseparable[row.subject] += 1
         for question in row.questions:
             if question.id in ids:
-                raise UserError(f"{row.place}: the question {question.id} is there twice")
+                raise UserError(f"{row.location}: the question {question.id} is there twice")
             ids.add(question.id)
-            found.questions[row.split, row.subject] += 1
+            conversion.questions[row.split, row.subject] += 1
         path = folder / row.split / f"{row.subject}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(map(to_line, row.questions))
-    there = found.scored_rows()
-    if missing := [subject for subject in subjects if subject not in there]:
-        raise UserError(f"the data has no subject {missing[0]!r}; it has {', '.join(sorted(there)) or 'none of those'}")
-    return found
+    scored_rows = conversion.scored_rows()
+    if missing := [subject for subject in subjects if subject not in scored_rows]:
+        raise UserError(
+            f"the data has no subject {missing[0]!r}; it has {', '.join(sorted(scored_rows)) or 'none of those'}"
+        )
+    return conversion
 
 
 def to_line(question: Question) -> str:
@@ -79,42 +81,42 @@ def to_line(question: Question) -> str:
     return json.dumps(asdict(question), ensure_ascii=False) + "\n"
 
 
-def describe(benchmark: str, found: Conversion) -> list[str]:
+def describe(benchmark: str, conversion: Conversion) -> list[str]:
     """Lines that compare what is there with what is published."""
-    here, table = found.scored_rows(), SUBJECTS.get(benchmark)
+    scored_rows, table = conversion.scored_rows(), SUBJECTS.get(benchmark)
     if table is None:
-        return [f"{benchmark}: {sum(here.values()):,} documents of {len(here)} files"]
-    total = f"{sum(here.values()):,} of {TOTALS[benchmark]:,} published"
-    lines = [f"{benchmark}: {total} rows, {len(here)} of {len(table)} subjects"]
+        return [f"{benchmark}: {sum(scored_rows.values()):,} documents of {len(scored_rows)} files"]
+    total = f"{sum(scored_rows.values()):,} of {TOTALS[benchmark]:,} published"
+    lines = [f"{benchmark}: {total} rows, {len(scored_rows)} of {len(table)} subjects"]
     other = [
         f"{subject} {count} (published {table[subject].count})"
-        for subject, count in here.items()
+        for subject, count in scored_rows.items()
         if table[subject].count not in (None, count)
     ]
     if other:
         lines.append(f"{benchmark}: another number of rows than published: {', '.join(other)}")
-    if missing := [subject for subject in table if subject not in here]:
+    if missing := [subject for subject in table if subject not in scored_rows]:
         lines.append(f"{benchmark}: not there: {', '.join(missing)}")
-    if inseparable := [f"{subject} {count}" for subject, count in found.inseparable.items()]:
+    if inseparable := [f"{subject} {count}" for subject, count in conversion.inseparable.items()]:
         lines.append(f"{benchmark}: left out, as their questions can't be told apart: {', '.join(inseparable)}")
     return lines
 
 
-def write_summary(folder: Path, benchmark: str, source: str, found: Conversion) -> None:
+def write_summary(folder: Path, benchmark: str, source: str, conversion: Conversion) -> None:
     """Writes `summary.json`: where the data came from, the counts beside the published ones, and the subjects."""
     table, subjects = SUBJECTS.get(benchmark, {}), {}
-    for split, subject in found.questions:
+    for split, subject in conversion.questions:
         if split == "test":
             about = table.get(subject, Subject("texts", None, subject))
-            counts = {s: found.questions[s, subject] for s in ("dev", "test") if found.questions[s, subject]}
+            counts = {s: conversion.questions[s, subject] for s in ("dev", "test") if conversion.questions[s, subject]}
             subjects[subject] = {"title": about.name, "category": about.category, **counts}
     summary = {
         "benchmark": benchmark,
         "source": source,
         "published": TOTALS.get(benchmark),
-        "rows": sum(found.scored_rows().values()),
-        "dropped": len(found.problems),
-        "notes": describe(benchmark, found),
+        "rows": sum(conversion.scored_rows().values()),
+        "dropped": len(conversion.problems),
+        "notes": describe(benchmark, conversion),
         "subjects": subjects,
     }
     (folder / SUMMARY).write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -19,25 +19,27 @@ class Row:
 
     Attributes:
         split: "dev" or "test".
-        place: `file:line`, or `file: entry N`.
+        location: `file:line`, or `file: entry N`.
     """
 
     split: str
     subject: str
-    place: str
+    location: str
     questions: list[Question] | ValueError
 
 
-def make_row(split: str, subject: str, place: str, make: Callable[..., Question | list[Question]], *arguments) -> Row:
+def make_row(
+    split: str, subject: str, location: str, make: Callable[..., Question | list[Question]], *arguments
+) -> Row:
     """The row of what `make(*arguments)` returns, or of the ValueError that it or `check` raises."""
     try:
         made = make(*arguments)
         questions = made if isinstance(made, list) else [made]
-        return Row(split, subject, place, [check(question) for question in questions])
+        return Row(split, subject, location, [check(question) for question in questions])
     except (KeyError, TypeError) as error:
-        return Row(split, subject, place, ValueError(f"a field is missing or of the wrong type ({error})"))
+        return Row(split, subject, location, ValueError(f"a field is missing or of the wrong type ({error})"))
     except ValueError as error:
-        return Row(split, subject, place, error)
+        return Row(split, subject, location, error)
 
 
 def find_root(folder: Path, parts: list[str], inside: tuple[str, ...], expected: str) -> Path:
@@ -60,12 +62,12 @@ def subject_files(folder: Path, suffix: str, table: dict) -> dict[str, Path]:
     Raises:
         UserError: there is none, or one whose subject the benchmark hasn't.
     """
-    found = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"*{suffix}"))}
-    if not found:
+    files = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"*{suffix}"))}
+    if not files:
         raise UserError(f"{folder} holds no file SUBJECT{suffix}; expected such as {next(iter(table))}{suffix}")
-    if unknown := [subject for subject in found if subject not in table]:
-        raise UserError(f"{found[unknown[0]]}: {unknown[0]!r} is no published subject; remove the file or rename it")
-    return found
+    if unknown := [subject for subject in files if subject not in table]:
+        raise UserError(f"{files[unknown[0]]}: {unknown[0]!r} is no published subject; remove the file or rename it")
+    return files
 
 
 def check_pairs(dev: dict[str, Path], test: dict[str, Path], name: Callable[[str, str], Path]) -> None:

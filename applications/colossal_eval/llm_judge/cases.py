@@ -24,7 +24,7 @@ def read_responses(path: Path) -> dict[str, list[str]]:
             turns = row["turns"] if "turns" in row else row["choices"][0]["turns"]
             responses[str(row["id"] if "id" in row else row["question_id"])] = [str(turn) for turn in turns]
         except (KeyError, IndexError, TypeError) as error:
-            raise UserError(f'{path}:{number} is no answer: write {{"id": ..., "turns": [...]}}') from error
+            raise UserError(f'{path}:{number} is no response: write {{"id": ..., "turns": [...]}}') from error
     return responses
 
 
@@ -94,8 +94,8 @@ def make_cases(
     return cases
 
 
-def _turns(question: Question, model: str, given: dict[str, list[str]]) -> list[str]:
-    found, needed = given.get(question.id, []), len(question.turns) + 1
-    if len(found) < needed:
-        raise UserError(f"{model} answers {len(found)} of the {needed} turns of question {question.id}")
-    return found
+def _turns(question: Question, model: str, by_question: dict[str, list[str]]) -> list[str]:
+    turns, needed = by_question.get(question.id, []), len(question.turns) + 1
+    if len(turns) < needed:
+        raise UserError(f"{model} responds to {len(turns)} of the {needed} turns of question {question.id}")
+    return turns

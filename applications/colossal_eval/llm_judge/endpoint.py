@@ -58,10 +58,10 @@ class Judge:
 
     def _ask(self, case: Case) -> str:
         config = self.config
-        found = self.client.chat.completions.create(
+        reply = self.client.chat.completions.create(
             model=config.judge, messages=case.messages, temperature=config.temperature, max_tokens=config.max_tokens
         )
-        choices = getattr(found, "choices", None)
+        choices = getattr(reply, "choices", None)
         if not choices or not choices[0].message.content:
-            raise ValueError(f"the endpoint gave no text: {found!r}"[:300])
+            raise ValueError(f"the endpoint gave no text: {reply!r}"[:300])
         return choices[0].message.content

@@ -34,8 +34,8 @@ class JudgePrompt:
 
     def messages(self, **values: str) -> list[dict[str, str]]:
         """The conversation that the judge is sent."""
-        asked = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.text)
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": asked}]
+        prompt_text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), self.text)
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": prompt_text}]
 
 
 def read_prompts(path: Path = OURS) -> list[JudgePrompt]:
@@ -47,13 +47,13 @@ def read_prompts(path: Path = OURS) -> list[JudgePrompt]:
     prompts = []
     for number, row in read_objects(path):
         try:
-            found = JudgePrompt(row["name"], row["type"], row["system_prompt"], row["prompt_template"])
+            prompt = JudgePrompt(row["name"], row["type"], row["system_prompt"], row["prompt_template"])
         except KeyError as error:
             message = f"{path}:{number} lacks {error}: a prompt has name, type, system_prompt and prompt_template"
             raise UserError(message) from error
-        if found.kind not in KINDS:
-            raise UserError(f"{path}:{number}: the type {found.kind!r} is none of {', '.join(KINDS)}")
-        prompts.append(found)
+        if prompt.kind not in KINDS:
+            raise UserError(f"{path}:{number}: the type {prompt.kind!r} is none of {', '.join(KINDS)}")
+        prompts.append(prompt)
     return prompts
 
 

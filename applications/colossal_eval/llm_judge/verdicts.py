@@ -16,12 +16,12 @@ MIRRORED = {"A": "B", "B": "A", "C": "C"}  # the same verdict where the models s
 
 def read_verdict(kind: str, text: str) -> float | str | None:
     """The last grade (1 to 10) or choice ("A", "B" or "C") in double brackets; None if there is none."""
-    found = (RATING if kind == "single" else CHOICE).findall(text)
-    if not found:
+    matches = (RATING if kind == "single" else CHOICE).findall(text)
+    if not matches:
         return None
     if kind == "pairwise":
-        return found[-1]
-    rating = float(found[-1])
+        return matches[-1]
+    rating = float(matches[-1])
     return rating if 1 <= rating <= 10 else None
 
 
@@ -41,7 +41,7 @@ def settle(first: str, second: str) -> float:
 
 
 def summarize(records: Sequence[dict]) -> dict:
-    """Ratings and comparisons, from records of `judge.py`; those without a verdict are counted and left out.
+    """Ratings and comparisons, from records of `judge.py`; those without a verdict are counted and skipped.
 
     A question's turns are averaged before anything else, so that errors are over questions, which are independent.
     """
@@ -53,14 +53,14 @@ def summarize(records: Sequence[dict]) -> dict:
     return {
         "judged": len(judged),
         "failed": len(records) - len(judged),
-        "ratings": {model: _ratings(found) for model, found in sorted(ratings.items())},
+        "ratings": {model: _ratings(by_question) for model, by_question in sorted(ratings.items())},
         "comparisons": _comparisons([record for record in judged if record["kind"] == "pairwise"]),
     }
 
 
-def _ratings(found: dict[tuple[str, str], list[float]]) -> dict:
+def _ratings(by_question: dict[tuple[str, str], list[float]]) -> dict:
     by_category = defaultdict(list)
-    for (category, _), verdicts in found.items():
+    for (category, _), verdicts in by_question.items():
         by_category[category].append(sum(verdicts) / len(verdicts))
     everything = [rating for ratings in by_category.values() for rating in ratings]
     return {"all": _score(everything)} | {name: _score(ratings) for name, ratings in sorted(by_category.items())}
@@ -81,17 +81,17 @@ def _comparisons(records: Sequence[dict]) -> list[dict]:
         if first < second and other is not None:
             shares[first, second][category, question].append(settle(verdict, other))
             agreed[first, second].append(verdict == MIRRORED[other])
-    found = []
+    comparisons = []
     for (first, second), questions in sorted(shares.items()):
         wins = _score([sum(turns) / len(turns) for turns in questions.values()])
         consistent = sum(agreed[first, second]) / len(agreed[first, second])
-        found.append({"first": first, "second": second, "wins": wins, "consistent": consistent})
-    return found
+        comparisons.append({"first": first, "second": second, "wins": wins, "consistent": consistent})
+    return comparisons
 
 
 def report_text(report: dict) -> str:
     """The report as markdown."""
-    lines = [f"Judged by {report['judge']}: {report['judged']} judgements, {report['failed']} failed.", ""]
+    lines = [f"Judged by {report['judge']}: {report['judged']} judgments, {report['failed']} failed.", ""]
     rows = [
         [model, name, with_error(score), str(score["questions"])]
         for model, categories in report["ratings"].items()
@@ -101,8 +101,10 @@ def report_text(report: dict) -> str:
     if report["comparisons"]:
         header = ["model", "beside", "wins (ties halved)", "questions", "same verdict in both orders"]
         rows = []
-        for found in report["comparisons"]:
-            wins, consistent = found["wins"], f"{found['consistent']:.0%}"
-            rows.append([found["first"], found["second"], with_error(wins), str(wins["questions"]), consistent])
+        for comparison in report["comparisons"]:
+            wins, consistent = comparison["wins"], f"{comparison['consistent']:.0%}"
+            rows.append(
+                [comparison["first"], comparison["second"], with_error(wins), str(wins["questions"]), consistent]
+            )
         lines += ["", markdown_table(header, rows)]
     return "\n".join(lines) + "\n"

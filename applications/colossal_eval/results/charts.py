@@ -1,4 +1,4 @@
-"""Charts of a report as inline SVG, by matplotlib: bars a category, and a radar plot."""
+"""Charts of a report as inline SVG, by matplotlib: bars per category, and a radar plot."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 
 from colossal_eval.results.summaries import title
 
-GREY = "#8a93a3"  # readable on coati's light and dark pages
+GRAY = "#8a93a3"  # readable on coati's light and dark pages
 
 
 def bars(rows: list[dict], models: list[str]) -> str:
-    """A bar a category and model with its standard error, and a stroke where blind guessing ends."""
+    """A bar per category and model with its standard error, and a mark at the score of random guessing."""
     groups = [
         (f"{title(row)}: {name}", row["random"], [row["models"][model]["categories"][name] for model in models])
         for row in rows
@@ -20,13 +20,13 @@ def bars(rows: list[dict], models: list[str]) -> str:
     figure, axes = _figure(8, 1.2 + 0.22 * len(groups) * (len(models) + 1))
     height = 0.8 / len(models)
     for i, model in enumerate(models):
-        places = [g + (i + 0.5) * height - 0.4 for g in range(len(groups))]
+        positions = [g + (i + 0.5) * height - 0.4 for g in range(len(groups))]
         scores = [scores[i] for _, _, scores in groups]
         errors = [100 * (score["stderr"] or 0) for score in scores]
         values = [100 * score["value"] for score in scores]
-        axes.barh(places, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GREY)
+        axes.barh(positions, values, height * 0.92, xerr=errors, label=model, color=f"C{i}", ecolor=GRAY)
     for g, (_, chance, _) in enumerate(groups):
-        axes.plot([100 * chance] * 2, [g - 0.4, g + 0.4], color=GREY, linewidth=1.5, label=None if g else "random")
+        axes.plot([100 * chance] * 2, [g - 0.4, g + 0.4], color=GRAY, linewidth=1.5, label=None if g else "random")
     axes.set_yticks(range(len(groups)), [name for name, _, _ in groups])
     axes.invert_yaxis()
     axes.set_xlabel("percent")
@@ -35,7 +35,7 @@ def bars(rows: list[dict], models: list[str]) -> str:
 
 
 def radar(rows: list[dict], models: list[str]) -> str:
-    """An axis a benchmark, or a category where there are fewer than three benchmarks."""
+    """An axis per benchmark, or per category where there are fewer than three benchmarks."""
     axes_of = {title(row): [row["models"][model]["mean"]["value"] for model in models] for row in rows}
     if len(axes_of) < 3:
         axes_of = {
@@ -60,18 +60,18 @@ def _figure(width: float, height: float, polar: bool = False):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(projection="polar" if polar else None)
-    axes.tick_params(colors=GREY, labelsize=8)
-    axes.xaxis.label.set_color(GREY)
+    axes.tick_params(colors=GRAY, labelsize=8)
+    axes.xaxis.label.set_color(GRAY)
     axes.set_facecolor("none")
     for spine in axes.spines.values():
-        spine.set_color(GREY)
-    axes.grid(color=GREY, alpha=0.25)
+        spine.set_color(GRAY)
+    axes.grid(color=GRAY, alpha=0.25)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def _legend(axes) -> None:
-    axes.legend(fontsize=8, labelcolor=GREY, framealpha=0, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=4)
+    axes.legend(fontsize=8, labelcolor=GRAY, framealpha=0, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=4)
 
 
 def _svg(figure) -> str:

@@ -32,7 +32,7 @@ CARD = {
 METRICS = {"agieval": "combined"}
 
 
-def compare_published(models: list[str], found: dict[str, dict[str, Iterable[dict]]]) -> list[dict]:
+def compare_published(models: list[str], records_of: dict[str, dict[str, Iterable[dict]]]) -> list[dict]:
     """Rows of the card and of ours, `{"name", "columns", "figures": {benchmark: text}}`.
 
     Args:
@@ -47,7 +47,7 @@ def compare_published(models: list[str], found: dict[str, dict[str, Iterable[dic
         figures = {}
         for benchmark in COLUMNS:
             metric = METRICS.get(benchmark, "first_token")
-            records = found.get(benchmark, {}).get(model, ())
+            records = records_of.get(benchmark, {}).get(model, ())
             scores = [
                 record["scores"][metric]
                 for record in records

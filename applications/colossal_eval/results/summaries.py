@@ -24,11 +24,11 @@ def title(row: dict) -> str:
     return row["benchmark"] + KINDS[row["kind"]]
 
 
-def headline(benchmark: str, kind: str, records: list[dict]) -> str:
+def main_metric(benchmark: str, kind: str, records: list[dict]) -> str:
     """The metric of the table: the benchmark's own, if it was computed."""
-    there = records[0]["scores"]
-    wanted = SETTINGS[benchmark].headline if kind == "single_choice" else "exact_match"
-    return wanted if wanted in there else next(iter(there))
+    present = records[0]["scores"]
+    wanted = SETTINGS[benchmark].main_metric if kind == "single_choice" else "exact_match"
+    return wanted if wanted in present else next(iter(present))
 
 
 def scores_of(records: list[dict], metric: str) -> list[float]:
@@ -44,8 +44,8 @@ def summarize(records: list[dict], metric: str) -> dict:
         subjects[record["subject"]].append(record["scores"][metric])
         categories[record["category"]].append(record["scores"][metric])
     for name, members in ACROSS.get(records[0]["benchmark"], {}).items():
-        if found := [score for subject in members for score in subjects.get(subject, ())]:
-            categories[name] = found
+        if scores := [score for subject in members for score in subjects.get(subject, ())]:
+            categories[name] = scores
     means = {name: mean(scores) for name, scores in subjects.items()}
     return {
         "mean": asdict(mean(scores_of(records, metric))),
@@ -67,12 +67,12 @@ def read_columns(output: Path, models: list[str], benchmark: str) -> Columns:
     Raises:
         UserError: models that were asked different questions.
     """
-    found = {model: read_records(output, model, benchmark) for model in models}
-    ids = sorted(found[models[0]])
-    for model, records in found.items():
+    records_of = {model: read_records(output, model, benchmark) for model in models}
+    ids = sorted(records_of[models[0]])
+    for model, records in records_of.items():
         if sorted(records) != ids:
             raise UserError(f"{model} was asked other questions of {benchmark} than {models[0]}: run both again")
-    return {model: [records[id] for id in ids] for model, records in found.items()}
+    return {model: [records[id] for id in ids] for model, records in records_of.items()}
 
 
 def select(columns: Columns, field: str, value: str) -> Columns:
@@ -89,14 +89,14 @@ def report_rows(output: Path, models: list[str], benchmarks: list[str]) -> list[
     rows = []
     for benchmark in benchmarks:
         columns = read_columns(output, models, benchmark)
-        there = {record["kind"] for record in columns[models[0]]}
-        rows += [_row(benchmark, kind, select(columns, "kind", kind)) for kind in KINDS if kind in there]
+        present = {record["kind"] for record in columns[models[0]]}
+        rows += [_row(benchmark, kind, select(columns, "kind", kind)) for kind in KINDS if kind in present]
     return rows
 
 
 def _row(benchmark: str, kind: str, columns: Columns) -> dict:
     first = next(iter(columns.values()))
-    metric = headline(benchmark, kind, first)
+    metric = main_metric(benchmark, kind, first)
     return {
         "benchmark": benchmark,
         "kind": kind,

@@ -39,7 +39,7 @@ def sections(rows: list[dict], models: list[str], published: list[dict] | None) 
         return [percent(value) for value in found]
 
     main = [[title(r), r["metric"], f"{r['n']:,}", f"{100 * r['random']:.2f}", *cells(r, "mean")] for r in rows]
-    note = "In percent ± standard error; `random` is what blind guessing earns on average."
+    note = "In percent ± standard error; `random` is the average score of blind guessing."
     parts = [
         Section("Scores", ["benchmark", "metric", "n", "random", *models], main, note),
         Section("Mean of subjects", ["benchmark", *models], [[title(r), *cells(r, "macro")] for r in rows]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from coati.config.generation import GenerationConfig
-from coati.rollout import Request, RolloutEngine, complete, has_keys_and_values
+from coati.rollout import Request, RolloutEngine, complete, has_kv_cache
 from coati.rollout.generate import stop_at
 from colossal_eval.run.log_probs import LogProbScorer
 
@@ -21,7 +21,7 @@ def respond(
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
     requests = [Request(prompt.tolist()) for prompt in prompts]
-    if has_keys_and_values(scorer.actor):
+    if has_kv_cache(scorer.actor):
         stopped = stop_at(tokenizer, stop) if stop else None
         engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stopped, slots=len(requests))
         completions = engine.generate(requests)

@@ -1,5 +1,5 @@
-"""The lm-evaluation-harness model: one forward pass per question, batches shared by all ranks, responses kept as they
-come."""
+"""The lm-evaluation-harness model: one forward pass per question, batches distributed over all ranks, responses stored
+as they come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coati.rollout.prompts import eos_ids, response_texts
 from coati.tracking.config import TrackingConfig
 from coati.tracking.progress import progress_bar
 from colossal_eval.run.greedy_generation import respond
-from colossal_eval.run.log_probs import Batch, LogProbScorer, Room, TokenRow, plan, token_budget
+from colossal_eval.run.log_probs import Batch, BatchLimits, LogProbScorer, TokenRow, plan_batches, token_budget
 from colossal_eval.run.model_loading import Loaded
 from colossal_eval.run.prompt_tokenizer import PromptTokenizer
 from colossal_eval.run.response_store import ResponseStore, digest
@@ -42,7 +42,7 @@ class Work:
 
 
 class CoatiLM(LM):
-    """A loaded model for lm-eval. To lm-eval it is a single process: ranks share the work inside it.
+    """A loaded model for lm-eval. To lm-eval it is a single process, which distributes the work over the ranks.
 
     Args:
         loaded: see `model_loading.load_model`.
@@ -94,11 +94,11 @@ class CoatiLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probs in nats of continuations, and whether greedy decoding would give them; in the order asked."""
-        rows, about, places = self._rows(requests)
+        rows, about, positions = self._rows(requests)
         groups = [list(group) for _, group in groupby(range(len(rows)), key=lambda i: about[i]["task"])]
         vocabulary = self.loaded.actor.transformer.get_output_embeddings().weight.shape[0]
-        room = Room(self.batch_tokens, vocabulary, self.scorer.sharing, self.scorer.batching)
-        batches = plan(rows, groups, room)
+        limits = BatchLimits(self.batch_tokens, vocabulary, self.scorer.shares_prefix, self.scorer.batches_rows)
+        batches = plan_batches(rows, groups, limits)
 
         def work(batch: Batch) -> Work:
             chosen = [rows[i] for i in batch.rows]
@@ -107,14 +107,14 @@ class CoatiLM(LM):
 
         responses = self._respond([work(batch) for batch in batches], "Scoring")
         by_row = dict(zip([i for batch in batches for i in batch.rows], responses, strict=True))
-        return [tuple(by_row[row][target]) for row, target in places]
+        return [tuple(by_row[row][target]) for row, target in positions]
 
     def _rows(self, requests: list[Instance]) -> tuple[list[TokenRow], list[dict], list[tuple[int, int]]]:
         """One row for all single-token continuations of a prompt, one for each longer one; what they are about; and of
         each request its row and place in it."""
         numbers: dict[tuple, int] = {}
         targets: list[list[tuple[int, ...]]] = []
-        about, ids, places = [], [], []
+        about, ids, positions = [], [], []
         for request in requests:
             context, text = request.args
             target = self.prompt_tokenizer.continuation(context, text)
@@ -127,9 +127,9 @@ class CoatiLM(LM):
                 )
             if target not in targets[row]:
                 targets[row].append(target)
-            places.append((row, targets[row].index(target)))
+            positions.append((row, targets[row].index(target)))
         rows = [TokenRow(i, len(t[0]), tuple(t)) for i, t in zip(ids, targets, strict=True)]
-        return rows, about, places
+        return rows, about, positions
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy responses up to the first of the `until` texts or EOS, by coati's rollout engine; in the order asked.
@@ -177,14 +177,14 @@ class CoatiLM(LM):
         ends = np.cumsum(counts).tolist()
         return [sum(log_probs[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
-    # --- which rank does what
+    # --- distribution over the ranks
 
     def _key(self, *request) -> str:
         return digest(self.identity, *request)
 
     def _respond(self, works: list[Work], description: str) -> list:
-        """The responses to all works' rows, in order. What isn't kept yet is dealt to the ranks in neighboring shares;
-        a work is done whole, so that its responses don't depend on what was there."""
+        """The responses to all works' rows, in order. Missing works are distributed to the ranks in contiguous parts; a
+        work is always done completely, so that its responses don't depend on what was stored."""
         communicator = self.communicator
         self.store.reused += sum(key in self.store for work in works for key in work.keys)
         missing = [work for work in works if any(key not in self.store for key in work.keys)]
@@ -216,7 +216,7 @@ def _limit(request: Instance) -> tuple[int, tuple[str, ...]]:
     """How many tokens a response may have, and the texts that end it."""
     settings = request.args[1]
     if settings.get("do_sample") or settings.get("temperature", 0.0):
-        raise UserError(f"the task {request.task_name} samples its answers: this model answers greedily only")
+        raise UserError(f"the task {request.task_name} samples its responses: this model supports greedy decoding only")
     until = settings.get("until") or []
     if isinstance(until, str):
         until = [until]

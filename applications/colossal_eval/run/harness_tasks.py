@@ -1,7 +1,7 @@
 """The lm-evaluation-harness task of one subject and kind of question, over our task files.
 
 Requests are lm-eval's ordinary ones (`loglikelihood` of each way to write each letter; `generate_until`), so that any
-of its models can answer them. Ours adds what needs a tokenizer: which ways of writing a letter are one token after the
+of its models can run them. Ours adds what needs a tokenizer: which ways of writing a letter are one token after the
 prompt, and whether a prompt fits.
 """
 
@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         styles: how letters may be written after it.
-        dropped: few-shot examples left out, since they did not fit.
+        dropped: few-shot examples skipped, since they did not fit.
         fits: False if the question doesn't fit even alone; it is not asked then and scores 0.
     """
 
@@ -43,8 +43,8 @@ class Context:
 
 
 @dataclass
-class Given:
-    """What a model gave for a question, by method; empty for a question that was not asked.
+class ModelOutput:
+    """A model's output for a question, by method; empty for a question that was not asked.
 
     Attributes:
         letters: log-probs of the choices' letters, in nats.
@@ -138,14 +138,14 @@ class QuestionTask(Task):
             shown = "".join(f"{ask(shot, listed)}{gap(question)}{reply(shot, listed)}\n\n" for shot in shots)
             text = shown + ask(question, listed)
             return f"{head}\n\n{text}" if head else text
-        asked = [ask(shot, listed) for shot in [*shots, question]]
+        prompts = [ask(shot, listed) for shot in [*shots, question]]
         if head:  # a system turn is what some templates refuse
-            asked[0] = f"{head}\n\n{asked[0]}"
+            prompts[0] = f"{head}\n\n{prompts[0]}"
         messages = []
-        for text, shot in zip(asked[:-1], shots, strict=True):
+        for text, shot in zip(prompts[:-1], shots, strict=True):
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": reply(shot, listed)})
-        messages.append({"role": "user", "content": asked[-1]})
+        messages.append({"role": "user", "content": prompts[-1]})
         return template(messages, add_generation_prompt=True)
 
     # --- requests
@@ -153,19 +153,19 @@ class QuestionTask(Task):
     def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
         """The letters' log-probs, then the generated text, then the choices' texts: what `methods` asks for."""
         question, context = Question(**doc), self.contexts[doc["id"]]
-        made: list[tuple[str, tuple]] = []
+        requests: list[tuple[str, tuple]] = []
         if context.fits and "first_token" in self.methods:
-            made += [
+            requests += [
                 ("loglikelihood", (ctx, style.format(label))) for label in question.labels for style in context.styles
             ]
         if context.fits and "generate" in self.methods:
             until = ["\n\n", "Question:", "题目："] if question.kind == "math" else ["\n\n"]
             settings = {"until": until, "max_gen_toks": self.settings["max_new_tokens"], "temperature": 0.0}
-            made.append(("generate_until", (ctx, settings | {"do_sample": False})))
+            requests.append(("generate_until", (ctx, settings | {"do_sample": False})))
         if context.fits and "choice_perplexity" in self.methods and question.choices:
-            made += self._choice_requests(question, chat_template if apply_chat_template else None)
+            requests += self._choice_requests(question, chat_template if apply_chat_template else None)
         # lm-eval wants a request for every question
-        return self._instances_of(made or [("unanswered", ("",))], doc, kwargs)
+        return self._instances_of(requests or [("unanswered", ("",))], doc, kwargs)
 
     def _choice_requests(self, question: Question, template) -> list[tuple[str, tuple]]:
         """Each choice's text after a prompt that does not list the choices; none if that does not fit."""
@@ -179,46 +179,46 @@ class QuestionTask(Task):
         return [("loglikelihood", (context.text, gap(question) + text)) for text in question.choices]
 
     @staticmethod
-    def _instances_of(made: list[tuple[str, tuple]], doc: dict, kwargs: dict) -> list[Instance]:
+    def _instances_of(requests: list[tuple[str, tuple]], doc: dict, kwargs: dict) -> list[Instance]:
         return [
             Instance(request_type=kind, doc=doc, arguments=arguments, idx=i, **kwargs)
-            for i, (kind, arguments) in enumerate(made)
+            for i, (kind, arguments) in enumerate(requests)
         ]
 
     # --- scores
 
-    def given(self, question: Question, results: list) -> Given:
-        """What the model gave, from the results of the requests of `construct_requests`."""
-        found, results = Given(), [result for result in results if result is not None]
+    def model_output(self, question: Question, results: list) -> ModelOutput:
+        """The model's output, from the results of the requests of `construct_requests`."""
+        output, results = ModelOutput(), [result for result in results if result is not None]
         if not results:
-            return found
+            return output
         if "first_token" in self.methods:
             width = len(self.contexts[question.id].styles)
             count = len(question.labels) * width
             log_probs = [log_prob for log_prob, _ in results[:count]]
-            found.letters = metrics.choice_log_probs([log_probs[i : i + width] for i in range(0, count, width)])
+            output.letters = metrics.choice_log_probs([log_probs[i : i + width] for i in range(0, count, width)])
             results = results[count:]
         if "generate" in self.methods:
-            found.text, results = results[0], results[1:]
-        found.choices = [log_prob for log_prob, _ in results]
-        return found
+            output.text, results = results[0], results[1:]
+        output.choices = [log_prob for log_prob, _ in results]
+        return output
 
     def process_results(self, doc, results):
         """Scores by name; each question of a task has the same names."""
         question = Question(**doc)
-        given = self.given(question, results)
+        output = self.model_output(question, results)
         scores: dict[str, float] = {}
         if "first_token" in self.methods:
             right = question.labels.index(question.answers[0])
-            scores["first_token"] = metrics.first_token(given.letters, right) if given.letters else 0.0
+            scores["first_token"] = metrics.first_token(output.letters, right) if output.letters else 0.0
         if "generate" in self.methods:
-            scores["exact_match"] = score_text(question, given.text)
+            scores["exact_match"] = score_text(question, output.text)
             if self.kind == "math":
-                scores["last_number"] = float(same_number(given.text, question.answers, style="anywhere"))
+                scores["last_number"] = float(same_number(output.text, question.answers, style="anywhere"))
             if "first_token" in scores:
                 scores["combined"] = metrics.combined(scores["exact_match"], scores["first_token"])
         if "choice_perplexity" in self.methods:
-            scores["choice_perplexity"] = self._by_perplexity(question, given.choices) if given.choices else 0.0
+            scores["choice_perplexity"] = self._by_perplexity(question, output.choices) if output.choices else 0.0
         return scores
 
     def _by_perplexity(self, question: Question, log_probs: list[float]) -> float:

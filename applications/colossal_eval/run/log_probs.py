@@ -1,8 +1,8 @@
-"""Log-probs of given continuations, with as few forward tokens as there are different ones.
+"""Log-probs of given continuations, with each distinct token computed once.
 
-Rows of a task begin alike (few-shot examples): the common beginning is read once, and its keys and values are lent to
-the rows, which are read in batches of like length, padded between beginning and rest. Which rows share a batch depends
-on the rows alone, never on the number of ranks or on what was answered before, so answers are the same to the last bit.
+Rows of a task have a common prefix (few-shot examples): it is read once, and its KV cache is shared by the rows, which
+are read in batches of like length, padded between prefix and rest. Which rows share a batch depends
+on the rows alone, never on the number of ranks or on what was done before, so results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from coati.errors import UserError
-from coati.rollout.engine.engine import common_beginning
-from coati.rollout.generate import has_keys_and_values
+from coati.rollout.engine.engine import common_prefix_length
+from coati.rollout.generate import has_kv_cache
 
 CPU_TOKENS = 8192
 LOGITS = 2**26  # at a time
@@ -36,7 +36,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, by number, that are read together after a common beginning of `prefix` tokens."""
+    """Rows, by number, that are read together after a common prefix of `prefix` tokens."""
 
     rows: list[int]
     prefix: int
@@ -51,41 +51,41 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Room:
+class BatchLimits:
     """What a batch may hold.
 
     Attributes:
-        tokens: read at a time, padding included; the keys and values of 8 times as many are held.
-        vocabulary: logits a position.
-        sharing: whether the model can lend keys and values.
-        batching: whether it can read several rows at a time.
+        tokens: read at a time, padding included; the KV cache holds 8 times as many.
+        vocabulary: logits per position.
+        shares_prefix: whether rows can share a prefix's KV cache.
+        batches_rows: whether it can read several rows at a time.
     """
 
     tokens: int
     vocabulary: int
-    sharing: bool = True
-    batching: bool = True
+    shares_prefix: bool = True
+    batches_rows: bool = True
 
     def holds(self, n: int, longest: int, prefix: int, count: int) -> bool:
         """Whether there is room for `n` rows, the longest of so many tokens, of which `count` are scored."""
         fits = n * (longest - prefix) <= self.tokens and n * longest <= 8 * self.tokens
-        return n == 1 or (self.batching and fits and n * count * self.vocabulary <= LOGITS)
+        return n == 1 or (self.batches_rows and fits and n * count * self.vocabulary <= LOGITS)
 
 
-def plan(rows: list[TokenRow], groups: list[list[int]], room: Room) -> list[Batch]:
+def plan_batches(rows: list[TokenRow], groups: list[list[int]], limits: BatchLimits) -> list[Batch]:
     """Batches of the rows, group by group (a group is a task), longest first."""
     batches = []
     for group in groups:
         prefix = 0
-        if room.sharing:
+        if limits.shares_prefix:
             # up to the first token that is scored in some row: it goes through the model with the row
-            prefix = common_beginning([rows[i].ids[: len(rows[i].ids) - rows[i].count + 1].tolist() for i in group])
+            prefix = common_prefix_length([rows[i].ids[: len(rows[i].ids) - rows[i].count + 1].tolist() for i in group])
         current: list[int] = []
         longest = count = 0
         for i in sorted(group, key=lambda i: (-len(rows[i].ids), tuple(rows[i].ids))):
             longest = max(longest, len(rows[i].ids))
             count = max(count, rows[i].count)
-            if not room.holds(len(current) + 1, longest, prefix, count):
+            if not limits.holds(len(current) + 1, longest, prefix, count):
                 batches.append(Batch(current, prefix))
                 current, longest, count = [], len(rows[i].ids), rows[i].count
             current.append(i)
@@ -100,8 +100,8 @@ class LogProbScorer:
         actor: a `coati.models.Actor` in evaluation mode.
 
     Attributes:
-        batching: whether padding does no harm: not so where states run through it.
-        sharing: whether all its layers keep keys and values of everything before.
+        batches_rows: whether rows can be padded: not so for recurrent states.
+        shares_prefix: whether all its layers cache everything before.
         usage: tokens so far.
     """
 
@@ -110,9 +110,9 @@ class LogProbScorer:
         self.device = next(actor.parameters()).device
         config = actor.transformer.config
         kinds = set(getattr(config, "layer_types", None) or {"full_attention"})
-        # a sliding window counts columns, and there is padding between the beginning and the rest
-        self.batching = has_keys_and_values(actor)
-        self.sharing = self.batching and kinds == {"full_attention"} and not _slides(config)
+        # a sliding window counts columns, and there is padding between the prefix and the rest
+        self.batches_rows = has_kv_cache(actor)
+        self.shares_prefix = self.batches_rows and kinds == {"full_attention"} and not _slides(config)
         self.usage = Usage()
         self._prefix: tuple[bytes, Any] | None = None
 
@@ -147,9 +147,9 @@ class LogProbScorer:
             ids[i, width - rest :] = torch.from_numpy(row.ids[prefix:].astype(np.int64))
             mask[i, prefix + width - rest :] = True
         self._count(mask[:, prefix:])
-        keep = max(row.count for row in rows)
-        cache = self._lend(rows[0].ids[:prefix], len(rows)) if prefix else None
-        logits = self._logits(ids, mask, keep, cache)
+        last = max(row.count for row in rows)
+        cache = self._prefix_cache(rows[0].ids[:prefix], len(rows)) if prefix else None
+        logits = self._logits(ids, mask, last, cache)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return _read(log_probs, rows)
 
@@ -159,44 +159,44 @@ class LogProbScorer:
         self.usage.read += read
         self.usage.padding += mask.numel() - read
 
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache) -> torch.Tensor:
-        """Logits of the last `keep` positions, `[batch, keep, vocabulary]`."""
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, last: int, cache) -> torch.Tensor:
+        """Logits of the last `last` positions, `[batch, last, vocabulary]`."""
         mask = mask.to(self.device)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
-        return self.actor.last_logits(ids.to(self.device), keep, cache, mask, positions)
+        return self.actor.last_logits(ids.to(self.device), last, cache, mask, positions)
 
-    def _lend(self, prefix: np.ndarray, count: int):
-        """A cache that holds the beginning for `count` rows; the last beginning is kept."""
+    def _prefix_cache(self, prefix: np.ndarray, count: int):
+        """A cache that holds the prefix for `count` rows; the last prefix is kept."""
         from transformers import DynamicCache
 
-        from coati.rollout.engine.cache import lend
+        from coati.rollout.engine.cache import share_prefix
 
         if self._prefix is None or self._prefix[0] != prefix.tobytes():
             cache, ids = DynamicCache(), torch.from_numpy(prefix.astype(np.int64))[None]
             self._logits(ids, torch.ones_like(ids, dtype=torch.bool), 1, cache)
             self.usage.read += len(prefix)
             self._prefix = (prefix.tobytes(), cache)
-        return lend(self._prefix[1], count)
+        return share_prefix(self._prefix[1], count)
 
 
 def _read(log_probs: torch.Tensor, rows: list[TokenRow]) -> list[list[tuple[float, bool]]]:
-    """`[batch, keep, vocabulary]` to each target's sum and whether it is the greedy choice; copied once."""
-    keep, greedy = log_probs.shape[1], log_probs.argmax(-1).tolist()
-    places = []
+    """`[batch, last, vocabulary]` to each target's sum and whether it is the greedy choice; copied once."""
+    last, greedy = log_probs.shape[1], log_probs.argmax(-1).tolist()
+    positions = []
     for i, row in enumerate(rows):
         for target in row.targets:
-            places += [(i, keep - row.count + t, token) for t, token in enumerate(target)]
-    in_row, column, token = torch.tensor(places, device=log_probs.device).T
+            positions += [(i, last - row.count + t, token) for t, token in enumerate(target)]
+    in_row, column, token = torch.tensor(positions, device=log_probs.device).T
     values = log_probs[in_row, column, token].double().tolist()
-    found, start = [], 0
+    by_row, start = [], 0
     for i, row in enumerate(rows):
         of_row = []
         for target in row.targets:
             end = start + len(target)
-            of_row.append((sum(values[start:end]), greedy[i][keep - row.count :] == list(target)))
+            of_row.append((sum(values[start:end]), greedy[i][last - row.count :] == list(target)))
             start = end
-        found.append(of_row)
-    return found
+        by_row.append(of_row)
+    return by_row
 
 
 def _slides(config) -> bool:
@@ -206,7 +206,7 @@ def _slides(config) -> bool:
 def token_budget(actor) -> int:
     """Tokens of a batch: what 60 % of a GPU's free memory holds, a power of two; `CPU_TOKENS` on a CPU.
 
-    A token takes its keys and values 8 times (see `Room`), and some 32 activations of the hidden width.
+    A token takes 8 times its KV cache (see `BatchLimits`), and some 32 activations of the hidden width.
     """
     parameter = next(actor.parameters())
     if parameter.device.type != "cuda":

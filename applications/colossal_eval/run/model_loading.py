@@ -70,14 +70,14 @@ def load_model(name: str, folder: Path, dtype: str, device, max_length: int | No
 
     base = Path(base_of_adapter(folder)) if is_adapter(folder) else folder
     actor = Actor(str(folder), dtype=getattr(torch, dtype)).eval().to(device)
-    place = folder if (folder / "tokenizer_config.json").is_file() else base
+    location = folder if (folder / "tokenizer_config.json").is_file() else base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
+        tokenizer = AutoTokenizer.from_pretrained(str(location))
     except (OSError, ValueError) as error:
-        raise UserError(f"{place} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{location} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
     rows = actor.transformer.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer in {place} has {len(tokenizer)} tokens, the model in {folder} only {rows}")
+        raise UserError(f"the tokenizer in {location} has {len(tokenizer)} tokens, the model in {folder} only {rows}")
     longest = longest_sequence(actor, tokenizer)
     if max_length is not None and max_length > longest:
         raise UserError(f"--max_length {max_length} is more than the {longest} tokens that {folder} can read")

@@ -55,7 +55,7 @@ def heading(question: Question, title: str) -> str:
 
 
 def ask(question: Question, listed: bool = True) -> str:
-    """The question up to where its answer begins; with `listed` its choices, one a line."""
+    """The question up to where its answer begins; with `listed` its choices, one per line."""
     template = TEMPLATES[question.language]
     lines = [question.passage] if question.passage else []
     lines.append(template.ask + question.question)

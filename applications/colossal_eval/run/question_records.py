@@ -44,7 +44,7 @@ def run_benchmark(
 
 
 def record_of(benchmark: str, task, sample: dict) -> dict:
-    """What is kept of a question: its scores, what the model gave, and what a blind guess earns."""
+    """What is kept of a question: its scores, the model's output, and the score of a blind guess."""
     question, context = Question(**sample["doc"]), task.contexts[sample["doc"]["id"]]
     record = {
         "id": question.id,
@@ -63,20 +63,20 @@ def record_of(benchmark: str, task, sample: dict) -> dict:
     if question.kind == "text":
         record |= {"log_prob": results[0], "bytes": utf8_bytes(question.question)}
     elif context.fits:
-        given = task.given(question, results)
+        model_output = task.model_output(question, results)
         if "first_token" in task.methods:
-            record["log_probs"] = given.letters
+            record["log_probs"] = model_output.letters
         if "generate" in task.methods:
-            record["text"] = given.text
+            record["text"] = model_output.text
     return record
 
 
 def notes(records: list[dict]) -> list[str]:
-    """What a reader must know of the prompts: examples left out, questions not asked."""
+    """What a reader must know of the prompts: examples skipped, questions not asked."""
     lines = []
     dropped = [record["dropped_shots"] for record in records if record["dropped_shots"] and record["fits"]]
     if dropped:
-        lines.append(f"{sum(dropped)} examples of {len(dropped)} prompts left out, which did not fit")
+        lines.append(f"{sum(dropped)} examples of {len(dropped)} prompts skipped, which did not fit")
     unasked = sum(not record["fits"] for record in records)
     if unasked:
         lines.append(f"{unasked} questions do not fit even without examples: not asked, scored 0")

@@ -1,4 +1,4 @@
-"""Responses on disk: appended as they come, so that a run that was killed goes on where it stopped.
+"""Responses on disk: appended as they come, so that a run that was killed resumes where it stopped.
 
 Each rank writes its own `answers-RANK.jsonl`; all of them are read, whatever the number of ranks is now. A line has the
 response (as `answer`), and the hash of all that it depends on: the model's files, how it is run, the whole request.
@@ -67,7 +67,7 @@ class ResponseStore:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """A process that was killed may have left a part of a line; appending to it would spoil the next one."""
+    """A process that was killed may have left a part of a line; appending to it would corrupt the next one."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""Generates the lm-evaluation-harness configuration of prepared benchmarks: a YAML file a task and a group.
+"""Generates the lm-evaluation-harness configuration of prepared benchmarks: a YAML file per task and group.
 
 A benchmark is a group of categories, a category a group of subjects; both are weighted by size (the report adds the
 macro means). `lm_eval --include_path OUTPUT/tasks --tasks mmlu` runs them with any of lm-eval's models too.
@@ -33,7 +33,7 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
         UserError: see `subjects_of`.
     """
     subjects = subjects_of(benchmark, data)
-    headline = SETTINGS[benchmark].headline
+    main_metric = SETTINGS[benchmark].main_metric
     groups: dict[str, list[str]] = {}
     for subject, about in subjects.items():
         kinds = Counter(q.kind for q in read_questions(data / benchmark / "test" / f"{subject}.jsonl"))
@@ -43,9 +43,9 @@ def write_tasks(benchmark: str, data: Path, folder: Path, options: TaskOptions) 
             _write(folder / f"{name}.yaml", config, "TextTask" if kind == "text" else "QuestionTask")
             group = _name(benchmark, about["category"]) + "_group" + ("" if kind == "single_choice" else f"_{kind}")
             groups.setdefault(group, []).append(name)
-            metric = headline if kind in ("single_choice", "text") else "exact_match"
+            metric = main_metric if kind in ("single_choice", "text") else "exact_match"
             _write(folder / f"{group}.yaml", _group(group, groups[group], metric))
-    _write(folder / f"{benchmark}.yaml", _group(benchmark, list(groups), headline))
+    _write(folder / f"{benchmark}.yaml", _group(benchmark, list(groups), main_metric))
     return [name for members in groups.values() for name in members]
 
 

@@ -1,3 +1,3 @@
-"""What a response is worth, and what can be said of many: metrics with standard errors, differences with p-values.
+"""Scores of responses and their statistics: metrics with standard errors, differences with p-values.
 
 Functions of numbers and texts: no files, no models."""

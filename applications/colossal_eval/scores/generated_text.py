@@ -1,4 +1,4 @@
-"""What a generated text is worth: the answer that it states, beside those that are accepted."""
+"""The score of a generated text: whether the answer that it states is accepted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def score_text(question: Question, text: str) -> float:
         return float(same_number(text, question.answers))
     if question.kind == "cloze":
         return float(same_text(text, question.answers))
-    given = extract_letters(text, question.labels, "anywhere")
+    letters = extract_letters(text, question.labels, "anywhere")
     if question.kind == "multi_choice":
-        return multi_choice(given, question.answers, question.labels)
-    return exact_match(given, question.answers)
+        return multi_choice(letters, question.answers, question.labels)
+    return exact_match(letters, question.answers)
 
 
 def same_number(text: str, accepted: list[str], style: Style = "marked") -> bool:

@@ -1,4 +1,4 @@
-r"""What a question's answer is worth, and means with their standard errors. Pure functions; log-probs are in nats.
+r"""Scores of answers, and means with their standard errors. Pure functions; log-probs are in nats.
 
 Means: with scores x_1 ... x_n of the questions, the mean m = sum(x) / n has the standard error
 se = sqrt(sum((x - m)^2) / (n (n - 1))). The macro mean over k subjects is the mean of their means, with
@@ -44,9 +44,9 @@ def first_token(log_probs: Sequence[float], right: int) -> float:
     return float(argmax(log_probs) == right)
 
 
-def exact_match(given: Sequence[str], right: Sequence[str]) -> float:
+def exact_match(predicted: Sequence[str], right: Sequence[str]) -> float:
     """1 if the letters that were read out of the text are exactly the right ones, else 0."""
-    return float(sorted(given) == sorted(right))
+    return float(sorted(predicted) == sorted(right))
 
 
 def combined(exact: float, first: float) -> float:
@@ -59,23 +59,23 @@ def choice_perplexity(log_probs: Sequence[float], tokens: Sequence[int], right: 
     return float(argmax([log_prob / count for log_prob, count in zip(log_probs, tokens, strict=True)]) == right)
 
 
-def multi_choice(given: Sequence[str], right: Sequence[str], labels: Sequence[str]) -> float:
+def multi_choice(predicted: Sequence[str], right: Sequence[str], labels: Sequence[str]) -> float:
     r"""max(0, |given and right| / |right| - |given and wrong| / |wrong|): an extra letter costs its share of the wrong
     ones, so that all letters score 0, and the right ones alone 1."""
-    given, right = set(given) & set(labels), set(right)
+    predicted, right = set(predicted) & set(labels), set(right)
     wrong = set(labels) - right
-    share = len(given & right) / len(right)
-    return max(0.0, share - len(given & wrong) / len(wrong)) if wrong else share
+    share = len(predicted & right) / len(right)
+    return max(0.0, share - len(predicted & wrong) / len(wrong)) if wrong else share
 
 
 def random_guess(kind: str, labels: Sequence[str], answers: Sequence[str]) -> float:
-    r"""What blind guessing earns on average: 1 / choices for one letter; for several, `multi_choice` averaged over all
+    r"""The average score of blind guessing: 1 / choices for one letter; for several, `multi_choice` averaged over all
     non-empty sets of letters; 0 for free text."""
     if kind == "single_choice":
         return 1 / len(labels)
     if kind == "multi_choice":
-        sets = [given for size in range(1, len(labels) + 1) for given in combinations(labels, size)]
-        return math.fsum(multi_choice(given, answers, labels) for given in sets) / len(sets)
+        sets = [predicted for size in range(1, len(labels) + 1) for predicted in combinations(labels, size)]
+        return math.fsum(multi_choice(predicted, answers, labels) for predicted in sets) / len(sets)
     return 0.0
 
 
@@ -103,7 +103,7 @@ def utf8_bytes(text: str) -> int:
 def per_byte_perplexity(log_probs: Sequence[float], sizes: Sequence[int]) -> Score:
     r"""exp(r), r = -sum(l_i) / sum(b_i), over documents of b_i UTF-8 bytes: comparable between tokenizers.
 
-    The standard error is the ratio estimator's by linearisation (Cochran, Sampling Techniques, 6.4):
+    The standard error is the ratio estimator's by linearization (Cochran, Sampling Techniques, 6.4):
     exp(r) sqrt(n / (n - 1) sum((-l_i - r b_i)^2)) / sum(b_i).
     """
     n, total = len(log_probs), sum(sizes)

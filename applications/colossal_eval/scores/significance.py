@@ -1,4 +1,4 @@
-r"""Whether two models differ on the same questions. Paired: what both get right or wrong tells nothing."""
+r"""Whether two models differ on the same questions. Paired: what both get right or wrong doesn't count."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Cutting documents into pieces and packing these into rows, by lengths alone.
+"""Splitting documents into pieces and packing these into rows, by lengths alone.
 
 Best-fit decreasing bin packing, as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling"
-(https://arxiv.org/abs/2404.10830), algorithm 1: only a document that is longer than a row is ever cut.
+(https://arxiv.org/abs/2404.10830), algorithm 1: only a document that is longer than a row is ever split.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from heapq import heappop, heappush
 import numpy as np
 
 
-def cut(lengths: Sequence[int], max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of `max_length` tokens and one shorter last piece; nothing is left out.
+def split_into_pieces(lengths: Sequence[int], max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split documents into pieces of `max_length` tokens and one shorter last piece; nothing is dropped.
 
     Returns `(document, start, stop)`, int64 `[pieces]` each, in the order of the documents: piece `i` is the tokens
     `start[i]` to `stop[i]` (exclusive) of document `document[i]`.

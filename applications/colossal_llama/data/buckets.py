@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from coati.errors import UserError
-from coati.files import ASIDE, written_aside
-from colossal_llama.data.bin_packing import best_fit, cut
+from coati.files import PARTIAL, atomic_write
+from colossal_llama.data.bin_packing import best_fit, split_into_pieces
 from colossal_llama.data.token_store import TokenStore
 
 BATCH_TOKENS = 1 << 22  # of rows that are in memory at a time
@@ -43,7 +43,7 @@ def check_buckets(documents: dict[str, int], buckets: int) -> None:
     short = [f"{name} has {count}" for name, count in sorted(documents.items()) if count < buckets]
     if short:
         raise UserError(
-            f"--buckets {buckets}: every bucket takes a part of every category, but of documents {', '.join(short)}; "
+            f"--buckets {buckets}: every bucket gets a part of every category, but of documents {', '.join(short)}; "
             f"give --buckets {min(documents.values())} or fewer, or leave out or join small categories."
         )
 
@@ -70,14 +70,14 @@ def write_bucket(task: BucketTask) -> int:
     lists = datasets.List(datasets.Value("int32"))
     columns = {name: lists for name in ("input_ids", "labels", "position_ids")}
     features = datasets.Features({**columns, "category": datasets.Value("string")})
-    at_a_time = max(1, BATCH_TOKENS // task.max_length)
-    table = task.output.with_name(f"{task.output.name}.rows{ASIDE}")
+    rows_per_batch = max(1, BATCH_TOKENS // task.max_length)
+    table = task.output.with_name(f"{task.output.name}.rows{PARTIAL}")
     with ArrowWriter(features=features, path=str(table)) as writer:
-        for start in range(0, len(rows), at_a_time):
-            writer.write_table(_table([rows[i] for i in order[start : start + at_a_time]], store))
+        for start in range(0, len(rows), rows_per_batch):
+            writer.write_table(_table([rows[i] for i in order[start : start + rows_per_batch]], store))
         writer.finalize()
-    with written_aside(task.output) as aside:
-        _save(table, aside)
+    with atomic_write(task.output) as partial:
+        _save(table, partial)
     table.unlink()
     return sum(int(store.lengths[documents].sum()) for documents in task.documents.values())
 
@@ -95,7 +95,7 @@ def _save(table: Path, folder: Path) -> None:
 
 
 def _pack(category: str, documents: np.ndarray, store: TokenStore, max_length: int) -> Iterator[Row]:
-    owner, start, stop = cut(store.lengths[documents], max_length)
+    owner, start, stop = split_into_pieces(store.lengths[documents], max_length)
     pieces = list(zip(documents[owner].tolist(), start.tolist(), stop.tolist(), strict=True))
     for pack in best_fit(stop - start, max_length):
         yield Row(category, [pieces[item] for item in pack])

@@ -1,6 +1,6 @@
 """Finding documents that say the same, exactly or nearly.
 
-A signature is made of each document where it is tokenised; signatures are compared later, all in one place and in
+A signature is made of each document where it is tokenized; signatures are compared later, all in one place and in
 input order, so that the document kept is the first whatever the number of processes.
 """
 
@@ -26,11 +26,11 @@ class Deduplication:
     threshold: float = 0.8
 
     def signatures(self, texts: list[str]) -> list[bytes]:
-        """One a text: empty (none), a SHA-256 (exact, 32 bytes) or a MinHash of its shingles (512 bytes)."""
+        """One per text: empty (none), a SHA-256 (exact, 32 bytes) or a MinHash of its shingles (512 bytes)."""
         if self.kind == "none":
             return [b""] * len(texts)
         if self.kind == "exact":
-            return [hashlib.sha256(normalise(text).encode()).digest() for text in texts]
+            return [hashlib.sha256(normalize(text).encode()).digest() for text in texts]
         from datasketch import MinHash
         from xxhash import xxh32_intdigest
 
@@ -53,7 +53,7 @@ class Deduplication:
     def _is_first_of_its_kind(self, signatures: Iterable[bytes]) -> np.ndarray:
         from datasketch import LeanMinHash, MinHashLSH
 
-        # what is a false candidate here is found out below, what is missed here is missed for good
+        # false candidates are rejected below; missed ones stay missed
         index = MinHashLSH(threshold=self.threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
         kept: dict[int, np.ndarray] = {}
         is_first = []
@@ -78,12 +78,12 @@ def _is_new(signatures: Iterable[bytes]) -> np.ndarray:
     return np.array(is_new, dtype=bool)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """`text` in Unicode's composed form (NFC), runs of white space as one space, none at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def shingles(text: str) -> set[str]:
-    """The runs of 5 characters of the normalised text, in lower case; a shorter text is its own only shingle."""
-    text = normalise(text).lower()
+    """The runs of 5 characters of the normalized text, in lower case; a shorter text is its own only shingle."""
+    text = normalize(text).lower()
     return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}

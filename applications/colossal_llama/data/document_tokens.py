@@ -2,7 +2,7 @@
 
 - BOS comes first if the tokenizer itself puts it in front of a text (`--bos` says otherwise); EOS always ends a
   document. A special token that is spelled out in a text is text: real EOS stands at the ends of documents only.
-- Source and target are tokenised once, as one text. Which tokens belong to the source follows from where they end in
+- Source and target are tokenized once, as one text. Which tokens belong to the source follows from where they end in
   that text: a token that straddles the border belongs to the target.
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
-from colossal_llama.data.left_out_rows import Problems
+from colossal_llama.data.skipped_rows import Problems
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Document:
     category: str
 
 
-def cut_file(path: str, part_bytes: int, digest) -> Iterator[Part]:
+def split_file(path: str, part_bytes: int, digest) -> Iterator[Part]:
     """The parts of a .jsonl file, of about `part_bytes` each; all its bytes go into `digest` (of hashlib).
 
     Raises `UserError` if there is no such file or it is not .jsonl.
     """
     if Path(path).suffix != ".jsonl":
-        raise UserError(f"{path} is not a .jsonl file; write one JSON object a line and name the file so.")
+        raise UserError(f"{path} is not a .jsonl file; write one JSON object per line and name the file so.")
     try:
         with open(path, "rb") as file:
             offset, line = 0, 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colossal_llama.data.left_out_rows import Problem
+from colossal_llama.data.skipped_rows import Problem
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Counts:
     trained_tokens: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def as_dict(self, max_length: int) -> dict[str, float]:
         """With the share of the positions that are padding once rows are padded to `max_length`."""
@@ -31,7 +31,7 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
     """Read a written bucket and count by category; documents, which rows do not tell, are left at 0."""
     import datasets
 
-    found: dict[str, Counts] = {}
+    counts_of: dict[str, Counts] = {}
     for batch in datasets.load_from_disk(str(folder)).data.to_batches():
         lengths = np.diff(batch["input_ids"].offsets.to_numpy())
         labels = batch["labels"]
@@ -40,13 +40,13 @@ def measure_bucket(folder: Path) -> dict[str, Counts]:
         encoded = batch["category"].dictionary_encode()
         codes = encoded.indices.to_numpy()
         for code, name in enumerate(encoded.dictionary.to_pylist()):
-            mine = codes == code
-            counts = Counts(0, int(mine.sum()), int(lengths[mine].sum()), int(trained[mine].sum()))
-            found[name] = found.get(name, Counts()) + counts
-    return dict(sorted(found.items()))
+            rows = codes == code
+            counts = Counts(0, int(rows.sum()), int(lengths[rows].sum()), int(trained[rows].sum()))
+            counts_of[name] = counts_of.get(name, Counts()) + counts
+    return dict(sorted(counts_of.items()))
 
 
-def summarise(buckets: list[dict[str, Counts]], max_length: int) -> dict:
+def summarize(buckets: list[dict[str, Counts]], max_length: int) -> dict:
     """The manifest's figures: by category, by bucket and of everything."""
     names = sorted({name for bucket in buckets for name in bucket})
     by_category = {name: sum((bucket[name] for bucket in buckets), Counts()) for name in names}
@@ -65,7 +65,7 @@ def summarise(buckets: list[dict[str, Counts]], max_length: int) -> dict:
 
 
 def print_tables(manifest: dict) -> None:
-    """The manifest's figures by category and by bucket, and what was left out, on stdout."""
+    """The manifest's figures by category and by bucket, and what was skipped, on stdout."""
     from rich.console import Console
 
     console = Console()
@@ -74,7 +74,7 @@ def print_tables(manifest: dict) -> None:
     console.print(_table("bucket", {**{bucket["folder"]: bucket for bucket in manifest["buckets"]}, **total}))
     for kind in ("bad_rows", "dropped"):
         for problem in manifest[kind]:
-            print(f"left out {Problem(**problem)}")
+            print(f"skipped {Problem(**problem)}")
 
 
 def _table(title: str, rows: dict[str, dict]):

@@ -102,7 +102,7 @@ class MixedOrder:
     Args:
         data: where the rows come from.
         buckets: which buckets, in which order; none for all in their own.
-        mix: each category's share of the tokens; none for its share in the data. Categories without one are left out.
+        mix: each category's share of the tokens; none for its share in the data. Categories without one are skipped.
         steps: batches; or, if 0,
         tokens: the stage ends with the batch that reaches them; or, if 0,
         epochs: the tokens of the chosen buckets and categories, times this.
@@ -172,7 +172,7 @@ class MixedOrder:
         return {names.index(name): share for name, share in mix.items()}
 
     def _stream(self) -> Iterator[int]:
-        """Rows without end: always of the category that lags behind the most."""
+        """An endless stream of rows: always of the category that lags behind the most."""
         streams = {category: self._category(category) for category in self.shares}
         seen = dict.fromkeys(self.shares, 0)
         while True:

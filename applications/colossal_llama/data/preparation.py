@@ -1,8 +1,8 @@
-"""The steps of `prepare_pretrain`, each of which is deterministic and can be taken up again after a kill.
+"""The steps of `prepare_pretrain`, each of which is deterministic and can be resumed after a kill.
 
-1. `read_files`: the files are hashed and cut into parts. 2. `check_rows`: every row is parsed, so that a malformed one
-is found before anything is written. 3. `tokenise`: a file of tokenised documents for each part. 4. `choose`:
-duplicates are dropped and documents dealt out to buckets. 5. `write_buckets`. 6. `verify`: the rows are read back
+1. `read_files`: the files are hashed and split into parts. 2. `check_rows`: every row is parsed, so that a malformed
+one is found before anything is written. 3. `tokenize`: a file of tokenized documents for each part. 4. `choose`:
+duplicates are dropped and documents assigned to buckets. 5. `write_buckets`. 6. `verify`: the rows are read back
 and counted, and must hold every token of every chosen document.
 """
 
@@ -21,9 +21,9 @@ from coati.tracking.config import TrackingConfig
 from coati.tracking.progress import progress_bar
 from colossal_llama.data import buckets, documents, token_store
 from colossal_llama.data.document_tokens import TokenizerData, read_tokenizer
-from colossal_llama.data.left_out_rows import Problems
-from colossal_llama.data.manifest import Counts, measure_bucket, print_tables, summarise
+from colossal_llama.data.manifest import Counts, measure_bucket, print_tables, summarize
 from colossal_llama.data.preparation_settings import PrepareConfig
+from colossal_llama.data.skipped_rows import Problems
 from colossal_llama.data.work_folder import WorkFolder, open_work_folder
 from colossal_llama.data.worker_processes import Run, workers
 
@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents in each file, and rows that were left out: malformed, or dropped by filters and as duplicates."""
+    """Documents in each file, and rows that were skipped: malformed, or dropped by filters and as duplicates."""
 
     documents: Counter[str] = field(default_factory=Counter)
     bad: Problems = field(default_factory=Problems)
@@ -53,7 +53,7 @@ class Rows:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Run all steps and print what came of them. Raises `UserError`."""
+    """Run all steps and print the result. Raises `UserError`."""
     output = Path(config.output).expanduser()
     if output.exists():
         raise UserError(f"The output folder {output} exists; remove it or give another --output.")
@@ -75,7 +75,7 @@ def _write(job: Job, output: Path) -> dict:
     """Make the output folder; returns its manifest."""
     rows = check_rows(job)
     tokenizer = {"folder": job.config.tokenizer, "sha256": job.tokenizer.hash, "files": job.tokenizer.files}
-    settings = {**job.config.that_matter(), "format_version": FORMAT_VERSION}
+    settings = {**job.config.result_settings(), "format_version": FORMAT_VERSION}
     settings |= {"data_sha256": job.hashes, "tokenizer_sha256": job.tokenizer.hash}
     with open_work_folder(output, settings) as work:
         manifest = work.read_manifest() or {**_fill(job, rows, work), "settings": settings, "tokenizer": tokenizer}
@@ -85,7 +85,7 @@ def _write(job: Job, output: Path) -> dict:
 
 def _fill(job: Job, rows: Rows, work: WorkFolder) -> dict:
     """Steps 3 to 6; returns the manifest's figures."""
-    paths = tokenise(job, work)
+    paths = tokenize(job, work)
     store = token_store.TokenStore(paths)
     try:
         chosen = choose(job.config, store, rows)
@@ -95,8 +95,8 @@ def _fill(job: Job, rows: Rows, work: WorkFolder) -> dict:
     write_buckets(job, paths, chosen, work)
     files = {path: {"rows": count + rows.bad.count(path), "documents": count} for path, count in rows.documents.items()}
     return {
-        "tokens_in": sum(int(store.lengths[numbers].sum()) for mine in chosen for numbers in mine.values()),
-        **summarise(verify(job, store, chosen, work), job.config.max_length),
+        "tokens_in": sum(int(store.lengths[numbers].sum()) for bucket in chosen for numbers in bucket.values()),
+        **summarize(verify(job, store, chosen, work), job.config.max_length),
         "files": files,
         "bad_rows": rows.bad.as_json(),
         "dropped": rows.dropped.as_json(),
@@ -111,7 +111,7 @@ def read_files(config: PrepareConfig) -> tuple[list[documents.Part], dict[str, s
     with _progress(config, "reading files", len(config.data)) as bar:
         for path in config.data:
             digest = hashlib.sha256()
-            parts.extend(documents.cut_file(path, size, digest))
+            parts.extend(documents.split_file(path, size, digest))
             hashes[path] = digest.hexdigest()
             bar.advance()
     return parts, hashes
@@ -134,9 +134,9 @@ def check_rows(job: Job) -> Rows:
     categories: Counter[str] = Counter()
     check = partial(documents.check_part, category=config.category)
     with _progress(config, "checking rows", len(job.parts)) as bar:
-        for part, (found, bad) in zip(job.parts, job.run(check, job.parts), strict=True):
-            categories.update(found)
-            rows.documents[part.path] += found.total()
+        for part, (by_category, bad) in zip(job.parts, job.run(check, job.parts), strict=True):
+            categories.update(by_category)
+            rows.documents[part.path] += by_category.total()
             rows.bad.extend(bad)
             bar.advance()
             if bad and config.bad_rows == "error":
@@ -152,26 +152,26 @@ def check_rows(job: Job) -> Rows:
     return rows
 
 
-def tokenise(job: Job, work: WorkFolder) -> list[Path]:
-    """Tokenise the parts that are not done yet; returns the files of all."""
+def tokenize(job: Job, work: WorkFolder) -> list[Path]:
+    """Tokenize the parts that are not done yet; returns the files of all."""
     config, tokenizer = job.config, job.tokenizer
     backend = work.write("tokenizer.json", tokenizer.backend)
     special = dict(tokenizer=str(backend), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     rules = dict(category=config.category, filters=config.filters, deduplication=config.deduplication)
     paths = [work.documents / f"{number:06d}.arrow" for number in range(len(job.parts))]
     tasks = [
-        token_store.TokeniseTask(part=part, output=path, **special, **rules)
+        token_store.TokenizeTask(part=part, output=path, **special, **rules)
         for part, path in zip(job.parts, paths, strict=True)
         if not path.exists()
     ]
-    with _progress(config, "tokenising parts", len(paths), len(paths) - len(tasks)) as bar:
-        for tokens in job.run(token_store.tokenise_part, tasks):
+    with _progress(config, "tokenizing parts", len(paths), len(paths) - len(tasks)) as bar:
+        for tokens in job.run(token_store.tokenize_part, tasks):
             bar.advance(tokens)
     return paths
 
 
 def choose(config: PrepareConfig, store: token_store.TokenStore, rows: Rows) -> Chosen:
-    """Drop duplicates and deal out the rest; what was dropped is counted in `rows`.
+    """Drop duplicates and assign the rest to buckets; what was dropped is counted in `rows`.
 
     Raises `UserError` if a category is left with fewer documents than there are buckets.
     """
@@ -185,16 +185,16 @@ def choose(config: PrepareConfig, store: token_store.TokenStore, rows: Rows) -> 
         name: np.flatnonzero(is_kept & (store.categories == code)) for code, name in enumerate(store.category_names)
     }
     buckets.check_buckets({name: len(numbers) for name, numbers in of_category.items()}, config.buckets)
-    dealt = {n: buckets.split(numbers, n, config.buckets, config.seed) for n, numbers in of_category.items()}
-    return [{name: parts[number] for name, parts in dealt.items()} for number in range(config.buckets)]
+    assigned = {n: buckets.split(numbers, n, config.buckets, config.seed) for n, numbers in of_category.items()}
+    return [{name: parts[number] for name, parts in assigned.items()} for number in range(config.buckets)]
 
 
 def write_buckets(job: Job, paths: list[Path], chosen: Chosen, work: WorkFolder) -> None:
     """Write the buckets that are not there yet."""
     settings = dict(parts=paths, max_length=job.config.max_length, seed=job.config.seed)
     tasks = [
-        buckets.BucketTask(number=number, output=work.bucket(number), documents=mine, **settings)
-        for number, mine in enumerate(chosen)
+        buckets.BucketTask(number=number, output=work.bucket(number), documents=of_bucket, **settings)
+        for number, of_bucket in enumerate(chosen)
         if not work.bucket(number).exists()
     ]
     with _progress(job.config, "packing buckets", len(chosen), len(chosen) - len(tasks)) as bar:
@@ -207,12 +207,12 @@ def verify(job: Job, store: token_store.TokenStore, chosen: Chosen, work: WorkFo
     measured = []
     folders = [work.bucket(number) for number in range(len(chosen))]
     with _progress(job.config, "verifying buckets", len(folders)) as bar:
-        for mine, folder, found in zip(chosen, folders, job.run(measure_bucket, folders), strict=True):
-            expected = {name: int(store.lengths[numbers].sum()) for name, numbers in mine.items()}
-            written = {name: counts.tokens for name, counts in found.items()}
+        for of_bucket, folder, by_name in zip(chosen, folders, job.run(measure_bucket, folders), strict=True):
+            expected = {name: int(store.lengths[numbers].sum()) for name, numbers in of_bucket.items()}
+            written = {name: counts.tokens for name, counts in by_name.items()}
             if written != expected:
                 raise RuntimeError(f"{folder} holds the tokens {written}, the documents in it have {expected}")
-            measured.append({name: counts + Counts(documents=len(mine[name])) for name, counts in found.items()})
+            measured.append({name: counts + Counts(documents=len(of_bucket[name])) for name, counts in by_name.items()})
             bar.advance(sum(written.values()))
     return measured
 

@@ -7,24 +7,24 @@ from coati.config import ListOf, Settings, asdict, option, settings
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.quality_filters import Filters
 
-OF_THE_RUN = ("data", "tokenizer", "output", "processes", "progress")
+WITHOUT_EFFECT = ("data", "tokenizer", "output", "processes", "progress")
 
 
 @settings
 class PrepareConfig(Settings):
-    """What to read, how to tokenise and pack it, and where to."""
+    """What to read, how to tokenize and pack it, and where to."""
 
     data: ListOf[str] = option((), ".jsonl files; rows are {source, target, category} or {text, category}", path="file")
     tokenizer: str = option("", "a folder with the tokenizer of the model to be trained", path="model")
     output: str = option(
-        "", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is whole", path="output"
+        "", "the folder to make: bucket_00000, ..., manifest.json; OUTPUT.partial until it is complete", path="output"
     )
     category: str | None = option(None, "the category of rows that name none")
-    max_length: int = option(4096, "the longest row, in tokens; longer documents are cut, nothing is left out")
-    buckets: int = option(10, "parts of the data, each with its share of every category, to train on one by one")
+    max_length: int = option(4096, "the longest row, in tokens; longer documents are split, nothing is dropped")
+    buckets: int = option(10, "parts of the data, each with its fraction of every category, to train on one by one")
     bos: Literal["auto", "always", "never"] = option("auto", "BOS before a document; auto: if the tokenizer adds it")
     seed: int = option(42, "of the split into buckets and of the order of rows")
-    bad_rows: Literal["error", "count"] = option("error", "on malformed rows: stop, or leave out and count")
+    bad_rows: Literal["error", "count"] = option("error", "on malformed rows: stop, or skip and count")
     deduplicate: Literal["none", "exact", "minhash"] = option("none", "drop documents that an earlier one equals")
     minhash_threshold: float = option(0.8, "Jaccard similarity from which on documents are near duplicates, 0 to 1")
     min_characters: int | None = option(None, "drop shorter documents")
@@ -54,9 +54,9 @@ class PrepareConfig(Settings):
         if self.category is not None and not self.category.strip():
             yield "--category is empty; give a name."
 
-    def that_matter(self) -> dict:
-        """The settings on which the result depends, but for the content of the data and of the tokenizer."""
-        return {k: v for k, v in asdict(self).items() if k not in OF_THE_RUN}
+    def result_settings(self) -> dict:
+        """The settings on which the result depends, except for the content of the data and of the tokenizer."""
+        return {k: v for k, v in asdict(self).items() if k not in WITHOUT_EFFECT}
 
     @property
     def filters(self) -> Filters:

@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: a file for each part of the input, which is there whole or not at all."""
+"""Tokenized documents on disk: a file for each part of the input, written atomically."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from coati.files import written_aside
+from coati.files import atomic_write
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.document_tokens import encode, text_tokenizer
 from colossal_llama.data.documents import Document, Part, read_documents
-from colossal_llama.data.left_out_rows import Problem, Problems
 from colossal_llama.data.quality_filters import Filters
+from colossal_llama.data.skipped_rows import Problem, Problems
 
 BATCH = 256  # documents in one call of the tokenizer
 
 
 @dataclass(frozen=True)
-class TokeniseTask:
-    """One part of the input, and all that a process needs to tokenise it. `tokenizer` is a JSON file's path."""
+class TokenizeTask:
+    """One part of the input, and all that a process needs to tokenize it. `tokenizer` is a JSON file's path."""
 
     part: Part
     output: Path
@@ -33,17 +33,17 @@ class TokeniseTask:
     deduplication: Deduplication
 
 
-def tokenise_part(task: TokeniseTask) -> int:
-    """Tokenise the documents that pass the filters; returns the number of tokens.
+def tokenize_part(task: TokenizeTask) -> int:
+    """Tokenize the documents that pass the filters; returns the number of tokens.
 
-    The file (Arrow, uncompressed) has a row a document, in the order of the input: `input_ids`, `source_tokens`,
+    The file (Arrow, uncompressed) has a row per document, in the order of the input: `input_ids`, `source_tokens`,
     `category`, `line`, `signature`. Its metadata says where the documents are from and which the filters dropped.
     """
     import pyarrow as pa
     from pyarrow import feather
 
     dropped = Problems()
-    rows = list(_tokenised(task, dropped))
+    rows = list(_tokenized(task, dropped))
     ids = [row.input_ids for row in rows]
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     columns = {
@@ -55,13 +55,13 @@ def tokenise_part(task: TokeniseTask) -> int:
     }
     metadata = {"path": task.part.path, "dropped": json.dumps(dropped.as_json())}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    with written_aside(task.output) as aside:
-        feather.write_feather(table, str(aside), compression="uncompressed", chunksize=max(1, len(rows)))
+    with atomic_write(task.output) as partial:
+        feather.write_feather(table, str(partial), compression="uncompressed", chunksize=max(1, len(rows)))
     return int(ends[-1])
 
 
 @dataclass(frozen=True)
-class _Tokenised:
+class _Tokenized:
     """A document, its tokens, int32 `[tokens]`, of which the first `source_tokens` are not trained on."""
 
     document: Document
@@ -70,7 +70,7 @@ class _Tokenised:
     signature: bytes
 
 
-def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[_Tokenised]:
+def _tokenized(task: TokenizeTask, dropped: Problems) -> Iterator[_Tokenized]:
     backend = text_tokenizer(task.tokenizer)
     chosen: list[Document] = []
     for document in read_documents(task.part, task.category, Problems()):
@@ -84,7 +84,7 @@ def _tokenised(task: TokeniseTask, dropped: Problems) -> Iterator[_Tokenised]:
         signatures = task.deduplication.signatures([d.source + d.target for d in batch])
         encoded = encode(batch, backend, task.bos_id, task.eos_id)
         for document, (ids, source_tokens), signature in zip(batch, encoded, signatures, strict=True):
-            yield _Tokenised(document, ids, source_tokens, signature)
+            yield _Tokenized(document, ids, source_tokens, signature)
 
 
 class TokenStore:
@@ -137,4 +137,4 @@ class TokenStore:
 
     def dropped(self) -> Iterator[Problem]:
         """What the filters dropped, part by part."""
-        return (Problem(**found) for metadata in self._metadata for found in json.loads(metadata[b"dropped"]))
+        return (Problem(**fields) for metadata in self._metadata for fields in json.loads(metadata[b"dropped"]))

@@ -1,4 +1,4 @@
-"""The folder in which an output is made: OUTPUT.partial, until it is whole and is renamed."""
+"""The folder in which an output is made: OUTPUT.partial, until it is complete and renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import aside_of, remove_asides, replace_file, sync_entry
+from coati.files import partial_path, remove_partials, replace_file, sync_entry
 from coati.tracking.files import read_object
 
 SETTINGS, MANIFEST, LOCK = "settings.json", "manifest.json", "lock"
@@ -19,7 +19,7 @@ SETTINGS, MANIFEST, LOCK = "settings.json", "manifest.json", "lock"
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Paths in the folder; what has its final name in it is whole."""
+    """Paths in the folder; what has its final name in it is complete."""
 
     path: Path
     output: Path
@@ -33,7 +33,7 @@ class WorkFolder:
         return self.path / f"bucket_{number:05d}"
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file whole; returns its path."""
+        """Write a file atomically; returns its path."""
         replace_file(self.path / name, text)
         return self.path / name
 
@@ -64,14 +64,14 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
     """
     from filelock import FileLock, Timeout
 
-    work = WorkFolder(aside_of(output), output)
+    work = WorkFolder(partial_path(output), output)
     try:
         work.path.mkdir(parents=True, exist_ok=True)
         with FileLock(work.path / LOCK, timeout=0):
             _begin_or_resume(work, settings)
             work.documents.mkdir(exist_ok=True)
             for folder in (work.path, work.documents):
-                remove_asides(folder)
+                remove_partials(folder)
             yield work
     except Timeout:
         raise UserError(f"Another process is writing {work.path}; wait for it or give another --output.") from None
@@ -82,7 +82,7 @@ def open_work_folder(output: Path, settings: dict) -> Iterator[WorkFolder]:
 def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not (work.path / SETTINGS).exists():
-        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, aside_of(work.path / SETTINGS).name})
+        foreign = sorted({path.name for path in work.path.iterdir()} - {LOCK, partial_path(work.path / SETTINGS).name})
         if foreign:
             raise UserError(f"{work.path} holds {foreign[0]}, which is not ours; move it or give another --output.")
         work.write(SETTINGS, json.dumps(settings))
@@ -92,5 +92,5 @@ def _begin_or_resume(work: WorkFolder, settings: dict) -> None:
     if changed or begun.keys() != settings.keys():
         differences = ", ".join(f"{name} was {begun.get(name)}, is {settings[name]}" for name in changed)
         raise UserError(
-            f"{work.path} was begun with other settings ({differences}); give the same ones to go on, or remove it."
+            f"{work.path} was begun with other settings ({differences}); give the same ones to continue, or remove it."
         )

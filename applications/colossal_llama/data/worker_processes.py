@@ -27,7 +27,7 @@ def workers(count: int) -> Iterator[Run]:
     if count == 1:
         yield map
         return
-    # a forked child would inherit the locks of libraries' threads, which nobody there would ever release
+    # a forked child would inherit the locks of libraries' threads, which nothing would ever release there
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_end_with_parent)
     try:
@@ -35,14 +35,14 @@ def workers(count: int) -> Iterator[Run]:
     except BrokenProcessPool:
         raise UserError(
             "One of the processes was killed (out of memory?); run the same command again, with fewer --processes: "
-            "it goes on where it stopped."
+            "it continues where it stopped."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Otherwise a process whose parent is killed would wait for its next task for ever."""
+    """Otherwise a process whose parent is killed would wait for its next task forever."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -1,4 +1,4 @@
-"""What the example's models know: bits a character of held-out documents, whatever the tokenizer."""
+"""What the example's models know: bits per character of held-out documents, whatever the tokenizer."""
 
 import json
 import math
@@ -34,12 +34,12 @@ def measure(output: Path, arguments):
 
 def models(output: Path, arguments) -> dict[tuple[str, int], Path]:
     """Folders by arm and seed; the arm "" is the English model."""
-    found = {}
+    folders = {}
     for seed in range(arguments.seeds):
-        found["", seed] = output / f"seed{seed}" / "english" / "1-english" / "model"
+        folders["", seed] = output / f"seed{seed}" / "english" / "1-english" / "model"
         for arm in arguments.arms:
-            found[arm, seed] = output / f"seed{seed}" / arm.replace(" ", "-") / "3-replay" / "model"
-    return found
+            folders[arm, seed] = output / f"seed{seed}" / arm.replace(" ", "-") / "3-replay" / "model"
+    return folders
 
 
 def held_out(path: Path) -> list[str]:
@@ -77,7 +77,7 @@ def document_losses(folder: Path, texts: Sequence[str]) -> list[float]:
     return losses
 
 
-def summarise(output: Path, arguments, seconds: float):
+def summarize(output: Path, arguments, seconds: float):
     """Writes figures.md and curves.svg, and puts the first into the README when all arms ran with two seeds."""
     texts = {language: held_out(output / "data" / f"{language}_eval.jsonl") for language in ("en", "zh")}
     found = {key: json.loads((folder / "losses.json").read_text()) for key, folder in models(output, arguments).items()}
@@ -100,10 +100,10 @@ def summarise(output: Path, arguments, seconds: float):
 
 
 def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
-    """Tokens a character of the held-out texts."""
+    """Tokens per character of the held-out texts."""
     from transformers import AutoTokenizer
 
-    lines = ["| tokenizer | vocabulary | tokens a character, English | Chinese |", "|---|---|---|---|"]
+    lines = ["| tokenizer | vocabulary | tokens per character, English | Chinese |", "|---|---|---|---|"]
     for name in ("english", "extended"):
         tokenizer = AutoTokenizer.from_pretrained(output / "data" / name)
         rates = []
@@ -115,7 +115,7 @@ def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
 
 
 def bits(losses: Sequence[float], texts: Sequence[str]) -> float:
-    """Bits a character."""
+    """Bits per character."""
     return sum(losses) / sum(map(len, texts)) / math.log(2)
 
 
@@ -128,8 +128,8 @@ def english_tokens(output: Path, texts: list[str]) -> int:
 
 
 def loss_table(found, texts, tokens: int, arguments) -> str:
-    """Each model's figures, one number a seed."""
-    lines = ["| model | bits a character, Chinese | English | English perplexity a token, to the English model's |"]
+    """Each model's figures, one number per seed."""
+    lines = ["| model | bits per character, Chinese | English | English perplexity per token, to the English model's |"]
     lines.append("|---|---|---|---|")
     for arm in ["", *arguments.arms]:
         cells = [[], [], []]
@@ -145,14 +145,14 @@ def loss_table(found, texts, tokens: int, arguments) -> str:
 
 
 def comparisons(found, texts, arguments) -> str:
-    """The mean-initialised model beside the others, with bootstrap intervals over documents."""
-    lines = ["| bits a character, mean-initialised less | seed | difference | 95 % interval |", "|---|---|---|---|"]
-    for arm in [arm for arm in arguments.arms if arm != "mean-initialised"]:
+    """The mean-initialized model beside the others, with bootstrap intervals over documents."""
+    lines = ["| bits per character, mean-initialized less | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    for arm in [arm for arm in arguments.arms if arm != "mean-initialized"]:
         language = "en" if arm == "no replay" else "zh"
         for seed in range(arguments.seeds):
-            if "mean-initialised" not in arguments.arms:
+            if "mean-initialized" not in arguments.arms:
                 continue
-            ours, theirs = (np.array(found[name, seed][language]) for name in ("mean-initialised", arm))
+            ours, theirs = (np.array(found[name, seed][language]) for name in ("mean-initialized", arm))
             low, high = interval(ours - theirs, np.array([len(text) for text in texts[language]]))
             difference = bits(ours - theirs, texts[language])
             verdict = "" if low <= 0 <= high else ", significant"
@@ -162,16 +162,16 @@ def comparisons(found, texts, arguments) -> str:
 
 
 def interval(nats: np.ndarray, characters: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of bits a character, documents drawn with replacement."""
+    """95 % bootstrap interval of bits per character, documents drawn with replacement."""
     draws = np.random.default_rng(0).integers(len(nats), size=(RESAMPLES, len(nats)))
     values = nats[draws].sum(1) / characters[draws].sum(1) / math.log(2)
     return tuple(np.quantile(values, [0.025, 0.975]).tolist())
 
 
 def curves(output: Path, arguments) -> str:
-    """Bits a Chinese character of the evaluation rows while the knowledge is taken in, by Chinese characters seen."""
+    """Bits per Chinese character of the evaluation rows during training, by Chinese characters seen."""
     lines, data = [], output / "data"
-    for colour, arm in enumerate(arguments.arms):
+    for color, arm in enumerate(arguments.arms):
         tokenizer = "english" if arm == "no extension" else "extended"
         rate = tokens_per_character(data, tokenizer)
         folder, points, seen = output / "seed0" / arm.replace(" ", "-"), [], 0.0
@@ -182,8 +182,8 @@ def curves(output: Path, arguments) -> str:
                 if "eval/loss/zh" in row:
                     points.append(((seen + here) / rate / 1000, row["eval/loss/zh"] * rate / math.log(2)))
             seen += here
-        lines.append(Line(arm, colour, points))
-    title = "bits a Chinese character, by thousand Chinese characters seen"
+        lines.append(Line(arm, color, points))
+    title = "bits per Chinese character, by thousand Chinese characters seen"
     return figure({title: lines}, list(arguments.arms), "seed 0; three stages: new embeddings, knowledge, replay")
 
 

@@ -1,9 +1,9 @@
-"""A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and what each is worth.
+"""A small English model learns Chinese, on two CPU processes: every step of Colossal-LLaMA-2 and its effect.
 
 python applications/colossal_llama/example/run.py --text FOLDER            # half an hour on two cores
 python applications/colossal_llama/example/run.py --text FOLDER --seeds 2  # and the README's table and plot
 
-FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed goes on.
+FOLDER holds en_*.jsonl, en_*.txt and zh_*.jsonl. Every tenth document is held back. A run that was killed continues.
 """
 
 import argparse
@@ -18,17 +18,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "applications")]
 
-from colossal_llama.example.measure import measure, summarise  # noqa: E402
+from colossal_llama.example.measure import measure, summarize  # noqa: E402
 from colossal_llama.example.texts import write_texts  # noqa: E402
 from examples.stages import run, train_script  # noqa: E402
 
 ARMS = {
-    "mean-initialised": ("extended", "mean", True),
-    "random-initialised": ("extended", "random", True),
+    "mean-initialized": ("extended", "mean", True),
+    "random-initialized": ("extended", "random", True),
     "no extension": ("english", None, True),
     "no replay": ("extended", "mean", False),
 }
-"""By name: tokenizer, how new rows are initialised, and whether English is replayed."""
+"""By name: tokenizer, how new rows are initialized, and whether English is replayed."""
 
 
 def main():
@@ -46,9 +46,9 @@ def main():
     for seed in range(arguments.seeds):
         english = pretrain(output / f"seed{seed}", data, seed, arguments)
         for arm in arguments.arms:
-            carry_on(arm, english, output / f"seed{seed}", data, seed, arguments)
+            continue_training(arm, english, output / f"seed{seed}", data, seed, arguments)
     measure(output, arguments)
-    summarise(output, arguments, time.monotonic() - started)
+    summarize(output, arguments, time.monotonic() - started)
 
 
 def prepare_data(text: Path, output: Path) -> Path:
@@ -87,7 +87,7 @@ def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
     return train_stages(plan, folder / "english", data, "english", arguments)
 
 
-def carry_on(arm: str, english: Path, folder: Path, data: Path, seed: int, arguments) -> Path:
+def continue_training(arm: str, english: Path, folder: Path, data: Path, seed: int, arguments) -> Path:
     """The English model after the three stages, in one of the ways."""
     tokenizer, rule, replay = ARMS[arm]
     model = english

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from coati.files import written_aside
+from coati.files import atomic_write
 from examples.tokenizer import byte_level_tokenizer
 
 HELD_BACK = 10  # every tenth document
@@ -14,10 +14,10 @@ LONGEST = 4000  # characters: longer ones are cut at a line's end, so that what 
 
 
 def write_texts(source: Path, data: Path):
-    """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written aside and renamed."""
-    with written_aside(data) as aside:
-        aside.mkdir(parents=True)
-        _write_texts(source, aside)
+    """en.jsonl, en_eval.jsonl, en_curve.jsonl, the same of zh, and the tokenizer, written atomically."""
+    with atomic_write(data) as partial:
+        partial.mkdir(parents=True)
+        _write_texts(source, partial)
 
 
 def _write_texts(source: Path, data: Path):

@@ -32,7 +32,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     `__metadata__`, and where the data begin.
 
     Raises:
-        UserError: the file is no safetensors file, or torn.
+        UserError: the file is no safetensors file, or truncated.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +41,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 raise ValueError
             header = json.loads(file.read(length))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); the model's folder is not whole.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); the model's folder is incomplete.") from None
     except ValueError:
         raise UserError(f"{path} is not a safetensors file; save the model again.") from None
     end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
@@ -54,7 +54,7 @@ def copy_file(source: Path, target: Path, changed: dict[str, NewRows], dropped: 
     """Copy the tensors of `source` in their order: those in `changed` with new rows, without the `dropped` ones.
 
     Raises:
-        UserError: `source` is no safetensors file, or torn.
+        UserError: `source` is no safetensors file, or truncated.
     """
     header, begin = read_header(source)
     if not (changed.keys() | dropped) & header.keys():

@@ -77,16 +77,16 @@ def token_sources(old, new, rule: Rule) -> dict[int, list[int]]:
     """For each id that only the new tokenizer has, the old ids whose rows' mean it begins with.
 
     "mean": the old pieces of the token's own text, as the old merges make them of it: no BOS, no space that the token
-    does not begin with; of a part of a character its bytes' pieces. An added token's text is tokenised as any text.
+    does not begin with; of a part of a character its bytes' pieces. An added token's text is tokenized as any text.
 
-    "original": as Colossal-LLaMA-2's `init_model.py`, which tokenises the vocabulary's string as if it were a text, so
+    "original": as Colossal-LLaMA-2's `init_model.py`, which tokenizes the vocabulary's string as if it were a text, so
     that sentencepiece's pieces get a leading space's row into their mean; a byte-level piece is decoded first.
 
     Args:
         old, new: `tokenizers.Tokenizer`s.
 
     Returns:
-        No ids stand for a token of which the old tokenizer makes nothing.
+        The list is empty for a token that the old tokenizer can't encode.
     """
     from tokenizers import decoders
 

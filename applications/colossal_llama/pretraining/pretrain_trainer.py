@@ -54,7 +54,7 @@ class PretrainTrainer(SFTTrainer):
 
     def make_model(self, start):
         c, model = self.config, super().make_model(start)
-        if c.document_mask and not model.keeps_documents_apart():
+        if c.document_mask and not model.isolates_documents():
             raise UserError(f"{type(model.transformer).__name__} can't keep documents apart: --document_mask False")
         embeddings = model.transformer.get_input_embeddings()
         if c.freeze != "none":

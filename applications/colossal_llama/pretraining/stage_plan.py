@@ -22,9 +22,13 @@ class Plan:
     def seed(self) -> int:
         return self.stages[0].seed
 
+    @property
+    def device(self) -> str:
+        return self.stages[0].device
+
     @staticmethod
     def is_finished(stage: PretrainConfig) -> bool:
-        """Whether the stage has left its model and may be gone past."""
+        """Whether the stage has left its model and may be skipped."""
         return stage.checkpoints.resume == "auto" and (Path(stage.output_dir) / FINAL_MODEL).is_dir()
 
 

@@ -21,7 +21,7 @@ class PretrainConfig(TrainerConfig):
     tokens: int = option(0, "tokens to train on; 0 for --steps or --epochs", ge=0)
     freeze: Literal["none", "all-but-embeddings"] = option("none", "what is trained: all, or embeddings and LM head")
     document_mask: bool = option(True, "a document of a packed row sees no other; False: it sees those before it")
-    z_loss: float = option(0.0, "weight of log(Z)^2, which holds the logits' scale (PaLM: 1e-4)", ge=0)
+    z_loss: float = option(0.0, "weight of log(Z)^2, which keeps the logits' scale near 0 (PaLM: 1e-4)", ge=0)
     neftune_noise_alpha: float = option(
         0.0, "noise on embeddings in training (NEFTune, 2310.05914; 5 for SFT stages)", ge=0
     )

@@ -12,7 +12,7 @@ def dead_pieces(vocabulary: Vocabulary, tokenizer=None) -> list[str]:
     """The added pieces that no text of their own gives.
 
     A piece of whole characters is looked for among the tokens of its text in `CONTEXTS`, through the whole
-    tokenizer: normalisation, splitting into words, merges. A piece that is part of a character's bytes must come out
+    tokenizer: normalization, splitting into words, merges. A piece that is part of a character's bytes must come out
     of the merges alone.
     """
     tokenizer = tokenizer or vocabulary.tokenizer()
@@ -22,9 +22,9 @@ def dead_pieces(vocabulary: Vocabulary, tokenizer=None) -> list[str]:
     waiting = list(texts)
     for context in CONTEXTS:
         encoded = tokenizer.encode_batch([context.format(texts[piece]) for piece in waiting], add_special_tokens=False)
-        found = {piece for piece, tokens in zip(waiting, encoded, strict=True) if vocabulary.new[piece] in tokens.ids}
-        alive |= found
-        waiting = [piece for piece in waiting if piece not in found]
+        reached = {piece for piece, tokens in zip(waiting, encoded, strict=True) if vocabulary.new[piece] in tokens.ids}
+        alive |= reached
+        waiting = [piece for piece in waiting if piece not in reached]
     return [piece for piece in vocabulary.new if piece not in alive]
 
 

@@ -16,7 +16,7 @@ EXAMPLE = 60
 
 @dataclass
 class Comparison:
-    """How many of `texts` two tokenizers tokenise differently, and the beginning of the first such."""
+    """How many of `texts` two tokenizers tokenize differently, and the beginning of the first such."""
 
     texts: int
     different: int

@@ -44,10 +44,10 @@ def add_characters(vocabulary: Vocabulary, letters: Iterable[str], allowed: Char
     """
     tokenizer = vocabulary.tokenizer()
     model = tokenizer.model
-    normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
     for letter in letters:
         symbols = vocabulary.symbols(letter)
-        if symbols in vocabulary or letter not in normalise(letter):
+        if symbols in vocabulary or letter not in normalize(letter):
             continue
         parts = split(model, symbols) if vocabulary.byte_level else [symbols]
         joins = ["".join(parts[:end]) for end in range(2, len(parts) + 1)] or parts

@@ -25,7 +25,7 @@ def read_model(path: Path):
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise UserError(f"{path} is no sentencepiece model; remove it if tokenizer.json is whole.") from None
+        raise UserError(f"{path} is no sentencepiece model; remove it if tokenizer.json is intact.") from None
     kind = model.trainer_spec.model_type
     if kind != BPE:
         name = model.trainer_spec.ModelType.Name(kind).lower()

@@ -12,7 +12,7 @@ from coati.errors import UserError
 from colossal_llama.tokenizer.vocabulary import Vocabulary
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-# Written anew, or (tiktoken's) not known to be readable by anything that reads tokenizer.json.
+# Rewritten, or (tiktoken's) not known to be readable by anything that reads tokenizer.json.
 REPLACED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -100,7 +100,7 @@ def load_backend(folder: str | Path):
 
 
 def is_byte_level(spec: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` stands for bytes by letters, as GPT-2's."""
+    """Whether a `tokenizer.json` represents bytes by letters, as GPT-2's."""
     return '"ByteLevel"' in json.dumps([spec.get("pre_tokenizer"), spec.get("normalizer")])
 
 

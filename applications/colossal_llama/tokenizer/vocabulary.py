@@ -2,9 +2,9 @@
 
 Two kinds of tokenizer differ in what a piece is made of and in which merges it gets:
 
-- byte-level (GPT-2, Llama-3, Qwen): one symbol a byte; a piece has the merges that are added for it;
-- sentencepiece (Llama-2, Mistral, Gemma): one symbol a character, spaces as "▁", bytes for unknown characters.
-  sentencepiece joins any two neighbours whose join is a piece (`bpe_model.cc`), so a piece's merges are all its splits
+- byte-level (GPT-2, Llama-3, Qwen): one symbol per byte; a piece has the merges that are added for it;
+- sentencepiece (Llama-2, Mistral, Gemma): one symbol per character, spaces as "▁", bytes for unknown characters.
+  sentencepiece joins any two neighbors whose join is a piece (`bpe_model.cc`), so a piece's merges are all its splits
   into two pieces, as transformers' `generate_merges` has them too.
 
 Old ids stay; old merges come first. As no piece may be added without a character that the filter passes, a text
@@ -34,7 +34,7 @@ class Vocabulary:
         self.byte_level = byte_level
         self._spec = {**spec, "model": {**spec["model"]}}
         self.old: dict[str, int] = dict(spec["model"]["vocab"])
-        # In the model's vocabulary they keep their ids: `tokenizers` numbers other added tokens anew when it loads.
+        # In the model's vocabulary they keep their ids: `tokenizers` renumbers other added tokens when it loads.
         self.old |= {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
         self._special = {token["content"] for token in spec.get("added_tokens", [])}
         self.first_new = max(self.old.values()) + 1
@@ -54,7 +54,7 @@ class Vocabulary:
             self.new[piece] = len(self)
 
     def join(self, left: str, right: str) -> None:
-        """Let two neighbours become one piece, which is added unless it exists."""
+        """Let two neighbors become one piece, which is added unless it exists."""
         self.add(left + right)
         self.merges.setdefault((left, right))
 
@@ -78,7 +78,7 @@ class Vocabulary:
         return "".join(self._symbol_of_byte[byte] for byte in text.encode())
 
     def piece_bytes(self, piece: str) -> bytes:
-        """What a piece stands for; of a symbol that is no byte's, nothing."""
+        """The bytes that a piece represents; a symbol that represents no byte has none."""
         if not self.byte_level:
             return piece.replace("▁", " ").encode()
         return bytes(self._byte_of_symbol[symbol] for symbol in piece if symbol in self._byte_of_symbol)
@@ -138,7 +138,7 @@ class Vocabulary:
     def _splits(self, piece: str, new_only: bool) -> list[tuple[str, str]]:
         if piece in self._special:
             return []
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = ((piece[:position], piece[position:]) for position in range(1, len(piece)))
         return [
             (left, right)
             for left, right in pairs

@@ -52,7 +52,7 @@ def language_model_head(base: nn.Module, names: tuple[str, ...]) -> nn.Module | 
     return next((module for name, module in base.named_modules() if name.rpartition(".")[2] in names), None)
 
 
-def take_head(model) -> dict[str, Tensor]:
+def pop_head(model) -> dict[str, Tensor]:
     """Removes a head from a model that carries one, and gives its tensors, `v_head.*`."""
     owners = [part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)]
     owners += [model.get_base_model()] if hasattr(model, "get_base_model") else []
@@ -83,12 +83,12 @@ def load_base(auto_class, source: str, is_trainable: bool, hub: dict, kwargs: di
 
     kwargs = dict(kwargs)
     config = kwargs.pop("config", None)
-    found = find_adapter_config_file(source, **hub)
-    if found is None:
+    config_file = find_adapter_config_file(source, **hub)
+    if config_file is None:
         return load_transformer(auto_class, source, config, kwargs)
     for name in ("revision", "subfolder"):  # the adapter's, which lies elsewhere than its base
         kwargs.pop(name, None)
-    base = load_transformer(auto_class, base_of_adapter(Path(found).parent), config, kwargs)
+    base = load_transformer(auto_class, base_of_adapter(Path(config_file).parent), config, kwargs)
     adapted, _ = load_adapter(base, source, is_trainable, **hub)
     return adapted
 

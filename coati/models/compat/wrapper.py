@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coati.errors import UserError
 from coati.models.cache import cache_name, cache_of
-from coati.models.compat.wrapped import add_adapter, check_language_model, language_model_head, load_base, take_head
+from coati.models.compat.wrapped import add_adapter, check_language_model, language_model_head, load_base, pop_head
 from coati.models.generation_config import repair_generation_config
 from coati.models.value_head import HEAD, ValueHead, load_head, save_head
 
@@ -86,7 +86,7 @@ class PreTrainedModelWrapper(nn.Module):
         v_head_initializer_range: float = 0.2,
         summary_dropout_prob: float | None = None,
     ):
-        """Draws the head's weights anew, given `ValueHead`'s keywords; strategy None leaves them as they are."""
+        """Initializes the head's weights, given `ValueHead`'s keywords; strategy None leaves them as they are."""
         self.v_head.init_weights(v_head_init_strategy, v_head_initializer_range)
 
     def __getattr__(self, name: str):
@@ -110,7 +110,8 @@ class PreTrainedModelWrapper(nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder (full model, or adapter) or name, whose head is read if there is
-                one and drawn anew, with a warning, if not; or a model, whose own `v_head`, if any, becomes the head.
+                one and initialized, with a warning, if not; or a model, whose own `v_head`, if any, becomes the
+                head.
             peft_config: adds a new adapter.
             is_trainable: whether the adapter of an adapter folder trains.
             reward_adapter: folder or name of an adapter with a `score` layer, for `compute_reward_score`.
@@ -129,7 +130,7 @@ class PreTrainedModelWrapper(nn.Module):
         if isinstance(model, (str, Path)):
             source = str(model)
             model = load_base(cls.transformers_parent_class, source, is_trainable, hub, kwargs)
-        carried = take_head(model)
+        carried = pop_head(model)
         if peft_config is not None:
             model = add_adapter(model, peft_config, kbit)
         rewards = {}
@@ -149,7 +150,7 @@ class PreTrainedModelWrapper(nn.Module):
         if state:
             wrapper._fill_head(state, source)
         else:
-            logger.warning("%s has no value head (%s*): a new one is drawn", source, HEAD)
+            logger.warning("%s has no value head (%s*): a new one is initialized", source, HEAD)
         return wrapper
 
     def _fill_head(self, state: dict[str, Tensor], source: str):
@@ -266,9 +267,9 @@ class PreTrainedModelWrapper(nn.Module):
                 f"the reward adapter {adapter_model_id} trains biases of the base model, which are the policy's too: "
                 "train it with bias='none'"
             )
-        with _kept(pretrained_model):
-            found = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
-        wrong = [*found.missing_keys, *(key for key in found.unexpected_keys if not _is_score(key))]
+        with _restored(pretrained_model):
+            load_result = pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
+        wrong = [*load_result.missing_keys, *(key for key in load_result.unexpected_keys if not _is_score(key))]
         if wrong:
             raise UserError(f"the reward adapter {adapter_model_id} doesn't fit this model: {wrong[0]}")
         labels, width = parts["weight"].shape
@@ -293,7 +294,7 @@ class PreTrainedModelWrapper(nn.Module):
             raise UserError(
                 "this model has no reward modeling adapter, no reward adapter: load it with reward_adapter=FOLDER"
             )
-        with _kept(self.pretrained_model):
+        with _restored(self.pretrained_model):
             self.pretrained_model.set_adapter(self.rm_adapter_name, inference_mode=True)
             self.pretrained_model.eval()
             _, hidden = self._run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
@@ -324,8 +325,8 @@ def _is_score(key: str) -> bool:
 
 
 @contextmanager
-def _kept(model: nn.Module):
-    """Puts a peft model's active adapter, train or eval modes, and what requires gradients back afterwards."""
+def _restored(model: nn.Module):
+    """Restores a peft model's active adapter, train or eval modes, and what requires gradients afterwards."""
     top, active = model.active_adapter, model.active_adapters
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""Attention of one new token a row over the slots' keys and values."""
+"""Attention of one new token per row over the KV cache of the slots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ ONE_TOKEN = "coati_one_token"
 
 
 def one_token_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """SDPA for a single query token, where query heads that share a key-value head stand for tokens: keys and values
-    are read once and not repeated.
+    """SDPA for a single query token, where query heads that share a key-value head take the place of tokens: keys and
+    values are read once and not repeated.
 
     Args:
         query: `[rows, heads, 1, head_dim]`.
@@ -36,7 +36,7 @@ def layer_kinds(config) -> list[str]:
 
 
 def step_mask(model, cache: SlotCache):
-    """What a transformers model takes as the mask of a step: by kind of layer where there are several.
+    """The mask of a step as transformers models take it: by kind of layer where there are several.
 
     Models that compute a bias from the mask (ALiBi) get the plain one, `[rows, width]`; they have no windows.
     """
@@ -57,8 +57,8 @@ def _four_dimensional(visible: Tensor, config, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def step_attention(model) -> Iterator[None]:
-    """Inside, models with SDPA (or a kernel that takes no mask) attend by `one_token_attention`, if they take attention
-    from transformers' registry."""
+    """Inside, models with SDPA (or a kernel that takes no mask) use `one_token_attention`, if they get attention from
+    transformers' registry."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ONE_TOKEN, one_token_attention)

@@ -1,7 +1,7 @@
-"""Keys and values of rows that are generated together, in memory that is taken once.
+"""The KV cache of rows that are generated together, in memory that is allocated once.
 
-Every row has a slot, and its token at position p stands in column p. So rows of any age share a step: each writes its
-own column, and a mask hides what lies beyond it.
+Every row has a slot, and its token at position p is in column p. So rows of any age share a step: each writes its own
+column, and a mask hides later columns.
 """
 
 from functools import partial
@@ -14,14 +14,14 @@ from transformers.cache_utils import CacheLayerMixin
 from coati.transfer import upload
 
 
-def lend(cache: Cache, rows: int) -> DynamicCache:
-    """A cache of so many rows, all of which go on after the one row of `cache`; nothing is copied until they do."""
+def share_prefix(cache: Cache, rows: int) -> DynamicCache:
+    """A cache of so many rows that all continue the one row of `cache`; nothing is copied until they do."""
     shape = (rows, -1, -1, -1)
     return DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in cache.layers])
 
 
 class SlotCache(Cache):
-    """Room for `slots` rows of `columns` tokens, which is taken when the first rows come.
+    """Room for `slots` rows of `columns` tokens, allocated when the first rows come.
 
     Attributes:
         rows: slots that take part in a step, the first ones.
@@ -37,7 +37,7 @@ class SlotCache(Cache):
         self.order = torch.arange(slots, device=device)
         self.positions = torch.arange(columns, device=device)
 
-    def place(self, prefilled: DynamicCache, source: list[int], target: list[int], lengths: list[int]):
+    def write(self, prefilled: DynamicCache, source: list[int], target: list[int], lengths: list[int]):
         """Copies rows of a batch of prompts, padded on the right, to slots."""
         device, longest = self.lengths.device, max(lengths)
         source_index, target_index = upload(source, device), upload(target, device)
@@ -64,17 +64,17 @@ class SlotCache(Cache):
             kind: of attention: full, sliding or chunked, as transformers names a layer's type.
         """
         columns, position = self.positions[: self.width], self.lengths[: self.rows, None]
-        seen = columns <= position
+        visible_columns = columns <= position
         if kind == "sliding_attention":
-            seen &= columns > position - config.sliding_window
+            visible_columns &= columns > position - config.sliding_window
         elif kind == "chunked_attention":
-            seen &= columns // config.attention_chunk_size == position // config.attention_chunk_size
-        return seen
+            visible_columns &= columns // config.attention_chunk_size == position // config.attention_chunk_size
+        return visible_columns
 
 
 def stored_as(states: Tensor) -> torch.dtype:
-    """The dtype of keys and values in the slots. Attention computes in autocast's, whatever it is given: stored wider,
-    all of them would be cast again at every token."""
+    """The dtype of the KV cache. Attention computes in autocast's dtype: a wider cache would be cast again at every
+    token."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 

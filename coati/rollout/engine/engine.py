@@ -1,10 +1,10 @@
-"""Generation with continuous batching: a finished row leaves at once, and a waiting prompt takes its place.
+"""Generation with continuous batching: a finished row frees its slot at once for a waiting prompt.
 
 The engine knows token ids only: prompts in; sampled ids, their log-probs and finish reasons out.
 
-The state of the rows (last token, length, keys and values) lives on the device, and a step needs nothing from the host.
-So on a GPU the host is a step behind: it launches a step before it has read the tokens of the one before, and a row
-that ended there is computed once in vain.
+The state of the rows (last token, length, KV cache) is on the device, and a step needs nothing from the host. So on a
+GPU the host is a step behind: it launches a step before it has read the tokens of the previous one, and a row that
+ended there is still computed once more.
 """
 
 from collections import deque
@@ -22,18 +22,18 @@ from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.sampling import Sampler, key_of
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
 from coati.rollout.generator import Completion, OnDone, Request
-from coati.rollout.prompts import never_ids, pad_right
+from coati.rollout.prompts import pad_right, suppressed_ids
 from coati.transfer import Download, upload
 
-SHORTEST_PREFIX = 16  # a shorter common beginning of all prompts is not worth a pass of its own
+SHORTEST_PREFIX = 16  # a shorter common prefix of all prompts is not worth a pass of its own
 
 
 @dataclass
 class _Row:
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-        drawn: tokens that have been drawn on the device; the completion may lack the last one still.
+        drawn: tokens that have been sampled on the device; the completion may still lack the last one.
     """
 
     index: int
@@ -58,12 +58,12 @@ class _Prefilled:
 
     row: _Row
     cache: Any  # a DynamicCache
-    place: int
+    batch_row: int
     logits: Tensor
 
 
 class _Slots:
-    """What the device knows of the rows under way, by slot.
+    """The device's state of the rows in progress, by slot.
 
     Attributes:
         tokens: the last token of each row, int64 `[slots]`; log_probs: its log-prob, float32.
@@ -91,12 +91,12 @@ class RolloutEngine:
         model: an `Actor` with unsharded weights (`Engine.full()`).
         eos_ids: tokens that end a response.
         stop: says which rows end for another reason, from their responses so far; asked after every token.
-        slots: rows that are generated together, or fewer where the GPU's memory doesn't hold their keys and values.
+        slots: rows that are generated together, or fewer where the GPU has no memory for their KV cache.
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
         cuda_graphs: whether steps on a GPU may be captured.
 
     Attributes:
-        prompt_tokens, padding_tokens: what the model has read of prompts, and of padding beside them.
+        prompt_tokens, padding_tokens: prompt tokens that the model has read, and padding tokens.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RolloutEngine:
         self.model, self.config, self.eos_ids, self.stop = model, config, set(eos_ids), stop
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.device = next(model.parameters()).device
-        self.sampler = Sampler(config, eos_ids, self.device, never_ids(model))
+        self.sampler = Sampler(config, eos_ids, self.device, suppressed_ids(model))
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and can_be_captured(model)
         self.steps_behind = 0 if self.device.type == "cpu" else 1
         self.prompt_tokens = self.padding_tokens = 0
@@ -126,10 +126,10 @@ class RolloutEngine:
             on_done: called with a request's place and its completion as soon as that has ended.
 
         Raises:
-            UserError: an empty prompt, or a response that the GPU's memory can't hold.
+            UserError: an empty prompt, or a response whose KV cache exceeds the GPU's memory.
         """
         self.on_done = on_done
-        rows = [self.row(i, request) for i, request in enumerate(requests)]
+        rows = [self.make_row(i, request) for i, request in enumerate(requests)]
         if not rows:
             return []
         training = self.model.training
@@ -141,7 +141,7 @@ class RolloutEngine:
             self.model.train(training)
         return [row.completion for row in rows]
 
-    def row(self, i: int, request: Request) -> _Row:
+    def make_row(self, i: int, request: Request) -> _Row:
         if not len(request.prompt):
             raise UserError(f"prompt {i} is empty: generation starts from at least one token")
         limit = self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
@@ -153,24 +153,24 @@ class RolloutEngine:
         columns = round_up(1, max(len(row.request.prompt) + row.limit for row in rows))[1]
         waiting = self.prefill(rows)
         self.ready: deque[_Prefilled] = deque(next(waiting))
-        self.state = _Slots(self.room(self.ready[0].cache, columns, len(rows)), columns, self.device)
+        self.state = _Slots(self.count_slots(self.ready[0].cache, columns, len(rows)), columns, self.device)
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
-        self.launched: deque[tuple[list[_Row], Download]] = deque()
+        self.downloads: deque[tuple[list[_Row], Download]] = deque()
         try:
             while True:
-                self.admit(waiting)
+                self.fill_slots(waiting)
                 if self.rows:
                     self.step()
-                elif self.launched:
-                    self.collect()
+                elif self.downloads:
+                    self.finish_download()
                 elif not self.ready:
                     return
         finally:
             self.state.cache.layers.clear()  # a cache refers to itself: its memory would wait for the garbage collector
             del self.state, self.graphs
 
-    def room(self, prefilled, columns: int, rows: int) -> int:
+    def count_slots(self, prefilled, columns: int, rows: int) -> int:
         """How many slots there are: as many as asked for, or as fit into four fifths of the GPU's free memory."""
         wanted = min(self.slots, rows)
         if self.device.type != "cuda":
@@ -178,12 +178,12 @@ class RolloutEngine:
         from coati.rollout.engine.cache import stored_as
 
         tensors = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
-        of_a_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
+        bytes_per_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // of_a_slot)
+        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // bytes_per_slot)
         if fits == 0:
             raise UserError(
-                f"the keys and values of one response of {columns} tokens take {of_a_slot / 2**30:.1f} GiB, more than "
+                f"the KV cache of one response of {columns} tokens takes {bytes_per_slot / 2**30:.1f} GiB, more than "
                 "the GPU has free: lower max_new_tokens, or spread the model over more GPUs"
             )
         return min(wanted, fits)
@@ -191,10 +191,10 @@ class RolloutEngine:
     # --- prompts
 
     def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
-        """The model reads prompts, a batch at a time and as late as possible; what all begin with, once."""
+        """Prefills prompts, a batch at a time and as late as possible; their common prefix is read once."""
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
-        shared = common_beginning([group[0].request.prompt for group in samples])
-        beginning = self.read(samples[:1], None, shared)[0] if shared else None
+        shared = common_prefix_length([group[0].request.prompt for group in samples])
+        prefix = self.prefill_batch(samples[:1], None, shared)[0] if shared else None
         while samples:
             batch: list[list[_Row]] = []
             while samples and len(batch) < self.slots:
@@ -202,18 +202,18 @@ class RolloutEngine:
                 if batch and (len(batch) + 1) * longest > self.prefill_tokens:
                     break
                 batch.append(samples.pop(0))
-            cache, logits = self.read(batch, beginning)
+            cache, logits = self.prefill_batch(batch, prefix)
             yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(batch) for row in group]
 
-    def read(self, batch: list[list[_Row]], beginning, end: int | None = None):
-        """The keys and values of some prompts (up to `end`), and the logits of their next tokens."""
+    def prefill_batch(self, batch: list[list[_Row]], prefix, end: int | None = None):
+        """The KV cache of some prompts (up to `end`), and the logits of their next tokens."""
         from transformers import DynamicCache
 
-        from coati.rollout.engine.cache import lend
+        from coati.rollout.engine.cache import share_prefix
 
         start, cache = 0, DynamicCache()
-        if beginning is not None:
-            start, cache = beginning.get_seq_length(), lend(beginning, len(batch))
+        if prefix is not None:
+            start, cache = prefix.get_seq_length(), share_prefix(prefix, len(batch))
         prompts = [list(group[0].request.prompt)[start:end] for group in batch]
         lengths = [len(prompt) for prompt in prompts]
         ids = pad_right(prompts, self.device)
@@ -224,7 +224,7 @@ class RolloutEngine:
             mask = torch.arange(start + ids.shape[1], device=self.device) <= start + last[:, None]
         return cache, self.model.next_logits(ids, cache, mask, last=last)
 
-    def admit(self, waiting: Iterator[list[_Prefilled]]):
+    def fill_slots(self, waiting: Iterator[list[_Prefilled]]):
         """Fills free slots; each row gets its first token."""
         while (first := len(self.rows)) < self.state.cache.slots:
             if not self.ready:
@@ -238,19 +238,19 @@ class RolloutEngine:
             for _, group in groupby(numbered, key=lambda pair: id(pair[0].cache)):  # few batches
                 part = list(group)
                 lengths = [len(p.row.request.prompt) for p, _ in part]
-                self.state.cache.place(part[0][0].cache, [p.place for p, _ in part], [t for _, t in part], lengths)
+                self.state.cache.write(part[0][0].cache, [p.batch_row for p, _ in part], [t for _, t in part], lengths)
             self.rows += [p.row for p in new]
-            self.begin(new, slice(first, first + len(new)))
-            self.launch(self.rows[first:], slice(first, first + len(new)))
+            self.start_rows(new, slice(first, first + len(new)))
+            self.start_download(self.rows[first:], slice(first, first + len(new)))
 
-    def begin(self, new: list[_Prefilled], slots: slice):
+    def start_rows(self, new: list[_Prefilled], slots: slice):
         """New rows get their state and their first token."""
         state = self.state
-        places = upload([p.place for p in new], self.device)
+        batch_rows = upload([p.batch_row for p in new], self.device)
         if all(p.cache is new[0].cache for p in new):
-            logits = new[0].logits[places]
+            logits = new[0].logits[batch_rows]
         else:
-            logits = torch.stack([p.logits[p.place] for p in new])
+            logits = torch.stack([p.logits[p.batch_row] for p in new])
         state.keys[slots] = upload([p.row.key for p in new], self.device)
         state.drawn[slots] = 0
         if self.config.repetition_penalty != 1:
@@ -271,7 +271,7 @@ class RolloutEngine:
             shape = round_up(rows, width)
             shape = (min(shape[0], self.state.cache.slots), min(shape[1], self.state.cache.columns))
         self.graphs.run(*shape)
-        self.launch(self.rows, slice(0, rows))
+        self.start_download(self.rows, slice(0, rows))
 
     def decode(self, rows: int, width: int):
         """The device's part of a step: nothing here depends on values that the host would have to read."""
@@ -296,30 +296,30 @@ class RolloutEngine:
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
 
-    def launch(self, rows: list[_Row], slots: slice):
-        """Tokens of these rows are on their way to the host; what has come by now is read."""
+    def start_download(self, rows: list[_Row], slots: slice):
+        """Starts copying these rows' tokens to the host, and reads what has arrived."""
         for row in rows:
             row.drawn += 1
-        self.launched.append((list(rows), Download(self.state.tokens[slots], self.state.log_probs[slots])))
-        self.leave([row.drawn == row.limit for row in self.rows])
-        while len(self.launched) > self.steps_behind:
-            self.collect()
+        self.downloads.append((list(rows), Download(self.state.tokens[slots], self.state.log_probs[slots])))
+        self.release_slots([row.drawn == row.limit for row in self.rows])
+        while len(self.downloads) > self.steps_behind:
+            self.finish_download()
 
-    def collect(self):
-        """The host reads the tokens of the oldest step under way; rows that have ended leave."""
-        rows, download = self.launched.popleft()
-        under_way = []
+    def finish_download(self):
+        """Reads the tokens of the oldest pending step; rows that have ended free their slots."""
+        rows, download = self.downloads.popleft()
+        in_progress = []
         for row, token, log_prob in zip(rows, *download.lists(), strict=True):
             if not row.ended:
                 row.completion.ids.append(token)
                 row.completion.log_probs.append(log_prob)
-                under_way.append(row)
-        stopped = self.stop([row.completion.ids for row in under_way]) if self.stop else [False] * len(under_way)
-        for row, stop in zip(under_way, stopped, strict=True):
+                in_progress.append(row)
+        stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
+        for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
             if row.ended and self.on_done:
                 self.on_done(row.index, row.completion)
-        self.leave([row.ended for row in self.rows])
+        self.release_slots([row.ended for row in self.rows])
 
     def finish_reason(self, row: _Row, stop: bool) -> str:
         if row.completion.ids[-1] in self.eos_ids:
@@ -328,8 +328,8 @@ class RolloutEngine:
             return "stop"
         return "length" if len(row.completion.ids) == row.limit else ""
 
-    def leave(self, leaves: list[bool]):
-        """Some rows give up their slots, to which the last ones move."""
+    def release_slots(self, leaves: list[bool]):
+        """Frees the slots of some rows, to which the last rows move."""
         if not any(leaves):
             return
         remain = leaves.count(False)
@@ -346,8 +346,8 @@ class RolloutEngine:
         del self.rows[remain:]
 
 
-def common_beginning(prompts: list[Sequence[int]]) -> int:
-    """How many tokens all of several prompts begin with and go on after; 0 if they are too few to matter."""
+def common_prefix_length(prompts: list[Sequence[int]]) -> int:
+    """Length of the prompts' common prefix, at least one token less than each; 0 if it is too short to matter."""
     first, last = min(prompts), max(prompts)  # all others lie between them
     if first == last:
         return 0
@@ -358,8 +358,8 @@ def common_beginning(prompts: list[Sequence[int]]) -> int:
 
 
 def can_be_captured(model) -> bool:
-    """Whether a step of the model is the same sequence of kernels each time: not where processes work together, where
-    tokens choose their experts, or where rotary frequencies depend on the length."""
+    """Whether a step of the model is the same sequence of kernels each time: not with sharded models, expert
+    routing, or rotary frequencies that depend on the length."""
     config = model.transformer.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     rope = getattr(config, "rope_parameters", None) or {}

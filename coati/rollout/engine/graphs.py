@@ -11,7 +11,7 @@ class StepGraphs:
     """Runs a step; on a GPU a step of the same shape as the one before is captured, and replayed from then on.
 
     The first step of a shape runs as it is, so that libraries have chosen their kernels when it is captured. A model
-    that needs the host in the middle (routing by data, say) can't be captured and goes on step by step.
+    that needs the host in the middle (routing by data, say) can't be captured and runs step by step.
 
     Args:
         step: called with a shape's numbers; reads and writes the same tensors at each call.

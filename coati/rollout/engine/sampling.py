@@ -1,8 +1,8 @@
-"""How the next token is chosen.
+"""Sampling of the next token.
 
 A draw is a function of the distribution, the row's key and the token's number, computed where the logits are: a race of
 exponential clocks (the Gumbel-max trick, Maddison et al., 1411.0030) on noise from a counter. So a sample depends on no
-neighbor, no other sample and no generator's state, a token of probability 0 is never drawn, and there is no cumulative
+other row, no other sample and no generator's state, a token of probability 0 is never drawn, and there is no cumulative
 sum, which on GPUs is neither monotonic nor the same each time.
 """
 
@@ -23,15 +23,17 @@ class Sampler:
     """Draws tokens as `GenerationConfig` says.
 
     Args:
-        ends: tokens that end a response; they wait for `min_new_tokens`.
-        never: tokens that are never drawn.
+        eos_ids: tokens that end a response; they wait for `min_new_tokens`.
+        suppressed: tokens that are never drawn.
     """
 
-    def __init__(self, config: GenerationConfig, ends: list[int], device: torch.device, never: Sequence[int] = ()):
+    def __init__(
+        self, config: GenerationConfig, eos_ids: list[int], device: torch.device, suppressed: Sequence[int] = ()
+    ):
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.config = config
-        self.ends, self.never = upload(ends, device), upload(never, device)
+        self.eos_ids, self.suppressed = upload(eos_ids, device), upload(suppressed, device)
         self.warpers = []
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
@@ -54,15 +56,15 @@ class Sampler:
         """
         logits = logits.float()
         temperature = self.config.temperature or 1.0
-        own = logits if temperature == 1 else logits / temperature
+        unadjusted = logits if temperature == 1 else logits / temperature
         scores = self.adjust(logits, counts, seen)
         if self.config.temperature == 0:
-            tokens, total = scores.argmax(-1), own.logsumexp(-1)
+            tokens, total = scores.argmax(-1), unadjusted.logsumexp(-1)
         elif scores is logits and not self.warpers:
-            tokens, total = draw(own, keys, counts)
+            tokens, total = draw(unadjusted, keys, counts)
         else:
-            tokens, total = draw(self.warp(scores / temperature), keys, counts)[0], own.logsumexp(-1)
-        return tokens, own.gather(1, tokens[:, None]).squeeze(1) - total
+            tokens, total = draw(self.warp(scores / temperature), keys, counts)[0], unadjusted.logsumexp(-1)
+        return tokens, unadjusted.gather(1, tokens[:, None]).squeeze(1) - total
 
     def adjust(self, logits: Tensor, counts: Tensor, seen: Tensor | None) -> Tensor:
         """Repetition penalty (Keskar et al., 1909.05858, section 4.1), shortest response and tokens that are never
@@ -72,8 +74,8 @@ class Sampler:
             scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.config.min_new_tokens:
             too_short = (counts < self.config.min_new_tokens)[:, None]
-            scores = scores.index_fill(1, self.ends, -torch.inf).where(too_short, scores)
-        return scores if len(self.never) == 0 else scores.index_fill(1, self.never, -torch.inf)
+            scores = scores.index_fill(1, self.eos_ids, -torch.inf).where(too_short, scores)
+        return scores if len(self.suppressed) == 0 else scores.index_fill(1, self.suppressed, -torch.inf)
 
     def warp(self, scores: Tensor) -> Tensor:
         for warper in self.warpers:

@@ -12,9 +12,9 @@ FEWEST, MOST = 9, 48
 
 @contextmanager
 def small_batch_matmul(model: nn.Module) -> Iterator[None]:
-    """Inside, the linear layers of a CPU model in fp32 multiply 9 to 48 rows the other way round, as `(W x^T)^T`.
+    """Inside, the linear layers of a CPU model in fp32 multiply 9 to 48 rows as `(W x^T)^T`.
 
-    MKL's `x W^T` on several threads takes as long for 10 rows as for 64; turned round it takes half of that. See
+    MKL's `x W^T` on several threads takes as long for 10 rows as for 64; transposed it takes half of that. See
     docs/performance.md.
     """
     layers = [layer for layer in model.modules() if _gains(layer)] if torch.get_num_threads() > 1 else []

@@ -60,7 +60,7 @@ def test_a_reward_model_answers_no_questions(prepared, tiny, tiny_world, runtime
     (tmp_path / "mine.py").write_text(
         f"from colossal_eval.callback import Benchmarks\nquick = Benchmarks(tasks=['mmlu'], data={str(prepared)!r})\n"
     )
-    with pytest.raises(UserError, match="RewardModel answers no questions"):
+    with pytest.raises(UserError, match="RewardModel is no language model"):
         train("reward", tiny_world, runtime, tmp_path / "run", tiny["first"], evaluators=[f"{tmp_path}/mine.py:quick"])
 
 

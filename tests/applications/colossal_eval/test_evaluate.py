@@ -49,7 +49,7 @@ def test_a_run_writes_records_and_a_report_and_reuses_its_answers(tiny, prepared
     found = evaluate(config, runtime)
     said = capsys.readouterr().out
     assert "2 models x mmlu, agieval, gsm8k, float32 on 1 x cpu" in said
-    assert "first mmlu: 12 questions, 0 answers reused, 12 new" in said
+    assert "first mmlu: 12 questions, 0 responses reused, 12 new" in said
     assert "tokens through the model" in said
     first = records_of(tmp_path / "out")
     assert set(first) == {f"records/{m}/{b}.jsonl" for m in ("first", "second") for b in ("mmlu", "agieval", "gsm8k")}
@@ -64,7 +64,7 @@ def test_a_run_writes_records_and_a_report_and_reuses_its_answers(tiny, prepared
     ]
     evaluate(config, runtime)
     said = capsys.readouterr().out
-    assert "first mmlu: 12 questions, 12 answers reused, 0 new" in said
+    assert "first mmlu: 12 questions, 12 responses reused, 0 new" in said
     assert "first: 0 tokens through the model" in said
     assert records_of(tmp_path / "out") == first
 
@@ -132,9 +132,9 @@ def test_other_settings_do_not_reuse_answers(tiny, prepared, runtime, tmp_path, 
     for change in ({"shots": 1}, {"dtype": "bfloat16"}, {"chat_template": True}):
         capsys.readouterr()
         evaluate(settings(tiny, prepared, output, models=one, **change), runtime)
-        assert "12 questions, 0 answers reused, 12 new" in capsys.readouterr().out
+        assert "12 questions, 0 responses reused, 12 new" in capsys.readouterr().out
     evaluate(settings(tiny, prepared, output, models=one, limit=2), runtime)
-    assert "4 questions, 4 answers reused, 0 new" in capsys.readouterr().out
+    assert "4 questions, 4 responses reused, 0 new" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_two_ranks_and_a_killed_run_give_the_records_of_one(tiny, prepared, runt
     assert not (tmp_path / "killed" / "records").exists()
     done = subprocess.run([*torchrun, str(SCRIPT), *flags(killed)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{kept} answers reused" in done.stdout
+    assert f"{kept} responses reused" in done.stdout
     assert records_of(tmp_path / "killed") == expected
 
 

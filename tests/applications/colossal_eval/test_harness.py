@@ -13,7 +13,7 @@ from coati.errors import UserError
 from coati.rollout.engine.engine import SHORTEST_PREFIX
 from colossal_eval.benchmarks.benchmark_settings import TaskOptions
 from colossal_eval.prepare import PrepareConfig, prepare
-from colossal_eval.run.log_probs import Room, TokenRow, plan
+from colossal_eval.run.log_probs import BatchLimits, TokenRow, plan_batches
 from colossal_eval.run.question_records import run_benchmark
 from colossal_eval.run.response_store import ResponseStore
 from colossal_eval.run.task_yaml import load_tasks, write_tasks
@@ -78,7 +78,7 @@ def test_every_question_has_the_log_probs_of_a_plain_forward(name, tokens, tiny,
     lm = harness(name, batch_tokens=tokens)
     records, _ = run(lm, "mmlu", prepared, tmp_path)
     assert len(records) == 12
-    assert lm.scorer.sharing == (name != "sliding")
+    assert lm.scorer.shares_prefix == (name != "sliding")
     picks = set()
     for id, prompt in prompts_of("mmlu", prepared, tmp_path).items():
         expected = oracle(tiny[name], prompt)
@@ -223,8 +223,8 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
     drawn = sorted(drawn, key=lambda row: row[0])
     made = [TokenRow(np.array([7] * 20 * (task > 0) + ids, np.int32), count, ()) for task, ids, count in drawn]
     groups = [[i for i, _ in g] for _, g in groupby(enumerate(drawn), key=lambda item: item[1][0])]
-    room = Room(tokens, 10, sharing, batching)
-    batches = plan(made, groups, room)
+    room = BatchLimits(tokens, 10, sharing, batching)
+    batches = plan_batches(made, groups, room)
     assert sorted(i for batch in batches for i in batch.rows) == list(range(len(made)))
     for batch in batches:
         lengths = [len(made[i].ids) for i in batch.rows]
@@ -234,8 +234,8 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
         assert len({drawn[i][0] for i in batch.rows}) == 1
         assert sharing or batch.prefix == 0
         assert batching or len(batch.rows) == 1
-    # neither the order within a task nor a neighbour of another task changes who is read together
-    turned = plan(made, [group[::-1] for group in groups], room)
+    # neither the order within a task nor a neighbor of another task changes who is read together
+    turned = plan_batches(made, [group[::-1] for group in groups], room)
     lengths = [[len(made[i].ids) for i in batch.rows] for batch in batches]
     assert [[len(made[i].ids) for i in batch.rows] for batch in turned] == lengths
 
@@ -245,6 +245,6 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
 def test_the_beginning_that_is_read_once_is_the_longest_before_what_is_scored(lists, count):
     lists = [[7] * (SHORTEST_PREFIX + 1) + ids for ids in lists]
     made = [TokenRow(np.array([*ids, *[9] * (count - 1)], np.int32), count, ()) for ids in lists]
-    [n] = {batch.prefix for batch in plan(made, [list(range(len(made)))], Room(10_000, 10))}
+    [n] = {batch.prefix for batch in plan_batches(made, [list(range(len(made)))], BatchLimits(10_000, 10))}
     assert len({tuple(ids[:n]) for ids in lists}) == 1
     assert any(len(ids) == n + 1 for ids in lists) or len({ids[n] for ids in lists}) > 1

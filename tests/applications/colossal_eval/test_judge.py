@@ -117,7 +117,7 @@ def test_ratings_and_comparisons(place, endpoint):
     assert set(report["ratings"]["good"]) == {"all", "math", "writing"}
     [found] = report["comparisons"]
     assert (found["first"], found["second"], found["wins"]["value"], found["consistent"]) == ("bad", "good", 0.0, 1.0)
-    records = [json.loads(line) for line in (place / "out" / "judgements.jsonl").open()]
+    records = [json.loads(line) for line in (place / "out" / "judgments.jsonl").open()]
     assert len(records) == 16 and all("[[" in record["text"] for record in records)
     asked = {(r["id"], r["turn"]): r["messages"][1]["content"] for r in records if r["kind"] == "single"}
     assert "Write {a} poem." in asked["81", 1] and "Shorter." not in asked["81", 1]
@@ -149,7 +149,7 @@ def test_trouble_that_passes_is_asked_again_and_never_a_score(trouble, named, pl
     report = judge.judge(config(place, server, names=["good"]))
     assert (report["judged"], report["failed"]) == (4, 0)
     assert report["ratings"]["good"]["all"]["value"] == 8
-    records = [json.loads(line) for line in (place / "out" / "judgements.jsonl").open()]
+    records = [json.loads(line) for line in (place / "out" / "judgments.jsonl").open()]
     assert all(len(record["errors"]) == 1 and named in record["errors"][0] for record in records)
 
 
@@ -159,7 +159,7 @@ def test_what_fails_for_good_is_counted_apart_and_asked_for_in_the_next_run(plac
     assert (report["judged"], report["failed"]) == (3, 1)
     assert report["ratings"]["good"]["all"] == {"value": 8.0, "stderr": 0.0, "questions": 2}
     assert max(broken.asked.values()) == 2
-    assert "3 judgements, 1 failed" in (place / "out" / "report.md").read_text()
+    assert "3 judgments, 1 failed" in (place / "out" / "report.md").read_text()
     whole = endpoint(fair)
     assert judge.judge(config(place, whole, names=["good"]))["failed"] == 0
     assert sum(whole.asked.values()) == 1 and "3 reused, 1 to ask for" in capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_the_command_says_what_is_wrong(place, endpoint, capsys):
     words = ["--questions", str(place / "mt_bench"), "--endpoint", server.url, "--output", str(place / "out")]
     words += ["--progress", "off", "--references", str(place / "right.jsonl")]
     assert judge.main([*words, "--judge", "m", "--answers", str(place / "short.jsonl")]) == 2
-    assert "short answers 1 of the 2 turns of question 101" in capsys.readouterr().err
+    assert "short responds to 1 of the 2 turns of question 101" in capsys.readouterr().err
     assert judge.main([*words, "--answers", str(place / "good.jsonl")]) == 2
     assert judge.main([*words, "--judge", "m", "--answers", str(place / "good.jsonl")]) == 0
     assert "| good | all | 8.00 ± 0.00 | 2 |" in capsys.readouterr().out

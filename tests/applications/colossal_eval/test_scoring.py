@@ -191,7 +191,7 @@ def test_the_standard_errors_cover_the_truth():
 
 
 def test_perplexities():
-    assert scoring.choice_perplexity([-4.0, -9.0], [1, 3], 1) == 1  # 3 nats a token against 4
+    assert scoring.choice_perplexity([-4.0, -9.0], [1, 3], 1) == 1  # 3 nats per token against 4
     assert scoring.choice_perplexity([-4.0, -9.0], [2, 3], 1) == 0
     assert scoring.per_byte_perplexity([-8.0], [4]).value == pytest.approx(math.exp(2))
     assert scoring.combined(0.0, 1.0) == scoring.combined(1.0, 0.0) == 1

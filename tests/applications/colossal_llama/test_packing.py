@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama.data.bin_packing import best_fit, cut
+from colossal_llama.data.bin_packing import best_fit, split_into_pieces
 
 lengths_and_capacity = st.integers(1, 60).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=60), st.just(capacity))
@@ -49,7 +49,7 @@ def test_a_length_that_fits_no_pack_is_an_error(lengths):
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 12))
 def test_pieces_are_the_documents_in_order(lengths, max_length):
-    document, start, stop = cut(lengths, max_length)
+    document, start, stop = split_into_pieces(lengths, max_length)
     tokens = [(d, t) for d, a, b in zip(document, start, stop, strict=True) for t in range(a, b)]
     assert tokens == [(d, t) for d, length in enumerate(lengths) for t in range(length)]
     assert all(1 <= size <= max_length for size in stop - start)

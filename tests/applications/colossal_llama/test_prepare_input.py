@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from colossal_llama.data.deduplication import Deduplication, normalise, shingles
+from colossal_llama.data.deduplication import Deduplication, normalize, shingles
 from colossal_llama.data.quality_filters import Filters, repeated_lines, symbol_and_digit_shares
 from colossal_llama.prepare_pretrain import main
 from tests.applications.colossal_llama.prepared import byte_level, corpus, flags, read_rows, run, write_jsonl
@@ -151,7 +151,7 @@ def test_shares_are_those_of_plain_counts(text):
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     repeats = sum(line in lines[:i] for i, line in enumerate(lines))
     assert repeated_lines(text) == pytest.approx(repeats / max(1, len(lines)))
-    assert normalise(text) == " ".join(text.split())
+    assert normalize(text) == " ".join(text.split())
 
 
 @pytest.mark.parametrize(

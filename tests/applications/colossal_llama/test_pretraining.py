@@ -1,6 +1,9 @@
 """Stages of continued pre-training in this process."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,6 +231,28 @@ def test_a_stopped_run_goes_on_in_the_stage_where_it_was(plan_file, runtime, tmp
     assert (tmp_path / "out" / "1-warm-up" / "model" / "model.safetensors").stat().st_mtime_ns == left
     expected, found = (weights(tmp_path / name / "3-replay") for name in ("whole", "out"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+UP_TO_TORCH = """
+import os, sys
+from coati.errors import UserError
+from coati.trainers.main import main
+from colossal_llama.pretraining.stage_plan import parse_stages
+from colossal_llama.pretraining.stage_settings import PretrainConfig
+
+def load_trainer():
+    raise UserError(f"GPUs: {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
+
+main(PretrainConfig, load_trainer, "continued pre-training", parse_stages)
+"""
+
+
+@pytest.mark.parametrize(("flags", "visible"), [([], "'3'"), (["--device", "cpu"], "''")])
+def test_the_command_reads_the_plan_and_hides_gpus_from_a_run_on_cpu(plan_file, flags, visible):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "3"}
+    command = [sys.executable, "-c", UP_TO_TORCH, "--config", str(plan_file), *flags]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"error: GPUs: {visible}" in ended.stderr, ended.stderr[-2000:]
 
 
 def test_flags_win_in_every_stage(plan_file):

@@ -78,8 +78,8 @@ def test_the_example_runs(tmp_path):
         (tmp_path / "text" / f"{language}_a.jsonl").write_text("".join(rows))
     script = ROOT / "applications" / "colossal_llama" / "example" / "run.py"
     words = ["--text", str(tmp_path / "text"), "--output", str(tmp_path / "out"), "--tokens", "0.05"]
-    words += ["--arms", "mean-initialised", "no extension"]
+    words += ["--arms", "mean-initialized", "no extension"]
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "| mean-initialised |" in (tmp_path / "out" / "figures.md").read_text()
+    assert "| mean-initialized |" in (tmp_path / "out" / "figures.md").read_text()
     assert (tmp_path / "out" / "curves.svg").read_text().startswith("<svg")

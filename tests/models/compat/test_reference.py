@@ -58,10 +58,10 @@ def test_training_moves_the_model_and_not_its_reference(family, shared):
     reference = create_reference_model(model, shared, "decoder.block.{layer}" if family == "t5" else None)
     start, kept = logits_of(model, batch), logits_of(reference, batch)
     torch.testing.assert_close(kept, start)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits, _, values = model(**batch)
     (logits.square().mean() + values.square().mean()).backward()
-    optimiser.step()
+    optimizer.step()
     assert not torch.equal(logits_of(model, batch), start)
     assert torch.equal(logits_of(reference, batch), kept)
 

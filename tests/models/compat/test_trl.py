@@ -58,7 +58,7 @@ def outputs(model, batch) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def exchanged(tmp_path_factory):
-    """release -> the folder of its cases, after TRL has been through them; TRL runs once a release."""
+    """release -> the folder of its cases, after TRL has been through them; TRL runs once per release."""
     done = {}
 
     def run(release: str) -> Path:

@@ -1,4 +1,4 @@
-"""Rounds of answering prompts several times and training on what came of it: rejection sampling and online DPO."""
+"""Rounds of sampling several responses per prompt and training on them: rejection sampling and online DPO."""
 
 import argparse
 import json
@@ -17,15 +17,15 @@ from examples.stages import train
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What is asked, and how often.
+class PromptSet:
+    """Prompts of a round, and how often each is sampled.
 
     Attributes:
         prompts: a JSONL file of rows with a prompt, and what the reward reads.
         reward: FILE.py:function.
-        n: answers to a prompt.
+        n: responses to a prompt.
         most: at most so many prompts, drawn from the file.
-        max_new_tokens: of an answer.
+        max_new_tokens: of a response.
     """
 
     prompts: Path
@@ -36,8 +36,8 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A prompt, its answers, and the reward of each."""
+class ScoredPrompt:
+    """A prompt, its responses, and the reward of each."""
 
     prompt: str
     responses: list[str]
@@ -52,25 +52,29 @@ class Answered:
         return self.responses[self.rewards.index(min(self.rewards))]
 
     @property
-    def teaches(self) -> bool:
-        """The answers differ in what they earn, and neither end is empty."""
+    def is_informative(self) -> bool:
+        """The responses differ in what they earn, and neither end is empty."""
         return max(self.rewards) > min(self.rewards) and bool(self.best and self.worst)
 
 
-def run_rounds(description: str, algorithm: str, row_of: Callable[[Answered], dict]):
-    """Each round answers, makes training rows of the prompts that teach, and trains; its policy starts the next.
+def run_rounds(description: str, algorithm: str, row_of: Callable[[ScoredPrompt], dict]):
+    """Each round samples responses, makes training rows of the informative prompts, and trains; its policy starts the
+    next.
 
     Args:
         algorithm: of `examples.stages.SCRIPTS`.
     """
     arguments = parse_rounds(description)
     model = arguments.model
-    questions = Questions(**{f.name: getattr(arguments, f.name) for f in fields(Questions)})
+    prompt_set = PromptSet(**{f.name: getattr(arguments, f.name) for f in fields(PromptSet)})
     for number in range(arguments.rounds):
-        answered = answer(model, questions, [arguments.seed, number])
-        mean = sum(sum(a.rewards) for a in answered) / sum(len(a.rewards) for a in answered)
-        rows = [row_of(a) for a in answered if a.teaches]
-        print(f"round {number}: mean reward {mean:.3f}, {len(rows)} of {len(answered)} prompts teach", flush=True)
+        scored = sample_responses(model, prompt_set, [arguments.seed, number])
+        mean = sum(sum(a.rewards) for a in scored) / sum(len(a.rewards) for a in scored)
+        rows = [row_of(a) for a in scored if a.is_informative]
+        print(
+            f"round {number}: mean reward {mean:.3f}, {len(rows)} of {len(scored)} prompts are informative",
+            flush=True,
+        )
         if not rows:
             break
         folder = arguments.output / f"round{number}"
@@ -92,22 +96,22 @@ def parse_rounds(description: str) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="settings of the training in a round")
     parser.add_argument("--output", type=Path, required=True, help="where everything goes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--n", type=int, default=Questions.n, help="answers to a prompt")
-    parser.add_argument("--most", type=int, default=Questions.most, help="prompts of a round")
-    parser.add_argument("--max_new_tokens", type=int, default=Questions.max_new_tokens)
+    parser.add_argument("--n", type=int, default=PromptSet.n, help="responses to a prompt")
+    parser.add_argument("--most", type=int, default=PromptSet.most, help="prompts of a round")
+    parser.add_argument("--max_new_tokens", type=int, default=PromptSet.max_new_tokens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="processes that train")
     return parser.parse_args()
 
 
-def answer(model: Path, questions: Questions, seed: list[int]) -> list[Answered]:
-    """n sampled answers of this model to each prompt, scored."""
+def sample_responses(model: Path, prompt_set: PromptSet, seed: list[int]) -> list[ScoredPrompt]:
+    """n sampled responses of this model to each prompt, scored."""
     from transformers import AutoTokenizer
 
-    actor, n = Actor(str(model)), questions.n
+    actor, n = Actor(str(model)), prompt_set.n
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model), None, None)
-    rows = [json.loads(line) for line in questions.prompts.read_text().splitlines()]
-    rows = random.Random(str(seed)).sample(rows, min(questions.most, len(rows)))
+    rows = [json.loads(line) for line in prompt_set.prompts.read_text().splitlines()]
+    rows = random.Random(str(seed)).sample(rows, min(prompt_set.most, len(rows)))
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -117,10 +121,10 @@ def answer(model: Path, questions: Questions, seed: list[int]) -> list[Answered]
         prompts += [Prompt(i, [*seed, i * n + k], ids[i], texts[i], columns) for k in range(n)]
     ends = eos_ids(tokenizer, actor)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, ends[0], batch_size=256)
-    scorer = Scorer([(load_function(questions.reward), 1.0)])
+    scorer = Scorer([(load_function(prompt_set.reward), 1.0)])
     generation = ScoredGeneration(generator, scorer, tokenizer, ends)
-    samples = generation.sample(prompts, GenerationConfig(max_new_tokens=questions.max_new_tokens)).samples
+    samples = generation.sample(prompts, GenerationConfig(max_new_tokens=prompt_set.max_new_tokens)).samples
     responses = [sample.response for sample in samples]
     rewards = [sample.total_reward for sample in samples]
     groups = [slice(i * n, i * n + n) for i in range(len(rows))]
-    return [Answered(row["prompt"], responses[g], rewards[g]) for row, g in zip(rows, groups, strict=True)]
+    return [ScoredPrompt(row["prompt"], responses[g], rewards[g]) for row, g in zip(rows, groups, strict=True)]

@@ -29,6 +29,6 @@ class RunningMoments:
         """Population standard deviation; 1 until there are two scores that differ."""
         return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
 
-    def normalise(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor) -> Tensor:
         """(scores - mean) / std, `[batch]`; the standard deviation has a floor of 1e-3."""
         return (scores - self.mean) / max(self.std, 1e-3)

@@ -1,4 +1,4 @@
-"""Rows that were left out, counted by file and reason."""
+"""Skipped rows, counted by file and reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN_LINES = 3
 
 @dataclass
 class Problem:
-    """One reason for which rows of one file were left out, with the numbers of the first few lines."""
+    """One reason for which rows of one file were skipped, with the numbers of the first few lines."""
 
     file: str
     reason: str
@@ -36,18 +36,18 @@ class Problems:
         return len(self._by_key)
 
     def add(self, file: str, line: int, reason: str) -> None:
-        """Count a row that is left out; reasons are equal for equal faults."""
+        """Count a row that is skipped; reasons are equal for equal faults."""
         self.extend([Problem(file, reason, 1, [line])])
 
     def extend(self, later: Iterable[Problem]) -> None:
         """Add the problems of rows that come later."""
         for problem in later:
-            mine = self._by_key.setdefault((problem.file, problem.reason), Problem(problem.file, problem.reason))
-            mine.count += problem.count
-            mine.first_lines = (mine.first_lines + problem.first_lines)[:SHOWN_LINES]
+            known = self._by_key.setdefault((problem.file, problem.reason), Problem(problem.file, problem.reason))
+            known.count += problem.count
+            known.first_lines = (known.first_lines + problem.first_lines)[:SHOWN_LINES]
 
     def count(self, file: str) -> int:
-        """How many rows of a file were left out."""
+        """How many rows of a file were skipped."""
         return sum(problem.count for problem in self if problem.file == file)
 
     def as_json(self) -> list[dict]:

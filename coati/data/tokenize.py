@@ -1,7 +1,7 @@
-"""From records to token ids and answer masks.
+"""From records to token ids and response masks.
 
-A record is rendered by the chat template and the text is tokenised once. Which tokens are labels follows from
-where they start in the text: a token is part of an answer if it starts inside the answer's characters. So the
+A record is rendered by the chat template and the text is tokenized once. Which tokens are labels follows from
+where they start in the text: a token is part of a response if it starts inside the response's characters. So the
 tokens are those of the whole dialogue, and nothing that a user writes can move the mask.
 """
 
@@ -17,20 +17,20 @@ from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
 from coati.data.records import PromptRecord, Record, SFTRecord, UnpairedRecord
-from coati.data.templates import ChatTemplate, Pieces, TurnRewritten, response_pieces, template_errors
+from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
 
 
-class NotUsed(ValueError):
-    """Why a good row is dropped."""
+class SkippedRow(ValueError):
+    """Why a good row is skipped."""
 
 
-class TooLong(NotUsed):
-    """A good row that is dropped for its length."""
+class TooLong(SkippedRow):
+    """A good row that is skipped for its length."""
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids `[seq]` and whether each is part of an answer `[seq]` (an answer's EOS is)."""
+    """Token ids `[seq]` and whether each is part of a response `[seq]` (a response's EOS is)."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -41,7 +41,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class PreferenceSample:
-    """Two answers to one prompt; only the answers' tokens are in the loss masks."""
+    """Two responses to one prompt; only the responses' tokens are in the loss masks."""
 
     chosen: TokenSequence
     rejected: TokenSequence
@@ -53,7 +53,7 @@ class PreferenceSample:
 
 @dataclass(frozen=True)
 class UnpairedSample:
-    """An answer that is good or bad; only its tokens are in the loss mask."""
+    """A response that is good or bad; only its tokens are in the loss mask."""
 
     sequence: TokenSequence
     desirable: bool
@@ -64,7 +64,7 @@ class UnpairedSample:
 
 @dataclass(frozen=True)
 class PromptSample:
-    """A prompt up to where the answer begins: ids `[seq]`, the rendered text, the row's other fields."""
+    """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields."""
 
     input_ids: list[int]
     text: str
@@ -74,42 +74,42 @@ class PromptSample:
         return len(self.input_ids)
 
 
-Sample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
+TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """What became of a record: a sample or the reason why there is none; and what of its row is not in the sample."""
+class TokenizeResult:
+    """The result for a record: a sample or the reason why there is none; and what of its row is not in the sample."""
 
-    sample: Sample | ValueError
+    sample: TokenizedSample | ValueError
     notes: list[str]
 
 
-def tokenise(record: Record, tokenizer, config: DataConfig) -> Sample:
+def tokenize(record: Record, tokenizer, config: DataConfig) -> TokenizedSample:
     """The sample of one record, for a tokenizer that went through `prepare_tokenizer`.
 
-    Sequences end with the last learned answer's EOS. Raises `TooLong` for a row over `config.max_length` (or
-    `config.max_prompt_length`) that may not or cannot be cut, `NotUsed` for one of which nothing is to be learned, and
-    `ValueError` for a row that the template cannot label.
+    Sequences end with the last learned response's EOS. Raises `TooLong` for a row over `config.max_length` (or
+    `config.max_prompt_length`) that may not or can't be truncated, `SkippedRow` for one of which nothing is to be
+    learned, and `ValueError` for a row that the template cannot label.
     """
-    [tokenised] = tokenise_many([record], tokenizer, config)
-    if isinstance(tokenised.sample, ValueError):
-        raise tokenised.sample
-    return tokenised.sample
+    [result] = tokenize_many([record], tokenizer, config)
+    if isinstance(result.sample, ValueError):
+        raise result.sample
+    return result.sample
 
 
-def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[Tokenised]:
-    """As `tokenise`, in one tokenizer call."""
+def tokenize_many(records: Sequence[Record], tokenizer, config: DataConfig) -> list[TokenizeResult]:
+    """As `tokenize`, in one tokenizer call."""
     rendered = [_attempt(_render, record, tokenizer, config) for record in records]
     texts = [piece.text for pieces in rendered if not isinstance(pieces, ValueError) for piece in pieces]
     if not texts:
-        return [Tokenised(error, []) for error in rendered]
+        return [TokenizeResult(error, []) for error in rendered]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     results = []
     for record, pieces in zip(records, rendered, strict=True):
         if isinstance(pieces, ValueError):
-            results.append(Tokenised(pieces, []))
+            results.append(TokenizeResult(pieces, []))
             continue
         notes = [note for piece in pieces for note in piece.notes]
         encoded_pieces = []
@@ -117,7 +117,7 @@ def tokenise_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
             input_ids, offsets = next(tokens)
             encoded_pieces.append(_Encoded(piece.text, piece.responses, input_ids, offsets))
         sample = _attempt(_sample, record, encoded_pieces, tokenizer, config)
-        results.append(Tokenised(sample, list(dict.fromkeys([*record.unused, *notes]))))
+        results.append(TokenizeResult(sample, list(dict.fromkeys([*record.unused, *notes]))))
     return results
 
 
@@ -134,7 +134,7 @@ class _Rendered:
     """A text, the characters of its responses to learn, each in one piece or more, and what it leaves out."""
 
     text: str
-    responses: list[Pieces]
+    responses: list[Spans]
     notes: list[str]
 
 
@@ -143,7 +143,7 @@ class _Encoded:
     """A rendered text, the characters of its responses, its token ids and their character offsets."""
 
     text: str
-    responses: list[Pieces]
+    responses: list[Spans]
     input_ids: list[int]
     offsets: list[tuple[int, int]]
 
@@ -153,7 +153,7 @@ class _Encoded:
 
 
 def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
-    """The texts to tokenise for a record."""
+    """The texts to tokenize for a record."""
     template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
@@ -162,7 +162,7 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
         if isinstance(record, SFTRecord):
             first = record.start if config.train_on == "all" else len(record.messages) - 1
             return [_with_responses(template, record.messages, first, record.start)]
-        sides = [record.answer] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
+        sides = [record.response] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
         return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
     except TurnRewritten as error:
         remedy = "mark responses in it with {% generation %}"
@@ -179,11 +179,11 @@ def _with_responses(template: ChatTemplate, messages: Messages, first: int, star
     """A dialogue whose responses from message `first` on are learned, unless their weight is 0."""
     learned = [i for i in range(first, len(messages)) if _is_learned(messages[i])]
     if not learned:
-        raise NotUsed("the responses to learn have weight 0")
+        raise SkippedRow("the responses to learn have weight 0")
     eos = template.tokenizer.eos_token
     if any(_contains(messages[i], eos) for i in learned):
-        raise ValueError(f"an answer contains the EOS token {eos}, which must only end it")
-    text, responses = response_pieces(template, messages, learned)
+        raise ValueError(f"a response contains the EOS token {eos}, which must only end it")
+    text, responses = response_spans(template, messages, learned)
     for pieces in responses:
         if not "".join(text[start:end] for start, end in pieces).replace(eos, "").strip():
             raise ValueError("the chat template writes nothing of a response but its end")
@@ -206,10 +206,10 @@ def _contains(value: Any, text: str) -> bool:
     return isinstance(value, str) and text in value
 
 
-def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfig) -> Sample:
+def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfig) -> TokenizedSample:
     if isinstance(record, PromptRecord):
         return _prompt_sample(record, pieces[0], tokenizer, config)
-    sequences = _fit([_labelled(piece, tokenizer) for piece in pieces], tokenizer, config)
+    sequences = _fit([_mask_responses(piece, tokenizer) for piece in pieces], tokenizer, config)
     if isinstance(record, SFTRecord):
         return sequences[0]
     if isinstance(record, UnpairedRecord):
@@ -219,7 +219,7 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
     return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0)
 
 
-def _labelled(piece: _Encoded, tokenizer) -> TokenSequence:
+def _mask_responses(piece: _Encoded, tokenizer) -> TokenSequence:
     """Mask the responses, each up to its end, and leave out what follows the last."""
     ids, starts = np.array(piece.input_ids), _token_starts(piece.offsets)
     mask = np.zeros(len(ids), dtype=bool)
@@ -250,7 +250,7 @@ def _end_of_response(piece: _Encoded, inside: np.ndarray, ids: np.ndarray, token
             return i
         if piece.text_of(i).strip():
             break
-    raise ValueError("the chat template does not end an answer with the EOS token")
+    raise ValueError("the chat template does not end a response with the EOS token")
 
 
 def _token_starts(offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -273,9 +273,9 @@ def _fit(sequences: list[TokenSequence], tokenizer, config: DataConfig) -> list[
         raise TooLong(f"the row is longer than --max_length {config.max_length} tokens")
     kept = _bos_length(sequences[0].input_ids, tokenizer)
     prompt_length = min(sequence.loss_mask.index(True) for sequence in sequences)
-    # One prompt token must stay: without it the answer's first token has nothing to be predicted from.
+    # One prompt token must stay: without it the response's first token has nothing to be predicted from.
     if prompt_length - surplus < max(1, kept):
-        raise TooLong(f"the answer alone is longer than --max_length {config.max_length} tokens allows")
+        raise TooLong(f"the response alone is longer than --max_length {config.max_length} tokens allows")
     return [_without(sequence, kept, surplus) for sequence in sequences]
 
 
@@ -285,16 +285,18 @@ def _without(sequence: TokenSequence, kept: int, surplus: int) -> TokenSequence:
     return TokenSequence(ids[:kept] + ids[kept + surplus :], mask[:kept] + mask[kept + surplus :])
 
 
-def exchange_answers(asked: TokenSequence, answered: TokenSequence, tokenizer, max_length: int) -> TokenSequence:
-    """The prompt of one row with the answer of another, both within `max_length`.
+def mismatched_sequence(
+    prompt_from: TokenSequence, response_from: TokenSequence, tokenizer, max_length: int
+) -> TokenSequence:
+    """The prompt of one row with the response of another, both within `max_length`.
 
     The prompt loses what is too much from its left, but for BOS: there is room for a token of it, as there was for the
-    answer's own prompt.
+    response's own prompt.
     """
-    prompt, start = asked.loss_mask.index(True), answered.loss_mask.index(True)
-    ids = asked.input_ids[:prompt] + answered.input_ids[start:]
-    whole = TokenSequence(ids, [False] * prompt + answered.loss_mask[start:])
-    return _without(whole, _bos_length(ids, tokenizer), max(len(ids) - max_length, 0))
+    prompt, start = prompt_from.loss_mask.index(True), response_from.loss_mask.index(True)
+    ids = prompt_from.input_ids[:prompt] + response_from.input_ids[start:]
+    joined = TokenSequence(ids, [False] * prompt + response_from.loss_mask[start:])
+    return _without(joined, _bos_length(ids, tokenizer), max(len(ids) - max_length, 0))
 
 
 def _prompt_sample(record: PromptRecord, piece: _Encoded, tokenizer, config: DataConfig) -> PromptSample:

@@ -1,0 +1,123 @@
+"""Code and its texts use US spelling and the words of the field, so that a search for those finds them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUFFIXES = {".py", ".md", ".yaml", ".toml", ".sh", ".sbatch"}
+CHECKED = ("coati", "applications", "tests", "tools", "benchmarks", "examples", "CONTRIBUTING.md", "Makefile")
+# Rewritten elsewhere; to be checked too once that is merged, as are docs, README.md and CHANGELOG.md.
+NOT_YET_CHECKED = (
+    "coati/commands.py",
+    "coati/config",
+    "coati/data/config.py",
+    "coati/initial.py",
+    "coati/rewards/config.py",
+    "coati/trainers",
+    "tests/test_commands.py",
+    "tests/test_config.py",
+    "tests/trainers",
+)
+# Names that are spelled like this for now, and what is not ours to spell.
+ALLOWED = re.compile(r"normalise_reward|length_normalised|parallelism|analyses")
+ALLOWED_FILES = (
+    "examples/quickstart/phrases.yaml",  # made-up data, which results were measured on
+    "tests/data/templates",  # chat templates of others
+    "tests/test_words.py",
+)
+
+PER = (
+    "answer|batch|character|epoch|GPU|group|iteration|layer|pass|process|prompt|question|rank|response|row|sample|token"
+)
+WORDS = [
+    # US spelling
+    (
+        r"(?:token|normal|optim|initial|summar|penal|general|recogn|organ|minim|maxim|util|special|serial)is(?=[aei])",
+        "-iz-",
+    ),
+    (r"(?:priorit|synchron|custom|categor|character|parallel|quant|random|regular|visual|linear)is(?=[aei])", "-iz-"),
+    (
+        r"(?:real|vector|factor|memor|emphas|capital|standard|apolog|author|final|local)is(?=e[drs]?(?![a-z])|ing|ation)",
+        "-iz-",
+    ),
+    (r"analys(?=e[drs]?(?![a-z])|ing)", "analyz-"),
+    (r"(?:col|behavi|fav|neighb|hon|hum|lab|rum|vig)our", "-or"),
+    (r"(?:label|model|cancel|travel|signal|level|fuel|total)l(?=ed|ing|er)", "one l"),
+    (r"(?<![a-z])(?:learnt|spelt|misspelt|burnt|dreamt)(?![a-z])", "-ed"),
+    (
+        r"(?<![a-z])(?:grey|towards|judgement|licence|artefact|whilst|catalogue|defence|centred?|metre|fibre)(?![a-z])",
+        "the US word",
+    ),
+    # the field's words
+    (rf"(?<![a-z])(?:bits|bytes|nats|once|one|tokens) an? (?:{PER})(?![a-z]| of| may| has| in)", "per"),
+    (
+        r"weights? at hand|whole on every|models? (?:that|which) (?:is|are) whole",
+        "unsharded (gathered) weights, replicated models",
+    ),
+    (r"(?<![a-z])mend(?:s|ed|ing)?(?![a-z])", "fix"),
+    (r"whole or not there", "atomic"),
+    (r"(?<![a-z])for ever(?![a-z])", "forever"),
+    (r"(?:policy|weights) of (?:now|then)", "current policy, current weights"),
+    (r"likeliest (?:token|response)", "nucleus (top-p) mass, greedy response"),
+    (r"(?:weights|them) (?:are |is |were )?(?:not )?handed over", "synced"),
+    (r"gone past", "skipped"),
+    (r"taken off the (?:loss|score)", "subtracted"),
+    (r"(?:policy|model|actor)'s answers?|answers? of (?:a|the) (?:policy|model)", "response"),
+    (r"(?:has|have) (?:no|an) opinion", "skips (a reward returns None)"),
+    (r"to go on with it", "use --resume auto to continue"),
+    (r"refused here", "unsupported"),
+]
+IN_CODE_OF_COATI = [(r"judg", "score (only an LLM judges)")]
+
+
+def checked_files() -> list[Path]:
+    files = []
+    for start in CHECKED:
+        path = ROOT / start
+        files += [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
+    skipped = (*NOT_YET_CHECKED, *ALLOWED_FILES)
+    return [file for file in files if not str(file.relative_to(ROOT)).startswith(skipped)]
+
+
+def findings(text: str, words: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
+    """Line, what is there and what to use, for each forbidden word."""
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = ALLOWED.sub("", line)
+        for pattern, instead in words:
+            found += [(number, match[0], instead) for match in re.finditer(pattern, line, re.IGNORECASE)]
+    return found
+
+
+def test_words_are_those_of_the_field():
+    wrong = []
+    for file in checked_files():
+        name = str(file.relative_to(ROOT))
+        words = WORDS + IN_CODE_OF_COATI if name.startswith("coati/") else WORDS
+        for number, there, instead in findings(file.read_text(encoding="utf-8"), words):
+            wrong.append(f"{name}:{number}: {there!r}: use {instead}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "def tokenise_many(",
+        "the neighbours' colours",
+        "it was LEARNT",
+        "labelled rows",
+        "3 nats a token",
+        "mend the file",
+    ],
+)
+def test_a_forbidden_word_is_found_in_identifiers_and_prose(line):
+    assert findings(f"\n{line}\n", WORDS)[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["one a row of data", "a labeled row", "parallelism", "recommend", "exercise", "a promise"]
+)
+def test_words_that_only_look_alike_are_allowed(line):
+    assert not findings(line, WORDS)
