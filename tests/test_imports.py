@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "rollout": {"losses", "models", "rewards", "samples"},
     "parallel": {"models", "watch", "run_layout"},
     "tracking": set(),
-    "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers"},
+    "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands"},
     "trainers": {
         *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
         *("watch", "samples", "run_layout"),
@@ -33,11 +33,11 @@ MAY_IMPORT = {
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
     "cli": {"commands", "doctor", "errors", "initial", "planner", "run", "tracking"},
-    "commands": {"trainers"},
+    "commands": {"config", "trainers"},
     "doctor": {"errors", "config", "parallel"},
     "errors": set(),
     "files": set(),
-    "initial": {"commands", "trainers"},
+    "initial": {"commands", "config", "trainers"},
     "run": set(),
     "run_layout": {"files"},
     "samples": set(),
