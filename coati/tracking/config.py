@@ -7,23 +7,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coati.config import Settings, option
+from coati.errors import UserError
+
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio", "swanlab"]
+Status = Literal["finished", "interrupted", "failed"]
 
 
 @dataclass
 class TrackingConfig(Settings):
     """Where metrics and samples go besides the run folder, and what the terminal shows."""
 
-    wandb: Literal["online", "offline", "disabled"] = option(
-        "disabled",
-        "Weights & Biases: online, offline (kept in the run folder for `wandb sync`) or disabled.",
+    trackers: list[TrackerName] = option(
+        (),
+        "where metrics and samples go besides the run folder: wandb, tensorboard, mlflow, trackio, swanlab",
         common=True,
     )
-    wandb_project: str = option("coati", "The Weights & Biases project.")
+    tracking_mode: Literal["online", "offline"] = option(
+        "online", "online: the trackers' servers are told at once; offline: kept on this machine, see docs/tracking.md"
+    )
+    project: str = option("coati", "the project that trackers show the run in")
     run_name: str | None = option(None, "The run's name; the run folder's name if absent.")
-    tensorboard: bool = option(False, "Also write TensorBoard event files to RUN_DIR/tensorboard.")
     progress: Literal["auto", "bar", "plain", "off"] = option(
         "auto", "bar, plain (a line now and then), off, or auto: a bar on a terminal, plain elsewhere."
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if twice := sorted({name for name in self.trackers if self.trackers.count(name) > 1}):
+            raise UserError(f"trackers names {', '.join(twice)} twice: once is enough")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from coati.config import parse_config
 from coati.errors import UserError
+from coati.tracking import check_installed
 from coati.trainers.paths import check_paths
 from coati.watch import watch_launcher
 
@@ -31,10 +32,11 @@ def parse_run(
         defaults: settings that a file and flags win over.
 
     Raises:
-        UserError: see `parse_config`, `check_paths` and the settings' own `check`.
+        UserError: see `parse_config`, `check_paths`, `check_installed` and the settings' own `check`.
     """
     config = parse_config(config_class, argv, description, defaults)
     check_paths(config)
+    check_installed(config.trackers)
     config.check(max(1, _processes() // config.model_parallel_size))
     return config
 

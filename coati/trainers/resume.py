@@ -10,9 +10,9 @@ UNSAID = (
     "output_dir",
     "cache_dir",
     "run_name",
-    "wandb",
-    "wandb_project",
-    "tensorboard",
+    "trackers",
+    "tracking_mode",
+    "project",
     "progress",
     "samples",
 )
