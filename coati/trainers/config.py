@@ -92,11 +92,19 @@ class RunConfig(Settings):
         common=True,
     )
     samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
+    profile_steps: list[int] = option((), "steps that are profiled, counted from 1, see docs/tracking.md", ge=1)
 
     def check(self, world_size: int):
         """Raises UserError for sizes that don't fit together."""
         if self.batch_size % world_size:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of the {world_size} processes")
+        if self.steps > 0:
+            self.check_profile_steps(self.steps)
+
+    def check_profile_steps(self, total_steps: int):
+        """Raises UserError for steps that the run does not have."""
+        if beyond := [step for step in self.profile_steps if step > total_steps]:
+            raise UserError(f"profile_steps has {', '.join(map(str, beyond))}, but the run ends at step {total_steps}")
 
 
 @dataclass

@@ -8,11 +8,13 @@ from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
+from coati.trainers.profiler import profiled
 
 
 def run(trainer):
     """Runs a trainer to its end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
     folder = trainer.folder
+    trainer.config.check_profile_steps(trainer.total_steps)
     announce(trainer)
     folder.try_saving(trainer.engines, trainer.frozen, trainer.tokenizer)
     folder.checkpoints.set_aside_after(trainer.steps_done)
@@ -45,9 +47,10 @@ def do_steps(trainer, tracker) -> bool:
         evaluate(trainer, tracker)
     with progress_bar(trainer.total_steps, trainer.algorithm, config, initial=trainer.steps_done) as bar:
         while trainer.steps_done < trainer.total_steps:
-            started = time.monotonic()
-            metrics = trainer.step(trainer.steps_done)
-            metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - started)
+            with profiled(trainer.steps_done + 1, config.profile_steps, trainer.folder.path / "profile", runtime):
+                started = time.monotonic()
+                metrics = trainer.step(trainer.steps_done)
+                metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - started)
             metrics["skipped_steps"] = trainer.skipped_steps
             trainer.steps_done += 1
             if is_due(trainer, config.log_every):

@@ -16,7 +16,7 @@ UNSAID = (
     "progress",
     "samples",
 )
-UNSAID += ("log_every", "eval_every", "save_every", "keep_checkpoints")
+UNSAID += ("log_every", "eval_every", "save_every", "keep_checkpoints", "profile_steps", "push_to_hub", "hub_private")
 # Built into the checkpoint's weights
 FIXED = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "shared_trunk", "freeze")
 ORDER = "rows come in another order from here on: of this epoch some may be seen again, others not at all"
