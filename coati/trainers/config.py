@@ -92,6 +92,10 @@ class RunConfig(Settings):
         common=True,
     )
     samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
+    push_to_hub: str | None = option(
+        None, "ORG/NAME on the Hugging Face Hub that the final model is uploaded to, see docs/tracking.md"
+    )
+    hub_private: bool = option(True, "it is private there")
     profile_steps: list[int] = option((), "steps that are profiled, counted from 1, see docs/tracking.md", ge=1)
 
     def check(self, world_size: int):

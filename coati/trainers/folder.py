@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,18 @@ class RunFolder:
 
         self.checkpoints.save(step, write, score)
 
-    def export(self, engines: Mapping[str, Engine], tokenizer):
-        """The finished models as HF folders, written aside and renamed."""
+    def export(self, engines: Mapping[str, Engine], tokenizer, card: Callable[[str], str]):
+        """The finished models as HF folders, written aside and renamed.
+
+        Args:
+            card: gives the README.md of a model by its name; called on rank 0.
+        """
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
             with written_by_all(target, self.runtime) as aside:
                 self._write_model(engine, tokenizer, aside, self.config.merge_lora, self._export_dtype(engine))
+                if self.runtime.is_main:
+                    (aside / "README.md").write_text(card(name), encoding="utf-8")  # peft has written one of its own
         self.runtime.communicator.barrier()
         self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
 

@@ -8,6 +8,7 @@ from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
+from coati.trainers.card import model_card
 from coati.trainers.profiler import profiled
 
 
@@ -17,6 +18,9 @@ def run(trainer):
     trainer.config.check_profile_steps(trainer.total_steps)
     announce(trainer)
     folder.try_saving(trainer.engines, trainer.frozen, trainer.tokenizer)
+    if trainer.runtime.is_main:
+        for name in trainer.engines:
+            model_card(trainer, name)  # what fails in it would fail after the last step
     folder.checkpoints.set_aside_after(trainer.steps_done)
     tracker = make_tracker(
         folder.path,
@@ -28,7 +32,7 @@ def run(trainer):
     try:
         finished = do_steps(trainer, tracker)
         if finished:
-            folder.export(trainer.engines, trainer.tokenizer)
+            folder.export(trainer.engines, trainer.tokenizer, lambda name: model_card(trainer, name))
         tracker.finish("finished" if finished else "interrupted")
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
