@@ -1,6 +1,5 @@
 """The model card of a finished model: what it is, how it was made, how it is loaded."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def model_card(trainer, name: str) -> str:
 
 def kind_of(module) -> str:
     """What a model is, in words."""
-    return {RewardModel: "reward model", Critic: "critic"}.get(type(module), "language model")
+    return {RewardModel: "reward model", Critic: "value function (a critic)"}.get(type(module), "language model")
 
 
 def methods(algorithm: str, config) -> list[str]:
@@ -159,13 +158,8 @@ def table(metrics: dict[str, float]) -> str:
 
 def changed_settings(config) -> dict[str, Any]:
     """The settings that differ from their defaults, without those of `UNSAID`."""
-    changed = {}
-    for field in dataclasses.fields(config):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(config, field.name)
-        if value != default and field.name not in UNSAID:
-            changed[field.name] = value
-    return changed
+    default = vars(type(config)())
+    return {name: value for name, value in vars(config).items() if value != default[name] and name not in UNSAID}
 
 
 def public(value):

@@ -104,6 +104,19 @@ class RunConfig(Settings):
             raise UserError(f"batch_size {self.batch_size} is not a multiple of the {world_size} processes")
         if self.steps > 0:
             self.check_profile_steps(self.steps)
+        if self.push_to_hub is not None:
+            self._check_hub_name(self.push_to_hub)
+
+    def _check_hub_name(self, name: str):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub is {name!r}: it takes ORG/NAME ({str(error).splitlines()[0]})") from error
+        if "/" not in name:
+            raise UserError(f"push_to_hub is {name!r}: it takes ORG/NAME, with your own name for ORG if there is none")
 
     def check_profile_steps(self, total_steps: int):
         """Raises UserError for steps that the run does not have."""

@@ -72,6 +72,11 @@ class RunFolder:
         return model_in(self.resumed_from, name) if self.resumed_from else None
 
     @property
+    def product(self) -> Path:
+        """The folder of the finished model."""
+        return self.path / FINAL_MODEL
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that a checkpoint tells, as JSON has them."""
         settings = json.loads(to_json(dataclasses.asdict(self.config)))
@@ -129,7 +134,7 @@ class RunFolder:
                 if self.runtime.is_main:
                     (aside / "README.md").write_text(card(name), encoding="utf-8")  # peft has written one of its own
         self.runtime.communicator.barrier()
-        self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
+        self.runtime.say(f"{self.algorithm}: finished, the model is in {self.product}")
 
     def _write_model(
         self, engine: Engine, tokenizer, folder: Path, merge: bool = False, dtype: torch.dtype | None = None

@@ -9,13 +9,16 @@ from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.card import model_card
+from coati.trainers.hub import check_hub, push_to_hub
 from coati.trainers.profiler import profiled
 
 
 def run(trainer):
     """Runs a trainer to its end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
-    folder = trainer.folder
-    trainer.config.check_profile_steps(trainer.total_steps)
+    folder, config = trainer.folder, trainer.config
+    config.check_profile_steps(trainer.total_steps)
+    if config.push_to_hub and trainer.runtime.is_main:
+        check_hub(config.push_to_hub, config.hub_private)
     announce(trainer)
     folder.try_saving(trainer.engines, trainer.frozen, trainer.tokenizer)
     if trainer.runtime.is_main:
@@ -24,9 +27,9 @@ def run(trainer):
     folder.checkpoints.set_aside_after(trainer.steps_done)
     tracker = make_tracker(
         folder.path,
-        trainer.config,
+        config,
         algorithm=trainer.algorithm,
-        settings=dataclasses.asdict(trainer.config),
+        settings=dataclasses.asdict(config),
         resume_step=trainer.steps_done if folder.resumed_from else None,
     )
     try:
@@ -34,6 +37,10 @@ def run(trainer):
         if finished:
             folder.export(trainer.engines, trainer.tokenizer, lambda name: model_card(trainer, name))
         tracker.finish("finished" if finished else "interrupted")
+        if finished and config.push_to_hub:
+            with trainer.runtime.main_first():
+                if trainer.runtime.is_main:
+                    push_to_hub(folder.product, config.push_to_hub, trainer.steps_done)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
             tracker.finish("failed")
@@ -51,7 +58,7 @@ def do_steps(trainer, tracker) -> bool:
         evaluate(trainer, tracker)
     with progress_bar(trainer.total_steps, trainer.algorithm, config, initial=trainer.steps_done) as bar:
         while trainer.steps_done < trainer.total_steps:
-            with profiled(trainer.steps_done + 1, config.profile_steps, trainer.folder.path / "profile", runtime):
+            with profiled(trainer.steps_done + 1, config.profile_steps, trainer.folder.path, runtime):
                 started = time.monotonic()
                 metrics = trainer.step(trainer.steps_done)
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - started)

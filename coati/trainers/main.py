@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from coati.config import parse_config
-from coati.errors import UserError
+from coati.errors import RunError, UserError
 from coati.tracking import check_installed
 from coati.trainers.paths import check_paths
 from coati.watch import watch_launcher
@@ -76,6 +76,9 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
         if runtime is None or runtime.first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         _end(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _end(1)
     except Exception:
         if runtime is None or runtime.first_to_fail():  # another rank's error is only the echo of the first
             traceback.print_exc()

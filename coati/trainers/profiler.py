@@ -12,13 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from coati.files import replace_file, written_aside
 from coati.parallel import Runtime
+from coati.run_layout import profile_of_step
 
 OPERATIONS = 10  # of a table
 
 
 @contextmanager
-def profiled(step: int, chosen: Sequence[int], folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Profiles the block if its step is a chosen one, and writes what it finds into `folder/step-N`: of every rank a
+def profiled(step: int, chosen: Sequence[int], run: Path, runtime: Runtime) -> Iterator[None]:
+    """Profiles the block if its step is a chosen one, and writes what it finds into the run's folder: of every rank a
     Chrome trace, `rank-R.json.gz` (for ui.perfetto.dev), and a table, `rank-R.txt`; rank 0's is printed.
 
     Args:
@@ -31,7 +32,7 @@ def profiled(step: int, chosen: Sequence[int], folder: Path, runtime: Runtime) -
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
         yield
-    place = folder / f"step-{step:08d}"
+    place = profile_of_step(run, step)
     place.mkdir(parents=True, exist_ok=True)
     _write_trace(found, place / f"rank-{runtime.rank}.json.gz")
     events = found.key_averages()

@@ -90,7 +90,7 @@ def test_mlflow_holds_one_resumed_run_with_settings_curve_samples_and_status(tmp
     logged = [(step, 70000.0 + step) for step in range(1, 6)] + [(4, 4.0), (6, 6.0)]
     assert sorted(curve) == sorted(logged)
     assert len(client.get_metric_history(run.info.run_id, "kl")) == 5
-    [table] = (run_dir / "mlflow" / "artifacts").rglob("eval_samples/step-00000005.json")
+    [table] = (run_dir / "mlflow" / "artifacts").rglob("eval_samples/00000005.json")
     assert json.loads(table.read_text()) == {"columns": ["prompt", "response", "reward", "note"], "data": TABLE}
     [settings] = (run_dir / "mlflow" / "artifacts").rglob("settings.json")
     assert json.loads(settings.read_text()) == SETTINGS

@@ -84,7 +84,7 @@ def test_reward_models_and_critics_are_loaded_with_their_heads(tiny_world, runti
     train("ppo", tiny_world, runtime, tmp_path / "ppo", eval_data=[], **changes)
     critic = tmp_path / "ppo" / "critic"
     text = (critic / "README.md").read_text()
-    assert f"\nA critic, trained with coati from `{reward}`." in text
+    assert f"\nA value function (a critic), trained with coati from `{reward}`." in text
     assert re.match(r"tensor\(\[\[", run_example(text, critic))
 
 

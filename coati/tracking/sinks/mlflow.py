@@ -44,7 +44,7 @@ class MlflowSink:
         self._client.log_batch(self._id, [Metric(_name(key), value, now, step) for key, value in metrics.items()])
 
     def log_samples(self, rows: list[dict[str, Any]], step: int, name: str) -> None:
-        self._client.log_dict(self._id, table_of(rows), f"{_name(name)}/step-{step:08d}.json")
+        self._client.log_dict(self._id, table_of(rows), f"{_name(name)}/{step:08d}.json")
 
     def finish(self, status: Status) -> None:
         self._client.set_terminated(self._id, STATUSES[status])
