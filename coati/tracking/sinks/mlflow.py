@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +16,6 @@ from coati.tracking.sinks.base import RunInfo
 from coati.tracking.sinks.tables import table_of
 
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-PARAMS_PER_CALL = 100  # MLflow's own limit
 OUR_ID = "coati.run_id"
 
 
@@ -32,9 +30,8 @@ class MlflowSink:
         if self._id is None:
             tags = {OUR_ID: run.id, "algorithm": run.algorithm}
             self._id = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-            params = (Param(key, value) for key, value in _flat(run.settings).items())
-            while batch := list(islice(params, PARAMS_PER_CALL)):
-                self._client.log_batch(self._id, params=batch)
+            params = [Param(key, value) for key, value in _flat(run.settings).items()]
+            self._client.log_batch(self._id, params=params)
         else:
             self._client.update_run(self._id, status="RUNNING")
         self._client.log_dict(self._id, run.settings, "settings.json")
