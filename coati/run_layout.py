@@ -1,7 +1,8 @@
 """The layout of a run's folder, which checkpoints there are, and where the models in them are.
 
     RUN/                                what --output_dir names
-      model/                            the run's product: a Hugging Face folder with its tokenizer, maybe an adapter
+      model/                            the run's product: a Hugging Face folder with its tokenizer, maybe an adapter,
+                                        and a model card
       critic/                           PPO: the other finished model
       checkpoints/
         step-00000010/
@@ -14,6 +15,8 @@
             master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file per rank
         step-00000020.previous/         of steps after the one that a run resumed from
         step-00000030.partial/          being written or removed: see `coati.files`
+      profile/
+        step-00000003/                  of a step that was profiled: a trace and a table a rank
 
 Logs (`metrics.jsonl`, `samples.jsonl`, `run.json`) are described in `coati.tracking.files`.
 """
@@ -49,6 +52,11 @@ def checkpoints_of(run: Path) -> Path:
 def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
     """The folder of the checkpoint that is written after a step."""
     return checkpoints / f"{_STEP}{step:08d}"
+
+
+def profile_of_step(run: Path, step: int) -> Path:
+    """The folder of what was profiled in a step."""
+    return run / "profile" / f"{_STEP}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

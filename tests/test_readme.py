@@ -30,7 +30,7 @@ ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": 
 ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
 SMALL = "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 96 --max_prompt_length 64 --warmup 0"
-SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --wandb disabled --eos_token <eos>"
+SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --eos_token <eos>"
 SMALL_OF = {
     "sft": "--max_new_tokens 4",
     "reward": "",

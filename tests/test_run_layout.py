@@ -69,7 +69,7 @@ def tree(folder: Path) -> set[str]:
 @pytest.mark.parametrize(("algorithm", "models"), [("sft", ["model"]), ("ppo", ["actor", "critic"])])
 def test_a_run_leaves_what_is_written_here(algorithm, models, tiny_world, runtime, tmp_path):
     config_class, trainer_class = trainer_classes(algorithm)
-    settings = settings_for(algorithm, tiny_world, output_dir=str(tmp_path), tensorboard=False, steps=1)
+    settings = settings_for(algorithm, tiny_world, output_dir=str(tmp_path), steps=1)
     trainer_class(configure(config_class, **settings), runtime).train()
     logs = {"metrics.jsonl", "samples.jsonl", "run.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"model", "checkpoints", *models[1:], *logs}

@@ -20,6 +20,7 @@ from pathlib import Path
 from coati.config import ListOf, option, parse_config, settings
 from coati.errors import UserError
 from coati.files import replace_file
+from coati.tracking import check_installed
 from coati.tracking.config import TrackingConfig
 from colossal_eval.benchmarks.benchmark_settings import SETTINGS, TaskOptions
 from colossal_eval.report import EVALUATION, write_report
@@ -65,6 +66,7 @@ def check(config: EvaluateConfig) -> dict[str, Path]:
     if config.dtype not in DTYPES:
         raise UserError(f"--dtype {config.dtype!r} is none of {', '.join(DTYPES)}")
     options(config).check()
+    check_installed(config.trackers)
     for benchmark in config.tasks:
         subjects_of(benchmark, Path(config.data))
     return dict(zip(column_names(config.models), map(model_folder, config.models), strict=True))
@@ -111,14 +113,14 @@ def evaluate(config: EvaluateConfig, runtime) -> dict:
     for name, folder in folders.items():
         _evaluate_model(config, runtime, name, folder)
     report = write_report(output, list(folders), config.tasks, config.published) if runtime.is_main else {}
-    if runtime.is_main and (config.wandb != "disabled" or config.tensorboard):
+    if runtime.is_main and config.trackers:
         track(report, config, output)
     runtime.say(f"report: {output / 'report.md'}")
     return report
 
 
 def track(report: dict, config: EvaluateConfig, output: Path) -> None:
-    """The report's means and standard errors as a run in W&B and TensorBoard: `MODEL/BENCHMARK/KIND`."""
+    """The report's means and standard errors as a run in the trackers: `MODEL/BENCHMARK/KIND`."""
     from coati.tracking import make_tracker
 
     metrics = {}

@@ -8,22 +8,26 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import coati
 from coati.errors import UserError
 from coati.files import replace_file
-from coati.tracking.config import TrackingConfig, rank_and_world_size
+from coati.tracking.config import Status, TrackingConfig, rank_and_world_size
 from coati.tracking.files import METRICS, RUN, read_run, to_json
-from coati.tracking.sinks import JsonlSink, TensorBoardSink, WandbSink
+from coati.tracking.sinks import JsonlSink, RunInfo, Sink, check_installed, open_sink
 
 _RESERVED = {"step", "time", "name"}
 
 
 class Tracker:
-    """Writes a run's metrics, samples and settings to `run_dir`, W&B and TensorBoard. For rank 0 only.
+    """Writes a run's metrics, samples and settings to `run_dir` and the trackers. For rank 0 only.
+
+    A tracker that can't start is an error. One that fails later is left out from there, with a line that says so: the
+    files in `run_dir` have everything, and training goes on.
 
     Args:
         run_dir: the run's folder, made if absent. An earlier run's logs there are set aside, unless resumed.
@@ -32,7 +36,7 @@ class Tracker:
         resume_step: the last step of the checkpoint that the run resumes from; later log lines are dropped.
 
     Raises:
-        UserError: `run_dir` can't be written, or wandb or tensorboard is asked for and can't start.
+        UserError: `run_dir` can't be written; a tracker is not installed or can't start.
     """
 
     def __init__(
@@ -44,21 +48,35 @@ class Tracker:
         settings: dict[str, Any],
         resume_step: int | None = None,
     ) -> None:
+        check_installed(config.trackers)
         self.run_dir = Path(run_dir)
         self._last_step = -1
         self._finished = False
+        self._sinks: dict[str, Sink] = {}
         settings = json.loads(to_json(settings))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._run = self._describe(config, algorithm, settings, resume_step)
-            self._sinks: list[Any] = [JsonlSink(self.run_dir, resume_step)]
+            self._files = JsonlSink(self.run_dir, resume_step)
             self._save_run()
         except OSError as error:
             raise UserError(f"{self.run_dir} can't be written ({error.strerror}); name another run folder.") from error
-        if config.tensorboard:
-            self._sinks.append(TensorBoardSink(self.run_dir, resume_step))
-        if config.wandb != "disabled":
-            self._sinks.append(WandbSink(self.run_dir, config, self._run["wandb_id"], algorithm, settings))
+        run = RunInfo(
+            folder=self.run_dir,
+            name=self._run["name"],
+            project=config.project,
+            id=self._run["run_id"],
+            algorithm=algorithm,
+            online=config.tracking_mode == "online",
+            settings=settings,
+            resume_step=resume_step,
+        )
+        try:
+            for name in config.trackers:
+                self._sinks[name] = open_sink(name, run)
+        except BaseException:
+            self.finish("failed")
+            raise
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record numbers (Python, NumPy or 0-d tensors; kept as Python floats) at `step`.
@@ -68,8 +86,8 @@ class Tracker:
         """
         self._check(step, metrics)
         values = {name: float(value) for name, value in metrics.items()}
-        for sink in self._sinks:
-            sink.log(values, step)
+        self._files.log(values, step)
+        self._tell(lambda sink: sink.log(values, step))
 
     def log_samples(self, rows: list[dict[str, Any]], step: int, name: str = "samples") -> None:
         """Record samples: rows such as `{"prompt": ..., "response": ..., "reward": ...}`.
@@ -80,19 +98,29 @@ class Tracker:
         for row in rows:
             self._check(step, row)
         rows = [json.loads(to_json(row)) for row in rows]
-        for sink in self._sinks:
-            sink.log_samples(rows, step, name)
+        self._files.log_samples(rows, step, name)
+        self._tell(lambda sink: sink.log_samples(rows, step, name))
 
-    def finish(self, status: Literal["finished", "interrupted", "failed"]) -> None:
+    def finish(self, status: Status) -> None:
         """Close the logs and note how the run ended. A second call does nothing."""
         if self._finished:
             return
         self._finished = True
-        for sink in self._sinks:
-            sink.finish(status)
+        self._tell(lambda sink: sink.finish(status))
+        self._files.finish(status)
         self._run["status"] = status
         self._run["sessions"][-1]["end"] = time.time()
         self._save_run()
+
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        """Calls each tracker; one that fails is left out from there."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                call(sink)
+            except Exception as error:  # whatever a library raises must not end a training run
+                reason = " ".join(str(error).split()) or type(error).__name__
+                print(f"{name} failed ({reason}): it is left out from here, {METRICS} has all", file=sys.stderr)
+                del self._sinks[name]
 
     def _check(self, step: int, names: dict[str, Any]) -> None:
         if step < self._last_step:
@@ -115,11 +143,11 @@ class Tracker:
             "name": config.run_name or self.run_dir.resolve().name,
             "status": "running",
             "settings": settings,
-            "versions": _versions(),
+            "versions": package_versions(),
             "command": shlex.join(sys.argv),
             "host": platform.node(),
             "world_size": rank_and_world_size()[1],
-            "wandb_id": earlier.get("wandb_id") or secrets.token_hex(4),
+            "run_id": earlier.get("run_id") or secrets.token_hex(4),
             "start": earlier.get("start", time.time()),
             "sessions": [*sessions, {"start": time.time(), "end": None, "resume_step": resume_step}],
         }
@@ -151,7 +179,8 @@ def make_tracker(
     return Tracker(run_dir, config, algorithm=algorithm, settings=settings, resume_step=resume_step)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python, coati and what it stands on."""
     versions = {"python": platform.python_version(), "coati": coati.__version__}
     for package in ("torch", "transformers", "colossalai", "peft"):
         try:

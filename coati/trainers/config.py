@@ -35,10 +35,6 @@ class ModelConfig(Settings):
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
     lora_target_modules: ListOf[str] = option(("all-linear",), "names of the layers that get adapters")
-    merge_lora: bool = option(True, "the final export has the adapters merged into the weights")
-    export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "of the final model's weights; auto: that of --model, unless it was trained in a narrower one"
-    )
 
     @property
     def lora(self) -> "LoraSettings | None":
@@ -72,6 +68,34 @@ class CheckpointConfig(Settings):
         path="checkpoint",
         common=True,
     )
+
+
+@settings
+class ExportConfig(Settings):
+    """The finished model."""
+
+    merge_lora: bool = option(True, "it has the adapters merged into the weights")
+    export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "of its weights; auto: that of --model, unless it was trained in a narrower one"
+    )
+    push_to_hub: str | None = option(
+        None, "ORG/NAME on the Hugging Face Hub that it is uploaded to, see docs/tracking.md"
+    )
+    hub_private: bool = option(True, "it is private there")
+
+    def problems(self) -> Iterator[str]:
+        if self.push_to_hub is None:
+            return
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.push_to_hub)
+        except HFValidationError as error:
+            yield f"push_to_hub is {self.push_to_hub!r}: it takes ORG/NAME ({str(error).splitlines()[0]})"
+        else:
+            if "/" not in self.push_to_hub:
+                yield f"push_to_hub is {self.push_to_hub!r}: it takes ORG/NAME, your own name for ORG if there is none"
 
 
 @settings
@@ -112,6 +136,7 @@ class TrainerConfig(Settings):
     parallel: PluginConfig = section(PluginConfig, "how the model is spread over processes")
     evaluation: EvaluationConfig = section(EvaluationConfig, "what is measured, and how often")
     checkpoints: CheckpointConfig = section(CheckpointConfig, "what a run can continue from")
+    export: ExportConfig = section(ExportConfig, "the finished model")
     tracking: TrackingConfig = section(TrackingConfig, "where metrics and samples go")
 
     def size_problems(self, world_size: int) -> Iterator[str]:
@@ -131,6 +156,8 @@ class TrainerConfig(Settings):
 
     def check(self, world_size: int):
         """Raises a UserError for sizes that don't fit so many processes with data of their own."""
+        if self.steps > 0:
+            self.tracking.check_profile_steps(self.steps)
         if found := list(self.size_problems(world_size)):
             raise UserError("; ".join(found))
 

@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, what it resumes from, checkpoints, and the finished models."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class RunFolder:
         return model_in(self.resumed_from, name) if self.resumed_from else None
 
     @property
+    def product(self) -> Path:
+        """The folder of the finished model."""
+        return self.path / FINAL_MODEL
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that a checkpoint tells, as JSON has them."""
         by_path = flat(json.loads(to_json(asdict(self.config))))
@@ -83,7 +88,7 @@ class RunFolder:
         """Raises a UserError for what would fail at the end: models that can't be saved, too little room."""
         if not self.runtime.is_main:
             return
-        merge, everything = self.config.model.merge_lora, {**engines, **frozen}
+        merge, everything = self.config.export.merge_lora, {**engines, **frozen}
         try_saving(self.path, everything, tokenizer, merge)
         checkpoint = sum(checkpoint_bytes(engine) for engine in everything.values())
         export = sum(export_bytes(engine, merge, self._export_dtype(engine)) for engine in engines.values())
@@ -116,14 +121,20 @@ class RunFolder:
 
         self.checkpoints.save(step, write, score)
 
-    def export(self, engines: Mapping[str, Engine], tokenizer):
-        """The finished models as HF folders, written aside and renamed."""
+    def export(self, engines: Mapping[str, Engine], tokenizer, card: Callable[[str], str]):
+        """The finished models as HF folders, written aside and renamed.
+
+        Args:
+            card: gives the README.md of a model by its name; called on rank 0.
+        """
         for i, (name, engine) in enumerate(engines.items()):
             target = self.path / (FINAL_MODEL if i == 0 else name)
             with atomic_write_by_all(target, self.runtime) as aside:
-                self._write_model(engine, tokenizer, aside, self.config.model.merge_lora, self._export_dtype(engine))
+                self._write_model(engine, tokenizer, aside, self.config.export.merge_lora, self._export_dtype(engine))
+                if self.runtime.is_main:
+                    (aside / "README.md").write_text(card(name), encoding="utf-8")  # peft has written one of its own
         self.runtime.communicator.barrier()
-        self.runtime.say(f"{self.algorithm}: finished, the model is in {self.path / FINAL_MODEL}")
+        self.runtime.say(f"{self.algorithm}: finished, the model is in {self.product}")
 
     def _write_model(
         self, engine: Engine, tokenizer, folder: Path, merge: bool = False, dtype: torch.dtype | None = None
@@ -138,8 +149,8 @@ class RunFolder:
     def _export_dtype(self, engine: Engine) -> torch.dtype | None:
         """Of the final model's weights; None to leave them as they are."""
         c = self.config
-        if c.model.export_dtype != "auto":
-            return DTYPES[c.model.export_dtype]
+        if c.export.export_dtype != "auto":
+            return DTYPES[c.export.export_dtype]
         if c.model.path is None:
             return None
         own = stored_dtype(base_of_adapter(c.model.path) if is_adapter(c.model.path) else c.model.path)

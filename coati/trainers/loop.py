@@ -8,26 +8,40 @@ from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
+from coati.trainers.card import model_card
+from coati.trainers.hub import check_hub, push_to_hub
+from coati.trainers.profiler import profiled
 
 
 def run(trainer):
     """Runs a trainer to its end, or to the step after a stop was asked for (SIGTERM): then it saves and returns."""
-    folder = trainer.folder
+    folder, config = trainer.folder, trainer.config
+    config.tracking.check_profile_steps(trainer.total_steps)
+    repo = config.export.push_to_hub
+    if repo and trainer.runtime.is_main:
+        check_hub(repo, config.export.hub_private)
     announce(trainer)
     folder.try_saving(trainer.engines, trainer.frozen, trainer.tokenizer)
+    if trainer.runtime.is_main:
+        for name in trainer.engines:
+            model_card(trainer, name)  # what fails in it would fail after the last step
     folder.checkpoints.set_aside_after(trainer.steps_done)
     tracker = make_tracker(
         folder.path,
-        trainer.config.tracking,
+        config.tracking,
         algorithm=trainer.algorithm,
-        settings=asdict(trainer.config),
+        settings=asdict(config),
         resume_step=trainer.steps_done if folder.resumed_from else None,
     )
     try:
         finished = do_steps(trainer, tracker)
         if finished:
-            folder.export(trainer.engines, trainer.tokenizer)
+            folder.export(trainer.engines, trainer.tokenizer, lambda name: model_card(trainer, name))
         tracker.finish("finished" if finished else "interrupted")
+        if finished and repo:
+            with trainer.runtime.main_first():
+                if trainer.runtime.is_main:
+                    push_to_hub(folder.product, repo, trainer.steps_done)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
             tracker.finish("failed")
@@ -45,9 +59,10 @@ def do_steps(trainer, tracker) -> bool:
         evaluate(trainer, tracker)
     with progress_bar(trainer.total_steps, trainer.algorithm, config.tracking, initial=trainer.steps_done) as bar:
         while trainer.steps_done < trainer.total_steps:
-            started = time.monotonic()
-            metrics = trainer.step(trainer.steps_done)
-            metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - started)
+            with profiled(trainer.steps_done + 1, config.tracking.profile_steps, trainer.folder.path, runtime):
+                started = time.monotonic()
+                metrics = trainer.step(trainer.steps_done)
+                metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - started)
             metrics["skipped_steps"] = trainer.skipped_steps
             trainer.steps_done += 1
             if is_due(trainer, config.log_every):

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from coati.config import parse_config
-from coati.errors import UserError
+from coati.errors import RunError, UserError
+from coati.tracking import check_installed
 from coati.trainers.paths import check_paths
 from coati.watch import watch_launcher
 
@@ -31,10 +32,11 @@ def parse_run(
         defaults: settings that a file and flags win over.
 
     Raises:
-        UserError: see `parse_config`, `check_paths` and the settings' own `check`.
+        UserError: see `parse_config`, `check_paths`, `check_installed` and the settings' own `check`.
     """
     config = parse_config(config_class, argv, description, defaults)
     check_paths(config)
+    check_installed(config.tracking.trackers)
     config.check(max(1, _processes() // config.parallel.model_parallel_size))
     config.check_machine()
     return config
@@ -75,6 +77,9 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
         if runtime is None or runtime.first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         _end(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _end(1)
     except Exception:
         if runtime is None or runtime.first_to_fail():  # another rank's error is only the echo of the first
             traceback.print_exc()

@@ -22,7 +22,7 @@ def test_sigterm_then_kill_then_resume_gives_the_uninterrupted_weights(algorithm
     """PITFALL 25, 26 and 31: SIGTERM saves and exits 0; a killed worker ends the run with a non-zero exit."""
     launcher = "colossalai" if processes > 1 else "none"
     steps = 40 if algorithm == "ppo" else 80
-    changes = dict(steps=steps, save_every=7, tensorboard=False)
+    changes = dict(steps=steps, save_every=7)
     if algorithm == "ppo":
         changes |= dict(temperature=1.0)
     settings = settings_for(algorithm, tiny_world, output_dir=str(tmp_path / "whole"), **changes)

@@ -134,7 +134,7 @@ def strike(attempt: Attempt, kill: Kill) -> str:
 def chain(kills: list[Kill], world, folder: Path, steps: int) -> Counter:
     """A run with these kills, then to its end, against one that nobody killed; how often what was hit."""
     changes = dict(steps=steps, plugin="zero2", temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
-    settings = settings_for("ppo", world, tensorboard=False, **changes)
+    settings = settings_for("ppo", world, **changes)
     hits, output = Counter(), folder / "killed"
     killed = settings | dict(output_dir=str(output), save_every=1, resume="auto")
     for i, kill in enumerate(kills):
@@ -250,7 +250,7 @@ def train_until_full(folder: Path, kind: str, fraction: float, algorithm: str, c
 
 @pytest.fixture(scope="module")
 def settings(tiny_world) -> dict:
-    return settings_for("sft", tiny_world, tensorboard=False, steps=6, save_every=1, plugin="zero1")
+    return settings_for("sft", tiny_world, steps=6, save_every=1, plugin="zero1")
 
 
 @pytest.fixture(scope="module")

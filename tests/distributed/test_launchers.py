@@ -91,7 +91,7 @@ def seconds_until_gone(process: subprocess.Popen, folder: Path) -> float:
 def check_the_end(name: str, event: str, status: int, tiny_world: dict[str, str], folder: Path, **environment):
     """Starts a run without end, lets the event happen, and looks at what is left."""
     output = folder / "run"
-    settings = settings_for("reward", tiny_world, output_dir=str(output), steps=10**6, eval_every=0, tensorboard=False)
+    settings = settings_for("reward", tiny_world, output_dir=str(output), steps=10**6, eval_every=0)
     settings["save_every"] = 0  # a checkpoint is then the one that was asked for
     process = start(name, SCRIPT, settings, folder, 1 if name == "none" else 2, **environment)
     try:

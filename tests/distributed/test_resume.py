@@ -31,7 +31,7 @@ QUICK += [("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
-    changes = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9, tensorboard=False) | changes
+    changes = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9) | changes
     algorithm, extra = algorithm.partition(",")[0], ALGORITHMS[algorithm]
     if "rewards" in extra:
         extra = extra | dict(rewards=functions(f"{world['rewards']}:{extra['rewards']}"))

@@ -42,7 +42,7 @@ def train_and_note_syncs(config: str, folder: Path):
 def test_each_rank_syncs_what_it_wrote_before_a_checkpoint_is_listed(layout, tiny_world, tmp_path):
     """PITFALL 26."""
     (settings, shards), output, config = LAYOUTS[layout], tmp_path / "run", tmp_path / "config.yaml"
-    changes = dict(output_dir=str(output), tensorboard=False, steps=1, eval_every=0, batch_size=4, **settings)
+    changes = dict(output_dir=str(output), steps=1, eval_every=0, batch_size=4, **settings)
     config.write_text(as_yaml(settings_for("sft", tiny_world, **changes)))
     ranks = forks.start(train_and_note_syncs, tmp_path, 2, str(config), tmp_path)
     try:

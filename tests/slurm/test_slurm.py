@@ -43,7 +43,7 @@ def run(command: list[str], environment: dict[str, str], **options) -> subproces
 
 def submit(name: str, folder: Path, world: dict[str, str], slurm: dict[str, str], *options) -> str:
     """Submits an example with a tiny model; returns the job's number. Its log is FOLDER/log.txt, its run FOLDER/run."""
-    settings = settings_for("reward", world, steps=STEPS, save_every=0, tensorboard=False, eval_every=0)
+    settings = settings_for("reward", world, steps=STEPS, save_every=0, eval_every=0)
     (folder / "config.yaml").write_text(as_yaml(settings))
     job = dict(CONFIG=str(folder / "config.yaml"), OUTPUT=str(folder / "run"), MASTER_PORT=str(free_port()))
     job |= {"GPUS": "2" if name == "one_node" else "1"}

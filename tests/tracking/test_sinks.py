@@ -66,7 +66,7 @@ def wandb_runs(run_dir):
 def resumed_run(tmp_path_factory):
     """A run with W&B (offline) and TensorBoard which was killed after step 5 and resumed at step 3."""
     run_dir = tmp_path_factory.mktemp("run")
-    options = {"wandb": "offline", "tensorboard": True}
+    options = {"trackers": ["wandb", "tensorboard"], "tracking_mode": "offline"}
     first = start(run_dir, **options)
     for step in range(1, 6):
         first.log({"reward/mean": 70000.0 + step, "kl": 0.25}, step)
@@ -97,14 +97,14 @@ def test_wandb_offline_holds_settings_curve_and_table(resumed_run):
 
 
 def test_wandb_goes_on_under_the_same_id(resumed_run):
-    wandb_id = read_run(resumed_run)["wandb_id"]
-    assert [path.name for path in wandb_runs(resumed_run)] == [f"run-{wandb_id}.wandb"] * 2
+    run_id = read_run(resumed_run)["run_id"]
+    assert [path.name for path in wandb_runs(resumed_run)] == [f"run-{run_id}.wandb"] * 2
 
 
 def test_wandb_ids_of_two_runs_differ(tmp_path):
     start(tmp_path / "a")
     start(tmp_path / "b")
-    assert read_run(tmp_path / "a")["wandb_id"] != read_run(tmp_path / "b")["wandb_id"]
+    assert read_run(tmp_path / "a")["run_id"] != read_run(tmp_path / "b")["run_id"]
 
 
 def test_tensorboard_holds_the_resumed_curve_once(resumed_run):
@@ -117,7 +117,7 @@ def test_tensorboard_holds_the_resumed_curve_once(resumed_run):
 
 def test_tensorboard_shows_samples_as_text(tmp_path):
     """PITFALL 33: the responses are in TensorBoard's text tab, where Markdown in them stays text."""
-    tracker = start(tmp_path, tensorboard=True)
+    tracker = start(tmp_path, trackers=["tensorboard"])
     tracker.log_samples([{"prompt": "p", "response": "# not a title\n* no list", "reward": 1.0}], 2)
     tracker.finish("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -128,7 +128,7 @@ def test_tensorboard_shows_samples_as_text(tmp_path):
 
 
 def test_wandb_says_nothing_on_the_terminal(tmp_path, capfd):
-    tracker = start(tmp_path, wandb="offline")
+    tracker = start(tmp_path, trackers=["wandb"], tracking_mode="offline")
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("finished")
     assert capfd.readouterr() == ("", "")
@@ -139,14 +139,14 @@ def test_wandb_online_without_a_login_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match="wandb login"):
-        start(tmp_path / "run", wandb="online")
+        start(tmp_path / "run", trackers=["wandb"])
 
 
 def test_logging_leaves_the_random_state_alone(tmp_path):
     """A run that is logged trains as one that is not: tracking draws no number from torch's generator."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    tracker = start(tmp_path, tensorboard=True, wandb="offline")
+    tracker = start(tmp_path, trackers=["tensorboard", "wandb"], tracking_mode="offline")
     tracker.log({"loss": 1.0}, 1)
     tracker.log_samples(ROWS, 1)
     tracker.finish("finished")

@@ -76,7 +76,7 @@ def test_texts_have_a_perplexity_a_byte(tiny, runtime, tmp_path):
         write_jsonl(tmp_path / "texts" / f"{name}.jsonl", [{"text": text} for text in documents])
     data = tmp_path / "data"
     prepare(PrepareConfig(benchmark="texts", data=str(tmp_path / "texts"), output=str(data)))
-    found = evaluate(settings(tiny, data, tmp_path / "out", tasks=["texts"], tensorboard=True), runtime)
+    found = evaluate(settings(tiny, data, tmp_path / "out", tasks=["texts"], trackers=["tensorboard"]), runtime)
     nats, sizes = nats_of(tiny["first"], texts), {n: sum(len(t.encode()) for t in ts) for n, ts in texts.items()}
     nats["all"], sizes["all"] = sum(nats.values()), sum(sizes.values())
     assert [(row["name"], row["n"], row["bytes"]) for row in found["texts"]] == [
@@ -116,7 +116,7 @@ def nats_of(folder: Path, texts: dict[str, list[str]]) -> dict[str, float]:
 def test_the_scores_are_tracked_as_a_run(tiny, prepared, runtime, tmp_path):
     from coati.tracking import read_metrics
 
-    config = settings(tiny, prepared, tmp_path / "out", tasks=["mmlu"], shots=1, tensorboard=True)
+    config = settings(tiny, prepared, tmp_path / "out", tasks=["mmlu"], shots=1, trackers=["tensorboard"])
     found = evaluate(config, runtime)
     [row] = read_metrics(tmp_path / "out")
     for model, summary in found["rows"][0]["models"].items():
