@@ -4,22 +4,25 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from coati.commands import COMMANDS
+from coati.config import configure
 from coati.run_layout import FINAL_MODEL
 from coati.tracking import read_metrics
 from coati.trainers import card
-from coati.trainers.config import GRPOConfig, PreferenceConfig
-from tests.conftest import settings_for, trainer_classes
+from coati.trainers.algorithms import ALGORITHMS
+from tests.conftest import reward_model, settings_for, trainer_classes
 
 
-def train(algorithm, world, runtime, output, **changes) -> Path:
+def train(algorithm, world, runtime, output, /, **changes) -> Path:
     config_class, trainer_class = trainer_classes(algorithm)
     settings = settings_for(algorithm, world, output_dir=str(output), steps=1, **changes)
-    trainer_class(config_class(**settings), runtime).train()
+    trainer_class(configure(config_class, **settings), runtime).train()
     return output / FINAL_MODEL
 
 
@@ -68,7 +71,7 @@ def test_an_adapter_is_told_from_a_whole_model(merge, tiny_world, runtime, tmp_p
     found = ModelCard.load(folder / "README.md")
     assert found.data.library_name == ("transformers" if merge else "peft")
     kind = "A language model" if merge else "An adapter of a language model"
-    assert f"\n{kind}, trained with coati from `{tiny_world['policy']}`. Method: supervised" in found.text
+    assert f"\n{kind}, trained with coati from `{tiny_world['policy']}`. Method: Supervised" in found.text
     assert ("AutoPeftModelForCausalLM" in found.text) == (not merge)
     assert "PeftModel" not in found.content.split("## Use")[0]  # peft's own card is replaced
     run_example(found.text, folder)
@@ -80,7 +83,7 @@ def test_reward_models_and_critics_are_loaded_with_their_heads(tiny_world, runti
     assert "\nA reward model, trained with coati from random weights." in text
     assert "None: the run had no evaluation data." in text
     assert re.match(r"tensor\(\[-?[\d.e-]+\]", run_example(text, reward))
-    changes = dict(reward_functions=[], reward_model=str(reward), tokenizer=tiny_world["tokenizer"])
+    changes = dict(rewards=[reward_model(reward)], tokenizer=tiny_world["tokenizer"])
     train("ppo", tiny_world, runtime, tmp_path / "ppo", eval_data=[], **changes)
     critic = tmp_path / "ppo" / "critic"
     text = (critic / "README.md").read_text()
@@ -108,26 +111,14 @@ def test_the_folder_that_a_run_starts_from_is_left_as_it_is(tiny_world, runtime,
     assert {path.name for path in folder.iterdir()} - {"chat_template.jinja"} == before.keys() - {"chat_template.jinja"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        (dict(), ["grpo"]),
-        (dict(advantage="dr_grpo"), ["grpo", "dr_grpo"]),
-        (dict(advantage="rloo", policy_loss="none"), ["grpo", "rloo"]),
-        (dict(policy_loss="gspo", dynamic_sampling=True), ["grpo", "gspo", "dynamic_sampling"]),
-        (dict(policy_loss="cispo", dual_clip=None), ["grpo", "cispo"]),
-    ],
-)
-def test_of_grpo_all_parts_with_papers_are_named(changes, found):
-    assert card.methods("grpo", GRPOConfig(**changes)) == found
-
-
-def test_every_loss_and_advantage_has_its_paper():
-    from typing import get_args, get_type_hints
-
-    names = [*get_args(get_type_hints(PreferenceConfig)["loss"]), *get_args(get_type_hints(GRPOConfig)["advantage"])]
-    assert set(names) <= card.PAPERS.keys()
-    assert all(re.fullmatch(r"\d{4}\.\d{5}", number) for _, number in card.PAPERS.values())
+def test_every_method_is_named_with_its_paper():
+    for command in COMMANDS.values():
+        config = configure(
+            ALGORITHMS[command.algorithm].config, **{"algorithm": command.name} if command.defaults else {}
+        )
+        name, words = card.method_of(SimpleNamespace(config=config, algorithm=command.algorithm))
+        assert name == command.name
+        assert re.search(r"\[\d{4}\.\d{5}\]\(https://arxiv", words) or name == "sft"
 
 
 def test_hub_names_are_in_the_header():

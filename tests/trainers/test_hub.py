@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from coati.config import configure
 from coati.errors import RunError, UserError
 from coati.tracking import read_run
 from coati.trainers import main as entry
@@ -48,7 +49,7 @@ def run_command(world, runtime, output, monkeypatch, algorithm="sft", **changes)
     monkeypatch.setattr(entry, "watch_launcher", lambda: None)
     monkeypatch.setattr(entry, "_end", end)
     try:
-        entry.main(config_class, lambda: trainer_class, "test", parse=lambda *_: config_class(**settings))
+        entry.main(config_class, lambda: trainer_class, "test", parse=lambda *_: configure(config_class, **settings))
     except SystemExit:
         return ends[0]
     return 0
@@ -157,6 +158,5 @@ def test_a_repository_that_is_there_is_used_as_it_is(hub):
 
 @pytest.mark.parametrize("name", ["tiny", "", "a/b/c", "org/", "org/a b", "../x", "org/a--b", "https://hf.co/org/tiny"])
 def test_a_name_that_is_none_is_an_error_before_anything_is_loaded(name, tiny_world):
-    config = SFTConfig(**settings_for("sft", tiny_world, push_to_hub=name))
     with pytest.raises(UserError, match=r"push_to_hub is '.*': it takes ORG/NAME"):
-        config.check(1)
+        configure(SFTConfig, **settings_for("sft", tiny_world, push_to_hub=name))

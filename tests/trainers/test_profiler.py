@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from coati.trainers import profiler
@@ -15,10 +16,10 @@ from coati.trainers.config import SFTConfig
 from tests.conftest import settings_for, trainer_classes
 
 
-def train(world, runtime, output, **changes):
+def train(world, runtime, output, /, **changes):
     config_class, trainer_class = trainer_classes("sft")
     settings = settings_for("sft", world, output_dir=str(output), eval_data=[], **changes)
-    trainer = trainer_class(config_class(**settings), runtime)
+    trainer = trainer_class(configure(config_class, **settings), runtime)
     trainer.train()
     return trainer
 
@@ -67,7 +68,7 @@ def test_nothing_is_profiled_when_it_is_off(tiny_world, runtime, tmp_path, monke
 
 @pytest.mark.parametrize(("steps", "chosen", "named"), [(4, [5], "5"), (4, [2, 9, 4, 7], "9, 7")])
 def test_steps_out_of_range_are_an_error_before_anything_is_loaded(tiny_world, steps, chosen, named):
-    config = SFTConfig(**settings_for("sft", tiny_world, steps=steps, profile_steps=chosen))
+    config = configure(SFTConfig, **settings_for("sft", tiny_world, steps=steps, profile_steps=chosen))
     with pytest.raises(UserError, match=f"profile_steps has {named}, but the run ends at step {steps}"):
         config.check(1)
 
@@ -83,7 +84,7 @@ def test_of_epochs_before_the_first_step(tiny_world, runtime, tmp_path):
 @pytest.mark.parametrize("chosen", [[0], [-1], [3, 0]])
 def test_steps_count_from_1(tiny_world, chosen):
     with pytest.raises(UserError, match=r"profile_steps is .*at least 1"):
-        SFTConfig(**settings_for("sft", tiny_world, profile_steps=chosen))
+        configure(SFTConfig, **settings_for("sft", tiny_world, profile_steps=chosen))
 
 
 def test_kernels_count_with_the_operation_that_started_them():
