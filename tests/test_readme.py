@@ -121,9 +121,10 @@ def test_training_command_runs(command, place, runtime, monkeypatch):
 
 
 @pytest.mark.distributed
-def test_first_training_command_runs_on_two_processes(place):
+def test_first_training_script_runs_on_two_processes(place):
     """As it is typed, through `colossalai run`; the others differ from it in settings only."""
-    algorithm, processes, arguments = parse_training(TRAINING[0])
+    first = next(command for command in TRAINING if "examples/train_sft.py" in command)
+    algorithm, processes, arguments = parse_training(first)
     arguments = small_arguments(algorithm, arguments, place | {"root": place["root"] + "/two"})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -275,7 +276,7 @@ def test_python_blocks_run(page, place, runtime, tmp_path, monkeypatch):
 
 
 def test_there_are_scripts_for_training_and_for_value_heads():
-    assert set(SCRIPTS) == {"README.md", "value-heads.md"}
+    assert set(SCRIPTS) == {"first-run.md", "value-heads.md"}
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "unpaired", "prompt", "tools"])
