@@ -111,7 +111,7 @@ def write_table(output: Path, seconds: float):
         "",
         "| stage | figure | before | after |",
         "|---|---|---|---|",
-        "| SFT | held-out loss a token, nats | {:.3f} | {:.3f} |".format(*ends("sft", "eval/loss")),
+        "| SFT | held-out loss, nats per token | {:.3f} | {:.3f} |".format(*ends("sft", "eval/loss")),
     ]
     titles = {"reward_gsm8k": "reward model, GSM8K solutions", "reward_hh": "reward model, HH-RLHF"}
     for name, title in (titles | {"preference_hh": "DPO, HH-RLHF"}).items():
@@ -127,7 +127,7 @@ def write_table(output: Path, seconds: float):
         "| PPO, HH-RLHF prompts | reward, held-out prompts | {:.3f} | {:.3f} |".format(*ends("ppo_hh", "eval/reward"))
     )
     kl = [row["kl"] for row in rows["ppo_hh"] if "kl" in row]
-    lines.append(f"| | KL to the SFT model, nats an answer | {kl[0]:.2f} | {kl[-1]:.2f} (most: {max(kl):.2f}) |")
+    lines.append(f"| | KL to the SFT model, nats per response | {kl[0]:.2f} | {kl[-1]:.2f} (most: {max(kl):.2f}) |")
     fill_figures(ROOT / "docs" / "real-data.md", "\n".join(lines))
     print("\n".join(lines))
 
