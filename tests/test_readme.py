@@ -23,8 +23,10 @@ from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+# In the order in which their commands run: other pages resume what the first run has made.
+FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "docs/first-run.md")
+PAGES = [ROOT / name for name in FIRST_PAGES]
+PAGES += sorted(set((ROOT / "docs").glob("*.md")) - set(PAGES))
 APPLICATIONS = sorted((ROOT / "applications").glob("*/README.md"))  # their own tests run their commands
 ALGORITHM_OF = {"train_sft.py": "sft", "train_rm.py": "reward", "train_ppo.py": "ppo"}
 ALGORITHM_OF |= {"train_preference.py": "preference", "train_grpo.py": "grpo"}
