@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MIB = 2**20
-STEPS = 2  # from the second one on there are optimiser states
+STEPS = 2  # from the second one on there are optimizer states
 SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, vocab_size=4000)
 LARGE = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=9, num_attention_heads=8, vocab_size=8000)
 LENGTHS = dict(max_length=256, max_prompt_length=128, max_new_tokens=64)
@@ -42,7 +42,7 @@ RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains somethi
     ("zero2, checkpointing, micro-batch 1", dict(plugin="zero2", micro_batch_size=1, **LEAN)),
     ("zero2-offload, checkpointing, micro-batch 1", dict(plugin="zero2-offload", micro_batch_size=1, **LEAN)),
     (
-        "gemini, optimiser on the host, checkpointing, micro-batch 1",
+        "gemini, optimizer on the host, checkpointing, micro-batch 1",
         dict(plugin="gemini", offload_optimizer_fraction=1.0, micro_batch_size=1, **LEAN),
     ),
     (

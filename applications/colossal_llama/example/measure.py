@@ -103,7 +103,7 @@ def tokenizer_table(output: Path, texts: dict[str, list[str]]) -> str:
     """Tokens a character of the held-out texts."""
     from transformers import AutoTokenizer
 
-    lines = ["| tokenizer | vocabulary | tokens a character, English | Chinese |", "|---|---|---|---|"]
+    lines = ["| tokenizer | vocabulary | tokens per character, English | Chinese |", "|---|---|---|---|"]
     for name in ("english", "extended"):
         tokenizer = AutoTokenizer.from_pretrained(output / "data" / name)
         rates = []
@@ -129,7 +129,7 @@ def english_tokens(output: Path, texts: list[str]) -> int:
 
 def loss_table(found, texts, tokens: int, arguments) -> str:
     """Each model's figures, one number a seed."""
-    lines = ["| model | bits a character, Chinese | English | English perplexity a token, to the English model's |"]
+    lines = ["| model | bits per character, Chinese | English | English perplexity per token, relative to the English model's |"]
     lines.append("|---|---|---|---|")
     for arm in ["", *arguments.arms]:
         cells = [[], [], []]
@@ -146,7 +146,7 @@ def loss_table(found, texts, tokens: int, arguments) -> str:
 
 def comparisons(found, texts, arguments) -> str:
     """The mean-initialised model beside the others, with bootstrap intervals over documents."""
-    lines = ["| bits a character, mean-initialised less | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    lines = ["| bits per character, mean-initialised minus | seed | difference | 95 % interval |", "|---|---|---|---|"]
     for arm in [arm for arm in arguments.arms if arm != "mean-initialised"]:
         language = "en" if arm == "no replay" else "zh"
         for seed in range(arguments.seeds):
