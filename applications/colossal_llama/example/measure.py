@@ -129,8 +129,8 @@ def english_tokens(output: Path, texts: list[str]) -> int:
 
 def loss_table(found, texts, tokens: int, arguments) -> str:
     """Each model's figures, one number a seed."""
-    lines = ["| model | bits per character, Chinese | English | English perplexity per token, relative to the English model's |"]
-    lines.append("|---|---|---|---|")
+    header = "| model | bits per character, Chinese | English |"
+    lines = [header + " English perplexity per token, relative to the English model's |", "|---|---|---|---|"]
     for arm in ["", *arguments.arms]:
         cells = [[], [], []]
         for seed in range(arguments.seeds):
