@@ -10,10 +10,11 @@ TORCH_NEWEST ?= torch
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 QUICK := not slow and not gpu and not slurm
 
-.PHONY: help install quickstart test test-slurm trl test-vllm test-newest test-all mutation bench bench-gpu lint format typecheck clean
+.PHONY: help install quickstart test test-slurm trl test-vllm test-newest test-all docs mutation bench bench-gpu lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -47,6 +48,9 @@ test-newest: $(READY)  ## Make .venv-newest with the newest packages that setup.
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)
 
+docs: $(DOCS)/.ready  ## Build the documentation in site/: open site/index.html, no server or network needed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 mutation: $(READY)  ## Change the losses and masks in small ways and list what no test notices (docs/mutation.md)
 	$(PY) tools/mutate.py
 
@@ -77,11 +81,15 @@ typecheck: $(READY)  ## Check the type hints
 	$(VENV)/bin/mypy
 
 clean:  ## Remove what the targets above made, .venv and runs/ excepted
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 .venv: $(READY)
 
 $(READY): setup.py requirements.txt requirements-colossalai.txt
 	tools/install.sh $(VENV) $(TORCH)
+	touch $@
+
+$(DOCS)/.ready: requirements-docs.txt
+	tools/install_docs.sh $(DOCS)
 	touch $@

@@ -47,7 +47,7 @@ COLORS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 def rates(result: dict) -> str:
     """A row a contender: its rate, the spread, CPU seconds and memory; and ours over it."""
     lines = [
-        "| case | contender | a second (spread) | ours over it | CPU s a turn | peak MiB |",
+        "| case | contender | per second (spread) | coati over it | CPU s per turn | peak MiB |",
         "|---|---|---|---|---|---|",
     ]
     for case, found in result["cases"].items():
@@ -66,7 +66,7 @@ def rates(result: dict) -> str:
 
 
 def targets(results: dict[str, dict]) -> str:
-    lines = ["| work | beside | at least | found |", "|---|---|---|---|"]
+    lines = ["| work | compared with | target | measured |", "|---|---|---|---|"]
     for kind, case, peer, least in TARGETS:
         found = results[kind]["cases"].get(case)
         if found is None:
@@ -88,7 +88,7 @@ def targets(results: dict[str, dict]) -> str:
 
 
 def memory(result: dict) -> str:
-    lines = ["| case | peer | ours over it |", "|---|---|---|"]
+    lines = ["| case | peer | coati over it |", "|---|---|---|"]
     for case, found in result["cases"].items():
         lines += [f"| {case} | {name} | {ratio:.2f} |" for name, ratio in found["memory_ratios"].items()]
     return "\n".join(lines)
@@ -105,11 +105,11 @@ def machine(result: dict) -> str:
 
 
 def draw_scaling(result: dict):
-    """Tokens a second and peak memory, over each axis."""
+    """Tokens per second and peak memory, over each axis."""
     axes = result["axes"]
     figure, plots = pyplot.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False)
     for column, (axis, points) in enumerate(axes.items()):
-        for row, (key, label) in enumerate((("rate", "tokens a second"), ("peak_mib", "peak memory, MiB"))):
+        for row, (key, label) in enumerate((("rate", "tokens per second"), ("peak_mib", "peak memory, MiB"))):
             plot = plots[row][column]
             names = next(iter(points.values()))["contenders"]
             for i, name in enumerate(names):

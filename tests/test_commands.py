@@ -102,7 +102,7 @@ def test_help_shows_the_common_settings_and_help_all_the_others(capsys):
 def test_flags_may_have_dashes_and_values_keep_theirs():
     config_class = ALGORITHMS["sft"].config
     config = parse_config(config_class, ["--max-length=64", "--run-name", "a-b", "--no-merge-lora"])
-    assert (config.data.max_length, config.tracking.run_name, config.model.merge_lora) == (64, "a-b", False)
+    assert (config.data.max_length, config.tracking.run_name, config.export.merge_lora) == (64, "a-b", False)
     with pytest.raises(UserError, match="'--learning-rat' is no flag"):
         parse_config(config_class, ["--learning-rat", "1"])
 

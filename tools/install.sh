@@ -8,19 +8,7 @@ venv=$1
 shift
 cd "$(dirname "$0")/.."
 
-find_python() {
-    # Run each one: a version manager leaves commands on PATH that exist but do not start.
-    local check='import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
-    for python in python3.11 python3.12 python3.10 python3 python; do
-        if "$python" -c "$check" >/dev/null 2>&1; then
-            echo "$python"
-            return
-        fi
-    done
-    echo "No Python 3.10, 3.11 or 3.12 with the venv module was found: install one (Debian: apt-get install" \
-        "python3-venv) and run make again." >&2
-    return 1
-}
+source tools/find_python.sh
 
 if ! "$venv/bin/python" -c "import pip" >/dev/null 2>&1; then
     python=$(find_python)

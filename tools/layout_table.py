@@ -59,7 +59,7 @@ def write_tables(base: Path):
 
 
 def of_family(family: str, layout: str) -> list[str]:
-    """The runs of an architecture that make a cell; none where the layout is refused."""
+    """The runs of an architecture that make a cell; none where the layout is unsupported."""
     if "split_sequence" in layout and not DECODERS[family].splits_sequence:
         return []
     # greedy responses differ in bf16
@@ -75,7 +75,7 @@ def table(results: dict, text: str, columns: dict[str, Callable[[str], list[str]
     lines = [text, "", f"| layout | processes | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
     for layout in LAYOUTS:
         cells = [difference(results, layout, runs(layout)) for runs in columns.values()]
-        if any(cell not in ("", "refused") for cell in cells):
+        if any(cell not in ("", "unsupported") for cell in cells):
             lines.append(f"| {layout} | {4 if ' x ' in layout else 2} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -91,7 +91,7 @@ def difference(results: dict, layout: str, runs: list[str]) -> str:
         for a, b in zip(*steps, strict=True):
             names = [name for name in b if name == "loss" or "bf16" not in layout]
             errors += [abs(a[name] - b[name]) / max(abs(b[name]), 0.1) for name in names]
-    return f"{max(errors):.0e}" if errors else "refused"
+    return f"{max(errors):.0e}" if errors else "unsupported"
 
 
 if __name__ == "__main__":

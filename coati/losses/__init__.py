@@ -11,16 +11,17 @@ Conventions, the same everywhere:
   loss; their sum is the loss. A mean of micro-batch means is another number, and the wrong one: with 1 target token in
   one micro-batch and 3 in another, a mean of means gives that one token the weight of three.
 
-  >>> import torch
-  >>> from coati.losses import cross_entropy
-  >>> first, second = torch.tensor([[0.0, -4.0, 0.0, 0.0]]), torch.tensor([[0.0, -1.0, -1.0, -1.0]])
-  >>> mask = lambda *tokens: torch.tensor([[t in tokens for t in range(4)]])
-  >>> partial_loss = lambda x, m: cross_entropy(x, m, denominator=4)[0]
-  >>> float(partial_loss(first, mask(1)) + partial_loss(second, mask(1, 2, 3)))  # a mean of means says 2.5
-  1.75
+* Losses return `(loss, metrics)`; metrics are detached and partial too, so that sums over micro-batches and ranks are the
+  global values.
 
-* Losses return `(loss, metrics)`; metrics are detached and partial too, so that sums over micro-batches and ranks are
-  the global values.
+Examples:
+    >>> import torch
+    >>> from coati.losses import cross_entropy
+    >>> first, second = torch.tensor([[0.0, -4.0, 0.0, 0.0]]), torch.tensor([[0.0, -1.0, -1.0, -1.0]])
+    >>> mask = lambda *tokens: torch.tensor([[t in tokens for t in range(4)]])
+    >>> partial_loss = lambda x, m: cross_entropy(x, m, denominator=4)[0]
+    >>> float(partial_loss(first, mask(1)) + partial_loss(second, mask(1, 2, 3)))  # a mean of means says 2.5
+    1.75
 """
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten

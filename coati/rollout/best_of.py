@@ -29,8 +29,9 @@ def best_of_n_kl(n: int) -> float:
 
     Exact when no two responses have the same score, an upper bound otherwise (Beirami et al., 2401.01879).
 
-    >>> round(best_of_n_kl(16), 3)
-    1.835
+    Examples:
+        >>> round(best_of_n_kl(16), 3)
+        1.835
     """
     return math.log(n) - (n - 1) / n
 

@@ -112,7 +112,7 @@ def write_table(output: Path, seconds: float):
         "",
         "| stage | figure | before | after |",
         "|---|---|---|---|",
-        "| SFT | held-out loss a token, nats | {:.3f} | {:.3f} |".format(*ends("sft", "eval/loss")),
+        "| SFT | held-out loss, nats per token | {:.3f} | {:.3f} |".format(*ends("sft", "eval/loss")),
     ]
     titles = {"reward_gsm8k": "reward model, GSM8K solutions", "reward_hh": "reward model, HH-RLHF"}
     for name, title in (titles | {"preference_hh": "DPO, HH-RLHF"}).items():

@@ -129,8 +129,8 @@ def english_tokens(output: Path, texts: list[str]) -> int:
 
 def loss_table(found, texts, tokens: int, arguments) -> str:
     """Each model's figures, one number per seed."""
-    lines = ["| model | bits per character, Chinese | English | English perplexity per token, to the English model's |"]
-    lines.append("|---|---|---|---|")
+    header = "| model | bits per character, Chinese | English |"
+    lines = [header + " English perplexity per token, relative to the English model's |", "|---|---|---|---|"]
     for arm in ["", *arguments.arms]:
         cells = [[], [], []]
         for seed in range(arguments.seeds):
@@ -146,7 +146,7 @@ def loss_table(found, texts, tokens: int, arguments) -> str:
 
 def comparisons(found, texts, arguments) -> str:
     """The mean-initialized model beside the others, with bootstrap intervals over documents."""
-    lines = ["| bits per character, mean-initialized less | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    lines = ["| bits per character, mean-initialized minus | seed | difference | 95 % interval |", "|---|---|---|---|"]
     for arm in [arm for arm in arguments.arms if arm != "mean-initialized"]:
         language = "en" if arm == "no replay" else "zh"
         for seed in range(arguments.seeds):
