@@ -1,7 +1,6 @@
 """What the README and the docs say is executed: their commands, examples, formats, errors, metrics and links."""
 
 import ast
-import dataclasses
 import doctest
 import os
 import re
@@ -18,10 +17,10 @@ from typing import Any
 import pytest
 
 from coati.commands import COMMANDS
-from coati.config import configure, parse_config
+from coati.config import as_flags, configure, parse_config
 from coati.errors import UserError
 from coati.tracking import read_metrics
-from tests.conftest import ROOT, settings_for, trainer_classes, write_rows
+from tests.conftest import ROOT, reward_model, settings_for, trainer_classes, write_rows
 
 # In the order in which their commands run: other pages resume what the first run has made.
 FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "docs/first-run.md")
@@ -104,9 +103,10 @@ def small_arguments(algorithm: str, arguments: list[str], place: dict[str, str])
     tiny = settings_for(algorithm, place)
     paths = ["--output_dir", f"{place['root']}/{config.output_dir}", "--cache_dir", place["cache"]]
     paths += ["--train_data", *tiny["train_data"], "--eval_data", *tiny["eval_data"], "--tokenizer", place["tokenizer"]]
-    paths += ["--model_config", place["model_config"]] if config.model_config else ["--model", place["policy"]]
+    from_scratch = config.model.model_config is not None
+    paths += ["--model_config", place["model_config"]] if from_scratch else ["--model", place["policy"]]
     if getattr(config, "reward_model", None):
-        paths += ["--reward_model", place["policy"]]
+        paths += as_flags({"rewards": [reward_model(place["policy"])]})
     return [*arguments, *SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
 
 
@@ -231,9 +231,8 @@ def test_the_worked_algorithm_trains_as_the_real_one(tiny_world, runtime, tmp_pa
     settings = settings_for("preference", tiny_world, steps=3, eval_every=1) | dict(algorithm="dpo")
     config_class, trainer_class = trainer_classes("preference")
     trainer_class(configure(config_class, **settings | dict(output_dir=str(tmp_path / "real"))), runtime).train()
-    fields = {field.name for field in dataclasses.fields(worked["PlainDPOConfig"])}
-    settings = {name: value for name, value in settings.items() if name in fields}
-    worked_config = worked["PlainDPOConfig"](**settings | dict(output_dir=str(tmp_path / "worked")))
+    settings = {name: value for name, value in settings.items() if name != "algorithm"}
+    worked_config = configure(worked["PlainDPOConfig"], **settings | dict(output_dir=str(tmp_path / "worked")))
     worked["PlainDPOTrainer"](worked_config, runtime).train()
     real, ours = (read_metrics(tmp_path / name) for name in ("real", "worked"))
     assert len(ours) == 4
@@ -301,9 +300,8 @@ def test_documented_formats_parse(kind):
     ids=("ppo", "grpo"),
 )
 def test_every_setting_and_metric_of_rollouts_is_explained(algorithm, changes, place, runtime, tmp_path):
-    from coati.rollout import GenerationConfig
+    from coati.config.schema import leaves
     from coati.tracking import read_metrics
-    from coati.trainers.config import TrainerConfig
 
     config_class, trainer_class = trainer_classes(algorithm)
     changes |= dict(steps=1, output_dir=str(tmp_path / "run"))
@@ -311,8 +309,10 @@ def test_every_setting_and_metric_of_rollouts_is_explained(algorithm, changes, p
     trainer_class(configure(config_class, **settings_for(algorithm, place, **changes)), runtime).train()
     logged = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step", "time"}
     logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
-    settings = {field.name for c in (config_class, GenerationConfig) for field in dataclasses.fields(c)}
-    settings -= {field.name for field in dataclasses.fields(TrainerConfig)}
+    own = {
+        path for path in leaves(config_class) if path.startswith(("algorithm.", "generation.", "scoring.", "rewards"))
+    }
+    settings = {path.rpartition(".")[2] for path in own} - {"type"}
     pages = {"ppo.md", "rewards.md", f"{algorithm}.md"}
     text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
     assert sorted(name for name in logged | settings if not re.search(f"`(--)?{re.escape(name)}`", text)) == []

@@ -57,8 +57,9 @@ def test_a_policy_says_what_it_is_and_how_it_was_made(tiny_world, runtime, tmp_p
         assert f"| {name} | {metrics[f'eval/{name}']:.6g} |" in found.text
     assert "| tokens |" not in found.text  # of training
     given = settings_in(found.text)
-    assert (given["beta"], given["learning_rate"], given["steps"]) == (0.3, 3e-3, 1)
-    assert {"loss", "seed", "output_dir", "cache_dir", "progress"}.isdisjoint(given)
+    assert given["algorithm"] == {"type": "dpo", "beta": 0.3}
+    assert (given["optimizer"]["learning_rate"], given["steps"]) == (3e-3, 1)
+    assert {"seed", "output_dir", "tracking"}.isdisjoint(given) and "cache_dir" not in given["data"]
     for package in ("torch", "transformers", "peft", "coati"):
         assert re.search(rf"{package} \d", found.text)
     run_example(found.text, folder)

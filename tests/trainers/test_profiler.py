@@ -83,7 +83,7 @@ def test_of_epochs_before_the_first_step(tiny_world, runtime, tmp_path):
 
 @pytest.mark.parametrize("chosen", [[0], [-1], [3, 0]])
 def test_steps_count_from_1(tiny_world, chosen):
-    with pytest.raises(UserError, match=r"profile_steps is .*at least 1"):
+    with pytest.raises(UserError, match=r"profile_steps\[\d\] is .*at least 1"):
         configure(SFTConfig, **settings_for("sft", tiny_world, profile_steps=chosen))
 
 
