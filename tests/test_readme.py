@@ -62,7 +62,7 @@ def words_of(command: str) -> list[str]:
 
 def is_training(command: str) -> bool:
     words = command.split()
-    is_command = words[0] == "coati" and any(word in COMMANDS for word in words) and words[1] != "init"
+    is_command = words[0] == "coati" and any(word in COMMANDS for word in words) and words[1] not in ("init", "plan")
     return (is_command or any(script in command for script in ALGORITHM_OF)) and "--help" not in command
 
 

@@ -11,8 +11,8 @@ Conventions, the same everywhere:
   loss; their sum is the loss. A mean of micro-batch means is another number, and the wrong one: with 1 target token in
   one micro-batch and 3 in another, a mean of means gives that one token the weight of three.
 
-* Losses return `(loss, metrics)`; metrics are detached and partial too, so that sums over micro-batches and ranks are the
-  global values.
+* Losses return `(loss, metrics)`; metrics are detached and partial too, so that sums over micro-batches and ranks are
+  the global values.
 
 Examples:
     >>> import torch

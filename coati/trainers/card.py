@@ -89,7 +89,7 @@ def method_of(trainer) -> tuple[str, str]:
     """The name of a run's method, and what it is, with links to its papers."""
     settings = getattr(trainer.config, "algorithm", None)
     if settings is None:
-        return trainer.algorithm, TITLES[trainer.algorithm]
+        return trainer.algorithm, TITLES.get(trainer.algorithm, trainer.algorithm)
     words = type(settings).__doc__.partition("\n")[0].rstrip(".")
     return settings.type, re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", words)
 
