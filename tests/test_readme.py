@@ -309,9 +309,7 @@ def test_every_setting_and_metric_of_rollouts_is_explained(algorithm, changes, p
     trainer_class(configure(config_class, **settings_for(algorithm, place, **changes)), runtime).train()
     logged = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step", "time"}
     logged = {re.sub("reward/.*", "reward/NAME", name) for name in logged}
-    own = {
-        path for path in leaves(config_class) if path.startswith(("algorithm.", "generation.", "scoring.", "rewards"))
-    }
+    own = {path for path in leaves(config_class) if path.startswith(("algorithm.", "generation.", "scoring."))}
     settings = {path.rpartition(".")[2] for path in own} - {"type"}
     pages = {"ppo.md", "rewards.md", f"{algorithm}.md"}
     text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
