@@ -34,6 +34,7 @@ setup(
         "rich>=13",
         "wandb>=0.18",
         "tensorboard>=2.14",
+        "pydantic>=2.10",
         "pyyaml>=6",
         "click>=8",
         "einops>=0.7",

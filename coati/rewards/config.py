@@ -255,7 +255,7 @@ class ScoringConfig(Settings):
     reward_clip: float | None = option(None, "scores are clamped to +- this", gt=0)
     normalize_reward: bool = option(False, "scores are normalized by their running mean and standard deviation")
     missing_eos_penalty: float | None = option(
-        None, "taken off the score of a response that does not end by itself", ge=0
+        None, "subtracted from the score of a response that does not end by itself", ge=0
     )
     reward_workers: int = option(
         1, "processes that score responses by rule while others are generated; 0 for none", ge=0

@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         log_probs: of the response tokens; values: before each of them; float32 `[batch, seq]`.
-        rollout_kl: of sampling from training, nats a token.
+        rollout_kl: of sampling from training, nats per token.
     """
 
     log_probs: Tensor

@@ -166,7 +166,7 @@ class Factory:
         if limit is not None and longest > limit.tokens:
             raise UserError(
                 f"rows of this run have up to {longest} tokens, and {type(model.transformer).__name__} {limit.reason} "
-                f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of answers: --max_new_tokens)"
+                f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of responses: --max_new_tokens)"
             )
 
     def _say_once(self, note: str):

@@ -172,7 +172,7 @@ class RunFolder:
         if self.config.checkpoints.resume == "never":
             if self.runtime.communicator.any(self.runtime.is_main and holds_work(self.path)):
                 raise UserError(
-                    f"{self.path} already holds a run: pass --resume auto to go on with it, or another --output_dir"
+                    f"{self.path} already contains a run: use --resume auto to continue, or another --output_dir"
                 )
         else:
             found = self.checkpoints.find(self.config.checkpoints.resume)

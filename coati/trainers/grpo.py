@@ -126,7 +126,7 @@ class GRPOTrainer(RolloutTrainer):
         return advantages
 
     def greedy_scores(self, samples: list[Sample], k: int) -> Tensor:
-        """What the policy's likeliest responses to the samples' prompts earn, `[samples]`."""
+        """What the policy's greedy responses to the samples' prompts earn, `[samples]`."""
         n = self.config.algorithm.group_size
         greedy = replace(self.config.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         prompts = [Prompt.from_sample(sample) for sample in samples[::n]]
@@ -173,7 +173,7 @@ class GRPOTrainer(RolloutTrainer):
         return part
 
     def refresh_reference(self):
-        """The reference becomes the policy of now."""
+        """The reference becomes the current policy."""
         with self.actor.full() as policy:
             self.reference.engine.module.load_state_dict(policy.state_dict())
 

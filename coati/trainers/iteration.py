@@ -41,7 +41,7 @@ def learn(
     group: int = 1,
 ) -> dict[str, float]:
     """`ppo_epochs` passes of `minibatches` optimizer steps each, in an order of their own; they end early when the
-    policy has moved `kl_stop` nats a token. Returns the means of the steps' metrics, and how many there were.
+    policy has moved `kl_stop` nats per token. Returns the means of the steps' metrics, and how many there were.
 
     Args:
         k: iteration.
@@ -63,7 +63,7 @@ def learn(
 def kl_metrics(
     batch: RolloutBatch, log_probs: Tensor, reference: Tensor, config: RolloutConfig, ranks
 ) -> dict[str, float]:
-    """Estimates of the KL to the reference: nats a response (`kl`, `kl/k1`, `kl/k3`) and a token.
+    """Estimates of the KL to the reference: nats per response (`kl`, `kl/k1`, `kl/k3`) and a token.
 
     Args:
         log_probs, reference: `[batch, seq]`.

@@ -58,7 +58,7 @@ class Policy:
         self.model = LanguageModel(engine, group=group)
 
     def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, float]:
-        """Those of training, `[batch, seq]`, and the KL of sampling from them, nats a token.
+        """Those of training, `[batch, seq]`, and the KL of sampling from them, nats per token.
 
         In fp32 they are those noted at sampling, up to rounding: a few rows are computed again to show it. In lower
         precision, on a sharded model and in vLLM they round differently, and all are.
@@ -84,7 +84,7 @@ class Policy:
         return log_probs, self.rollout_kl(batch, log_probs, mask)
 
     def rollout_kl(self, batch: RolloutBatch, log_probs: Tensor, mask: Tensor) -> float:
-        """The KL of sampling from training, nats a token; stops a run where they disagree.
+        """The KL of sampling from training, nats per token; stops a run where they disagree.
 
         Args:
             log_probs: as training computes them, `[batch, seq]`.

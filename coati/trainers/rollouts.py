@@ -106,7 +106,7 @@ class RolloutTrainer(Trainer):
         return ScoredGeneration(generator, scorer, self.tokenizer, eos_ids(self.tokenizer, self.actor.module))
 
     def build_rollouts(self) -> RolloutSource:
-        """Samples of the policy of now, drawn when an iteration asks for them."""
+        """Samples of the current policy, drawn when an iteration asks for them."""
         c = self.config
         group_size, minibatches = c.responses // c.batch_size, c.algorithm.minibatches
         return SynchronousRollouts(

@@ -4,7 +4,7 @@ import math
 
 
 def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup: float, final_rate: float) -> float:
-    """The learning rate of optimiser step `step` (0-based) of `total`.
+    """The learning rate of optimizer step `step` (0-based) of `total`.
 
     Rises linearly over the first `warmup * total` steps to `peak`, then stays (constant) or falls, linearly or along a
     half cosine, to `final_rate * peak`.

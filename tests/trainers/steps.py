@@ -1,4 +1,4 @@
-"""One real optimiser step of a trainer in many ways that must not matter, and what it gave: metrics and gradients."""
+"""One real optimizer step of a trainer in many ways that must not matter, and what it gave: metrics and gradients."""
 
 import dataclasses
 import functools
@@ -98,7 +98,7 @@ def end_some_answers(trainer):
 
 
 def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The metrics of the trainer's real step, and the gradients as the optimiser gets them, `engine.parameter`."""
+    """The metrics of the trainer's real step, and the gradients as the optimizer gets them, `engine.parameter`."""
     gradients: dict[str, torch.Tensor] = {}
     state = trainer.state()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:

@@ -88,7 +88,7 @@ def test_one_that_has_done_something_does(left, tiny_world, runtime, tmp_path, m
     found = [any(row["step"] > 0 for row in read_metrics(output)), any((output / "checkpoints").glob("step-*"))]
     assert [*found, (output / "model").exists()] == [left == "a logged step", left == "a checkpoint", left == "a model"]
     assert holds_work(output)
-    with pytest.raises(UserError, match="already holds a run: pass --resume auto"):
+    with pytest.raises(UserError, match="already contains a run: use --resume auto"):
         make("sft", tiny_world, runtime, output, steps=2)
     monkeypatch.undo()
     make("sft", tiny_world, runtime, output, steps=2, resume="auto").train()
@@ -123,7 +123,7 @@ def test_two_runs_started_at_once_are_one_run_and_one_line(tiny_world, tmp_path)
     statuses = sorted(run.returncode for run in runs)
     assert statuses == [0, 2], texts
     [refusal] = [err for run, (_, err) in zip(runs, texts, strict=True) if run.returncode == 2]
-    assert "another run is writing to" in refusal or "already holds a run" in refusal
+    assert "another run is writing to" in refusal or "already contains a run" in refusal
     assert "Traceback" not in refusal
     assert [row["step"] for row in read_metrics(output)] == [0, 1, 2, 3]
 

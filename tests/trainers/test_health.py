@@ -58,7 +58,7 @@ def spoiled(tiny_world, tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(case, spoiled):
-    """Weights and optimiser state of that model stay bitwise as they were; the steps around it are done."""
+    """Weights and optimizer state of that model stay bitwise as they were; the steps around it are done."""
     layout, algorithm, kind = case
     result, model = spoiled["-".join(case)], MODEL_OF[algorithm]
     assert [model in names for names in result["moved"]] == [step != SPOILED for step in range(4)]

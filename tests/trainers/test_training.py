@@ -65,7 +65,7 @@ def test_the_final_model_opens_in_plain_transformers(tiny_world, runtime, tmp_pa
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_resuming_is_bitwise_the_same_as_never_stopping(algorithm, tiny_world, runtime, tmp_path):
-    """PITFALL 25 and 13: sampler, random states, optimisers and KL state all go on; each model gets its own weights."""
+    """PITFALL 25 and 13: sampler, random states, optimizers and KL state all go on; each model gets its own weights."""
     changes = {}
     if algorithm == "ppo":  # sampling, so that the random state counts; adaptive KL and running statistics too
         changes = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=True)
@@ -154,7 +154,7 @@ def test_every_epoch_sees_every_row_in_another_order(tiny_world, runtime, tmp_pa
 
 
 def test_the_learning_rate_moves_with_the_steps(tiny_world, runtime, tmp_path):
-    """PITFALL 27: warm-up, then cosine, and the optimiser really gets it."""
+    """PITFALL 27: warm-up, then cosine, and the optimizer really gets it."""
     trainer = make("sft", tiny_world, runtime, tmp_path, steps=10, warmup=0.2, final_rate=0.0)
     trainer.train()
     rates = [row["learning_rate"] for row in read_metrics(tmp_path) if "learning_rate" in row]
