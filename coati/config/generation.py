@@ -17,10 +17,8 @@ class GenerationConfig(Settings):
     min_new_tokens: int = option(0, "shortest response, in tokens", ge=0)
     temperature: float = option(1.0, "of sampling; 0 for greedy", ge=0, common=True)
     top_k: int = option(0, "sample from the k most probable tokens only; 0 for all", ge=0)
-    top_p: float = option(1.0, "nucleus mass: sample from the fewest tokens that hold this much of the probability", gt=0, le=1)
-    min_p: float = option(
-        0.0, "leave out tokens less probable than this fraction of the most probable one", ge=0, le=1
-    )
+    top_p: float = option(1.0, "nucleus mass: sample from the fewest tokens that hold this probability", gt=0, le=1)
+    min_p: float = option(0.0, "leave out tokens less probable than this fraction of the most probable one", ge=0, le=1)
     repetition_penalty: float = option(1.0, "makes tokens that are there already less likely; 1 for none", gt=0)
     stop: ListOf[str] = option((), "texts that end a response, beside EOS")
     compile_generation: bool = option(
