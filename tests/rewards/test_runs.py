@@ -217,9 +217,11 @@ def test_the_documented_settings_parse(tmp_path):
     from coati.trainers.ppo import PPOConfig
     from tests.test_readme import ROOT, blocks
 
-    [block] = blocks(ROOT / "docs" / "rewards.md", "yaml")
-    (tmp_path / "ppo.yaml").write_text(block)
-    config = parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")])
-    [reward] = config.rewards
+    parsed = []
+    for block in blocks(ROOT / "docs" / "rewards.md", "yaml"):
+        (tmp_path / "ppo.yaml").write_text(block)
+        parsed.append(parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")]).rewards)
+    assert [(reward.type, reward.weight) for reward in parsed[0]] == [("math", 1.0), ("regex", 0.2), ("model", 0.5)]
+    [reward] = parsed[1]
     assert reward.type == "classifier" and reward.pad_token == "<|endoftext|>" and reward.padding_side == "right"
     assert reward.max_length == 256

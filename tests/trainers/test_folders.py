@@ -151,7 +151,7 @@ READ_ONLY = "/sys"  # in which nobody, root included, makes files
 def test_a_read_only_cache_is_one_line(cache, tiny_world, runtime, tmp_path):
     """REPORT 28."""
     with pytest.raises(
-        UserError, match=rf"The cache folder {cache} can(no|')t be (made|written) \(.*--cache_dir"
+        UserError, match=rf"The cache folder {cache} can(no|')t be (created|written) \(.*--cache_dir"
     ) as error:
         make("sft", tiny_world, runtime, tmp_path / "run", cache_dir=cache)
     assert "\n" not in str(error.value)

@@ -7,7 +7,7 @@ import pytest
 from coati.config import configure
 from coati.rewards import Reward
 from coati.rollout import Completion, PolicyGenerator, prompt_of
-from coati.rollout.generator import report
+from coati.rollout.generator import notify_done
 from coati.rollout.prompts import response_texts
 from coati.trainers.pairs import text_of
 from examples.tokenizer import byte_level_tokenizer
@@ -56,7 +56,7 @@ def respond_with(monkeypatch, tokenizer, *texts):
 
     def generate(self, requests, sampling, on_done=None):
         rows = tokenizer(list(texts[: len(requests)]), add_special_tokens=False)["input_ids"]
-        return report([Completion(ids, [-1.0] * len(ids), "eos") for ids in rows], on_done)
+        return notify_done([Completion(ids, [-1.0] * len(ids), "eos") for ids in rows], on_done)
 
     monkeypatch.setattr(PolicyGenerator, "generate", generate)
 

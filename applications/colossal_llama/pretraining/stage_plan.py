@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coati.config import merge, parse_settings, read_yaml, reconfigure, take_config_path
+from coati.config.plugin import PluginConfig
 from coati.errors import UserError
 from coati.run_layout import FINAL_MODEL
 from coati.trainers.paths import check_paths
@@ -23,8 +24,8 @@ class Plan:
         return self.stages[0].seed
 
     @property
-    def device(self) -> str:
-        return self.stages[0].device
+    def parallel(self) -> PluginConfig:
+        return self.stages[0].parallel
 
     @staticmethod
     def is_finished(stage: PretrainConfig) -> bool:
