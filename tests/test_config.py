@@ -5,16 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 from pydantic import Field
 
 import coati.config
-from coati.config import ListOf, asdict, configure, option, parse_config, reconfigure, settings
+from coati.config import ListOf, configure, option, parse_config, reconfigure, settings
 from coati.config.flags import range_of
 from coati.config.options import path_kind
-from coati.config.schema import Leaf, entry_classes, flags, leaves, paths_named, section_classes, types_of
+from coati.config.schema import Leaf, by_path, entry_classes, flags, leaves, paths_named, section_classes, types_of
 from coati.errors import UserError
 from coati.initial import value_at
 from coati.losses import group, policy, preference
@@ -328,7 +329,7 @@ def test_every_setting_that_sounds_like_a_path_is_one(config_class):
 
 
 ALL_REWARDS = [
-    Leaf(f"{types_of(kind)[0]}.{name}", field, kind)
+    Leaf(f"{types_of(kind)[0]}.{name}", field)
     for kind in entry_classes(PPOConfig.__pydantic_fields__["rewards"].annotation)
     for name, field in kind.__pydantic_fields__.items()
 ]
@@ -538,6 +539,14 @@ def test_every_flag_means_one_setting(config_class):
     for path, name in names.items():
         assert paths_named(name, found) == paths_named(path, found) == [path]
         assert "." not in name
+
+
+def test_settings_by_path_keep_mappings_and_lists_whole():
+    config = configure(GRPOConfig, chat_template_kwargs={"a": {"b": 1}}, rewards=["math"], algorithm="dapo")
+    found = by_path(config)
+    assert found["data.chat_template_kwargs"] == {"a": {"b": 1}} and found["algorithm.type"] == "dapo"
+    assert [reward["type"] for reward in found["rewards"]] == ["math"]
+    assert found.keys() == leaves(GRPOConfig, "dapo").keys()
 
 
 def test_a_copy_with_other_settings_keeps_the_rest():

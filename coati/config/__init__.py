@@ -4,7 +4,7 @@ Nothing here imports torch, so that a mistake in a file is reported at once.
 """
 
 from coati.config.flags import as_flags
-from coati.config.options import ListOf, Settings, asdict, inherited, option, section, settings
+from coati.config.options import ListOf, Settings, inherited, option, section, settings
 from coati.config.parse import configure, merge, parse_config, parse_settings, reconfigure, take_config_path
 from coati.config.yaml12 import read_yaml
 
@@ -12,7 +12,6 @@ __all__ = [
     "ListOf",
     "Settings",
     "as_flags",
-    "asdict",
     "configure",
     "inherited",
     "merge",

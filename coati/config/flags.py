@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from coati.config.options import is_common
-from coati.config.schema import Leaf, entry_classes, flags, leaves, paths_named
+from coati.config.schema import BOUNDS, Leaf, bounds_of, entry_classes, flags, leaves, paths_named
 from coati.config.yaml12 import read_words
 from coati.errors import UserError
 
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
-BOUNDS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,15 @@ def _parser(
     if has_common:
         parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all settings")
     groups: dict[str, Any] = {}
-    ordered = sorted(shown, key=lambda path: (not is_common(shown[path].field), len(groups)))
+    ordered = sorted(shown, key=lambda path: not is_common(shown[path].field))
     for path in [*ordered, *(path for path in every if path not in shown)]:
         leaf = shown.get(path, every[path])
         title = title_of(leaf.section, config_class)
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         text = help_of(leaf, defaults) if path in shown else argparse.SUPPRESS
         hidden = has_common and not is_common(leaf.field)
-        _add_flag(group, names[path], leaf, argparse.SUPPRESS if hidden else text).text = text
+        _add_flag(groups[title], names[path], leaf, argparse.SUPPRESS if hidden else text).text = text
     return parser
 
 
@@ -165,13 +164,7 @@ def _add_flag(group, name: str, leaf: Leaf, text: str) -> argparse.Action:
 
 def range_of(field: FieldInfo) -> str:
     """The bounds of a setting in words, such as "at least 0 and below 1"; empty without any."""
-    bounds = [(BOUNDS[type(one)], one) for one in field.metadata if type(one) in BOUNDS]
-    return " and ".join(f"{words} {getattr(one, name)}" for (words, name), one in bounds)
-
-
-def default_of(field: FieldInfo):
-    """The default of a setting."""
-    return field.get_default(call_default_factory=True)
+    return " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in bounds_of(field).items())
 
 
 def help_of(leaf: Leaf, defaults: Mapping[str, Any]) -> str:
@@ -180,7 +173,7 @@ def help_of(leaf: Leaf, defaults: Mapping[str, Any]) -> str:
     for name in leaf.path.split("."):
         default = default.get(name, {}) if isinstance(default, Mapping) else {}
     if default == {}:
-        default = default_of(leaf.field)
+        default = leaf.field.get_default(call_default_factory=True)
     if default is PydanticUndefined or default is None or default == []:
         default = "none"
     words = " ".join(map(str, default)) if isinstance(default, list) else str(default)

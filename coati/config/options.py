@@ -4,24 +4,22 @@ Settings are pydantic dataclasses: pydantic converts what a file or a flag says 
 is wrong at once.
 """
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import dataclass_transform
 
 from coati.config.problems import in_words
+from coati.config.schema import bounds_of
 from coati.errors import UserError
 
 # data: a file, or the name of a data set; model: a folder, or a name on the hub; file: a file that is read;
 # function: FILE.py:name or module:name; checkpoint: never, auto or a folder; output: a folder that is written
 PathKind = Literal["data", "model", "file", "function", "checkpoint", "output"]
-BOUND_NAMES = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
 Entry = TypeVar("Entry")
 # a list, or what is its only entry
 ListOf = Annotated[list[Entry], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
@@ -55,8 +53,7 @@ def option(
 def inherited(base: type, name: str, default):
     """The field of a base class with another default."""
     field = base.__pydantic_fields__[name]
-    bounds = {BOUND_NAMES[type(one)]: getattr(one, BOUND_NAMES[type(one)]) for one in field.metadata}
-    return option(default, field.description, path=path_kind(field), common=is_common(field), **bounds)
+    return option(default, field.description, path=path_kind(field), common=is_common(field), **bounds_of(field))
 
 
 def section(settings_class, help: str | None = None):
@@ -121,8 +118,3 @@ def expand_home(config):
             setattr(config, name, [os.path.expanduser(path) for path in value])
         else:
             setattr(config, name, os.path.expanduser(value))
-
-
-def asdict(config) -> dict[str, Any]:
-    """All settings, sections as mappings."""
-    return dataclasses.asdict(config)

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from coati.config.flags import read_flags
-from coati.config.options import asdict
 from coati.config.problems import in_words, unknown
 from coati.config.schema import entry_classes, leaves, main_setting, paths_named, section_classes, types_of
 from coati.config.yaml12 import plain, read_yaml

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from coati.config.schema import entry_classes, leaves, section_classes, types_of
+from coati.config.schema import BOUNDS, entry_classes, leaves, section_classes, types_of
 from coati.config.yaml12 import plain
 
 # what pydantic's types of errors begin with
@@ -19,12 +19,6 @@ TAKES = {
     "dict": "a mapping",
     "dataclass": "settings of its own",
     "model": "settings of its own",
-}
-BOUNDS = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
 }
 
 
@@ -59,9 +53,9 @@ def _in_words(error: dict[str, Any], settings_class: type, named: Callable[[str]
     if kind == "union_tag_invalid":
         tags = context["expected_tags"].replace("'", "")
         return f"{named(path)}: there is no type {context['tag']!r}; it is one of {tags}"
-    if kind in BOUNDS:
-        bound = {name: int(n) if n == int(n) else n for name, n in context.items()}
-        return f"{named(path)} is {_shown(value)}: it must be {BOUNDS[kind].format(**bound)}"
+    for name in BOUNDS.keys() & context.keys():
+        bound = int(context[name]) if context[name] == int(context[name]) else context[name]
+        return f"{named(path)} is {_shown(value)}: it must be {BOUNDS[name]} {bound}"
     if kind == "finite_number":
         return f"{named(path)} is {_shown(value)}: it must be finite"
     if kind == "literal_error":

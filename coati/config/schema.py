@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as pydantic names them, and as we do
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,10 @@ class Leaf:
     Attributes:
         path: its name with those of its sections, such as `optimizer.learning_rate`.
         field: its type, help, bounds and default.
-        owner: the class that declares it; of the alternatives of a union, the first that has it.
     """
 
     path: str
     field: FieldInfo
-    owner: type
 
     @property
     def section(self) -> str:
@@ -44,6 +45,21 @@ class Leaf:
     @property
     def is_mapping(self) -> bool:
         return any(get_origin(kind) is dict for kind in self.kinds)
+
+
+def bounds_of(field: FieldInfo) -> dict[str, float]:
+    """The bounds of a setting, by the names of `BOUNDS`."""
+    kinds = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
+    return {kinds[type(one)]: getattr(one, kinds[type(one)]) for one in field.metadata if type(one) in kinds}
+
+
+def by_path(config, prefix: str = "") -> dict[str, Any]:
+    """The values of all settings, by path; the entries of lists of settings are mappings."""
+    plain, found = dataclasses.asdict(config), {}
+    for name in plain:
+        value = getattr(config, name)
+        found |= by_path(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: plain[name]}
+    return found
 
 
 def alternatives(annotation) -> list[Any]:
@@ -90,7 +106,7 @@ def _leaves(settings_class: type, prefix: str, chosen: str | None) -> Iterator[L
             if chosen is None or len(classes) == 1 or chosen in types_of(one):
                 yield from _leaves(one, f"{prefix}{name}.", chosen)
         if not classes:
-            yield Leaf(prefix + name, field, settings_class)
+            yield Leaf(prefix + name, field)
 
 
 def types_of(settings_class: type) -> tuple[str, ...]:

@@ -18,11 +18,6 @@ if TYPE_CHECKING:  # settings are read before torch is loaded
     from coati.rewards.scorer import Scorer
 
 PLAIN = "{prompt}{response}"
-STYLES = (
-    "what counts as an answer: boxed (a box alone), marked (also what follows `The answer is` or ####), stated (also a "
-    "last line that is the answer), anywhere (also the last number)"
-)
-ANSWER_COLUMN = "the data's column with the right answer; a.b for the field b of an object a"
 
 
 @settings
@@ -59,12 +54,28 @@ class FunctionRewardSettings(RewardSettings):
 
 
 @settings
-class MathRewardSettings(RewardSettings):
+class AnswerRewardSettings(RewardSettings):
+    """What every reward has that compares with a right answer."""
+
+    answer_column: str = option("answer", "the data's column with the right answer; a.b for the field b of an object a")
+
+
+@settings
+class StyledRewardSettings(AnswerRewardSettings):
+    """What every reward has that looks for an answer in the response."""
+
+    answer_style: Style = option(
+        "stated",
+        "what counts as an answer: boxed (a box alone), marked (also what follows `The answer is` or ####), stated "
+        "(also a last line that is the answer), anywhere (also the last number)",
+    )
+
+
+@settings
+class MathRewardSettings(StyledRewardSettings):
     """The right number or expression."""
 
     type: Literal["math"] = option("math", "the right number or expression, compared by math-verify")
-    answer_column: str = option("answer", ANSWER_COLUMN)
-    answer_style: Style = option("stated", STYLES)
 
     def make(self, device):
         from coati.rewards.verifiable import MathVerifier
@@ -73,12 +84,10 @@ class MathRewardSettings(RewardSettings):
 
 
 @settings
-class GSM8KRewardSettings(RewardSettings):
+class GSM8KRewardSettings(StyledRewardSettings):
     """The right number."""
 
     type: Literal["gsm8k"] = option("gsm8k", "the right number, as GSM8K writes it")
-    answer_column: str = option("answer", ANSWER_COLUMN)
-    answer_style: Style = option("stated", STYLES)
 
     def make(self, device):
         from coati.rewards.verifiable import GSM8KVerifier
@@ -87,12 +96,10 @@ class GSM8KRewardSettings(RewardSettings):
 
 
 @settings
-class ChoiceRewardSettings(RewardSettings):
+class ChoiceRewardSettings(StyledRewardSettings):
     """The right letters."""
 
     type: Literal["choice"] = option("choice", "the right letter, or letters")
-    answer_column: str = option("answer", ANSWER_COLUMN)
-    answer_style: Style = option("stated", STYLES)
 
     def make(self, device):
         from coati.rewards.verifiable import ChoiceVerifier
@@ -101,11 +108,10 @@ class ChoiceRewardSettings(RewardSettings):
 
 
 @settings
-class ExactRewardSettings(RewardSettings):
+class ExactRewardSettings(AnswerRewardSettings):
     """The right text."""
 
     type: Literal["exact"] = option("exact", "the right text, once both are normalized")
-    answer_column: str = option("answer", ANSWER_COLUMN)
 
     def make(self, device):
         from coati.rewards.verifiable import ExactVerifier
@@ -114,12 +120,11 @@ class ExactRewardSettings(RewardSettings):
 
 
 @settings
-class RegexRewardSettings(RewardSettings):
+class RegexRewardSettings(AnswerRewardSettings):
     """A pattern."""
 
     type: Literal["regex"] = option("regex", "a pattern is found")
     pattern: str = option(..., "what is looked for; its first group, if any, must equal the right answer")
-    answer_column: str = option("answer", ANSWER_COLUMN)
 
     def make(self, device):
         from coati.rewards.verifiable import RegexVerifier
@@ -154,11 +159,10 @@ class JSONRewardSettings(RewardSettings):
 
 
 @settings
-class ReasoningGymRewardSettings(RewardSettings):
+class ReasoningGymRewardSettings(AnswerRewardSettings):
     """The scorer of a reasoning-gym task."""
 
     type: Literal["reasoning_gym"] = option("reasoning_gym", "the scorer of the row's reasoning-gym task")
-    answer_column: str = option("answer", ANSWER_COLUMN)
     allow_code_execution: bool = option(False, "allows tasks whose scorer evaluates the answer as Python")
 
     def make(self, device):

@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from coati.config import asdict, configure
+from coati.config import configure
+from coati.config.parse import in_sections
+from coati.config.schema import by_path
 from coati.models import Critic, RewardModel
 from coati.models.base import ValueHeadModel
 from coati.run_layout import CRITIC
 from coati.tracking import package_versions, read_metrics
-from coati.trainers.resume import UNSAID
+from coati.trainers.resume import said
 
 TITLES = {"sft": "Supervised fine-tuning", "pretrain": "Continual pre-training"}
 
@@ -129,29 +131,10 @@ def metrics_table(metrics: dict[str, float]) -> str:
 
 def changed_settings(config) -> dict[str, Any]:
     """The settings that differ from their defaults, without those of `UNSAID`."""
-    default, found = asdict(default_of(config)), asdict(config)
-    return different(found, default)
-
-
-def default_of(config):
-    """The settings that a run of this method has where none is given."""
     method = getattr(config, "algorithm", None)
-    return configure(type(config), **({} if method is None else {"algorithm": method.type}))
-
-
-def different(found: dict[str, Any], default: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values that differ from the default ones, and the `type` of what has one."""
-    kept = {}
-    for name, value in found.items():
-        path, other = prefix + name, default.get(name)
-        if (path + ".").startswith(UNSAID) or path.startswith(UNSAID):
-            continue
-        if isinstance(value, dict) and isinstance(other, dict):
-            inner = different(value, other, f"{path}.")
-            kept |= {name: inner} if inner else {}
-        elif value != other or name == "type":
-            kept[name] = value
-    return kept
+    default = by_path(configure(type(config), **({} if method is None else {"algorithm": method.type})))
+    changed = {p: v for p, v in said(config).items() if p == "algorithm.type" or v != default[p]}
+    return in_sections(changed)
 
 
 def public(value):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from coati.config import asdict
 from coati.errors import UserError
 from coati.files import sync, write_json
 from coati.models.base import stored_dtype
@@ -28,7 +27,7 @@ from coati.tracking import read_metrics
 from coati.tracking.files import RUN, to_json
 from coati.trainers.config import TrainerConfig
 from coati.trainers.first_save import check_room, checkpoint_bytes, export_bytes, try_saving
-from coati.trainers.resume import UNSAID, changed_settings, flat, lines_of, refuse_other_models
+from coati.trainers.resume import changed_settings, lines_of, refuse_other_models, said
 
 
 class RunFolder:
@@ -79,8 +78,7 @@ class RunFolder:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that a checkpoint tells, as JSON has them."""
-        by_path = flat(json.loads(to_json(asdict(self.config))))
-        return {path: value for path, value in by_path.items() if not path.startswith(UNSAID)}
+        return json.loads(to_json(said(self.config)))
 
     # --- saving
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import time
+from dataclasses import asdict
 
-from coati.config import asdict
 from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
 from coati.parallel.update import SkippedSteps

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from coati.config.schema import by_path
 from coati.errors import UserError
 
 # What a run writes, where and how often: it trains the same
@@ -39,12 +40,9 @@ MEANING = {
 }
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their paths: {"a": {"b": 1}} as {"a.b": 1}."""
-    by_path = {}
-    for name, value in settings.items():
-        by_path |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return by_path
+def said(config) -> dict[str, Any]:
+    """The settings by path, without those of `UNSAID`."""
+    return {path: value for path, value in by_path(config).items() if not path.startswith(UNSAID)}
 
 
 def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

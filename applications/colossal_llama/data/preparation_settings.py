@@ -1,9 +1,10 @@
 """The settings of `prepare_pretrain`."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Literal
 
-from coati.config import ListOf, Settings, asdict, option, settings
+from coati.config import ListOf, Settings, option, settings
 from colossal_llama.data.deduplication import Deduplication
 from colossal_llama.data.quality_filters import Filters
 
