@@ -41,7 +41,8 @@ def run(job: dict, runtime) -> dict:
         after = [everything(engine) for engine in self.engines.values()]
         changed = [not same(*pair) for pair in zip(before, after, strict=True)]
         moved.append([n for n, yes in zip(self.engines, changed, strict=True) if runtime.communicator.any(yes)])
-        if self.config.model_parallel_size == 1 and self.config.plugin != "gemini":
+        parallel = self.config.parallel
+        if parallel.model_parallel_size == 1 and parallel.plugin != "gemini":
             engines = self.engines.values()
             weights = torch.cat([p.detach().flatten() for engine in engines for p in engine.module.parameters()])
             alike.append(all(torch.equal(weights, theirs) for theirs in runtime.communicator.gather(weights)))
