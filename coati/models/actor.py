@@ -60,7 +60,7 @@ class Actor(BaseModel):
             input_ids: `[batch, seq]`.
             attention_mask: `[batch, seq]`, False on padding, which may stand on either side; None for no padding.
             targets: bool `[batch, seq]`, the tokens whose log-probs are wanted; the others get 0, and logits are
-                in memory for a few tokens at a time only. For unsharded models only.
+                in memory for a few tokens at a time only.
             position_ids: `[batch, seq]`, of rows that hold several documents, see `run`.
             temperature: of the distribution whose log-probs are wanted.
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
@@ -90,7 +90,7 @@ class Actor(BaseModel):
             logits = packed.unpack(logits)
         next_ids = self.layout.split(input_ids.roll(-1, dims=1))
         outputs = _outputs_of_logits(self.layout, logits, next_ids, wanted)
-        outputs = tuple(align(self.layout.gather(output)[:, : input_ids.shape[1]]) for output in outputs)
+        outputs = tuple(self._aligned(output, input_ids) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _with_adapter(self, adapter: bool) -> AbstractContextManager:
@@ -121,21 +121,23 @@ class Actor(BaseModel):
         return states[0]
 
     def target_indices(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the tokens whose log-probs are computed, long `[tokens]`: one at least, since
+        """Rows and columns of this process's positions that predict targets, long `[tokens]`: one at least, since
         every weight must get a gradient under data parallelism."""
-        rows, columns = targets[:, 1:].nonzero(as_tuple=True)
+        predicts_target = nn.functional.pad(targets[:, 1:], (0, 1))
+        rows, columns = self.layout.split(predicts_target).nonzero(as_tuple=True)
         if len(rows) == 0:
             rows = columns = targets.new_zeros(1, dtype=torch.long)
-        return rows, columns + 1
+        return rows, columns
 
     def _target_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: LogitOutputs):
         """Log-probs (and more, see `_outputs_of_logits`) of the targets from the states that predict them, `MAX_LOGITS`
         logits at a time but those of `ROWS` tokens at least; the backward pass recomputes the logits."""
-        head, (rows, columns) = self.transformer.get_output_embeddings(), self.target_indices(targets)
-        states, ids = hidden[rows, columns - 1], input_ids[rows, columns]
+        head, places = self.transformer.get_output_embeddings(), self.target_indices(targets)
+        next_ids = self.layout.split(input_ids.roll(-1, dims=1))
+        states, ids = hidden[places], next_ids[places]
 
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            return _outputs_of_logits(Layout(), head(states), ids, wanted)
+            return _outputs_of_logits(self.layout, self.layout.logits(head, states), ids, wanted)
 
         max_logits = self.max_logits or MAX_LOGITS.get(hidden.device.type, 2**24)
         length = max(max_logits // self.config.get_text_config().vocab_size, ROWS)
@@ -156,9 +158,13 @@ class Actor(BaseModel):
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
         outputs = []
         for values in found:
-            zeros = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)
-            outputs.append(zeros.index_put((rows, columns), values) * targets)
+            predictions = torch.zeros(next_ids.shape, dtype=values.dtype, device=next_ids.device)
+            outputs.append(self._aligned(predictions.index_put(places, values), input_ids) * targets)
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _aligned(self, predictions: Tensor, input_ids: Tensor) -> Tensor:
+        """`[batch, seq]`, aligned with the tokens, from what this process's positions predict."""
+        return align(self.layout.gather(predictions)[:, : input_ids.shape[1]])
 
     def next_logits(
         self,

@@ -1,6 +1,6 @@
 """How a model's tensors are distributed over processes."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from coati.losses.language import entropy, log_partition, next_log_probs
 
@@ -24,6 +24,10 @@ class Layout:
     def gather(self, x: Tensor) -> Tensor:
         """The inverse of `split`, with gradients: `[batch, seq]`, padded."""
         return x
+
+    def logits(self, head: nn.Module, states: Tensor) -> Tensor:
+        """This process's logits `[tokens, vocab]` from states `[tokens, hidden]` that the head has been called with."""
+        return head(states)
 
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
         """Log-probs of `next_ids` `[batch, seq]` under `logits` `[batch, seq, vocab]`, at each position."""

@@ -186,13 +186,10 @@ class HybridEngine(Engine):
 
     # --- forward
 
-    def __call__(self, **inputs):
-        return super().__call__(**_for_all_tokens(inputs))
-
     def forward_all(self, inputs):
         if not self.pipelined:
             return super().forward_all(inputs)
-        return self.plugin.scheduler.forward_all(self.model, [_for_all_tokens(one) for one in inputs])
+        return self.plugin.scheduler.forward_all(self.model, inputs)
 
     @property
     def gradient_ranks(self):
@@ -202,7 +199,7 @@ class HybridEngine(Engine):
         if not self.pipelined:
             return super().accumulate(tasks)
         schedule = self.plugin.scheduler
-        scaled = [(_for_all_tokens(task.inputs), self._scaled(task.loss)) for task in tasks]
+        scaled = [(task.inputs, self._scaled(task.loss)) for task in tasks]
         self.booster.execute_pipeline(iter(scaled), self.model, schedule.criterion, self.optimizer, return_loss=False)
         return schedule.from_last_stage(schedule.metrics)
 
@@ -284,11 +281,6 @@ class HybridEngine(Engine):
                     state[name] = torch.empty(shape, dtype=dtype)
                     dist.recv(state[name], src=dist.get_global_rank(group, source), group=group)
         return state
-
-
-def _for_all_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A split model computes the log-probs of all tokens, whatever the targets."""
-    return {name: value for name, value in inputs.items() if name != "targets"}
 
 
 @contextmanager

@@ -47,6 +47,9 @@ class MegatronSequenceLayout(UlyssesLayout):
     def gather(self, x: Tensor) -> Tensor:
         return x if self.has_head else super().gather(x)
 
+    def logits(self, head, states: Tensor) -> Tensor:
+        return self.vocabulary.logits(head, states)
+
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
         return self.vocabulary.log_probs(logits, next_ids, temperature)
 

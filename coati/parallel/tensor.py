@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coati.losses.language import at_temperature
 from coati.models.layout import Layout
 
 
@@ -154,15 +155,20 @@ def split_head(head: Any, group, sequence: MegatronSequence | None = None):
     split_column(head, group, copy=sequence is None)
     if sequence:
         head.register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
-    columns, rank, head.gathers_logits = head.weight.shape[0], dist.get_rank(group), False
+    columns, rank, project = head.weight.shape[0], dist.get_rank(group), head.forward
 
-    def give(module, inputs, logits: Tensor) -> Tensor:
+    def forward(states: Tensor) -> Tensor:
+        logits = project(states)
         if size < (rank + 1) * columns:
             filler = torch.arange(rank * columns, (rank + 1) * columns, device=logits.device) >= size
             logits = logits.masked_fill(filler, -torch.inf)
+        return logits
+
+    def gather_logits(module, inputs, logits: Tensor) -> Tensor:
         return torch.cat(gather(logits, group), -1)[..., :size] if head.gathers_logits else logits
 
-    head.register_forward_hook(give)
+    head.forward, head.gathers_logits = forward, False
+    head.register_forward_hook(gather_logits)
 
 
 def sum_gradient(parameter: nn.Parameter, group):
@@ -176,17 +182,20 @@ class VocabularyLayout(Layout):
     def __init__(self, group):
         self.group = group
 
+    def logits(self, head: nn.Module, states: Tensor) -> Tensor:
+        return head.forward(states)  # without its hooks: they have distributed the states
+
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
-        return _LogProbs.apply(_scaled(logits, temperature), next_ids, self.group)
+        return _LogProbs.apply(at_temperature(logits, temperature), next_ids, self.group)
 
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
-        logits = _scaled(logits, temperature)
+        logits = at_temperature(logits, temperature)
         log_probs = logits - _log_partition(logits, self.group)[..., None]
-        terms = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-        return -_summed(terms.sum(-1), self.group)
+        finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # where a logit is -inf, 0 * log 0 is 0
+        return -_summed(torch.linalg.vecdot(log_probs.exp(), finite), self.group)
 
     def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
-        return _LogPartition.apply(_scaled(logits, temperature), self.group)
+        return _LogPartition.apply(at_temperature(logits, temperature), self.group)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -205,8 +214,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         logits, partition, local, here = ctx.saved_tensors
-        probabilities = (logits - partition[..., None]).exp()
-        result = probabilities.mul_(-gradient[..., None])
+        result = (logits - partition[..., None]).exp_().mul_(-gradient[..., None])
         result.scatter_add_(-1, local, (gradient * here)[..., None])
         return result, None, None
 
@@ -227,13 +235,10 @@ class _LogPartition(torch.autograd.Function):
 
 
 def _log_partition(logits: Tensor, group) -> Tensor:
-    top = logits.amax(-1)
+    local = logits.logsumexp(-1)
+    top = local.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    return top + _summed((logits - top[..., None]).exp().sum(-1), group).log()
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    return top + _summed((local - top).exp(), group).log()
 
 
 class _Copy(torch.autograd.Function):

@@ -156,7 +156,7 @@ class PlannedEngine(Engine):
         key = key_of(inputs)
         if key not in self.shapes:
             with self.live.uncounted(), self.autocast():
-                self.shapes[key] = tree_map(spec_of, self.module(**self.part.inputs(inputs)))
+                self.shapes[key] = tree_map(spec_of, self.module(**inputs))
         return tree_map(lambda known: torch.zeros(known.shape, dtype=known.dtype), self.shapes[key])
 
 

@@ -73,15 +73,8 @@ class Part:
             del layers[-(-len(layers) // stages) :]
             leave_out_other_stages(model, self.stage == 0, self.is_last)
 
-    def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A split model computes the log-probs of all tokens, whatever the targets."""
-        if self.sizes.tensor * self.sizes.pipeline * self.sizes.sequence == 1:
-            return inputs
-        return {name: value for name, value in inputs.items() if name != "targets"}
-
     def forward(self, model: BaseModel, inputs: dict[str, Any]):
         """What the rank computes: of a split sequence, its tokens; on all stages but the last, hidden states."""
-        inputs = self.inputs(inputs)
         length = -(-inputs["input_ids"].shape[1] // self.sizes.sequence)
         inputs = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
         if self.is_last:

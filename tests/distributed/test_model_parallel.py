@@ -50,6 +50,7 @@ PAIRS = [(layout, family) for layout in TWO for family in FAMILIES if runs(layou
 def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
     return [
         family_job(f"{layout}-{family}-{algorithm}", algorithm, worlds[family], folder, **LAYOUTS.get(layout, {}))
+        | {"few_logits": layout != "one"}
         for layout in layouts
         for family in families
         for algorithm in ALGORITHMS
