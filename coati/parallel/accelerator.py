@@ -17,6 +17,8 @@ from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
+from torch.optim.adam import adam as adam_of_torch
+from torch.optim.adamw import adamw as adamw_of_torch
 
 
 class _NoStream:
@@ -120,7 +122,7 @@ def adam_update(params, grads, first, second, *, lr, betas, eps, step, adamw, bi
         raise ValueError("Adam without bias correction is not implemented")
     grads = [g.to(m.dtype) if scale == -1 else g.to(m.dtype) / scale for g, m in zip(grads, first, strict=True)]
     steps = [torch.tensor(float(step - 1), device=p.device) for p in params]  # the kernel counts before it uses them
-    update = torch.optim.adamw.adamw if adamw else torch.optim.adam.adam
+    update = adamw_of_torch if adamw else adam_of_torch
     settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
     update(params, grads, first, second, [], steps, fused=True, amsgrad=False, maximize=False, **settings)
 

@@ -1,0 +1,75 @@
+"""Every plugin, precision and way of splitting with every feature: refused in words, or a step of training."""
+
+import itertools
+import json
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from coati.errors import UserError
+from coati.losses import cross_entropy
+from coati.models import Actor
+from coati.models.lora import LoraSettings
+from coati.parallel import PluginConfig, check_plugin, launch
+from coati.parallel.factory import engine_class, make_engine
+from coati.parallel.runtime import Runtime, shutdown
+from tests.distributed.world import family_config
+
+PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SPLITS = {
+    "whole": {},
+    "tensor": dict(tensor_parallel=2),
+    "split_sequence": dict(tensor_parallel=2, split_sequence=True),
+    "pipeline": dict(pipeline_parallel=2),
+    "sequence": dict(sequence_parallel=2),
+    "tensor x sequence": dict(tensor_parallel=2, sequence_parallel=2),
+}
+FEATURES = ("all weights", "lora", "gradient_checkpointing")
+COMBINATIONS = list(itertools.product(PLUGINS, PRECISIONS, SPLITS, FEATURES))
+
+
+def work(file: str):
+    """One rank: what becomes of each combination where torch says that there is a GPU; to a file."""
+    runtime = launch(0)
+    results = [outcome(runtime, *combination) for combination in COMBINATIONS]
+    if runtime.is_main:
+        Path(file).write_text(json.dumps(results))
+    shutdown()
+
+
+def outcome(runtime: Runtime, plugin: str, precision: str, split: str, feature: str) -> dict:
+    """`refused`, the reason; or the losses of two steps."""
+    checkpointing = feature == "gradient_checkpointing"
+    config = PluginConfig(plugin=plugin, precision=precision, gradient_checkpointing=checkpointing, **SPLITS[split])
+    try:
+        with mock.patch("torch.cuda.is_available", return_value=True):
+            check_plugin(config, lora=feature == "lora")
+    except UserError as error:
+        return {"refused": str(error)}
+    return {"losses": train(runtime, config, LoraSettings(rank=2) if feature == "lora" else None)}
+
+
+def train(runtime: Runtime, config: PluginConfig, lora: LoraSettings | None) -> list[float]:
+    """Two steps on the same two micro-batches on every rank."""
+    torch.manual_seed(0)
+    dtype = engine_class(config).loads_in(config)
+    model = Actor(config=family_config("llama", 60), lora=lora, dtype=dtype)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    engine = make_engine(model, config, runtime, optimizer={}, accumulates=True)
+    ids = torch.arange(3, 27).reshape(2, 12) % 50
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    losses = []
+    for _ in range(2):
+        with engine.update(1e-2) as update:
+            update.add(
+                [ids, ids],
+                lambda batch: {"input_ids": batch, "attention_mask": mask, "targets": mask},
+                lambda log_probs, batch, count: cross_entropy(log_probs, mask, count),
+                lambda batch: mask[:, 1:].sum(),
+            )
+        losses.append(update.metrics["loss"])
+    assert engine.skipped_steps == 0
+    return losses
