@@ -216,9 +216,9 @@ CASES = [
 ]
 
 
-def plan_of(name: str, gpus: int = 2, own=TINY, others=(), **changes):
+def plan_of(name: str, gpus: int = 2, own=TINY, others=(), on_gpu: bool = True, **changes):
     config = configure(ALGORITHMS[name].config, **{**RUN, **SETTINGS[name], **changes})
-    return plan(Workload(name, config, own, gpus, other_configs=dict(others)))
+    return plan(Workload(name, config, own, gpus, on_gpu, other_configs=dict(others)))
 
 
 def models(found) -> set[str]:
@@ -265,10 +265,14 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("ppo", rewards=[classifier])) == {"actor", "critic", "reference", "classifier"}
 
 
-def test_vllm_has_weights_and_a_cache_of_its_own():
-    found = plan_of("grpo", rollout_engine="vllm", vllm_cache=0.5)
-    assert found.peak["vLLM", "KV cache"] == 2**29
-    assert found.peak["vLLM", "parameters"] == pytest.approx(found.peak["actor", "parameters"], rel=0.01)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_vllm_has_weights_and_a_cache_of_its_own_and_sleeps_on_a_gpu(on_gpu):
+    found = plan_of("grpo", rollout_engine="vllm", vllm_cache=0.5, on_gpu=on_gpu)
+    generating, training = found.phases["generate"], found.phases["learn"]
+    assert generating["vLLM", "KV cache"] == 2**29
+    assert generating["vLLM", "parameters"] == pytest.approx(generating["actor", "parameters"], rel=0.01)
+    kept = {item: 0 if on_gpu else generating[item] for item in generating if item[0] == "vLLM"}
+    assert {item: training[item] for item in kept} == kept
 
 
 def test_what_is_read_once_is_the_prompt_and_not_the_responses():

@@ -30,7 +30,7 @@ class GenerationConfig(Settings):
     rollout_engine: Literal["coati", "vllm"] = option(
         "coati", "what generates: coati's own engine, or vLLM (docs/ppo.md)"
     )
-    vllm_cache: float = option(1.0, "vLLM's KV-cache memory, GiB per process", gt=0)
+    vllm_cache: float | None = option(None, "vLLM's KV-cache memory, GiB per process: 8 on a GPU, 1 on a CPU", gt=0)
 
     def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_beams == 1 and (self.top_k or self.top_p < 1 or self.min_p):

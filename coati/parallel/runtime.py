@@ -92,7 +92,7 @@ def launch(seed: int = 42) -> Runtime:
     from coati.parallel import accelerator
 
     rank, world_size, local_rank = _rank_from_environment()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once; `deterministic` needs it
+    _set_cuda_variables()
     accelerator.install()
     device = _select_device(local_rank)
     _join_process_group(rank, world_size, device)
@@ -104,6 +104,14 @@ def launch(seed: int = 42) -> Runtime:
     _listen_for_stop(runtime)
     _quiet_other_ranks(runtime)
     return runtime
+
+
+def _set_cuda_variables():
+    """What cuBLAS and torch's allocator read once. What the user has set stays."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `deterministic` needs it
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which wins
+        # batches of every length would leave holes that no later batch fits into
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _select_device(local_rank: int) -> torch.device:

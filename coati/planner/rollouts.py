@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from coati.models.base import load_transformer
+from coati.parallel.engine import DTYPES
 from coati.planner.engine import PlannedEngine, give_shapes
 from coati.planner.live import LiveMemory
 from coati.rewards import Reward
@@ -44,10 +45,13 @@ class PlannedGenerator:
         return notify_done(completions, on_done)
 
     def start_vllm(self, sampling: GenerationConfig):
-        """It stays once it has started."""
+        """It stays once it has started; on a GPU it sleeps after each call."""
         if not self.vllm:
-            for kind, nbytes in vllm_memory(self.engine.module, sampling).items():
+            dtype = DTYPES[self.engine.precision]
+            for kind, nbytes in vllm_memory(self.engine.module, sampling, dtype, self.engine.memory.on_gpu).items():
                 self.vllm.append(self.live.make(nbytes, ("vLLM", kind)))
+        if self.engine.memory.on_gpu:
+            self.vllm.clear()
 
     def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
         """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams

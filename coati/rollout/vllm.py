@@ -1,8 +1,9 @@
 """vLLM (Kwon et al., 2309.06180) behind the rollout engine's interface, in this process.
 
 It starts when a model first generates and stays as long as the model. The weights are synced before each batch
-of requests. vLLM has log-probs before its temperature, or after everything; ours are those at the temperature and
-before anything else. So vLLM's temperature stays at 1, and its model's logits are scaled.
+of requests; on a GPU vLLM sleeps between batches, when its weights and its KV cache take no memory. It has log-probs
+before its temperature, or after everything; ours are those at the temperature and before anything else. So vLLM's
+temperature stays at 1, and its model's logits are scaled.
 """
 
 import copy
@@ -66,25 +67,27 @@ class VLLMEngine:
         """
         if not requests:
             return []
+        dtype = working_dtype(self.model)
         with _preserving_process_state(next(self.model.parameters()).device):
             os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in this process
             if self.model not in _engines:
-                _engines[self.model] = _start(self.model, self.config, self.slots)
+                _engines[self.model] = _start(self.model, self.config, self.slots, dtype)
             llm = _engines[self.model]
             self.check(requests, llm.llm_engine.model_config.max_model_len)
-            llm.collective_rpc(_load_weights, args=(_weights(self.model), 1 / (self.config.temperature or 1.0)))
-            if not llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept the KV cache of earlier weights")
-            prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-            try:
-                outputs = llm.generate(prompts, [self.parameters(r) for r in requests], use_tqdm=False)
-            except RuntimeError as error:
-                if "Unsupported" not in str(error):  # an unsupported head width is only noticed here
-                    raise
-                kind = type(self.model.transformer).__name__
-                raise UserError(f"vLLM does not support this {kind}: {str(error).splitlines()[0]}") from error
+            with _awake(llm, _weights(self.model), 1 / (self.config.temperature or 1.0)):
+                prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+                outputs = self.run(llm, prompts, [self.parameters(request) for request in requests])
         return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
+
+    def run(self, llm, prompts: list[dict], parameters: list) -> list:
+        try:
+            return llm.generate(prompts, parameters, use_tqdm=False)
+        except RuntimeError as error:
+            if "Unsupported" not in str(error):  # an unsupported head width is only noticed here
+                raise
+            kind = type(self.model.transformer).__name__
+            raise UserError(f"vLLM does not support this {kind}: {str(error).splitlines()[0]}") from error
 
     def check(self, requests: Sequence[Request], longest: int):
         if suppressed_ids(self.model):
@@ -135,11 +138,45 @@ class VLLMEngine:
         return Completion(ids[:count], log_probs[:count], reason)
 
 
-def _start(model, config: GenerationConfig, slots: int):
+def working_dtype(model) -> torch.dtype:
+    """What the model computes in: under autocast not what its weights are in."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+
+
+def cache_bytes(config: GenerationConfig, on_gpu: bool) -> int:
+    """Bytes of vLLM's KV cache."""
+    default = 8.0 if on_gpu else 1.0
+    return int((config.vllm_cache or default) * 2**30)
+
+
+def gpu_options(free: int, total: int, weights: int, cache: int) -> dict:
+    """What a `vllm.LLM` on a GPU is started with beside models that train. Arguments in bytes.
+
+    Raises:
+        UserError: there is too little free memory.
+    """
+    if weights + cache > free:
+        sizes = [f"{nbytes / 2**30:.1f} GiB" for nbytes in (weights, cache, free)]
+        raise UserError(
+            f"vLLM needs {sizes[0]} for its weights and {sizes[1]} for its KV cache, and {sizes[2]} of the GPU are "
+            "free: lower vllm_cache, shard the training states (--plugin zero2), or use rollout_engine coati"
+        )
+    # vLLM takes what it is told for its cache; it only compares this fraction with what is free
+    return dict(enforce_eager=False, enable_sleep_mode=True, gpu_memory_utilization=(weights + cache) / total)
+
+
+def _start(model, config: GenerationConfig, slots: int, dtype: torch.dtype):
     """A `vllm.LLM` of the model's architecture, with random weights."""
     from vllm import LLM
 
-    transformer = model.transformer
+    transformer, device = model.transformer, next(model.parameters()).device
+    sizes = vllm_memory(model, config, dtype, on_gpu=device.type == "cuda")
+    options: dict = dict(enforce_eager=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        options = gpu_options(*torch.cuda.mem_get_info(device), sizes["parameters"], sizes["KV cache"])
     architecture = copy.deepcopy(transformer.config)
     architecture.architectures = [type(transformer).__name__]
     architecture.eos_token_id = None  # min_tokens would hold it back, too
@@ -149,13 +186,15 @@ def _start(model, config: GenerationConfig, slots: int):
             llm = LLM(
                 folder,
                 load_format="dummy",
-                dtype=next(model.parameters()).dtype,
+                dtype=dtype,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # not the model's: nothing but our settings
-                enforce_eager=True,
+                # a vLLM per rank, each on the GPU of its rank: any other executor takes GPU 0
+                distributed_executor_backend="external_launcher",
                 max_model_len=-1,  # as much as fits
                 max_num_seqs=slots,
-                kv_cache_memory_bytes=int(config.vllm_cache * 2**30),
+                kv_cache_memory_bytes=sizes["KV cache"],
+                **options,
             )
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
@@ -165,11 +204,29 @@ def _start(model, config: GenerationConfig, slots: int):
     return llm
 
 
-def vllm_memory(model, config: GenerationConfig) -> dict[str, int]:
-    """Bytes that vLLM takes for as long as it runs, by kind: its own weights, and the KV cache."""
+@contextmanager
+def _awake(llm, weights: list[tuple[str, torch.Tensor]], scale: float):
+    """Inside, vLLM has these weights and a KV cache; they take memory of a GPU there only."""
+    sleeps = llm.llm_engine.model_config.enable_sleep_mode
+    if sleeps:
+        llm.wake_up(tags=["weights"])
+    llm.collective_rpc(_load_weights, args=(weights, scale))
+    if sleeps:
+        llm.wake_up(tags=["kv_cache"])
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM kept the KV cache of earlier weights")
+    try:
+        yield
+    finally:
+        if sleeps:
+            llm.sleep(level=2)  # the weights are not copied to the host: the next call brings new ones
+
+
+def vllm_memory(model, config: GenerationConfig, dtype: torch.dtype, on_gpu: bool) -> dict[str, int]:
+    """Bytes that vLLM takes while it generates (on a CPU, for as long as it runs), by kind: its own weights, and the
+    KV cache."""
     weights = {id(p): p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name}
-    width = next(model.parameters()).dtype.itemsize
-    return {"parameters": width * sum(weights.values()), "KV cache": int(config.vllm_cache * 2**30)}
+    return {"parameters": dtype.itemsize * sum(weights.values()), "KV cache": cache_bytes(config, on_gpu)}
 
 
 def _weights(model) -> list[tuple[str, torch.Tensor]]:

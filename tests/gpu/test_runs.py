@@ -66,6 +66,12 @@ def on_the_cpu(tiny_world, tmp_path_factory) -> dict[str, list[dict]]:
     return {name: read_metrics(folder / name) for name in job["algorithms"]}
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="the allocator is CUDA's")
+def test_the_allocators_segments_can_grow(runtime):
+    torch.ones(1, device=runtime.device)
+    assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+
+
 @pytest.mark.parametrize("layout", layouts(DEVICE))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_learns_as_on_a_cpu(algorithm, layout, tiny_world, runtime, tmp_path, on_the_cpu, figure):

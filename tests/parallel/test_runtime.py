@@ -273,3 +273,21 @@ def test_device_cpu_hides_gpus_before_torch_looks_for_them(tiny_world, tmp_path)
         command = [sys.executable, "-c", TRAINS, *arguments, "--device", device]
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert expected in found.stdout, found.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_allocators_memory_grows_unless_the_user_says_otherwise(monkeypatch, set_by_user, expected):
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that monkeypatch takes back what is written below
+        monkeypatch.delenv(name)
+    os.environ.update(set_by_user)
+    runtime_module._set_cuda_variables()
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from coati.models import Actor
 from coati.models.lora import LoraSettings
 from coati.rollout import GenerationConfig, Request, RolloutEngine
 from tests.conftest import settings_for, trainer_classes
+from tests.distributed.forks import run_jobs
 from tests.models.families import tiny_config
 
 EOS, VOCABULARY = 2, 50
@@ -25,6 +27,77 @@ WIDTH = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_
 def test_a_missing_vllm_is_named_with_its_remedy():
     with pytest.raises(UserError, match="`make test-vllm`"):
         GenerationConfig(rollout_engine="vllm").check_installed()
+
+
+class SleepyLLM:
+    """A `vllm.LLM` on a GPU, as far as it sleeps: it notes what it is asked, and can't work while it sleeps."""
+
+    def __init__(self):
+        self.awake, self.calls = {"weights", "kv_cache"}, []
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True, max_model_len=64))
+
+    def wake_up(self, tags):
+        self.calls.append(tuple(tags))
+        self.awake.update(tags)
+
+    def sleep(self, level):
+        assert level == 2
+        self.calls.append("sleep")
+        self.awake.clear()
+
+    def collective_rpc(self, function, args):
+        assert "weights" in self.awake
+        self.calls.append("load")
+
+    def reset_prefix_cache(self):
+        return True
+
+    def generate(self, prompts, parameters, use_tqdm):
+        assert self.awake == {"weights", "kv_cache"}
+        self.calls.append("generate")
+        raise KeyError("a failure in the middle")
+
+
+def test_on_a_gpu_vllm_sleeps_between_batches_and_after_a_failure(monkeypatch):
+    from coati.rollout import vllm
+
+    actor, llm = Actor(config=tiny_config("llama", **WIDTH)), SleepyLLM()
+    monkeypatch.setattr(vllm, "_start", lambda *arguments: llm)
+    monkeypatch.setattr(vllm.VLLMEngine, "parameters", lambda engine, request: None)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            complete(actor, [Request([5, 6])])
+        assert llm.calls == [("weights",), "load", ("kv_cache",), "generate", "sleep"]
+        llm.calls.clear()
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("free", "fits"), [(12, True), (9, False)])
+def test_vllm_takes_what_is_free_beside_the_models_or_says_what_is_missing(free, fits):
+    from coati.rollout.vllm import gpu_options
+
+    if not fits:
+        with pytest.raises(
+            UserError, match=r"needs 2\.0 GiB .* 8\.0 GiB .* and 9\.0 GiB of the GPU are free: lower vllm"
+        ):
+            gpu_options(free * GIB, 80 * GIB, 2 * GIB, 8 * GIB)
+        return
+    options = gpu_options(free * GIB, 80 * GIB, 2 * GIB, 8 * GIB)
+    assert options["gpu_memory_utilization"] * 80 <= free
+    assert options["enable_sleep_mode"] and not options["enforce_eager"]
+
+
+def test_vllm_computes_in_the_precision_of_autocast():
+    from coati.rollout.vllm import vllm_memory, working_dtype
+
+    actor = Actor(config=tiny_config("llama", **WIDTH))
+    assert working_dtype(actor) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert working_dtype(actor) == torch.bfloat16
+    sizes = [vllm_memory(actor, GenerationConfig(), dtype, True) for dtype in (torch.float32, torch.bfloat16)]
+    assert sizes[0]["parameters"] == 2 * sizes[1]["parameters"] and sizes[0]["KV cache"] == 8 * GIB
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +236,7 @@ def test_what_vllm_can_not_do_is_named(actors):
     actor = actors("llama")
     with pytest.raises(UserError, match="prompt 1 is empty"):
         complete(actor, [Request([3]), Request([])])
-    with pytest.raises(UserError, match="may have 130 tokens, and vLLM holds 128"):
+    with pytest.raises(UserError, match="may have 130 tokens, and vLLM's KV cache holds 128"):
         complete(actor, [Request([3], max_new_tokens=129)])
     with pytest.raises(UserError, match="leave out num_beams"):
         GenerationConfig(rollout_engine="vllm", num_beams=2).check_installed()
@@ -175,24 +248,48 @@ def test_a_model_that_vllm_does_not_run_is_named(vllm):
         complete(Actor(config=tiny_config("llama")).eval(), [Request([3])])
 
 
-@pytest.mark.parametrize("changes", [dict(temperature=0.8), dict(lora_rank=2), dict(shared_trunk=True, stop=["red"])])
-def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path, changes):
+def ppo_with_vllm(world, folder) -> dict:
+    """Settings of two iterations on a model whose heads vLLM knows."""
     from transformers import AutoTokenizer
 
-    from coati.tracking import read_metrics
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(world["tokenizer"])
     torch.manual_seed(3)
-    policy = tmp_path / "policy"
+    policy = folder / "policy"
     sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=128, **WIDTH)
     Actor(config=tiny_config("llama", **sizes)).save_pretrained(policy)
     tokenizer.save_pretrained(policy)
+    options = dict(model=str(policy), rollout_engine="vllm", steps=2, temperature=1.0, output_dir=str(folder / "run"))
+    return settings_for("ppo", world, **options)
+
+
+@pytest.mark.parametrize("changes", [dict(temperature=0.8), dict(lora_rank=2), dict(shared_trunk=True, stop=["red"])])
+def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path, changes):
+    from coati.tracking import read_metrics
+
     config_class, trainer_class = trainer_classes("ppo")
-    options = dict(model=str(policy), rollout_engine="vllm", steps=2, temperature=1.0, output_dir=str(tmp_path / "run"))
-    settings = settings_for("ppo", tiny_world, **options | changes)
+    settings = ppo_with_vllm(tiny_world, tmp_path) | changes
     trainer_class(configure(config_class, **settings), runtime).train()
     rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
     assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
+
+
+def test_each_process_has_a_vllm_of_its_own(vllm, tiny_world, tmp_path):
+    """Greedy responses and the training on them are those of coati's engine, rank by rank."""
+    settings = ppo_with_vllm(tiny_world, tmp_path) | dict(temperature=0.0, plugin="zero2")
+    names = ("coati", "vllm")
+    jobs = [
+        {
+            "name": name,
+            "algorithm": "ppo",
+            "settings": settings | dict(rollout_engine=name, output_dir=str(tmp_path / name)),
+        }
+        for name in names
+    ]
+    found = run_jobs(jobs, tmp_path, 2)
+    for metric in ("reward", "response_length", "policy_loss", "value_loss"):
+        expected, with_vllm = ([step[metric] for step in found[name]["steps"]] for name in names)
+        assert with_vllm == pytest.approx(expected, rel=1e-3, abs=1e-4), metric
+    assert max(step["rollout_kl"] for step in found["vllm"]["steps"]) < 1e-5
 
 
 @pytest.mark.parametrize("changes", [dict(plugin="gemini"), dict(tensor_parallel=2)])
