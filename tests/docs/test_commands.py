@@ -18,7 +18,7 @@ from coati.cli import main as coati
 from coati.commands import COMMANDS
 from coati.config import as_flags, configure
 from coati.trainers.algorithms import ALGORITHMS
-from tests.conftest import ROOT, reward_model, settings_for, trainer_classes, write_rows
+from tests.conftest import ROOT, reward_model, settings_for, trainer_classes
 from tests.docs.pages import PAGES, Piece, blocks, command_lines, explained_errors, spans, words_of
 from tests.docs.programs import check_target, job, launched, read_program
 
@@ -146,15 +146,6 @@ def own_files(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / name) for name in OWN_FILES}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_world) -> dict[str, str]:
-    """The tiny world, with prompts that carry an answer for rewards by rule, and a root for documented paths."""
-    root = tmp_path_factory.mktemp("documented")
-    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)]
-    prompts = write_rows(root / "prompts.jsonl", rows)
-    return tiny_world | {"prompts": prompts, "prompts_eval": prompts, "root": str(root)}
-
-
 def program(command: str, own_files: dict[str, str]) -> tuple[int, list[str]]:
     """How many processes a command starts, and the words of what they run, with files that are there."""
     variables, words = words_of(command)
@@ -241,7 +232,7 @@ def test_other_command_works(line, place, own_files, runtime, monkeypatch, capsy
             assert "--kl_coefficient" in capsys.readouterr().out
         case ["coati", "doctor"]:
             assert coati(words[1:]) == 0 and "zero2-offload" in capsys.readouterr().out
-        case ["coati", "plan", *_]:
+        case ["coati", "plan", *_] if not any(word in OWN_FILES for word in words):  # one: it takes seconds
             arguments = program(line.text, own_files)[1][1:]
             assert coati([*arguments, "--model_config", place["model_config"]]) == 0
             assert "fits" in capsys.readouterr().out

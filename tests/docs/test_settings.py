@@ -2,17 +2,18 @@
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from coati.commands import COMMANDS
 from coati.config import configure, parse_settings, read_yaml
-from coati.config.schema import leaves, paths_named
+from coati.config.schema import entry_classes, leaves, paths_named
 from coati.config.yaml12 import plain, read_words
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT
-from tests.docs.pages import PAGES, Piece, blocks, explained_errors, name_of, spans, text_of, words_of
+from tests.docs.pages import PAGES, Piece, blocks, explained_errors, name_of, prose, spans, text_of, words_of
 from tests.docs.test_commands import program_of
 
 # --- which settings a page is about
@@ -35,7 +36,8 @@ def settings_of(command: str) -> tuple[type, dict]:
 @cache
 def commands_of(page: str) -> list[str]:
     """The commands that a page is about: those of its row in the README's table of methods; else all."""
-    rows = re.findall(rf"^\| \[[^|]*\]\({re.escape(page)}[)#][^|]*\|([^|]*)\|", text_of(ROOT / "README.md"), re.MULTILINE)
+    row = rf"^\| \[[^|]*\]\({re.escape(page)}[)#][^|]*\|([^|]*)\|"
+    rows = re.findall(row, text_of(ROOT / "README.md"), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(.+?)`", row)]
     applications = {"colossal_llama": ["pretrain"], "colossal_eval": ["evaluate"]}
     return named or applications.get(page.split("/")[1] if "/" in page else "", []) or list(COMMANDS)
@@ -155,8 +157,8 @@ def code_of(*folders: str) -> str:
 
 @cache
 def scripts() -> str:
-    """The programs that have flags of their own, beside the methods, and `coati`'s tools."""
-    return code_of("applications", "examples", "tools", "benchmarks") + text_of(ROOT / "coati" / "planner" / "report.py")
+    """The programs that have flags of their own, beside the methods."""
+    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner")
 
 
 @cache
@@ -239,7 +241,8 @@ def reason_against(piece: Piece) -> str | None:
     if text.startswith("--"):
         return flags_problem(text, commands) and flags_problem(text, EVERY)
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", first) and first.partition(".")[0] in sections:
-        return None if any(first in leaves(settings_of(command)[0]) for command in EVERY) else "there is no such setting"
+        exists = any(first in leaves(settings_of(command)[0]) for command in EVERY)
+        return None if exists else "there is no such setting"
     if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", first):
         if value and " " not in value and is_setting(first, EVERY):
             return flags_problem(f"--{text}", EVERY)
@@ -260,6 +263,33 @@ def test_settings_in_sentences_exist_and_take_their_values(page):
     known = {**NOT_SETTINGS, **OTHER_NAMES}
     mine = {piece.text: reason for piece, reason in findings().items() if piece.page == name_of(page)}
     assert {text: reason for text, reason in mine.items() if text not in known} == {}
+
+
+def first_cells(page: Path, heads: str) -> list[str]:
+    """What stands between backticks in the first column of a page's tables with such a head."""
+    tables = re.findall(rf"^\| (?:{heads}) \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", prose(page), re.MULTILINE)
+    cells = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    return [text for cell in cells for text in re.findall("`(.+?)`", cell)]
+
+
+STYLE = ROOT / "coati" / "tracking" / "style.py"  # CSS, whose variables look like flags
+WITH_TABLES = [page for page in PAGES if first_cells(page, "[Ss]etting")]
+
+
+@pytest.mark.parametrize("page", WITH_TABLES, ids=name_of)
+def test_tables_of_settings_list_settings(page):
+    """Those of the methods that the page is about; of rewards' entries on the page of all settings."""
+    commands = commands_of(name_of(page))
+    names = [text.removeprefix("--").partition(" ")[0] for text in first_cells(page, "[Ss]etting")]
+    rewards = entry_classes(settings_of("ppo")[0].__pydantic_fields__["rewards"].annotation)
+    of_rewards = {name for kind in rewards for name in kind.__pydantic_fields__}
+    assert [name for name in names if not is_setting(name, commands) and name not in of_rewards] == []
+
+
+@pytest.mark.parametrize("file", [f for f in sorted((ROOT / "coati").rglob("*.py")) if f != STYLE], ids=name_of)
+def test_flags_that_messages_and_help_name_exist(file):
+    flags = re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9](?![\w{-])", text_of(file))
+    assert sorted({flag for flag in flags if flags_problem(flag, EVERY)}) == []
 
 
 def test_every_exception_is_used():
