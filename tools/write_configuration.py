@@ -22,9 +22,9 @@ section that is one word is its first setting: `model: FOLDER` is `model: {path:
 one, and all mistakes are named at once.
 
 Lists are YAML lists, or several words after the flag; mappings are YAML as flags too; true-or-false settings take
-`true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `run_name:
-1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder. In Python,
-`coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
+`true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `tracking:
+{run_name: 1.10}` and `generation: {stop: [no]}` are texts. `~/` at the beginning of a path is the home folder. In
+Python, `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
 
 All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints`, `export` and
 `tracking`, and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also

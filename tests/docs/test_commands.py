@@ -12,11 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click import UsageError
 
 from coati.cli import TOOLS
 from coati.cli import main as coati
 from coati.commands import COMMANDS
 from coati.config import as_flags, configure
+from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT, reward_model, settings_for, trainer_classes
 from tests.docs.pages import PAGES, Piece, blocks, command_lines, explained_errors, spans, words_of
@@ -234,7 +236,8 @@ def test_other_command_works(line, place, own_files, runtime, monkeypatch, capsy
             assert coati(words[1:]) == 0 and "zero2-offload" in capsys.readouterr().out
         case ["coati", "plan", *_] if not any(word in OWN_FILES for word in words):  # one: it takes seconds
             arguments = program(line.text, own_files)[1][1:]
-            assert coati([*arguments, "--model_config", place["model_config"]]) == 0
+            small = ["--model_config", place["model_config"], "--max_prompt_length", "8", "--max_new_tokens", "4"]
+            assert coati([*arguments, *small]) == 0
             assert "fits" in capsys.readouterr().out
         case ["coati", "report", folder]:
             check_report(folder, place, runtime)
@@ -285,6 +288,42 @@ def test_a_command_in_a_sentence_is_one(piece, own_files, monkeypatch):
             read_program(["python", str(path.relative_to(ROOT)), *arguments], is_whole=False)
         case _:
             check(piece.text, own_files)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make everything",
+        "coati dpo --bta 0.1",
+        "coati dpo --beta much",
+        "coati dqo --beta 0.1",
+        "coati init dqo",
+        "coati run --processes 2 dpo --config dpo.yaml",
+        "coati run --nproc_per_node 2 dpo --config missing.yaml",
+        "coati plan ppo --gpu 8",
+        "colossalai run --nproc_per_node two examples/train_rm.py --config rm.yaml",
+        "colossalai run --nproc_per_node 7 examples/train_rm.py --config rm.yaml",  # batches don't divide among 7
+        "torchrun --processes 8 examples/train_rm.py --config rm.yaml",
+        "CONFIG=rm.yaml sbatch --node=4 examples/slurm/train_rm.sbatch",
+        "SETTINGS=rm.yaml sbatch examples/slurm/train_rm.sbatch",
+        "sbatch examples/slurm/train_rm.sbatch --bath_size 8",
+        "sbatch examples/slurm/train_ppo.sbatch",
+        "python examples/quickstart/run.py --spead 2",
+        "python examples/train_dpo.py --config dpo.yaml",
+        "python applications/colossal_eval/prepare.py --benchmarks mmlu --data FOLDER",
+        "python tools/write_configuration.py docs/configuration.md",
+        "python -m pytest tests/losses/test_nothing.py",
+        "pip install 'coati[everything]'",
+        "pip install -r requirements-gpu.txt",
+        "source venv/bin/activate",
+        "git push",
+    ],
+)
+def test_a_wrong_command_is_found(command, own_files, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    wrong = (AssertionError, UserError, SystemExit, FileNotFoundError, UsageError, pytest.fail.Exception)
+    with pytest.raises(wrong):
+        check(command, own_files)
 
 
 def test_no_command_stands_in_a_block_of_text():

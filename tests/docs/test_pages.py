@@ -22,7 +22,7 @@ from coati.errors import UserError
 from coati.tracking import read_metrics
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT, settings_for, trainer_classes
-from tests.docs.pages import PAGES, blocks, explained_errors, name_of, prose, text_of
+from tests.docs.pages import PAGES, blocks, explained_errors, name_of, prose, spans, text_of
 
 WITH_DOCTEST = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -257,6 +257,20 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (heading and heading not in anchors(target)):
             dead.append(link)
     assert dead == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_between_backticks_exist(page):
+    """Those of files and folders of this repository, and of tests by name."""
+    folders = "coati|tests|examples|docs|tools|benchmarks|applications"
+    paths = [s.text.rstrip("/") for s in spans(page) if re.fullmatch(rf"({folders})/[\w./*-]+(::\w+)?", s.text)]
+    missing = []
+    for path in paths:
+        file, _, test = path.partition("::")
+        found = list(ROOT.glob(file))
+        if not found or (test and f"def {test}(" not in text_of(found[0])):
+            missing.append(path)
+    assert missing == []
 
 
 def anchors(page: Path) -> set[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from coati.commands import COMMANDS
-from coati.config import configure, parse_settings, read_yaml
+from coati.config import parse_settings, read_yaml
 from coati.config.schema import entry_classes, leaves, paths_named
-from coati.config.yaml12 import plain, read_words
+from coati.config.yaml12 import read_words
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT
@@ -17,6 +17,12 @@ from tests.docs.pages import PAGES, Piece, blocks, explained_errors, name_of, pr
 from tests.docs.test_commands import program_of
 
 # --- which settings a page is about
+
+# The first command of each algorithm.
+FIRST = {name: next(c.name for c in COMMANDS.values() if c.algorithm == name) for name in ALGORITHMS}
+
+
+EVERY = [*dict.fromkeys([*FIRST.values(), *COMMANDS])]  # in this order one of the first few mostly takes a setting
 
 
 @cache
@@ -39,11 +45,11 @@ def commands_of(page: str) -> list[str]:
     row = rf"^\| \[[^|]*\]\({re.escape(page)}[)#][^|]*\|([^|]*)\|"
     rows = re.findall(row, text_of(ROOT / "README.md"), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(.+?)`", row)]
-    applications = {"colossal_llama": ["pretrain"], "colossal_eval": ["evaluate"]}
-    return named or applications.get(page.split("/")[1] if "/" in page else "", []) or list(COMMANDS)
-
-
-EVERY = [*COMMANDS, "pretrain", "evaluate"]
+    applications = {
+        "applications/colossal_llama/README.md": ["pretrain"],
+        "applications/colossal_eval/README.md": ["evaluate", *EVERY],  # it evaluates during training too
+    }
+    return named or applications.get(page) or EVERY
 
 
 def problem(commands: list[str], found: dict, flags: list[str]) -> str | None:
@@ -60,19 +66,27 @@ def problem(commands: list[str], found: dict, flags: list[str]) -> str | None:
     return reason
 
 
+@cache
+def leaves_of(command: str) -> dict:
+    return leaves(settings_of(command)[0])
+
+
 def is_setting(name: str, commands: list[str]) -> bool:
-    return any(paths_named(name, leaves(settings_of(command)[0])) for command in commands)
+    return any(paths_named(name, leaves_of(command)) for command in commands)
 
 
 # --- files and blocks
 
 
-def method_of(found: dict, name: str) -> str:
-    """The command that a settings file is for: what `algorithm` says, else the algorithm that the name begins with."""
+def named_method(found: dict) -> str | None:
+    """The method that settings name."""
     algorithm = found.get("algorithm", {})
-    named = algorithm.get("type") if isinstance(algorithm, dict) else algorithm
-    first = {"sft": "sft", "reward": "reward", "preference": "dpo", "ppo": "ppo", "grpo": "grpo"}
-    return named or first[re.split("[_.]", name)[0]]
+    return algorithm.get("type") if isinstance(algorithm, dict) else algorithm
+
+
+def method_of(found: dict, name: str) -> str:
+    """The method that a settings file is for: the one that it names, or of the algorithm that its name begins with."""
+    return named_method(found) or FIRST[re.split("[_.]", name)[0]]
 
 
 # Files in YAML that are no settings of a method, and what reads them.
@@ -112,9 +126,9 @@ YAML_BLOCKS = [block for page in PAGES for block in blocks(page) if block.langua
 def test_a_block_of_settings_is_taken(block):
     """By the command that `algorithm` or the block's second word names (```yaml ppo), else by one of the page's."""
     found = read_words(block.text, block.page)
-    named = block.language.split()[1:] or ([method_of(found, "")] if "algorithm" in found else [])
-    assert set(named) <= set(EVERY)
-    assert problem(named or commands_of(block.page), found, []) is None
+    named = block.language.split()[1:] or [named_method(found)]
+    assert set(named) <= {*COMMANDS, None}
+    assert problem(commands_of(block.page) if named == [None] else named, found, []) is None
 
 
 # --- between backticks
@@ -188,31 +202,10 @@ def mapping_of(text: str) -> dict | None:
 
 
 def mapping_problem(text: str, found: dict, commands: list[str]) -> str | None:
-    """As `problem`, of what stands in a sentence: settings of a file, a reward, or a setting without its sections."""
-    if text.startswith("{") and "type" in found:
-        return problem(commands, {"rewards": [found]}, []) and problem(commands, {"algorithm": found}, [])
-    if text.startswith("{"):
-        return None if any(takes(command, found) for command in commands) else "no setting takes this mapping"
-    reason = problem(commands, found, [])
-    for command in commands if reason else []:
-        try:
-            configure(settings_of(command)[0], **plain(found))
-        except UserError:
-            continue
-        return None
-    return reason
-
-
-def takes(command: str, mapping: dict) -> bool:
-    """Whether a command has a setting that is a mapping, and that takes this one."""
-    config_class, _ = settings_of(command)
-    for path, leaf in leaves(config_class).items():
-        try:
-            if leaf.is_mapping and configure(config_class, **{path: plain(mapping)}):
-                return True
-        except UserError:
-            continue
-    return False
+    """As `problem`, of settings as a file has them, with their sections, or of an entry of `rewards` or `algorithm`."""
+    if not text.startswith("{"):
+        return problem(commands, found, [])
+    return problem(commands, {"rewards": [found]}, []) and problem(commands, {"algorithm": found}, [])
 
 
 def flags_problem(text: str, commands: list[str]) -> str | None:
@@ -234,14 +227,14 @@ def reason_against(piece: Piece) -> str | None:
     """Why what stands between two backticks is wrong as a setting; None if it is right, or none."""
     text, commands = piece.text, commands_of(piece.page)
     found = mapping_of(text)
-    sections = {path.partition(".")[0] for path in leaves(settings_of("ppo")[0]) if "." in path}
+    sections = {path.partition(".")[0] for path in leaves_of("ppo") if "." in path}
     first, _, value = text.partition(" ")
     if found is not None:
-        return mapping_problem(text, found, commands) and mapping_problem(text, found, EVERY)
+        return mapping_problem(text, found, commands)
     if text.startswith("--"):
-        return flags_problem(text, commands) and flags_problem(text, EVERY)
+        return flags_problem(text, commands)
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", first) and first.partition(".")[0] in sections:
-        exists = any(first in leaves(settings_of(command)[0]) for command in EVERY)
+        exists = any(first in leaves_of(command) for command in EVERY)
         return None if exists else "there is no such setting"
     if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", first):
         if value and " " not in value and is_setting(first, EVERY):
@@ -263,6 +256,52 @@ def test_settings_in_sentences_exist_and_take_their_values(page):
     known = {**NOT_SETTINGS, **OTHER_NAMES}
     mine = {piece.text: reason for piece, reason in findings().items() if piece.page == name_of(page)}
     assert {text: reason for text, reason in mine.items() if text not in known} == {}
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("docs/ppo.md", "--kl_coeff 0.1"),  # no such flag
+        ("docs/ppo.md", "--kl_coeff"),
+        ("docs/sft.md", "--kl_coefficient 0.1"),  # not of this page's method
+        ("docs/data.md", "--max_length many"),
+        ("docs/data.md", "--too_long cut"),
+        ("docs/plugins.md", "tensor_parallel 0"),  # out of range
+        ("docs/plugins.md", "parallel.plugins"),
+        ("docs/plugins.md", "plugin: {type: zero2}"),
+        ("docs/plugins.md", "parallel: {learning_rate: 1.0}"),  # in another section
+        ("docs/papers.md", "algorithm: {type: dapoo}"),
+        ("docs/papers.md", "algorithm: {type: dapo, clip_high: -1}"),
+        ("docs/rewards.md", "{type: maths}"),
+        ("docs/rewards.md", "{type: math, wieght: 2}"),
+        ("docs/rewards.md", "rewards: [maths]"),
+        ("docs/rewards.md", "--allow_code_execution true"),  # of an entry, so no flag
+        ("docs/tracking.md", "trackers: [tensorbord]"),
+        ("docs/sft.md", "warmup_ratio"),  # TRL's
+        ("docs/plugins.md", "gradient_checkpointing: true"),  # without its section
+        ("applications/colossal_llama/README.md", "mix: {zh: most}"),
+        ("applications/colossal_llama/README.md", "{zh: 0.7}"),  # of which setting?
+        ("applications/colossal_eval/README.md", "--shot 5"),
+    ],
+)
+def test_what_is_wrong_between_backticks_is_found(page, text):
+    assert reason_against(Piece(page, text))
+
+
+@pytest.mark.parametrize(
+    ("page", "language", "text"),
+    [
+        ("docs/tracking.md", "yaml", "trackers: [wandb]"),  # without its section
+        ("docs/tracking.md", "yaml", "tracking: {tracking_mode: of}"),
+        ("docs/ppo.md", "yaml", "algorithm: {group_size: 4}"),  # of another method
+        ("docs/plugins.md", "yaml sft", "algorithm: {type: dpo}"),
+        ("docs/plugins.md", "yaml", "algorithm: {type: dpo, clip_low: 0.1}"),
+        ("docs/plugins.md", "yaml mkdocs", "site_name: coati"),
+    ],
+)
+def test_what_is_wrong_in_a_block_is_found(page, language, text):
+    with pytest.raises(AssertionError):
+        test_a_block_of_settings_is_taken(Piece(page, text, language))
 
 
 def first_cells(page: Path, heads: str) -> list[str]:
