@@ -18,11 +18,9 @@ from tests.docs.test_commands import program_of
 
 # --- which settings a page is about
 
-# The first command of each algorithm.
+# The first command of each algorithm, and all commands: in this order one of the first mostly takes a setting.
 FIRST = {name: next(c.name for c in COMMANDS.values() if c.algorithm == name) for name in ALGORITHMS}
-
-
-EVERY = [*dict.fromkeys([*FIRST.values(), *COMMANDS])]  # in this order one of the first few mostly takes a setting
+EVERY = [*dict.fromkeys([*FIRST.values(), *COMMANDS])]
 
 
 @cache
