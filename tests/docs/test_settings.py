@@ -83,8 +83,9 @@ def named_method(found: dict) -> str | None:
 
 
 def method_of(found: dict, name: str) -> str:
-    """The method that a settings file is for: the one that it names, or of the algorithm that its name begins with."""
-    return named_method(found) or FIRST[re.split("[_.]", name)[0]]
+    """The method that a settings file is for: the one in it, or the one or the algorithm in the file's name."""
+    in_name = [word for word in re.split("[_.-]", name) if word in (*COMMANDS, *FIRST)]
+    return named_method(found) or FIRST.get(in_name[0], in_name[0])
 
 
 # Files in YAML that are no settings of a method, and what reads them.
