@@ -22,34 +22,27 @@ section that is one word is its first setting: `model: FOLDER` is `model: {path:
 one, and all mistakes are named at once.
 
 Lists are YAML lists, or several words after the flag; mappings are YAML as flags too; true-or-false settings take
-`true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `run_name:
-1.10` and `stop: [no]` are texts. `~/` at the beginning of a path is the home folder. In Python,
-`coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
+`true` or `false`. `null` leaves the default, `[]` empties a list. A setting's type says what a word is: `tracking:
+{run_name: 1.10}` and `generation: {stop: [no]}` are texts. `~/` at the beginning of a path is the home folder. In
+Python, `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
 
-All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints` and `tracking`,
-and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also `rewards`
-and `scoring`.
+All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints`, `export` and
+`tracking`, and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also
+`rewards` and `scoring`.
 """
 
 
 def page() -> str:
     from coati.config.generation import GenerationConfig
-    from coati.config.plugin import PluginConfig
-    from coati.config.schema import entry_classes
-    from coati.data.config import DataConfig
+    from coati.config.schema import entry_classes, section_classes
     from coati.rewards.config import RewardSettings, ScoringConfig
-    from coati.tracking.config import TrackingConfig
     from coati.trainers import config
 
     text = INTRODUCTION
     text += table("The run", config.TrainerConfig, level=2)
-    text += table("model", config.ModelConfig)
-    text += table("data", DataConfig)
-    text += table("optimizer", config.OptimizerConfig)
-    text += table("parallel", PluginConfig)
-    text += table("evaluation", config.EvaluationConfig)
-    text += table("checkpoints", config.CheckpointConfig)
-    text += table("tracking", TrackingConfig)
+    for name, field in config.TrainerConfig.__pydantic_fields__.items():
+        for kind in section_classes(field.annotation):
+            text += table(name, kind)
     text += table(
         "generation", GenerationConfig, note="Of SFT's samples, and of the responses of PPO, GRPO and the rest."
     )

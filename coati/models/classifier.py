@@ -39,7 +39,7 @@ def stored_classifier(source: str | Path):
     if config.num_labels != 1:
         raise UserError(
             f"the classifier in {source} has {config.num_labels} labels, a reward model has one score: "
-            "score with it as it is (--reward_classifiers, SequenceClassifierReward)"
+            "score with it as it is (a reward of type classifier, SequenceClassifierReward)"
         )
     return config
 
@@ -55,7 +55,7 @@ def score_weight(classifier: nn.Module) -> Tensor:
     if not linear or parts != {classifier.base_model_prefix, "score"}:
         raise UserError(
             f"{type(classifier).__name__} has another head than a RewardModel's one linear layer `score` at the last "
-            "token: its checkpoints can score as they are (--reward_classifiers, SequenceClassifierReward)"
+            "token: its checkpoints can score as they are (a reward of type classifier, SequenceClassifierReward)"
         )
     return classifier.score.weight
 

@@ -144,13 +144,13 @@ class SequenceClassifierReward(Reward):
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"can't load the tokenizer of reward classifier {self.source} from {tokenizer}: name another "
-                    f"(tokenizer=, --reward_classifier_tokenizer; {str(error).splitlines()[0]})"
+                    f"(the setting `tokenizer`; {str(error).splitlines()[0]})"
                 ) from error
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if len(tokenizer) > vocabulary:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens but the vocabulary of reward classifier {self.source} is "
-                f"{vocabulary}: give the classifier's own tokenizer (tokenizer=, --reward_classifier_tokenizer)"
+                f"{vocabulary}: give the classifier's own tokenizer (the setting `tokenizer`)"
             )
         return copy.deepcopy(tokenizer)
 
@@ -161,10 +161,10 @@ class SequenceClassifierReward(Reward):
         if pad_token is None:
             raise UserError(
                 f"{where} has no pad token{' and no EOS' if self.at_last_token else ''}: name a token of its "
-                "vocabulary to pad with (pad_token=, --reward_classifier_pad_token)"
+                "vocabulary to pad with (the setting `pad_token`)"
             )
         if pad_token not in tokenizer.get_vocab():
-            raise UserError(f"{where} has no token {pad_token!r} to pad with (--reward_classifier_pad_token)")
+            raise UserError(f"{where} has no token {pad_token!r} to pad with (the setting `pad_token`)")
         if not self.at_last_token and pad_token == tokenizer.eos_token:
             raise UserError(f"{type(self.model).__name__} takes EOS {pad_token!r} for the text's end: pad with another")
         if not self.at_last_token and side not in (None, tokenizer.padding_side):
@@ -186,7 +186,7 @@ class SequenceClassifierReward(Reward):
             return int(label)
         raise UserError(
             f"reward classifier {self.source} has the labels {', '.join(names)}, not {label}: say by name or index "
-            "which one is the reward (label=, --reward_classifier_label)"
+            "which one is the reward (the setting `label`)"
         )
 
     def _template(self, template: str) -> str:

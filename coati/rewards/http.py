@@ -79,7 +79,7 @@ class HTTPReward(Reward):
                 time.sleep(pause)
         raise UserError(
             f"reward URL {self.url} failed {self.retries + 1} times, the last with: {cause}; start the server, or "
-            f"allow more time (--reward_timeout, now {self.timeout:g} s) or tries (--reward_retries)"
+            f"give its entry in the rewards a longer timeout (now {self.timeout:g} s) or more retries"
         ) from cause
 
     def _read(self, reply: bytes, count: int) -> list[float | None]:

@@ -132,7 +132,7 @@ def test_a_config_goes_with_their_folder(tmp_path):
 
 def test_a_classifier_of_several_labels_is_scored_with_and_not_trained(tmp_path):
     classifier(tiny_config("llama", num_labels=3)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has 3 labels.*--reward_classifiers, SequenceClassifierReward"):
+    with pytest.raises(UserError, match=r"has 3 labels.*a reward of type classifier, SequenceClassifierReward"):
         RewardModel(tmp_path)
 
 

@@ -191,7 +191,7 @@ def test_the_label_is_chosen_by_name_or_index():
         scores = SequenceClassifierReward(model, gpt2_tokenizer(), label=label).score(samples([""] * len(TEXTS), TEXTS))
         torch.testing.assert_close(scores, logits[:, column], rtol=1e-4, atol=1e-5)
     for label in (None, "nice", 3, -1):
-        with pytest.raises(UserError, match=rf"labels bad, good, 1, not {label}.*--reward_classifier_label"):
+        with pytest.raises(UserError, match=rf"labels bad, good, 1, not {label}.*the setting `label`"):
             SequenceClassifierReward(model, gpt2_tokenizer(), label=label)
 
 
@@ -278,11 +278,11 @@ def no_pad_token():
 @pytest.mark.parametrize(
     ("model", "tokenizer", "options", "says"),
     [
-        (decoder, no_pad_token, {}, "no pad token and no EOS.*pad_token=, --reward_classifier_pad_token"),
+        (decoder, no_pad_token, {}, "no pad token and no EOS.*the setting `pad_token`"),
         (decoder, gpt2_tokenizer, dict(pad_token="[PAD]"), r"no token '\[PAD\]' to pad with"),
         (encoder, lambda: copy_without_pad(word_tokenizer()), {}, "no pad token: name a token"),
         (decoder, lambda: None, {}, "give its tokenizer too"),
-        (decoder, lambda: "nowhere", {}, "can't load the tokenizer of.*from nowhere.*tokenizer="),
+        (decoder, lambda: "nowhere", {}, "can't load the tokenizer of.*from nowhere.*the setting `tokenizer`"),
         (encoder, gpt2_tokenizer, {}, r"has \d+ tokens but the vocabulary of .* is 12: give the classifier's own"),
     ],
 )

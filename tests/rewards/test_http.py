@@ -84,7 +84,7 @@ def test_a_passing_trouble_is_retried_and_logged(trouble, says, server, caplog):
 @pytest.mark.parametrize(("trouble", "says"), [(0.6, "timed out"), (503, "503")])
 def test_a_lasting_trouble_is_one_error_after_all_tries(trouble, says, server, caplog):
     server.script = [trouble] * 9
-    with pytest.raises(UserError, match=rf"/score failed 3 times, the last with: .*{says}.*--reward_timeout"):
+    with pytest.raises(UserError, match=rf"/score failed 3 times, the last with: .*{says}.*longer timeout"):
         reward(server, retries=2).score(samples(PROMPTS, RESPONSES))
     assert len(server.asked) == 3
     waits = [r.getMessage().rpartition(" in ")[2] for r in caplog.records]

@@ -215,11 +215,12 @@ def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tm
 def test_the_documented_settings_parse(tmp_path):
     from coati.config import parse_config
     from coati.trainers.ppo import PPOConfig
-    from tests.test_readme import ROOT, blocks
+    from tests.conftest import ROOT
+    from tests.docs.pages import blocks
 
     parsed = []
     for block in blocks(ROOT / "docs" / "rewards.md", "yaml"):
-        (tmp_path / "ppo.yaml").write_text(block)
+        (tmp_path / "ppo.yaml").write_text(block.text)
         parsed.append(parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")]).rewards)
     assert [(reward.type, reward.weight) for reward in parsed[0]] == [("math", 1.0), ("regex", 0.2), ("model", 0.5)]
     [reward] = parsed[1]
