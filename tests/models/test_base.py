@@ -1,6 +1,7 @@
 """BaseModel's contract: a path, a config, both; sizes; keywords; saving; dropout."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from coati.errors import UserError
 from coati.models import Actor, BaseModel, Critic, RewardModel
 from coati.models.base import disable_dropout, hidden_size
+from coati.parallel import PluginConfig
+from coati.parallel.factory import engine_class
 from tests.models.families import FAMILIES, VOCABULARY, padded, rows, tiny_config
 
 CLASSES = {"base": BaseModel, "actor": Actor, "critic": Critic, "reward": RewardModel}
@@ -190,3 +193,25 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(name):
         model.enable_gradient_checkpointing()
     assert model.transformer.is_gradient_checkpointing
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def mapped_from(folder) -> list[tuple[int, int]]:
+    """Addresses of this process that show the weights' files in a folder."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    areas = [line[0].split("-") for line in lines if line[-1].startswith(str(folder)) and "safetensors" in line[-1]]
+    return [(int(start, 16), int(end, 16)) for start, end in areas]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells which files are mapped")
+@pytest.mark.parametrize("plugin", ["zero1", "zero2", "zero2-offload", "gemini"])
+def test_weights_in_the_working_precision_are_mapped_from_the_file_and_not_read_by_each_process(plugin, tmp_path):
+    """So processes of a machine share what they load; the plugins then take their shards from it."""
+    config = PluginConfig(plugin=plugin, precision="bf16")
+    stored = Actor(config=tiny_config("llama"), dtype=torch.bfloat16)
+    stored.save_pretrained(tmp_path)
+    actor = Actor(str(tmp_path), dtype=engine_class(config).loads_in(config))
+    areas = mapped_from(tmp_path)
+    outside = [
+        name for name, p in actor.named_parameters() if not any(start <= p.data_ptr() < end for start, end in areas)
+    ]
+    assert areas and not outside
