@@ -77,7 +77,7 @@ class Actor(BaseModel):
         )
         if shared_prefix_group > 1:
             packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
-            inputs = packed.inputs(self.model.dtype)
+            inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
         with self._with_adapter(adapter):
             if targets is not None and self._head_is_last is not False:
                 hidden = self._states_before_head(inputs)

@@ -23,6 +23,9 @@ from coati.models.quiet import quiet_transformers
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
+NEED_CUDA = ("flash_attention_2", "flex_attention")  # the latter has no backward pass on a CPU
+
+
 class BaseModel(nn.Module):
     """Wraps the transformer (without a head) that `AutoModel` makes.
 
@@ -61,10 +64,9 @@ class BaseModel(nn.Module):
         super().__init__()
         if pretrained is None and config is None:
             raise UserError(f"{type(self).__name__} needs a pretrained path, a config, or both")
-        if kwargs.get("attn_implementation") == "flash_attention_2" and not torch.cuda.is_available():
-            raise UserError(
-                "flash_attention_2 needs CUDA: leave attn_implementation at auto, which is sdpa on this machine"
-            )
+        attention = kwargs.get("attn_implementation")
+        if attention in NEED_CUDA and not torch.cuda.is_available():
+            raise UserError(f"{attention} needs CUDA: leave attn_implementation at auto, which is sdpa on this machine")
         is_adapted = isinstance(pretrained, str | Path) and is_adapter(pretrained)
         source = base_of_adapter(pretrained) if is_adapted else pretrained
         self.model, head = self._load_transformer(source, config, kwargs)
@@ -127,7 +129,7 @@ class BaseModel(nn.Module):
 
         Args:
             attention_mask: `[batch, seq]`. Padding may stand on either side: positions count real tokens. Or, with
-                `position_ids`, what is added to attention's scores, `[batch, 1, seq, seq]`.
+                `position_ids`, what is added to attention's scores, `[batch, 1, seq, seq]`, or a block mask of it.
             position_ids: `[batch, seq]`, of rows that hold several documents: 0 begins one, which attends to no other
                 (if `isolates_documents`). They replace the mask; padding is documents of one token.
             right_padded: padding stands on the right only. The model gets no mask then, if it needs none: attention
@@ -137,7 +139,7 @@ class BaseModel(nn.Module):
         inputs = {"input_ids": layout.split(input_ids), "use_cache": False, **self._options}
         if position_ids is not None:
             inputs["position_ids"] = layout.split(position_ids)
-            if attention_mask is not None and attention_mask.dim() == 4:
+            if attention_mask is not None and len(attention_mask.shape) == 4:
                 inputs["attention_mask"] = attention_mask
         elif right_padded and self.hides_right_padding:
             if not layout.is_plain:  # transformers counts from 0 in each process's part

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,14 @@ class PackedGroups:
 
     Attributes:
         input_ids, position_ids: long `[groups, packed]`; a token keeps the position it has in its own row.
-        visible: bool `[groups, 1, packed, packed]`, which token (last but one dimension) sees which (last): those of
-            its own row up to itself.
+        owner: long `[groups, packed]`, which of its group's rows each token is of; -1 for what is shared, and padding.
         packed_index: long `[group_size * groups, seq]`, where in its packed row each token of the batch is; anywhere
             for padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    visible: Tensor
+    owner: Tensor
     packed_index: Tensor
 
     @classmethod
@@ -45,15 +45,45 @@ class PackedGroups:
             return packed.scatter_(1, packed_index.where(real, width).flatten(1), values.flatten(1))[:, :width]
 
         member = torch.arange(group_size, device=ids.device)[:, None].where(is_own, -1)  # what is shared has none
-        owner, order = pack(member, -1), torch.arange(width, device=ids.device)
-        visible = (owner[:, None] == owner[..., None]) | (owner[:, None] < 0)
-        visible = visible & (order <= order[:, None])  # padding comes last: no real token sees it
         index_by_row = packed_index.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
-        return cls(pack(ids, 0), pack(column, 0), visible[:, None], index_by_row)
+        return cls(pack(ids, 0), pack(column, 0), pack(member, -1), index_by_row)
 
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Ids, what is added to attention's scores, and positions: keywords of `BaseModel.run`."""
-        mask = torch.zeros_like(self.visible, dtype=dtype).masked_fill(~self.visible, torch.finfo(dtype).min)
+    @property
+    def sees(self) -> Callable[..., Tensor]:
+        """Whether a token of a packed row sees another: a function of the numbers of the row, a head and the two."""
+        owner = self.owner
+
+        def sees(row, head, token, other):
+            # padding comes last: no real token sees it
+            return ((owner[row, other] == owner[row, token]) | (owner[row, other] < 0)) & (other <= token)
+
+        return sees
+
+    @property
+    def visible(self) -> Tensor:
+        """Bool `[groups, 1, packed, packed]`, which token (last but one dimension) sees which (last): those of its own
+        row up to itself."""
+        (groups, packed), device = self.owner.shape, self.owner.device
+        row, token = torch.arange(groups, device=device), torch.arange(packed, device=device)
+        return self.sees(row[:, None, None], None, token[:, None], token)[:, None]
+
+    def inputs(self, dtype: torch.dtype, attention: str) -> dict[str, Any]:
+        """Ids, mask, and positions: keywords of `BaseModel.run`.
+
+        Args:
+            dtype: of the model.
+            attention: its implementation in transformers. `flex_attention` (2412.05496) gets a mask by blocks and skips
+                those that nobody sees; others get what is added to the scores, `[groups, 1, packed, packed]`.
+        """
+        mask: Any
+        if attention == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            groups, packed = self.owner.shape
+            mask = create_block_mask(self.sees, groups, None, packed, packed, device=self.owner.device)
+        else:
+            visible = self.visible
+            mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -76,7 +106,7 @@ def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inpu
             so the mean over tokens counts (k3 between the two).
     """
     attention = model.config._attn_implementation
-    if attention in ("sdpa", "eager") and model.takes_positions:
+    if attention in ("sdpa", "eager", "flex_attention") and model.takes_positions:
         once, separately = forward_all([inputs, inputs | {"shared_prefix_group": 1}])
         difference = (once - separately)[inputs["targets"]]
         kl = (difference.exp() - 1 - difference).mean()

@@ -29,7 +29,8 @@ class ModelConfig(Settings):
         None, "folder or name of the tokenizer, if it isn't in --model's folder", path="model"
     )
     attn_implementation: str = option(
-        "auto", "sdpa, eager or flash_attention_2 (CUDA only); auto: sdpa where the model supports it, else eager"
+        "auto",
+        "sdpa, eager, on CUDA flash_attention_2 or flex_attention; auto: sdpa where the model supports it, else eager",
     )
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)

@@ -65,6 +65,14 @@ def test_shared_prompts_are_separate_rows(members, device, figure):
     real = inputs["attention_mask"]
     figure("error of shared prompts", relative_error(together * real, apart * real))
     torch.testing.assert_close(together[real], apart[real], rtol=1e-4, atol=1e-4)
+    if device.type == "cuda":
+        weigh = torch.randn(real.shape, generator=torch.Generator().manual_seed(2)).to(device) * real
+        _, expected = outputs_and_gradients(model, inputs, weigh)
+        model.model.set_attn_implementation("flex_attention")
+        by_blocks, gradient = outputs_and_gradients(model, inputs | {"shared_prefix_group": members}, weigh)
+        errors = relative_error(by_blocks * real, apart * real), relative_error(gradient, expected)
+        figure("error of shared prompts with a mask by blocks", [float(f"{error:.2g}") for error in errors])
+        assert errors[0] < 1e-3 and errors[1] < 1e-2  # TF32 in its kernels
 
 
 def test_losses_are_what_they_are_on_the_host(device):

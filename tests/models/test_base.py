@@ -106,10 +106,11 @@ def test_keywords_reach_from_pretrained_and_from_config(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_flash_attention_without_cuda_is_one_clear_error(name):
-    with pytest.raises(UserError, match=r"flash_attention_2 needs CUDA.*sdpa"):
-        CLASSES[name](config=tiny_config("llama"), attn_implementation="flash_attention_2")
+def test_attention_that_needs_cuda_is_one_clear_error_without_it(name, attention):
+    with pytest.raises(UserError, match=rf"{attention} needs CUDA.*sdpa"):
+        CLASSES[name](config=tiny_config("llama"), attn_implementation=attention)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """Groups of rows whose common beginning is read once: the log-probs and gradients that the rows have alone."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -56,6 +58,19 @@ def test_every_token_is_there_with_its_position_and_sees_its_own_row(shapes, see
 
 
 SOME = {2: [(9, 4, 6), (0, 1, 9), (3, 0, 5), (5, 4, 0)], 4: [(9, 4, 6, 0, 3), (0, 1, 9, 2, 2)]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="its kernel is compiled")
+@pytest.mark.parametrize("members", SOME)
+def test_a_mask_by_blocks_hides_what_the_square_one_does(members):
+    """On a CPU forward only; tests/gpu has gradients."""
+    actor, (ids, mask) = make("llama", initializer_range=0.3).eval(), batch_of(SOME[members])
+    expected = actor(ids, mask).detach()
+    actor.model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        found = actor(ids, mask, shared_prefix_group=members)
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("members", SOME)
