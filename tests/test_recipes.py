@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from coati.config import as_flags, parse_config
 from coati.config.schema import by_path
 from coati.config.yaml12 import plain, read_words
 from coati.trainers.algorithms import ALGORITHMS
+from coati.trainers.schedule import learning_rate_at
 from tests.conftest import ROOT, reward_model, settings_for, trainer_classes, write_rows
 
 METHODS = {
@@ -37,6 +39,7 @@ OF_THE_RUN = ("output_dir", "micro_batch_size", "evaluation", "checkpoints", "da
 OF_THE_RUN += ("generation.generation_batch_size", "algorithm.cache_reference", "algorithm.type", "parallel")
 # What a model brings along: how its texts look.
 OF_THE_MODEL = ("data.eos_token", "data.chat_template")
+SHOWN = {"rloo": "Sum it up.Fine.<eos>", "orpo": "<|user|>\nSum it up.<eos>\n<|assistant|>\nFine.<eos>\n"}
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,24 @@ def test_every_difference_to_the_paper_has_its_reason(name):
             assert row.why or yaml_value(paper) == yaml_value(row.here), row
 
 
+STEPS_OF_WARMUP = [
+    (name, *map(int, found.groups()))
+    for name in METHODS
+    for row in table_of(name)
+    if row.setting == "optimizer.warmup" and (found := re.search(r"the same: (\d+) of (?:about )?(\d+)", row.why))
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "total"), STEPS_OF_WARMUP)
+def test_a_share_of_warm_up_is_as_many_steps_as_the_paper_has(name, steps, total):
+    config = config_of(name)
+    rates = [learning_rate_at(k, total, 1.0, "constant", config.optimizer.warmup, 0.0) for k in range(total)]
+    assert rates.index(1.0) + 1 == steps
+    assert config.steps in (0, total)
+    [paper] = [row.paper for row in table_of(name) if row.setting == "optimizer.warmup"]
+    assert paper.startswith(f"{steps} ")
+
+
 def test_a_table_that_lies_is_found():
     """The checks above can fail: of a row with another value, and of a setting that there is none."""
     config = config_of("zephyr-dpo")
@@ -184,6 +205,19 @@ def test_a_table_that_lies_is_found():
     assert not same(config.data.train_data, yaml_value("HuggingFaceH4/ultrafeedback_binarized"))
     with pytest.raises(KeyError):
         value_at(config, "optimizer.momentum")
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_template_that_comes_with_a_recipe_is_that_of_its_model(name, tiny_world, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.chdir(ROOT)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world["tokenizer"])
+    tokenizer.chat_template = Path(config_of(name).data.chat_template).read_text(encoding="utf-8")
+    dialogue = [{"role": "user", "content": "Sum it up."}, {"role": "assistant", "content": "Fine."}]
+    assert tokenizer.apply_chat_template(dialogue, tokenize=False) == SHOWN[name]
+    prompt = tokenizer.apply_chat_template(dialogue[:1], tokenize=False, add_generation_prompt=True)
+    assert SHOWN[name].startswith(prompt) and prompt.endswith(("up.", "<|assistant|>\n"))
 
 
 # --- each trains
