@@ -269,3 +269,59 @@ def test_a_recipe_trains_for_two_steps(name, place, runtime, monkeypatch):
             assert value_at(config, path) == value
     trainer_classes(COMMANDS[METHODS[name]].algorithm)[1](config, runtime).train()
     assert (ROOT / config.output_dir / "model" / "config.json").is_file()
+
+
+# --- each fits
+
+MEMORY = 80  # GiB of one of the eight GPUs
+SEVEN_B = dict(num_hidden_layers=28, hidden_size=3584, intermediate_size=18944, num_attention_heads=28)
+THREE_B = dict(num_hidden_layers=36, hidden_size=2048, intermediate_size=11008, num_attention_heads=16)
+PYTHIA = dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=16384, num_attention_heads=32)
+# A published config.json: its class, and what differs from that class's defaults.
+SHAPES = {
+    "mistral": ("MistralConfig", {}),
+    "llama3": ("LlamaConfig", dict(vocab_size=128264, intermediate_size=14336, num_key_value_heads=8)),
+    "deepseek": ("LlamaConfig", dict(vocab_size=102400, num_hidden_layers=30)),
+    "qwen-7b": ("Qwen2Config", SEVEN_B | dict(vocab_size=152064, num_key_value_heads=4)),
+    "qwen-3b": ("Qwen2Config", THREE_B | dict(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True)),
+    "pythia": ("GPTNeoXConfig", PYTHIA | dict(vocab_size=50432)),
+}
+SHAPE_OF = {
+    "HuggingFaceH4/mistral-7b-sft-beta": "mistral",
+    "alignment-handbook/zephyr-7b-sft-full": "mistral",
+    "mistralai/Mistral-7B-v0.1": "mistral",
+    "weqweasdas/RM-Mistral-7B": "mistral",
+    "OpenRLHF/Llama-3-8b-sft-mixture": "llama3",
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": "llama3",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3",
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1": "llama3",
+    "deepseek-ai/deepseek-math-7b-instruct": "deepseek",
+    "Qwen/Qwen2.5-7B": "qwen-7b",
+    "Qwen/Qwen2.5-Math-7B": "qwen-7b",
+    "Qwen/Qwen2.5-3B-Instruct": "qwen-3b",
+    "cleanrl/EleutherAI_pythia-6.9b-deduped__sft__tldr": "pythia",
+    "cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr": "pythia",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_fits_its_gpus(name, tmp_path):
+    """By coati's own planner, with models of the published shapes."""
+    import transformers
+
+    from coati.planner.dry_run import plan
+    from coati.planner.report import GIB, USABLE, read_workload
+
+    text, found = text_of(name), set()
+    for model, shape in SHAPE_OF.items():
+        if model in text:
+            class_name, sizes = SHAPES[shape]
+            config_class = getattr(transformers, class_name)
+            config_class(max_position_embeddings=32768, dtype="bfloat16", **sizes).save_pretrained(tmp_path / shape)
+            text = text.replace(model, str(tmp_path / shape))
+            found.add(model)
+    assert config_of(name).model.path in found
+    (tmp_path / "recipe.yaml").write_text(text)
+    estimate = plan(read_workload(METHODS[name], ["--config", str(tmp_path / "recipe.yaml")], PROCESSES, on_gpu=True))
+    assert estimate.peak.total() <= USABLE * MEMORY * GIB
