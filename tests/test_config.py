@@ -369,6 +369,8 @@ NUMBERS = [
     (SFTConfig, "warmup", [2.0, -0.1], [0.0, 1.0]),
     (SFTConfig, "final_rate", [1.1], [0.0, 1.0]),
     (SFTConfig, "weight_decay", [-0.1], [0.0]),
+    (SFTConfig, "adam_beta1", [-0.1, 1.0], [0.0, 0.9]),
+    (SFTConfig, "adam_beta2", [-0.1, 1.0], [0.0, 0.999]),
     (SFTConfig, "max_grad_norm", [-1.0], [0.0]),
     (SFTConfig, "seed", [-1, 2**32], [0, 2**32 - 1]),
     (SFTConfig, "samples", [-1], [0]),

@@ -55,6 +55,8 @@ class OptimizerConfig(Settings):
     warmup: float = option(0.03, "share of the steps over which it rises from 0", ge=0, le=1)
     final_rate: float = option(0.1, "where linear and cosine end, as a share of the peak", ge=0, le=1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", ge=0)
+    adam_beta1: float = option(0.9, "decay of the gradients' running mean", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "decay of their squares' running mean", ge=0, lt=1)
 
 
 @settings
@@ -603,7 +605,7 @@ class RLOO(GRPO):
     advantage: Advantage = inherited(GRPO, "advantage", "rloo")
     policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "none")
     aggregation: Aggregation = inherited(GRPO, "aggregation", "constant")
-    kl_coefficient: float = inherited(GRPO, "kl_coefficient", 0.05)
+    kl_coefficient: float = inherited(GRPO, "kl_coefficient", 0.03)
     kl_estimator: KLEstimator = inherited(GRPO, "kl_estimator", "k1")
     kl_in: KLPlace = inherited(GRPO, "kl_in", "reward")
 

@@ -110,8 +110,10 @@ class Factory:
                 f"the weights of {self.config.model.path} are quantized, so they can't be trained: train adapters on "
                 "them (--lora_rank 16), or give the model in full precision"
             )
-        settings = dict(optimizer={"weight_decay": self.config.optimizer.weight_decay}, accumulates=accumulates)
-        return make_engine(model, self.config.parallel, self.runtime, generates=generates, **settings)
+        c = self.config.optimizer
+        optimizer = {"weight_decay": c.weight_decay, "betas": (c.adam_beta1, c.adam_beta2)}
+        how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates)
+        return make_engine(model, self.config.parallel, self.runtime, **how)
 
     def frozen(self, model: BaseModel) -> Engine:
         """A model that only computes."""

@@ -23,7 +23,7 @@ ALGORITHMS = {
     "DAPO": dict(aggregation="token", clip_high=0.28, dynamic_sampling=True, overlong_buffer=2, overlong_penalty=0.1),
     "GSPO": dict(policy_loss="gspo", clip_low=3e-4, clip_high=4e-4),
     "CISPO": dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0),
-    "RLOO": dict(advantage="rloo", policy_loss="none", kl_in="reward", kl_estimator="k1", kl_coefficient=0.05),
+    "RLOO": dict(advantage="rloo", policy_loss="none", kl_in="reward", kl_estimator="k1", kl_coefficient=0.03),
     "RLOO with a floor": dict(advantage="rloo_std", advantage_std_floor=0.2),
     "REINFORCE++": dict(advantage="reinforce++", kl_in="reward", kl_coefficient=0.01, aggregation="token"),
     "REINFORCE++ with a baseline": dict(advantage="reinforce++-baseline", kl_estimator="k2", kl_coefficient=0.01),

@@ -109,6 +109,7 @@ SAID = {
     "steps": (3, "the learning rate follows the new schedule"),
     "parallel.plugin": ("zero2", "weights and optimizer states are carried over"),
     "optimizer.weight_decay": (0.1, "from here on"),
+    "optimizer.adam_beta2": (0.95, "from here on"),
     "parallel.max_grad_norm": (0.5, "from here on"),
 }
 

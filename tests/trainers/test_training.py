@@ -397,3 +397,20 @@ def test_a_run_without_a_kl_penalty_has_no_reference(tiny_world, runtime, tmp_pa
     assert trainer.reference is None
     trainer.train()
     assert all(row["kl"] == 0 for row in read_metrics(tmp_path) if "kl" in row)
+
+
+@pytest.mark.parametrize(("algorithm", "plugin"), [("sft", "ddp"), ("sft", "zero2"), ("ppo", "ddp")])
+def test_the_optimizers_means_decay_as_asked(algorithm, plugin, tiny_world, runtime, tmp_path):
+    """After one step they are (1 - beta1) g and (1 - beta2) g^2, for the critic as well."""
+    beta1, beta2 = 0.8, 0.95
+    sizes = dict(steps=1, eval_data=[]) | (dict(ppo_epochs=1, minibatches=1) if algorithm == "ppo" else {})
+    changes = dict(plugin=plugin, adam_beta1=beta1, adam_beta2=beta2)
+    trainer = make(algorithm, tiny_world, runtime, tmp_path, **sizes, **changes)
+    trainer.train()
+    optimizers = [engine.optimizer.optim for engine in trainer.engines.values() if engine.optimizer is not None]
+    assert len(optimizers) == (2 if algorithm == "ppo" else 1)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            mean, squares = state["exp_avg"].double(), state["exp_avg_sq"].double()
+            expected = mean.square() * (1 - beta2) / (1 - beta1) ** 2
+            torch.testing.assert_close(squares, expected, rtol=1e-4, atol=1e-20)
