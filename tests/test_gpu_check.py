@@ -1,0 +1,39 @@
+"""The kit for a GPU runs here too, at tiny sizes on the CPU, so that it works when there is a GPU for half an hour."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+QUICK = ("parity", "rollout", "vllm")
+SLOW = ("runs", "decode", "train", "planner")  # the quickstart is a test of its own
+
+
+@pytest.mark.parametrize("parts", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=" ".join)
+def test_the_kit_passes_on_a_cpu(parts, tmp_path):
+    output = tmp_path / "figures.json"
+    command = ["tools/gpu_check.sh", "--device", "cpu", "--parts", *parts, "--output", str(output)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    found = json.loads(output.read_text())
+    assert list(found["parts"]) == list(parts)
+    assert found["versions"]["device"] == "cpu" and found["versions"]["torch"]
+    for name, part in found["parts"].items():
+        assert part["status"] == 0 and (name in ("planner", "vllm") or part["figures"]), name
+
+
+def test_a_part_that_fails_is_told_and_stops_no_other(tmp_path):
+    """Of a time that is up."""
+    output = tmp_path / "figures.json"
+    command = ["tools/gpu_check.sh", "--device", "cpu", "--parts", "parity", "rollout", "--minutes", "0"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "no time left" in done.stdout
+    assert {part["status"] for part in json.loads(output.read_text())["parts"].values()} == {"no time left"}
