@@ -12,7 +12,7 @@ from coati.trainers.algorithms import ALGORITHMS
 
 # what every run must be told; these stand in its place
 TO_REPLACE = {"model.path": "MODEL_FOLDER", "data.train_data": ["train.jsonl"], "output_dir": "runs/run"}
-REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "math"}]}
+REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "gsm8k"}]}
 
 
 def initial_settings(method: str) -> str:

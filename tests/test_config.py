@@ -179,6 +179,29 @@ def test_an_empty_list_empties_the_list(parse):
     assert parse("names: []\n").names == []
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["[]"], []),
+        (["[a, '---', no]"], ["a", "---", "no"]),
+        (["data[:3]"], ["data[:3]"]),  # no list
+        (["a", "[b]"], ["a", "[b]"]),  # several words are the list
+    ],
+)
+def test_a_list_may_be_yaml_as_a_flag_too(parse, words, names):
+    assert parse("names: [x]\n", "--names", *words).names == names
+    if len(words) == 1:
+        assert parse("names: [x]\n", f"--names={words[0]}").names == names
+
+
+def test_a_list_of_entries_may_be_yaml_as_a_flag_too():
+    written = "[{type: regex, pattern: x, weight: 2}, math]"
+    together = parse_config(PPOConfig, ["--rewards", written]).rewards
+    apart = parse_config(PPOConfig, ["--rewards", "{type: regex, pattern: x, weight: 2}", "math"]).rewards
+    assert together == apart and [reward.type for reward in together] == ["regex", "math"]
+    assert parse_config(PPOConfig, ["--rewards", "[]"]).rewards == []
+
+
 @pytest.mark.parametrize("flags", [["--names", "q"], ["--names=q"]])
 def test_a_flag_wins_over_an_empty_list_in_the_file(parse, flags):
     assert parse("names: []\n", *flags).names == ["q"]

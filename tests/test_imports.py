@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"losses", "models"},
     "rewards": {"losses", "models", "samples"},
     "rollout": {"losses", "models", "rewards", "samples"},
-    "parallel": {"models", "watch", "run_layout"},
+    "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": set(),
     "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands"},
     "trainers": {

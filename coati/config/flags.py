@@ -52,6 +52,8 @@ def read_flags(config_class: type, argv: list[str], description: str, defaults: 
     for path, words in values.items():
         if every[path].is_mapping:
             values[path] = read_words(words, f"--{names[path]}")
+        elif every[path].is_list and len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
+            values[path] = read_words(words[0], f"--{names[path]}")
         elif entry_classes(every[path].field.annotation):
             values[path] = [read_words(word, f"--{names[path]}") for word in words]
     return Given(values, {path: f"--{names[path]}" for path in values})

@@ -212,7 +212,7 @@ def restore_random_state(state: dict[str, torch.Tensor]):
 
 
 def quiet_colossalai():
-    """Hides exactly the warnings and log lines that colossalai 0.5.0 always causes and nobody can act on."""
+    """Hides exactly the warnings and log lines that importing colossalai 0.5.0 causes and nobody can act on."""
     for pattern in (
         ".*tensornvme.*",
         ".*apex.*",
@@ -225,6 +225,8 @@ def quiet_colossalai():
         ".*broadcast_buffers.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
+    # it would like another package for a kernel on CPUs
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

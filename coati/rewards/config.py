@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,14 @@ class RewardSettings(Settings):
 
     weight: float = option(1.0, "in the sum of rewards")
     name: str | None = option(None, "in metrics, if not that of its type")
+
+    package: ClassVar[str | None] = None  # that it needs beside coati's own requirements
+
+    def check_installed(self):
+        """Raises a UserError for a package that this machine lacks."""
+        if self.package and find_spec(self.package) is None:
+            kind = self.__pydantic_fields__["type"].default
+            raise UserError(f"the reward {kind} needs the package {self.package}: pip install 'coati[verify]'")
 
     def make(self, device: torch.device | str) -> Reward:
         """The reward; `device` is where a model of its own runs."""
@@ -76,6 +85,8 @@ class MathRewardSettings(StyledRewardSettings):
     """The right number or expression."""
 
     type: Literal["math"] = option("math", "the right number or expression, compared by math-verify")
+
+    package = "math_verify"
 
     def make(self, device):
         from coati.rewards.verifiable import MathVerifier
@@ -152,6 +163,8 @@ class JSONRewardSettings(RewardSettings):
     type: Literal["json"] = option("json", "JSON that a schema allows")
     json_schema: str = option(..., "file with the schema", path="file")
 
+    package = "jsonschema"
+
     def make(self, device):
         from coati.rewards.verifiable import JSONVerifier
 
@@ -164,6 +177,8 @@ class ReasoningGymRewardSettings(AnswerRewardSettings):
 
     type: Literal["reasoning_gym"] = option("reasoning_gym", "the scorer of the row's reasoning-gym task")
     allow_code_execution: bool = option(False, "allows tasks whose scorer evaluates the answer as Python")
+
+    package = "reasoning_gym"
 
     def make(self, device):
         from coati.rewards.verifiable import ReasoningGymVerifier
@@ -300,6 +315,7 @@ def load_rewards(
         raise UserError("no reward: give `rewards`, such as [{type: math}], or --rewards math")
     loaded = [(reward, 1.0) for reward in given]
     for entry in rewards:
+        entry.check_installed()
         reward = load_model(entry.path) if isinstance(entry, ModelRewardSettings) else entry.make(device)
         if entry.name is not None:
             reward.name = entry.name

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
-from importlib.util import find_spec
 from numbers import Number
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from typing import Any, ClassVar
 from coati.errors import UserError
 from coati.rewards.answers import Style, extract_letters, extract_number, plain, stated_answer
 from coati.rewards.base import Reward
+from coati.rewards.config import JSONRewardSettings, MathRewardSettings, ReasoningGymRewardSettings
 from coati.rewards.sandbox import check_sandbox, run_tests
 from coati.samples import Sample
 
@@ -51,10 +51,6 @@ class Verifier(Reward):
 
     package: ClassVar[str | None] = None
     per_response: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if self.package and find_spec(self.package) is None:
-            raise UserError(f"the reward {self.name} needs the package {self.package}: pip install 'coati[verify]'")
 
     def load(self):
         """Imports what the first answer would have to wait for."""
@@ -131,7 +127,7 @@ class MathVerifier(Verifier):
 
     answer_style: Style = "stated"
 
-    name, package = "math", "math_verify"
+    name, package = "math", MathRewardSettings.package
 
     def score_sample(self, sample):
         text, truncated = final_part(sample)
@@ -286,10 +282,9 @@ class JSONVerifier(Verifier):
 
     json_schema: str | None = None
 
-    name, package = "json", "jsonschema"
+    name, package = "json", JSONRewardSettings.package
 
     def __post_init__(self):
-        super().__post_init__()
         from jsonschema import SchemaError
         from jsonschema.validators import validator_for
 
@@ -326,7 +321,7 @@ class ReasoningGymVerifier(Verifier):
 
     allow_code_execution: bool = False
 
-    name, package = "reasoning_gym", "reasoning_gym"
+    name, package = "reasoning_gym", ReasoningGymRewardSettings.package
 
     def score_sample(self, sample):
         about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)

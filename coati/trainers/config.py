@@ -439,6 +439,8 @@ class RolloutConfig(TrainerConfig):
 
     def check_machine(self):
         self.generation.check_installed()
+        for reward in self.rewards:
+            reward.check_installed()
 
 
 @settings

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from coati.config import configure
 from coati.errors import UserError
 from coati.rewards.answers import extract_number
-from coati.rewards.config import load_rewards
+from coati.rewards.config import MathRewardSettings, ScoringConfig, load_rewards
 from coati.rewards.verifiable import GSM8KVerifier, fenced, final_part, normalize
-from coati.trainers.config import PPOConfig
+from coati.trainers.config import GRPOConfig, PPOConfig
 from tests.conftest import ROOT
 from tests.rewards.samples import make_verifier, samples
 
@@ -356,9 +356,13 @@ def test_a_schema_that_is_none_is_refused(tmp_path):
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
-    monkeypatch.setattr("coati.rewards.verifiable.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"reward math needs the package math_verify: pip install 'coati\[verify\]'"):
-        make_verifier("math")
+    monkeypatch.setattr("coati.rewards.config.find_spec", lambda name: None)
+    expected = r"reward math needs the package math_verify: pip install 'coati\[verify\]'"
+    with pytest.raises(UserError, match=expected):
+        load_rewards([MathRewardSettings()], ScoringConfig())
+    with pytest.raises(UserError, match=expected):  # before torch is loaded
+        configure(GRPOConfig, rewards=["math"]).check_machine()
+    configure(GRPOConfig, rewards=["gsm8k"]).check_machine()
 
 
 def test_a_missing_column_is_named():
