@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coati.losses.masking import log_ratio, masked
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++", "reinforce++-baseline", "remax"]
 Aggregation = Literal["token", "sequence", "constant"]
 Correction = Literal["none", "truncated", "masked"]
 
@@ -24,6 +24,9 @@ def group_advantages(
     * rloo: r - mean of the others (Ahmadian et al., 2402.14740, section 2.2), which is unbiased
     * rloo_std: that, divided by the (population) standard deviation of the others, at least `min_std`: as neither
       depends on the response itself, the mean gradient of a prompt keeps its direction
+    * maxrl: (r - mean) / mean, for rewards of at least 0; 0 where the mean is 0. With rewards of 0 and 1 the mean
+      gradient is that of the log of the probability p of success, whose series 1/p = sum (1 - p)^k ends after G - 1
+      terms (Tajwar et al., 2602.02710)
     * reinforce++-baseline: r - mean, for the caller to whiten over the global batch (Hu et al., 2501.03262)
     * remax: r - `baseline`, the reward of the prompt's greedy response (Li et al., 2310.10505, algorithm 1)
 
@@ -49,6 +52,9 @@ def group_advantages(
             mean = -centered / others  # of the others, which with the response itself add up to 0
             squares = (centered.square().sum(1, keepdim=True) - centered.square()) / others
             result = (centered - mean) / (squares - mean.square()).clamp(min=min_std**2).sqrt()
+        case "maxrl":
+            mean = groups.mean(1, keepdim=True)
+            result = torch.where(mean > 0, centered / mean, 0.0)
         case _:
             raise ValueError(f"{advantage!r} is no advantage per response of a group")
     return result.reshape(-1)

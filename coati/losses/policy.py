@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coati.losses.masking import log_ratio, masked
 
-PolicyLoss = Literal["clip", "gspo", "cispo", "none"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "none"]
 
 
 def policy_loss(
@@ -21,6 +21,7 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    gates: tuple[float, float] = (1.0, 1.05),
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """A surrogate objective of the response tokens, negated. With the ratio r of a token's probability to its old one,
@@ -30,17 +31,22 @@ def policy_loss(
     * gspo: the same with one r for all tokens of a response, the geometric mean of theirs (Zheng et al., 2507.18071,
       eq. 5 and 7)
     * cispo: clip(r) A log p, where clip(r) is a constant: every token keeps a gradient (MiniMax-M1, 2506.13585, eq. 4)
+    * sapo: g(r) A with the soft gate g(r) = 4 / tau * sigmoid(tau (r - 1)), whose slope at r = 1 is 1 and falls to 0 on
+      both sides; tau is `gates[0]` for positive advantages, `gates[1]` for others (SAPO, 2511.20347)
+    * dppo: r A for tokens in the trust region: not those whose probability p, not r, has moved further than `clip_high`
+      up where A > 0, or `clip_low` down where A < 0 (Qi et al., 2602.04879, with binary total variation)
     * none: r A; where the policy is still the one that sampled, its gradient is REINFORCE's
 
     Args:
         log_probs, old_log_probs, advantages: `[batch, seq]`; the old ones are those of the policy that sampled.
         mask: `[batch, seq]` bool, True on response tokens.
         denominator: response tokens of the whole step, over all ranks and micro-batches.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; of dppo, differences of probability.
         dual_clip: c > 1 bounds the objective at c * advantage for negative advantages (Ye et al., 1912.09729, eq. 5).
         weights: `[batch, seq]`, of the tokens in the loss, see `aggregation_weights`; None for 1 each.
 
-    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped), ratio
+    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped;
+    dppo: outside of the trust region), ratio
     (mean), approximate_kl (k3 of old against new).
 
     Raises:
@@ -61,10 +67,17 @@ def policy_loss(
                 objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
         case "cispo":
             objective, is_clipped = clipped.detach() * masked(log_probs, mask), bounded != ratio
+        case "sapo":
+            tau = torch.where(advantages > 0, *(ratio.new_tensor(gate) for gate in gates))
+            objective, is_clipped = 4 / tau * (tau * (ratio - 1)).sigmoid() * advantages, torch.zeros_like(mask)
+        case "dppo":
+            moved = (masked(log_probs, mask).exp() - masked(old_log_probs, mask).exp()).detach()
+            is_clipped = ((advantages > 0) & (moved > clip_high)) | ((advantages < 0) & (moved < -clip_low))
+            objective = masked(unclipped, ~is_clipped)
         case "none":
             objective, is_clipped = unclipped, torch.zeros_like(mask)
         case _:
-            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo or none")
+            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo or none")
     objective = objective if weights is None else objective * masked(weights, mask)
     loss = -masked(objective, mask).sum() / denominator
     metrics = {

@@ -504,10 +504,17 @@ class PPOConfig(RolloutConfig):
             yield "shared_trunk needs a learning_rate above 0: the value head's is a multiple of it"
 
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++", "reinforce++-baseline", "remax"]
-COMPARE_RESPONSES = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline")  # advantages within a group
+Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++", "reinforce++-baseline", "remax"]
+COMPARE_RESPONSES = (
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "rloo_std",
+    "maxrl",
+    "reinforce++-baseline",
+)  # advantages within a group
 Aggregation = Literal["token", "sequence", "constant"]
-PolicyLoss = Literal["clip", "gspo", "cispo", "none"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "none"]
 KLPlace = Literal["loss", "reward"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -521,6 +528,8 @@ class GRPO(RolloutAlgorithm):
     advantage: Advantage = option("grpo", "what a response's advantage is, see docs/grpo.md")
     advantage_std_floor: float = option(0.1, "least standard deviation that rloo_std divides by", gt=0)
     policy_loss: PolicyLoss = option("clip", "what is done with the policy's ratio, see docs/grpo.md")
+    gate_positive: float = option(1.0, "of sapo: how soon a ratio off 1 counts less, for positive advantages", gt=0)
+    gate_negative: float = option(1.05, "of sapo: the same for negative ones", gt=0)
     aggregation: Aggregation = option("sequence", "mean over tokens, of responses' means, or by max_new_tokens")
     kl_coefficient: float = inherited(RolloutAlgorithm, "kl_coefficient", 0.0)
     kl_estimator: KLEstimator = inherited(RolloutAlgorithm, "kl_estimator", "k3")
@@ -555,7 +564,9 @@ class GRPO(RolloutAlgorithm):
             yield "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
         if self.refresh_reference and self.kl_coefficient == 0:
             yield "refresh_reference needs a reference: give kl_coefficient too"
-        if self.policy_loss in ("cispo", "none") and self.dual_clip is not None:
+        if self.advantage == "maxrl" and self.kl_coefficient != 0 and self.kl_in == "reward":
+            yield "maxrl divides by the mean reward, which a penalty may make negative: kl_in loss"
+        if self.policy_loss not in ("clip", "gspo") and self.dual_clip is not None:
             yield f"policy_loss {self.policy_loss} has no dual_clip: leave it out"
 
 
@@ -597,6 +608,33 @@ class CISPO(GRPO):
     aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
     clip_low: float = inherited(GRPO, "clip_low", 1.0)
     clip_high: float = inherited(GRPO, "clip_high", 4.0)
+
+
+@settings
+class SAPO(GRPO):
+    """A soft gate on the ratio instead of clipping (2511.20347)."""
+
+    type: Literal["sapo"] = option("sapo", "the method")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "sapo")
+
+
+@settings
+class DPPO(GRPO):
+    """A trust region of probabilities instead of ratios (2602.04879)."""
+
+    type: Literal["dppo"] = option("dppo", "the method")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "dppo")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+    clip_low: float = inherited(GRPO, "clip_low", 0.15)
+    clip_high: float = inherited(GRPO, "clip_high", 0.15)
+
+
+@settings
+class MaxRL(GRPO):
+    """Maximum likelihood of success instead of its probability (2602.02710)."""
+
+    type: Literal["maxrl"] = option("maxrl", "the method")
+    advantage: Advantage = inherited(GRPO, "advantage", "maxrl")
 
 
 @settings
@@ -642,7 +680,8 @@ class GRPOConfig(RolloutConfig):
     `group_size` responses."""
 
     algorithm: Annotated[
-        GRPO | DrGRPO | DAPO | GSPO | CISPO | RLOO | ReinforcePlusPlus | ReMax, Field(discriminator="type")
+        GRPO | DrGRPO | DAPO | GSPO | CISPO | SAPO | DPPO | MaxRL | RLOO | ReinforcePlusPlus | ReMax,
+        Field(discriminator="type"),
     ] = section(GRPO, "how the policy learns from what responses earn, see docs/grpo.md")
 
     @property

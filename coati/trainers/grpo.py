@@ -1,5 +1,6 @@
 """Group relative policy optimization (DeepSeekMath, 2402.03300) and its relatives: Dr. GRPO (2503.20783), RLOO
-(2402.14740), REINFORCE++ (2501.03262), ReMax (2310.10505), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585).
+(2402.14740), REINFORCE++ (2501.03262), ReMax (2310.10505), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585),
+SAPO (2511.20347), DPPO (2602.04879), MaxRL (2602.02710).
 
 One iteration:
     1. the policy responds to each of a batch of prompts several times, and the rewards score; with dynamic sampling,
@@ -160,7 +161,7 @@ class GRPOTrainer(RolloutTrainer):
             mask, (log_probs, entropy) = batch.response_mask, output
             weights = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
             how = dict(clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
-            how |= dict(kind=a.policy_loss, weights=weights)
+            how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative), weights=weights)
             loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
             if a.kl_coefficient and a.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)

@@ -1,6 +1,7 @@
 """Advantages of groups, the weights of tokens, and corrections of a rollout against the oracle."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from coati.losses import (
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import group as oracle
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "rloo_std", "reinforce++-baseline", "remax")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++-baseline", "remax")
 groups = st.tuples(st.integers(1, 4), st.integers(2, 6))
 
 
@@ -29,6 +30,7 @@ def test_advantages_equal_the_oracle(shape, data, dtype, advantage, floor):
     """PITFALL 8: groups that are nearly equal, or exactly, included."""
     count, size = shape
     rewards, baseline = (data.draw(numbers((count * size,), 100.0, dtype)) for _ in range(2))
+    rewards = rewards.abs() if advantage == "maxrl" else rewards
     found = group_advantages(rewards, size, advantage, baseline=baseline, min_std=floor)
     expected = oracle.group_advantages(rewards.tolist(), size, advantage, baseline.tolist(), floor)
     # a reward is subtracted from others of its size, and what is left may be divided by as little as the floor
@@ -54,6 +56,7 @@ def test_advantages_are_of_the_group_alone(shape, data, advantage, random):
     """Neither other groups nor the order within the group change them."""
     count, size = shape
     rewards, baseline = (data.draw(numbers((count * size,), 100.0, torch.float64)) for _ in range(2))
+    rewards = rewards.abs() if advantage == "maxrl" else rewards
     expected = group_advantages(rewards, size, advantage, baseline=baseline).reshape(count, size)
     order = list(range(size))
     random.shuffle(order)
@@ -66,6 +69,25 @@ def test_advantages_are_of_the_group_alone(shape, data, advantage, random):
 def test_rloo_is_dr_grpo_times_a_constant():
     rewards = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(group_advantages(rewards, 4, "rloo"), 4 / 3 * group_advantages(rewards, 4, "dr_grpo"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
+def test_the_mean_gradient_of_maxrl_is_that_of_the_log_of_success_up_to_a_term(p, size):
+    """Exactly, over all outcomes of a group: d/dp is 1/p = sum of (1 - p)^k, of which size - 1 terms are there; the
+    other advantages have the gradient of p itself."""
+    gradient = 0.0
+    for successes in range(size + 1):
+        rewards = torch.tensor([1.0] * successes + [0.0] * (size - successes), dtype=torch.float64)
+        scores = rewards / p - (1 - rewards) / (1 - p)  # d log probability / dp of each outcome
+        weight = math.comb(size, successes) * p**successes * (1 - p) ** (size - successes)
+        gradient += weight * (group_advantages(rewards, size, "maxrl") * scores).mean().item()
+    assert gradient == pytest.approx(sum((1 - p) ** k for k in range(size - 1)), rel=1e-9)
+
+
+def test_rewards_whose_mean_is_not_positive_teach_maxrl_nothing():
+    rewards = torch.tensor([0.0, 0.0, -1.0, 1.0, -2.0, 1.0])
+    assert group_advantages(rewards, 2, "maxrl").tolist() == [0.0] * 6
 
 
 def test_the_scale_of_rloo_std_does_not_depend_on_the_answer_itself():

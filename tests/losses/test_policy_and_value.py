@@ -16,7 +16,8 @@ clips = st.fixed_dictionaries(
         "clip_low": st.sampled_from([0.2, 0.05, 1.0]),
         "clip_high": st.sampled_from([0.2, 0.28, 3.0]),
         "dual_clip": st.sampled_from([None, 3.0, 1.5]),
-        "kind": st.sampled_from(["clip", "gspo", "cispo", "none"]),
+        "kind": st.sampled_from(["clip", "gspo", "cispo", "sapo", "dppo", "none"]),
+        "gates": st.sampled_from([(1.0, 1.05), (3.0, 0.5)]),
     }
 )
 
@@ -60,7 +61,9 @@ def test_policy_loss_equals_the_oracle(mask, data, dtype, options, weighted):
     assert (log_probs.grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize(("kind", "dual_clip"), [("clip", None), ("clip", 3.0), ("gspo", None), ("none", None)])
+@pytest.mark.parametrize(
+    ("kind", "dual_clip"), [("clip", None), ("clip", 3.0), ("gspo", None), ("none", None), ("sapo", None)]
+)
 def test_policy_gradient_is_that_of_finite_differences_away_from_the_corners(kind, dual_clip):
     torch.manual_seed(0)
     mask = torch.rand(3, 8) < 0.7
@@ -83,11 +86,11 @@ def test_every_token_keeps_a_gradient_in_cispo():
 
 def test_an_unknown_policy_loss_is_named():
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo or none"):
+    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo, sapo, dppo or none"):
         policy_loss(one, one, one, one.bool(), 1, kind="ppo9")
 
 
-@pytest.mark.parametrize("kind", ["clip", "cispo", "none"])
+@pytest.mark.parametrize("kind", ["clip", "cispo", "sapo", "dppo", "none"])
 def test_policy_gradient_at_ratio_one_is_the_policy_gradient(kind):
     """On fresh data the gradient is REINFORCE's: -A / N for each token's log-prob."""
     old = torch.tensor([[-1.0, -2.0, -3.0]])
@@ -95,13 +98,47 @@ def test_policy_gradient_at_ratio_one_is_the_policy_gradient(kind):
     log_probs = old.clone().requires_grad_()
     loss, metrics = policy_loss(log_probs, old, advantages, mask, 2, kind=kind)
     loss.backward()
-    assert log_probs.grad.tolist() == [[-1.0, 0.5, 0.0]]
-    assert {name: float(x) for name, x in metrics.items()} == {
-        "policy_loss": 0.0 if kind == "cispo" else -0.5,
-        "clip_fraction": 0.0,
-        "ratio": 1.0,
-        "approximate_kl": 0.0,
-    }
+    assert log_probs.grad[0].tolist() == pytest.approx([-1.0, 0.5, 0.0])
+    value = {"cispo": 0.0, "sapo": -(2 * 2.0 - 2 / 1.05) / 2}.get(kind, -0.5)
+    assert {name: float(x) for name, x in metrics.items()} == pytest.approx(
+        {"policy_loss": value, "clip_fraction": 0.0, "ratio": 1.0, "approximate_kl": 0.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advantage", "learns"),
+    [
+        (0.2, 0.5, 1.0, False),  # good, and its probability rose by more than 0.15
+        (0.01, 0.05, 1.0, True),  # five times as likely, and yet a small step
+        (0.4, 0.1, -1.0, False),
+        (0.4, 0.3, -1.0, True),
+        (0.9, 0.2, 1.0, True),  # on its way back
+        (0.2, 0.9, -1.0, True),
+    ],
+)
+def test_dppo_bounds_probabilities_and_not_ratios(old, new, advantage, learns):
+    log_probs = torch.tensor([[new]]).log().requires_grad_()
+    one = torch.ones(1, 1)
+    old_log_probs = torch.tensor([[old]]).log()
+    bounds = dict(kind="dppo", clip_low=0.15, clip_high=0.15)
+    loss, metrics = policy_loss(log_probs, old_log_probs, advantage * one, one.bool(), 1, **bounds)
+    loss.backward()
+    assert bool(log_probs.grad != 0) == learns == (metrics["clip_fraction"] == 0)
+
+
+def test_the_gate_of_sapo_closes_on_both_sides():
+    """Its slope is 1 where nothing has changed, and everywhere less elsewhere: sooner for a larger tau."""
+    ratios = torch.tensor([0.2, 0.8, 1.0, 1.5, 4.0], dtype=torch.float64)[:, None].requires_grad_()
+    zeros, one = torch.zeros(5, 1, dtype=torch.float64), torch.ones(5, 1, dtype=torch.float64)
+
+    def slopes(*gates):
+        loss, _ = policy_loss(ratios.log(), zeros, one, one.bool(), 1, kind="sapo", gates=gates)
+        return -torch.autograd.grad(loss, ratios)[0][:, 0]
+
+    soft, sharp = slopes(1.0, 9.0), slopes(3.0, 9.0)
+    assert soft[2] == sharp[2] == pytest.approx(1.0)
+    assert all(sharp[i] < soft[i] < 1 for i in (0, 1, 3, 4))
+    assert soft[1] > soft[0] and soft[3] > soft[4]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ def group_advantages(rewards, group_size, advantage, baseline=None, min_std=0.1)
             case "rloo_std":
                 std = statistics.pstdev(others)
                 result.append((reward - math.fsum(others) / len(others)) / max(std, min_std))
+            case "maxrl":  # Tajwar et al., the estimator of its algorithm 1
+                result.append((reward - mean) / mean if mean > 0 else 0.0)
             case "remax":
                 result.append(reward - baseline[i])
     return result

@@ -85,10 +85,11 @@ def policy_loss(
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
+    gates=(1.0, 1.05),
     weights=None,
 ):
-    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4. The ratio's exponent is bounded
-    by 60, as the docstrings say."""
+    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO. The ratio's exponent
+    is bounded by 60, as the docstrings say."""
     objectives, clipped, ratios, kls = [], [], [], []
     for b, t in _tokens(mask):
         columns = [s for s, counts in enumerate(mask[b]) if counts]
@@ -103,6 +104,13 @@ def policy_loss(
                 objective = max(objective, dual_clip * advantage)
         elif kind == "cispo":
             objective, was_clipped = bounded * advantage * log_probs[b][t], bounded != ratio
+        elif kind == "sapo":
+            tau = gates[0] if advantage > 0 else gates[1]
+            objective, was_clipped = 4 / tau * math.exp(_log_sigmoid(tau * (ratio - 1))) * advantage, False
+        elif kind == "dppo":
+            moved = math.exp(log_probs[b][t]) - math.exp(old[b][t])
+            was_clipped = moved > clip_high if advantage > 0 else moved < -clip_low and advantage < 0
+            objective = 0.0 if was_clipped else ratio * advantage
         else:
             objective, was_clipped = ratio * advantage, False
         objectives.append(objective * (1.0 if weights is None else weights[b][t]))
