@@ -1,0 +1,129 @@
+"""What a reward doesn't measure: independent checks of models that were trained on one."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from rewards import final_answer, is_response, meets
+
+from coati.data import DataConfig, PreferenceSample, parse_record, prepare_tokenizer, tokenize
+from coati.trainers.pairs import wilson_interval
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of n are so, with the 95 % interval (Wilson)."""
+
+    count: float
+    n: int
+
+    def __str__(self) -> str:
+        low, high = wilson_interval(self.count / self.n, self.n)
+        return f"{self.count / self.n:.1%} ({low:.1%} to {high:.1%})"
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def load(model: Path):
+    """Model and tokenizer of a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tokenizer
+
+
+def render(tokenizer, rows: list[dict], begun: str = "") -> list[str]:
+    """Prompts in the chat template, each with the beginning of a response."""
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    return [text + begun for text in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)]
+
+
+@torch.no_grad()
+def greedy_responses(model: Path, rows: list[dict], begun: str = "", max_new_tokens: int = 24) -> list[str]:
+    """Each prompt's response by greedy decoding, `begun` included."""
+    network, tokenizer = load(model)
+    texts, responses = render(tokenizer, rows, begun), []
+    for start in range(0, len(texts), BATCH):
+        batch = tokenizer(
+            texts[start : start + BATCH], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        output = network.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
+        found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        responses += [begun + text for text in found]
+    return responses
+
+
+def check_sums(model: Path, seen: Path, unseen: Path) -> dict[str, Share]:
+    """Right sums of held-out operands, by what is asked: in the wording that was trained on, in one that never was, and
+    where the response is made to begin with `Answer:`, so that no text before it can help.
+
+    A trick of the reward's rule would show as a gain in the first only.
+    """
+    asked = {"seen wording": (seen, ""), "unseen wording": (unseen, ""), "begun with Answer:": (seen, "Answer:")}
+    found = {}
+    for name, (path, begun) in asked.items():
+        rows = read_rows(path)
+        responses = greedy_responses(model, rows, begun)
+        right = [final_answer(text) == row["answer"] for text, row in zip(responses, rows, strict=True)]
+        found[name] = Share(sum(right), len(right))
+    return found
+
+
+def check_constraints(model: Path, reference: Path, path: Path) -> tuple[Share, float, list[str]]:
+    """Constraints met, the responses' log-prob per token under the model before training, and the responses.
+
+    The second is the check of fluency: gibberish that meets a constraint is improbable under `reference`.
+    """
+    rows = read_rows(path)
+    responses = greedy_responses(model, rows, max_new_tokens=48)
+    met = [
+        is_response(row["prompt"], text) and meets(text, row["constraint"])
+        for row, text in zip(rows, responses, strict=True)
+    ]
+    sums = [log_prob(reference, row["prompt"], text) for row, text in zip(rows, responses, strict=True)]
+    return Share(sum(met), len(met)), sum(a for a, _ in sums) / sum(n for _, n in sums), responses
+
+
+def log_prob(model: Path, prompt: str, response: str) -> tuple[float, int]:
+    """The sum of the log-probs of a response's tokens, in nats, and their number; its EOS token counts."""
+    tokenizer = load(model)[1]
+    [text] = render(tokenizer, [{"prompt": prompt}])
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    after = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    mask = [False] * len(before) + [True] * len(after)
+    return masked_log_prob(model, before + after, mask), len(after)
+
+
+@torch.no_grad()
+def masked_log_prob(model: Path, ids: list[int], mask: list[bool]) -> float:
+    """The sum of the log-probs of the masked tokens, in nats."""
+    tokens = torch.tensor([ids])
+    log_probs = load(model)[0](tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
+    return log_probs[0, torch.tensor(mask[1:])].sum().item()
+
+
+def likelihood_accuracy(model: Path, pairs: Path, config: DataConfig) -> Share:
+    """Pairs whose chosen response is the more probable one under the model by itself, as sums of log-probs. Sums favor
+    short responses. A pair that `config` leaves out is left out here too."""
+    tokenizer, _ = prepare_tokenizer(load(model)[1])
+    samples = [sample for row in read_rows(pairs) for sample in tokenized(row, tokenizer, config)]
+    wins = 0
+    for sample in samples:
+        chosen, rejected = (masked_log_prob(model, s.input_ids, s.loss_mask) for s in (sample.chosen, sample.rejected))
+        wins += chosen > rejected
+    return Share(wins, len(samples))
+
+
+def tokenized(row: dict, tokenizer, config: DataConfig) -> list[PreferenceSample]:
+    """The pair of a row; none where a response is empty or the row too long."""
+    try:
+        return [tokenize(record, tokenizer, config) for record in parse_record(row, "preference")]
+    except ValueError:
+        return []
