@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rewards import final_answer, is_response, meets
 
 from coati.data import DataConfig, PreferenceSample, parse_record, prepare_tokenizer, tokenize
 from coati.trainers.pairs import wilson_interval
+from examples.smollm2.rewards import final_answer, is_response, meets
 
 BATCH = 32
 
@@ -35,7 +35,7 @@ def load(model: Path):
     """Model and tokenizer of a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model, padding_side="left"))
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tokenizer
 
 
@@ -111,7 +111,7 @@ def masked_log_prob(model: Path, ids: list[int], mask: list[bool]) -> float:
 def likelihood_accuracy(model: Path, pairs: Path, config: DataConfig) -> Share:
     """Pairs whose chosen response is the more probable one under the model by itself, as sums of log-probs. Sums favor
     short responses. A pair that `config` leaves out is left out here too."""
-    tokenizer, _ = prepare_tokenizer(load(model)[1])
+    tokenizer = load(model)[1]
     samples = [sample for row in read_rows(pairs) for sample in tokenized(row, tokenizer, config)]
     wins = 0
     for sample in samples:

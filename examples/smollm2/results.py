@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from check import Share
-
 from coati.tracking import read_metrics, read_run
+from examples.smollm2.check import Share
 from examples.stages import ROOT, fill_figures
 
 SAMPLED = {"grpo": "right sums", "rloo": "right sums", "ppo": "right sums", "grpo_constraints": "constraints met"}

@@ -14,18 +14,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE)]
-
-from check import check_constraints, check_sums, likelihood_accuracy  # noqa: E402
-from model import make_model  # noqa: E402
-from results import summarize  # noqa: E402
-from tasks import make_constraints, make_sums  # noqa: E402
+sys.path[:0] = [str(ROOT)]
 
 from coati.config import read_yaml  # noqa: E402
 from coati.data import DataConfig  # noqa: E402
 from coati.errors import UserError  # noqa: E402
 from coati.files import write_json  # noqa: E402
 from coati.tracking import write_report  # noqa: E402
+from examples.smollm2.check import check_constraints, check_sums, likelihood_accuracy  # noqa: E402
+from examples.smollm2.model import make_model  # noqa: E402
+from examples.smollm2.results import summarize  # noqa: E402
+from examples.smollm2.tasks import make_constraints, make_sums  # noqa: E402
 from examples.stages import train  # noqa: E402
 
 ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
