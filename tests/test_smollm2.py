@@ -327,6 +327,6 @@ def test_the_log_prob_of_a_response_is_that_of_its_tokens_and_eos(tiny_world):
     expected = 0.0
     for i, token in enumerate(after):
         with torch.no_grad():
-            logits = network(torch.tensor([before + after[:i]])).logits[0, -1].double()
+            logits = network.transformer(torch.tensor([before + after[:i]])).logits[0, -1].double()
         expected += logits.log_softmax(-1)[token].item()
     assert n == len(after) and total == pytest.approx(expected, abs=1e-3)

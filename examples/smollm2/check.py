@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from coati.data import DataConfig, PreferenceSample, parse_record, prepare_tokenizer, tokenize
+from coati.models import Actor
+from coati.rollout import GenerationConfig
+from coati.rollout.generate import complete
+from coati.rollout.generator import Request
+from coati.rollout.prompts import eos_ids, response_texts
 from coati.trainers.pairs import wilson_interval
 from examples.smollm2.rewards import final_answer, is_response, meets
-
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ def read_rows(path: Path) -> list[dict]:
 @cache
 def load(model: Path):
     """Model and tokenizer of a folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model, padding_side="left"))
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tokenizer
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model))
+    return Actor(str(model)).eval(), tokenizer
 
 
 def render(tokenizer, rows: list[dict], begun: str = "") -> list[str]:
@@ -45,17 +48,13 @@ def render(tokenizer, rows: list[dict], begun: str = "") -> list[str]:
     return [text + begun for text in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)]
 
 
-@torch.no_grad()
 def greedy_responses(model: Path, rows: list[dict], begun: str = "", max_new_tokens: int = 24) -> list[str]:
     """Each prompt's response by greedy decoding, `begun` included."""
-    network, tokenizer = load(model)
-    texts, responses = render(tokenizer, rows, begun), []
-    for start in range(0, len(texts), BATCH):
-        batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, add_special_tokens=False)
-        output = network.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-        found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        responses += [begun + text for text in found]
-    return responses
+    actor, tokenizer = load(model)
+    ids = tokenizer(render(tokenizer, rows, begun), add_special_tokens=False)["input_ids"]
+    sampling, ends = GenerationConfig(temperature=0, max_new_tokens=max_new_tokens), eos_ids(tokenizer, actor)
+    completions = complete(actor, [Request(row, [0]) for row in ids], sampling, eos_ids=ends)
+    return [begun + text for text in response_texts(tokenizer, [c.ids for c in completions], ends)]
 
 
 def check_sums(model: Path, seen: Path, unseen: Path) -> tuple[dict[str, Share], list[str]]:
@@ -104,7 +103,7 @@ def log_prob(model: Path, prompt: str, response: str) -> tuple[float, int]:
 def masked_log_prob(model: Path, ids: list[int], mask: list[bool]) -> float:
     """The sum of the log-probs of the masked tokens, in nats."""
     tokens = torch.tensor([ids])
-    log_probs = load(model)[0](tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
+    log_probs = load(model)[0].transformer(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
     return log_probs[0, torch.tensor(mask[1:])].sum().item()
 
 

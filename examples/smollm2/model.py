@@ -102,8 +102,8 @@ def convert(weights: Path, folder: Path):
 
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     read = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
-    # a config with a quantization can't be saved
-    settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    left_out = ("quantization_config", "_model_name_or_path")  # with the first, no config can be saved
+    settings = {name: value for name, value in read.config.to_dict().items() if name not in left_out}
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
