@@ -302,7 +302,7 @@ def test_stages_on_pairs_are_measured_beside_the_likelihood(trained, tmp_path):
         ("reward", "reward.yaml"),
     ]
     summary = json.loads((tmp_path / "seed0" / "dpo" / "summary.json").read_text())
-    [count, n] = summary["before"]["chosen more probable"]
+    [count, n] = summary["before"]["chosen response more probable under the model itself"]
     assert n == 2 and count in (0, 2)  # both pairs are one; the row with an empty response is left out
 
 

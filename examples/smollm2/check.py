@@ -107,10 +107,12 @@ def masked_log_prob(model: Path, ids: list[int], mask: list[bool]) -> float:
     return log_probs[0, torch.tensor(mask[1:])].sum().item()
 
 
-def likelihood_accuracy(model: Path, pairs: Path, config: DataConfig) -> Share:
+@cache
+def likelihood_accuracy(model: Path, pairs: Path, max_length: int) -> Share:
     """Pairs whose chosen response is the more probable one under the model by itself, as sums of log-probs. Sums favor
-    short responses. A pair that `config` leaves out is left out here too."""
-    tokenizer = load(model)[1]
+    short responses. Longer rows lose the beginning of the prompt, and what can't be read is left out, as in the stages.
+    """
+    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
     samples = [sample for row in read_rows(pairs) for sample in tokenized(row, tokenizer, config)]
     wins = 0
     for sample in samples:

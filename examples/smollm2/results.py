@@ -62,10 +62,12 @@ def of_summary(folder: Path) -> list[tuple[str, str, str]]:
     """Figures that check.py has measured."""
     summary = json.loads((folder / "summary.json").read_text())
     names = [name for name in summary["before"] if name != "samples"]
-    return [(name, *(told(summary[when][name]) for when in ("before", "after"))) for name in names]
+    return [(name, *(told(summary[when].get(name)) for when in ("before", "after"))) for name in names]
 
 
-def told(value: list) -> str:
+def told(value: list | None) -> str:
+    if value is None:
+        return ""
     return str(Share(*value)) if len(value) == 2 else f"{value[0]:.2f}"
 
 

@@ -17,7 +17,6 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from coati.config import read_yaml  # noqa: E402
-from coati.data import DataConfig  # noqa: E402
 from coati.errors import UserError  # noqa: E402
 from coati.files import write_json  # noqa: E402
 from coati.tracking import write_report  # noqa: E402
@@ -90,11 +89,11 @@ def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> d
     if name == "grpo_constraints":
         met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")
         return {"constraints met": [met.count, met.n], "log-prob per token": [fluency], "samples": responses[:6]}
-    if name in ("dpo", "kto"):
-        config = DataConfig(**read_yaml(HERE / f"{name}.yaml")["data"])
-        likely = likelihood_accuracy(checked, pairs / "test.jsonl", config)
-        return {"chosen more probable": [likely.count, likely.n]}
-    return {}
+    if checked != model:  # of a stage on pairs: its own accuracy tells more
+        return {}
+    longest = read_yaml(HERE / f"{name}.yaml")["data"]["max_length"]
+    likely = likelihood_accuracy(model, pairs / "test.jsonl", longest)
+    return {"chosen response more probable under the model itself": [likely.count, likely.n]}
 
 
 if __name__ == "__main__":
