@@ -99,15 +99,17 @@ def test_the_files_of_sums_share_no_operands_and_a_seed_gives_the_same_bytes(tmp
     assert files["prompts"].read_bytes() != other["prompts"].read_bytes()
 
 
-def test_demonstrations_earn_1_and_the_unseen_wording_asks_for_the_same_sums(tmp_path):
+def test_demonstrations_earn_1_and_other_wordings_ask_for_the_same_sums(tmp_path):
     files = tasks.make_sums(tmp_path, seed=0)
     for row in rows(files["sft"]):
         a, b = (int(word.strip("?")) for word in row["prompt"].split() if word.strip("?").isdigit())
         assert rewards.stated_answer([row["prompt"]], [row["completion"]], [str(a + b)]) == [1.0]
-    seen, unseen = rows(files["prompts_eval"]), rows(files["prompts_unseen"])
-    assert [row["answer"] for row in seen] == [row["answer"] for row in unseen]
     trained = {row["prompt"] for name in ("sft", "prompts") for row in rows(files[name])}
-    assert not trained & {row["prompt"] for row in seen + unseen}
+    seen = rows(files["prompts_eval"])
+    for wording in ("reworded", "in words"):
+        unseen = rows(files[wording])
+        assert [row["answer"] for row in seen] == [row["answer"] for row in unseen]
+        assert not trained & {row["prompt"] for row in seen + unseen}
 
 
 # --- constraints
@@ -282,7 +284,12 @@ def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained,
     assert [flags["model"] for _, _, flags in done[1:]] == [tmp_path / "seed0" / "sft" / "model"] * 2
     assert [config for _, config, _ in trained("sft", "rloo", "grpo")] == ["rloo.yaml"]
     found = dict((title, cells) for title, *cells in of_summary(tmp_path / "seed0" / "grpo"))
-    assert set(found) == {"seen wording", "unseen wording", "begun with Answer:"}
+    assert set(found) == {
+        "trained wording",
+        "trained wording, begun with Answer:",
+        "other wording",
+        "other wording, without +",
+    }
     metrics, run = (stages_file(tmp_path / "seed0" / "grpo", name) for name in ("metrics.jsonl", "run.json"))
     assert of_metrics("grpo", metrics, run[0])[0] == (
         "right sums, sampled",

@@ -57,16 +57,21 @@ def greedy_responses(model: Path, rows: list[dict], begun: str = "", max_new_tok
     return [begun + text for text in response_texts(tokenizer, [c.ids for c in completions], ends)]
 
 
-def check_sums(model: Path, seen: Path, unseen: Path) -> tuple[dict[str, Share], list[str]]:
-    """Right sums of held-out operands, by what is asked: in the wording that was trained on, in one that never was, and
+def check_sums(model: Path, data: Path) -> tuple[dict[str, Share], list[str]]:
+    """Right sums of held-out operands, by what is asked: in the wording that was trained on, in two that were not, and
     where the response is made to begin with `Answer:`, so that no text before it can help.
 
     A trick of the reward's rule would show as a gain in the first only. Also returns the first response to each.
     """
-    asked = {"seen wording": (seen, ""), "unseen wording": (unseen, ""), "begun with Answer:": (seen, "Answer:")}
+    asked = {
+        "trained wording": ("prompts_eval", ""),
+        "trained wording, begun with Answer:": ("prompts_eval", "Answer:"),
+        "other wording": ("prompts_reworded", ""),
+        "other wording, without +": ("prompts_in_words", ""),
+    }
     found, told = {}, []
-    for name, (path, begun) in asked.items():
-        rows = read_rows(path)
+    for name, (file, begun) in asked.items():
+        rows = read_rows(data / f"{file}.jsonl")
         responses = greedy_responses(model, rows, begun)
         told.append(f"{rows[0]['prompt']} -> {responses[0]}")
         right = [final_answer(text) == row["answer"] for text, row in zip(responses, rows, strict=True)]

@@ -84,7 +84,7 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
 def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> dict[str, list]:
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
     if name in ("sft", *ON_SUMS):
-        found, told = check_sums(checked, data / "prompts_eval.jsonl", data / "prompts_unseen.jsonl")
+        found, told = check_sums(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
     if name == "grpo_constraints":
         met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")

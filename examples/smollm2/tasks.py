@@ -7,7 +7,8 @@ from pathlib import Path
 WORDINGS = {
     "seen": "What is {a} + {b}? End your response with one line: Answer: N",
     # only ever evaluated on: a policy that learned sums, and not one prompt, knows what is asked
-    "unseen": "Please add the numbers {a} and {b}. Your last line should be 'Answer: ' and the result.",
+    "reworded": "Work out {a} + {b}. Your last line should be 'Answer: ' and the result.",
+    "in words": "Please add the numbers {a} and {b}. Your last line should be 'Answer: ' and the result.",
 }
 SIZES = {"sft": 640, "sft_eval": 64, "prompts": 2000, "prompts_eval": 200}
 SUBJECTS = (
@@ -56,8 +57,9 @@ def make_sums(folder: Path, seed: int) -> dict[str, Path]:
         row_of = demonstration if name.startswith("sft") else question
         files[name] = write_rows(folder / f"{name}.jsonl", [row_of(a, b, "seen") for a, b in sums])
         if name == "prompts_eval":
-            rows = [question(a, b, "unseen") for a, b in sums]
-            files["prompts_unseen"] = write_rows(folder / "prompts_unseen.jsonl", rows)
+            for wording in ("reworded", "in words"):
+                rows = [question(a, b, wording) for a, b in sums]
+                files[wording] = write_rows(folder / f"prompts_{wording.replace(' ', '_')}.jsonl", rows)
     return files
 
 
