@@ -54,7 +54,7 @@ def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str
     for metric, title in OTHERS.items():
         values = [row[metric] for row in metrics if metric in row]
         if values:
-            found.append((title, f"{values[0]:.3g}", f"{values[-1]:.3g}"))
+            found.append((title, f"{round(values[0], 3):g}", f"{round(values[-1], 3):g}"))
     return found
 
 
