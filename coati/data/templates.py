@@ -126,6 +126,7 @@ def prepare_tokenizer(
         raise UserError(
             "The tokenizer has no EOS token to end responses with; name one of its tokens with --eos_token."
         )
+    _leave_out_ignored_clean_up(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"The tokenizer has no pad token: {tokenizer.eos_token} is used (masks come from lengths).")
@@ -144,6 +145,14 @@ def prepare_tokenizer(
         _check_response(template, name)
         notes += _compare_with_prompt(template, name, prompt)
     return tokenizer, notes
+
+
+def _leave_out_ignored_clean_up(tokenizer) -> None:
+    """Many files of BPE tokenizers ask for a clean-up of spaces, which transformers ignores with a warning at the first
+    text that it decodes, unless a second setting insists on it."""
+    insists = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    if type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not insists:
+        tokenizer.clean_up_tokenization_spaces = False
 
 
 def _check_arguments(template: ChatTemplate, name: str) -> None:

@@ -3,6 +3,7 @@
 A new architecture needs an entry in `DECODERS`, not code: see docs/add-an-architecture.md.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +102,7 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
     """Checks that a model's layers and heads divide evenly over so many ranks.
 
     Raises:
-        UserError: they don't; it names the numbers.
+        UserError: they don't; it names the numbers, and what does divide.
     """
     part, entry = find_decoder(module)
     config, depth = part.config, len(getattr(part, entry.layers))
@@ -111,9 +112,28 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
         raise UserError("layerdrop skips whole layers at random, which pipeline stages can't: set layerdrop to 0")
     if split_sequence and not entry.splits_sequence:
         raise UserError(f"{config.model_type}'s code can't split the sequence between layers: leave out split_sequence")
-    for name, count in head_counts(config).items():
+    counts = head_counts(config)
+    for name, count in counts.items():
         if count % tensor_parallel:
-            raise UserError(f"the model has {count} {name}: not divisible by tensor_parallel {tensor_parallel}")
+            raise UserError(
+                f"the model has {count} {name}: not divisible by tensor_parallel {tensor_parallel}; "
+                + remedy_for_splits("tensor_parallel", math.gcd(*counts.values()))
+            )
+
+
+def remedy_for_splits(setting: str, divided: int) -> str:
+    """What a setting that must divide a number may be instead.
+
+    >>> remedy_for_splits("tensor_parallel", 6)
+    'set tensor_parallel to 2, 3 or 6'
+    >>> remedy_for_splits("tensor_parallel", 1)
+    'leave tensor_parallel out'
+    """
+    sizes = [str(size) for size in range(2, divided + 1) if divided % size == 0]
+    if not sizes:
+        return f"leave {setting} out"
+    *others, largest = sizes
+    return f"set {setting} to {', '.join(others)} or {largest}" if others else f"set {setting} to {largest}"
 
 
 def head_counts(config) -> dict[str, int]:

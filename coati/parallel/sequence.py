@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from coati.errors import UserError
 from coati.models.attention import soft_cap
 from coati.models.layout import Layout
+from coati.parallel.decoders import remedy_for_splits
 
 ATTENTION = "coati_ulysses"
 
@@ -105,7 +106,8 @@ def use_sequence_parallel_attention(transformer, group):
         raise UserError(f"sequences of {config.model_type} can't be split: sdpa doesn't support its attention")
     if config.num_attention_heads % ranks:
         raise UserError(
-            f"the model has {config.num_attention_heads} attention heads: not divisible by sequence_parallel {ranks}"
+            f"the model has {config.num_attention_heads} attention heads: not divisible by sequence_parallel {ranks}; "
+            + remedy_for_splits("sequence_parallel", config.num_attention_heads)
         )
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **_):

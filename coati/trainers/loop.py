@@ -56,6 +56,8 @@ def do_steps(trainer, tracker) -> bool:
     """The steps that are left; whether all were done."""
     config, runtime = trainer.config, trainer.runtime
     if trainer.steps_done == 0:
+        if config.data.eval_data:  # which may take minutes, before any step is shown
+            runtime.say(f"{trainer.algorithm}: evaluating before the first step ...")
         evaluate(trainer, tracker)
     with progress_bar(trainer.total_steps, trainer.algorithm, config.tracking, initial=trainer.steps_done) as bar:
         while trainer.steps_done < trainer.total_steps:

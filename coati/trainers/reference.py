@@ -102,6 +102,7 @@ def cached_reference(
         stored = runtime.communicator.broadcast(_read(path) if main else None)
         if stored is None:
             reference = reference or make()
+            runtime.say(f"computing the reference's log-probs of {len(data)} rows, once ...")
             stored = _compute(reference, data, load, batching)
             runtime.say(f"reference log-probs of {len(data)} rows: {path}")
             if main:

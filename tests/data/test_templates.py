@@ -449,3 +449,27 @@ def test_a_row_that_breaks_the_template_s_own_code_has_a_reason(new_tokenizer, t
     tokenizer, _ = prepare_tokenizer(tokenizer)
     with pytest.raises(ValueError, match="the chat template refuses the row"):
         tokenize(SFTRecord([{**user("a"), "level": 3}, assistant("b")]), tokenizer, CONFIG)
+
+
+FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+
+
+@pytest.mark.parametrize("settings", [{}, {"clean_up_tokenization_spaces": True}])
+def test_a_clean_up_of_spaces_that_is_ignored_is_not_warned_of(settings, new_tokenizer, monkeypatch):
+    """As the files of SmolLM2 and Llama 3 ask for it."""
+    from transformers import tokenization_utils_tokenizers
+
+    from coati.rollout.prompts import response_texts
+
+    warnings = []
+    monkeypatch.setattr(tokenization_utils_tokenizers.logger, "warning_once", warnings.append)
+    tokenizer, _ = prepare_tokenizer(new_tokenizer(**settings))
+    text = "a , b ! it 's 1 ."
+    assert response_texts(tokenizer, [tokenizer(text, add_special_tokens=False)["input_ids"]]) == [text]
+    assert warnings == []
+
+
+def test_a_clean_up_of_spaces_that_is_insisted_on_stays(new_tokenizer):
+    tokenizer, _ = prepare_tokenizer(new_tokenizer(**{"clean_up_tokenization_spaces": True, FORCED: True}))
+    assert tokenizer.clean_up_tokenization_spaces
+    assert tokenizer.decode(tokenizer("a , b", add_special_tokens=False)["input_ids"]) == "a, b"

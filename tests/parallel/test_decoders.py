@@ -44,8 +44,8 @@ def test_an_unknown_architecture_is_refused_with_a_way_out():
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
-        ("llama", (4, 1), "2 key-value heads: not divisible by tensor_parallel 4"),
-        ("gpt2", (3, 1), "4 attention heads: not divisible by tensor_parallel 3"),
+        ("llama", (4, 1), "2 key-value heads: not divisible by tensor_parallel 4; set tensor_parallel to 2$"),
+        ("gpt2", (3, 1), "4 attention heads: not divisible by tensor_parallel 3; set tensor_parallel to 2 or 4$"),
         ("llama", (1, 4), "3 layers: pipeline_parallel 4 leaves stages empty"),
         ("gpt2", (2, 1, True), "gpt2's code can't split the sequence"),
     ],
@@ -53,6 +53,18 @@ def test_an_unknown_architecture_is_refused_with_a_way_out():
 def test_what_does_not_divide_is_refused_with_the_numbers(family, sizes, message):
     with pytest.raises(UserError, match=message):
         check_splits(Actor(config=family_config(family, 60)), *sizes)
+
+
+def test_heads_that_nothing_divides_leave_one_remedy():
+    """SmolLM2 has 9 heads and 3 for keys and values, others 7 and 1."""
+    config = family_config("llama", 60)
+    config.num_attention_heads, config.num_key_value_heads, config.hidden_size = 9, 3, 72
+    config.head_dim, config.intermediate_size = 8, 144
+    with pytest.raises(UserError, match=r"9 attention heads: .* tensor_parallel 2; set tensor_parallel to 3$"):
+        check_splits(Actor(config=config), 2, 1)
+    config.num_attention_heads, config.num_key_value_heads = 7, 1
+    with pytest.raises(UserError, match=r"7 attention heads: .*; leave tensor_parallel out$"):
+        check_splits(Actor(config=config), 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Where a process finds its place in the run, and whom it watches."""
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -291,3 +292,12 @@ def test_the_allocators_memory_grows_unless_the_user_says_otherwise(monkeypatch,
     os.environ.update(set_by_user)
     runtime_module._set_cuda_variables()
     assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+def test_only_bitsandbytes_note_about_a_kernel_is_hidden(caplog):
+    """It comes on CPUs with AVX-512, once per process, and asks for a package that coati does not use."""
+    runtime_module.quiet_colossalai()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure ...", "no module")
+    logger.warning("Something else failed: %s", 1)
+    assert [record.getMessage() for record in caplog.records] == ["Something else failed: 1"]

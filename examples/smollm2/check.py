@@ -1,0 +1,134 @@
+"""What a reward doesn't measure: independent checks of models that were trained on one."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from coati.data import DataConfig, PreferenceSample, parse_record, prepare_tokenizer, tokenize
+from coati.models import Actor
+from coati.rollout import GenerationConfig
+from coati.rollout.generate import complete
+from coati.rollout.generator import Request
+from coati.rollout.prompts import eos_ids, response_texts
+from coati.trainers.pairs import wilson_interval
+from examples.smollm2.rewards import final_answer, is_response, meets
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of n are so, with the 95 % interval (Wilson)."""
+
+    count: float
+    n: int
+
+    def __str__(self) -> str:
+        low, high = wilson_interval(self.count / self.n, self.n)
+        return f"{self.count / self.n:.1%} ({low:.1%} to {high:.1%})"
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def load(model: Path):
+    """Model and tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model))
+    return Actor(str(model)).eval(), tokenizer
+
+
+def render(tokenizer, rows: list[dict], begun: str = "") -> list[str]:
+    """Prompts in the chat template, each with the beginning of a response."""
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    return [text + begun for text in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)]
+
+
+def greedy_responses(model: Path, rows: list[dict], begun: str = "", max_new_tokens: int = 24) -> list[str]:
+    """Each prompt's response by greedy decoding, `begun` included."""
+    actor, tokenizer = load(model)
+    ids = tokenizer(render(tokenizer, rows, begun), add_special_tokens=False)["input_ids"]
+    sampling, ends = GenerationConfig(temperature=0, max_new_tokens=max_new_tokens), eos_ids(tokenizer, actor)
+    completions = complete(actor, [Request(row, [0]) for row in ids], sampling, eos_ids=ends)
+    return [begun + text for text in response_texts(tokenizer, [c.ids for c in completions], ends)]
+
+
+def check_sums(model: Path, data: Path) -> tuple[dict[str, Share], list[str]]:
+    """Right sums of held-out operands, by what is asked: in the wording that was trained on, in two that were not, and
+    where the response is made to begin with `Answer:`, so that no text before it can help.
+
+    A trick of the reward's rule would show as a gain in the first only. Also returns the first response to each.
+    """
+    asked = {
+        "trained wording": ("prompts_eval", ""),
+        "trained wording, begun with Answer:": ("prompts_eval", "Answer:"),
+        "other wording": ("prompts_reworded", ""),
+        "other wording, without +": ("prompts_in_words", ""),
+    }
+    found, told = {}, []
+    for name, (file, begun) in asked.items():
+        rows = read_rows(data / f"{file}.jsonl")
+        responses = greedy_responses(model, rows, begun)
+        told.append(f"{rows[0]['prompt']} -> {responses[0]}")
+        right = [final_answer(text) == row["answer"] for text, row in zip(responses, rows, strict=True)]
+        found[name] = Share(sum(right), len(right))
+    return found, told
+
+
+def check_constraints(model: Path, reference: Path, path: Path) -> tuple[Share, float, list[str]]:
+    """Constraints met, the responses' log-prob per token under the model before training, and the responses.
+
+    The second is the check of fluency: gibberish that meets a constraint is improbable under `reference`.
+    """
+    rows = read_rows(path)
+    responses = greedy_responses(model, rows, max_new_tokens=48)
+    met = [
+        is_response(row["prompt"], text) and meets(text, row["constraint"])
+        for row, text in zip(rows, responses, strict=True)
+    ]
+    sums = [log_prob(reference, row["prompt"], text) for row, text in zip(rows, responses, strict=True)]
+    return Share(sum(met), len(met)), sum(a for a, _ in sums) / sum(n for _, n in sums), responses
+
+
+def log_prob(model: Path, prompt: str, response: str) -> tuple[float, int]:
+    """The sum of the log-probs of a response's tokens, in nats, and their number; its EOS token counts."""
+    tokenizer = load(model)[1]
+    [text] = render(tokenizer, [{"prompt": prompt}])
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    after = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    mask = [False] * len(before) + [True] * len(after)
+    return masked_log_prob(model, before + after, mask), len(after)
+
+
+@torch.no_grad()
+def masked_log_prob(model: Path, ids: list[int], mask: list[bool]) -> float:
+    """The sum of the log-probs of the masked tokens, in nats."""
+    tokens = torch.tensor([ids])
+    log_probs = load(model)[0].transformer(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
+    return log_probs[0, torch.tensor(mask[1:])].sum().item()
+
+
+@cache
+def likelihood_accuracy(model: Path, pairs: Path, max_length: int) -> Share:
+    """Pairs whose chosen response is the more probable one under the model by itself, as sums of log-probs. Sums favor
+    short responses. Longer rows lose the beginning of the prompt, and what can't be read is left out, as in the stages.
+    """
+    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
+    samples = [sample for row in read_rows(pairs) for sample in tokenized(row, tokenizer, config)]
+    wins = 0
+    for sample in samples:
+        chosen, rejected = (masked_log_prob(model, s.input_ids, s.loss_mask) for s in (sample.chosen, sample.rejected))
+        wins += chosen > rejected
+    return Share(wins, len(samples))
+
+
+def tokenized(row: dict, tokenizer, config: DataConfig) -> list[PreferenceSample]:
+    """The pair of a row; none where a response is empty or the row too long."""
+    try:
+        return [tokenize(record, tokenizer, config) for record in parse_record(row, "preference")]
+    except ValueError:
+        return []

@@ -1,0 +1,79 @@
+"""The table of docs/results.md, from the runs' folders."""
+
+import json
+from pathlib import Path
+
+from coati.tracking import read_metrics, read_run
+from examples.smollm2.check import Share
+from examples.stages import ROOT, fill_figures
+
+SAMPLED = {"grpo": "right sums", "rloo": "right sums", "ppo": "right sums", "grpo_constraints": "constraints met"}
+OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "response_length": "response length, tokens"}
+OTHERS |= {"kl": "KL to the start, nats per response"}
+
+
+def summarize(output: Path, *, write_docs: bool = False):
+    """Writes figures.md and samples.md, of all stages that have finished; into docs/results.md if asked for."""
+    folders = [path.parent for path in sorted(output.glob("seed*/*/summary.json"))]
+    lines = ["| stage, seed | minutes | figure | before | after |", "|---|---|---|---|---|"]
+    for folder in sorted(folders, key=lambda folder: (folder.name, folder.parent.name)):
+        lines += rows(folder)
+    table, samples = "\n".join(lines), "\n".join(line for folder in folders for line in quoted(folder))
+    (output / "figures.md").write_text(table + "\n")
+    (output / "samples.md").write_text(samples + "\n")
+    print(table)
+    if write_docs:
+        fill_figures(ROOT / "docs" / "results.md", table)
+        fill_figures(ROOT / "docs" / "results.md", samples, "samples")
+
+
+def rows(folder: Path) -> list[str]:
+    """A line for each figure of a stage; the first has its name and minutes."""
+    metrics, run = read_metrics(folder), read_run(folder)
+    minutes = (metrics[-1]["time"] - run["start"]) / 60
+    figures = [*of_metrics(folder.name, metrics, run), *of_summary(folder)]
+    names = [f"{folder.name}, {run['settings']['seed']} | {minutes:.1f}"] + [" | "] * (len(figures) - 1)
+    return [f"| {name} | {' | '.join(figure)} |" for name, figure in zip(names, figures, strict=True)]
+
+
+def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str, str]]:
+    """Figures that the run has logged: title, first and last."""
+    found = []
+    if name in SAMPLED:
+        [path] = run["settings"]["data"]["eval_data"]
+        n = len(Path(path).read_text(encoding="utf-8").splitlines())
+        shares = [str(Share(row["eval/reward"] * n, n)) for row in metrics if "eval/reward" in row]
+        found.append((f"{SAMPLED[name]}, sampled", shares[0], shares[-1]))
+    accuracies = [
+        f"{row['eval/accuracy']:.1%} ({row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
+        for row in metrics
+        if "eval/accuracy_low" in row
+    ]
+    if accuracies:
+        found.append(("held-out accuracy", accuracies[0], accuracies[-1]))
+    for metric, title in OTHERS.items():
+        values = [row[metric] for row in metrics if metric in row]
+        if values:
+            found.append((title, f"{round(values[0], 3):g}", f"{round(values[-1], 3):g}"))
+    return found
+
+
+def of_summary(folder: Path) -> list[tuple[str, str, str]]:
+    """Figures that check.py has measured."""
+    summary = json.loads((folder / "summary.json").read_text())
+    names = [name for name in summary["before"] if name != "samples"]
+    return [(name, *(told(summary[when].get(name)) for when in ("before", "after"))) for name in names]
+
+
+def told(value: list | None) -> str:
+    if value is None:
+        return ""
+    return str(Share(*value)) if len(value) == 2 else f"{value[0]:.2f}"
+
+
+def quoted(folder: Path) -> list[str]:
+    """Greedy responses before and after, as a list."""
+    summary = json.loads((folder / "summary.json").read_text())
+    pairs = zip(summary["before"].get("samples", []), summary["after"].get("samples", []), strict=True)
+    lines = [f"- before: {json.dumps(before)}\n  after: {json.dumps(after)}" for before, after in pairs]
+    return [f"{folder.name}, {folder.parent.name}:\n", *lines, ""] if lines else []

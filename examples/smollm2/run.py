@@ -1,0 +1,100 @@
+"""A real instruction-tuned model of 135 M parameters through the pipeline, on two CPU processes.
+
+    python examples/smollm2/run.py                                   # model, SFT, GRPO on sums
+    python examples/smollm2/run.py --stages dpo reward kto --data ../shared/data    # on HH-RLHF
+    python examples/smollm2/run.py --stages grpo rloo ppo --seed 1 --write_docs     # and docs/results.md
+
+A stage that is finished is not run again. Each has its settings beside this file and writes summary.json with what was
+measured before and after.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from coati.config import read_yaml  # noqa: E402
+from coati.errors import UserError  # noqa: E402
+from coati.files import write_json  # noqa: E402
+from coati.tracking import write_report  # noqa: E402
+from examples.smollm2.check import check_constraints, check_sums, likelihood_accuracy  # noqa: E402
+from examples.smollm2.model import make_model  # noqa: E402
+from examples.smollm2.results import summarize  # noqa: E402
+from examples.smollm2.tasks import make_constraints, make_sums  # noqa: E402
+from examples.stages import train  # noqa: E402
+
+ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
+ON_PAIRS = {"reward": "reward", "dpo": "preference", "kto": "preference"}
+STAGES = ("sft", *ON_SUMS, "grpo_constraints", *ON_PAIRS)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["sft", "grpo"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="holds hh_rlhf/*.jsonl")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "smollm2", help="where everything goes")
+    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--write_docs", action="store_true", help="put the table into docs/results.md too")
+    arguments = parser.parse_args()
+    output, pairs = arguments.output.resolve(), arguments.data.resolve() / "hh_rlhf"
+    if set(arguments.stages) & set(ON_PAIRS) and not pairs.is_dir():
+        sys.exit(f"error: {arguments.data} has no folder hh_rlhf: name the folder that has it with --data")
+    try:
+        model = make_model(output / "model")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    run_stages(arguments.stages, model, output / f"seed{arguments.seed}", pairs, arguments.seed, arguments.processes)
+    summarize(output, write_docs=arguments.write_docs)
+    print(f"open {write_report([output], output / 'report.html')}")
+
+
+def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: int, processes: int):
+    """Trains each stage that is not finished, and measures what it changed."""
+    common = {"seed": seed, "cache_dir": folder / "cache"}
+    sums, constraints = make_sums(folder / "data", seed), make_constraints(folder / "data", seed)
+
+    def stage(name: str, script: str, start: Path, train_data: Path, eval_data: Path):
+        """Trains, and writes what was measured before and after to summary.json."""
+        summary = folder / name / "summary.json"
+        if summary.exists():
+            print(f"{folder / name} is finished already", flush=True)
+            return
+        data = {"model": start, "train_data": train_data, "eval_data": eval_data}
+        train(script, HERE / f"{name}.yaml", folder / name, common | data, processes)
+        checked = {"before": start, "after": folder / name / "model"}
+        write_json(
+            summary, {when: measure(name, path, model, folder / "data", pairs) for when, path in checked.items()}
+        )
+
+    if {"sft", *ON_SUMS} & set(stages):
+        stage("sft", "sft", model, sums["sft"], sums["sft_eval"])
+    for name in stages:
+        if name in ON_SUMS:
+            stage(name, ON_SUMS[name], folder / "sft" / "model", sums["prompts"], sums["prompts_eval"])
+        if name == "grpo_constraints":
+            stage(name, "grpo", model, constraints["constraints"], constraints["constraints_eval"])
+        if name in ON_PAIRS:
+            stage(name, ON_PAIRS[name], model, pairs / "train.jsonl", pairs / "test.jsonl")
+
+
+def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> dict[str, list]:
+    """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
+    if name in ("sft", *ON_SUMS):
+        found, told = check_sums(checked, data)
+        return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
+    if name == "grpo_constraints":
+        met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")
+        return {"constraints met": [met.count, met.n], "log-prob per token": [fluency], "samples": responses[:6]}
+    if checked != model:  # of a stage on pairs: its own accuracy tells more
+        return {}
+    longest = read_yaml(HERE / f"{name}.yaml")["data"]["max_length"]
+    likely = likelihood_accuracy(model, pairs / "test.jsonl", longest)
+    return {"chosen response more probable under the model itself": [likely.count, likely.n]}
+
+
+if __name__ == "__main__":
+    main()

