@@ -53,8 +53,10 @@ def names_what_is_there(words):
     extras = [extra for word in words for extra in re.findall(r"\[(\w+)\]", word)]
     assert all((ROOT / name).is_file() for name in files)
     assert all(f'"{extra}": [' in SETUP for extra in extras)
-    if words[2:] and not files and not extras:
-        is_installed_or_optional(words[2:])
+    named = [word for word in words[2:] if not word.startswith("-")]
+    if named and not files and not extras:
+        pinned = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "examples").rglob("*.py"))
+        assert all(f'"{name}"' in pinned for name in named) or is_installed_or_optional(named) is None
 
 
 def has_its_hooks(words):

@@ -134,9 +134,9 @@ def test_rows_that_are_packed_wrongly_are_refused(fault, weights, monkeypatch):
         packed = from_rows(*arguments)
         if fault == "positions":  # as if all stood in one row
             positions = torch.arange(packed.input_ids.shape[1]).expand_as(packed.input_ids)
-            return PackedGroups(packed.input_ids, positions, packed.visible, packed.packed_index)
-        everything = torch.ones_like(packed.visible).tril()  # as if responses saw one another
-        return PackedGroups(packed.input_ids, packed.position_ids, everything, packed.packed_index)
+            return PackedGroups(packed.input_ids, positions, packed.owner, packed.packed_index)
+        shared = torch.full_like(packed.owner, -1)  # as if responses saw one another
+        return PackedGroups(packed.input_ids, packed.position_ids, shared, packed.packed_index)
 
     actor = sharp(Actor).eval()
     monkeypatch.setattr(PackedGroups, "from_rows", wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,8 @@ class WandbSink:
     """A W&B run. Resumed under its id, W&B itself ignores the steps that it has already seen."""
 
     def __init__(self, run: RunInfo) -> None:
+        if "weave" not in sys.modules:  # where openai is imported, as by a judge, W&B would print that it should be
+            os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         self._run = wandb.init(
             mode="online" if run.online else "offline",
             project=run.project,
