@@ -10,7 +10,7 @@ import examples.smollm2.model as model_stage
 import examples.smollm2.run as stages
 from coati.errors import UserError
 from examples.smollm2 import check, rewards, tasks
-from examples.smollm2.results import of_metrics, of_summary
+from examples.smollm2.results import gains, of_metrics, of_summary
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -301,6 +301,19 @@ def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained,
 def stages_file(folder: Path, name: str) -> list[dict]:
     text = (folder / name).read_text()
     return rows(folder / name) if name.endswith("l") else [json.loads(text)]
+
+
+def test_the_gains_of_several_seeds_are_told_with_their_interval(tmp_path):
+    folders = [tmp_path / seed / "grpo" for seed in ("seed0", "seed1")]
+    for folder, after in zip(folders, (60, 80), strict=True):
+        folder.mkdir(parents=True)
+        checked = {"before": {"sums": [50, 100], "samples": ["a"]}, "after": {"sums": [after, 100], "samples": ["b"]}}
+        (folder / "summary.json").write_text(json.dumps(checked))
+    half = 12.71 * 10  # Student's for two values: 10 and 30 points are 10 from their mean, and so is its standard error
+    assert gains(folders) == [
+        f"| grpo, 2 seeds |  | sums: gained, points |  | +20.0 ({20 - half:+.1f} to {20 + half:+.1f}) |"
+    ]
+    assert gains(folders[:1]) == []
 
 
 def test_stages_on_pairs_are_measured_beside_the_likelihood(trained, tmp_path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from coati.tracking import read_metrics, read_run
+from examples.arithmetic.results import interval
 from examples.smollm2.check import Share
 from examples.stages import ROOT, fill_figures
 
@@ -18,6 +19,8 @@ def summarize(output: Path, *, write_docs: bool = False):
     lines = ["| stage, seed | minutes | figure | before | after |", "|---|---|---|---|---|"]
     for folder in sorted(folders, key=lambda folder: (folder.name, folder.parent.name)):
         lines += rows(folder)
+    for name in sorted({folder.name for folder in folders}):
+        lines += gains([folder for folder in folders if folder.name == name])
     table, samples = "\n".join(lines), "\n".join(line for folder in folders for line in quoted(folder))
     (output / "figures.md").write_text(table + "\n")
     (output / "samples.md").write_text(samples + "\n")
@@ -34,6 +37,20 @@ def rows(folder: Path) -> list[str]:
     figures = [*of_metrics(folder.name, metrics, run), *of_summary(folder)]
     names = [f"{folder.name}, {run['settings']['seed']} | {minutes:.1f}"] + [" | "] * (len(figures) - 1)
     return [f"| {name} | {' | '.join(figure)} |" for name, figure in zip(names, figures, strict=True)]
+
+
+def gains(folders: list[Path]) -> list[str]:
+    """For a stage that several seeds have run, by how many points each share grew: the mean with Student's interval."""
+    if len(folders) < 2:
+        return []
+    found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    lines = []
+    for name, value in found[0]["after"].items():
+        if name != "samples" and len(value) == 2:
+            shares = [[summary[when][name] for when in ("before", "after")] for summary in found]
+            grown = interval([after[0] / after[1] - before[0] / before[1] for before, after in shares])
+            lines.append(f"| {folders[0].name}, {len(folders)} seeds |  | {name}: gained, points |  | {grown} |")
+    return lines
 
 
 def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str, str]]:
