@@ -19,7 +19,7 @@ class WandbSink:
     """A W&B run. Resumed under its id, W&B itself ignores the steps that it has already seen."""
 
     def __init__(self, run: RunInfo) -> None:
-        if "weave" not in sys.modules:  # where openai is imported, as by a judge, W&B would print that it should be
+        if "weave" not in sys.modules:  # where openai is imported, as by an evaluation, W&B would advertise it
             os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         self._run = wandb.init(
             mode="online" if run.online else "offline",
