@@ -13,12 +13,16 @@ QUICK = ("parity", "rollout", "vllm")
 SLOW = ("runs", "decode", "train", "planner")  # the quickstart is a test of its own
 
 
+def run_kit(parts, output, *flags: str) -> subprocess.CompletedProcess:
+    command = ["tools/gpu_check.sh", "--device", "cpu", "--parts", *parts, "--output", str(output), *flags]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+
+
 @pytest.mark.parametrize("parts", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=" ".join)
 def test_the_kit_passes_on_a_cpu(parts, tmp_path):
     output = tmp_path / "figures.json"
-    command = ["tools/gpu_check.sh", "--device", "cpu", "--parts", *parts, "--output", str(output)]
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    done = run_kit(parts, output)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = json.loads(output.read_text())
     assert list(found["parts"]) == list(parts)
@@ -30,10 +34,6 @@ def test_the_kit_passes_on_a_cpu(parts, tmp_path):
 def test_a_part_that_fails_is_told_and_stops_no_other(tmp_path):
     """Of a time that is up."""
     output = tmp_path / "figures.json"
-    command = ["tools/gpu_check.sh", "--device", "cpu", "--parts", "parity", "rollout", "--minutes", "0"]
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(
-        [*command, "--output", str(output)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_kit(("parity", "rollout"), output, "--minutes", "0")
     assert done.returncode == 1 and "no time left" in done.stdout
     assert {part["status"] for part in json.loads(output.read_text())["parts"].values()} == {"no time left"}

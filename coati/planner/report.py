@@ -61,7 +61,9 @@ def read_workload(method: str, argv: list[str], gpus: int, on_gpu: bool):
         precision = "fp32" if PLUGINS[config.parallel.plugin].computes_in_fp32 and not on_gpu else "bf16"
     if on_gpu:  # as large, and this machine need not have a GPU
         precision = precision.replace("fp16", "bf16")
-        attention = "auto" if attention in ("flash_attention_2", "flex_attention") else attention
+        from coati.models.base import NEED_CUDA
+
+        attention = "auto" if attention in NEED_CUDA else attention
     config = reconfigure(config, precision=precision, attn_implementation=attention)
     from coati.planner.dry_run import Workload
 

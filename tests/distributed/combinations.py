@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 
+from coati.config.plugin import PLUGINS
 from coati.errors import UserError
 from coati.losses import cross_entropy
 from coati.models import Actor
@@ -16,7 +17,6 @@ from coati.parallel.factory import engine_class, make_engine
 from coati.parallel.runtime import Runtime, shutdown
 from tests.distributed.world import family_config
 
-PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload", "gemini")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SPLITS = {
     "whole": {},
