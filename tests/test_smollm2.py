@@ -267,8 +267,8 @@ def trained(tiny_world, tmp_path, monkeypatch):
     dialogue = "\n\nHuman: one two\n\nAssistant: {}"
     pair = json.dumps({"chosen": dialogue.format("three"), "rejected": dialogue.format("four five")})
     empty = json.dumps({"chosen": dialogue.format("three"), "rejected": dialogue.format("")})
-    for name in ("train", "test"):
-        (pairs / f"{name}.jsonl").write_text(f"{pair}\n{empty}\n{pair}\n")
+    for name, count in (("train", 12), ("test", 2)):
+        (pairs / f"{name}.jsonl").write_text("\n".join([empty, *[pair] * count]) + "\n")
 
     def run(*names: str) -> list[tuple]:
         calls.clear()
@@ -324,6 +324,26 @@ def test_stages_on_pairs_are_measured_beside_the_likelihood(trained, tmp_path):
     summary = json.loads((tmp_path / "seed0" / "dpo" / "summary.json").read_text())
     [count, n] = summary["before"]["chosen response more probable under the model itself"]
     assert n == 2 and count in (0, 2)  # both pairs are one; the row with an empty response is left out
+    assert summary["before"]["told apart by a bag of words"] == [2, 2]
+
+
+def test_ppo_on_the_reward_model_reads_the_one_of_its_seed(trained, tmp_path):
+    [(script, config, flags)] = trained("ppo_hh")
+    assert (script, config) == ("ppo", "ppo_hh.yaml")
+    watched = {reward["path"]: float(reward.get("weight", 1)) for reward in flags["rewards"]}
+    assert watched.pop(str(tmp_path / "seed0" / "reward" / "model")) == 1
+    assert set(watched.values()) == {0}
+
+
+def test_what_is_watched_beside_the_reward_model_is_what_it_says():
+    pytest.importorskip("vaderSentiment", reason="needs pip install --no-deps vaderSentiment==3.3.2")
+    from examples.smollm2.watched import distinct, sentiment, words
+
+    responses = ["I would love to help you!", "I hate this terrible idea.", "no no No no", ""]
+    glad, angry, *_ = sentiment([""] * 4, responses)
+    assert -1 <= angry < -0.5 < 0.5 < glad <= 1
+    assert words([""] * 4, responses) == [6, 5, 4, 0]
+    assert distinct([""] * 4, responses) == [1, 1, 0.25, 1]
 
 
 def test_constraints_are_measured_with_the_fluency(trained, tmp_path):

@@ -126,6 +126,49 @@ def likelihood_accuracy(model: Path, pairs: Path, max_length: int) -> Share:
     return Share(wins, len(samples))
 
 
+def bag_of_words_accuracy(train: Path, test: Path, model: Path, max_length: int) -> Share:
+    """Pairs that a logistic regression on the counts of words tells apart: what is told by words alone. Its strength of
+    regularization is chosen by cross-validation on the training pairs; a pair is the difference of its two responses.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegressionCV
+
+    train_pairs, test_pairs = (response_pairs(path, model, max_length) for path in (train, test))
+    counter = CountVectorizer(min_df=3).fit([text for pair in train_pairs for text in pair])
+
+    def differences(pairs):
+        chosen, rejected = (counter.transform(texts) for texts in zip(*pairs, strict=True))
+        return chosen - rejected
+
+    # every second pair is shown the other way round, so that both classes are there
+    signs = [1 if i % 2 else -1 for i in range(len(train_pairs))]
+    shown = differences(train_pairs).multiply([[sign] for sign in signs]).tocsr()
+    classifier = LogisticRegressionCV(
+        Cs=[0.001, 0.003, 0.01, 0.03, 0.1],
+        cv=5,
+        scoring="accuracy",
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
+        fit_intercept=False,
+        max_iter=1000,
+    )
+    scores = classifier.fit(shown, signs).decision_function(differences(test_pairs))
+    return Share(int((scores > 0).sum()), len(test_pairs))
+
+
+def response_pairs(path: Path, model: Path, max_length: int) -> list[tuple[str, str]]:
+    """The texts of chosen and rejected responses, of the pairs that the stages read."""
+    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
+    samples = [sample for row in read_rows(path) for sample in tokenized(row, tokenizer, config)]
+    sides = [[response_text(tokenizer, side) for side in (sample.chosen, sample.rejected)] for sample in samples]
+    return [(chosen, rejected) for chosen, rejected in sides]
+
+
+def response_text(tokenizer, sample) -> str:
+    masked = [token for token, learned in zip(sample.input_ids, sample.loss_mask, strict=True) if learned]
+    return tokenizer.decode(masked, skip_special_tokens=True)
+
+
 def tokenized(row: dict, tokenizer, config: DataConfig) -> list[PreferenceSample]:
     """The pair of a row; none where a response is empty or the row too long."""
     try:

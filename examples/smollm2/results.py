@@ -3,14 +3,22 @@
 import json
 from pathlib import Path
 
-from coati.tracking import read_metrics, read_run
+from coati.tracking import read_metrics, read_run, read_samples
+from coati.tracking.charts import Line
 from examples.arithmetic.results import interval
+from examples.drawing import figure
 from examples.smollm2.check import Share
 from examples.stages import ROOT, fill_figures
 
 SAMPLED = {"grpo": "right sums", "rloo": "right sums", "ppo": "right sums", "grpo_constraints": "constraints met"}
 OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "response_length": "response length, tokens"}
 OTHERS |= {"kl": "KL to the start, nats per response"}
+WATCHED = {  # of PPO on the reward model, on held-out prompts
+    "eval/reward/model": "reward model's score",
+    "eval/reward/sentiment": "sentiment, -1 to 1",
+    "eval/reward/words": "words per response",
+    "eval/reward/distinct": "share of distinct words",
+}
 
 
 def summarize(output: Path, *, write_docs: bool = False):
@@ -25,9 +33,13 @@ def summarize(output: Path, *, write_docs: bool = False):
     (output / "figures.md").write_text(table + "\n")
     (output / "samples.md").write_text(samples + "\n")
     print(table)
+    watched = [folder for folder in folders if folder.name == "ppo_hh"]
     if write_docs:
         fill_figures(ROOT / "docs" / "results.md", table)
         fill_figures(ROOT / "docs" / "results.md", samples, "samples")
+        if watched:
+            fill_figures(ROOT / "docs" / "results.md", over_optimization(watched[0]), "over-optimization")
+            (ROOT / "docs" / "over-optimization.svg").write_text(drawn(watched))
 
 
 def rows(folder: Path) -> list[str]:
@@ -82,15 +94,57 @@ def of_summary(folder: Path) -> list[tuple[str, str, str]]:
     return [(name, *(told(summary[when].get(name)) for when in ("before", "after"))) for name in names]
 
 
+def watched_over_kl(folder: Path) -> list[tuple[float, dict[str, float]]]:
+    """What is watched of a run on a reward model at each of its evaluations, by the KL of the iteration before it."""
+    found, kl = [], 0.0
+    for row in read_metrics(folder):
+        kl = row.get("kl", kl)
+        if "eval/reward" in row:
+            found.append((row["step"], {"kl": kl} | {name: row[name] for name in WATCHED}))
+    return found
+
+
+def over_optimization(folder: Path) -> str:
+    """A table of it."""
+    lines = ["| iteration | KL, nats per response | " + " | ".join(WATCHED.values()) + " |"]
+    lines.append("|---" * (len(WATCHED) + 2) + "|")
+    for step, values in watched_over_kl(folder):
+        lines.append(f"| {step} | " + " | ".join(f"{value:.2f}" for value in values.values()) + " |")
+    return "\n".join(lines)
+
+
+def drawn(folders: list[Path]) -> str:
+    """The same as an SVG: what is watched over the KL, a line per seed."""
+    charts: dict[str, list[Line]] = {title: [] for title in WATCHED.values()}
+    for color, folder in enumerate(folders):
+        found = sorted(watched_over_kl(folder), key=lambda of_step: of_step[1]["kl"])
+        for name, title in WATCHED.items():
+            charts[title].append(Line(folder.parent.name, color, [(values["kl"], values[name]) for _, values in found]))
+    return figure(charts, [folder.parent.name for folder in folders], "over the KL, nats per response", columns=2)
+
+
 def told(value: list | None) -> str:
     if value is None:
         return ""
     return str(Share(*value)) if len(value) == 2 else f"{value[0]:.2f}"
 
 
+def shown(prompt: str) -> str:
+    """What the user has said last."""
+    return prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+
 def quoted(folder: Path) -> list[str]:
     """Greedy responses before and after, as a list."""
-    summary = json.loads((folder / "summary.json").read_text())
-    pairs = zip(summary["before"].get("samples", []), summary["after"].get("samples", []), strict=True)
+    if folder.name == "ppo_hh":
+        logged = read_samples(folder)
+        first, last = (
+            [f"{shown(row['prompt'])} -> {row['response']}" for row in logged if row["step"] == step][:4]
+            for step in (logged[0]["step"], logged[-1]["step"])
+        )
+        pairs = zip(first, last, strict=True)
+    else:
+        summary = json.loads((folder / "summary.json").read_text())
+        pairs = zip(summary["before"].get("samples", []), summary["after"].get("samples", []), strict=True)
     lines = [f"- before: {json.dumps(before)}\n  after: {json.dumps(after)}" for before, after in pairs]
     return [f"{folder.name}, {folder.parent.name}:\n", *lines, ""] if lines else []

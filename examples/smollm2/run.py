@@ -1,7 +1,8 @@
 """A real instruction-tuned model of 135 M parameters through the pipeline, on two CPU processes.
 
     python examples/smollm2/run.py                                   # model, SFT, GRPO on sums
-    python examples/smollm2/run.py --stages dpo reward kto --data ../shared/data    # on HH-RLHF
+    python examples/smollm2/run.py --stages dpo kto --data ../shared/data           # on HH-RLHF
+    python examples/smollm2/run.py --stages reward ppo_hh --data ../shared/data     # and PPO on the reward model
     python examples/smollm2/run.py --stages grpo rloo ppo --seed 1 --write_docs     # and docs/results.md
 
 A stage that is finished is not run again. Each has its settings beside this file and writes summary.json with what was
@@ -20,15 +21,16 @@ from coati.config import read_yaml  # noqa: E402
 from coati.errors import UserError  # noqa: E402
 from coati.files import write_json  # noqa: E402
 from coati.tracking import write_report  # noqa: E402
-from examples.smollm2.check import check_constraints, check_sums, likelihood_accuracy  # noqa: E402
+from examples.smollm2.check import bag_of_words_accuracy, check_constraints, check_sums, likelihood_accuracy  # noqa: E402
 from examples.smollm2.model import make_model  # noqa: E402
 from examples.smollm2.results import summarize  # noqa: E402
 from examples.smollm2.tasks import make_constraints, make_sums  # noqa: E402
 from examples.stages import train  # noqa: E402
 
 ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
-ON_PAIRS = {"reward": "reward", "dpo": "preference", "kto": "preference"}
-STAGES = ("sft", *ON_SUMS, "grpo_constraints", *ON_PAIRS)
+ON_PAIRS = {"reward": "reward"} | dict.fromkeys(("dpo", "kto", "orpo", "simpo"), "preference")
+ON_SCORES = "ppo_hh"  # of the reward stage
+STAGES = ("sft", *ON_SUMS, "grpo_constraints", *ON_PAIRS, ON_SCORES)
 
 
 def main():
@@ -41,7 +43,7 @@ def main():
     parser.add_argument("--write_docs", action="store_true", help="put the table into docs/results.md too")
     arguments = parser.parse_args()
     output, pairs = arguments.output.resolve(), arguments.data.resolve() / "hh_rlhf"
-    if set(arguments.stages) & set(ON_PAIRS) and not pairs.is_dir():
+    if {*arguments.stages} & {*ON_PAIRS, ON_SCORES} and not pairs.is_dir():
         sys.exit(f"error: {arguments.data} has no folder hh_rlhf: name the folder that has it with --data")
     try:
         model = make_model(output / "model")
@@ -57,14 +59,14 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
     common = {"seed": seed, "cache_dir": folder / "cache"}
     sums, constraints = make_sums(folder / "data", seed), make_constraints(folder / "data", seed)
 
-    def stage(name: str, script: str, start: Path, train_data: Path, eval_data: Path):
+    def stage(name: str, script: str, start: Path, train_data: Path, eval_data: Path, **flags):
         """Trains, and writes what was measured before and after to summary.json."""
         summary = folder / name / "summary.json"
         if summary.exists():
             print(f"{folder / name} is finished already", flush=True)
             return
         data = {"model": start, "train_data": train_data, "eval_data": eval_data}
-        train(script, HERE / f"{name}.yaml", folder / name, common | data, processes)
+        train(script, HERE / f"{name}.yaml", folder / name, common | data | flags, processes)
         checked = {"before": start, "after": folder / name / "model"}
         write_json(
             summary, {when: measure(name, path, model, folder / "data", pairs) for when, path in checked.items()}
@@ -79,6 +81,10 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
             stage(name, "grpo", model, constraints["constraints"], constraints["constraints_eval"])
         if name in ON_PAIRS:
             stage(name, ON_PAIRS[name], model, pairs / "train.jsonl", pairs / "test.jsonl")
+        if name == ON_SCORES:
+            rewards = read_yaml(HERE / f"{name}.yaml")["rewards"]
+            rewards[0]["path"] = str(folder / "reward" / "model")
+            stage(name, "ppo", model, pairs / "train.jsonl", pairs / "test.jsonl", rewards=rewards)
 
 
 def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> dict[str, list]:
@@ -89,11 +95,15 @@ def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> d
     if name == "grpo_constraints":
         met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")
         return {"constraints met": [met.count, met.n], "log-prob per token": [fluency], "samples": responses[:6]}
-    if checked != model:  # of a stage on pairs: its own accuracy tells more
+    if checked != model or name == ON_SCORES:  # what the run itself has logged tells more
         return {}
     longest = read_yaml(HERE / f"{name}.yaml")["data"]["max_length"]
     likely = likelihood_accuracy(model, pairs / "test.jsonl", longest)
-    return {"chosen response more probable under the model itself": [likely.count, likely.n]}
+    words = bag_of_words_accuracy(pairs / "train.jsonl", pairs / "test.jsonl", model, longest)
+    return {
+        "chosen response more probable under the model itself": [likely.count, likely.n],
+        "told apart by a bag of words": [words.count, words.n],
+    }
 
 
 if __name__ == "__main__":
