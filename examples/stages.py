@@ -48,12 +48,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def environment() -> dict[str, str]:
+    """What a stage's processes find: this interpreter's commands, this repository, and one thread each."""
+    found = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
+    found["PYTHONPATH"] = f"{ROOT}{os.pathsep}{found.get('PYTHONPATH', '')}"
+    return found
+
+
 def run(command: list[str]):
     """Runs a command in the repository's root and exits with its status if it fails."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
-    done = subprocess.run(command, cwd=ROOT, env=environment)
+    done = subprocess.run(command, cwd=ROOT, env=environment())
     if done.returncode:
         sys.exit(done.returncode)
