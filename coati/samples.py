@@ -5,24 +5,40 @@ from typing import Any
 
 
 @dataclass
+class Turn:
+    """A message that the policy sampled in an episode.
+
+    Attributes:
+        start, end: its tokens, as places in the sample's; the end is exclusive.
+        reward: what the environment gave for it.
+    """
+
+    start: int
+    end: int
+    reward: float = 0.0
+
+
+@dataclass
 class Sample:
-    """A prompt and the policy's response.
+    """A prompt and the policy's response; of an episode with an environment, all turns of both.
 
     Per-token lists are aligned with `tokens`.
 
     Attributes:
         row: number of the data's row that the prompt is from; columns: the row's other fields.
-        prompt, response: the texts, without what ends a response.
+        prompt, response: the texts, without what ends a response; of an episode, its last response.
         tokens: ids of the prompt and of all that came after it.
         response_mask: True on the tokens that the policy sampled (EOS included), which may be in several parts.
         log_probs: of the sampled tokens, at the sampling temperature and before top-k and the like; 0 elsewhere. None
             where the generator gives none (beam search).
-        finish_reason: "eos", "stop" (a stop text or id) or "length".
+        finish_reason: "eos", "stop" (a stop text or id) or "length"; of an episode "done", "length" (of its tokens, or
+            of a response), "turns" (no more are allowed) or "failed" (its environment has).
         weights_version: the iteration whose weights sampled it.
         rewards: each reward by name, unweighted; per-token rewards are summed; None where it was skipped.
         failed: of the rewards that look at one sample at a time, whether they could not score it.
         score: the weighted sum of the rewards of whole responses.
         token_rewards: the weighted sum of the rewards of tokens; None without any.
+        turns: of an episode, what was sampled; messages: its conversation; metrics: numbers that its environment gave.
     """
 
     row: int
@@ -38,6 +54,9 @@ class Sample:
     failed: dict[str, bool] = field(default_factory=dict)
     score: float = 0.0
     token_rewards: list[float] | None = None
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_texts(cls, prompt: str, response: str, **columns: Any) -> "Sample":
@@ -46,8 +65,8 @@ class Sample:
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was truncated at its maximum length."""
-        return self.finish_reason == "length"
+        """Whether the response was truncated at its maximum length, or the episode ended before it was done."""
+        return self.finish_reason in ("length", "turns", "failed")
 
     @property
     def response_length(self) -> int:

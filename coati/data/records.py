@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-Kind = Literal["sft", "preference", "unpaired", "prompt"]
+Kind = Literal["sft", "preference", "unpaired", "prompt", "row"]
 
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -83,7 +83,15 @@ class PromptRecord:
     unused: tuple[str, ...] = field(default=(), compare=False)
 
 
-Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord
+@dataclass(frozen=True)
+class RowRecord:
+    """A row as it is, for an environment that begins a dialogue from it."""
+
+    columns: dict[str, Any]
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+
+Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord | RowRecord
 
 
 class _Row:
@@ -146,9 +154,9 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
       - any dialogue above with a `label`: true for a good last response, false for a bad one (TRL)
       - any preference above: the chosen response is a good one, the rejected response a bad one
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
-    the record's columns.
+    the record's columns. A `row` is taken as it is.
 
-    In all of them `system` or `system_prompt` is a system message in front, `history` (pairs of texts) are earlier
+    In all others `system` or `system_prompt` is a system message in front, `history` (pairs of texts) are earlier
     turns, and `tools` are for the chat template.
 
     An HH-RLHF text starts with a blank line and `Human:`. `Human:` and `Assistant:` after a blank line begin
@@ -159,6 +167,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     """
     if not isinstance(row, dict):
         raise ValueError("the row is not an object with named fields")
+    if kind == "row":
+        return [RowRecord(row)]
     if kind == "preference":
         return [_preference(_Row(row))]
     if kind == "unpaired":

@@ -16,7 +16,7 @@ import numpy as np
 from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
-from coati.data.records import PromptRecord, Record, SFTRecord, UnpairedRecord
+from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, UnpairedRecord
 from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
 
 
@@ -64,7 +64,8 @@ class UnpairedSample:
 
 @dataclass(frozen=True)
 class PromptSample:
-    """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields."""
+    """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields. Of a row for an
+    environment the fields alone."""
 
     input_ids: list[int]
     text: str
@@ -102,9 +103,9 @@ def tokenize_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
     """As `tokenize`, in one tokenizer call."""
     rendered = [_attempt(_render, record, tokenizer, config) for record in records]
     texts = [piece.text for pieces in rendered if not isinstance(pieces, ValueError) for piece in pieces]
-    if not texts:
-        return [TokenizeResult(error, []) for error in rendered]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = {"input_ids": [], "offset_mapping": []}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     results = []
     for record, pieces in zip(records, rendered, strict=True):
@@ -155,6 +156,8 @@ class _Encoded:
 def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
     """The texts to tokenize for a record."""
     template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
+    if isinstance(record, RowRecord):
+        return []
     try:
         if isinstance(record, PromptRecord):
             text = template.render(record.prompt, add_generation_prompt=True)
@@ -207,6 +210,8 @@ def _contains(value: Any, text: str) -> bool:
 
 
 def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfig) -> TokenizedSample:
+    if isinstance(record, RowRecord):
+        return PromptSample([], "", record.columns)
     if isinstance(record, PromptRecord):
         return _prompt_sample(record, pieces[0], tokenizer, config)
     sequences = _fit([_mask_responses(piece, tokenizer) for piece in pieces], tokenizer, config)

@@ -7,6 +7,7 @@ from importlib import import_module
 
 HOME = {
     "AdapterReward": "adapter",
+    "EnvironmentReward": "environment",
     "FunctionReward": "function",
     "HTTPReward": "http",
     "ModelReward": "model",

@@ -3,7 +3,10 @@
 from coati.config.generation import GenerationConfig
 from coati.rollout.batch import Experience, RolloutBatch
 from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
+from coati.rollout.conversation import ConversationRenderer, check_conversations
 from coati.rollout.engine import RolloutEngine
+from coati.rollout.environment import Environment, Observation, load_environment
+from coati.rollout.episodes import EpisodeGeneration
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
@@ -11,9 +14,13 @@ from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGene
 __all__ = [
     "BestOf",
     "Completion",
+    "ConversationRenderer",
+    "Environment",
+    "EpisodeGeneration",
     "Experience",
     "GenerationConfig",
     "Generator",
+    "Observation",
     "PolicyGenerator",
     "Prompt",
     "Request",
@@ -25,7 +32,9 @@ __all__ = [
     "SynchronousRollouts",
     "best_of_n",
     "best_of_n_kl",
+    "check_conversations",
     "complete",
     "has_kv_cache",
+    "load_environment",
     "prompt_of",
 ]

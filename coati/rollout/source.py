@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from coati.config.generation import GenerationConfig
 from coati.rewards import Scorer
@@ -16,6 +16,9 @@ from coati.rollout.batch import RolloutBatch
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.samples import Sample, SampleGroup
+
+if TYPE_CHECKING:
+    from coati.rollout.episodes import EpisodeGeneration
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,15 @@ class ScoredGeneration:
 
     Rewards that work in processes of their own begin with a sample as soon as it has ended.
 
+    Attributes:
+        plays_episodes: whether samples are episodes with an environment.
+
     Args:
         tokenizer: of the policy.
         ends: tokens that end a response, which are no part of its text.
     """
+
+    plays_episodes = False
 
     def __init__(self, generator: Generator, scorer: Scorer, tokenizer, ends: Iterable[int]):
         self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
@@ -149,7 +157,7 @@ class SynchronousRollouts:
 
     def __init__(
         self,
-        generation: ScoredGeneration,
+        generation: "ScoredGeneration | EpisodeGeneration",
         data,
         order,
         shape: RolloutShape,
@@ -193,7 +201,7 @@ class SynchronousRollouts:
         scored = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
         groups = self._groups(scored.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
-        metrics = sample_metrics(scored.samples, self.ranks) | seconds_of([scored])
+        metrics = self._metrics(scored.samples) | seconds_of([scored])
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
     def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
@@ -219,8 +227,14 @@ class SynchronousRollouts:
                 else:
                     kept.append(group)
         chosen = self.shape.of_rank((kept + spare)[:wanted], rank, world)
-        metrics = sample_metrics(counted, self.ranks) | seconds_of(rounds)
+        metrics = self._metrics(counted) | seconds_of(rounds)
         return chosen, metrics | {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
+
+    def _metrics(self, samples: list[Sample]) -> dict[str, float]:
+        metrics = sample_metrics(samples, self.ranks)
+        if self.generation.plays_episodes:
+            metrics |= mean_environment_metrics(samples, self.ranks)
+        return metrics
 
     def _draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
         """The next rows of the data, each with how often the iteration has drawn it before."""
@@ -270,6 +284,29 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
             metrics[f"reward/{name}/scored"] = n / count
     metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
     return metrics | {"finished": 1 - metrics["truncated"]}
+
+
+def environment_metrics(sample: Sample) -> dict[str, float]:
+    """Numbers about an episode, `environment/...`."""
+    own = {"turns": len(sample.turns), "failed": sample.finish_reason == "failed"}
+    return {f"environment/{name}": float(value) for name, value in (own | sample.metrics).items()}
+
+
+def mean_environment_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
+    """Their means over all ranks' samples that have them. Which there are may differ between samples."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for sample in samples:
+        found = environment_metrics(sample)
+        sums.update(found)
+        counts.update(found.keys())
+    everywhere = ranks.gather((dict(sums), dict(counts)))
+    names = sorted({name for of_rank, _ in everywhere for name in of_rank})
+    return {
+        name: sum(of_rank.get(name, 0.0) for of_rank, _ in everywhere)
+        / sum(number.get(name, 0) for _, number in everywhere)
+        for name in names
+    }
 
 
 def seconds_of(rounds: Sequence[Scored]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from coati.config import ListOf, Settings, inherited, option, section, settings
+from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
@@ -384,6 +385,9 @@ class RolloutConfig(TrainerConfig):
 
     algorithm: RolloutAlgorithm
     generation: GenerationConfig = section(GenerationConfig, "how responses are drawn")
+    environment: EnvironmentConfig = section(
+        EnvironmentConfig, "what the policy talks to over several turns, if it does"
+    )
     rewards: ListOf[AnyReward] = option(
         (),
         "what scores responses: entries such as math, or {type: regex, pattern: ..., weight: 0.2}; see docs/rewards.md",
@@ -393,6 +397,8 @@ class RolloutConfig(TrainerConfig):
 
     @property
     def longest_row(self) -> int:
+        if self.environment.path:
+            return self.environment.max_tokens
         return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @property
@@ -427,6 +433,11 @@ class RolloutConfig(TrainerConfig):
             yield "vLLM takes models that are replicated: ddp, zero1, zero2, or --rollout_engine coati"
         if self.generation.num_beams > 1:
             yield "a policy learns from samples: leave num_beams at 1"
+        if self.environment.path and self.generation.max_new_tokens >= self.environment.max_tokens:
+            yield (
+                f"an episode of {self.environment.max_tokens} tokens has no room for a response of "
+                f"{self.generation.max_new_tokens}: raise environment.max_tokens or lower max_new_tokens"
+            )
 
     def size_problems(self, world_size: int) -> Iterator[str]:
         yield from super().size_problems(world_size)
@@ -715,5 +726,11 @@ class GRPOConfig(RolloutConfig):
         group = self.shared_prefix_group
         if a.share_prompts and (group < 2 or max(a.group_size, self.micro_batch_size) % group > 0):
             yield "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"
+        if self.environment.path and a.share_prompts:
+            yield "share_prompts reads one prompt for its responses, and episodes have several turns: leave it out"
+        if self.environment.path and a.advantage == "remax":
+            yield "remax compares with a greedy response, and an episode is none: choose another advantage"
+        if self.environment.path and a.overlong_buffer:
+            yield "overlong_buffer is of single responses: leave it out with an environment"
         if a.share_prompts and split:
             yield "share_prompts needs replicated models: leave out tensor, pipeline and sequence parallelism"

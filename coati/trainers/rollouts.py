@@ -7,16 +7,21 @@ from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
-from coati.rewards import ModelReward, Reward, Scorer
+from coati.rewards import EnvironmentReward, ModelReward, Reward, Scorer
 from coati.rollout import (
+    ConversationRenderer,
+    EpisodeGeneration,
     RolloutShape,
     RolloutSource,
     ScoredGeneration,
     SynchronousRollouts,
+    check_conversations,
     has_kv_cache,
+    load_environment,
     prompt_of,
 )
 from coati.rollout.prompts import eos_ids
+from coati.rollout.source import environment_metrics
 from coati.run_layout import ACTOR
 from coati.samples import Sample
 from coati.trainers.batching import Batching
@@ -72,7 +77,9 @@ class RolloutTrainer(Trainer):
         return self.config.generation
 
     def longest_sequence(self) -> int:
-        """The most tokens of a row that the run's models read: a prompt and its response."""
+        """The most tokens of a row that the run's models read: a prompt and its response, or an episode."""
+        if self.config.environment.path:
+            return self.config.environment.max_tokens
         prompts = [int(data.lengths.max()) for data in (self.data, self.eval_data) if data is not None]
         return max(prompts) + self.config.generation.max_new_tokens
 
@@ -80,8 +87,9 @@ class RolloutTrainer(Trainer):
 
     def build(self):
         c = self.config
-        self.data = self.factory.dataset(c.data.train_data, "prompt", c.data.train_weights)
-        self.eval_data = self.factory.dataset(c.data.eval_data, "prompt")
+        kind = "row" if c.environment.path else "prompt"
+        self.data = self.factory.dataset(c.data.train_data, kind, c.data.train_weights)
+        self.eval_data = self.factory.dataset(c.data.eval_data, kind)
         self.order, self.total_steps = self.factory.order(self.data, self.start)
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()
@@ -93,7 +101,10 @@ class RolloutTrainer(Trainer):
                 f"{self.actor.module.config.model_type} has others"
             )
         self.reference = self.build_reference()
-        scorer = self.factory.scorer(self.load_reward_model, self.given_rewards)
+        rewards = list(self.given_rewards)
+        if c.environment.path:
+            rewards.append(EnvironmentReward(c.environment.turn_rewards))
+        scorer = self.factory.scorer(self.load_reward_model, rewards)
         for data in (self.data, self.eval_data):
             if data is not None:
                 every = 1 + len(data) // ROWS_CHECKED
@@ -101,9 +112,18 @@ class RolloutTrainer(Trainer):
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
 
-    def build_generation(self, scorer: Scorer) -> ScoredGeneration:
-        generator = self.factory.generator(self.actor, self.config.generation)
-        return ScoredGeneration(generator, scorer, self.tokenizer, eos_ids(self.tokenizer, self.actor.module))
+    def build_generation(self, scorer: Scorer) -> ScoredGeneration | EpisodeGeneration:
+        c = self.config
+        generator, ends = self.factory.generator(self.actor, c.generation), eos_ids(self.tokenizer, self.actor.module)
+        if c.environment.path is None:
+            return ScoredGeneration(generator, scorer, self.tokenizer, ends)
+        renderer = ConversationRenderer(self.tokenizer, ends, c.data.template_arguments)
+        for note in check_conversations(renderer):
+            self.runtime.say(note)
+        make_environment = load_environment(c.environment.path)
+        return EpisodeGeneration(
+            generator, scorer, self.tokenizer, ends, make_environment, renderer, c.environment, self.ranks
+        )
 
     def build_rollouts(self) -> RolloutSource:
         """Samples of the current policy, drawn when an iteration asks for them."""
@@ -163,7 +183,7 @@ class RolloutTrainer(Trainer):
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "response"))
         metrics = {}
         for name in names:
-            values = [row[name] for row in rows if row[name] is not None]
+            values = [row[name] for row in rows if row.get(name) is not None]
             metrics[name] = sum(values) / len(values) if values else float("nan")
         return metrics, rows[: self.config.evaluation.samples]
 
@@ -172,12 +192,19 @@ def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
     failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
-    return {
+    row = {
         "prompt": sample.prompt,
-        "response": sample.response,
+        "response": transcript(sample) if sample.turns else sample.response,
         "reward": sample.total_reward,
         **rewards,
         **failed,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }
+    return row | (environment_metrics(sample) if sample.messages else {})
+
+
+def transcript(sample: Sample) -> str:
+    """An episode from its first response on."""
+    first = next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.messages[first:])

@@ -1,0 +1,16 @@
+"""What a policy talks to over several turns."""
+
+from coati.config.options import Settings, option, settings
+
+
+@settings
+class EnvironmentConfig(Settings):
+    """What a policy talks to over several turns; none for one response per prompt."""
+
+    path: str | None = option(
+        None, "FILE.py:Class or module:Class of an environment, see docs/environments.md", path="function", common=True
+    )
+    max_turns: int = option(8, "responses per episode", ge=1)
+    max_tokens: int = option(1024, "longest episode, in tokens, those of the environment included", ge=2)
+    timeout: float = option(60.0, "seconds that a call of the environment may take", gt=0)
+    turn_rewards: bool = option(False, "a turn's reward falls on its own last token, not on the episode's")

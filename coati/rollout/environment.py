@@ -1,0 +1,161 @@
+"""Environments: what a policy talks to over several turns.
+
+An environment is a class of the user's own, without a base class. One object is made per episode:
+
+    class GuessTheNumber:
+        def reset(self, row):                  # the row's fields -> the messages that begin the conversation
+            self.secret = row["secret"]
+            return [{"role": "user", "content": "Guess my number, from 1 to 100."}]
+
+        def step(self, message):               # the policy's message -> what it leads to
+            guess = int(message["content"])
+            if guess == self.secret:
+                return Observation(reward=1.0, done=True)
+            hint = "higher" if guess < self.secret else "lower"
+            return Observation([{"role": "user", "content": f"It is {hint}."}])
+
+Both may be `async`, and may raise: the episode ends there, and counts as failed. `close()`, if there is one, is called
+at the end of every episode. Episodes of one row should be alike: what is random belongs into the row.
+"""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from coati.data.messages import Messages, read_messages
+from coati.errors import UserError
+from coati.rewards.function import import_function
+
+
+@dataclass
+class Observation:
+    """What a step leads to.
+
+    Attributes:
+        messages: what the policy reads next; none only where the episode is done.
+        reward: for the message that led here; an episode's is their sum.
+        done: the episode ends.
+        metrics: numbers whose means are logged as `environment/NAME`, of the last step that gives them.
+    """
+
+    messages: Messages = field(default_factory=list)
+    reward: float = 0.0
+    done: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """See the module's docstring."""
+
+    def reset(self, row: dict[str, Any]) -> Messages:
+        """Begins an episode.
+
+        Args:
+            row: the fields of a row of the data.
+        """
+
+    def step(self, message: dict[str, Any]) -> Observation:
+        """Answers a message of the policy's, `{"role": "assistant", "content": text}`."""
+
+
+def load_environment(location: str) -> Callable[[], Environment]:
+    """The class, or function that makes an environment, at `FILE.py:Class` or `module:Class`.
+
+    Raises:
+        UserError: there is none, or it lacks a method.
+    """
+    made = import_function(location, "environment")
+    if inspect.isclass(made):
+        lacking = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
+        if lacking:
+            raise UserError(f"environment {location!r} has no method {' and no method '.join(lacking)}")
+    return made
+
+
+class EpisodeFailed(Exception):
+    """An environment raised, took too long, or returned something else than it should."""
+
+
+class EnvironmentCalls:
+    """Calls environments side by side: async methods in one event loop, others in threads of their own.
+
+    A call that takes longer than `timeout` seconds has failed. Its thread can't be stopped; it is a daemon, and what it
+    returns later is dropped.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, method: Callable, *arguments) -> Future:
+        """Starts a call; `result` waits for it."""
+        if inspect.iscoroutinefunction(method):
+            return asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop())
+        future: Future = Future()
+
+        def call():
+            try:
+                future.set_result(method(*arguments))
+            except BaseException as error:  # of a thread of its own: it belongs to the episode
+                future.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        return future
+
+    def result(self, future: Future) -> Any:
+        """What a call has returned.
+
+        Raises:
+            EpisodeFailed: it raised, or took too long.
+        """
+        wait([future], self.timeout)
+        if not future.done():
+            future.cancel()
+            raise EpisodeFailed(f"no result within {self.timeout:g} s")
+        try:
+            return future.result()
+        except Exception as error:
+            raise EpisodeFailed(repr(error)) from error
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        return self.loop
+
+
+def check_messages(messages: Any) -> Messages:
+    """Messages that an environment gave, in one shape.
+
+    Raises:
+        EpisodeFailed: they are none.
+    """
+    try:
+        checked, _ = read_messages(messages, "messages")
+    except ValueError as error:
+        raise EpisodeFailed(str(error)) from None
+    if any(message["role"] == "assistant" for message in checked[-1:]) or not checked:
+        raise EpisodeFailed("the last message must be for the policy, not by it")
+    return checked
+
+
+def check_observation(found: Any) -> Observation:
+    """What a step returned.
+
+    Raises:
+        EpisodeFailed: it is no observation, has no finite reward, or nothing to go on with.
+    """
+    if not isinstance(found, Observation):
+        raise EpisodeFailed(f"step returned {str(found)[:80]!r}, not an Observation")
+    try:
+        reward = float(found.reward)
+    except (TypeError, ValueError):
+        raise EpisodeFailed(f"a reward of {str(found.reward)[:80]!r}") from None
+    if reward != reward or abs(reward) == float("inf"):
+        raise EpisodeFailed(f"a reward of {reward}")
+    messages = [] if found.done else check_messages(found.messages)
+    return Observation(messages, reward, bool(found.done), dict(found.metrics))

@@ -1,0 +1,228 @@
+"""Episodes: a policy and environments take turns until each episode is done.
+
+All episodes that are under way respond together. An environment answers as soon as its response has ended, while others
+are still being generated. What a response is depends on its seed and on what came before, not on the other episodes.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from coati.config.environment import EnvironmentConfig
+from coati.config.generation import GenerationConfig
+from coati.data.messages import Messages
+from coati.errors import UserError
+from coati.rewards import Scorer
+from coati.rollout.conversation import ConversationRenderer
+from coati.rollout.environment import (
+    Environment,
+    EnvironmentCalls,
+    EpisodeFailed,
+    check_messages,
+    check_observation,
+)
+from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.prompts import response_text
+from coati.rollout.source import Prompt, Scored
+from coati.samples import Sample, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Episode:
+    """One under way.
+
+    Attributes:
+        messages: the conversation so far, what was sampled decoded.
+        tokens, mask, log_probs: as `Sample` has them; log_probs None where a response has none.
+        finish_reason: empty while it goes on.
+        waiting: for what its environment was asked.
+    """
+
+    prompt: Prompt
+    environment: Environment
+    messages: Messages = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    log_probs: list[float] | None = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    finish_reason: str = ""
+    error: str = ""
+    waiting: Future | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.finish_reason
+
+    def append(self, ids: Sequence[int], log_probs: Sequence[float] | None = None, *, sampled: bool = False):
+        """Tokens that were sampled, or that were not."""
+        self.tokens += ids
+        self.mask += [sampled] * len(ids)
+        if sampled and log_probs is None:
+            self.log_probs = None
+        if self.log_probs is not None:
+            self.log_probs += log_probs if sampled else [0.0] * len(ids)
+
+    def fail(self, error: EpisodeFailed):
+        self.finish_reason, self.error = "failed", str(error)
+
+
+class EpisodeGeneration:
+    """Plays episodes and scores them: what `ScoredGeneration` is for single responses.
+
+    Args:
+        make_environment: makes one per episode.
+        ends: tokens that end a response.
+        ranks: those that generate together, which must take equally many turns (`Communicator`).
+    """
+
+    plays_episodes = True
+
+    def __init__(
+        self,
+        generator: Generator,
+        scorer: Scorer,
+        tokenizer,
+        ends: Iterable[int],
+        make_environment: Callable[[], Environment],
+        renderer: ConversationRenderer,
+        limits: EnvironmentConfig,
+        ranks,
+    ):
+        self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
+        self.make_environment, self.renderer, self.limits, self.ranks = make_environment, renderer, limits, ranks
+        self.calls = EnvironmentCalls(limits.timeout)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> Scored:
+        """One scored episode per prompt, whose columns are the row that it begins from.
+
+        Args:
+            version: of the weights that sample.
+
+        Raises:
+            UserError: every episode's environment failed; it has the last error.
+        """
+        started = time.monotonic()
+        episodes = [Episode(prompt, self.make_environment()) for prompt in prompts]
+        try:
+            self.play(episodes, sampling)
+        finally:
+            self.close(episodes)
+        failed = [episode for episode in episodes if episode.finish_reason == "failed"]
+        if failed and len(failed) == len(episodes):
+            raise UserError(f"the environment failed in all {len(failed)} episodes, the last with {failed[-1].error}")
+        samples = [self.sample_of(episode, version) for episode in episodes]
+        generated = time.monotonic()
+        seconds = self.scorer.score(samples)
+        times = {"generate": generated - started, "score": time.monotonic() - generated}
+        return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+
+    def play(self, episodes: list[Episode], sampling: GenerationConfig):
+        """Every episode to its end."""
+        for episode in episodes:
+            episode.waiting = self.calls.begin(episode.environment.reset, dict(episode.prompt.columns))
+        for episode in episodes:
+            self.begin(episode)
+        for turn in range(self.limits.max_turns):
+            active = [episode for episode in episodes if episode.goes_on]
+            # weights that are gathered for a call are gathered by all ranks
+            if self.ranks.sum(len(active)).item() == 0:
+                return
+            self.respond(active, sampling, turn)
+            for episode in active:
+                self.observe(episode)
+        for episode in episodes:
+            episode.finish_reason = episode.finish_reason or "turns"
+
+    def begin(self, episode: Episode):
+        """The first messages."""
+        try:
+            episode.messages = check_messages(self.calls.result(episode.waiting))
+        except EpisodeFailed as error:
+            return episode.fail(error)
+        episode.append(self.renderer.start(episode.messages))
+        self.check_room(episode)
+
+    def respond(self, episodes: list[Episode], sampling: GenerationConfig, turn: int):
+        """The policy's next message in each; its environment is asked at once."""
+
+        def heard(i: int, completion: Completion):
+            self.hear(episodes[i], completion)
+
+        requests = []
+        for episode in episodes:
+            room = self.limits.max_tokens - len(episode.tokens)
+            limit = min(room, sampling.max_new_tokens)
+            requests.append(Request(episode.tokens[:], [*episode.prompt.seed, turn], limit))
+        self.generator.generate(requests, sampling, heard)
+
+    def hear(self, episode: Episode, completion: Completion):
+        """Takes a response, and asks the environment about it unless it was truncated."""
+        start = len(episode.tokens)
+        episode.append(completion.ids, completion.log_probs, sampled=True)
+        episode.turns.append(Turn(start, len(episode.tokens)))
+        text = response_text(self.tokenizer, completion.ids, self.ends).strip()
+        episode.messages.append({"role": "assistant", "content": text})
+        if completion.finish_reason == "length":
+            episode.finish_reason = "length"
+            return
+        episode.waiting = self.calls.begin(episode.environment.step, dict(episode.messages[-1]))
+
+    def observe(self, episode: Episode):
+        """Takes what the environment says to the last response."""
+        if not episode.goes_on:
+            return
+        try:
+            observation = check_observation(self.calls.result(episode.waiting))
+        except EpisodeFailed as error:
+            return episode.fail(error)
+        episode.turns[-1].reward = observation.reward
+        episode.metrics |= observation.metrics
+        if observation.done:
+            episode.finish_reason = "done"
+            return
+        *before, response = episode.messages
+        is_ended = episode.tokens[-1] in self.renderer.ends
+        episode.append(self.renderer.between(before, response, observation.messages, is_ended))
+        episode.messages += observation.messages
+        self.check_room(episode)
+
+    def check_room(self, episode: Episode):
+        """An episode without room for a response is over."""
+        if len(episode.tokens) >= self.limits.max_tokens:
+            episode.finish_reason = "length"
+
+    def close(self, episodes: list[Episode]):
+        """Has every environment clean up. What fails in it is of no consequence for its episode."""
+        closing = [
+            self.calls.begin(episode.environment.close) for episode in episodes if hasattr(episode.environment, "close")
+        ]
+        for future in closing:
+            try:
+                self.calls.result(future)
+            except EpisodeFailed as error:
+                logger.warning(f"closing an environment failed: {error}")
+
+    def sample_of(self, episode: Episode, version: int) -> Sample:
+        """An episode as a sample. It ends with the last response: what the environment said to that was not read."""
+        first, last = (episode.turns[0].start, episode.turns[-1].end) if episode.turns else (None, None)
+        tokens = episode.tokens[:last] or [self.ends[0]]  # an episode that has failed at once has none
+        responses = [message["content"] for message in episode.messages if message["role"] == "assistant"]
+        return Sample(
+            row=episode.prompt.row,
+            columns=episode.prompt.columns,
+            prompt=self.tokenizer.decode(tokens[:first]),
+            response=responses[-1] if episode.turns else "",
+            tokens=tokens,
+            response_mask=episode.mask[:last] or [False],
+            log_probs=None if episode.log_probs is None else episode.log_probs[:last] or [0.0],
+            finish_reason=episode.finish_reason,
+            weights_version=version,
+            turns=episode.turns,
+            messages=episode.messages,
+            metrics=episode.metrics,
+        )
