@@ -155,9 +155,9 @@ class _Encoded:
 
 def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
     """The texts to tokenize for a record."""
-    template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     if isinstance(record, RowRecord):
         return []
+    template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
             text = template.render(record.prompt, add_generation_prompt=True)

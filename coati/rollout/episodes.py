@@ -142,10 +142,12 @@ class EpisodeGeneration:
         """The first messages."""
         try:
             episode.messages = check_messages(self.calls.result(episode.waiting))
+            ids = self.renderer.start(episode.messages)
+            if len(ids) >= self.limits.max_tokens:
+                raise EpisodeFailed(f"its first messages have {len(ids)} tokens: raise environment.max_tokens")
         except EpisodeFailed as error:
             return episode.fail(error)
-        episode.append(self.renderer.start(episode.messages))
-        self.check_room(episode)
+        episode.append(ids)
 
     def respond(self, episodes: list[Episode], sampling: GenerationConfig, turn: int):
         """The policy's next message in each; its environment is asked at once."""
@@ -189,11 +191,7 @@ class EpisodeGeneration:
         is_ended = episode.tokens[-1] in self.renderer.ends
         episode.append(self.renderer.between(before, response, observation.messages, is_ended))
         episode.messages += observation.messages
-        self.check_room(episode)
-
-    def check_room(self, episode: Episode):
-        """An episode without room for a response is over."""
-        if len(episode.tokens) >= self.limits.max_tokens:
+        if len(episode.tokens) >= self.limits.max_tokens:  # no room for a response
             episode.finish_reason = "length"
 
     def close(self, episodes: list[Episode]):

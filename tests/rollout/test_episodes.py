@@ -1,0 +1,230 @@
+"""Episodes with environments: tokens, masks and rewards of every turn; limits, failures, and environments that hang."""
+
+import asyncio
+import threading
+
+import pytest
+
+from coati.config.environment import EnvironmentConfig
+from coati.config.generation import GenerationConfig
+from coati.data import prepare_tokenizer
+from coati.environments.guess_the_number import GuessTheNumber
+from coati.errors import UserError
+from coati.rewards import EnvironmentReward, Scorer
+from coati.rollout import Completion, ConversationRenderer, EpisodeGeneration, Observation, Prompt, load_environment
+from coati.rollout.source import mean_environment_metrics
+from tests.data.families import FAMILIES
+
+
+class Alone:
+    """The only rank; `more` turns are under way on others."""
+
+    def __init__(self, more: int = 0):
+        self.more = more
+
+    def sum(self, count):
+        import torch
+
+        self.more -= 1
+        return torch.tensor(float(count + (self.more >= 0)))
+
+    def gather(self, value):
+        return [value]
+
+
+class Says:
+    """A generator that says a given text in each turn, one token per character and EOS, whatever it is asked."""
+
+    def __init__(self, tokenizer, *texts: str, ends: bool = True):
+        self.tokenizer, self.texts, self.ends, self.calls = tokenizer, texts, ends, []
+
+    def generate(self, requests, sampling, on_done=None):
+        text = self.texts[min(len(self.calls), len(self.texts) - 1)]
+        self.calls.append(requests)
+        for i, request in enumerate(requests):
+            ids = [id for character in text for id in self.tokenizer(character, add_special_tokens=False)["input_ids"]]
+            ids = [*ids, self.tokenizer.eos_token_id][: request.max_new_tokens]
+            reason = "eos" if ids[-1] == self.tokenizer.eos_token_id else "length"
+            on_done(i, Completion(ids, [-0.5 - place for place in range(len(ids))], reason))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return prepare_tokenizer(FAMILIES["qwen2_5"].tokenizer())[0]
+
+
+def play(tokenizer, environment, *texts, rows=({"secret": 5},), ranks=None, turn_rewards=False, **limits):
+    """The samples, and the generator."""
+    ends, generator = [tokenizer.eos_token_id], Says(tokenizer, *texts)
+    generation = EpisodeGeneration(
+        generator,
+        Scorer([(EnvironmentReward(turn_rewards), 1.0)]),
+        tokenizer,
+        ends,
+        environment,
+        ConversationRenderer(tokenizer, ends),
+        EnvironmentConfig(**limits),
+        ranks or Alone(),
+    )
+    prompts = [Prompt(i, [0, i], [], "", row) for i, row in enumerate(rows)]
+    return generation.sample(prompts, GenerationConfig(max_new_tokens=32)).samples, generator
+
+
+def parts(tokenizer, sample, sampled: bool) -> str:
+    """The text of the tokens that were, or were not, sampled, with a bar between parts."""
+    text, before = "", sampled
+    for token, mask in zip(sample.tokens, sample.response_mask, strict=True):
+        if mask == sampled:
+            text += ("" if before == sampled else "|") + tokenizer.decode([token])
+        before = mask
+    return text
+
+
+def test_an_episode_is_trained_on_the_tokens_that_were_sampled_and_no_others(tokenizer):
+    [sample], generator = play(tokenizer, GuessTheNumber, "3", "What?", "5")
+    assert parts(tokenizer, sample, True) == "|3<|im_end|>|What?<|im_end|>|5<|im_end|>"
+    asked = ["Guess a number from 1 to 16.", "Higher.", "Say one number from 1 to 16."]
+    turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert parts(tokenizer, sample, False) == "|\n".join([system + turns[0], *turns[1:]])
+    assert sample.finish_reason == "done" and not sample.truncated and sample.score == 1.0
+    assert [turn.reward for turn in sample.turns] == [0, 0, 1]
+    for turn in sample.turns:
+        assert sample.response_mask[turn.start : turn.end] == [True] * (turn.end - turn.start)
+        assert sample.log_probs[turn.start : turn.end] == [-0.5 - place for place in range(turn.end - turn.start)]
+    assert sum(sample.response_mask) == sum(turn.end - turn.start for turn in sample.turns)
+    assert all(p == 0 for p, mask in zip(sample.log_probs, sample.response_mask, strict=True) if not mask)
+    # each turn goes on from the ids so far, with noise of its own
+    for turn, [request] in zip(sample.turns, generator.calls, strict=True):
+        assert request.prompt == sample.tokens[: turn.start]
+    assert [list(request.seed) for [request] in generator.calls] == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+    assert sample.prompt == system + turns[0] and sample.response == "5"
+
+
+def test_other_tokens_of_the_same_text_stay_as_they_were_sampled(tokenizer):
+    """Rendering the conversation again would merge them."""
+    [sample], _ = play(tokenizer, Echo, "capital", max_turns=2)
+    merged = tokenizer("capital", add_special_tokens=False)["input_ids"]
+    sampled = [t for t, mask in zip(sample.tokens, sample.response_mask, strict=True) if mask]
+    assert len(merged) < len("capital") and len(sampled) == 2 * (len("capital") + 1)
+
+
+class Echo:
+    """Answers forever; class attributes say how it misbehaves."""
+
+    closed = 0
+
+    def reset(self, row):
+        self.row = row
+        if row.get("fails"):
+            raise RuntimeError("no such game")
+        return [{"role": "user", "content": "hello"}]
+
+    def step(self, message):
+        how = self.row.get("step")
+        if how == "raises":
+            raise RuntimeError("it broke")
+        if how == "hangs":
+            threading.Event().wait()
+        if how == "returns text":
+            return "ok"
+        if how == "is not a number":
+            return Observation([{"role": "user", "content": "x"}], reward=float("nan"))
+        if how == "says nothing":
+            return Observation()
+        if how == "speaks for the policy":
+            return Observation([{"role": "assistant", "content": "x"}])
+        return Observation([{"role": "user", "content": message["content"]}], reward=0.25)
+
+    def close(self):
+        type(self).closed += 1
+        if self.row.get("close fails"):
+            raise RuntimeError("never mind")
+
+
+MISBEHAVIORS = ("raises", "hangs", "returns text", "is not a number", "says nothing", "speaks for the policy")
+
+
+def test_environments_that_fail_are_contained_counted_and_closed(tokenizer):
+    rows = [{"step": how} for how in MISBEHAVIORS] + [{"fails": True}, {}, {"close fails": True}]
+    Echo.closed = 0
+    samples, _ = play(tokenizer, Echo, "a", rows=rows, max_turns=3, timeout=0.2)
+    assert [sample.finish_reason for sample in samples] == ["failed"] * 7 + ["turns"] * 2
+    assert [len(sample.turns) for sample in samples] == [1] * 6 + [0] + [3] * 2
+    assert [sample.score for sample in samples] == [0.0] * 7 + [0.75] * 2
+    assert all(sample.truncated for sample in samples) and Echo.closed == len(rows)
+    metrics = mean_environment_metrics(samples, Alone())
+    assert metrics["environment/failed"] == 7 / 9 and metrics["environment/turns"] == 12 / 9
+
+
+def test_environments_that_all_fail_end_the_run_with_the_reason(tokenizer):
+    with pytest.raises(UserError, match=r"failed in all 2 episodes, the last with RuntimeError..no such game"):
+        play(tokenizer, Echo, "a", rows=[{"fails": True}] * 2)
+
+
+def test_an_episode_ends_where_its_tokens_or_turns_do(tokenizer):
+    [sample], _ = play(tokenizer, Echo, "abc", max_turns=3)
+    assert sample.finish_reason == "turns" and len(sample.turns) == 3 and len(sample.tokens) == sample.turns[-1].end
+    full = len(sample.tokens)
+    with pytest.raises(UserError, match=f"first messages have {sample.turns[0].start} tokens"):
+        play(tokenizer, Echo, "abc", max_tokens=sample.turns[0].start)
+    for limit in range(sample.turns[0].start + 1, full):
+        [short], _ = play(tokenizer, Echo, "abc", max_turns=3, max_tokens=limit)
+        assert len(short.tokens) <= limit and short.tokens == sample.tokens[: len(short.tokens)]
+        assert short.finish_reason == "length"
+
+
+def test_async_environments_run_side_by_side(tokenizer):
+    together = threading.Semaphore(0)
+
+    class Patient:
+        async def reset(self, row):
+            return [{"role": "user", "content": "wait"}]
+
+        async def step(self, message):
+            together.release()
+            while not all_there():
+                await asyncio.sleep(0.001)
+            return Observation(reward=1.0, done=True)
+
+    def all_there() -> bool:
+        return together._value == 8
+
+    samples, _ = play(tokenizer, Patient, "ok", rows=[{}] * 8)
+    assert [sample.score for sample in samples] == [1.0] * 8
+
+
+def test_a_rank_whose_episodes_are_over_goes_on_with_the_others(tokenizer):
+    """Gathering sharded weights needs all ranks."""
+    samples, generator = play(tokenizer, GuessTheNumber, "5", ranks=Alone(more=3))
+    assert samples[0].finish_reason == "done" and [len(requests) for requests in generator.calls] == [1, 0, 0]
+
+
+def test_rewards_of_turns_fall_on_their_last_tokens(tokenizer):
+    [sample], _ = play(tokenizer, Echo, "abc", "d", max_turns=2, turn_rewards=True)
+    assert sample.score == 0 and sample.total_reward == 0.5
+    where = [place for place, reward in enumerate(sample.token_rewards) if reward]
+    assert where == [turn.end - 1 for turn in sample.turns]
+
+
+def test_a_class_without_the_methods_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("class Mine:\n    def reset(self, row): return []\n")
+    with pytest.raises(UserError, match="has no method step"):
+        load_environment(f"{path}:Mine")
+    with pytest.raises(UserError, match="does not exist"):
+        load_environment(f"{tmp_path / 'other.py'}:Mine")
+
+
+NO_GUESSES = ("", "5 6", "17", "0", "-5", "five", "5.", "005", "٥", "1 2 3 4 5", "9" * 99)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("4", "Higher."), ("6", "Lower."), *((text, "Say one number") for text in NO_GUESSES)]
+)
+def test_guess_the_number_takes_one_number(text, told):
+    game = GuessTheNumber()
+    game.reset({"secret": 5})
+    observation = game.step({"role": "assistant", "content": text})
+    assert observation.messages[0]["content"].startswith(told) and not observation.done and observation.reward == 0
+    assert game.step({"role": "assistant", "content": " 5\n"}).reward == 1

@@ -1,0 +1,106 @@
+"""Training with an environment: whole tiny runs of GRPO and PPO over several turns."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from coati.config import configure
+from coati.errors import UserError
+from coati.tracking import read_metrics, read_samples
+from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+from coati.trainers.ppo import PPOConfig, PPOTrainer
+from tests.conftest import settings_for
+
+TALK = '''
+from coati.rollout import Observation
+
+
+class Talk:
+    """Likes the letter b, and answers three times."""
+
+    def reset(self, row):
+        self.left, self.word = 3, row["word"]
+        return [{"role": "user", "content": self.word}]
+
+    def step(self, message):
+        self.left -= 1
+        reward = float("b" in message["content"])
+        answer = [{"role": "user", "content": f"{self.word} {self.left}"}]
+        return Observation(answer, reward, done=self.left == 0, metrics={"left": self.left})
+'''
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("talk")
+    (folder / "talk.py").write_text(TALK)
+    for name, words in (("rows", "red blue green lamp chair clock order late".split()), ("eval", ["soon", "help"])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in words))
+    return {
+        "environment": f"{folder / 'talk.py'}:Talk",
+        "max_turns": 4,
+        "max_tokens": 120,
+        "train_data": [str(folder / "rows.jsonl")],
+        "eval_data": [str(folder / "eval.jsonl")],
+        "rewards": [],
+        "stop": ["e", "o"],  # this policy has not learned to end its responses
+    }
+
+
+def make(algorithm: str, world, talk, runtime, output, **changes):
+    config_class, trainer_class = {"grpo": (GRPOConfig, GRPOTrainer), "ppo": (PPOConfig, PPOTrainer)}[algorithm]
+    settings = settings_for(algorithm, world, output_dir=str(output), temperature=1.0, **talk | changes)
+    return trainer_class(configure(config_class, **settings), runtime)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("grpo", dict(steps=8, dynamic_sampling=True)),
+        ("ppo", dict(steps=8)),
+    ],
+)
+def test_a_policy_learns_from_what_an_environment_gives_it(algorithm, changes, tiny_world, talk, runtime, tmp_path):
+    make(algorithm, tiny_world, talk, runtime, tmp_path, **changes).train()
+    rows = [row for row in read_metrics(tmp_path) if "reward" in row]
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert all(row["rollout_kl"] < 1e-6 and 0 < row["environment/turns"] <= 3 for row in rows)
+    assert sum(row["reward"] for row in rows[-2:]) > sum(row["reward"] for row in rows[:2])
+    samples = read_samples(tmp_path)
+    assert any(re.search(r"\n\nuser: (soon|help) 2\n\nassistant: ", sample["response"]) for sample in samples)
+
+
+def test_the_noted_log_probs_are_those_of_a_forward_pass_over_the_whole_episode(tiny_world, talk, runtime, tmp_path):
+    trainer = make("grpo", tiny_world, talk, runtime, tmp_path)
+    batch, _ = trainer.rollouts.next(0)
+    assert max(len(sample.turns) for sample in batch.samples) == 3
+    with torch.no_grad():
+        logits = trainer.actor.module.transformer(batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    mask = batch.response_mask[:, 1:]
+    assert (expected - batch.sampling_log_probs[:, 1:])[mask].abs().max() < 1e-5
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tiny_world, talk, runtime, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    make("grpo", tiny_world, talk, runtime, whole, save_every=2).train()
+    make("grpo", tiny_world, talk, runtime, halves, resume=str(whole / "checkpoints" / "step-00000002")).train()
+    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, halves))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(share_prompts=True), "share_prompts reads one prompt"),
+        (dict(advantage="remax"), "remax compares with a greedy response"),
+        (dict(overlong_buffer=2), "overlong_buffer is of single responses"),
+        (dict(max_new_tokens=120), "has no room for a response of 120"),
+    ],
+)
+def test_what_episodes_do_not_go_with_is_said_at_the_start(changes, message, tiny_world, talk, runtime, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make("grpo", tiny_world, talk, runtime, tmp_path, **changes)
