@@ -28,11 +28,12 @@ Python, `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` ta
 
 All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints`, `export` and
 `tracking`, and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also
-`rewards` and `scoring`.
+`environment`, `rewards` and `scoring`.
 """
 
 
 def page() -> str:
+    from coati.config.environment import EnvironmentConfig
     from coati.config.generation import GenerationConfig
     from coati.config.schema import entry_classes, section_classes
     from coati.rewards.config import RewardSettings, ScoringConfig
@@ -45,6 +46,9 @@ def page() -> str:
             text += table(name, kind)
     text += table(
         "generation", GenerationConfig, note="Of SFT's samples, and of the responses of PPO, GRPO and the rest."
+    )
+    text += table(
+        "environment", EnvironmentConfig, note="Of PPO, GRPO and the rest; see [environments](environments.md)."
     )
     text += "\n## algorithm\n\n`type` is the name of the command, which sets it.\n"
     text += table("Reward models", config.RewardModeling, level=3)

@@ -125,12 +125,15 @@ def test_objects_and_changed_lines_parse(block):
         exec(compile("\n".join(added), block.page, "exec"), {})
 
 
-# The application's own tests have its callback and its prepared data.
-OF_APPLICATIONS = {"applications/colossal_eval/README.md": "tests/applications/colossal_eval/test_callback.py"}
+# Tests beside what these are about have its callback and prepared data, or a run with the environment.
+ELSEWHERE = {
+    "applications/colossal_eval/README.md": "tests/applications/colossal_eval/test_callback.py",
+    "docs/environments.md": "tests/trainers/test_environments.py",
+}
 SCRIPTS = {name_of(page): b.text for page in PAGES for b in blocks(page, "python") if ">>> " not in b.text}
 
 
-@pytest.mark.parametrize("page", [page for page in SCRIPTS if page not in OF_APPLICATIONS])
+@pytest.mark.parametrize("page", [page for page in SCRIPTS if page not in ELSEWHERE])
 def test_python_blocks_run(page, place, runtime, tmp_path, monkeypatch):
     """Blocks without prompts are whole scripts; they run with paths of the tiny world and two steps."""
     import coati.parallel
@@ -156,7 +159,7 @@ def test_python_blocks_run(page, place, runtime, tmp_path, monkeypatch):
 
 
 def test_there_are_scripts_for_training_and_for_value_heads():
-    assert set(SCRIPTS) == {"docs/first-run.md", "docs/value-heads.md", *OF_APPLICATIONS}
+    assert set(SCRIPTS) == {"docs/first-run.md", "docs/value-heads.md", *ELSEWHERE}
 
 
 @pytest.mark.parametrize("kind", KINDS)

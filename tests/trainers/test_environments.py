@@ -12,7 +12,8 @@ from coati.errors import UserError
 from coati.tracking import read_metrics, read_samples
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 from coati.trainers.ppo import PPOConfig, PPOTrainer
-from tests.conftest import settings_for
+from tests.conftest import ROOT, settings_for
+from tests.docs.pages import blocks
 
 TALK = '''
 from coati.rollout import Observation
@@ -37,8 +38,9 @@ class Talk:
 def talk(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.py").write_text(TALK)
-    for name, words in (("rows", "red blue green lamp chair clock order late".split()), ("eval", ["soon", "help"])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in words))
+    words = {"rows": ["red", "blue", "green", "lamp", "chair", "clock", "order", "late"], "eval": ["soon", "help"]}
+    for name, of_name in words.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in of_name))
     return {
         "environment": f"{folder / 'talk.py'}:Talk",
         "max_turns": 4,
@@ -90,6 +92,19 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_world, talk, runtime, tmp_pa
     make("grpo", tiny_world, talk, runtime, halves, resume=str(whole / "checkpoints" / "step-00000002")).train()
     first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, halves))
     assert first == second
+
+
+def test_the_class_of_the_page_trains_a_policy(tiny_world, talk, runtime, tmp_path):
+    [block] = blocks(ROOT / "docs" / "environments.md", "python")
+    assert len(block.text.splitlines()) <= 25
+    (tmp_path / "guess.py").write_text(block.text)
+    (tmp_path / "rows.jsonl").write_text('{"secret": 7}\n' * 8)
+    changes = dict(environment=f"{tmp_path / 'guess.py'}:GuessTheNumber", train_data=[str(tmp_path / "rows.jsonl")])
+    output = tmp_path / "run"
+    make("grpo", tiny_world, talk, runtime, output, steps=1, eval_data=[], **changes).train()
+    [row] = [row for row in read_metrics(output) if "reward" in row]
+    assert row["environment/failed"] == 0 and row["environment/turns"] > 1
+    assert (output / "model" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(
