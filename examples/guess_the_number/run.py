@@ -1,6 +1,6 @@
 """Guess the number: a small model from random weights learns to use "Higher." and "Lower.", over several turns.
 
-python examples/guess_the_number/run.py               # data, SFT, GRPO on two CPU processes
+python examples/guess_the_number/run.py               # data, SFT, PPO on two CPU processes
 python examples/guess_the_number/run.py --seeds 3
 
 SFT shows games of players who guess at random and don't listen, so that the model speaks the game's language: it finds
@@ -40,9 +40,9 @@ def main():
         common = {"seed": seed, "cache_dir": folder / "cache"}
         of_sft = {"train_data": data["games"], "tokenizer": data["tokenizer"]}
         train("sft", HERE / "sft.yaml", folder / "sft", common | of_sft, arguments.processes)
-        of_grpo = {"train_data": data["rows"], "eval_data": data["held_out"], "model": folder / "sft" / "model"}
-        train("grpo", HERE / "grpo.yaml", folder / "grpo", common | of_grpo, arguments.processes)
-        won = [row["eval/reward"] for row in read_metrics(folder / "grpo") if "eval/reward" in row]
+        of_ppo = {"train_data": data["rows"], "eval_data": data["held_out"], "model": folder / "sft" / "model"}
+        train("ppo", HERE / "ppo.yaml", folder / "ppo", common | of_ppo, arguments.processes)
+        won = [row["eval/environment/won"] for row in read_metrics(folder / "ppo") if "eval/environment/won" in row]
         print(f"seed {seed}: games won {won[0]:.1%} before, {won[-1]:.1%} after", flush=True)
     print(f"open {write_report([output], output / 'report.html')}")
 
@@ -51,7 +51,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     """Games for SFT, secret numbers to play for, and a tokenizer of the games' words; the same seed, the same bytes."""
     draw = random.Random(seed)
     games = [game(draw) for _ in range(GAMES)]
-    rows = [{"secret": 1 + i % HIGH, "high": HIGH} for i in range(HIGH * 20)]
+    rows = [{"secret": 1 + i % HIGH, "high": HIGH, "attention": 0.2} for i in range(HIGH * 20)]
     files = {"games": games, "rows": rows, "held_out": rows[:HELD_OUT]}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}

@@ -1,5 +1,5 @@
-"""DPO (with its reference cached, too), KTO and GRPO on two processes: each plugin and layout gives the run of one
-process, and a resumed run is the uninterrupted one to the last bit.
+"""DPO (with its reference cached, too), KTO and GRPO (over several turns, too) on two processes: each plugin and layout
+gives the run of one process, and a resumed run is the uninterrupted one to the last bit.
 
 Figures of every layout are in docs/plugins.md: `python tools/layout_table.py` writes them.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import functions
+from tests.conftest import ROOT, functions
 from tests.distributed import test_model_parallel
 from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs, without_ties
 
@@ -18,12 +18,16 @@ pytestmark = pytest.mark.distributed
 KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(algorithm="kto")}
 # a reward that is often the same for a whole group, and a reference
 KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
+# an environment, whose episodes have more turns on one rank than on the other
+TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=100, stop=["e", "o"], rewards=[])
+KINDS["episodes"] = dict(group_size=2, kl_coefficient=0.05) | TALK
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
 QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
+QUICK["episodes"] = ("zero2", "tp2")
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
-RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"), ("grpo", "tp2"))
+RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"), ("grpo", "tp2"), ("episodes", "zero2"))
 FOUR = tuple(name for name in LAYOUTS if " x " in name)
 BEFORE = 2  # steps before the checkpoint
 
@@ -43,7 +47,7 @@ def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
     if kind == "grpo":
         changes["rewards"] = functions(world["rewards"] + ":odd")
-    return family_job(name, "grpo" if kind == "grpo" else "preference", world, folder, **changes)
+    return family_job(name, "grpo" if kind in ("grpo", "episodes") else "preference", world, folder, **changes)
 
 
 def jobs(world, folder, cases) -> list[dict]:

@@ -49,15 +49,27 @@ def expected_between(family, messages: list[dict], i: int, tools) -> str:
     return "".join(text for text, _ in written[last + 1 :]).removeprefix(family.eos_token)
 
 
-@pytest.mark.parametrize("with_tools", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+CASES = [(name, with_tools) for name, family in FAMILIES.items() for with_tools in (False, True)[: 1 + family.tools]]
+
+
+@pytest.mark.parametrize(("name", "with_tools"), CASES)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_tokens_after_a_response_are_those_the_template_writes(name, with_tools, data):
-    """Against a second writer in Python that knows which text is whose; for all turns of random conversations."""
+    compare_with_the_second_writer(name, with_tools, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "with_tools"), CASES)
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data())
+def test_the_tokens_after_a_response_of_a_thousand_conversations(name, with_tools, data):
+    compare_with_the_second_writer(name, with_tools, data)
+
+
+def compare_with_the_second_writer(name: str, with_tools: bool, data):
+    """It is written in Python, and knows which text is whose."""
     family = FAMILIES[name]
-    if with_tools and not family.tools:
-        return
     tools = TOOLS if with_tools else None
     renderer, messages = renderer_of(family, tools), data.draw(conversations(with_tools))
     [i] = [i for i, m in enumerate(messages) if m["role"] == "assistant"][-1:]
