@@ -63,13 +63,18 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "smollm2", help="where everything goes")
     parser.add_argument("--write_docs", action="store_true", help="put the table into docs/results.md too")
     arguments = parser.parse_args()
-    output = arguments.output.resolve()
+    output, data = arguments.output.resolve(), arguments.data.resolve()
+    if missing := [name for name in SUBSETS if not (data / name).is_dir()]:
+        sys.exit(f"error: {data} has no folder {missing[0]}: name the folder that has it with --data")
+    from datasets import disable_progress_bars
+
     from coati.parallel import launch
 
+    disable_progress_bars()  # one per subject
     try:
         model, runtime = make_model(output / "model"), launch(0)
         for name in SUBSETS:
-            evaluate_benchmark(name, model, arguments.data.resolve(), output / "evaluation", runtime)
+            evaluate_benchmark(name, model, data, output / "evaluation", runtime)
     except UserError as error:
         sys.exit(f"error: {error}")
     table = figures(output / "evaluation")
