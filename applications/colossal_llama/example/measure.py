@@ -42,11 +42,11 @@ def models(output: Path, arguments) -> dict[tuple[str, int], Path]:
     return folders
 
 
-def held_out(path: Path, characters: int = CHARACTERS) -> list[str]:
-    """Documents with about so many characters together, spread over the file."""
+def held_out(path: Path) -> list[str]:
+    """Documents with `CHARACTERS` characters together, spread over the file."""
     texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
     total = sum(map(len, texts))
-    return texts[:: max(1, total // characters)]
+    return texts[:: max(1, total // CHARACTERS)]
 
 
 def document_losses(folder: Path, texts: Sequence[str]) -> list[float]:
