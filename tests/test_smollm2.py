@@ -1,7 +1,9 @@
 """The SmolLM2 example: verifiers that can't be fooled, data without leaks, and stages, here with a tiny model."""
 
 import json
+import math
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import pytest
 import examples.smollm2.model as model_stage
 import examples.smollm2.run as stages
 from coati.errors import UserError
-from examples.smollm2 import check, rewards, tasks
+from colossal_eval.benchmarks.question import Question
+from colossal_llama.pretraining.stage_plan import parse_stages
+from colossal_llama.pretraining.stage_settings import PretrainConfig
+from examples.smollm2 import check, chinese, evaluate, rewards, tasks
 from examples.smollm2.results import gains, of_metrics, of_summary
 from tests.conftest import ROOT
 
@@ -370,3 +375,85 @@ def test_the_log_prob_of_a_response_is_that_of_its_tokens_and_eos(tiny_world):
             logits = network.transformer(torch.tensor([before + after[:i]])).logits[0, -1].double()
         expected += logits.log_softmax(-1)[token].item()
     assert n == len(after) and total == pytest.approx(expected, abs=1e-3)
+
+
+# --- benchmarks
+
+
+@pytest.mark.parametrize("name", ["mmlu", "gsm8k"])
+def test_colossal_eval_and_lm_eval_agree_on_every_question(name, runtime, tmp_path, monkeypatch):
+    """With colossal_eval's prompts and with those of lm-eval's own tasks."""
+    from tests.applications.colossal_eval.conftest import make_gsm8k, make_mmlu, make_model
+
+    {"mmlu": make_mmlu, "gsm8k": make_gsm8k}[name](tmp_path / "data" / name)
+    model = make_model(tmp_path / "model", 1)
+    subset = replace(evaluate.SUBSETS[name], limit=3, shots=min(1, evaluate.SUBSETS[name].shots), max_new_tokens=8)
+    monkeypatch.setattr(evaluate, "SUBSETS", {name: subset})
+    evaluate.evaluate_benchmark(name, model, tmp_path / "data", tmp_path / "evaluation", runtime)
+    n = 6 if name == "mmlu" else 3
+    for row in evaluate.figures(tmp_path / "evaluation").splitlines()[2:]:
+        _, _, questions, prompts, mine, other, scores, apart, texts, _ = map(str.strip, row.split("|"))
+        assert (questions, mine, scores) == (str(n), other, f"{n} of {n}"), prompts
+        if name == "mmlu":
+            assert float(apart) < 1e-4 and texts == ""
+        else:
+            assert (apart, texts) == ("", f"{n} of {n}")
+
+
+def test_lm_evals_own_tasks_read_a_question_in_the_columns_of_the_hub():
+    question = Question(
+        "aqua-rat/test/0", "aqua-rat", "", "en", "single_choice", "1 + 1?", list("1234"), list("ABCD"), ["B"]
+    )
+    assert evaluate.stock_row("mmlu", question) == {"question": "1 + 1?", "choices": list("1234"), "answer": 1}
+    assert evaluate.stock_row("cmmlu", question) == {
+        "Question": "1 + 1?",
+        **dict(zip("ABCD", "1234", strict=True)),
+        "Answer": "B",
+    }
+    row = evaluate.stock_row("agieval", replace(question, passage="Add."))
+    assert row["query"] == "Add.Q: 1 + 1? Answer Choices: (A)1 (B)2 (C)3 (D)4\nA: Among A through D, the answer is"
+    assert (row["choices"], row["gold"]) == (["(A)1", "(B)2", "(C)3", "(D)4"], [1])
+
+
+def test_what_differs_between_two_evaluations_is_counted():
+    mine = [
+        {"score": 1.0, "log_probs": [-1.0, -2.0], "texts": ["a"]},
+        {"score": 0.0, "log_probs": [-3.0], "texts": ["b"]},
+    ]
+    other = [
+        {"score": 0.0, "log_probs": [-1.0, -2.5], "texts": ["a"]},
+        {"score": 0.0, "log_probs": [-3.0], "texts": ["c"]},
+    ]
+    assert evaluate.agreement(mine, mine) == ("2 of 2", "0e+00", "2 of 2")
+    assert evaluate.agreement(mine, other) == ("1 of 2", "5e-01", "1 of 2")
+    with pytest.raises(ValueError, match="zip"):
+        evaluate.agreement(mine, mine[:1])
+    assert evaluate.told(mine) == "50.0 ± 50.0"
+
+
+# --- Chinese
+
+
+def test_the_plan_for_chinese_is_a_plan_of_two_stages():
+    path = EXAMPLE / "chinese.yaml"
+    assert len(path.read_text().splitlines()) <= 25
+    found = parse_stages(PretrainConfig, "", ["--config", str(path)])
+    assert [stage.freeze for stage in found.stages] == ["all-but-embeddings", "none"]
+    last = Path(found.stages[-1].output_dir)
+    assert chinese.trained(last.parents[1], last.parent.name) == last / "model"
+
+
+def test_models_are_compared_in_bits_per_character():
+    nats = {"zh": [2.0, 6.0], "en": [1.0, 1.0]}
+    models = ("SmolLM2", *(f"{arm}, {when}" for arm in chinese.ARMS for when in ("untrained", "trained")))
+    summary = {
+        model: {
+            language: {"nats": [value * (1 + i) * math.log(2) for value in found], "characters": [2, 6], "tokens": 4}
+            for language, found in nats.items()
+        }
+        for i, model in enumerate(models)
+    }
+    table = chinese.figures(summary, {"mean": 1.0, "random": 2.04})
+    assert "mean 1.0 min, random 2.0 min" in table
+    assert "| mean, trained | 0.500 | 3.000 | 0.750 |" in table  # the third model, and 2 of 8 bits per character
+    assert "| mean, trained minus random, trained | -2.000 (-2.000 to -2.000) | -0.500 (-1.000 to -0.333) |" in table

@@ -94,6 +94,7 @@ OTHER_FILES = {
     "applications/colossal_llama/stages.yaml": "tests/applications/colossal_llama/test_readme.py",
     "applications/colossal_llama/example/english.yaml": "applications/colossal_llama/example/run.py",
     "applications/colossal_llama/example/chinese.yaml": "applications/colossal_llama/example/run.py",
+    "examples/smollm2/chinese.yaml": "examples/smollm2/chinese.py",
 }
 FILES = sorted(name_of(file) for folder in ("examples", "applications") for file in (ROOT / folder).rglob("*.yaml"))
 

@@ -51,16 +51,18 @@ def held_out(path: Path) -> list[str]:
 
 def document_losses(folder: Path, texts: Sequence[str]) -> list[float]:
     """Negative log-likelihood of each text, in nats. Longer ones go through the model in windows, of which each begins
-    with the last token of the one before."""
+    with the last token of the one before; the first begins with EOS if the tokenizer adds no BOS. So every token of a
+    text counts, and tokenizers whose first tokens differ in length can be compared."""
     import torch
     from transformers import AutoTokenizer
 
     from coati.models import Actor
 
     tokenizer, actor = AutoTokenizer.from_pretrained(folder), Actor(folder).eval()
-    windows = []
+    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    windows, start_ids = [], [] if adds_bos else [tokenizer.eos_token_id]
     for i, text in enumerate(texts):
-        ids = tokenizer(text)["input_ids"]
+        ids = start_ids + tokenizer(text)["input_ids"]
         windows += [(i, ids[start : start + WINDOW]) for start in range(0, len(ids) - 1, WINDOW - 1)]
     windows.sort(key=lambda window: len(window[1]))
     losses = [0.0] * len(texts)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,25 +39,35 @@ def test_every_tenth_document_is_held_back(tmp_path):
     assert (tmp_path / "data" / "english" / "tokenizer.json").is_file()
 
 
-def test_losses_of_documents_are_the_plain_models(tiny_world, monkeypatch, tmp_path):
-    """In windows too: each begins with the last token of the one before, and every token counts once."""
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_losses_of_documents_are_the_plain_models(adds_bos, tiny_world, monkeypatch, tmp_path):
+    """In windows too: each begins with the last token of the one before, the first with BOS or EOS; every token of a
+    document counts once."""
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_world["policy"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_world["policy"])
+    assert tokenizer("a", add_special_tokens=False) == tokenizer("a")  # it adds none
+    first, folder = tokenizer.eos_token_id, Path(tiny_world["policy"])
+    if adds_bos:
+        first, folder = tokenizer.bos_token_id, shutil.copytree(folder, tmp_path / "with-bos")
+        bos = (tokenizer.bos_token, first)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+        tokenizer.save_pretrained(folder)
     documents = ["red blue green lamp", "order refund late soon thank please happy help sorry never", "chair"]
     for window in (256, 5):
         monkeypatch.setattr(example, "WINDOW", window)
         expected = []
         for text in documents:
-            ids, loss = tokenizer(text)["input_ids"], 0.0
+            ids, loss = [first, *tokenizer(text, add_special_tokens=False)["input_ids"]], 0.0
             for t in range(1, len(ids)):
                 start = (t - 1) // (window - 1) * (window - 1)
                 with torch.no_grad():
                     logits = model(torch.tensor([ids[start:t]])).logits[0, -1].double()
                 loss -= logits.log_softmax(-1)[ids[t]].item()
             expected.append(loss)
-        assert example.document_losses(tiny_world["policy"], documents) == pytest.approx(expected, rel=1e-5)
+        assert example.document_losses(folder, documents) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
