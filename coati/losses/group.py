@@ -1,15 +1,12 @@
-"""Groups of responses to one prompt: advantages, weights of tokens in the loss, and importance weights of rollouts."""
+"""Groups of responses to one prompt: advantages, and the weights of tokens in the loss."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import log_ratio, masked
-
 Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++", "reinforce++-baseline", "remax"]
 Aggregation = Literal["token", "sequence", "constant"]
-Correction = Literal["none", "truncated", "masked"]
 
 
 def group_advantages(
@@ -84,27 +81,3 @@ def aggregation_weights(
         case "constant":
             return mask * (tokens / responses / longest)
     raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence or constant")
-
-
-def importance_weights(
-    log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, correction: Correction, cap: float = 2.0
-) -> Tensor:
-    """p_training / p_rollout of each token, `[batch, seq]`, no gradient: it corrects for an engine that samples from a
-    slightly other distribution than the one that is trained.
-
-    * none: 1
-    * truncated: at most `cap` (TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL")
-    * masked: 0 outside [1 / cap, cap] (as IcePop does)
-
-    Raises:
-        ValueError: unknown correction.
-    """
-    ratio = log_ratio(log_probs, rollout_log_probs, mask).detach().exp()
-    match correction:
-        case "none":
-            return torch.ones_like(ratio)
-        case "truncated":
-            return ratio.clamp(max=cap)
-        case "masked":
-            return masked(ratio, (ratio >= 1 / cap) & (ratio <= cap))
-    raise ValueError(f"unknown correction {correction!r}: choose none, truncated or masked")

