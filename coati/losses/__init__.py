@@ -32,7 +32,7 @@ from coati.losses.correction import (
     mismatch_metrics,
     mismatch_sums,
 )
-from coati.losses.group import aggregation_weights, group_advantages
+from coati.losses.group import aggregation_weights, decoupled_advantages, group_advantages
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
@@ -46,6 +46,7 @@ __all__ = [
     "aggregation_weights",
     "clip_scores",
     "cross_entropy",
+    "decoupled_advantages",
     "gae",
     "group_advantages",
     "importance_weights",

@@ -43,8 +43,9 @@ def importance_weights(
 def is_accepted(
     log_probs: Tensor, sampling_log_probs: Tensor, mask: Tensor, level: Level, below: float = 0.5, above: float = 2.0
 ) -> Tensor:
-    """Whether `below` <= r <= `above`, bool `[batch, seq]`, False where masked (IcePop, Ring-1T, 2510.18855; by sequence
-    and by geometric mean: Liu et al. 2025, "When speed kills stability"); level none accepts every response token.
+    """Whether `below` <= r <= `above`, bool `[batch, seq]`, False where masked (by token: IcePop, Ring-1T, 2510.18855;
+    by sequence and by geometric mean: Liu et al. 2025, "When speed kills stability"); level none accepts every response
+    token.
 
     Args:
         log_probs, sampling_log_probs, mask: as in `importance_weights`.

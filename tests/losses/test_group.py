@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from coati.losses import (
     aggregation_weights,
+    decoupled_advantages,
     group_advantages,
     importance_weights,
     is_accepted,
@@ -68,6 +69,34 @@ def test_advantages_are_of_the_group_alone(shape, data, advantage, random):
         torch.testing.assert_close(found, expected[g][order], rtol=1e-6, atol=1e-9)
 
 
+@quick
+@given(groups, st.integers(1, 3), st.data(), dtypes)
+def test_decoupled_advantages_equal_the_oracle(shape, kinds, data, dtype):
+    """With rewards that skip some responses, or all of a group."""
+    count, size = shape
+    rewards = data.draw(numbers((count * size, kinds), 100.0, dtype))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    skipped = torch.rand(rewards.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    weights = data.draw(numbers((kinds,), 2.0, dtype))
+    found = decoupled_advantages(torch.where(skipped, torch.nan, rewards), weights, size)
+    given_rewards = torch.where(skipped, torch.nan, rewards).tolist()
+    expected = oracle.decoupled_advantages(given_rewards, weights.tolist(), size)
+    # as with grpo: a reward of up to 100 is subtracted from others, and what is left may be divided by 1e-4
+    precision = 1e-9 if dtype == torch.float64 else 3e-6
+    error = (found.double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+    assert error <= precision * (1 + rewards.abs().max().item() / 1e-4) * kinds and found.isfinite().all()
+
+
+def test_decoupled_advantages_of_one_reward_are_grpos_and_tell_equal_sums_apart():
+    rewards = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = decoupled_advantages(rewards, torch.ones(1, dtype=torch.float64), 4)
+    torch.testing.assert_close(found, group_advantages(rewards[:, 0], 4, "grpo"))
+    kinds = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    sums = group_advantages(kinds.sum(1), 4, "grpo")
+    apart = decoupled_advantages(kinds, torch.ones(2), 4)
+    assert sums[0] == sums[1] and abs(apart[0] - apart[1]) > 0.2
+
+
 def test_rloo_is_dr_grpo_times_a_constant():
     rewards = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(group_advantages(rewards, 4, "rloo"), 4 / 3 * group_advantages(rewards, 4, "dr_grpo"))
@@ -121,7 +150,7 @@ def test_what_is_no_advantage_of_whole_answers_is_named():
 
 
 @quick
-@given(masks(), st.sampled_from(["token", "sequence", "constant"]), st.data())
+@given(masks(), st.sampled_from(["token", "sequence", "sum", "constant"]), st.data())
 def test_aggregation_equals_the_oracle(mask, aggregation, data):
     """Of shares too: weights know only the global counts."""
     tokens, responses = max(mask.sum().item(), 1), max(mask.any(1).sum().item(), 1)
@@ -136,10 +165,11 @@ def test_aggregates_are_the_means_that_they_are_called():
     mask = torch.tensor([[True, False, False], [True, True, True]])
     x = torch.tensor([[8.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     found = {
-        k: (aggregation_weights(mask, k, 4, 2, 10) * x).sum().item() / 4 for k in ("token", "sequence", "constant")
+        k: (aggregation_weights(mask, k, 4, 2, 10) * x).sum().item() / 4
+        for k in ("token", "sequence", "sum", "constant")
     }
-    assert found == pytest.approx({"token": 14 / 4, "sequence": (8 + 2) / 2, "constant": 14 / 20})
-    with pytest.raises(ValueError, match="token, sequence or constant"):
+    assert found == pytest.approx({"token": 14 / 4, "sequence": (8 + 2) / 2, "sum": (8 + 6) / 2, "constant": 14 / 20})
+    with pytest.raises(ValueError, match="token, sequence, sum or constant"):
         aggregation_weights(mask, "response", 4, 2, 10)
 
 
@@ -166,6 +196,14 @@ def test_advantages_are_those_of_trl(advantage):
     assert found.tolist() == pytest.approx(TRL["advantages"][advantage], rel=1e-6, abs=1e-9)
 
 
+def test_decoupled_advantages_are_those_of_trl():
+    """TRL whitens with the unbiased standard deviation and adds 1e-4 to it."""
+    case = {name: torch.tensor(value, dtype=torch.float64) for name, value in TRL["decoupled"].items()}
+    summed = decoupled_advantages(case["rewards"], case["weights"], TRL["group_size"])
+    found = (summed - summed.mean()) / (summed.std() + 1e-4)
+    torch.testing.assert_close(found, case["advantages"], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", TRL["losses"])
 def test_losses_and_their_gradients_are_those_of_trl(name):
     """TRL's bound of CISPO is the largest ratio itself, and there is none from below."""
@@ -174,10 +212,10 @@ def test_losses_and_their_gradients_are_those_of_trl(name):
     x = {key: torch.tensor(value, dtype=torch.float64) for key, value in case.items()}
     log_probs, kind = x["log_probs"].requires_grad_(), options["loss_type"]
     clips = dict(clip_low=options.get("epsilon_low", 0.2), clip_high=options.get("epsilon_high", 0.2))
-    clips |= dict(kind="gspo" if name == "gspo" else "clip")
+    clips |= dict(kind={"gspo": "gspo", "luspo": "gspo", "vespo": "vespo"}.get(name, "clip"))
     if kind == "cispo":
         clips = dict(kind="cispo", clip_low=1.0, clip_high=options["epsilon_high"] - 1)
-    aggregation = {"grpo": "sequence", "dr_grpo": "constant"}.get(kind, "token")
+    aggregation = {"grpo": "sequence", "dr_grpo": "constant", "luspo": "sum"}.get(kind, "token")
     weights = aggregation_weights(mask, aggregation, mask.sum().item(), len(mask), TRL["longest"])
     advantages = x["advantages"][:, None].expand_as(log_probs)
     if "mode" in options:

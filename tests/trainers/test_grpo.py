@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ ALGORITHMS = {
     "CISPO": dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0),
     "SAPO": dict(policy_loss="sapo", gate_positive=1.0, gate_negative=2.0),
     "DPPO": dict(policy_loss="dppo", aggregation="token", clip_low=0.15, clip_high=0.15),
+    "LUSPO": dict(policy_loss="gspo", aggregation="sum", clip_low=3e-4, clip_high=4e-4),
+    "VESPO": dict(policy_loss="vespo", aggregation="token"),
     "MaxRL": dict(advantage="maxrl"),
+    "GDPO": dict(advantage="gdpo"),
     "RLOO": dict(advantage="rloo", policy_loss="none", kl_in="reward", kl_estimator="k1", kl_coefficient=0.03),
     "RLOO with a floor": dict(advantage="rloo_std", advantage_std_floor=0.2),
     "REINFORCE++": dict(advantage="reinforce++", kl_in="reward", kl_coefficient=0.01, aggregation="token"),
@@ -193,6 +197,32 @@ def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_pat
     assert baseline.unique().numel() > 1
 
 
+def test_gdpo_normalizes_each_reward_by_itself(tiny_world, runtime, tmp_path):
+    """Then adds them up by weight, and whitens over the responses; one reward skips some of them."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def long(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
+        "def vowels(prompts, responses, **columns):\n"
+        "    return [None if len(r) % 3 == 0 else 9.0 * sum(c in 'aeiou' for c in r) for r in responses]\n"
+    )
+    places = [f"{tmp_path}/own_rewards.py:{name}" for name in ("long", "vowels")]
+    rewards = functions(*places, weights=[2.0, -0.5])
+    trainer = make(tiny_world, runtime, tmp_path / "run", advantage="gdpo", rewards=rewards)
+    found = iterate(trainer)
+    samples, mask = found.batch.samples, found.batch.response_mask
+    given = {name: [sample.rewards[name] for sample in samples] for name in ("long", "vowels")}
+    assert None in given["vowels"]
+    sums = []
+    for i in range(len(samples)):
+        total = 0.0
+        for name, weight in (("long", 2.0), ("vowels", -0.5)):
+            group = [r for r in given[name][i // 4 * 4 : i // 4 * 4 + 4] if r is not None]
+            if given[name][i] is not None and len(group) > 1:
+                total += weight * (given[name][i] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
+        sums.append(total)
+    expected = torch.tensor([(s - statistics.mean(sums)) / statistics.pstdev(sums) for s in sums])
+    torch.testing.assert_close(found.experience.advantages, expected[:, None] * mask, rtol=1e-4, atol=1e-5)
+
+
 def mismatched(batch):
     """The batch as from a sampler that is not the policy: planted, every other response by 0.5 a token."""
     log_probs = batch.sampling_log_probs - 0.03
@@ -326,6 +356,15 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),
         (dict(policy_loss="dppo", dual_clip=3.0), "dual_clip"),
         (dict(advantage="maxrl", kl_coefficient=0.1, kl_in="reward"), "kl_in loss"),
+        (dict(advantage="gdpo", group_size=1), "group_size must be at least 2"),
+        (dict(advantage="gdpo", kl_coefficient=0.1, kl_in="reward"), "kl_in loss"),
+        (dict(advantage="gdpo", dynamic_sampling=True), "leave out dynamic_sampling"),
+        (dict(advantage="gdpo", overlong_buffer=2), "and overlong_buffer"),
+        (dict(advantage="gdpo", reward_clip=2.0), "leave out reward_clip"),
+        (dict(advantage="gdpo", missing_eos_penalty=1.0), "and missing_eos_penalty"),
+        (dict(policy_loss="vespo", weights="token"), "vespo weights whole responses itself"),
+        (dict(policy_loss="vespo", dual_clip=3.0), "dual_clip"),
+        (dict(power_negative=-1.0), "power_negative"),
         (dict(cap=0.5), "cap"),
         (dict(bypass=True, weights="token"), "leave out weights and reject, or bypass"),
         (dict(bypass=True, reject="geometric"), "leave out weights and reject, or bypass"),

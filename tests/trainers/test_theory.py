@@ -114,8 +114,12 @@ def token_wise(reference: torch.Tensor, beta: float, estimator: str) -> torch.Te
     return torch.cat([first[:1], (first[1:, None] * second).flatten()])
 
 
-def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **changes):
-    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0."""
+def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", prepare=None, **changes):
+    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0.
+
+    Args:
+        prepare: changes the trainer before it starts.
+    """
     settings = task | dict(output_dir=str(output), seed=seed, kl_coefficient=beta, max_new_tokens=2)
     settings |= dict(steps=100, batch_size=256, micro_batch_size=256, generation_batch_size=256)
     settings |= dict(learning_rate=1e-2, warmup=0.0, final_rate=0.0)
@@ -125,6 +129,8 @@ def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **ch
         settings |= dict(batch_size=256 // GROUP, group_size=GROUP, ppo_epochs=2, aggregation="constant")
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(configure(config_class, **settings | changes), runtime, rewards=[Table()])
+    if prepare is not None:
+        prepare(trainer)
     for k in range(trainer.total_steps):
         trainer.step(k)
     return distribution(trainer.reference.engine.module), distribution(trainer.actor.module)
