@@ -74,7 +74,7 @@ def policy_loss(
         case "cispo":
             objective, is_clipped = clipped.detach() * masked(log_probs, mask), bounded != ratio
         case "sapo":
-            tau = torch.where(advantages > 0, *(ratio.new_tensor(gate) for gate in gates))
+            tau = chosen(advantages > 0, gates, ratio)
             objective, is_clipped = 4 / tau * (tau * (ratio - 1)).sigmoid() * advantages, torch.zeros_like(mask)
         case "dppo":
             moved = (masked(log_probs, mask).exp() - masked(old_log_probs, mask).exp()).detach()
@@ -82,8 +82,8 @@ def policy_loss(
             objective = masked(unclipped, ~is_clipped)
         case "vespo":
             log_w = log_r.sum(1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
-            power = torch.where(advantages >= 0, *(ratio.new_tensor(k) for k in powers))
-            decay = torch.where(advantages >= 0, *(ratio.new_tensor(c) for c in decays))
+            power = chosen(advantages >= 0, powers, ratio)
+            decay = chosen(advantages >= 0, decays, ratio)
             phi = (power * log_w + decay * (1 - log_w.exp())).exp()
             objective, is_clipped = phi * advantages * masked(log_probs, mask), torch.zeros_like(mask)
         case "none":
@@ -99,3 +99,8 @@ def policy_loss(
         "approximate_kl": masked(of_token - 1 - log_r, mask).sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def chosen(is_good: Tensor, of_both: tuple[float, float], like: Tensor) -> Tensor:
+    """The first number where `is_good`, the second elsewhere, in the dtype of `like`."""
+    return torch.where(is_good, like.new_full((), of_both[0]), like.new_full((), of_both[1]))

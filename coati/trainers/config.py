@@ -564,9 +564,9 @@ class GRPO(RolloutAlgorithm):
     gate_positive: float = option(1.0, "of sapo: how soon a ratio off 1 counts less, for positive advantages", gt=0)
     gate_negative: float = option(1.05, "of sapo: the same for negative ones", gt=0)
     power_positive: float = option(2.0, "of vespo: how soon less likely responses fade, for good ones", ge=0)
-    decay_positive: float = option(3.0, "of vespo: how soon likelier responses fade, for good ones", ge=0)
+    decay_positive: float = option(3.0, "of vespo: how soon likelier responses fade, for good ones", gt=0)
     power_negative: float = option(3.0, "of vespo: how soon less likely responses fade, for bad ones", ge=0)
-    decay_negative: float = option(2.0, "of vespo: how soon likelier responses fade, for bad ones", ge=0)
+    decay_negative: float = option(2.0, "of vespo: how soon likelier responses fade, for bad ones", gt=0)
     aggregation: Aggregation = option(
         "sequence", "mean over tokens, of responses' means or of their sums, or by max_new_tokens"
     )

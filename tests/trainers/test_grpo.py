@@ -365,6 +365,7 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(policy_loss="vespo", weights="token"), "vespo weights whole responses itself"),
         (dict(policy_loss="vespo", dual_clip=3.0), "dual_clip"),
         (dict(power_negative=-1.0), "power_negative"),
+        (dict(decay_positive=0.0), "decay_positive"),
         (dict(cap=0.5), "cap"),
         (dict(bypass=True, weights="token"), "leave out weights and reject, or bypass"),
         (dict(bypass=True, reject="geometric"), "leave out weights and reject, or bypass"),

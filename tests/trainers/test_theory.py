@@ -16,6 +16,7 @@ from coati.config import configure
 from coati.rewards import Reward
 from examples.stages import fill_figures
 from tests.conftest import ROOT, trainer_classes, write_rows
+from tests.trainers.stale import make_stale
 
 GROUP = 64
 VOCABULARY = ("<eos>", "<pad>", "a", "b", "c", "d", "e", "f")
@@ -175,6 +176,33 @@ BETAS = (0.25, 0.5, 1.0)
 K3_BETAS = (0.75, 0.875, 1.0)
 
 
+# What is done about a sampler that is not the policy, as settings of `correction`.
+CORRECTIONS = {
+    "none": {},
+    "`bypass`": dict(bypass=True),
+    "`off_policy_bound` 0.2": dict(off_policy_bound=0.2),
+    "`weights` `token`": dict(weights="token"),
+    "`weights` `sequence`": dict(weights="sequence"),
+    "`weights` `geometric`": dict(weights="geometric"),
+    "IcePop: `weights` and `reject` `token`, 0.5 to 5": dict(
+        weights="token", cap=5.0, reject="token", reject_above=5.0
+    ),
+    "`weights` and `reject` `sequence`, 0.5 to 2": dict(weights="sequence", reject="sequence"),
+    "`reject` `geometric`, 0.5 to 2": dict(reject="geometric"),
+}
+SAMPLERS = {"1": dict(iterations=1), "2": dict(iterations=2), "4": dict(iterations=4), "8": dict(iterations=8)}
+SAMPLERS |= {"bf16": dict(rounded=True)}
+
+
+def distance_with(task, runtime, output, correction: dict, sampler: dict) -> float:
+    """The total variation to the optimum after 60 iterations of RLOO on what `sampler` draws, see `make_stale`."""
+    settings = GROUP_RELATIVE["RLOO, KL in the reward"] | dict(steps=60, max_rollout_kl=1e9) | correction
+    with pytest.MonkeyPatch.context() as patch:
+        prepare = partial(make_stale, monkeypatch=patch, **sampler)
+        before, after = trained(task, runtime, output, 0.5, 0, prepare=prepare, **settings)
+    return total_variation(after, optimum(before, 0.5))
+
+
 def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
     check(task, runtime, tmp_path, beta=0.5, seed=0)
 
@@ -205,3 +233,17 @@ def test_ppo_finds_it_for_three_penalties_and_three_seeds(task, runtime, tmp_pat
         found = [check(task, runtime, tmp_path / f"{beta}-{seed}", beta, seed) for seed in range(3)]
         lines.append(f"| {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "reading-the-curves.md", "\n".join(lines), "theory")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_what_corrections_do_about_samplers_that_are_not_the_policy(task, runtime, tmp_path):
+    """Rewrites the table in docs/grpo.md."""
+    fresh = distance_with(task, runtime, tmp_path / "fresh", {}, {})
+    lines = ["| `correction` | " + " | ".join(SAMPLERS) + " |", "|---|" + "---|" * len(SAMPLERS)]
+    for name, correction in CORRECTIONS.items():
+        found = [distance_with(task, runtime, tmp_path / f"{name} {s}", correction, SAMPLERS[s]) for s in SAMPLERS]
+        lines.append(f"| {name} | " + " | ".join(f"{distance:.3f}" for distance in found) + " |")
+        print(lines[-1], flush=True)
+    table = "\n".join(lines) + f"\n\nA sampler with the policy's own weights: {fresh:.3f}."
+    fill_figures(ROOT / "docs" / "grpo.md", table, "staleness")
