@@ -18,7 +18,7 @@ from coati.config.options import path_kind
 from coati.config.schema import Leaf, by_path, entry_classes, flags, leaves, paths_named, section_classes, types_of
 from coati.errors import UserError
 from coati.initial import value_at
-from coati.losses import group, policy, preference
+from coati.losses import correction, group, policy, preference
 from coati.trainers.config import DAPO, GRPO, GRPOConfig, PPOConfig, PreferenceConfig, RewardConfig, SFTConfig
 from tests.conftest import ROOT
 
@@ -435,7 +435,10 @@ NUMBERS = [
     (PPOConfig, "reward_timeout", [0.0], [0.5]),
     (PPOConfig, "reward_failure_score", [float("nan"), float("inf")], [-1.0]),
     (GRPOConfig, "group_size", [0], [2]),
-    (GRPOConfig, "importance_cap", [0.5], [1.0]),
+    (GRPOConfig, "cap", [0.5], [1.0]),
+    (GRPOConfig, "reject_below", [-0.1, 1.1], [0.0, 1.0]),
+    (GRPOConfig, "reject_above", [0.9], [1.0]),
+    (GRPOConfig, "off_policy_bound", [-1.0], [None, 0.0]),
     (GRPOConfig, "overlong_buffer", [-1], [0]),
 ]
 
@@ -484,7 +487,9 @@ def test_choices_are_those_of_the_losses():
     """Settings load without torch, so they name the choices themselves."""
     hints = get_type_hints(GRPO)
     assert hints["advantage"] == group.Advantage and hints["aggregation"] == group.Aggregation
-    assert hints["importance_correction"] == group.Correction and hints["policy_loss"] == policy.PolicyLoss
+    assert hints["policy_loss"] == policy.PolicyLoss
+    of_correction = get_type_hints(hints["correction"])
+    assert of_correction["weights"] == of_correction["reject"] == correction.Level
     methods = section_classes(PreferenceConfig.__pydantic_fields__["algorithm"].annotation)
     assert {types_of(kind)[0] for kind in methods} == {*preference.PREFERENCE_LOSSES, "kto"}
 

@@ -55,6 +55,7 @@ def page() -> str:
     text += "\n### Preference methods\n\n" + methods(config.PreferenceConfig)
     text += table("PPO", config.PPO, level=3)
     text += table("GRPO", config.GRPO, level=3)
+    text += table("correction", config.Correction, level=4, note="A section of `algorithm`.")
     text += "\n### Relatives of GRPO\n\nThey have GRPO's settings, with other defaults.\n\n" + presets(
         config.GRPOConfig
     )

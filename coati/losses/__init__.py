@@ -25,7 +25,14 @@ Examples:
 """
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
-from coati.losses.group import aggregation_weights, group_advantages, importance_weights
+from coati.losses.correction import (
+    importance_weights,
+    is_accepted,
+    is_near_policy,
+    mismatch_metrics,
+    mismatch_sums,
+)
+from coati.losses.group import aggregation_weights, decoupled_advantages, group_advantages
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
 from coati.losses.policy import policy_loss
@@ -39,12 +46,17 @@ __all__ = [
     "aggregation_weights",
     "clip_scores",
     "cross_entropy",
+    "decoupled_advantages",
     "gae",
     "group_advantages",
     "importance_weights",
+    "is_accepted",
+    "is_near_policy",
     "kl_divergence",
     "kto_loss",
     "masked_sums",
+    "mismatch_metrics",
+    "mismatch_sums",
     "moments",
     "pairwise_reward_loss",
     "penalize_missing_eos",

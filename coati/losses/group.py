@@ -1,15 +1,14 @@
-"""Groups of responses to one prompt: advantages, weights of tokens in the loss, and importance weights of rollouts."""
+"""Groups of responses to one prompt: advantages, and the weights of tokens in the loss."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coati.losses.masking import log_ratio, masked
-
-Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++", "reinforce++-baseline", "remax"]
-Aggregation = Literal["token", "sequence", "constant"]
-Correction = Literal["none", "truncated", "masked"]
+Advantage = Literal[
+    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "reinforce++", "reinforce++-baseline", "remax"
+]
+Aggregation = Literal["token", "sequence", "sum", "constant"]
 
 
 def group_advantages(
@@ -34,7 +33,8 @@ def group_advantages(
         rewards: `[batch]`, the rows of a group one after the other.
 
     Raises:
-        ValueError: unknown, or one per token (reinforce++: `returns_to_go`, whitened over the global batch).
+        ValueError: unknown, or another function's (reinforce++: `returns_to_go`, gdpo: `decoupled_advantages`; both
+            are whitened over the global batch).
     """
     if advantage == "remax" and baseline is not None:
         return rewards - baseline
@@ -60,6 +60,24 @@ def group_advantages(
     return result.reshape(-1)
 
 
+def decoupled_advantages(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """GDPO's advantage of each response, `[batch]`, for the caller to whiten over the global batch (2601.05242): each
+    kind of reward is normalized in its group as grpo does with their sum, and the results are added up by weight. So
+    responses whose different rewards have the same sum differ, and each reward counts by its weight, not its spread.
+
+    Args:
+        rewards: `[batch, kinds]`, the rows of a group one after the other; NaN where a reward skipped the response,
+            which leaves the response out of that reward's mean and standard deviation, and adds 0 to it.
+        weights: `[kinds]`.
+    """
+    groups = rewards.reshape(-1, group_size, rewards.shape[1])
+    given = ~groups.isnan()
+    groups, counts = groups.nan_to_num(0.0), given.sum(1, keepdim=True)
+    centered = (groups - groups.sum(1, keepdim=True) / counts.clamp(min=1)) * given
+    std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
+    return (centered / (std + 1e-4)).reshape(rewards.shape) @ weights
+
+
 def aggregation_weights(
     mask: Tensor, aggregation: Aggregation, tokens: float, responses: float, longest: int
 ) -> Tensor:
@@ -67,6 +85,7 @@ def aggregation_weights(
 
     * token: 1, so that the loss is the mean over tokens (DAPO, 2503.14476, eq. 8)
     * sequence: the mean over responses of the mean over their tokens (GRPO, 2402.03300, eq. 3)
+    * sum: the mean over responses of the sum over their tokens (LUSPO, 2602.05261)
     * constant: the sum over tokens, divided by responses x `longest` (Dr. GRPO, 2503.20783, section 3.2)
 
     Args:
@@ -81,30 +100,8 @@ def aggregation_weights(
             return mask.float()
         case "sequence":
             return mask * (tokens / responses / mask.sum(1, keepdim=True).clamp(min=1))
+        case "sum":
+            return mask * (tokens / responses)
         case "constant":
             return mask * (tokens / responses / longest)
-    raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence or constant")
-
-
-def importance_weights(
-    log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, correction: Correction, cap: float = 2.0
-) -> Tensor:
-    """p_training / p_rollout of each token, `[batch, seq]`, no gradient: it corrects for an engine that samples from a
-    slightly other distribution than the one that is trained.
-
-    * none: 1
-    * truncated: at most `cap` (TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL")
-    * masked: 0 outside [1 / cap, cap] (as IcePop does)
-
-    Raises:
-        ValueError: unknown correction.
-    """
-    ratio = log_ratio(log_probs, rollout_log_probs, mask).detach().exp()
-    match correction:
-        case "none":
-            return torch.ones_like(ratio)
-        case "truncated":
-            return ratio.clamp(max=cap)
-        case "masked":
-            return masked(ratio, (ratio >= 1 / cap) & (ratio <= cap))
-    raise ValueError(f"unknown correction {correction!r}: choose none, truncated or masked")
+    raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence, sum or constant")

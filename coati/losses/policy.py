@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coati.losses.masking import log_ratio, masked
+from coati.losses.masking import MAX_LOG_RATIO, log_ratio, masked
 
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "none"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]
 
 
 def policy_loss(
@@ -22,6 +22,8 @@ def policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     gates: tuple[float, float] = (1.0, 1.05),
+    powers: tuple[float, float] = (2.0, 3.0),
+    decays: tuple[float, float] = (3.0, 2.0),
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """A surrogate objective of the response tokens, negated. With the ratio r of a token's probability to its old one,
@@ -35,6 +37,10 @@ def policy_loss(
       both sides; tau is `gates[0]` for positive advantages, `gates[1]` for others (SAPO, 2511.20347)
     * dppo: r A for tokens in the trust region: not those whose probability p, not r, has moved further than `clip_high`
       up where A > 0, or `clip_low` down where A < 0 (Qi et al., 2602.04879, with binary total variation)
+    * vespo: phi(w) A log p, where w is the product of the response's ratios and phi(w) = w^k exp(c (1 - w)), a constant
+      that is 1 at w = 1: every token keeps a gradient, that of responses far from the policy fades. Power k and decay
+      c are `powers[0]` and `decays[0]` for advantages of at least 0, `powers[1]` and `decays[1]` for others (VESPO,
+      2602.10693)
     * none: r A; where the policy is still the one that sampled, its gradient is REINFORCE's
 
     Args:
@@ -68,16 +74,22 @@ def policy_loss(
         case "cispo":
             objective, is_clipped = clipped.detach() * masked(log_probs, mask), bounded != ratio
         case "sapo":
-            tau = torch.where(advantages > 0, *(ratio.new_tensor(gate) for gate in gates))
+            tau = chosen(advantages > 0, gates, ratio)
             objective, is_clipped = 4 / tau * (tau * (ratio - 1)).sigmoid() * advantages, torch.zeros_like(mask)
         case "dppo":
             moved = (masked(log_probs, mask).exp() - masked(old_log_probs, mask).exp()).detach()
             is_clipped = ((advantages > 0) & (moved > clip_high)) | ((advantages < 0) & (moved < -clip_low))
             objective = masked(unclipped, ~is_clipped)
+        case "vespo":
+            log_w = log_r.sum(1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
+            power = chosen(advantages >= 0, powers, ratio)
+            decay = chosen(advantages >= 0, decays, ratio)
+            phi = (power * log_w + decay * (1 - log_w.exp())).exp()
+            objective, is_clipped = phi * advantages * masked(log_probs, mask), torch.zeros_like(mask)
         case "none":
             objective, is_clipped = unclipped, torch.zeros_like(mask)
         case _:
-            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo or none")
+            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo, vespo or none")
     objective = objective if weights is None else objective * masked(weights, mask)
     loss = -masked(objective, mask).sum() / denominator
     metrics = {
@@ -87,3 +99,8 @@ def policy_loss(
         "approximate_kl": masked(of_token - 1 - log_r, mask).sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def chosen(is_good: Tensor, of_both: tuple[float, float], like: Tensor) -> Tensor:
+    """The first number where `is_good`, the second elsewhere, in the dtype of `like`."""
+    return torch.where(is_good, like.new_full((), of_both[0]), like.new_full((), of_both[1]))

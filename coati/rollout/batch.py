@@ -91,6 +91,7 @@ class Experience:
         input_ids, attention_mask, lengths, temperature: as `RolloutBatch` has them.
         response_mask: bool `[batch, seq]`, the tokens that are trained on.
         log_probs: of the policy that sampled, as training computes them.
+        sampling_log_probs: as sampling computed them.
         reference_log_probs: of the reference model.
         advantages: of the policy's loss.
         values, returns: the critic's estimate before each token, and its targets; None without a critic.
@@ -102,6 +103,7 @@ class Experience:
     lengths: list[int]
     temperature: float
     log_probs: Tensor
+    sampling_log_probs: Tensor
     reference_log_probs: Tensor
     advantages: Tensor
     values: Tensor | None = None
@@ -137,6 +139,7 @@ class Experience:
             lengths=batch.lengths,
             temperature=batch.temperature,
             log_probs=log_probs,
+            sampling_log_probs=batch.sampling_log_probs,
             reference_log_probs=reference_log_probs,
             advantages=advantages,
             values=values,

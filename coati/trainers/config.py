@@ -515,19 +515,52 @@ class PPOConfig(RolloutConfig):
             yield "shared_trunk needs a learning_rate above 0: the value head's is a multiple of it"
 
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++", "reinforce++-baseline", "remax"]
+Advantage = Literal[
+    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "reinforce++", "reinforce++-baseline", "remax"
+]
 COMPARE_RESPONSES = (
     "grpo",
     "dr_grpo",
     "rloo",
     "rloo_std",
     "maxrl",
+    "gdpo",
     "reinforce++-baseline",
 )  # advantages within a group
-Aggregation = Literal["token", "sequence", "constant"]
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "none"]
+Aggregation = Literal["token", "sequence", "sum", "constant"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]
 KLPlace = Literal["loss", "reward"]
 KLEstimator = Literal["k1", "k2", "k3"]
+CorrectionLevel = Literal["none", "token", "sequence", "geometric"]
+
+
+@settings
+class Correction(Settings):
+    """What is done about rollouts that another distribution sampled than the one that is trained."""
+
+    weights: CorrectionLevel = option(
+        "none", "tokens weigh p(trainer) / p(sampler): their own, their response's, or its geometric mean per token"
+    )
+    cap: float = option(2.0, "the greatest weight", ge=1)
+    reject: CorrectionLevel = option("none", "tokens whose ratio of this level is out of bounds are left out")
+    reject_below: float = option(0.5, "the least ratio that is accepted", ge=0, le=1)
+    reject_above: float = option(2.0, "the greatest ratio that is accepted", ge=1)
+    bypass: bool = option(False, "the policy's ratio is to the sampler's log-probs, which are not recomputed")
+    off_policy_bound: float | None = option(
+        None, "bad responses that the policy has left by more than this, nats per token, are left out", ge=0
+    )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it compares the trainer's log-probs before the updates with the sampler's."""
+        return self.weights != "none" or self.reject != "none"
+
+    def problems(self) -> Iterator[str]:
+        if self.bypass and self.recomputes:
+            yield (
+                "bypass takes the sampler's log-probs for the trainer's, so there is no ratio of them: "
+                "leave out weights and reject, or bypass"
+            )
 
 
 @settings
@@ -541,7 +574,13 @@ class GRPO(RolloutAlgorithm):
     policy_loss: PolicyLoss = option("clip", "what is done with the policy's ratio, see docs/grpo.md")
     gate_positive: float = option(1.0, "of sapo: how soon a ratio off 1 counts less, for positive advantages", gt=0)
     gate_negative: float = option(1.05, "of sapo: the same for negative ones", gt=0)
-    aggregation: Aggregation = option("sequence", "mean over tokens, of responses' means, or by max_new_tokens")
+    power_positive: float = option(2.0, "of vespo: how soon less likely responses fade, for good ones", ge=0)
+    decay_positive: float = option(3.0, "of vespo: how soon likelier responses fade, for good ones", gt=0)
+    power_negative: float = option(3.0, "of vespo: how soon less likely responses fade, for bad ones", ge=0)
+    decay_negative: float = option(2.0, "of vespo: how soon likelier responses fade, for bad ones", gt=0)
+    aggregation: Aggregation = option(
+        "sequence", "mean over tokens, of responses' means or of their sums, or by max_new_tokens"
+    )
     kl_coefficient: float = inherited(RolloutAlgorithm, "kl_coefficient", 0.0)
     kl_estimator: KLEstimator = inherited(RolloutAlgorithm, "kl_estimator", "k3")
     kl_in: KLPlace = option("loss", "where the penalty is")
@@ -560,10 +599,7 @@ class GRPO(RolloutAlgorithm):
     )
     overlong_penalty: float = option(1.0, "by how much it falls in all", ge=0)
     mask_truncated: bool = option(False, "responses that are cut at max_new_tokens are left out of the loss")
-    importance_correction: Literal["none", "truncated", "masked"] = option(
-        "none", "tokens weigh p(trainer) / p(sampler), bounded"
-    )
-    importance_cap: float = option(2.0, "the bound; masked: 0 beyond it and below 1 / it", ge=1)
+    correction: Correction = section(Correction, "of rollouts that another distribution sampled, see docs/grpo.md")
     share_prompts: bool = option(False, "read a prompt once for all its responses: faster where it is long beside them")
 
     def problems(self) -> Iterator[str]:
@@ -577,6 +613,15 @@ class GRPO(RolloutAlgorithm):
             yield "refresh_reference needs a reference: give kl_coefficient too"
         if self.advantage == "maxrl" and self.kl_coefficient != 0 and self.kl_in == "reward":
             yield "maxrl divides by the mean reward, which a penalty may make negative: kl_in loss"
+        if self.advantage == "gdpo" and self.kl_coefficient != 0 and self.kl_in == "reward":
+            yield "gdpo normalizes each reward by itself, and a penalty is none of them: kl_in loss"
+        if self.advantage == "gdpo" and (self.dynamic_sampling or self.overlong_buffer):
+            yield "gdpo compares each reward, not their sum: leave out dynamic_sampling and overlong_buffer"
+        if self.policy_loss == "vespo" and self.correction.weights != "none":
+            yield (
+                "vespo weights whole responses itself: leave out the correction's weights "
+                "(bypass makes its ratio one to the sampler)"
+            )
         if self.policy_loss not in ("clip", "gspo") and self.dual_clip is not None:
             yield f"policy_loss {self.policy_loss} has no dual_clip: leave it out"
 
@@ -611,6 +656,14 @@ class GSPO(GRPO):
 
 
 @settings
+class LUSPO(GSPO):
+    """GSPO without its preference for short responses (2602.05261)."""
+
+    type: Literal["luspo"] = option("luspo", "the method")
+    aggregation: Aggregation = inherited(GSPO, "aggregation", "sum")
+
+
+@settings
 class CISPO(GRPO):
     """Clipped importance weights instead of clipped ratios (MiniMax-M1, 2506.13585)."""
 
@@ -638,6 +691,23 @@ class DPPO(GRPO):
     aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
     clip_low: float = inherited(GRPO, "clip_low", 0.15)
     clip_high: float = inherited(GRPO, "clip_high", 0.15)
+
+
+@settings
+class VESPO(GRPO):
+    """A smooth weight of whole responses instead of clipping (2602.10693)."""
+
+    type: Literal["vespo"] = option("vespo", "the method")
+    policy_loss: PolicyLoss = inherited(GRPO, "policy_loss", "vespo")
+    aggregation: Aggregation = inherited(GRPO, "aggregation", "token")
+
+
+@settings
+class GDPO(GRPO):
+    """Several rewards, each normalized by itself (2601.05242)."""
+
+    type: Literal["gdpo"] = option("gdpo", "the method")
+    advantage: Advantage = inherited(GRPO, "advantage", "gdpo")
 
 
 @settings
@@ -691,7 +761,20 @@ class GRPOConfig(RolloutConfig):
     `group_size` responses."""
 
     algorithm: Annotated[
-        GRPO | DrGRPO | DAPO | GSPO | CISPO | SAPO | DPPO | MaxRL | RLOO | ReinforcePlusPlus | ReMax,
+        GRPO
+        | DrGRPO
+        | DAPO
+        | GSPO
+        | LUSPO
+        | CISPO
+        | SAPO
+        | DPPO
+        | VESPO
+        | GDPO
+        | MaxRL
+        | RLOO
+        | ReinforcePlusPlus
+        | ReMax,
         Field(discriminator="type"),
     ] = section(GRPO, "how the policy learns from what responses earn, see docs/grpo.md")
 
@@ -719,6 +802,8 @@ class GRPOConfig(RolloutConfig):
             yield "refresh_reference is for models that are replicated (ddp, zero1, zero2), without LoRA"
         if a.overlong_buffer > self.generation.max_new_tokens:
             yield f"overlong_buffer must be between 0 and max_new_tokens, {self.generation.max_new_tokens}"
+        if a.advantage == "gdpo" and (self.scoring.reward_clip or self.scoring.missing_eos_penalty):
+            yield "gdpo compares each reward, not their sum: leave out reward_clip and missing_eos_penalty"
         if a.mask_truncated and self.scoring.missing_eos_penalty is not None:
             yield "mask_truncated leaves out what missing_eos_penalty punishes: choose one"
         if a.entropy_coefficient != 0 and self.parallel.splits_vocabulary:

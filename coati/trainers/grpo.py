@@ -1,6 +1,6 @@
 """Group relative policy optimization (DeepSeekMath, 2402.03300) and its relatives: Dr. GRPO (2503.20783), RLOO
 (2402.14740), REINFORCE++ (2501.03262), ReMax (2310.10505), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585),
-SAPO (2511.20347), DPPO (2602.04879), MaxRL (2602.02710).
+SAPO (2511.20347), DPPO (2602.04879), MaxRL (2602.02710), LUSPO (2602.05261), VESPO (2602.10693), GDPO (2601.05242).
 
 One iteration:
     1. the policy responds to each of a batch of prompts several times, and the rewards score; with dynamic sampling,
@@ -13,6 +13,7 @@ within `max_refills` tries stays in the batch, where it adds to the counts but n
 dropout are as in PPO.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,9 +25,14 @@ from coati.errors import UserError
 from coati.losses import (
     aggregation_weights,
     clip_scores,
+    decoupled_advantages,
     group_advantages,
     importance_weights,
+    is_accepted,
+    is_near_policy,
     kl_divergence,
+    mismatch_metrics,
+    mismatch_sums,
     penalize_missing_eos,
     policy_loss,
     punish_overlong,
@@ -48,6 +54,7 @@ from coati.trainers.config import GRPOConfig
 from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn, response_tokens
 from coati.trainers.policy import LanguageModel, Policy
 from coati.trainers.rollouts import RolloutTrainer
+from coati.transfer import upload
 
 
 class GRPOTrainer(RolloutTrainer):
@@ -75,13 +82,13 @@ class GRPOTrainer(RolloutTrainer):
         kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         in_reward = a.kl_coefficient if a.kl_in == "reward" else 0.0
         rewards = shape_rewards(self.shape(batch), kl, mask, in_reward)
-        advantages = self.advantages(masked(rewards + batch.token_rewards, mask), baseline, mask)
-        correction = importance_weights(
-            log_probs, batch.sampling_log_probs, mask, a.importance_correction, a.importance_cap
-        )
+        advantages = self.advantages(masked(rewards + batch.token_rewards, mask), batch.samples, baseline, mask)
+        compared = (log_probs, batch.sampling_log_probs, mask)
+        weights = importance_weights(*compared, a.correction.weights, a.correction.cap)
+        accepted = is_accepted(*compared, a.correction.reject, a.correction.reject_below, a.correction.reject_above)
         learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
-        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * correction)
+        experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * weights * accepted)
 
         rate = self.learning_rate(k, c.optimizer.learning_rate)
         with clock("learn"):
@@ -94,8 +101,9 @@ class GRPOTrainer(RolloutTrainer):
         metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
         metrics |= {"rollout_kl": rollout_kl, "learning_rate": rate, "temperature": batch.temperature}
         metrics["advantage_std"] = global_moments(advantages, mask, self.ranks)[1]
-        if a.importance_correction != "none":
-            metrics["importance_weight"] = global_moments(correction, mask, self.ranks)[0]
+        if a.correction.recomputes:
+            mismatch = mismatch_metrics(self.ranks.sum(mismatch_sums(*compared, weights, accepted)))
+            metrics |= {f"mismatch/{name}": value for name, value in mismatch.items()}
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
 
     # --- advantages
@@ -108,16 +116,22 @@ class GRPOTrainer(RolloutTrainer):
         buffer, penalty = c.algorithm.overlong_buffer, c.algorithm.overlong_penalty
         return punish_overlong(scores, lengths, c.generation.max_new_tokens, buffer, penalty)
 
-    def advantages(self, rewards: Tensor, baseline: Tensor | None, mask: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, samples: list[Sample], baseline: Tensor | None, mask: Tensor) -> Tensor:
         """`[batch, seq]`, 0 outside the response.
 
         Args:
             rewards: `[batch, seq]`.
+            samples: with the separate rewards, for gdpo.
             baseline: `[batch]`, for remax.
         """
         a = self.config.algorithm
         if a.advantage == "reinforce++":
             advantages = returns_to_go(rewards, mask, 1.0)
+        elif a.advantage == "gdpo":
+            of_responses = decoupled_advantages(*self.separate_rewards(samples), a.group_size)
+            every = torch.ones_like(of_responses, dtype=torch.bool)
+            of_responses = whiten(of_responses, every, *global_moments(of_responses, every, self.ranks))
+            advantages = of_responses[:, None] * mask
         else:
             options = dict(baseline=baseline, min_std=a.advantage_std_floor)
             of_responses = group_advantages(rewards.sum(1), a.group_size, a.advantage, **options)
@@ -125,6 +139,14 @@ class GRPOTrainer(RolloutTrainer):
         if a.advantage.startswith("reinforce++"):
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
         return advantages
+
+    def separate_rewards(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """What each reward gave each sample, `[samples, rewards]`, NaN where it skipped it; and their weights."""
+        of_names = self.generation.scorer.rewards
+        given = [[sample.rewards[name] for name in of_names] for sample in samples]
+        rows = [[math.nan if reward is None else reward for reward in row] for row in given]
+        weights = [weight for _, weight in of_names.values()]
+        return upload(rows, self.runtime.device, torch.float32), upload(weights, self.runtime.device, torch.float32)
 
     def greedy_scores(self, samples: list[Sample], k: int) -> Tensor:
         """What the policy's greedy responses to the samples' prompts earn, `[samples]`."""
@@ -156,13 +178,21 @@ class GRPOTrainer(RolloutTrainer):
             responses: of the whole step that count.
         """
         a, longest = self.config.algorithm, self.config.generation.max_new_tokens
+        bound = a.correction.off_policy_bound
 
         def part(output, batch: Experience, denominator: float):
             mask, (log_probs, entropy) = batch.response_mask, output
             weights = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
             how = dict(clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
-            how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative), weights=weights)
+            how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative))
+            how |= dict(powers=(a.power_positive, a.power_negative), decays=(a.decay_positive, a.decay_negative))
+            near = mask
+            if bound is not None:
+                near = is_near_policy(log_probs, batch.sampling_log_probs, batch.advantages, mask, bound)
+            how["weights"] = weights * near
             loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
+            if bound is not None:
+                metrics["off_policy_masked"] = (mask & ~near).sum() / denominator
             if a.kl_coefficient and a.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)
                 loss = loss + a.kl_coefficient * (weights * kl).sum() / denominator
@@ -193,7 +223,14 @@ class GRPOTrainer(RolloutTrainer):
         if c.model.path is None:
             raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
-        self.policy = Policy(self.actor, c, self.ranks, group=c.shared_prefix_group)
+        self.policy = Policy(
+            self.actor,
+            c,
+            self.ranks,
+            group=c.shared_prefix_group,
+            recomputes=a.correction.recomputes,
+            bypass=a.correction.bypass,
+        )
         if a.refresh_reference:
             self.frozen = {REFERENCE: self.reference.engine}
         if a.share_prompts:

@@ -51,17 +51,29 @@ class Policy:
     Args:
         group: as `LanguageModel`.
         ranks: those that see different data.
+        recomputes: log-probs are those that training computes, always: a correction compares them with sampling's.
+        bypass: they are those noted at sampling, always.
     """
 
-    def __init__(self, engine: Engine, config: RolloutConfig, ranks, *, group: int = 1):
+    def __init__(
+        self,
+        engine: Engine,
+        config: RolloutConfig,
+        ranks,
+        *,
+        group: int = 1,
+        recomputes: bool = False,
+        bypass: bool = False,
+    ):
         self.engine, self.config, self.ranks, self.group = engine, config, ranks, group
+        self.recomputes, self.bypass = recomputes, bypass
         self.model = LanguageModel(engine, group=group)
 
     def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, float]:
         """Those of training, `[batch, seq]`, and the KL of sampling from them, nats per token.
 
         In fp32 they are those noted at sampling, up to rounding: a few rows are computed again to show it. In lower
-        precision, on a sharded model and in vLLM they round differently, and all are.
+        precision, on a sharded model and in vLLM they round differently, and all are, unless `bypass` says not to.
 
         Args:
             k: iteration; different rows are looked at in each.
@@ -69,12 +81,8 @@ class Policy:
         Raises:
             UserError: they disagree by more than `max_rollout_kl`.
         """
-        c, mask = self.config, batch.response_mask
-        if (
-            resolve_precision(c.parallel) == "fp32"
-            and not c.parallel.splits_models
-            and c.generation.rollout_engine == "coati"
-        ):
+        mask = batch.response_mask
+        if self.bypass or (self.rounds_as_sampling() and not self.recomputes):
             checked = an_eighth(parts, k, self.group)
             again = self.model.log_probs(batch, checked)
             looked_at = torch.zeros_like(batch.finished)
@@ -82,6 +90,15 @@ class Policy:
             return batch.sampling_log_probs, self.rollout_kl(batch, again, mask & looked_at[:, None])
         log_probs = self.model.log_probs(batch, parts)
         return log_probs, self.rollout_kl(batch, log_probs, mask)
+
+    def rounds_as_sampling(self) -> bool:
+        """Whether training computes what the generator does."""
+        c = self.config
+        return (
+            resolve_precision(c.parallel) == "fp32"
+            and not c.parallel.splits_models
+            and c.generation.rollout_engine == "coati"
+        )
 
     def rollout_kl(self, batch: RolloutBatch, log_probs: Tensor, mask: Tensor) -> float:
         """The KL of sampling from training, nats per token; stops a run where they disagree.

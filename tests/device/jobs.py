@@ -18,7 +18,7 @@ RUNS = {
     "ppo": ("ppo", dict(scored_by_model=True, temperature=1.0)),
     "ppo, shared trunk": ("ppo", dict(SAMPLING, shared_trunk=True, dual_clip=3.0, kl_stop=0.1)),
     "grpo": ("grpo", {}),
-    "grpo, dynamic": ("grpo", dict(SAMPLING, dynamic_sampling=True, importance_correction="truncated")),
+    "grpo, dynamic": ("grpo", dict(SAMPLING, dynamic_sampling=True, weights="token", reject="sequence")),
     "grpo, shared prompts": (
         "grpo",
         dict(share_prompts=True, kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=4, refresh_reference=1),

@@ -22,7 +22,7 @@ BUDGETS = {
     "ppo": (19, 2, 9),
     "ppo, shared trunk": (14, 3, 5),
     "grpo": (12, 1, 6),
-    "grpo, dynamic": (13, 1, 6),
+    "grpo, dynamic": (13, 2, 6),  # its correction recomputes the log-probs of every micro-batch
     "grpo, shared prompts": (16, 4, 7),
 }
 LEARNS_FROM_RESPONSES = [run for run in BUDGETS if run.startswith(("ppo", "grpo"))]

@@ -175,7 +175,7 @@ def test_documented_formats_parse(kind):
     ("algorithm", "changes"),
     [
         ("ppo", dict(ptx_coefficient=0.1)),
-        ("grpo", dict(dynamic_sampling=True, importance_correction="truncated", kl_coefficient=0.1)),
+        ("grpo", dict(dynamic_sampling=True, weights="token", kl_coefficient=0.1)),
     ],
     ids=("ppo", "grpo"),
 )

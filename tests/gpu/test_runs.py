@@ -136,7 +136,9 @@ def test_ppo_runs_with(changes, tiny_world, runtime, tmp_path):
         dict(share_prompts=True),
         dict(dynamic_sampling=True, kl_coefficient=0.1, kl_in="reward"),
         dict(advantage="remax"),
-        dict(importance_correction="truncated", policy_loss="gspo", clip_low=0.02, clip_high=0.02),
+        dict(
+            weights="token", reject="geometric", off_policy_bound=0.5, policy_loss="gspo", clip_low=0.02, clip_high=0.02
+        ),
     ],
     ids=str,
 )

@@ -29,7 +29,15 @@ OPTIONS = {
     "gspo": dict(loss_type="grpo", beta=0.0, importance_sampling_level="sequence", epsilon_low=3e-2, epsilon_high=4e-2),
     "truncated": dict(loss_type="dapo", beta=0.0, use_vllm=True, mode="token_truncate"),
     "masked": dict(loss_type="grpo", beta=0.0, use_vllm=True, mode="token_mask"),
+    "sequence truncated": dict(loss_type="dapo", beta=0.0, use_vllm=True, mode="sequence_truncate"),
+    "sequence masked": dict(loss_type="grpo", beta=0.04, use_vllm=True, mode="sequence_mask"),
+    "off-policy mask": dict(loss_type="grpo", beta=0.04, off_policy_bound=-0.4),  # one of two bad responses
+    "luspo": dict(
+        loss_type="luspo", beta=0.0, importance_sampling_level="sequence", epsilon_low=3e-2, epsilon_high=4e-2
+    ),
+    "vespo": dict(loss_type="vespo", beta=0.0),
 }
+VESPO = dict(vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0)  # the defaults
 
 
 def lines(method, first: str, last: str) -> str:
@@ -65,16 +73,26 @@ def advantages(rewards: torch.Tensor) -> dict[str, list[float]]:
     return found | {"rloo": names["advantages"].tolist()}
 
 
+def decoupled_advantages(rewards: torch.Tensor, weights: torch.Tensor) -> list[float]:
+    """GDPO's, of `rewards` `[batch, kinds]`."""
+    me = SimpleNamespace(multi_objective_aggregation="normalize_then_sum", reward_weights=weights, reward_funcs=weights)
+    names = dict(self=me, rewards_per_func=rewards, num_generations=SIZE, device="cpu", torch=torch)
+    names |= dict(nanstd=grpo_trainer.nanstd, unscorable_mask=torch.zeros(len(rewards), dtype=torch.bool))
+    method = grpo_trainer.GRPOTrainer._generate_and_score_completions
+    exec(lines(method, "if self.multi_objective_aggregation ==", "advantages = torch.nan_to_num"), names)
+    return names["advantages"].tolist()
+
+
 def bare_trainer(log_probs, loss_type, beta, epsilon_low=0.2, epsilon_high=0.2, mode="token_truncate", **more):
     me = object.__new__(grpo_trainer.GRPOTrainer)
     me.loss_type, me.beta, me.epsilon_low, me.epsilon_high = loss_type, beta, epsilon_low, epsilon_high
     me.importance_sampling_level = more.get("importance_sampling_level", "token")
     me.use_vllm, me.vllm_importance_sampling_correction = more.get("use_vllm", False), True
     me.vllm_importance_sampling_mode = mode
-    me.vllm_importance_sampling_clip_min = 0.5 if mode == "token_mask" else None
+    me.vllm_importance_sampling_clip_min = 0.5 if mode.endswith("mask") else None
     me.vllm_importance_sampling_clip_max = 2.0
-    me.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
-    me.off_policy_mask_threshold, me.top_entropy_quantile = None, 1.0
+    me.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1, **VESPO)
+    me.off_policy_mask_threshold, me.top_entropy_quantile = more.get("off_policy_bound"), 1.0
     me.aux_loss_enabled = me._entropy_bonus_enabled = False
     me.current_gradient_accumulation_steps, me.max_completion_length = 1, LONGEST
     me.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
@@ -92,6 +110,8 @@ def loss(case: dict, **options) -> dict:
     inputs = dict(prompt_ids=empty, prompt_mask=empty, completion_ids=mask.long(), completion_mask=mask.long())
     inputs |= dict(advantages=torch.tensor(case["advantages"], dtype=torch.float64), num_items_in_batch=mask.sum())
     inputs |= dict(old_per_token_logps=tensors["old"], ref_per_token_logps=tensors["reference"])
+    if me.off_policy_mask_threshold is not None:
+        inputs["sampling_per_token_logps"] = tensors["rollout"]
     if me.use_vllm:
         names = dict(self=me, torch=torch, math=math, completion_mask=mask.long(), tool_mask=None)
         names |= dict(old_per_token_logps=tensors["old"], sampling_per_token_logps=tensors["rollout"])
@@ -120,6 +140,10 @@ def main():
     origin = f"TRL {trl.__version__}, torch {torch.__version__}: tests/losses/make_trl_grpo.py"
     page = {"origin": origin, "group_size": SIZE, "longest": LONGEST, "rewards": rewards.tolist()}
     page |= {"advantages": advantages(rewards), "case": case}
+    kinds, weights = normal(9, 3), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    kinds[3:6, 1] = 0.7  # a group whose responses all earn the same
+    page["decoupled"] = {"rewards": kinds.tolist(), "weights": weights.tolist()}
+    page["decoupled"]["advantages"] = decoupled_advantages(kinds, weights)
     page["losses"] = {name: {"options": options, **loss(case, **options)} for name, options in OPTIONS.items()}
     Path(__file__).with_name("trl_grpo.json").write_text(json.dumps(page, indent=1) + "\n")
 

@@ -32,10 +32,10 @@ from coati.losses import (
 )
 from coati.losses.preference import PREFERENCE_LOSSES, Responses
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, group, losses, preference
+from tests.oracles import advantages, correction, group, losses, preference
 
 FOLDER = Path(__file__).parent
-ORACLES = (advantages, group, losses, preference)
+ORACLES = (advantages, correction, group, losses, preference)
 
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
@@ -62,9 +62,11 @@ OF_LOGITS = {
     "token_entropy": lambda logits, ids: token_entropy(logits, 0.7),
     "token_log_probs": lambda logits, ids: token_log_probs(logits, ids, 0.7),
 }
-# From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py.
+# From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
+# test_correction.py.
 NO_GRADIENT = {"adapt_kl_coefficient", "moments", "response_targets"}
-NO_GRADIENT |= {"aggregation_weights", "group_advantages", "importance_weights"}
+NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages"}
+NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
 # The scores of whole responses have no mask: what stands in them counts.
 UNMASKED = {
     "clip_scores",

@@ -1,4 +1,4 @@
-"""Advantages of groups, the weights of tokens, and corrections of a rollout against the oracle."""
+"""Advantages of groups and the weights of tokens against the oracle, and whole losses against TRL."""
 
 import json
 import math
@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from coati.losses import (
     aggregation_weights,
+    decoupled_advantages,
     group_advantages,
     importance_weights,
+    is_accepted,
+    is_near_policy,
     kl_divergence,
     policy_loss,
     punish_overlong,
 )
-from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
+from tests.losses.draw import assert_close, dtypes, masks, numbers, quick
 from tests.oracles import group as oracle
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "reinforce++-baseline", "remax")
@@ -64,6 +67,34 @@ def test_advantages_are_of_the_group_alone(shape, data, advantage, random):
         alone, its_own = rewards.reshape(count, size)[g][order], baseline.reshape(count, size)[g][order]
         found = group_advantages(alone, size, advantage, baseline=its_own)
         torch.testing.assert_close(found, expected[g][order], rtol=1e-6, atol=1e-9)
+
+
+@quick
+@given(groups, st.integers(1, 3), st.data(), dtypes)
+def test_decoupled_advantages_equal_the_oracle(shape, kinds, data, dtype):
+    """With rewards that skip some responses, or all of a group."""
+    count, size = shape
+    rewards = data.draw(numbers((count * size, kinds), 100.0, dtype))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    skipped = torch.rand(rewards.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    weights = data.draw(numbers((kinds,), 2.0, dtype))
+    found = decoupled_advantages(torch.where(skipped, torch.nan, rewards), weights, size)
+    given_rewards = torch.where(skipped, torch.nan, rewards).tolist()
+    expected = oracle.decoupled_advantages(given_rewards, weights.tolist(), size)
+    # as with grpo: a reward of up to 100 is subtracted from others, and what is left may be divided by 1e-4
+    precision = 1e-9 if dtype == torch.float64 else 3e-6
+    error = (found.double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+    assert error <= precision * (1 + rewards.abs().max().item() / 1e-4) * kinds and found.isfinite().all()
+
+
+def test_decoupled_advantages_of_one_reward_are_grpos_and_tell_equal_sums_apart():
+    rewards = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = decoupled_advantages(rewards, torch.ones(1, dtype=torch.float64), 4)
+    torch.testing.assert_close(found, group_advantages(rewards[:, 0], 4, "grpo"))
+    kinds = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    sums = group_advantages(kinds.sum(1), 4, "grpo")
+    apart = decoupled_advantages(kinds, torch.ones(2), 4)
+    assert sums[0] == sums[1] and abs(apart[0] - apart[1]) > 0.2
 
 
 def test_rloo_is_dr_grpo_times_a_constant():
@@ -119,7 +150,7 @@ def test_what_is_no_advantage_of_whole_answers_is_named():
 
 
 @quick
-@given(masks(), st.sampled_from(["token", "sequence", "constant"]), st.data())
+@given(masks(), st.sampled_from(["token", "sequence", "sum", "constant"]), st.data())
 def test_aggregation_equals_the_oracle(mask, aggregation, data):
     """Of shares too: weights know only the global counts."""
     tokens, responses = max(mask.sum().item(), 1), max(mask.any(1).sum().item(), 1)
@@ -134,32 +165,12 @@ def test_aggregates_are_the_means_that_they_are_called():
     mask = torch.tensor([[True, False, False], [True, True, True]])
     x = torch.tensor([[8.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     found = {
-        k: (aggregation_weights(mask, k, 4, 2, 10) * x).sum().item() / 4 for k in ("token", "sequence", "constant")
+        k: (aggregation_weights(mask, k, 4, 2, 10) * x).sum().item() / 4
+        for k in ("token", "sequence", "sum", "constant")
     }
-    assert found == pytest.approx({"token": 14 / 4, "sequence": (8 + 2) / 2, "constant": 14 / 20})
-    with pytest.raises(ValueError, match="token, sequence or constant"):
+    assert found == pytest.approx({"token": 14 / 4, "sequence": (8 + 2) / 2, "sum": (8 + 6) / 2, "constant": 14 / 20})
+    with pytest.raises(ValueError, match="token, sequence, sum or constant"):
         aggregation_weights(mask, "response", 4, 2, 10)
-
-
-@quick
-@given(masks(), st.data(), dtypes, st.sampled_from(["none", "truncated", "masked"]), st.sampled_from([1.0, 2.0, 8.0]))
-def test_importance_weights_equal_the_oracle(mask, data, dtype, correction, cap):
-    """PITFALL 7, PITFALL 32: masked NaN stays away, ratios beyond any exponential are bounded."""
-    rollout = -data.draw(numbers(mask.shape, 50.0, dtype)).abs()
-    log_probs = rollout + data.draw(numbers(mask.shape, 100.0, dtype))
-    found = importance_weights(poison(log_probs, mask), poison(rollout, mask), mask, correction, cap)
-    expected = oracle.importance_weights(log_probs.tolist(), rollout.tolist(), mask.tolist(), correction, cap)
-    ratio = torch.where(mask, log_probs - rollout, 0.0).double().clamp(-60, 60).exp()
-    on_the_edge = ((ratio - cap).abs() < 1e-4 * cap) | ((ratio - 1 / cap).abs() < 1e-4)
-    keep = mask & ~on_the_edge
-    assert_close(found[keep], torch.tensor(expected, dtype=torch.float64)[keep], 1e-6)
-    assert found.isfinite().all()
-
-
-def test_an_unknown_correction_is_named():
-    one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="none, truncated or masked"):
-        importance_weights(one, one, one.bool(), "clipped")
 
 
 @quick
@@ -185,6 +196,14 @@ def test_advantages_are_those_of_trl(advantage):
     assert found.tolist() == pytest.approx(TRL["advantages"][advantage], rel=1e-6, abs=1e-9)
 
 
+def test_decoupled_advantages_are_those_of_trl():
+    """TRL whitens with the unbiased standard deviation and adds 1e-4 to it."""
+    case = {name: torch.tensor(value, dtype=torch.float64) for name, value in TRL["decoupled"].items()}
+    summed = decoupled_advantages(case["rewards"], case["weights"], TRL["group_size"])
+    found = (summed - summed.mean()) / (summed.std() + 1e-4)
+    torch.testing.assert_close(found, case["advantages"], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", TRL["losses"])
 def test_losses_and_their_gradients_are_those_of_trl(name):
     """TRL's bound of CISPO is the largest ratio itself, and there is none from below."""
@@ -193,16 +212,23 @@ def test_losses_and_their_gradients_are_those_of_trl(name):
     x = {key: torch.tensor(value, dtype=torch.float64) for key, value in case.items()}
     log_probs, kind = x["log_probs"].requires_grad_(), options["loss_type"]
     clips = dict(clip_low=options.get("epsilon_low", 0.2), clip_high=options.get("epsilon_high", 0.2))
-    clips |= dict(kind="gspo" if name == "gspo" else "clip")
+    clips |= dict(kind={"gspo": "gspo", "luspo": "gspo", "vespo": "vespo"}.get(name, "clip"))
     if kind == "cispo":
         clips = dict(kind="cispo", clip_low=1.0, clip_high=options["epsilon_high"] - 1)
-    aggregation = {"grpo": "sequence", "dr_grpo": "constant"}.get(kind, "token")
+    aggregation = {"grpo": "sequence", "dr_grpo": "constant", "luspo": "sum"}.get(kind, "token")
     weights = aggregation_weights(mask, aggregation, mask.sum().item(), len(mask), TRL["longest"])
     advantages = x["advantages"][:, None].expand_as(log_probs)
     if "mode" in options:
-        correction = {"token_truncate": "truncated", "token_mask": "masked"}[options["mode"]]
-        advantages = advantages * importance_weights(x["old"], x["rollout"], mask, correction, 2.0)
-    loss, _ = policy_loss(log_probs, x["old"], advantages, mask, mask.sum(), weights=weights, **clips)
+        level, what = options["mode"].split("_")
+        advantages = advantages * importance_weights(x["old"], x["rollout"], mask, level, 2.0)
+        if what == "mask":
+            advantages = advantages * is_accepted(x["old"], x["rollout"], mask, level, 0.5, 2.0)
+    used = weights
+    if "off_policy_bound" in options:
+        near = is_near_policy(log_probs, x["rollout"], advantages, mask, options["off_policy_bound"])
+        assert 0 < (mask & ~near).sum() < mask.sum()
+        used = weights * near
+    loss, _ = policy_loss(log_probs, x["old"], advantages, mask, mask.sum(), weights=used, **clips)
     kl = kl_divergence(log_probs, x["reference"], mask, "k3")
     loss = loss + options["beta"] * (weights * kl).sum() / mask.sum()
     loss.backward()

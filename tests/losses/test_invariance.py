@@ -25,6 +25,7 @@ LOSSES = {
     "cispo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="cispo", weights=lengths(mask, n))),
     "sapo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="sapo", weights=lengths(mask, n))),
     "dppo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dppo", weights=lengths(mask, n))),
+    "vespo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="vespo", weights=lengths(mask, n))),
     "value": (3, lambda x, mask, n: value_loss(x[0], x[1], x[2], mask, n)),
 }
 names = st.sampled_from(sorted(LOSSES))

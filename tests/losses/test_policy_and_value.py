@@ -16,8 +16,10 @@ clips = st.fixed_dictionaries(
         "clip_low": st.sampled_from([0.2, 0.05, 1.0]),
         "clip_high": st.sampled_from([0.2, 0.28, 3.0]),
         "dual_clip": st.sampled_from([None, 3.0, 1.5]),
-        "kind": st.sampled_from(["clip", "gspo", "cispo", "sapo", "dppo", "none"]),
+        "kind": st.sampled_from(["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]),
         "gates": st.sampled_from([(1.0, 1.05), (3.0, 0.5)]),
+        "powers": st.sampled_from([(2.0, 3.0), (1.0, 0.5)]),
+        "decays": st.sampled_from([(3.0, 2.0), (0.5, 1.5)]),
     }
 )
 
@@ -86,7 +88,7 @@ def test_every_token_keeps_a_gradient_in_cispo():
 
 def test_an_unknown_policy_loss_is_named():
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo, sapo, dppo or none"):
+    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo, sapo, dppo, vespo or none"):
         policy_loss(one, one, one, one.bool(), 1, kind="ppo9")
 
 

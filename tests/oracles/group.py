@@ -28,28 +28,30 @@ def group_advantages(rewards, group_size, advantage, baseline=None, min_std=0.1)
     return result
 
 
+def decoupled_advantages(rewards, weights, group_size):
+    """GDPO: the sum of each reward's advantage by itself; NaN is no reward."""
+    result = [0.0] * len(rewards)
+    for kind, weight in enumerate(weights):
+        for start in range(0, len(rewards), group_size):
+            rows = [i for i in range(start, start + group_size) if not math.isnan(rewards[i][kind])]
+            if len(rows) < 2:
+                continue
+            given = [rewards[i][kind] for i in rows]
+            mean, std = math.fsum(given) / len(given), statistics.stdev(given)
+            for i in rows:
+                result[i] += weight * (rewards[i][kind] - mean) / (std + 1e-4)
+    return result
+
+
 def aggregation_weights(mask, aggregation, tokens, responses, longest):
     """Weights with which sum(weight * x) / tokens is the aggregate of x."""
     rows = [[0.0] * len(row) for row in mask]
     for b, row in enumerate(mask):
         for t, counts in enumerate(row):
             if counts:
-                share = {"token": 1 / tokens, "sequence": 1 / responses / sum(row), "constant": 1 / responses / longest}
+                share = {"token": 1 / tokens, "sequence": 1 / responses / sum(row)}
+                share |= {"sum": 1 / responses, "constant": 1 / responses / longest}
                 rows[b][t] = tokens * share[aggregation]
-    return rows
-
-
-def importance_weights(log_probs, rollout_log_probs, mask, correction, cap=2.0):
-    rows = [[1.0] * len(row) for row in mask]
-    for b, row in enumerate(mask):
-        for t, counts in enumerate(row):
-            if not counts or correction == "none":
-                continue
-            ratio = math.exp(min(max(log_probs[b][t] - rollout_log_probs[b][t], -60.0), 60.0))
-            if correction == "truncated":
-                rows[b][t] = min(ratio, cap)
-            else:
-                rows[b][t] = ratio if 1 / cap <= ratio <= cap else 0.0
     return rows
 
 

@@ -86,9 +86,11 @@ def policy_loss(
     clip_high=0.2,
     dual_clip=None,
     gates=(1.0, 1.05),
+    powers=(2.0, 3.0),
+    decays=(3.0, 2.0),
     weights=None,
 ):
-    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO. The ratio's exponent
+    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO; VESPO. The exponent
     is bounded by 60, as the docstrings say."""
     objectives, clipped, ratios, kls = [], [], [], []
     for b, t in _tokens(mask):
@@ -111,6 +113,11 @@ def policy_loss(
             moved = math.exp(log_probs[b][t]) - math.exp(old[b][t])
             was_clipped = moved > clip_high if advantage > 0 else moved < -clip_low and advantage < 0
             objective = 0.0 if was_clipped else ratio * advantage
+        elif kind == "vespo":
+            of_response = min(max(math.fsum(log_ratios.values()), -60.0), 60.0)
+            k, c = (powers[0], decays[0]) if advantage >= 0 else (powers[1], decays[1])
+            log_phi = c + k * of_response - c * math.exp(of_response)
+            objective, was_clipped = math.exp(log_phi) * advantage * log_probs[b][t], False
         else:
             objective, was_clipped = ratio * advantage, False
         objectives.append(objective * (1.0 if weights is None else weights[b][t]))

@@ -202,14 +202,14 @@ def test_a_rollout_by_hand():
 def test_rows_of_an_experience_are_cut_to_the_longest():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     tokens = torch.arange(12).reshape(3, 4)
-    names = ("log_probs", "reference_log_probs", "values", "returns")
+    names = ("log_probs", "reference_log_probs", "sampling_log_probs", "values", "returns")
     per_token = {name: tokens * i for i, name in enumerate(names)}
     of_batch = dict(input_ids=tokens, attention_mask=mask, response_mask=mask, lengths=[4, 2, 3], temperature=1.0)
     experience = Experience(**of_batch, **per_token, advantages=tokens)
     part = experience.rows([2, 1])
     assert (len(experience), len(part), part.lengths) == (3, 2, [3, 2])
     assert part.input_ids.tolist() == [[8, 9, 10], [4, 5, 6]]
-    assert part.values.tolist() == [[16, 18, 20], [8, 10, 12]]
+    assert part.values.tolist() == [[24, 27, 30], [12, 15, 18]]
 
 
 def test_rows_of_a_rollout_keep_what_belongs_to_them():

@@ -21,6 +21,7 @@ from tests.conftest import settings_for, trainer_classes
 # gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
 COOL = dict(temperature=0.2)  # answers that differ, though most are like the greedy one
 OF_ANSWERS = dict(policy_loss="gspo", clip_low=0.02, clip_high=0.02)
+OF_ANSWERS |= dict(weights="sequence", reject="geometric", off_policy_bound=0.01)
 OF_TOKENS = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, kl_in="reward", kl_coefficient=0.1)
 OF_TOKENS |= dict(aggregation="token")
 TRAINERS = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ ALGORITHMS = {
     "CISPO": dict(policy_loss="cispo", aggregation="token", clip_low=1.0, clip_high=1.0),
     "SAPO": dict(policy_loss="sapo", gate_positive=1.0, gate_negative=2.0),
     "DPPO": dict(policy_loss="dppo", aggregation="token", clip_low=0.15, clip_high=0.15),
+    "LUSPO": dict(policy_loss="gspo", aggregation="sum", clip_low=3e-4, clip_high=4e-4),
+    "VESPO": dict(policy_loss="vespo", aggregation="token"),
     "MaxRL": dict(advantage="maxrl"),
+    "GDPO": dict(advantage="gdpo"),
     "RLOO": dict(advantage="rloo", policy_loss="none", kl_in="reward", kl_estimator="k1", kl_coefficient=0.03),
     "RLOO with a floor": dict(advantage="rloo_std", advantage_std_floor=0.2),
     "REINFORCE++": dict(advantage="reinforce++", kl_in="reward", kl_coefficient=0.01, aggregation="token"),
@@ -193,25 +197,113 @@ def test_the_baseline_of_remax_is_the_greedy_answer(tiny_world, runtime, tmp_pat
     assert baseline.unique().numel() > 1
 
 
-def test_importance_weights_correct_the_advantages(tiny_world, runtime, tmp_path, monkeypatch):
-    """PITFALL 32: sampling that differs from training, planted."""
-    options = dict(importance_correction="truncated", importance_cap=1.05, max_rollout_kl=9.0, rollout_engine="coati")
+def test_gdpo_normalizes_each_reward_by_itself(tiny_world, runtime, tmp_path):
+    """Then adds them up by weight, and whitens over the responses; one reward skips some of them."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def long(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
+        "def vowels(prompts, responses, **columns):\n"
+        "    return [None if len(r) % 3 == 0 else 9.0 * sum(c in 'aeiou' for c in r) for r in responses]\n"
+    )
+    places = [f"{tmp_path}/own_rewards.py:{name}" for name in ("long", "vowels")]
+    rewards = functions(*places, weights=[2.0, -0.5])
+    trainer = make(tiny_world, runtime, tmp_path / "run", advantage="gdpo", rewards=rewards)
+    found = iterate(trainer)
+    samples, mask = found.batch.samples, found.batch.response_mask
+    given = {name: [sample.rewards[name] for sample in samples] for name in ("long", "vowels")}
+    assert None in given["vowels"]
+    sums = []
+    for i in range(len(samples)):
+        total = 0.0
+        for name, weight in (("long", 2.0), ("vowels", -0.5)):
+            group = [r for r in given[name][i // 4 * 4 : i // 4 * 4 + 4] if r is not None]
+            if given[name][i] is not None and len(group) > 1:
+                total += weight * (given[name][i] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
+        sums.append(total)
+    expected = torch.tensor([(s - statistics.mean(sums)) / statistics.pstdev(sums) for s in sums])
+    torch.testing.assert_close(found.experience.advantages, expected[:, None] * mask, rtol=1e-4, atol=1e-5)
+
+
+def mismatched(batch):
+    """The batch as from a sampler that is not the policy: planted, every other response by 0.5 a token."""
+    log_probs = batch.sampling_log_probs - 0.03
+    log_probs[::2] += 0.5
+    return dataclasses.replace(batch, sampling_log_probs=log_probs)
+
+
+PLANTED = torch.tensor([-0.47, 0.03]).repeat(16)[:, None]  # log p / mu of each row's tokens
+MEASURED = {"token": lambda lengths: PLANTED, "geometric": lambda lengths: PLANTED, "sequence": lambda n: PLANTED * n}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("level", MEASURED)
+def test_weights_of_each_level_correct_the_advantages(level, precision, tiny_world, runtime, tmp_path, monkeypatch):
+    """PITFALL 32: also in fp32, where log-probs are else those noted at sampling."""
+    options = dict(weights=level, cap=1.05, max_rollout_kl=9.0, rollout_engine="coati")
     trainer = make(tiny_world, runtime, tmp_path, **options)
     plain = iterate(trainer).experience
-
-    def shifted(batch):
-        log_probs = batch.sampling_log_probs - 0.03
-        log_probs[::2] += 0.5
-        return dataclasses.replace(batch, sampling_log_probs=log_probs)
-
-    monkeypatch.setattr("coati.trainers.policy.resolve_precision", lambda config: "bf16")  # all are computed again
-    found = iterate(trainer, change=shifted)
-    corrected, metrics = found.experience, found.metrics
-    weights = torch.full((32, 1), math.exp(0.03))
-    weights[::2] = math.exp(-0.47)
+    monkeypatch.setattr("coati.trainers.policy.resolve_precision", lambda config: precision)
+    found = iterate(trainer, change=mismatched)
     mask = found.batch.response_mask
-    torch.testing.assert_close(corrected.advantages, (plain.advantages * weights) * mask, rtol=1e-4, atol=1e-6)
-    assert 0.5 < metrics["importance_weight"] < 1
+    weights = MEASURED[level](mask.sum(1, keepdim=True)).exp().clamp(max=1.05)
+    expected = plain.advantages * weights * mask
+    torch.testing.assert_close(found.experience.advantages, expected, rtol=1e-4, atol=1e-6)
+    mean = (weights * mask).sum().item() / mask.sum().item()
+    assert found.metrics["mismatch/weight"] == pytest.approx(mean, rel=1e-4) and mean < 0.9
+    assert found.metrics["mismatch/k1"] == pytest.approx(-(PLANTED * mask).sum().item() / mask.sum().item(), abs=1e-4)
+    assert found.metrics["mismatch/rejected"] == 0 and found.metrics["mismatch/effective_sample_size"] < 0.99
+
+
+@pytest.mark.parametrize("level", MEASURED)
+def test_what_is_rejected_adds_nothing_but_counts(level, tiny_world, runtime, tmp_path):
+    """Weights and rejection are two things: what is accepted keeps its advantage as it is."""
+    options = dict(reject=level, reject_below=0.9, reject_above=1.5, max_rollout_kl=9.0, advantage="rloo")
+    trainer = make(tiny_world, runtime, tmp_path, minibatches=1, **options)
+    plain = iterate(trainer).experience
+    found = iterate(trainer, change=mismatched)
+    mask = found.batch.response_mask
+    log_r = MEASURED[level](mask.sum(1, keepdim=True))
+    accepted = (log_r >= math.log(0.9)) & (log_r <= math.log(1.5)) & mask
+    torch.testing.assert_close(found.experience.advantages, plain.advantages * accepted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.experience.response_mask, mask)
+    share = 1 - accepted.sum().item() / mask.sum().item()
+    assert found.metrics["mismatch/rejected"] == pytest.approx(share) and 0.3 < share < 0.8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bypass_takes_the_samplers_log_probs_for_the_old_policys(precision, tiny_world, runtime, tmp_path, monkeypatch):
+    trainer = make(tiny_world, runtime, tmp_path, bypass=True, max_rollout_kl=9.0)
+    monkeypatch.setattr("coati.trainers.policy.resolve_precision", lambda config: precision)
+    read = []
+    monkeypatch.setattr(
+        trainer.actor, "forward_all", lambda all, f=trainer.actor.forward_all: (read.extend(all), f(all))[1]
+    )
+    found = iterate(trainer, change=mismatched)
+    assert torch.equal(found.experience.log_probs, found.batch.sampling_log_probs)
+    assert sum(len(inputs["input_ids"]) for inputs in read) <= 32 / 8  # a few rows, to measure the mismatch
+    assert found.metrics["rollout_kl"] > 1e-4
+
+
+def test_bad_responses_that_the_policy_has_left_are_masked(tiny_world, runtime, tmp_path):
+    """DeepSeek-V3.2's off-policy mask, of what sampled the responses and the policy as it is at each update: with a
+    bound that no response keeps, the gradient is that of the good ones, over the same number of tokens."""
+    options = dict(advantage="dr_grpo", aggregation="token", minibatches=1, max_rollout_kl=9.0, max_grad_norm=0.0)
+    trainer = make(tiny_world, runtime, tmp_path / "mask", off_policy_bound=0.2, weights="token", cap=1.0, **options)
+    moved = lambda batch: dataclasses.replace(batch, sampling_log_probs=batch.sampling_log_probs + 0.3)  # noqa: E731
+    found = iterate(trainer, change=moved, learns=True)
+    bad = found.experience.advantages < 0
+    assert found.metrics["off_policy_masked"] == pytest.approx(
+        bad.sum().item() / found.batch.response_mask.sum().item()
+    )
+    assert 0.2 < found.metrics["off_policy_masked"] < 0.8
+    plain = make(tiny_world, runtime, tmp_path / "plain", weights="token", cap=1.0, **options)
+    advantages = type(plain).advantages
+    plain.advantages = lambda *a: advantages(plain, *a).clamp(min=0)
+    expected = iterate(plain, change=moved, learns=True)
+    assert "off_policy_masked" not in expected.metrics
+    for one, other in zip(trainer.actor.module.parameters(), plain.actor.module.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    bounded = make(tiny_world, runtime, tmp_path / "far", off_policy_bound=0.4, **options)
+    assert iterate(bounded, change=moved, learns=True).metrics["off_policy_masked"] == 0
 
 
 @pytest.mark.parametrize(
@@ -264,7 +356,19 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),
         (dict(policy_loss="dppo", dual_clip=3.0), "dual_clip"),
         (dict(advantage="maxrl", kl_coefficient=0.1, kl_in="reward"), "kl_in loss"),
-        (dict(importance_cap=0.5), "importance_cap"),
+        (dict(advantage="gdpo", group_size=1), "group_size must be at least 2"),
+        (dict(advantage="gdpo", kl_coefficient=0.1, kl_in="reward"), "kl_in loss"),
+        (dict(advantage="gdpo", dynamic_sampling=True), "leave out dynamic_sampling"),
+        (dict(advantage="gdpo", overlong_buffer=2), "and overlong_buffer"),
+        (dict(advantage="gdpo", reward_clip=2.0), "leave out reward_clip"),
+        (dict(advantage="gdpo", missing_eos_penalty=1.0), "and missing_eos_penalty"),
+        (dict(policy_loss="vespo", weights="token"), "vespo weights whole responses itself"),
+        (dict(policy_loss="vespo", dual_clip=3.0), "dual_clip"),
+        (dict(power_negative=-1.0), "power_negative"),
+        (dict(decay_positive=0.0), "decay_positive"),
+        (dict(cap=0.5), "cap"),
+        (dict(bypass=True, weights="token"), "leave out weights and reject, or bypass"),
+        (dict(bypass=True, reject="geometric"), "leave out weights and reject, or bypass"),
         (dict(entropy_coefficient=0.1, tensor_parallel=2), "tensor_parallel"),
         (dict(share_prompts=True, group_size=4, micro_batch_size=6), "one a multiple of the other"),
         (dict(share_prompts=True, group_size=4, micro_batch_size=1), "of 2 or more"),

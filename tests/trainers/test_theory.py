@@ -16,6 +16,7 @@ from coati.config import configure
 from coati.rewards import Reward
 from examples.stages import fill_figures
 from tests.conftest import ROOT, trainer_classes, write_rows
+from tests.trainers.stale import make_stale
 
 GROUP = 64
 VOCABULARY = ("<eos>", "<pad>", "a", "b", "c", "d", "e", "f")
@@ -114,8 +115,12 @@ def token_wise(reference: torch.Tensor, beta: float, estimator: str) -> torch.Te
     return torch.cat([first[:1], (first[1:, None] * second).flatten()])
 
 
-def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **changes):
-    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0."""
+def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", prepare=None, **changes):
+    """The distribution before and after 100 iterations of 256 answers, at a learning rate that falls to 0.
+
+    Args:
+        prepare: changes the trainer before it starts.
+    """
     settings = task | dict(output_dir=str(output), seed=seed, kl_coefficient=beta, max_new_tokens=2)
     settings |= dict(steps=100, batch_size=256, micro_batch_size=256, generation_batch_size=256)
     settings |= dict(learning_rate=1e-2, warmup=0.0, final_rate=0.0)
@@ -125,6 +130,8 @@ def trained(task, runtime, output, beta: float, seed: int, algorithm="ppo", **ch
         settings |= dict(batch_size=256 // GROUP, group_size=GROUP, ppo_epochs=2, aggregation="constant")
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(configure(config_class, **settings | changes), runtime, rewards=[Table()])
+    if prepare is not None:
+        prepare(trainer)
     for k in range(trainer.total_steps):
         trainer.step(k)
     return distribution(trainer.reference.engine.module), distribution(trainer.actor.module)
@@ -169,6 +176,36 @@ BETAS = (0.25, 0.5, 1.0)
 K3_BETAS = (0.75, 0.875, 1.0)
 
 
+# What is done about a sampler that is not the policy, as settings of `correction`.
+CORRECTIONS = {
+    "none": {},
+    "`bypass`": dict(bypass=True),
+    "`off_policy_bound` 0.2": dict(off_policy_bound=0.2),
+    "`weights` `token`": dict(weights="token"),
+    "`weights` `sequence`": dict(weights="sequence"),
+    "`weights` `geometric`": dict(weights="geometric"),
+    "IcePop: `weights` and `reject` `token`, 0.5 to 5": dict(
+        weights="token", cap=5.0, reject="token", reject_above=5.0
+    ),
+    "`weights` and `reject` `sequence`, 0.5 to 2": dict(weights="sequence", reject="sequence"),
+    "`reject` `geometric`, 0.5 to 2": dict(reject="geometric"),
+}
+SAMPLERS = {"1": dict(iterations=1), "2": dict(iterations=2), "4": dict(iterations=4), "8": dict(iterations=8)}
+SAMPLERS |= {"bf16": dict(rounded=True)}
+
+
+FAST, SLOW = dict(learning_rate=1e-2, steps=60), dict(learning_rate=2e-3, steps=200)
+
+
+def distance_with(task, runtime, output, correction: dict, sampler: dict, pace: dict) -> float:
+    """The total variation to the optimum after RLOO on what `sampler` draws, see `make_stale`."""
+    settings = GROUP_RELATIVE["RLOO, KL in the reward"] | dict(max_rollout_kl=1e9) | correction | pace
+    with pytest.MonkeyPatch.context() as patch:
+        prepare = partial(make_stale, monkeypatch=patch, **sampler)
+        before, after = trained(task, runtime, output, 0.5, 0, prepare=prepare, **settings)
+    return total_variation(after, optimum(before, 0.5))
+
+
 def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
     check(task, runtime, tmp_path, beta=0.5, seed=0)
 
@@ -199,3 +236,28 @@ def test_ppo_finds_it_for_three_penalties_and_three_seeds(task, runtime, tmp_pat
         found = [check(task, runtime, tmp_path / f"{beta}-{seed}", beta, seed) for seed in range(3)]
         lines.append(f"| {beta} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
     fill_figures(ROOT / "docs" / "reading-the-curves.md", "\n".join(lines), "theory")
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("none", 0.0, 0.05), ("`weights` `sequence`", 0.2, 1.0)])
+def test_old_samplers_and_large_steps_need_care_with_weights(name, least, most, task, runtime, tmp_path):
+    """Two cells of the table in docs/grpo.md."""
+    assert least <= distance_with(task, runtime, tmp_path, CORRECTIONS[name], SAMPLERS["4"], FAST) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("mark", "pace", "samplers"),
+    [("large steps", FAST, tuple(SAMPLERS)), ("small steps", SLOW, ("4", "8", "bf16"))],
+    ids=["large steps", "small steps"],
+)
+def test_what_corrections_do_about_samplers_that_are_not_the_policy(mark, pace, samplers, task, runtime, tmp_path):
+    """Rewrites the tables in docs/grpo.md."""
+    fresh = distance_with(task, runtime, tmp_path / "fresh", {}, {}, pace)
+    lines = ["| `correction` | " + " | ".join(samplers) + " |", "|---|" + "---|" * len(samplers)]
+    for name, correction in CORRECTIONS.items():
+        folder = tmp_path / name
+        found = [distance_with(task, runtime, folder / s, correction, SAMPLERS[s], pace) for s in samplers]
+        lines.append(f"| {name} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
+    table = "\n".join(lines) + f"\n\nA sampler with the policy's own weights: {fresh:.4f}."
+    fill_figures(ROOT / "docs" / "grpo.md", table, mark)
