@@ -36,7 +36,8 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
 
 def make_world(root: Path) -> dict[str, str]:
-    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
+    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval,
+    cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
     """

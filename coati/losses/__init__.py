@@ -25,7 +25,7 @@ Examples:
 """
 
 from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
-from coati.losses.distillation import Divergence, distillation_loss, vocabulary_divergence
+from coati.losses.distillation import distillation_loss, vocabulary_divergence
 from coati.losses.group import aggregation_weights, group_advantages, importance_weights
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss

@@ -7,7 +7,6 @@ is no factor of the squared temperature, which Hinton et al. (1503.02531) have.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -24,9 +23,9 @@ class Divergence:
     """Which divergence of a student S from a teacher T, both at a temperature.
 
     Attributes:
-        kind: `forward`, KL(T || S); `reverse`, KL(S || T); `jsd`, beta KL(T || M) + (1 - beta) KL(S || M) of the mixture
-            M = beta T + (1 - beta) S, as GKD has it. Divided by beta it goes to the forward KL for beta to 0, divided
-            by 1 - beta to the reverse KL for beta to 1.
+        kind: `forward`, KL(T || S); `reverse`, KL(S || T); `jsd`, beta KL(T || M) + (1 - beta) KL(S || M) with the
+            mixture M = beta T + (1 - beta) S (GKD, equation 1). Divided by beta it goes to the forward KL as beta goes
+            to 0; divided by 1 - beta, to the reverse KL as beta goes to 1.
         beta: of `jsd`, above 0 and below 1.
         temperature: both models' logits are divided by it.
     """
@@ -41,8 +40,8 @@ def vocabulary_divergence(
     teacher_logits: Tensor,
     divergence: Divergence,
     *,
-    log_partition: Callable[[Tensor], Tensor] = partial(torch.logsumexp, dim=-1),
-    total: Callable[[Tensor], Tensor] = lambda of_range: of_range,
+    log_partition: Callable[[Tensor], Tensor] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Divergence of the distributions at every position, in nats.
 
@@ -55,13 +54,22 @@ def vocabulary_divergence(
     Returns:
         `[...]`, float32 (float64 for float64 logits).
     """
+    log_partition, total = log_partition or _log_sum_exp, total or _unchanged
     return _VocabularyDivergence.apply(student_logits, teacher_logits, divergence, log_partition, total)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class _VocabularyDivergence(torch.autograd.Function):
     """With S = softmax(z / temperature), the gradient of a divergence D in z is S (h - sum S h) / temperature, where h
-    is D's derivative in S up to a constant: -T / S (forward), log S - log T (reverse), (1 - beta) (log S - log M) (jsd).
-    It takes a third of the memory of autograd's own."""
+    is D's derivative in S up to a constant: -T / S (forward), log S - log T (reverse) or (1 - beta) (log S - log M)
+    (jsd). Autograd's own keeps more tensors of the logits' size."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, divergence, log_partition, total):

@@ -88,4 +88,4 @@ class Student(Actor):
                 parts.append(checkpoint(measure, *chunk, use_reentrant=False))
             else:
                 parts.append(measure(*chunk))
-        return self._at_targets(torch.cat(parts), places, input_ids, targets)
+        return self._at_targets(torch.cat(parts), self.target_indices(targets), input_ids, targets)

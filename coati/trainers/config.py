@@ -795,6 +795,6 @@ class DistillConfig(RolloutConfig):
         if abs(share * rows - self.prompts) > 1e-6 * rows or self.prompts % world_size:
             step = world_size / rows
             yield (
-                f"on_policy_share {share} of batch_size {rows} is {share * rows:g} prompts, which must be a multiple of "
-                f"the {world_size} processes: use a multiple of {step:g}"
+                f"on_policy_share {share} of batch_size {rows} is {share * rows:g} prompts, not a multiple of the "
+                f"{world_size} processes: use a multiple of {step:g}"
             )

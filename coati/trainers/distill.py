@@ -1,4 +1,4 @@
-"""Distillation: a student learns a teacher's distributions over the vocabulary, not only the tokens drawn from them (GKD,
+"""Distillation: a student learns a teacher's distributions over the vocabulary, not only tokens drawn from them (GKD,
 Agarwal et al., 2306.13649).
 
 One iteration:
@@ -8,10 +8,10 @@ One iteration:
     3. one optimizer step on the mean, over all response tokens, of the divergence of the two distributions that the
        token could have been drawn from
 
-With a share of 1 and `reverse` that is on-policy distillation by the reverse KL per token, with a share of 0 and
-`forward` classic distillation. Departures from the paper: the share is taken of every batch by position, where GKD
-decides by chance for a whole batch; no gradient goes through the sampling, as in GKD. Dropout is off, so that the
-trainer's log-probs are the sampler's.
+With a share of 1 and `reverse` that is on-policy distillation by the reverse KL per token; with a share of 0 and
+`forward`, classic distillation on given responses. As in the paper, no gradient goes through the sampling. Departures:
+the share is taken of every batch, by position, where the paper decides by chance for a whole batch; dropout is off, so
+that the trainer's log-probs are the sampler's.
 """
 
 from dataclasses import dataclass

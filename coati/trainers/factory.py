@@ -233,13 +233,11 @@ class Factory:
 
 def difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
     """The first token, by its id, that two vocabularies don't share, in words."""
-    missing = [(number, token, other) for token, number in ours.items() if (other := theirs.get(token)) != number]
-    if missing:
-        number, token, other = min(missing, key=lambda entry: entry[0])
-        return (
-            f"token {number}, {token!r}, is missing there"
-            if other is None
-            else f"{token!r} is {other} there, not {number}"
-        )
-    number, token = min((number, token) for token, number in theirs.items() if token not in ours)
-    return f"token {number}, {token!r}, is there only"
+    others = [(number, token) for token, number in ours.items() if theirs.get(token) != number]
+    if not others:
+        number, token = min((number, token) for token, number in theirs.items() if token not in ours)
+        return f"token {number}, {token!r}, is there only"
+    number, token = min(others)
+    if token not in theirs:
+        return f"token {number}, {token!r}, is missing there"
+    return f"token {number}, {token!r}, is number {theirs[token]} there"
