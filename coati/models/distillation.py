@@ -71,10 +71,7 @@ class Student(Actor):
         """
         if teacher is None:
             return super().forward(input_ids, attention_mask, targets=targets, right_padded=right_padded, **options)
-        states, places = (
-            self.target_states(input_ids, attention_mask, targets, right_padded),
-            self.target_indices(targets),
-        )
+        states = self.target_states(input_ids, attention_mask, targets, right_padded)
 
         def measure(states: Tensor, teacher_states: Tensor) -> Tensor:
             logits, teacher_logits = self.logits_of(states), teacher.logits_of(teacher_states)

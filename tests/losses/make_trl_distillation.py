@@ -1,4 +1,4 @@
-"""Writes trl_distillation.json: what TRL's generalized JSD gives on the logits in it. Run by a python that has TRL 1.16:
+"""Writes trl_distillation.json: what TRL's generalized JSD gives on the logits in it. For a python that has TRL 1.16:
 
 .venv-trl-1.16/bin/python tests/losses/make_trl_distillation.py
 """
