@@ -66,8 +66,7 @@ def make_world(root: Path) -> dict[str, str]:
     torch.manual_seed(7)
     Actor(config=config).save_pretrained(root / "policy")
     tokenizer.save_pretrained(root / "policy")
-    # another width, and rows of its output layer that no token has
-    config = LlamaConfig(**config.to_dict() | dict(hidden_size=48, vocab_size=len(tokenizer) + 8))
+    config = LlamaConfig(**config.to_dict() | dict(hidden_size=48))
     torch.manual_seed(8)
     teacher = Actor(config=config)
     torch.nn.init.normal_(teacher.model.lm_head.weight, std=0.3)  # distributions that are far from flat

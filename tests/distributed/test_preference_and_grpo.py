@@ -1,5 +1,5 @@
-"""DPO (with its reference cached, too), KTO, GRPO and distillation on two processes: each plugin and layout gives the run of one
-process, and a resumed run is the uninterrupted one to the last bit.
+"""DPO (with its reference cached, too), KTO, GRPO and distillation on two processes: each plugin and layout gives the
+run of one process, and a resumed run is the uninterrupted one to the last bit.
 
 Figures of every layout are in docs/plugins.md: `python tools/layout_table.py` writes them.
 """
