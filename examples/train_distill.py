@@ -1,4 +1,4 @@
-"""Distillation: `colossalai run --nproc_per_node 2 examples/train_distill.py --config FILE.yaml`, as `coati distill`."""
+"""Distillation: `colossalai run --nproc_per_node 2 examples/train_distill.py --config FILE.yaml`; `coati distill`."""
 
 from coati.commands import train
 

@@ -148,6 +148,7 @@ class DistillTrainer(RolloutTrainer):
             raise UserError("distillation needs a student: give --model FOLDER")
         if a.teacher is None:
             raise UserError("distillation needs a teacher: give --teacher FOLDER")
+        self.factory.check_teacher_vocabulary(a.teacher)
         self.demonstrations = None
         if self.learns_responses:
             self.demonstrations = self.factory.dataset(c.data.train_data, "sft", c.data.train_weights)
@@ -161,7 +162,6 @@ class DistillTrainer(RolloutTrainer):
         start = self.folder.model_in_checkpoint(ACTOR) or c.model.path
         student = self.factory.model(Student, start, lora=c.model.lora)
         disable_dropout(student)
-        self.factory.check_teacher_vocabulary(a.teacher)
         teacher = self.factory.model(Teacher, a.teacher)
         rows = [vocabulary(model.transformer) for model in (student, teacher)]
         if c.parallel.splits_vocabulary and rows[0] != rows[1]:
