@@ -21,9 +21,8 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_row_of_an_epoch_is_responded_to_or_taken_with_its_response(
-    share, tiny_world, runtime, tmp_path, monkeypatch
-):
+def test_each_row_is_responded_to_or_learned_as_it_is(share, tiny_world, runtime, tmp_path, monkeypatch):
+    """Of an epoch, every row once."""
     trainer = make(tiny_world, runtime, tmp_path, on_policy_share=share)
     prompts = [tuple(trainer.data[i].input_ids) for i in range(len(trainer.data))]
     learned = []
@@ -91,7 +90,7 @@ def test_the_divergence_of_the_evaluation_is_that_of_the_students_responses(tiny
 def test_data_without_responses_is_for_a_share_of_1_only(tiny_world, runtime, tmp_path):
     data = dict(train_data=[tiny_world["prompts"]], eval_data=[])
     make(tiny_world, runtime, tmp_path / "own", on_policy_share=1.0, **data).step(0)
-    with pytest.raises(UserError, match="prompts.jsonl"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl"):
         make(tiny_world, runtime, tmp_path / "half", on_policy_share=0.5, **data)
 
 
@@ -143,5 +142,5 @@ def test_an_output_layer_of_another_size_cannot_be_split(tiny_world, runtime, tm
     trainer.config.parallel.tensor_parallel = 2
     sizes = iter((320, 328))
     monkeypatch.setattr("coati.trainers.distill.vocabulary", lambda _: next(sizes))
-    with pytest.raises(UserError, match="320 rows and the teacher's 328.*leave out tensor_parallel"):
+    with pytest.raises(UserError, match=r"320 rows and the teacher's 328.*leave out tensor_parallel"):
         trainer.build_models()
