@@ -175,6 +175,8 @@ def small_arguments(config, place: dict[str, str]) -> list[str]:
     paths += ["--model_config", place["model_config"]] if from_scratch else ["--model", place["policy"]]
     if any(reward.type == "model" for reward in getattr(config, "rewards", [])):
         paths += as_flags({"rewards": [reward_model(place["policy"])]})
+    if algorithm == "distill":
+        paths += ["--teacher", place["teacher"]]
     return [*SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
 
 
