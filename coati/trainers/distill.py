@@ -144,8 +144,6 @@ class DistillTrainer(RolloutTrainer):
 
     def build(self):
         c, a = self.config, self.config.algorithm
-        if c.model.path is None:
-            raise UserError("distillation needs a student: give --model FOLDER")
         if a.teacher is None:
             raise UserError("distillation needs a teacher: give --teacher FOLDER")
         self.factory.check_teacher_vocabulary(a.teacher)

@@ -28,7 +28,7 @@ from examples.stages import train  # noqa: E402
 
 ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
 ON_PAIRS = {"reward": "reward", "dpo": "preference", "kto": "preference"}
-STAGES = ("sft", *ON_SUMS, "grpo_constraints", *ON_PAIRS)
+STAGES = ("sft", *ON_SUMS, "distill", "grpo_constraints", *ON_PAIRS)
 
 
 def main():
@@ -57,32 +57,43 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
     common = {"seed": seed, "cache_dir": folder / "cache"}
     sums, constraints = make_sums(folder / "data", seed), make_constraints(folder / "data", seed)
 
-    def stage(name: str, script: str, start: Path, train_data: Path, eval_data: Path):
-        """Trains, and writes what was measured before and after to summary.json."""
+    def stage(name: str, script: str, start: Path | None, train_data: Path, eval_data: Path, **models: Path):
+        """Trains, and writes what was measured before and after to summary.json.
+
+        Args:
+            start: None for random weights; models: settings that name others.
+        """
         summary = folder / name / "summary.json"
         if summary.exists():
             print(f"{folder / name} is finished already", flush=True)
             return
-        data = {"model": start, "train_data": train_data, "eval_data": eval_data}
+        data = {"train_data": train_data, "eval_data": eval_data} | models
+        if start is not None:
+            data["model"] = start
         train(script, HERE / f"{name}.yaml", folder / name, common | data, processes)
         checked = {"before": start, "after": folder / name / "model"}
         write_json(
             summary, {when: measure(name, path, model, folder / "data", pairs) for when, path in checked.items()}
         )
 
-    if {"sft", *ON_SUMS} & set(stages):
+    if {"sft", "distill", *ON_SUMS} & set(stages):
         stage("sft", "sft", model, sums["sft"], sums["sft_eval"])
     for name in stages:
         if name in ON_SUMS:
             stage(name, ON_SUMS[name], folder / "sft" / "model", sums["prompts"], sums["prompts_eval"])
+        if name == "distill":
+            models = dict(teacher=folder / "sft" / "model", tokenizer=model)
+            stage(name, "distill", None, sums["sft"], sums["sft_eval"], **models)
         if name == "grpo_constraints":
             stage(name, "grpo", model, constraints["constraints"], constraints["constraints_eval"])
         if name in ON_PAIRS:
             stage(name, ON_PAIRS[name], model, pairs / "train.jsonl", pairs / "test.jsonl")
 
 
-def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> dict[str, list]:
+def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Path) -> dict[str, list]:
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
+    if name == "distill":  # they tell how far it is from its teacher
+        return {}
     if name in ("sft", *ON_SUMS):
         found, told = check_sums(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
