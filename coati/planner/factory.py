@@ -149,7 +149,7 @@ class PlannedFactory(Factory):
             rows = max(c.evaluation.samples, 1)
         return LongestRows(kind, rows, c, learned=learned)
 
-    def model(self, model_class, pretrained, *, lora=None):
+    def model(self, model_class, pretrained, *, lora=None, own_config=False):
         c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
         depth = truncate_layers(model_config, self.layers)
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it

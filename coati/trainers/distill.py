@@ -160,7 +160,7 @@ class DistillTrainer(RolloutTrainer):
         start = self.folder.model_in_checkpoint(ACTOR) or c.model.path
         student = self.factory.model(Student, start, lora=c.model.lora)
         disable_dropout(student)
-        teacher = self.factory.model(Teacher, a.teacher)
+        teacher = self.factory.model(Teacher, a.teacher, own_config=True)
         rows = [vocabulary(model.transformer) for model in (student, teacher)]
         if c.parallel.splits_vocabulary and rows[0] != rows[1]:
             raise UserError(

@@ -71,8 +71,13 @@ class Factory:
 
     # --- models
 
-    def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
+    def model(
+        self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None, own_config: bool = False
+    ) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights.
+
+        Args:
+            own_config: the folder's config is used, whatever `--model_config` says.
 
         Raises:
             UserError: neither is given; the tokenizer has more tokens than the model; the run's rows are too long for
@@ -80,7 +85,9 @@ class Factory:
         """
         c = self.config
         dtype = engine_class(c.parallel).loads_in(c.parallel)
-        config = self._model_config(from_scratch=pretrained is None) if c.model.model_config else None
+        config = None
+        if c.model.model_config and not own_config:
+            config = self._model_config(from_scratch=pretrained is None)
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)

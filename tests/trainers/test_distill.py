@@ -94,6 +94,13 @@ def test_data_without_responses_is_for_a_share_of_1_only(tiny_world, runtime, tm
         make(tiny_world, runtime, tmp_path / "half", on_policy_share=0.5, **data)
 
 
+def test_a_student_of_random_weights_has_the_shape_of_the_config_and_the_teacher_its_own(tiny_world, runtime, tmp_path):
+    changes = dict(model=None, model_config=tiny_world["model_config"], tokenizer=tiny_world["teacher"])
+    trainer = make(tiny_world, runtime, tmp_path, steps=1, **changes)
+    assert (trainer.actor.module.config.hidden_size, trainer.teacher.module.config.hidden_size) == (32, 48)
+    trainer.train()
+
+
 def save_teacher(world, folder, **tokens):
     """The teacher with a tokenizer of more tokens, or of a token by another name."""
     from coati.models import Actor
