@@ -59,7 +59,8 @@ class DistillTrainer(RolloutTrainer):
 
     Attributes:
         data: the prompts; demonstrations: the same data with its responses, None where all are the student's own.
-        demonstration_order: the rows of each iteration, of which the last ones are not the student's own.
+        demonstration_order: the rows of each iteration, of which the last ones are learned with their responses. It is
+            that of the prompts, where both are made of the same rows (none is too long for one of them).
         teacher: its engine; policy: what is asked of the student.
     """
 
