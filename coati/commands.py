@@ -45,6 +45,7 @@ GROUPS: dict[str, list[Command]] = {
     "from demonstrations": [Command("sft", "sft", "Supervised fine-tuning")],
     "from preferences": [*methods_of("reward"), *methods_of("preference")],
     "from rewards": [*methods_of("ppo"), *methods_of("grpo")],
+    "from a teacher": methods_of("distill"),
 }
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
 

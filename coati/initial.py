@@ -12,6 +12,7 @@ from coati.trainers.algorithms import ALGORITHMS
 
 # what every run must be told; these stand in its place
 TO_REPLACE = {"model.path": "MODEL_FOLDER", "data.train_data": ["train.jsonl"], "output_dir": "runs/run"}
+TEACHER = {"algorithm.teacher": "TEACHER_FOLDER"}
 REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "gsm8k"}]}
 
 
@@ -23,6 +24,8 @@ def initial_settings(method: str) -> str:
     command = COMMANDS[method]
     config_class = ALGORITHMS[command.algorithm].config
     chosen: dict[str, Any] = {**TO_REPLACE, **for_hardware(gpus)}
+    if command.algorithm == "distill":
+        chosen |= TEACHER
     if command.algorithm in REWARDS:
         chosen["rewards"] = REWARDS[command.algorithm]
     if command.defaults:

@@ -36,7 +36,8 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
 
 def make_world(root: Path) -> dict[str, str]:
-    """Paths by name: tokenizer, model_config, policy, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval, cache.
+    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval,
+    cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
     """
@@ -65,8 +66,15 @@ def make_world(root: Path) -> dict[str, str]:
     torch.manual_seed(7)
     Actor(config=config).save_pretrained(root / "policy")
     tokenizer.save_pretrained(root / "policy")
+    config = LlamaConfig(**config.to_dict() | dict(hidden_size=48))
+    torch.manual_seed(8)
+    teacher = Actor(config=config)
+    torch.nn.init.normal_(teacher.model.lm_head.weight, std=0.3)  # distributions that are far from flat
+    teacher.save_pretrained(root / "teacher")
+    tokenizer.save_pretrained(root / "teacher")
     world = {"tokenizer": str(root / "tokenizer"), "model_config": str(root / "model" / "config.json")}
     world["policy"], world["cache"] = str(root / "policy"), str(root / "cache")
+    world["teacher"] = str(root / "teacher")
     for name, start, count in (("", 0, 40), ("_eval", 40, 11)):
         numbers = range(start, start + count)
         asks = {i: sentence(i, 2 + i % 6) for i in numbers}
@@ -120,8 +128,9 @@ def reward_model(path, **settings) -> dict:
 
 
 def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
-    """Settings of a tiny run of `sft`, `reward`, `preference`, `ppo` or `grpo`, as keywords of its config class."""
-    data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}[algorithm]
+    """Settings of a tiny run of an algorithm, as keywords of its config class."""
+    data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}
+    data = (data | {"distill": "sft"})[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -148,6 +157,9 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     if algorithm == "grpo":  # sampled responses, whose noise depends on the prompt alone
         settings |= dict(rewards=functions(world["rewards"] + ":length"), group_size=4, minibatches=2, ppo_epochs=2)
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
+    if algorithm == "distill":  # of half of the rows the student's own responses
+        settings |= dict(teacher=world["teacher"], on_policy_share=0.5, divergence="jsd", max_prompt_length=96)
+        settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
     return settings | changes
 
 
@@ -186,6 +198,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 
         return GRPOConfig, GRPOTrainer
+    if algorithm == "distill":
+        from coati.trainers.distill import DistillConfig, DistillTrainer
+
+        return DistillConfig, DistillTrainer
     from coati.trainers.ppo import PPOConfig, PPOTrainer
 
     return PPOConfig, PPOTrainer

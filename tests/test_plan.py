@@ -169,6 +169,7 @@ SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
     "preference": {},
     "ppo": ROLLOUTS,
     "grpo": ROLLOUTS | dict(group_size=2),
+    "distill": dict(teacher="teacher", max_prompt_length=8, max_new_tokens=4),
 }
 MORE = {
     "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],
@@ -190,6 +191,7 @@ MORE = {
         dict(rollout_engine="vllm"),
         dict(plugin="gemini", entropy_coefficient=0.1),
     ],
+    "distill": [dict(on_policy_share=0.5), dict(lora_rank=2), dict(plugin="gemini"), dict(sequence_parallel=2)],
 }
 
 
@@ -259,6 +261,7 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("preference", cache_reference=True)) == {"actor"}
     assert models(plan_of("grpo")) == {"actor"}
     assert models(plan_of("grpo", kl_coefficient=0.1)) == {"actor", "reference"}
+    assert models(plan_of("distill")) == models(plan_of("distill", on_policy_share=0.0)) == {"actor", "teacher"}
     assert models(plan_of("ppo")) == {"actor", "critic", "reference"}
     assert models(plan_of("ppo", shared_trunk=True, kl_coefficient=0.0)) == {"actor"}
     classifier = dict(type="classifier", path="c")

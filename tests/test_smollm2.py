@@ -303,6 +303,23 @@ def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained,
     )
 
 
+def test_a_student_learns_from_the_model_of_sft(trained, tmp_path):
+    [_, (script, config, flags)] = trained("distill")
+    assert (script, config) == ("distill", "distill.yaml") and "model" not in flags
+    assert flags["teacher"] == tmp_path / "seed0" / "sft" / "model"
+
+
+def test_the_student_has_about_30_million_weights():
+    import torch
+    from transformers import AutoConfig
+
+    from coati.models.distillation import Student
+
+    with torch.device("meta"):
+        student = Student(config=AutoConfig.from_pretrained(EXAMPLE / "student.json"))
+    assert sum(parameter.numel() for parameter in student.parameters()) == pytest.approx(31e6, rel=0.05)
+
+
 def stages_file(folder: Path, name: str) -> list[dict]:
     text = (folder / name).read_text()
     return rows(folder / name) if name.endswith("l") else [json.loads(text)]

@@ -37,6 +37,7 @@ REFERENCE: dict[str, list[str]] = {
         "kto.KTOTrainer",
         "ppo.PPOTrainer",
         "grpo.GRPOTrainer",
+        "distill.DistillTrainer",
         "supervised.SupervisedTrainer",
         "rollouts.RolloutTrainer",
         "trainer.Trainer",

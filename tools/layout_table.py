@@ -20,7 +20,7 @@ from examples.stages import ROOT, fill_figures
 from tests.distributed.world import LAYOUTS, without_ties
 
 FIRST = ("sft", "reward", "ppo")
-KINDS = {"dpo": "DPO", "cached": "DPO, cached reference", "kto": "KTO", "grpo": "GRPO"}
+KINDS = {"dpo": "DPO", "cached": "DPO, cached reference", "kto": "KTO", "grpo": "GRPO", "distill": "distillation"}
 TEXT = (
     "The largest relative difference of any number that {} (of at least 0.1, as smaller ones are differences of larger "
     "ones){}. `tools/layout_table.py` wrote it."

@@ -27,8 +27,8 @@ Lists are YAML lists, or several words after the flag; mappings are YAML as flag
 Python, `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` takes the names of the flags.
 
 All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints`, `export` and
-`tracking`, and all but SFT `algorithm`. SFT and the methods that learn from rewards have `generation`, the latter also
-`environment`, `rewards` and `scoring`.
+`tracking`, and all but SFT `algorithm`. All that generate have `generation`, and but for SFT also `environment`,
+`rewards` and `scoring`.
 """
 
 
@@ -59,6 +59,7 @@ def page() -> str:
     text += "\n### Relatives of GRPO\n\nThey have GRPO's settings, with other defaults.\n\n" + presets(
         config.GRPOConfig
     )
+    text += table("Distillation", config.Distillation, level=3)
     text += "\n## rewards\n\nA list; each entry is a type, or a mapping with a type and its settings.\n"
     text += table("Every entry", RewardSettings, level=3)
     for kind in entry_classes(config.RolloutConfig.__pydantic_fields__["rewards"].annotation):

@@ -32,6 +32,7 @@ from coati.losses.correction import (
     mismatch_metrics,
     mismatch_sums,
 )
+from coati.losses.distillation import distillation_loss, vocabulary_divergence
 from coati.losses.group import aggregation_weights, decoupled_advantages, group_advantages
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
@@ -47,6 +48,7 @@ __all__ = [
     "clip_scores",
     "cross_entropy",
     "decoupled_advantages",
+    "distillation_loss",
     "gae",
     "group_advantages",
     "importance_weights",
@@ -69,6 +71,7 @@ __all__ = [
     "token_entropy",
     "token_log_probs",
     "value_loss",
+    "vocabulary_divergence",
     "whiten",
     "z_loss",
 ]

@@ -120,6 +120,28 @@ class Actor(BaseModel):
         self._head_is_last = output.logits is logits[0]
         return states[0]
 
+    def target_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor, right_padded: bool = False
+    ) -> Tensor:
+        """What `logits_of` makes the logits of that predict this process's targets, `[tokens, hidden]`: the states that
+        the output layer reads; of models that change its logits, these logits.
+
+        Args: as `forward`.
+        """
+        inputs, places = dict(attention_mask=attention_mask, right_padded=right_padded), self.target_indices(targets)
+        if self._head_is_last is not False:
+            hidden = self._states_before_head(dict(input_ids=input_ids, **inputs))
+            if self._head_is_last:
+                return hidden[places]
+        return self.run(input_ids, **inputs).logits[places]
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits `[tokens, vocab]` (of a split vocabulary, this process's) of some of the rows that `target_states` has
+        given."""
+        if not self._head_is_last:
+            return states
+        return self.layout.logits(self.transformer.get_output_embeddings(), states)
+
     def target_indices(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns of this process's positions that predict targets, long `[tokens]`: one at least, since
         every weight must get a gradient under data parallelism."""
@@ -139,8 +161,7 @@ class Actor(BaseModel):
         def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             return _outputs_of_logits(self.layout, self.layout.logits(head, states), ids, wanted)
 
-        max_logits = self.max_logits or MAX_LOGITS.get(hidden.device.type, 2**24)
-        length = max(max_logits // self.config.get_text_config().vocab_size, ROWS)
+        length = self._rows_of_logits(hidden.device)
         recomputes = len(ids) > length and torch.is_grad_enabled()
         if recomputes and is_plain(head) and wanted.entropy != "trained" and not wanted.log_partition:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
@@ -156,11 +177,19 @@ class Actor(BaseModel):
                 else:
                     parts.append(measure(chunk, chunk_ids))
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
-        outputs = []
-        for values in found:
-            predictions = torch.zeros(next_ids.shape, dtype=values.dtype, device=next_ids.device)
-            outputs.append(self._aligned(predictions.index_put(places, values), input_ids) * targets)
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        outputs = tuple(self._at_targets(values, places, input_ids, targets) for values in found)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _rows_of_logits(self, device: torch.device, models: int = 1) -> int:
+        """Of how many tokens the logits of so many models may be in memory at a time."""
+        max_logits = self.max_logits or MAX_LOGITS.get(device.type, 2**24)
+        return max(max_logits // (models * self.config.get_text_config().vocab_size), ROWS)
+
+    def _at_targets(self, values: Tensor, places: tuple[Tensor, Tensor], input_ids: Tensor, targets: Tensor) -> Tensor:
+        """`[batch, seq]` from the values `[tokens]` of the positions (`target_indices`) that predict targets."""
+        shape = self.layout.split(input_ids).shape
+        predictions = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        return self._aligned(predictions.index_put(places, values), input_ids) * targets
 
     def _aligned(self, predictions: Tensor, input_ids: Tensor) -> Tensor:
         """`[batch, seq]`, aligned with the tokens, from what this process's positions predict."""

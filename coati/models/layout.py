@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from coati.losses.distillation import Divergence, vocabulary_divergence
 from coati.losses.language import entropy, log_partition, next_log_probs
 
 
@@ -40,3 +41,7 @@ class Layout:
     def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
         """Log of the sum of the exponentials of the logits at each position, `[batch, seq]`."""
         return log_partition(logits, temperature)
+
+    def divergence(self, logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+        """Divergence of two models' distributions at each position, `[tokens]`, from logits `[tokens, vocab]`."""
+        return vocabulary_divergence(logits, teacher_logits, divergence)

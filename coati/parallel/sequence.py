@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from coati.errors import UserError
+from coati.losses.distillation import Divergence
 from coati.models.attention import soft_cap
 from coati.models.layout import Layout
 from coati.parallel.decoders import remedy_for_splits
@@ -59,6 +60,9 @@ class MegatronSequenceLayout(UlyssesLayout):
 
     def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
         return self.vocabulary.log_partition(logits, temperature)
+
+    def divergence(self, logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+        return self.vocabulary.divergence(logits, teacher_logits, divergence)
 
 
 class _Gather(torch.autograd.Function):

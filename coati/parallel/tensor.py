@@ -9,12 +9,14 @@ only its weight is split and its forward gets a collective call.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coati.losses.distillation import Divergence, vocabulary_divergence
 from coati.losses.language import at_temperature
 from coati.models.layout import Layout
 
@@ -196,6 +198,11 @@ class VocabularyLayout(Layout):
 
     def log_partition(self, logits: Tensor, temperature: float) -> Tensor:
         return _LogPartition.apply(at_temperature(logits, temperature), self.group)
+
+    def divergence(self, logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+        over_ranks = dict(log_partition=partial(_log_partition, group=self.group))
+        over_ranks["total"] = partial(_summed, group=self.group)
+        return vocabulary_divergence(logits, teacher_logits, divergence, **over_ranks)
 
 
 class _LogProbs(torch.autograd.Function):

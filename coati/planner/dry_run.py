@@ -158,6 +158,6 @@ def _planning_settings(workload: Workload, folder: Path):
         workload.model_config.save_pretrained(folder / "model")
     if isinstance(c, PPOConfig) and c.algorithm.ptx_data:
         changes["ptx_data"] = ["texts"]
-    if isinstance(c, RolloutConfig):
+    if isinstance(c, RolloutConfig) and hasattr(c.algorithm, "ppo_epochs"):
         changes["ppo_epochs"] = 1  # all are alike
     return reconfigure(c, **changes)

@@ -1,13 +1,16 @@
 """Substitutes for a trainer's data, models and generators, so that its own code shows what it needs."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 
+from coati.config.plugin import PLUGINS
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
 from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.actor import MAX_LOGITS
+from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
@@ -20,6 +23,7 @@ from coati.rewards.config import ClassifierRewardSettings, ModelRewardSettings
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
+NAMES |= {Student: "actor", Teacher: "teacher"}
 
 
 class RanksAlike(Communicator):
@@ -132,6 +136,7 @@ class PlannedFactory(Factory):
         self.layers, self.part, self.on_gpu = layers, part, on_gpu
         self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
         self.depths: dict[str, int] = {}
+        self.kept: list[Any] = []
 
     def dataset(self, sources, kind, weights=None):
         if not sources:
@@ -144,7 +149,7 @@ class PlannedFactory(Factory):
             rows = max(c.evaluation.samples, 1)
         return LongestRows(kind, rows, c, learned=learned)
 
-    def model(self, model_class, pretrained, *, lora=None):
+    def model(self, model_class, pretrained, *, lora=None, own_config=False):
         c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
         depth = truncate_layers(model_config, self.layers)
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
@@ -169,6 +174,12 @@ class PlannedFactory(Factory):
         name = "reference" if type(model) is Actor else NAMES[type(model)]
         return self._engine(name, model, trained=False)
 
+    def frozen_teacher(self, model):
+        if PLUGINS[self.config.parallel.plugin].shards_weights:  # its own output layer, see `Teacher.keep_head`
+            head = model.transformer.get_output_embeddings().weight
+            self.kept.append(self.live.make(2 * head.numel(), ("teacher", "parameters")))
+        return self.frozen(model)
+
     def _engine(self, name: str, model, **how) -> PlannedEngine:
         how |= dict(on_gpu=self.on_gpu)
         self.depths[name] = model.depth
@@ -189,6 +200,8 @@ class PlannedFactory(Factory):
 
     def check_reward_vocabulary(self, source):
         """A plan needs no tokenizer."""
+
+    check_teacher_vocabulary = check_reward_vocabulary
 
 
 def truncate_layers(model_config, layers: int) -> int:

@@ -76,7 +76,10 @@ class Part:
     def forward(self, model: BaseModel, inputs: dict[str, Any]):
         """What the rank computes: of a split sequence, its tokens; on all stages but the last, hidden states."""
         length = -(-inputs["input_ids"].shape[1] // self.sizes.sequence)
+        states = inputs.get("teacher_states")
         inputs = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        if states is not None:  # a row for each target
+            inputs["teacher_states"] = states[: len(model.target_indices(inputs["targets"])[0])]
         if self.is_last:
             return model(**inputs)
         mask = inputs["attention_mask"].long()

@@ -87,7 +87,8 @@ class Scorer:
                 scores = self._response_scores(name, reward, samples, begun)
                 _add(name, weight, samples, scores)
             seconds[name] = time.monotonic() - started
-        _warn_of_unscored(samples)
+        if self.rewards:
+            _warn_of_unscored(samples)
         return seconds
 
     def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:

@@ -263,8 +263,8 @@ def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
 
 
 def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
-    """Means over all ranks' samples: the total reward with its standard deviation, each reward (over the samples that
-    it scores), lengths and how responses ended."""
+    """Means over all ranks' samples: the total reward with its standard deviation and each reward (over the samples
+    that it scores), if there are rewards; lengths and how responses ended."""
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
@@ -276,13 +276,16 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
     count, scored = total.pop("samples"), {}
     for name in [name for name in total if name.startswith("scored/")]:
         scored[name.removeprefix("scored/")] = total.pop(name)
-    squares = total.pop("squares")
+    squares, has_rewards = total.pop("squares"), bool(scored)
+    if not has_rewards:
+        del total["reward"]
     metrics = {name: value / count for name, value in total.items()}
     for name, n in scored.items():
         metrics[f"reward/{name}"] = total[f"reward/{name}"] / n if n else float("nan")
         if n < count:
             metrics[f"reward/{name}/scored"] = n / count
-    metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
+    if has_rewards:
+        metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
     return metrics | {"finished": 1 - metrics["truncated"]}
 
 

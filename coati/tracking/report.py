@@ -28,6 +28,7 @@ TITLES = {
     "preference": "Preference optimization",
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",
+    "distill": "Distillation",
 }
 # The charts that a stage opens with, in order; the first that it has is its main metric.
 _SPEED = (r"grad.*norm", r"learning_rate|(^|/)lr$", r"tokens_per_second")
@@ -42,6 +43,7 @@ _REINFORCEMENT = (
     r"clip",
 )
 HEADLINES = {"sft": (r"loss$", r"perplexity", r"accuracy", *_SPEED), "ppo": _REINFORCEMENT, "grpo": _REINFORCEMENT}
+HEADLINES["distill"] = (r"divergence", r"loss$", r"^(reward|score)s?(/mean)?$", r"length", *_SPEED)
 _OTHER_HEADLINES = (r"accuracy", r"loss$", r"margin", *_SPEED)
 UNITS = {
     r"tokens_per_second": "tokens/s",

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from coati.trainers.config import GRPOConfig, PPOConfig, PreferenceConfig, RewardConfig, SFTConfig, TrainerConfig
+from coati.trainers.config import (
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    PreferenceConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -31,4 +39,5 @@ ALGORITHMS = {
     "preference": Algorithm(PreferenceConfig, "coati.trainers.preference:preference_trainer"),
     "ppo": Algorithm(PPOConfig, "coati.trainers.ppo:PPOTrainer"),
     "grpo": Algorithm(GRPOConfig, "coati.trainers.grpo:GRPOTrainer"),
+    "distill": Algorithm(DistillConfig, "coati.trainers.distill:DistillTrainer"),
 }

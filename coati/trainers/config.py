@@ -402,6 +402,11 @@ class RolloutConfig(TrainerConfig):
         return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @property
+    def prompts(self) -> int:
+        """Prompts that the policy responds to in an iteration."""
+        return self.batch_size
+
+    @property
     def responses(self) -> int:
         """Responses that an iteration learns from."""
         return self.batch_size
@@ -819,3 +824,81 @@ class GRPOConfig(RolloutConfig):
             yield "overlong_buffer is of single responses: leave it out with an environment"
         if a.share_prompts and split:
             yield "share_prompts needs replicated models: leave out tensor, pipeline and sequence parallelism"
+
+
+# --- from a teacher
+
+
+@settings
+class Distillation(Settings):
+    """Distillation from a teacher's distributions (GKD, 2306.13649)."""
+
+    # what other methods that sample can set
+    minibatches: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
+
+    type: Literal["distill"] = option("distill", "the method")
+    teacher: str | None = option(
+        None, "folder or name of the teacher, whose tokenizer must be the student's", path="model", common=True
+    )
+    on_policy_share: float = option(
+        1.0,
+        "share of an iteration's rows that the student responds to itself; of the others it learns the data's "
+        "responses (GKD's lambda)",
+        ge=0,
+        le=1,
+        common=True,
+    )
+    divergence: Literal["forward", "reverse", "jsd"] = option(
+        "reverse", "KL(teacher || student), KL(student || teacher), or what lies between them", common=True
+    )
+    beta: float = option(
+        0.5, "of jsd: the teacher's weight in the mixture; near 0 it is like forward, near 1 like reverse", gt=0, lt=1
+    )
+    distill_temperature: float = option(1.0, "temperature of both distributions that are compared", gt=0)
+    max_rollout_kl: float = inherited(RolloutAlgorithm, "max_rollout_kl", 0.1)
+
+    def problems(self) -> Iterator[str]:
+        if self.beta != 0.5 and self.divergence != "jsd":
+            yield f"beta belongs to divergence jsd: leave it out with {self.divergence}"
+
+
+@settings
+class DistillConfig(RolloutConfig):
+    """Settings of a distillation; `steps` are iterations and `batch_size` the rows of one."""
+
+    algorithm: Distillation = section(Distillation, "how the student learns from its teacher, see docs/distillation.md")
+
+    @property
+    def prompts(self) -> int:
+        return round(self.algorithm.on_policy_share * self.batch_size)
+
+    @property
+    def models(self) -> list[str]:
+        return super().models + ([self.algorithm.teacher] if self.algorithm.teacher else [])
+
+    @property
+    def longest_row(self) -> int:
+        longest = super().longest_row if self.algorithm.on_policy_share > 0 else 0
+        return max(longest, self.data.max_length) if self.algorithm.on_policy_share < 1 else longest
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        scoring = self.scoring
+        if self.environment.path:
+            yield "distillation responds to prompts, in one turn: leave environment out"
+        if scoring.normalize_reward or scoring.reward_clip is not None or scoring.missing_eos_penalty is not None:
+            yield (
+                "rewards are only measured here, the teacher is what is learned from: leave out normalize_reward, "
+                "reward_clip and missing_eos_penalty"
+            )
+
+    def size_problems(self, world_size: int) -> Iterator[str]:
+        yield from super().size_problems(world_size)
+        share, rows = self.algorithm.on_policy_share, self.batch_size
+        if abs(share * rows - self.prompts) > 1e-6 * rows or self.prompts % world_size:
+            step = world_size / rows
+            yield (
+                f"on_policy_share {share} of batch_size {rows} is {share * rows:g} prompts, not a multiple of the "
+                f"{world_size} processes: use a multiple of {step:g}"
+            )

@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coati.config.generation import GenerationConfig
+from coati.config.plugin import PLUGINS
 from coati.data import BatchSampler, TokenizedDataset, build_dataset, prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.adapters import vocabulary
 from coati.models.base import BaseModel
+from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
 from coati.models.lora import is_adapter
 from coati.models.positions import row_limit
 from coati.models.quantized import is_quantized
-from coati.parallel import Engine, Runtime, make_engine
+from coati.parallel import Engine, Runtime, make_engine, resolve_precision
+from coati.parallel.engine import DTYPES
 from coati.parallel.factory import engine_class
 from coati.rewards import Reward, Scorer, load_rewards
 from coati.rollout import Generator, PolicyGenerator
@@ -68,8 +71,13 @@ class Factory:
 
     # --- models
 
-    def model(self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None) -> BaseModel:
+    def model(
+        self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None, own_config: bool = False
+    ) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights.
+
+        Args:
+            own_config: the folder's config is used, whatever `--model_config` says.
 
         Raises:
             UserError: neither is given; the tokenizer has more tokens than the model; the run's rows are too long for
@@ -77,7 +85,9 @@ class Factory:
         """
         c = self.config
         dtype = engine_class(c.parallel).loads_in(c.parallel)
-        config = self._model_config(from_scratch=pretrained is None) if c.model.model_config else None
+        config = None
+        if c.model.model_config and not own_config:
+            config = self._model_config(from_scratch=pretrained is None)
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)
@@ -126,6 +136,13 @@ class Factory:
             return None
         return self.frozen(self.model(Actor, start))
 
+    def frozen_teacher(self, model: Teacher) -> Engine:
+        """A teacher, of which a student reads the output layer."""
+        parallel = self.config.parallel
+        if PLUGINS[parallel.plugin].shards_weights:
+            model.keep_head(DTYPES[resolve_precision(parallel)], self.runtime.device)
+        return self.frozen(model)
+
     # --- rollouts
 
     def generator(self, engine: Engine, sampling: GenerationConfig) -> Generator:
@@ -148,19 +165,33 @@ class Factory:
 
     def check_reward_vocabulary(self, source: str):
         """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
+        way_out = "give it as a reward of type classifier with a tokenizer, which reads texts by its own"
+        self._check_vocabulary(source, ("reward model", "policy"), way_out)
+
+    def check_teacher_vocabulary(self, source: str):
+        """Raises a UserError where a teacher's tokenizer is another one than the student's."""
+        self._check_vocabulary(source, ("teacher", "student"), "choose a teacher of the student's family")
+
+    def _check_vocabulary(self, source: str, roles: tuple[str, str], way_out: str):
+        """Raises a UserError where the tokenizer beside a model is another one than the run's.
+
+        Args:
+            roles: that model's and the trained model's; way_out: what to do where it can't have the same.
+        """
         from transformers import AutoTokenizer
 
         try:
-            theirs = AutoTokenizer.from_pretrained(source)
+            theirs = AutoTokenizer.from_pretrained(source).get_vocab()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the reward model in {source} has no tokenizer beside it: copy the policy's there, or give "
-                f"the model as a reward of type classifier with a tokenizer ({str(error).splitlines()[0]})"
+                f"the {roles[0]} in {source} has no tokenizer beside it: copy the {roles[1]}'s there, or {way_out} "
+                f"({str(error).splitlines()[0]})"
             ) from error
-        if theirs.get_vocab() != self.tokenizer.get_vocab():
+        ours = self.tokenizer.get_vocab()
+        if theirs != ours:
             raise UserError(
-                f"the reward model in {source} has another vocabulary than the policy: train it with the "
-                "policy's tokenizer, or give it as a reward of type classifier, which reads texts by its own"
+                f"the {roles[0]} in {source} has another vocabulary than the {roles[1]} "
+                f"({difference(ours, theirs)}): train it with the {roles[1]}'s tokenizer, or {way_out}"
             )
 
     def _check_length(self, model: BaseModel):
@@ -205,3 +236,15 @@ class Factory:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             config.pad_token_id = self.pad_id
         return config
+
+
+def difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
+    """The first token, by its id, that two vocabularies don't share, in words."""
+    others = [(number, token) for token, number in ours.items() if theirs.get(token) != number]
+    if not others:
+        number, token = min((number, token) for token, number in theirs.items() if token not in ours)
+        return f"token {number}, {token!r}, is there only"
+    number, token = min(others)
+    if token not in theirs:
+        return f"token {number}, {token!r}, is missing there"
+    return f"token {number}, {token!r}, is number {theirs[token]} there"

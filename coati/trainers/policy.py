@@ -83,11 +83,7 @@ class Policy:
         """
         mask = batch.response_mask
         if self.bypass or (self.rounds_as_sampling() and not self.recomputes):
-            checked = an_eighth(parts, k, self.group)
-            again = self.model.log_probs(batch, checked)
-            looked_at = torch.zeros_like(batch.finished)
-            looked_at[upload([row for part in checked for row in part], mask.device)] = True
-            return batch.sampling_log_probs, self.rollout_kl(batch, again, mask & looked_at[:, None])
+            return batch.sampling_log_probs, self.rollout_kl_of_some(batch, parts, k)
         log_probs = self.model.log_probs(batch, parts)
         return log_probs, self.rollout_kl(batch, log_probs, mask)
 
@@ -99,6 +95,14 @@ class Policy:
             and not c.parallel.splits_models
             and c.generation.rollout_engine == "coati"
         )
+
+    def rollout_kl_of_some(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> float:
+        """`rollout_kl` of an eighth of a micro-batch, for which log-probs are computed; arguments as `log_probs`."""
+        checked, mask = an_eighth(parts, k, self.group), batch.response_mask
+        again = self.model.log_probs(batch, checked)
+        looked_at = torch.zeros_like(batch.finished)
+        looked_at[upload([row for part in checked for row in part], mask.device)] = True
+        return self.rollout_kl(batch, again, mask & looked_at[:, None])
 
     def rollout_kl(self, batch: RolloutBatch, log_probs: Tensor, mask: Tensor) -> float:
         """The KL of sampling from training, nats per token; stops a run where they disagree.

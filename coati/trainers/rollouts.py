@@ -101,16 +101,19 @@ class RolloutTrainer(Trainer):
                 f"{self.actor.module.config.model_type} has others"
             )
         self.reference = self.build_reference()
-        rewards = list(self.given_rewards)
-        if c.environment.path:
-            rewards.append(EnvironmentReward(c.environment.turn_rewards))
-        scorer = self.factory.scorer(self.load_reward_model, rewards)
+        scorer = self.build_scorer()
         for data in (self.data, self.eval_data):
             if data is not None:
                 every = 1 + len(data) // ROWS_CHECKED
                 scorer.check([data[row].columns for row in range(0, len(data), every)])
         self.generation = self.build_generation(scorer)
         self.rollouts = self.build_rollouts()
+
+    def build_scorer(self) -> Scorer:
+        environment, rewards = self.config.environment, list(self.given_rewards)
+        if environment.path:
+            rewards.append(EnvironmentReward(environment.turn_rewards))
+        return self.factory.scorer(self.load_reward_model, rewards)
 
     def build_generation(self, scorer: Scorer) -> ScoredGeneration | EpisodeGeneration:
         c = self.config
@@ -133,7 +136,7 @@ class RolloutTrainer(Trainer):
             self.generation,
             self.data,
             self.order,
-            RolloutShape(prompts=c.batch_size, group_size=group_size, minibatches=minibatches),
+            RolloutShape(prompts=c.prompts, group_size=group_size, minibatches=minibatches),
             self.ranks,
             seed=c.seed,
             sampling=self.sampling,
@@ -177,7 +180,7 @@ class RolloutTrainer(Trainer):
         mine = list(enumerate(filled))[ranks.rank :: ranks.world_size]
         prompts = [prompt_of(data, row, [self.config.seed, place]) for place, row in mine]
         samples = self.generation.sample(prompts, self.config.generation).samples
-        found = [(place, sample_row(sample)) for (place, _), sample in zip(mine, samples, strict=True)]
+        found = [(place, row) for (place, _), row in zip(mine, self.sample_rows(samples), strict=True)]
         of_places = dict(pair for of_rank in ranks.gather(found) for pair in of_rank)
         rows = [of_places[place] for place in range(len(data))]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "response"))
@@ -187,15 +190,20 @@ class RolloutTrainer(Trainer):
             metrics[name] = sum(values) / len(values) if values else float("nan")
         return metrics, rows[: self.config.evaluation.samples]
 
+    def sample_rows(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        """What the report tells of each of this rank's samples; numbers are averaged over all samples."""
+        return [sample_row(sample) for sample in samples]
+
 
 def sample_row(sample: Sample) -> dict[str, Any]:
     """What the report tells of a sample."""
     rewards = {f"reward/{name}": value for name, value in sample.rewards.items()}
+    if sample.rewards:
+        rewards = {"reward": sample.total_reward} | rewards
     failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
     row = {
         "prompt": sample.prompt,
         "response": transcript(sample) if sample.turns else sample.response,
-        "reward": sample.total_reward,
         **rewards,
         **failed,
         "response_length": sample.response_length,

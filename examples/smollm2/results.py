@@ -12,6 +12,7 @@ from examples.stages import ROOT, fill_figures
 
 SAMPLED = {"grpo": "right sums", "rloo": "right sums", "ppo": "right sums", "grpo_constraints": "constraints met"}
 OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "response_length": "response length, tokens"}
+OTHERS |= {"eval/divergence": "divergence from the teacher, nats per token"}
 OTHERS |= {"kl": "KL to the start, nats per response"}
 WATCHED = {  # of PPO on the reward model, on held-out prompts
     "eval/reward/model": "reward model's score",

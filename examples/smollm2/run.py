@@ -30,7 +30,7 @@ from examples.stages import train  # noqa: E402
 ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
 ON_PAIRS = {"reward": "reward"} | dict.fromkeys(("dpo", "kto", "orpo", "simpo"), "preference")
 ON_SCORES = "ppo_hh"  # of the reward stage
-STAGES = ("sft", *ON_SUMS, "grpo_constraints", *ON_PAIRS, ON_SCORES)
+STAGES = ("sft", *ON_SUMS, "distill", "grpo_constraints", *ON_PAIRS, ON_SCORES)
 
 
 def main():
@@ -59,24 +59,33 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
     common = {"seed": seed, "cache_dir": folder / "cache"}
     sums, constraints = make_sums(folder / "data", seed), make_constraints(folder / "data", seed)
 
-    def stage(name: str, script: str, start: Path, train_data: Path, eval_data: Path, **flags):
-        """Trains, and writes what was measured before and after to summary.json."""
+    def stage(name: str, script: str, start: Path | None, train_data: Path, eval_data: Path, **flags):
+        """Trains, and writes what was measured before and after to summary.json.
+
+        Args:
+            start: None for random weights; flags: further settings.
+        """
         summary = folder / name / "summary.json"
         if summary.exists():
             print(f"{folder / name} is finished already", flush=True)
             return
-        data = {"model": start, "train_data": train_data, "eval_data": eval_data}
-        train(script, HERE / f"{name}.yaml", folder / name, common | data | flags, processes)
+        data = {"train_data": train_data, "eval_data": eval_data} | flags
+        if start is not None:
+            data["model"] = start
+        train(script, HERE / f"{name}.yaml", folder / name, common | data, processes)
         checked = {"before": start, "after": folder / name / "model"}
         write_json(
             summary, {when: measure(name, path, model, folder / "data", pairs) for when, path in checked.items()}
         )
 
-    if {"sft", *ON_SUMS} & set(stages):
+    if {"sft", "distill", *ON_SUMS} & set(stages):
         stage("sft", "sft", model, sums["sft"], sums["sft_eval"])
     for name in stages:
         if name in ON_SUMS:
             stage(name, ON_SUMS[name], folder / "sft" / "model", sums["prompts"], sums["prompts_eval"])
+        if name == "distill":
+            models = dict(teacher=folder / "sft" / "model", tokenizer=model)
+            stage(name, "distill", None, sums["sft"], sums["sft_eval"], **models)
         if name == "grpo_constraints":
             stage(name, "grpo", model, constraints["constraints"], constraints["constraints_eval"])
         if name in ON_PAIRS:
@@ -87,8 +96,10 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
             stage(name, "ppo", model, pairs / "train.jsonl", pairs / "test.jsonl", rewards=rewards)
 
 
-def measure(name: str, checked: Path, model: Path, data: Path, pairs: Path) -> dict[str, list]:
+def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Path) -> dict[str, list]:
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
+    if name == "distill":  # they tell how far it is from its teacher
+        return {}
     if name in ("sft", *ON_SUMS):
         found, told = check_sums(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}

@@ -1,5 +1,5 @@
-"""DPO (with its reference cached, too), KTO and GRPO (over several turns, too) on two processes: each plugin and layout
-gives the run of one process, and a resumed run is the uninterrupted one to the last bit.
+"""DPO (with its reference cached, too), KTO, GRPO (over several turns, too) and distillation on two processes: each
+plugin and layout gives the run of one process, and a resumed run is the uninterrupted one to the last bit.
 
 Figures of every layout are in docs/plugins.md: `python tools/layout_table.py` writes them.
 """
@@ -21,9 +21,11 @@ KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
 # an environment, whose episodes have more turns on one rank than on the other
 TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=100, stop=["e", "o"], rewards=[])
 KINDS["episodes"] = dict(group_size=2, kl_coefficient=0.05) | TALK
+KINDS["distill"] = dict(distill_temperature=0.7)
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
 QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
 QUICK["episodes"] = ("zero2", "tp2")
+QUICK["distill"] = ("tp2", "pp2", "sp2")
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
@@ -39,7 +41,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tiny_world, folder) -> dict[str, str]:
-    return make_family("llama", tiny_world, folder)
+    """With a teacher of another architecture, whose output layer has as many rows."""
+    return make_family("llama", tiny_world, folder) | {"teacher": make_family("qwen3", tiny_world, folder)["policy"]}
 
 
 def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
@@ -47,7 +50,9 @@ def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
     if kind == "grpo":
         changes["rewards"] = functions(world["rewards"] + ":odd")
-    return family_job(name, "grpo" if kind in ("grpo", "episodes") else "preference", world, folder, **changes)
+    algorithm = {"grpo": "grpo", "episodes": "grpo", "distill": "distill"}.get(kind, "preference")
+    ours = family_job(name, algorithm, world, folder, **changes)
+    return ours | {"few_logits": kind == "distill" and not name.startswith("one")}
 
 
 def jobs(world, folder, cases) -> list[dict]:

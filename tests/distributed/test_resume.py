@@ -24,10 +24,11 @@ STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=Tr
 REFILLED = dict(dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards="odd")
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
+ALGORITHMS |= {"distill": {}}
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]
 CASES = [(a, name) for a, name in CASES if "refreshed" not in a or name in ("ddp", "zero1", "zero2")]
 QUICK = [("ppo", "zero2"), ("ppo, shared trunk", "ddp"), ("sft", "gemini"), ("reward", "tp2"), ("ppo", "pp2")]
-QUICK += [("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
+QUICK += [("distill", "gemini"), ("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
@@ -76,7 +77,7 @@ def check(runs: dict, algorithm: str, layout: str):
     whole, resumed = runs["folder"] / name, runs["folder"] / f"{name} resumed"
     assert_same_end(whole, resumed)
     assert log_of(whole, after=BEFORE) == log_of(resumed) and {row["step"] for row in log_of(resumed)} == {4, 5, 6}
-    if algorithm.startswith(("ppo", "grpo")):
+    if algorithm.startswith(("ppo", "grpo", "distill")):
         expected, found = runs[name]["rollouts"], runs[f"{name} resumed"]["rollouts"]
         assert found == [seen[BEFORE:] for seen in expected]
         assert len(found) == 2 and all(len(set(seen)) == BEFORE for seen in found)

@@ -37,6 +37,7 @@ SMALL_OF = {
     "preference": "",
     "ppo": "--max_new_tokens 4 --ppo_epochs 1 --critic_warmup 1 --max_rollout_kl 9",  # untrained weights round coarsely
     "grpo": "--max_new_tokens 4 --group_size 2 --max_rollout_kl 9",
+    "distill": "--max_new_tokens 4 --max_rollout_kl 9",
 }
 
 # --- commands that can't run in a test: why, and what is checked instead
@@ -174,6 +175,8 @@ def small_arguments(config, place: dict[str, str]) -> list[str]:
     paths += ["--model_config", place["model_config"]] if from_scratch else ["--model", place["policy"]]
     if any(reward.type == "model" for reward in getattr(config, "rewards", [])):
         paths += as_flags({"rewards": [reward_model(place["policy"])]})
+    if algorithm == "distill":
+        paths += ["--teacher", place["teacher"]]
     return [*SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
 
 

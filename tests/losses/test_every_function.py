@@ -12,6 +12,7 @@ import coati.losses
 from coati.losses import (
     clip_scores,
     cross_entropy,
+    distillation_loss,
     gae,
     kl_divergence,
     kto_loss,
@@ -27,21 +28,24 @@ from coati.losses import (
     token_entropy,
     token_log_probs,
     value_loss,
+    vocabulary_divergence,
     whiten,
     z_loss,
 )
+from coati.losses.distillation import Divergence
 from coati.losses.preference import PREFERENCE_LOSSES, Responses
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, correction, group, losses, preference
+from tests.oracles import advantages, correction, distillation, group, losses, preference
 
 FOLDER = Path(__file__).parent
-ORACLES = (advantages, correction, group, losses, preference)
+ORACLES = (advantages, correction, distillation, group, losses, preference)
 
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
 PER_TOKEN = {
     "clip_scores": (1, lambda x, mask: clip_scores(x[0][:, 0], 1.5)),
     "cross_entropy": (1, lambda x, mask: cross_entropy(x[0], mask, 7)[0]),
+    "distillation_loss": (1, lambda x, mask: distillation_loss(x[0], mask, 7)[0]),
     "gae": (2, lambda x, mask: torch.stack(gae(*x, mask, 0.9, 0.95))),
     "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
     "kto_loss": (2, lambda x, mask: kto_loss(responses(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
@@ -61,6 +65,7 @@ PER_TOKEN = {
 OF_LOGITS = {
     "token_entropy": lambda logits, ids: token_entropy(logits, 0.7),
     "token_log_probs": lambda logits, ids: token_log_probs(logits, ids, 0.7),
+    "vocabulary_divergence": lambda logits, ids: divergences(logits),
 }
 # From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
 # test_correction.py.
@@ -89,6 +94,13 @@ def responses(x):
 
 def of_pairs(name, x):
     return preference_loss(name, responses(x[:2]), responses(x[2:]), 7, nll_coefficient=0.5)[0]
+
+
+def divergences(logits):
+    """Of every kind, from a teacher that forbids the same tokens."""
+    teacher = torch.linspace(-2, 2, logits.shape[-1], dtype=logits.dtype).where(logits.isfinite(), -torch.inf)
+    kinds = ("forward", "reverse", "jsd")
+    return sum(vocabulary_divergence(logits, teacher, Divergence(kind, 0.3, 0.7)) for kind in kinds)
 
 
 def whitened(x, mask):

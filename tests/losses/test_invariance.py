@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from coati.losses import (
     aggregation_weights,
     cross_entropy,
+    distillation_loss,
     gae,
     pairwise_reward_loss,
     policy_loss,
@@ -20,6 +21,7 @@ from tests.losses.draw import masks, quick
 # name: number of per-token arguments, and the loss as a function of them
 LOSSES = {
     "cross_entropy": (1, lambda x, mask, n: cross_entropy(x[0], mask, n)),
+    "distillation": (1, lambda x, mask, n: distillation_loss(x[0], mask, n)),
     "policy": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, dual_clip=3.0)),
     "gspo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="gspo")),
     "cispo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="cispo", weights=lengths(mask, n))),

@@ -154,7 +154,7 @@ def policies(tiny_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "dynamic"])
-@pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo", "distill"])
 def test_rows_that_are_too_long_are_refused_at_the_start(algorithm, family, policies, tiny_world, runtime, tmp_path):
     """REPORTS 16 and 19: in one line that has both lengths."""
     changes = dict(model=policies[family], model_config=None, cache_dir=str(tmp_path / "cache"))

@@ -34,6 +34,8 @@ TRAINERS = {
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
     "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
+    "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
+    "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0)),
 }
 BATCH = 8
@@ -78,7 +80,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
         settings["ptx_data"] = [world["sft"]]
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(configure(config_class, **settings), runtime)
-    if algorithm in ("ppo", "grpo"):
+    if algorithm in ("ppo", "grpo", "distill"):
         end_some_answers(trainer)
     if algorithm == "preference":  # away from the reference, where all rewards are 0
         nudge((trainer.reference.engine if trainer.reference else trainer.engines["model"]).module.parameters(), 0.2)
@@ -228,7 +230,7 @@ def _wrap(patch, name: str, wrapper):
 
 
 def _permute(trainer, variation: Variation, patch):
-    for name in ("order", "text_order"):
+    for name in ("order", "text_order", "demonstration_order"):
         if hasattr(trainer, name):
             batch = getattr(trainer, name).batch
             permuted = lambda k, batch=batch: [batch(k)[i] for i in variation.order]  # noqa: E731
@@ -244,7 +246,10 @@ def _repad_and_split(trainer, variation: Variation, patch):
         patch.setattr(trainer.batching, "shard", lambda rows, _: shard(rows, dict.fromkeys(rows, 0)))
         in_order = lambda n: [list(range(n))[i : i + size] for i in range(0, n, size)]  # noqa: E731
         patch.setattr(trainer.batching, "split", lambda lengths, _group=1: in_order(len(lengths)))
-    if hasattr(trainer, "rollouts"):
+    if hasattr(trainer, "teach"):
+        teach = trainer.teach
+        patch.setattr(trainer, "teach", lambda batches: teach([padded(batch, variation) for batch in batches]))
+    elif hasattr(trainer, "rollouts"):
         rollouts, updates = trainer.rollouts.next, getattr(trainer, "models", trainer)
         update = updates.update
         # a rollout's padding is on the right by contract

@@ -20,7 +20,7 @@ from coati.trainers.config import SFTConfig
 from coati.trainers.folder import holds_work, lock_folder
 from tests.conftest import ROOT, settings_for, trainer_classes
 
-ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo"]
+ALGORITHMS = ["sft", "reward", "preference", "ppo", "grpo", "distill"]
 
 
 def make(algorithm: str, world, runtime, output: Path, /, **changes):

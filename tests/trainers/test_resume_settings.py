@@ -41,7 +41,7 @@ def rows_of(trainer, steps) -> list[int]:
     return [row for step in steps for row in trainer.order.batch(step)]
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "reward", "preference", "ppo", "grpo", "distill"])
 @pytest.mark.parametrize("batch_size", [4, 16])
 def test_batches_of_another_size_go_on_where_the_data_stopped(
     algorithm, batch_size, checkpoint, tiny_world, runtime, tmp_path, capsys

@@ -1,5 +1,5 @@
 """PPO and GRPO against theory: E[r] - beta KL(pi || pi_ref) is greatest for pi*(y) proportional to
-pi_ref(y) exp(r(y) / beta).
+pi_ref(y) exp(r(y) / beta). And distillation, whose divergence is least where the student is the teacher.
 
 Responses of one or two tokens from a vocabulary of 8 are few enough to enumerate, so pi_ref, pi* and the trained policy
 are known exactly. Nothing in the trainer is replaced: tokens are sampled (the pad token may be one), EOS ends an answer
@@ -11,8 +11,10 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from coati.config import configure
+from coati.models import Actor
 from coati.rewards import Reward
 from examples.stages import fill_figures
 from tests.conftest import ROOT, trainer_classes, write_rows
@@ -46,8 +48,6 @@ def task(tmp_path_factory) -> dict[str, str]:
     """Settings that every run shares: a policy whose distribution is far from flat, and one prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    from coati.models import Actor
 
     root = tmp_path_factory.mktemp("theory")
     words = models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="f")
@@ -212,6 +212,59 @@ def test_ppo_finds_the_optimum_that_theory_gives(task, runtime, tmp_path):
 
 def test_group_relative_learning_rests_where_theory_says(task, runtime, tmp_path):
     check(task, runtime, tmp_path, beta=0.5, seed=0, **GROUP_RELATIVE["RLOO, KL in the reward"])
+
+
+# What the student learns from: the share of its own responses, and the divergence.
+DISTILLED = {
+    "its own responses, reverse KL": dict(on_policy_share=1.0, divergence="reverse"),
+    "given responses, forward KL": dict(on_policy_share=0.0, divergence="forward"),
+    "half of each, JSD": dict(on_policy_share=0.5, divergence="jsd"),
+}
+
+
+@pytest.fixture(scope="module")
+def lessons(task, tmp_path_factory) -> dict[str, str]:
+    """The task with a teacher of other weights, and with responses: each of the 57, as often as the others."""
+    root = tmp_path_factory.mktemp("lessons")
+    teacher = Actor(task["model"])
+    torch.manual_seed(1)
+    for weight in (teacher.model.lm_head.weight, teacher.model.model.embed_tokens.weight):
+        torch.nn.init.normal_(weight, std=0.5)
+    teacher.save_pretrained(root / "teacher")
+    AutoTokenizer.from_pretrained(task["model"]).save_pretrained(root / "teacher")
+    texts = [" ".join(VOCABULARY[token] for token in answer if token != EOS) for answer in ANSWERS]
+    rows = write_rows(root / "rows.jsonl", [{"prompt": "a b", "completion": text} for text in texts if text])
+    return task | dict(teacher=str(root / "teacher"), train_data=[rows])
+
+
+def distilled(lessons, runtime, output, seed: int, **changes) -> float:
+    """The total variation between student and teacher after 100 iterations of 64 responses."""
+    settings = lessons | dict(output_dir=str(output), seed=seed, max_new_tokens=2, steps=100, batch_size=64)
+    settings |= dict(micro_batch_size=64, generation_batch_size=64, learning_rate=1e-2, warmup=0.0, final_rate=0.0)
+    config_class, trainer_class = trainer_classes("distill")
+    trainer = trainer_class(configure(config_class, **settings | changes), runtime)
+    expected = distribution(Actor(lessons["teacher"]))
+    assert total_variation(distribution(trainer.actor.module), expected) > 0.3  # there is something to learn
+    for k in range(trainer.total_steps):
+        trainer.step(k)
+    return total_variation(distribution(trainer.actor.module), expected)
+
+
+def test_a_student_becomes_its_teacher(lessons, runtime, tmp_path):
+    assert distilled(lessons, runtime, tmp_path, 0, **DISTILLED["half of each, JSD"]) < 0.01
+
+
+@pytest.mark.slow
+def test_it_does_from_any_responses_with_three_seeds(lessons, runtime, tmp_path):
+    """Rewrites the table in docs/distillation.md."""
+    lines = ["| | seed 0 | seed 1 | seed 2 |", "|---|---|---|---|"]
+    for name, changes in DISTILLED.items():
+        found = [
+            distilled(lessons, runtime, tmp_path / f"{name} {seed}", seed, steps=200, **changes) for seed in range(3)
+        ]
+        assert max(found) < 0.01
+        lines.append(f"| {name} | " + " | ".join(f"{distance:.4f}" for distance in found) + " |")
+    fill_figures(ROOT / "docs" / "distillation.md", "\n".join(lines), "theory")
 
 
 @pytest.mark.slow
