@@ -287,6 +287,7 @@ def test_bad_responses_that_the_policy_has_left_are_masked(tiny_world, runtime, 
     """DeepSeek-V3.2's off-policy mask, of what sampled the responses and the policy as it is at each update: with a
     bound that no response keeps, the gradient is that of the good ones, over the same number of tokens."""
     options = dict(advantage="dr_grpo", aggregation="token", minibatches=1, max_rollout_kl=9.0, max_grad_norm=0.0)
+    options |= dict(learning_rate=1e-2, warmup=0.0)
     trainer = make(tiny_world, runtime, tmp_path / "mask", off_policy_bound=0.2, weights="token", cap=1.0, **options)
     moved = lambda batch: dataclasses.replace(batch, sampling_log_probs=batch.sampling_log_probs + 0.3)  # noqa: E731
     found = iterate(trainer, change=moved, learns=True)
