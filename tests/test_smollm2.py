@@ -451,10 +451,11 @@ def test_what_differs_between_two_evaluations_is_counted():
 # --- Chinese
 
 
-def test_the_plan_for_chinese_is_a_plan_of_two_stages():
+def test_the_plan_for_chinese_is_a_plan_of_two_stages(tmp_path):
     path = EXAMPLE / "chinese.yaml"
     assert len(path.read_text().splitlines()) <= 25
-    found = parse_stages(PretrainConfig, "", ["--config", str(path)])
+    made = ["--model", str(tmp_path), "--train_data", str(tmp_path)]  # by the steps before
+    found = parse_stages(PretrainConfig, "", ["--config", str(path), *made])
     assert [stage.freeze for stage in found.stages] == ["all-but-embeddings", "none"]
     last = Path(found.stages[-1].output_dir)
     assert chinese.trained(last.parents[1], last.parent.name) == last / "model"
