@@ -11,6 +11,7 @@ measured before and after.
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +46,8 @@ def main():
     output, pairs = arguments.output.resolve(), arguments.data.resolve() / "hh_rlhf"
     if {*arguments.stages} & {*ON_PAIRS, ON_SCORES} and not pairs.is_dir():
         sys.exit(f"error: {arguments.data} has no folder hh_rlhf: name the folder that has it with --data")
+    if {*arguments.stages} & {*ON_PAIRS} and not find_spec("sklearn"):
+        sys.exit("error: the bag of words that stands beside the pairs needs scikit-learn: pip install scikit-learn")
     try:
         model = make_model(output / "model")
     except UserError as error:
