@@ -51,7 +51,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     """Games for SFT, secret numbers to play for, and a tokenizer of the games' words; the same seed, the same bytes."""
     draw = random.Random(seed)
     games = [game(draw) for _ in range(GAMES)]
-    rows = [{"secret": 1 + i % HIGH, "high": HIGH, "attention": 0.2} for i in range(HIGH * 20)]
+    rows = [{"secret": 1 + i % HIGH, "high": HIGH, "narrowing": 1.0} for i in range(HIGH * 20)]
     files = {"games": games, "rows": rows, "held_out": rows[:HELD_OUT]}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}

@@ -228,3 +228,27 @@ def test_guess_the_number_takes_one_number(text, told):
     observation = game.step({"role": "assistant", "content": text})
     assert observation.messages[0]["content"].startswith(told) and not observation.done and observation.reward == 0
     assert game.step({"role": "assistant", "content": " 5\n"}).reward == 1
+
+
+def games(guesses, secret: int, **row) -> list[Observation]:
+    game = GuessTheNumber()
+    game.reset({"secret": secret, "high": 32, **row})
+    return [game.step({"role": "assistant", "content": str(guess)}) for guess in guesses]
+
+
+@pytest.mark.parametrize("secret", range(1, 33))
+def test_no_order_of_guesses_earns_more_than_finding_the_number(secret):
+    """Counting up agrees with all answers too, but rules out little."""
+    halving, least, most = [], 1, 32
+    while (least + most) // 2 not in halving:
+        guess = (least + most) // 2
+        halving.append(guess)
+        least, most = (guess + 1, most) if guess < secret else (least, guess - 1 if guess > secret else guess)
+        if guess == secret:
+            break
+    for guesses in (halving, range(1, secret + 1), range(32, secret - 1, -1)):
+        found = games(guesses, secret, narrowing=0.5)
+        assert found[-1].done and sum(one.reward for one in found) == pytest.approx(1.5)
+    counted = games(range(1, min(secret, 7)), secret, narrowing=0.5)
+    assert sum(one.reward for one in counted) < 0.5 * 0.06
+    assert sum(one.reward for one in games([secret - 1] * 9 if secret > 1 else [2] * 9, secret)) == 0
