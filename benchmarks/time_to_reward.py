@@ -33,7 +33,7 @@ Curve = list[tuple[float, float]]  # seconds of training, share of held-out sums
 
 def curve_of_coati(folder: Path, iterations: int, seed: int) -> Curve:
     """Trains with coati's launcher, and reads the curve from what it has logged."""
-    from coati.tracking import read_metrics
+    from coati.tracking.files import METRICS, read_lines
     from examples.stages import train
 
     with tempfile.TemporaryDirectory() as output:
@@ -41,14 +41,14 @@ def curve_of_coati(folder: Path, iterations: int, seed: int) -> Curve:
         flags |= {"train_data": folder / "data" / "prompts.jsonl", "eval_data": folder / "data" / "prompts_eval.jsonl"}
         flags |= {"eval_every": EVERY, "warmup": 0.0, "cache_dir": Path(output) / "cache"}
         train("grpo", ROOT / "examples/smollm2/grpo.yaml", Path(output) / "run", flags, processes=2)
-        return curve_of_metrics(read_metrics(Path(output) / "run"))
+        return curve_of_records(list(read_lines(Path(output) / "run" / METRICS)))
 
 
-def curve_of_metrics(rows: list[dict]) -> Curve:
+def curve_of_records(rows: list[dict]) -> Curve:
     """The curve without the evaluations' own time.
 
     Args:
-        rows: a run's metrics, from the evaluation before its first step on.
+        rows: a run's records of metrics, from the evaluation before its first step on; a step that is evaluated has two.
     """
     curve, seconds, last = [], 0.0, rows[0]["time"]
     for row in rows:

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.generation import limits_of
+from benchmarks.soak import slope_of
+from benchmarks.time_to_reward import curve_of_records, reached
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -55,3 +57,22 @@ def test_the_gpu_script_measures_on_any_device():
 def test_the_page_holds_the_committed_figures():
     page = (ROOT / "docs" / "performance.md").read_text()
     assert report.filled(page, report.read_results()) == page
+
+
+def test_the_time_to_a_reward_leaves_out_the_evaluations():
+    rows = [
+        {"step": 0, "time": 100.0, "eval/reward": 0.2},
+        {"step": 1, "time": 110.0, "reward": 0.3},
+        {"step": 2, "time": 121.0, "reward": 0.4},
+    ]
+    rows += [{"step": 2, "time": 500.0, "eval/reward": 0.6}, {"step": 3, "time": 505.0, "reward": 0.7}]
+    rows += [{"step": 4, "time": 506.0, "reward": 0.7}, {"step": 4, "time": 900.0, "eval/reward": 0.8}]
+    curve = curve_of_records(rows)
+    assert curve == [(0.0, 0.2), (21.0, 0.6), (27.0, 0.8)]
+    assert [reached(curve, target) for target in (0.2, 0.5, 0.8, 0.9)] == [0.0, 21.0, 27.0, None]
+
+
+def test_the_slope_of_memory_has_an_interval_that_holds_the_true_one():
+    noisy = [(step, 100 + 0.02 * step + (step * 7919 % 13 - 6) / 10) for step in range(100, 500)]
+    slope, half = slope_of(noisy)
+    assert abs(slope - 0.02) < half < 0.002
