@@ -48,7 +48,7 @@ def curve_of_records(rows: list[dict]) -> Curve:
     """The curve without the evaluations' own time.
 
     Args:
-        rows: a run's records of metrics, from the evaluation before its first step on; a step that is evaluated has two.
+        rows: a run's records of metrics, from the evaluation before its first step on; an evaluated step has two.
     """
     curve, seconds, last = [], 0.0, rows[0]["time"]
     for row in rows:
