@@ -103,7 +103,7 @@ def tokenize_many(records: Sequence[Record], tokenizer, config: DataConfig) -> l
     """As `tokenize`, in one tokenizer call."""
     rendered = [_attempt(_render, record, tokenizer, config) for record in records]
     texts = [piece.text for pieces in rendered if not isinstance(pieces, ValueError) for piece in pieces]
-    encoded = {"input_ids": [], "offset_mapping": []}
+    encoded: Any = {"input_ids": [], "offset_mapping": []}
     if texts:
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
