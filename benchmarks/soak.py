@@ -28,15 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.contest import machine, store  # noqa: E402
-from benchmarks.world import PLAIN, words, write_models, write_rows  # noqa: E402
+from benchmarks.world import PLAIN, REWARD, words, write_models, write_rows  # noqa: E402
 from coati.config import as_flags  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
 from examples.stages import environment  # noqa: E402
 
 MODEL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
-REWARD = """def reward(prompts, responses, **columns):
-    return [float(len(text) % 7) for text in responses]
-"""
 EVERY, SETTLED = 25, 100  # iterations between evaluations and checkpoints; after which memory should stay
 
 

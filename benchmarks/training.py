@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contest import Contender, contest, machine, ratio, serve, store
 from benchmarks.generation import MODEL, log_normal
-from benchmarks.world import PLAIN, words, write_models, write_rows
+from benchmarks.world import PLAIN, REWARD, words, write_models, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 LATEST = ROOT / ".venv-trl-1.16/bin/python"
@@ -43,9 +43,6 @@ LAST_PPO = ROOT / ".venv-trl/bin/python"
 DATA_ROWS = 512
 GROUP = 4
 PARTS = ("generate", "score", "evaluate", "learn")  # of an iteration
-REWARD = """def reward(prompts, responses, **columns):
-    return [float(len(text) % 7) for text in responses]
-"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ PLAIN = (  # a dialogue with no words of the template's own
     "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
+REWARD = """def reward(prompts, responses, **columns):
+    return [float(len(text) % 7) for text in responses]
+"""
 
 
 def words(start: int, count: int) -> str:

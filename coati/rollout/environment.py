@@ -96,6 +96,7 @@ class EnvironmentCalls:
         if inspect.iscoroutinefunction(method):
             return asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop())
         future: Future = Future()
+        future.set_running_or_notify_cancel()  # so that a late result is dropped and no error of its own
 
         def call():
             try:
@@ -116,10 +117,10 @@ class EnvironmentCalls:
         if not future.done():
             future.cancel()
             raise EpisodeFailed(f"no result within {self.timeout:g} s")
-        try:
-            return future.result()
-        except Exception as error:
+        error = future.exception()
+        if error is not None:  # an exit, too: it is the environment's, not the run's
             raise EpisodeFailed(repr(error)) from error
+        return future.result()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:
@@ -138,7 +139,7 @@ def check_messages(messages: Any) -> Messages:
         checked, _ = read_messages(messages, "messages")
     except ValueError as error:
         raise EpisodeFailed(str(error)) from None
-    if any(message["role"] == "assistant" for message in checked[-1:]) or not checked:
+    if not checked or checked[-1]["role"] == "assistant":
         raise EpisodeFailed("the last message must be for the policy, not by it")
     return checked
 

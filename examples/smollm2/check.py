@@ -117,8 +117,7 @@ def likelihood_accuracy(model: Path, pairs: Path, max_length: int) -> Share:
     """Pairs whose chosen response is the more probable one under the model by itself, as sums of log-probs. Sums favor
     short responses. Longer rows lose the beginning of the prompt, and what can't be read is left out, as in the stages.
     """
-    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
-    samples = [sample for row in read_rows(pairs) for sample in tokenized(row, tokenizer, config)]
+    samples = read_pairs(pairs, model, max_length)
     wins = 0
     for sample in samples:
         chosen, rejected = (masked_log_prob(model, s.input_ids, s.loss_mask) for s in (sample.chosen, sample.rejected))
@@ -158,15 +157,22 @@ def bag_of_words_accuracy(train: Path, test: Path, model: Path, max_length: int)
 
 def response_pairs(path: Path, model: Path, max_length: int) -> list[tuple[str, str]]:
     """The texts of chosen and rejected responses, of the pairs that the stages read."""
-    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
-    samples = [sample for row in read_rows(path) for sample in tokenized(row, tokenizer, config)]
-    sides = [[response_text(tokenizer, side) for side in (sample.chosen, sample.rejected)] for sample in samples]
-    return [(chosen, rejected) for chosen, rejected in sides]
+    tokenizer = load(model)[1]
+    return [
+        (response_text(tokenizer, sample.chosen), response_text(tokenizer, sample.rejected))
+        for sample in read_pairs(path, model, max_length)
+    ]
 
 
 def response_text(tokenizer, sample) -> str:
     masked = [token for token, learned in zip(sample.input_ids, sample.loss_mask, strict=True) if learned]
     return tokenizer.decode(masked, skip_special_tokens=True)
+
+
+def read_pairs(path: Path, model: Path, max_length: int) -> list[PreferenceSample]:
+    """The pairs of a file that the stages read, in a model's tokens."""
+    config, tokenizer = DataConfig(max_length=max_length, too_long="truncate_prompt"), load(model)[1]
+    return [sample for row in read_rows(path) for sample in tokenized(row, tokenizer, config)]
 
 
 def tokenized(row: dict, tokenizer, config: DataConfig) -> list[PreferenceSample]:

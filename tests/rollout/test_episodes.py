@@ -124,6 +124,8 @@ class Echo:
         how = self.row.get("step")
         if how == "raises":
             raise RuntimeError("it broke")
+        if how == "exits":
+            raise SystemExit(3)
         if how == "hangs":
             threading.Event().wait()
         if how == "returns text":
@@ -142,19 +144,19 @@ class Echo:
             raise RuntimeError("never mind")
 
 
-MISBEHAVIORS = ("raises", "hangs", "returns text", "is not a number", "says nothing", "speaks for the policy")
+MISBEHAVIORS = ("raises", "exits", "hangs", "returns text", "is not a number", "says nothing", "speaks for the policy")
 
 
 def test_environments_that_fail_are_contained_counted_and_closed(tokenizer):
     rows = [{"step": how} for how in MISBEHAVIORS] + [{"fails": True}, {}, {"close fails": True}]
     Echo.closed = 0
     samples, _ = play(tokenizer, Echo, "a", rows=rows, max_turns=3, timeout=0.2)
-    assert [sample.finish_reason for sample in samples] == ["failed"] * 7 + ["turns"] * 2
-    assert [len(sample.turns) for sample in samples] == [1] * 6 + [0] + [3] * 2
-    assert [sample.score for sample in samples] == [0.0] * 7 + [0.75] * 2
+    assert [sample.finish_reason for sample in samples] == ["failed"] * 8 + ["turns"] * 2
+    assert [len(sample.turns) for sample in samples] == [1] * 7 + [0] + [3] * 2
+    assert [sample.score for sample in samples] == [0.0] * 8 + [0.75] * 2
     assert all(sample.truncated for sample in samples) and Echo.closed == len(rows)
     metrics = mean_environment_metrics(samples, Alone())
-    assert metrics["environment/failed"] == 7 / 9 and metrics["environment/turns"] == 12 / 9
+    assert metrics["environment/failed"] == 8 / 10 and metrics["environment/turns"] == 13 / 10
 
 
 def test_environments_that_all_fail_end_the_run_with_the_reason(tokenizer):
