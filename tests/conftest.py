@@ -213,5 +213,6 @@ def runtime():
     from coati.parallel import launch
     from coati.parallel.runtime import shutdown
 
-    yield launch(0)
-    shutdown()
+    runtime = launch(0)
+    yield runtime
+    shutdown(runtime)

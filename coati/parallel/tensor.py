@@ -273,7 +273,8 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-_last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
+# by group; weak, so that a group ends when its run does
+_last_copy: weakref.WeakKeyDictionary[Any, tuple[weakref.ref, weakref.ref]] = weakref.WeakKeyDictionary()
 
 
 def copy_to_ranks(x: Tensor, group) -> Tensor:
