@@ -213,6 +213,5 @@ def runtime():
     from coati.parallel import launch
     from coati.parallel.runtime import shutdown
 
-    runtime = launch(0)
-    yield runtime
-    shutdown(runtime)
+    yield launch(0)
+    shutdown()

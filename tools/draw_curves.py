@@ -119,7 +119,7 @@ def train_all(output: Path):
     train("sft", output / "sft", steps=120, batch_size=16, micro_batch_size=16)
     for name, (_, changes, _) in RUNS.items():
         train("ppo", output / name, model=str(output / "sft" / "model"), **HEALTHY | changes)
-    shutdown(runtime)
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def work(folder: Path):
     cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
     peaks = [_peak_of_run(case, folder, runtime, f"{folder}/run-{i}") for i, case in enumerate(cases)]
     (folder / f"peaks-{runtime.rank}.json").write_text(json.dumps(peaks))
-    shutdown(runtime)
+    shutdown()
 
 
 def _peak_of_run(case: Case, folder: Path, runtime, output: str) -> float:

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # responses are on disk: nothing is lost by ending at once
             signal.signal(number, signal.SIG_DFL)
         evaluate(config, runtime)
-        shutdown(runtime)
+        shutdown()
         return 0
     except UserError as error:
         if runtime.first_to_fail() if runtime else os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,5 @@
 """Starting a process of a run: under `colossalai run`, torchrun, srun, `coati run`, or plain `python`."""
 
-import gc
 import logging
 import os
 import random
@@ -166,17 +165,10 @@ def _join_process_group(rank: int, world_size: int, device: torch.device):
     )
 
 
-def shutdown(runtime: Runtime):
-    """Leaves the process group once nothing of the run is needed anymore, and ends its threads.
-
-    Torch's call alone leaves every group running that something still refers to, a cycle of objects too. A thread of
-    gloo's that lets go of its last tensor while Python finalizes aborts the process, and a finished run has failed
-    (pytorch/pytorch#190489).
-    """
+def shutdown():
+    """Leaves the process group; without it torch warns at exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    runtime.communicators.clear()
-    gc.collect()
 
 
 def seed_everything(seed: int):

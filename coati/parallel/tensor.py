@@ -273,8 +273,7 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-# by group; weak, so that a group ends when its run does
-_last_copy: weakref.WeakKeyDictionary[Any, tuple[weakref.ref, weakref.ref]] = weakref.WeakKeyDictionary()
+_last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
 
 
 def copy_to_ranks(x: Tensor, group) -> Tensor:

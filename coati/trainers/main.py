@@ -69,7 +69,7 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
 
         runtime = launch(config.seed)
         trainer_class(config, runtime).train()
-        shutdown(runtime)
+        shutdown()
     except UserError as error:
         if runtime is None and not is_main:
             # rank 0 says the same now, if it can: until then no launcher may see that a process has failed

@@ -66,7 +66,7 @@ def call(function: str, arguments: dict, file: str, fault: str | None = None, wa
     result = globals()[function](runtime, **arguments)
     if runtime.is_main:
         Path(file).write_text(json.dumps(result))
-    shutdown(runtime)
+    shutdown()
 
 
 def use_strict_device(runtime: Runtime):

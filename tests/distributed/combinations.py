@@ -36,7 +36,7 @@ def work(file: str):
     results = [outcome(runtime, *combination) for combination in COMBINATIONS]
     if runtime.is_main:
         Path(file).write_text(json.dumps(results))
-    shutdown(runtime)
+    shutdown()
 
 
 def outcome(runtime: Runtime, plugin: str, precision: str, split: str, feature: str) -> dict:

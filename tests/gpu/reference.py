@@ -18,7 +18,7 @@ def main():
         output = str(Path(job["folder"]) / algorithm)
         settings = settings_for(algorithm, job["world"], output_dir=output, plugin="ddp", precision="fp32")
         trainer_class(configure(config_class, **settings), runtime).train()
-    shutdown(runtime)
+    shutdown()
 
 
 if __name__ == "__main__":
