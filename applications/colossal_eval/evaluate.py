@@ -22,6 +22,7 @@ from coati.errors import UserError
 from coati.files import replace_file
 from coati.tracking import check_installed
 from coati.tracking.config import TrackingConfig
+from coati.trainers.main import end_process
 from colossal_eval.benchmarks.benchmark_settings import SETTINGS, TaskOptions
 from colossal_eval.report import EVALUATION, write_report
 from colossal_eval.run.model_loading import column_names, load_model, model_folder
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, signal.SIG_DFL)
         evaluate(config, runtime)
         shutdown()
-        return 0
+        status = 0
     except UserError as error:
         if runtime.first_to_fail() if runtime else os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -197,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
         if runtime is None or runtime.first_to_fail():
             traceback.print_exc()
         status = 1
-    if runtime is not None and runtime.world_size > 1:
-        os._exit(status)  # the others may wait for this rank in a collective call
+    if runtime is not None:
+        end_process(status)
     return status
 
 

@@ -1,5 +1,6 @@
 """The entry point of the example scripts: parse, launch, train; errors in words."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -70,20 +71,21 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
         runtime = launch(config.seed)
         trainer_class(config, runtime).train()
         shutdown()
+        end_process(0)
     except UserError as error:
         if runtime is None and not is_main:
             # rank 0 says the same now, if it can: until then no launcher may see that a process has failed
             time.sleep(SECONDS_FOR_RANK_0)
         if runtime is None or runtime.first_to_fail():
             print(f"error: {error}", file=sys.stderr)
-        _end(2)
+        end_process(2)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        _end(1)
+        end_process(1)
     except Exception:
         if runtime is None or runtime.first_to_fail():  # another rank's error is only the echo of the first
             traceback.print_exc()
-        _end(1)
+        end_process(1)
 
 
 def _processes() -> int:
@@ -91,8 +93,15 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 
 
-def _end(status: int):
-    """Without the clean-up at exit, in which a rank waits for others that sit in a collective call."""
+def end_process(status: int):
+    """Ends the process without Python's own clean-up, which can only spoil what is done by then.
+
+    After an error a rank would wait in it for others that sit in a collective call. After success, a thread of gloo's
+    that lets go of its last tensor meanwhile aborts the process, and a finished run counts as failed
+    (pytorch/pytorch#190489). What was registered with `atexit` is run after success only.
+    """
+    if status == 0:
+        atexit._run_exitfuncs()
     with contextlib.suppress(OSError):  # whoever read our output may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -72,6 +72,7 @@ def work(jobs: str, file: str):
     """All jobs of one file, one after the other."""
     from coati.parallel import launch
     from coati.parallel.runtime import shutdown
+    from coati.trainers.main import end_process
 
     runtime = launch(0)
     results = {}
@@ -84,6 +85,7 @@ def work(jobs: str, file: str):
     if runtime.is_main:
         Path(file).write_text(json.dumps(results))
     shutdown()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,10 @@ def run_command(world, runtime, output, monkeypatch, algorithm="sft", **changes)
     monkeypatch.setattr("coati.parallel.runtime.shutdown", lambda: None)
     monkeypatch.setattr(runtime, "first_to_fail", lambda: True)
     monkeypatch.setattr(entry, "watch_launcher", lambda: None)
-    monkeypatch.setattr(entry, "_end", end)
-    try:
+    monkeypatch.setattr(entry, "end_process", end)
+    with pytest.raises(SystemExit):
         entry.main(config_class, lambda: trainer_class, "test", parse=lambda *_: configure(config_class, **settings))
-    except SystemExit:
-        return ends[0]
-    return 0
+    return ends[0]
 
 
 @pytest.mark.parametrize("private", [True, False])
