@@ -10,6 +10,8 @@ from coati.rollout.episodes import EpisodeGeneration
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
+from coati.rollout.tool_calls import format_of
+from coati.rollout.tools import describe_tools, has_tools
 
 __all__ = [
     "BestOf",
@@ -34,7 +36,10 @@ __all__ = [
     "best_of_n_kl",
     "check_conversations",
     "complete",
+    "describe_tools",
+    "format_of",
     "has_kv_cache",
+    "has_tools",
     "load_environment",
     "prompt_of",
 ]

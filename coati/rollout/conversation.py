@@ -102,8 +102,13 @@ def check_conversations(renderer: ConversationRenderer) -> list[str]:
     sampled.
 
     Raises:
-        UserError: the template can't write a message after a response.
+        UserError: the template can't write a message after a response, or a tool's result after its call.
     """
+    if renderer.template.tools:
+        call = {"id": "call00000", "type": "function", "function": {"name": "find", "arguments": {}}}
+        called = {"role": "assistant", "content": MARK, "tool_calls": [call]}
+        result = {"role": "tool", "name": "find", "tool_call_id": call["id"], "content": "tea"}
+        renderer.between(PROBES[0], called, [result], is_ended=True)
     adds_only = [adds_to(renderer, before, text) for before in PROBES for text in RESPONSES]
     if all(adds_only):
         return []

@@ -3,19 +3,19 @@
 An environment is a class of the user's own, without a base class. One object is made per episode:
 
     class GuessTheNumber:
-        def reset(self, row):                  # the row's fields -> the messages that begin the conversation
+        def reset(self, row):                  # the row's fields -> what begins the conversation
             self.secret = row["secret"]
-            return [{"role": "user", "content": "Guess my number, from 1 to 100."}]
+            return "Guess my number, from 1 to 100."
 
         def step(self, message):               # the policy's message -> what it leads to
             guess = int(message["content"])
             if guess == self.secret:
                 return Observation(reward=1.0, done=True)
-            hint = "higher" if guess < self.secret else "lower"
-            return Observation([{"role": "user", "content": f"It is {hint}."}])
+            return Observation("Higher." if guess < self.secret else "Lower.")
 
 Both may be `async`, and may raise: the episode ends there, and counts as failed. `close()`, if there is one, is called
-at the end of every episode. Episodes of one row should be alike: what is random belongs into the row.
+at the end of every episode. Episodes of one row should be alike: what is random belongs into the row. A class without
+`step` has tools, see `coati.rollout.tools`.
 """
 
 import asyncio
@@ -36,13 +36,14 @@ class Observation:
     """What a step leads to.
 
     Attributes:
-        messages: what the policy reads next; none only where the episode is done.
+        messages: what the policy reads next, a text for one message by the user (or by the tool that returned it); none
+            only where the episode is done.
         reward: for the message that led here; an episode's is their sum.
         done: the episode ends.
         metrics: numbers whose means are logged as `environment/NAME`, of the last step that gives them.
     """
 
-    messages: Messages = field(default_factory=list)
+    messages: Messages | str = field(default_factory=list)
     reward: float = 0.0
     done: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Observation:
 class Environment(Protocol):
     """See the module's docstring."""
 
-    def reset(self, row: dict[str, Any]) -> Messages:
+    def reset(self, row: dict[str, Any]) -> Messages | str:
         """Begins an episode.
 
         Args:
@@ -62,18 +63,18 @@ class Environment(Protocol):
         """Answers a message of the policy's, `{"role": "assistant", "content": text}`."""
 
 
-def load_environment(location: str) -> Callable[[], Environment]:
-    """The class, or function that makes an environment, at `FILE.py:Class` or `module:Class`.
+def load_environment(location: str) -> type:
+    """The class at `FILE.py:Class` or `module:Class`.
 
     Raises:
-        UserError: there is none, or it lacks a method.
+        UserError: there is none, or it has no `reset`.
     """
-    made = import_function(location, "environment")
-    if inspect.isclass(made):
-        lacking = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
-        if lacking:
-            raise UserError(f"environment {location!r} has no method {' and no method '.join(lacking)}")
-    return made
+    environment = import_function(location, "environment")
+    if not inspect.isclass(environment):
+        raise UserError(f"environment {location!r} is no class")
+    if not hasattr(environment, "reset"):
+        raise UserError(f"environment {location!r} has no method reset")
+    return environment
 
 
 class EpisodeFailed(Exception):
@@ -122,6 +123,16 @@ class EnvironmentCalls:
             raise EpisodeFailed(repr(error)) from error
         return future.result()
 
+    def run(self, method: Callable, *arguments, **named) -> Any:
+        """What a method returns or raises, from within another call."""
+        if not inspect.iscoroutinefunction(method):
+            return method(*arguments, **named)
+        future = asyncio.run_coroutine_threadsafe(method(*arguments, **named), self._running_loop())
+        try:
+            return future.result(self.timeout)
+        finally:
+            future.cancel()
+
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:
             self.loop = asyncio.new_event_loop()
@@ -132,9 +143,14 @@ class EnvironmentCalls:
 def check_messages(messages: Any) -> Messages:
     """Messages that an environment gave, in one shape.
 
+    Args:
+        messages: a text is one by the user.
+
     Raises:
         EpisodeFailed: they are none.
     """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     try:
         checked, _ = read_messages(messages, "messages")
     except ValueError as error:

@@ -26,9 +26,13 @@ from coati.rollout.environment import (
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.rollout.source import Prompt, Scored
+from coati.rollout.tool_calls import read_response
+from coati.rollout.tools import ToolUse
 from coati.samples import Sample, Turn
 
 logger = logging.getLogger(__name__)
+
+LONGEST_TOKEN = 256  # characters; a text of more than fit into an episode isn't tokenized to find that out
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Episode:
         if self.log_probs is not None:
             self.log_probs += log_probs if sampled else [0.0] * len(ids)
 
-    def fail(self, error: EpisodeFailed):
+    def fail(self, error: Exception):
         self.finish_reason, self.error = "failed", str(error)
 
 
@@ -75,9 +79,10 @@ class EpisodeGeneration:
     """Plays episodes and scores them: what `ScoredGeneration` is for single responses.
 
     Args:
-        make_environment: makes one per episode.
         ends: tokens that end a response.
+        environment: the class; every episode has an object of its own.
         ranks: those that generate together, which must take equally many turns (`Communicator`).
+        call_format: of `FORMATS`, for an environment with tools, which the renderer describes to the policy.
     """
 
     plays_episodes = True
@@ -88,14 +93,15 @@ class EpisodeGeneration:
         scorer: Scorer,
         tokenizer,
         ends: Iterable[int],
-        make_environment: Callable[[], Environment],
+        environment: Callable[[], Environment],
         renderer: ConversationRenderer,
         limits: EnvironmentConfig,
         ranks,
+        call_format: str | None = None,
     ):
         self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
-        self.make_environment, self.renderer, self.limits, self.ranks = make_environment, renderer, limits, ranks
-        self.calls = EnvironmentCalls(limits.timeout)
+        self.environment, self.renderer, self.limits, self.ranks = environment, renderer, limits, ranks
+        self.call_format, self.calls = call_format, EnvironmentCalls(limits.timeout)
 
     def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> Scored:
         """One scored episode per prompt, whose columns are the row that it begins from.
@@ -107,7 +113,7 @@ class EpisodeGeneration:
             UserError: every episode's environment failed; it has the last error.
         """
         started = time.monotonic()
-        episodes = [Episode(prompt, self.make_environment()) for prompt in prompts]
+        episodes = [Episode(prompt, self.new_environment()) for prompt in prompts]
         try:
             self.play(episodes, sampling)
         finally:
@@ -120,6 +126,13 @@ class EpisodeGeneration:
         seconds = self.scorer.score(samples)
         times = {"generate": generated - started, "score": time.monotonic() - generated}
         return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+
+    def new_environment(self) -> Environment:
+        environment = self.environment()
+        if self.call_format is None:
+            return environment
+        names = [tool["function"]["name"] for tool in self.renderer.template.tools]
+        return ToolUse(environment, names, self.calls, self.limits.max_result_characters)
 
     def play(self, episodes: list[Episode], sampling: GenerationConfig):
         """Every episode to its end."""
@@ -145,7 +158,7 @@ class EpisodeGeneration:
             ids = self.renderer.start(episode.messages)
             if len(ids) >= self.limits.max_tokens:
                 raise EpisodeFailed(f"its first messages have {len(ids)} tokens: raise environment.max_tokens")
-        except EpisodeFailed as error:
+        except (EpisodeFailed, UserError) as error:
             return episode.fail(error)
         episode.append(ids)
 
@@ -168,7 +181,7 @@ class EpisodeGeneration:
         episode.append(completion.ids, completion.log_probs, sampled=True)
         episode.turns.append(Turn(start, len(episode.tokens)))
         text = response_text(self.tokenizer, completion.ids, self.ends).strip()
-        episode.messages.append({"role": "assistant", "content": text})
+        episode.messages.append(read_response(text, self.call_format))
         if completion.finish_reason == "length":
             episode.finish_reason = "length"
             return
@@ -180,18 +193,25 @@ class EpisodeGeneration:
             return
         try:
             observation = check_observation(self.calls.result(episode.waiting))
-        except EpisodeFailed as error:
-            return episode.fail(error)
-        episode.turns[-1].reward = observation.reward
-        episode.metrics |= observation.metrics
-        if observation.done:
-            episode.finish_reason = "done"
-            return
+            episode.turns[-1].reward = observation.reward
+            episode.metrics |= observation.metrics
+            if observation.done:
+                episode.finish_reason = "done"
+            else:
+                self.tell(episode, observation.messages)
+        except (EpisodeFailed, UserError) as error:  # a template may refuse what a policy has done, such as two calls
+            episode.fail(error)
+
+    def tell(self, episode: Episode, messages: Messages):
+        """Puts what the policy reads next after what there is, if there is room for it and a response."""
         *before, response = episode.messages
+        episode.messages += messages
+        if any(len(message["content"]) > LONGEST_TOKEN * self.limits.max_tokens for message in messages):
+            episode.finish_reason = "length"
+            return
         is_ended = episode.tokens[-1] in self.renderer.ends
-        episode.append(self.renderer.between(before, response, observation.messages, is_ended))
-        episode.messages += observation.messages
-        if len(episode.tokens) >= self.limits.max_tokens:  # no room for a response
+        episode.append(self.renderer.between(before, response, messages, is_ended))
+        if len(episode.tokens) >= self.limits.max_tokens:
             episode.finish_reason = "length"
 
     def close(self, episodes: list[Episode]):

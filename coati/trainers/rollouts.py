@@ -16,7 +16,10 @@ from coati.rollout import (
     ScoredGeneration,
     SynchronousRollouts,
     check_conversations,
+    describe_tools,
+    format_of,
     has_kv_cache,
+    has_tools,
     load_environment,
     prompt_of,
 )
@@ -120,12 +123,16 @@ class RolloutTrainer(Trainer):
         generator, ends = self.factory.generator(self.actor, c.generation), eos_ids(self.tokenizer, self.actor.module)
         if c.environment.path is None:
             return ScoredGeneration(generator, scorer, self.tokenizer, ends)
-        renderer = ConversationRenderer(self.tokenizer, ends, c.data.template_arguments)
+        environment = load_environment(c.environment.path)
+        tools = describe_tools(environment) if has_tools(environment) else None
+        renderer = ConversationRenderer(self.tokenizer, ends, c.data.template_arguments, tools)
+        call_format = None if tools is None else c.environment.call_format
+        if call_format == "auto":
+            call_format = format_of(renderer.template, renderer.end_texts)
         for note in check_conversations(renderer):
             self.runtime.say(note)
-        make_environment = load_environment(c.environment.path)
         return EpisodeGeneration(
-            generator, scorer, self.tokenizer, ends, make_environment, renderer, c.environment, self.ranks
+            generator, scorer, self.tokenizer, ends, environment, renderer, c.environment, self.ranks, call_format
         )
 
     def build_rollouts(self) -> RolloutSource:

@@ -1,5 +1,6 @@
 """On a shared disk only the machine that wrote a file can sync it: each rank syncs its own files of a checkpoint."""
 
+import atexit
 import json
 import os
 from pathlib import Path
@@ -33,9 +34,12 @@ def train_and_note_syncs(config: str, folder: Path):
         barrier.append(True)
         write_manifest(*arguments)
 
+    def write():
+        (folder / f"synced-{os.environ['RANK']}.json").write_text(json.dumps(sorted(synced)))
+
     os.fsync, checkpoint.write_manifest = note, listed
+    atexit.register(write)
     forks.train("sft", config)
-    (folder / f"synced-{os.environ['RANK']}.json").write_text(json.dumps(sorted(synced)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,13 +7,11 @@ import pytest
 
 from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
-from coati.data import prepare_tokenizer
 from coati.environments.guess_the_number import GuessTheNumber
 from coati.errors import UserError
 from coati.rewards import EnvironmentReward, Scorer
 from coati.rollout import Completion, ConversationRenderer, EpisodeGeneration, Observation, Prompt, load_environment
 from coati.rollout.source import mean_environment_metrics
-from tests.data.families import FAMILIES
 
 
 class Alone:
@@ -48,12 +46,17 @@ class Says:
             on_done(i, Completion(ids, [-0.5 - place for place in range(len(ids))], reason))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return prepare_tokenizer(FAMILIES["qwen2_5"].tokenizer())[0]
-
-
-def play(tokenizer, environment, *texts, rows=({"secret": 5},), ranks=None, turn_rewards=False, **limits):
+def play(
+    tokenizer,
+    environment,
+    *texts,
+    rows=({"secret": 5},),
+    ranks=None,
+    turn_rewards=False,
+    renderer=None,
+    call_format=None,
+    **limits,
+):
     """The samples, and the generator."""
     ends, generator = [tokenizer.eos_token_id], Says(tokenizer, *texts)
     generation = EpisodeGeneration(
@@ -62,12 +65,14 @@ def play(tokenizer, environment, *texts, rows=({"secret": 5},), ranks=None, turn
         tokenizer,
         ends,
         environment,
-        ConversationRenderer(tokenizer, ends),
+        renderer or ConversationRenderer(tokenizer, ends),
         EnvironmentConfig(**limits),
         ranks or Alone(),
+        call_format,
     )
     prompts = [Prompt(i, [0, i], [], "", row) for i, row in enumerate(rows)]
-    return generation.sample(prompts, GenerationConfig(max_new_tokens=32)).samples, generator
+    longest = 32 if call_format is None else 1024
+    return generation.sample(prompts, GenerationConfig(max_new_tokens=longest)).samples, generator
 
 
 def parts(tokenizer, sample, sampled: bool) -> str:
@@ -209,11 +214,13 @@ def test_rewards_of_turns_fall_on_their_last_tokens(tokenizer):
     assert where == [turn.end - 1 for turn in sample.turns]
 
 
-def test_a_class_without_the_methods_is_refused(tmp_path):
+def test_what_is_no_environment_is_refused(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("class Mine:\n    def reset(self, row): return []\n")
-    with pytest.raises(UserError, match="has no method step"):
+    path.write_text("class Mine:\n    def step(self, message): return []\n\ndef make(): return Mine()\n")
+    with pytest.raises(UserError, match="has no method reset"):
         load_environment(f"{path}:Mine")
+    with pytest.raises(UserError, match="is no class"):
+        load_environment(f"{path}:make")
     with pytest.raises(UserError, match="does not exist"):
         load_environment(f"{tmp_path / 'other.py'}:Mine")
 

@@ -1,12 +1,14 @@
 """Training with an environment: whole tiny runs of GRPO and PPO over several turns."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from coati.config import configure
 from coati.errors import UserError
+from coati.rollout import describe_tools
 from coati.tracking import read_metrics, read_samples
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 from coati.trainers.ppo import PPOConfig, PPOTrainer
@@ -51,6 +53,45 @@ def test_the_noted_log_probs_are_those_of_a_forward_pass_over_the_whole_episode(
     assert (expected - batch.sampling_log_probs[:, 1:])[mask].abs().max() < 1e-5
 
 
+CALLING = """{% for tool in tools or [] %}{{ tool.function.name }}
+{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ eos_token if m.role == 'assistant' }}
+{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"""
+
+
+def test_a_policy_uses_tools_as_its_template_writes_them(tiny_world, runtime, tmp_path):
+    """A policy that has not learned to call answers at once; one call is put into its mouth."""
+    (tmp_path / "template.jinja").write_text(CALLING)
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is 2 + 3?", "answer": "5"}\n' * 8)
+    changes = dict(
+        environment="coati.environments.calculator:Calculator", chat_template=str(tmp_path / "template.jinja")
+    )
+    rows = [str(tmp_path / "rows.jsonl")]
+    changes |= dict(train_data=rows, eval_data=rows, max_tokens=400, max_new_tokens=80, steps=2)
+    changes["max_rollout_kl"] = 100.0  # of what it never said
+    trainer = make("grpo", tiny_world, runtime, tmp_path / "run", **changes)
+    generation = trainer.generation
+    assert generation.call_format == "hermes"
+    said = ['<tool_call>{"name": "calculate", "arguments": {"expression": "2 + 3"}}</tool_call>', "5"]
+    generate = generation.generator.generate
+
+    def speak(requests, sampling, on_done):
+        def put(i, completion):
+            text = said[min(requests[i].seed[-1], 1)]  # by the turn
+            ids = [*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], trainer.tokenizer.eos_token_id]
+            on_done(i, replace(completion, ids=ids, log_probs=[-1.0] * len(ids), finish_reason="eos"))
+
+        return generate(requests, sampling, put)
+
+    generation.generator.generate = speak
+    trainer.train()
+    [row, _] = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
+    counts = {name: row[f"environment/{name}"] for name in ("tool_calls", "tool_errors", "malformed_calls")}
+    assert counts == {"tool_calls": 1, "tool_errors": 0, "malformed_calls": 0}
+    [sample, *_] = read_samples(tmp_path / "run")
+    assert sample["response"].endswith("\n\ntool: 5\n\nassistant: 5")
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tiny_world, runtime, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     make("grpo", tiny_world, runtime, whole, save_every=2).train()
@@ -60,7 +101,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_world, runtime, tmp_path):
 
 
 def test_the_class_of_the_page_trains_a_policy(tiny_world, runtime, tmp_path):
-    [block] = blocks(ROOT / "docs" / "environments.md", "python")
+    block, shop = blocks(ROOT / "docs" / "environments.md", "python")
+    tools = {}
+    exec(shop.text, tools)
+    [tool] = describe_tools(tools["Shop"])
+    assert tool["function"]["name"] == "price"
     assert len(block.text.splitlines()) <= 25
     (tmp_path / "guess.py").write_text(block.text)
     (tmp_path / "rows.jsonl").write_text('{"secret": 7}\n' * 8)
