@@ -320,6 +320,30 @@ def test_the_student_has_about_30_million_weights():
     assert sum(parameter.numel() for parameter in student.parameters()) == pytest.approx(31e6, rel=0.05)
 
 
+def test_lists_are_reversed_to_the_letter(trained, tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    sizes = {name: (4, least, most) for name, (_, least, most) in tasks.REVERSALS.items()}
+    monkeypatch.setattr(tasks, "REVERSALS", sizes)
+    answers = {}
+    monkeypatch.setattr(check, "greedy_responses", lambda model, rows, **_: [answers[row["prompt"]] for row in rows])
+    files = tasks.make_reversals(tmp_path / "seed0" / "data", 0)
+    for name in ("reversals_eval", "reversals_longer"):
+        of_file = rows(files[name])
+        answers |= {row["question"]: row["answer"] for row in of_file}
+        answers[of_file[0]["question"]] = of_file[0]["answer"] + "."
+    done = trained("grpo_reversals")
+    assert [config for _, config, _ in done] == ["reversal_sft.yaml", "grpo_reversals.yaml"]
+    assert done[1][2]["model"] == tmp_path / "seed0" / "reversal_sft" / "model"
+    summary = json.loads((tmp_path / "seed0" / "grpo_reversals" / "summary.json").read_text())
+    assert summary["after"]["lists of 3 to 5 words reversed"] == [3, 4]
+    assert summary["after"]["lists of 6 or 7 words reversed"] == [3, 4]
+    metrics, [run] = (
+        stages_file(tmp_path / "seed0" / "grpo_reversals", name) for name in ("metrics.jsonl", "run.json")
+    )
+    assert ("the task's own score, sampled", "0.25", "0.75") in of_metrics("grpo_reversals", metrics, run)
+    assert len(set(map(str, rows(files["reversals"]) + rows(files["reversals_eval"])))) == 8
+
+
 def stages_file(folder: Path, name: str) -> list[dict]:
     text = (folder / name).read_text()
     return rows(folder / name) if name.endswith("l") else [json.loads(text)]

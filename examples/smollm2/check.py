@@ -79,6 +79,21 @@ def check_sums(model: Path, data: Path) -> tuple[dict[str, Share], list[str]]:
     return found, told
 
 
+def check_reversals(model: Path, data: Path) -> tuple[dict[str, Share], list[str]]:
+    """Lists that are reversed to the letter, of the lengths that were trained and of longer ones; the task's own scorer
+    also pays for parts. Also returns the first response to each.
+    """
+    found, told = {}, []
+    for name, file in (("3 to 5 words", "reversals_eval"), ("6 or 7 words", "reversals_longer")):
+        rows = [row | {"prompt": row["question"]} for row in read_rows(data / f"{file}.jsonl")]
+        responses = greedy_responses(model, rows, max_new_tokens=48)
+        words = [row["metadata"]["words"] for row in rows]
+        right = [text == ", ".join(reversed(of_row)) for text, of_row in zip(responses, words, strict=True)]
+        found[f"lists of {name} reversed"] = Share(sum(right), len(right))
+        told.append(f"{', '.join(words[0])} -> {responses[0]}")
+    return found, told
+
+
 def check_constraints(model: Path, reference: Path, path: Path) -> tuple[Share, float, list[str]]:
     """Constraints met, the responses' log-prob per token under the model before training, and the responses.
 

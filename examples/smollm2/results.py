@@ -81,7 +81,9 @@ def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str
     ]
     if accuracies:
         found.append(("held-out accuracy", accuracies[0], accuracies[-1]))
-    for metric, title in OTHERS.items():
+    # a task's scorer may pay for parts: its mean is no share of prompts
+    others = OTHERS | ({"eval/reward": "the task's own score, sampled"} if name == "grpo_reversals" else {})
+    for metric, title in others.items():
         values = [row[metric] for row in metrics if metric in row]
         if values:
             found.append((title, f"{round(values[0], 3):g}", f"{round(values[-1], 3):g}"))

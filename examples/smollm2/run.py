@@ -3,6 +3,7 @@
     python examples/smollm2/run.py                                   # model, SFT, GRPO on sums
     python examples/smollm2/run.py --stages dpo kto --data ../shared/data           # on HH-RLHF
     python examples/smollm2/run.py --stages reward ppo_hh --data ../shared/data     # and PPO on the reward model
+    python examples/smollm2/run.py --stages grpo_reversals                          # a task of reasoning-gym
     python examples/smollm2/run.py --stages grpo rloo ppo --seed 1 --write_docs     # and docs/results.md
 
 A stage that is finished is not run again. Each has its settings beside this file and writes summary.json with what was
@@ -22,16 +23,23 @@ from coati.config import read_yaml  # noqa: E402
 from coati.errors import UserError  # noqa: E402
 from coati.files import write_json  # noqa: E402
 from coati.tracking import write_report  # noqa: E402
-from examples.smollm2.check import bag_of_words_accuracy, check_constraints, check_sums, likelihood_accuracy  # noqa: E402
+from examples.smollm2.check import (  # noqa: E402
+    bag_of_words_accuracy,
+    check_constraints,
+    check_reversals,
+    check_sums,
+    likelihood_accuracy,
+)
 from examples.smollm2.model import make_model  # noqa: E402
 from examples.smollm2.results import summarize  # noqa: E402
-from examples.smollm2.tasks import make_constraints, make_sums  # noqa: E402
+from examples.smollm2.tasks import make_constraints, make_reversals, make_sums  # noqa: E402
 from examples.stages import train  # noqa: E402
 
 ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
+ON_REVERSALS = ("reversal_sft", "grpo_reversals")
 ON_PAIRS = {"reward": "reward"} | dict.fromkeys(("dpo", "kto", "orpo", "simpo"), "preference")
 ON_SCORES = "ppo_hh"  # of the reward stage
-STAGES = ("sft", *ON_SUMS, "distill", "grpo_constraints", *ON_PAIRS, ON_SCORES)
+STAGES = ("sft", *ON_SUMS, "distill", "grpo_constraints", *ON_REVERSALS, *ON_PAIRS, ON_SCORES)
 
 
 def main():
@@ -48,6 +56,8 @@ def main():
         sys.exit(f"error: {arguments.data} has no folder hh_rlhf: name the folder that has it with --data")
     if {*arguments.stages} & {*ON_PAIRS} and not find_spec("sklearn"):
         sys.exit("error: the bag of words that stands beside the pairs needs scikit-learn: pip install scikit-learn")
+    if {*arguments.stages} & {*ON_REVERSALS} and not find_spec("reasoning_gym"):
+        sys.exit("error: lists to reverse are a task of reasoning-gym: pip install 'coati[verify]'")
     try:
         model = make_model(output / "model")
     except UserError as error:
@@ -83,7 +93,12 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
 
     if {"sft", "distill", *ON_SUMS} & set(stages):
         stage("sft", "sft", model, sums["sft"], sums["sft_eval"])
+    if {*ON_REVERSALS} & set(stages):
+        lists = make_reversals(folder / "data", seed)
+        stage("reversal_sft", "sft", model, lists["reversal_sft"], lists["reversal_sft"])
     for name in stages:
+        if name == "grpo_reversals":
+            stage(name, "grpo", folder / "reversal_sft" / "model", lists["reversals"], lists["reversals_eval"])
         if name in ON_SUMS:
             stage(name, ON_SUMS[name], folder / "sft" / "model", sums["prompts"], sums["prompts_eval"])
         if name == "distill":
@@ -105,6 +120,9 @@ def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Pat
         return {}
     if name in ("sft", *ON_SUMS):
         found, told = check_sums(checked, data)
+        return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
+    if name in ON_REVERSALS:
+        found, told = check_reversals(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
     if name == "grpo_constraints":
         met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")

@@ -1,4 +1,4 @@
-"""Data of the two verifiable tasks: two-digit sums, and requests for a text with a constraint."""
+"""Data of the verifiable tasks: two-digit sums, requests for a text with a constraint, lists of words to reverse."""
 
 import json
 import random
@@ -11,6 +11,9 @@ WORDINGS = {
     "in words": "Please add the numbers {a} and {b}. Your last line should be 'Answer: ' and the result.",
 }
 SIZES = {"sft": 640, "sft_eval": 64, "prompts": 2000, "prompts_eval": 200}
+# how many rows, and of how many words; longer lists are only ever evaluated on
+REVERSALS = {"reversal_sft": (256, 3, 5), "reversals": (1000, 3, 5), "reversals_eval": (200, 3, 5)}
+REVERSALS |= {"reversals_longer": (100, 6, 7)}
 SUBJECTS = (
     "the sea",
     "a good breakfast",
@@ -94,3 +97,17 @@ def constraint_row(rng: random.Random, subject: str, i: int) -> dict:
     ]
     request, constraint = kinds[i % len(kinds)]
     return {"prompt": f"Write one or two sentences about {subject}. {request}", "constraint": constraint}
+
+
+def make_reversals(folder: Path, seed: int) -> dict[str, Path]:
+    """Files of reasoning-gym's `word_sequence_reversal`, as it yields them; for SFT with its answers."""
+    from reasoning_gym import create_dataset
+
+    files = {}
+    for i, (name, (size, least, most)) in enumerate(REVERSALS.items()):
+        task = dict(min_words=least, max_words=most, size=size, seed=len(REVERSALS) * seed + i)
+        rows = list(create_dataset("word_sequence_reversal", **task))
+        if name == "reversal_sft":
+            rows = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+        files[name] = write_rows(folder / f"{name}.jsonl", rows)
+    return files
