@@ -55,6 +55,8 @@ setup(
         ],
         # for --verifiers math, json and reasoning_gym
         "verify": ["math-verify>=0.9", "jsonschema>=4.18", "reasoning-gym>=0.1.25"],
+        # for the environments of coati.environments that are named after them
+        "environments": ["mcp>=2.3", "gymnasium>=1.2", "bm25s>=0.3"],
         # for applications/colossal_llama
         "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
         # for applications/colossal_eval

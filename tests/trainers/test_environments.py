@@ -101,7 +101,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_world, runtime, tmp_path):
 
 
 def test_the_class_of_the_page_trains_a_policy(tiny_world, runtime, tmp_path):
-    block, shop = blocks(ROOT / "docs" / "environments.md", "python")
+    block, shop, _ = blocks(ROOT / "docs" / "environments.md", "python")
     tools = {}
     exec(shop.text, tools)
     [tool] = describe_tools(tools["Shop"])
