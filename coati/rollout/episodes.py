@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
@@ -44,6 +45,7 @@ class Episode:
         tokens, mask, log_probs: as `Sample` has them; log_probs None where a response has none.
         finish_reason: empty while it goes on.
         waiting: for what its environment was asked.
+        states: of the last response, so that the next one goes on from it.
     """
 
     prompt: Prompt
@@ -57,6 +59,7 @@ class Episode:
     finish_reason: str = ""
     error: str = ""
     waiting: Future | None = None
+    states: Any = None
 
     @property
     def goes_on(self) -> bool:
@@ -172,12 +175,13 @@ class EpisodeGeneration:
         for episode in episodes:
             room = self.limits.max_tokens - len(episode.tokens)
             limit = min(room, sampling.max_new_tokens)
-            requests.append(Request(episode.tokens[:], [*episode.prompt.seed, turn], limit))
-        self.generator.generate(requests, sampling, heard)
+            requests.append(Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, episode.states))
+            episode.states = None
+        self.generator.generate(requests, sampling, heard, keep_states=turn + 1 < self.limits.max_turns)
 
     def hear(self, episode: Episode, completion: Completion):
         """Takes a response, and asks the environment about it unless it was truncated."""
-        start = len(episode.tokens)
+        start, episode.states = len(episode.tokens), completion.states
         episode.append(completion.ids, completion.log_probs, sampled=True)
         episode.turns.append(Turn(start, len(episode.tokens)))
         text = response_text(self.tokenizer, completion.ids, self.ends).strip()

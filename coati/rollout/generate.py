@@ -27,12 +27,17 @@ class PolicyGenerator:
         self.full, self.tokenizer, self.pad_id, self.batch_size = full, tokenizer, pad_id, batch_size
 
     def generate(
-        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: GenerationConfig,
+        on_done: OnDone | None = None,
+        keep_states: bool = False,
     ) -> list[Completion]:
         """See `Generator`."""
         with self.full() as model:
             options = dict(pad_id=self.pad_id, tokenizer=self.tokenizer, batch_size=self.batch_size, on_done=on_done)
-            return complete(model, requests, sampling, eos_ids=eos_ids(self.tokenizer, model), **options)
+            options |= dict(eos_ids=eos_ids(self.tokenizer, model), keep_states=keep_states)
+            return complete(model, requests, sampling, **options)
 
 
 def complete(
@@ -45,6 +50,7 @@ def complete(
     tokenizer=None,
     batch_size: int = 64,
     on_done: OnDone | None = None,
+    keep_states: bool = False,
 ) -> list[Completion]:
     """One completion per request, in their order, by the engine that the settings choose.
 
@@ -55,6 +61,7 @@ def complete(
         tokenizer: for `sampling.stop`.
         batch_size: rows generated together.
         on_done: called with a request's place and its completion as soon as that is known to have ended.
+        keep_states: of completions by coati's engine; vLLM finds what it has read by itself.
 
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
@@ -65,9 +72,10 @@ def complete(
         prompts = [request.prompt for request in requests]
         return notify_done(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
     stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
-    kind = VLLMEngine if with_vllm else RolloutEngine
-    engine = kind(model, sampling, eos_ids=eos_ids, stop=stop, slots=batch_size)
-    return engine.generate(requests, on_done)
+    options = dict(eos_ids=eos_ids, stop=stop, slots=batch_size)
+    if with_vllm:
+        return VLLMEngine(model, sampling, **options).generate(requests, on_done)
+    return RolloutEngine(model, sampling, **options, keep_states=keep_states).generate(requests, on_done)
 
 
 def has_kv_cache(model) -> bool:

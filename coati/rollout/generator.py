@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from coati.config.generation import GenerationConfig
 
@@ -15,11 +15,14 @@ class Request:
         prompt: token ids.
         seed: of this response's noise: the same seed gives the same response in any batch.
         max_new_tokens: its longest response, if not that of the configuration.
+        states: of a completion that the prompt goes on from, see `Completion`: its part of the prompt is not read
+            again. For the weights that it was sampled with.
     """
 
     prompt: Sequence[int]
     seed: int | Sequence[int] = 0
     max_new_tokens: int | None = None
+    states: Any = None
 
 
 @dataclass
@@ -31,11 +34,13 @@ class Completion:
         log_probs: of those tokens by the model at the sampling temperature (before top-k and the like); None after
             beam search.
         finish_reason: "eos", "stop" (a stop string or id) or "length".
+        states: keys and values of the prompt and the response, if they were to be kept and the generator could; opaque.
     """
 
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] | None = field(default_factory=list)
     finish_reason: str = ""
+    states: Any = None
 
 
 OnDone = Callable[[int, Completion], None]
@@ -52,11 +57,16 @@ class Generator(Protocol):
     """Completes requests, by any engine. It knows token ids only."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: GenerationConfig,
+        on_done: OnDone | None = None,
+        keep_states: bool = False,
     ) -> list[Completion]:
         """One completion per request, in their order, with the weights that the policy has now.
 
         Args:
             sampling: how tokens are drawn.
             on_done: called with a request's place and its completion as soon as that is known to have ended.
+            keep_states: so that other requests can go on from the completions.
         """

@@ -358,3 +358,65 @@ def test_a_response_is_reported_when_it_has_ended(actors):
     options = dict(eos_ids=[EOS], pad_id=PAD, on_done=lambda i, completion: ends.append((i, completion.ids)))
     beams = rollout.complete(actor, requests[:3], GenerationConfig(max_new_tokens=4, num_beams=2), **options)
     assert ends == [(i, beam.ids) for i, beam in enumerate(beams)]
+
+
+def turns_of(actor, keeps: bool, slots: int, turns: int = 4, **options):
+    """Completions of several turns, each of which goes on from the one before and some tokens more; and how many prompt
+    tokens were read in each: those that no states stand for."""
+    more = some_prompts(turns * 30, longest=9, seed=3)
+    requests = [Request(prompt, [i, 0]) for i, prompt in enumerate(some_prompts(30))]
+    found, read, new = [], [], []
+    for turn in range(turns):
+        new.append(sum(len(r.prompt) - (r.states.length if r.states else 0) for r in requests))
+        config = GenerationConfig(**{"max_new_tokens": 8, "temperature": 1.0, **options})
+        engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots, keep_states=keeps)
+        completions = engine.generate(requests)
+        found.append(completions)
+        read.append(engine.prompt_tokens)
+        requests = [
+            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], states=completion.states)
+            for i, (request, completion) in enumerate(zip(requests, completions, strict=True))
+        ]
+    assert read == new
+    return found, read
+
+
+@pytest.mark.parametrize("slots", [7, 256])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_that_goes_on_from_kept_states_is_the_one_read_anew(actors, family, slots):
+    found, read = turns_of(actors(family), True, slots)
+    expected, all_read = turns_of(actors(family), False, slots)
+    for kept, anew in zip(found, expected, strict=True):
+        assert [c.ids for c in kept] == [c.ids for c in anew]
+        for one, other in zip(kept, anew, strict=True):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+    assert not any(c.states for turn in expected for c in turn)
+    if family == "bloom":  # its mask tells positions
+        assert read == all_read and not any(c.states for turn in found for c in turn)
+        return
+    assert all((c.states is None) == (c.finish_reason == "length" or len(c.ids) == 8) for turn in found for c in turn)
+    assert sum(c.states is not None for c in found[-1]) > 5 and read[-1] < all_read[-1]
+
+
+def test_kept_states_are_the_same_a_step_behind(actors, as_on_a_gpu, monkeypatch):
+    found, _ = turns_of(actors("llama"), True, 7)
+    monkeypatch.undo()
+    expected, _ = turns_of(actors("llama"), True, 7)
+    for behind, other in zip(found, expected, strict=True):
+        assert [c.ids for c in behind] == [c.ids for c in other]
+    assert any(c.states for turn in found for c in turn)
+
+
+def test_no_token_of_an_episode_is_read_twice(actors):
+    """Eight turns, each ended by an EOS: the model reads what is new, and what was sampled but for each last token."""
+    actor, new = actors("llama"), [3, 4, 5, 6, 8]
+    everything = list(range(VOCABULARY))  # whatever is sampled ends the response after its shortest length
+    tokens, states, read = list(new), None, 0
+    for turn in range(8):
+        engine = RolloutEngine(
+            actor, GenerationConfig(max_new_tokens=8), eos_ids=everything, stop=None, keep_states=True
+        )
+        [completion] = engine.generate([Request(tokens, turn, states=states)])
+        tokens, states, read = tokens + completion.ids + new, completion.states, read + engine.prompt_tokens
+    given = 8 * len(new)
+    assert given <= read <= given + 7  # each response's last token is read with what follows it

@@ -36,7 +36,7 @@ class Says:
     def __init__(self, tokenizer, *texts: str, ends: bool = True):
         self.tokenizer, self.texts, self.ends, self.calls = tokenizer, texts, ends, []
 
-    def generate(self, requests, sampling, on_done=None):
+    def generate(self, requests, sampling, on_done=None, keep_states=False):
         text = self.texts[min(len(self.calls), len(self.texts) - 1)]
         self.calls.append(requests)
         for i, request in enumerate(requests):

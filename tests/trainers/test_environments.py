@@ -75,13 +75,13 @@ def test_a_policy_uses_tools_as_its_template_writes_them(tiny_world, runtime, tm
     said = ['<tool_call>{"name": "calculate", "arguments": {"expression": "2 + 3"}}</tool_call>', "5"]
     generate = generation.generator.generate
 
-    def speak(requests, sampling, on_done):
+    def speak(requests, sampling, on_done, keep_states):
         def put(i, completion):
             text = said[min(requests[i].seed[-1], 1)]  # by the turn
             ids = [*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], trainer.tokenizer.eos_token_id]
             on_done(i, replace(completion, ids=ids, log_probs=[-1.0] * len(ids), finish_reason="eos"))
 
-        return generate(requests, sampling, put)
+        return generate(requests, sampling, put, keep_states=False)
 
     generation.generator.generate = speak
     trainer.train()

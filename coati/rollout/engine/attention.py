@@ -35,21 +35,23 @@ def layer_kinds(config) -> list[str]:
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
-def step_mask(model, cache: SlotCache):
-    """The mask of a step as transformers models take it: by kind of layer where there are several.
+def step_mask(model, cache: SlotCache, tokens: int = 1):
+    """The mask of each row's next tokens as transformers models take it: by kind of layer where there are several.
 
-    Models that compute a bias from the mask (ALiBi) get the plain one, `[rows, width]`; they have no windows.
+    Models that compute a bias from the mask (ALiBi) get the plain one, `[rows, width]`, of one token; they have no
+    windows.
     """
     config = model.transformer.config.get_text_config()
     if not model.takes_positions:
-        return cache.visible("full_attention", config)
+        return cache.visible("full_attention", config)[:, 0]
     kinds = layer_kinds(config)
-    masks = {kind: _four_dimensional(cache.visible(kind, config), config, model.transformer.dtype) for kind in kinds}
+    seen = {kind: cache.visible(kind, config, tokens) for kind in kinds}
+    masks = {kind: _four_dimensional(visible, config, model.transformer.dtype) for kind, visible in seen.items()}
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
 def _four_dimensional(visible: Tensor, config, dtype: torch.dtype) -> Tensor:
-    visible = visible[:, None, None]
+    visible = visible[:, None]
     if config._attn_implementation != "eager":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -4,6 +4,8 @@ Every row has a slot, and its token at position p is in column p. So rows of any
 column, and a mask hides later columns.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,6 +14,18 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from coati.transfer import upload
+
+
+@dataclass
+class RowStates:
+    """Keys and values of a row, `[key-value heads, tokens, head_dim]` by layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
 
 
 def share_prefix(cache: Cache, rows: int) -> DynamicCache:
@@ -50,6 +64,23 @@ class SlotCache(Cache):
             slots.keys[target_index, :, :longest] = layer.keys[source_index, :, :longest].to(dtype)
             slots.values[target_index, :, :longest] = layer.values[source_index, :, :longest].to(dtype)
 
+    def restore(self, states: Sequence[RowStates]):
+        """Puts rows into the first slots."""
+        self.lengths[: len(states)] = upload([row.length for row in states], self.lengths.device)
+        for i in range(len(states[0].keys)):
+            self.layers.append(self.layer_class_to_replicate())
+            self.layers[i].lazy_initialization(states[0].keys[i][None], states[0].values[i][None])
+            for slot, row in enumerate(states):
+                self.layers[i].keys[slot, :, : row.length] = row.keys[i]
+                self.layers[i].values[slot, :, : row.length] = row.values[i]
+
+    def states(self, slot: int, length: int) -> RowStates:
+        """A copy of the first tokens of a row."""
+        return RowStates(
+            [layer.keys[slot, :, :length].clone() for layer in self.layers],
+            [layer.values[slot, :, :length].clone() for layer in self.layers],
+        )
+
     def move(self, source: Tensor, target: Tensor, width: int):
         """The first `width` columns of slots `source` go to slots `target`."""
         self.lengths[target] = self.lengths[source]
@@ -57,19 +88,23 @@ class SlotCache(Cache):
             layer.keys[target, :, :width] = layer.keys[source, :, :width]
             layer.values[target, :, :width] = layer.values[source, :, :width]
 
-    def visible(self, kind: str, config) -> Tensor:
-        """The columns that each row's next token sees, bool `[rows, width]`.
+    def visible(self, kind: str, config, tokens: int = 1) -> Tensor:
+        """The columns that each row's next tokens see, bool `[rows, tokens, width]`.
 
         Args:
             kind: of attention: full, sliding or chunked, as transformers names a layer's type.
         """
-        columns, position = self.positions[: self.width], self.lengths[: self.rows, None]
+        columns, position = self.positions[: self.width], self.next_positions(tokens)[..., None]
         visible_columns = columns <= position
         if kind == "sliding_attention":
             visible_columns &= columns > position - config.sliding_window
         elif kind == "chunked_attention":
             visible_columns &= columns // config.attention_chunk_size == position // config.attention_chunk_size
         return visible_columns
+
+    def next_positions(self, tokens: int) -> Tensor:
+        """Of each row's next tokens, `[rows, tokens]`."""
+        return self.lengths[: self.rows, None] + self.positions[:tokens]
 
 
 def stored_as(states: Tensor) -> torch.dtype:
@@ -95,11 +130,11 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """One token of every row."""
+        """The next tokens of every row."""
         rows, width = self.cache.rows, self.cache.width
-        slots, columns = self.cache.order[:rows], self.cache.lengths[:rows]
-        self.keys[slots, :, columns] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[slots, :, columns] = value_states[:, :, 0].to(self.values.dtype)
+        slots, columns = self.cache.order[:rows, None], self.cache.next_positions(key_states.shape[2])
+        self.keys[slots, :, columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[slots, :, columns] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_seq_length(self) -> int:

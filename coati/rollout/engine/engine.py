@@ -94,6 +94,8 @@ class RolloutEngine:
         slots: rows that are generated together, or fewer where the GPU has no memory for their KV cache.
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
         cuda_graphs: whether steps on a GPU may be captured.
+        keep_states: keeps keys and values of the completions that end with an EOS or stop, so that requests can go on
+            from them (`Request.states`); not where a model needs the whole mask, or a GPU is short of memory.
 
     Attributes:
         prompt_tokens, padding_tokens: prompt tokens that the model has read, and padding tokens.
@@ -109,6 +111,7 @@ class RolloutEngine:
         slots: int = 256,
         prefill_tokens: int = 8192,
         cuda_graphs: bool = True,
+        keep_states: bool = False,
     ):
         self.model, self.config, self.eos_ids, self.stop = model, config, set(eos_ids), stop
         self.slots, self.prefill_tokens = slots, prefill_tokens
@@ -116,6 +119,7 @@ class RolloutEngine:
         self.sampler = Sampler(config, eos_ids, self.device, suppressed_ids(model))
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and can_be_captured(model)
         self.steps_behind = 0 if self.device.type == "cpu" else 1
+        self.keep_states = keep_states and model.takes_positions
         self.prompt_tokens = self.padding_tokens = 0
 
     @torch.no_grad()
@@ -192,18 +196,50 @@ class RolloutEngine:
 
     def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
         """Prefills prompts, a batch at a time and as late as possible; their common prefix is read once."""
+        continued = [row for row in rows if row.request.states is not None]
+        while continued:
+            batch = self.next_batch(continued, lambda row: len(row.request.prompt) - row.request.states.length)
+            cache, logits = self.prefill_rest(batch)
+            yield [_Prefilled(row, cache, i, logits) for i, row in enumerate(batch)]
+        rows = [row for row in rows if row.request.states is None]
+        if not rows:
+            return
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
         shared = common_prefix_length([group[0].request.prompt for group in samples])
         prefix = self.prefill_batch(samples[:1], None, shared)[0] if shared else None
         while samples:
-            batch: list[list[_Row]] = []
-            while samples and len(batch) < self.slots:
-                longest = len(samples[0][0].request.prompt) - shared  # they come sorted
-                if batch and (len(batch) + 1) * longest > self.prefill_tokens:
-                    break
-                batch.append(samples.pop(0))
-            cache, logits = self.prefill_batch(batch, prefix)
-            yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(batch) for row in group]
+            groups = self.next_batch(samples, lambda group: len(group[0].request.prompt) - shared)
+            cache, logits = self.prefill_batch(groups, prefix)
+            yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(groups) for row in group]
+
+    def next_batch(self, waiting: list[Any], new_tokens: Callable[[Any], int]) -> list[Any]:
+        """Takes the first ones, as many as are read at a time, padding included."""
+        batch, longest = [], 0
+        while waiting and len(batch) < self.slots:
+            longest = max(longest, new_tokens(waiting[0]))
+            if batch and (len(batch) + 1) * longest > self.prefill_tokens:
+                break
+            batch.append(waiting.pop(0))
+        return batch
+
+    def prefill_rest(self, rows: list[_Row]):
+        """As `prefill_batch`, of prompts of which the first part has been read before."""
+        from coati.rollout.engine.attention import step_mask
+        from coati.rollout.engine.cache import SlotCache
+
+        states = [row.request.states for row in rows]
+        new = [list(row.request.prompt)[kept.length :] for row, kept in zip(rows, states, strict=True)]
+        lengths = [len(tokens) for tokens in new]
+        ids = pad_right(new, self.device)
+        self.prompt_tokens += sum(lengths)
+        self.padding_tokens += ids.numel() - sum(lengths)
+        columns = max(kept.length for kept in states) + ids.shape[1]
+        cache = SlotCache(len(rows), columns, self.device)
+        cache.restore(states)
+        cache.rows, cache.width = len(rows), columns
+        mask, positions = step_mask(self.model, cache, ids.shape[1]), cache.next_positions(ids.shape[1])
+        last = upload([length - 1 for length in lengths], self.device)
+        return cache, self.model.next_logits(ids, cache, mask, positions, last=last)
 
     def prefill_batch(self, batch: list[list[_Row]], prefix, end: int | None = None):
         """The KV cache of some prompts (up to `end`), and the logits of their next tokens."""
@@ -317,9 +353,27 @@ class RolloutEngine:
         stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
+            if self.keep_states and row.completion.finish_reason in ("eos", "stop"):
+                row.completion.states = self.states_of(row)
             if row.ended and self.on_done:
                 self.on_done(row.index, row.completion)
         self.release_slots([row.ended for row in self.rows])
+
+    def states_of(self, row: _Row):
+        """Keys and values of what the model has read of a row: all but its last token. None where they are gone, since
+        the row was at its limit, or where there is no room for them."""
+        slot = next((i for i, of_slot in enumerate(self.rows) if of_slot is row), None)
+        if slot is None or not self.has_room():
+            return None
+        return self.state.cache.states(slot, len(row.request.prompt) + len(row.completion.ids) - 1)
+
+    def has_room(self) -> bool:
+        """Whether the GPU has a quarter of its memory left."""
+        if self.device.type != "cuda":
+            return True
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + reserved > total / 4
 
     def finish_reason(self, row: _Row, stop: bool) -> str:
         if row.completion.ids[-1] in self.eos_ids:
