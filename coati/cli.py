@@ -10,6 +10,7 @@ TOOLS = {
     "init": "a commented configuration of a method, for the hardware of this machine",
     "run": "start a method on every GPU of this machine: coati run --nproc_per_node 8 ppo --config FILE.yaml",
     "plan": "memory of a run on every rank, before it is started",
+    "play": "an episode with an environment, step by step: be the policy, or see what a model does",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
 }
@@ -62,6 +63,9 @@ def run_tool(name: str, argv: list[str]) -> int:
         from coati.initial import initial_settings
 
         print(initial_settings(options.method))
+    elif name == "play":
+        add_play_arguments(parser)
+        play_episode(parser.parse_args(argv))
     elif name == "report":
         parser.add_argument(
             "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
@@ -84,6 +88,35 @@ def run_tool(name: str, argv: list[str]) -> int:
 
         return diagnose()
     return 0
+
+
+def add_play_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("environment", help="FILE.py:Class or module:Class, see docs/environments.md")
+    parser.add_argument("--rows", type=Path, help="a .jsonl file; an empty row if there is none")
+    parser.add_argument("--row", type=int, default=0, help="which row begins the episode (default: 0)")
+    parser.add_argument("--model", help="plays in your place")
+    parser.add_argument("--max_turns", type=int, default=8)
+    parser.add_argument("--max_tokens", type=int, default=1024, help="longest episode of a model")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest response of a model")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--call_format", default="auto", help="how tools are called (default: as you type least)")
+
+
+def play_episode(options: argparse.Namespace):
+    """An episode on the terminal."""
+    from coati.config import configure
+    from coati.config.environment import EnvironmentConfig
+    from coati.config.generation import GenerationConfig
+    from coati.play import play, read_row, show_episode
+
+    names = ("max_turns", "max_tokens", "call_format")
+    limits = configure(EnvironmentConfig, **{name: getattr(options, name) for name in names})
+    row = read_row(options.rows, options.row) if options.rows else {}
+    if options.model is None:
+        return play(options.environment, row, limits, lambda: input("assistant "), print)
+    sampling = configure(GenerationConfig, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    wait = (lambda: input("[Enter] ")) if sys.stdin.isatty() else (lambda: None)
+    show_episode(options.environment, row, options.model, limits, sampling, wait, print)
 
 
 def start(processes: int, command: list[str]) -> int:

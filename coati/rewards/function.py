@@ -119,7 +119,7 @@ def import_function(location: str, kind: str):
     function = getattr(module, name, None)
     if not callable(function) and not isinstance(function, Reward):
         raise UserError(
-            f"{kind} {location!r}: {source} has no {name!r}, or it is neither a function nor a coati.rewards.Reward"
+            f"{kind} {location!r}: {source} has no {name!r}, or that can't be called"
         )
     return function
 

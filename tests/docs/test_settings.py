@@ -149,6 +149,8 @@ OTHER_FLAGS = {
     "--disable-status": "srun",
     "--shutdown-timeout": "torchrun",
     "--nproc_per_node": "colossalai run",
+    "--row": "coati play",
+    "--rows": "coati play",
     "--master_port": "colossalai run",
 }
 # Names of other programs, in sentences about these.
