@@ -118,9 +118,7 @@ def import_function(location: str, kind: str):
         raise UserError(f"{kind} {location!r}: importing {source} failed: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function) and not isinstance(function, Reward):
-        raise UserError(
-            f"{kind} {location!r}: {source} has no {name!r}, or that can't be called"
-        )
+        raise UserError(f"{kind} {location!r}: {source} has no {name!r}, or that can't be called")
     return function
 
 

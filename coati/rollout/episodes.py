@@ -151,6 +151,8 @@ class EpisodeGeneration:
             self.respond(active, sampling, turn)
             for episode in active:
                 self.observe(episode)
+                if not episode.goes_on:
+                    episode.states = None  # their memory is for the others'
         for episode in episodes:
             episode.finish_reason = episode.finish_reason or "turns"
 

@@ -95,7 +95,8 @@ class RolloutEngine:
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
         cuda_graphs: whether steps on a GPU may be captured.
         keep_states: keeps keys and values of the completions that end with an EOS or stop, so that requests can go on
-            from them (`Request.states`); not where a model needs the whole mask, or a GPU is short of memory.
+            from them (`Request.states`): of as many as there are slots, while a GPU has memory, and not where a model
+            needs the whole mask.
 
     Attributes:
         prompt_tokens, padding_tokens: prompt tokens that the model has read, and padding tokens.
@@ -132,7 +133,7 @@ class RolloutEngine:
         Raises:
             UserError: an empty prompt, or a response whose KV cache exceeds the GPU's memory.
         """
-        self.on_done = on_done
+        self.on_done, self.kept = on_done, 0
         rows = [self.make_row(i, request) for i, request in enumerate(requests)]
         if not rows:
             return []
@@ -365,10 +366,14 @@ class RolloutEngine:
         slot = next((i for i, of_slot in enumerate(self.rows) if of_slot is row), None)
         if slot is None or not self.has_room():
             return None
+        self.kept += 1
         return self.state.cache.states(slot, len(row.request.prompt) + len(row.completion.ids) - 1)
 
     def has_room(self) -> bool:
-        """Whether the GPU has a quarter of its memory left."""
+        """Whether fewer rows are kept than there are slots, so that they take no more memory than those, and a GPU has
+        a quarter of its memory left."""
+        if self.kept == self.state.cache.slots:
+            return False
         if self.device.type != "cuda":
             return True
         free, total = torch.cuda.mem_get_info(self.device)
