@@ -6,18 +6,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 from coati.config.environment import EnvironmentConfig
+from coati.data import prepare_tokenizer
 from coati.errors import UserError
-from coati.rollout.environment import (
-    EnvironmentCalls,
-    EpisodeFailed,
+from coati.models import Actor
+from coati.parallel.communication import Communicator
+from coati.rewards import EnvironmentReward, Scorer
+from coati.rollout import (
+    EpisodeGeneration,
     Observation,
-    check_messages,
-    check_observation,
+    PolicyGenerator,
+    Prompt,
+    check_conversations,
+    describe_tools,
+    has_tools,
     load_environment,
+    rendering_of,
 )
-from coati.rollout.tool_calls import FORMATS, format_of, read_response
-from coati.rollout.tools import ToolUse, describe_tools, has_tools
+from coati.rollout.environment import EnvironmentCalls, EpisodeFailed, check_messages, check_observation
+from coati.rollout.prompts import eos_ids
+from coati.rollout.tool_calls import read_response
+from coati.rollout.tools import ToolUse
 
 SPOKEN = "pythonic"  # how a person calls tools: the shortest to type
 
@@ -101,6 +113,25 @@ def show_messages(messages: list[dict[str, Any]], show: Callable[[str], Any]):
         show(f"{message['role']:<10}{message['content']}".replace("\n", "\n" + " " * 10))
 
 
+def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> EpisodeGeneration:
+    """What plays episodes with a model, on the GPU if there is one.
+
+    Args:
+        model: a folder or name.
+
+    Raises:
+        UserError: a template that can't write the conversation, see `rendering_of`.
+    """
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    actor = Actor(model).to(device).eval()
+    ends = eos_ids(tokenizer, actor)
+    renderer, call_format = rendering_of(environment, tokenizer, ends, limits.call_format)
+    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
+    scorer, ranks = Scorer([(EnvironmentReward(), 1.0)]), Communicator(0, 1, device)
+    return EpisodeGeneration(generator, scorer, tokenizer, ends, environment, renderer, limits, ranks, call_format)
+
+
 def show_episode(
     location: str, row: dict[str, Any], model: str, limits: EnvironmentConfig, sampling, wait: Callable[[], Any], show
 ):
@@ -113,31 +144,9 @@ def show_episode(
     Raises:
         UserError: as `play`, or a model whose template can't write the conversation.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from coati.data import prepare_tokenizer
-    from coati.models import Actor
-    from coati.parallel.communication import Communicator
-    from coati.rewards import EnvironmentReward, Scorer
-    from coati.rollout import ConversationRenderer, EpisodeGeneration, PolicyGenerator, Prompt, check_conversations
-    from coati.rollout.prompts import eos_ids
-
-    kind = load_environment(location)
-    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(model))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    actor = Actor(model).to(device).eval()
-    ends = eos_ids(tokenizer, actor)
-    renderer = ConversationRenderer(tokenizer, ends, {}, describe_tools(kind) if has_tools(kind) else None)
-    call_format = None
-    if has_tools(kind):
-        named = limits.call_format in FORMATS
-        call_format = limits.call_format if named else format_of(renderer.template, renderer.end_texts)
-    for note in check_conversations(renderer):
+    episodes = episodes_of(load_environment(location), model, limits)
+    for note in check_conversations(episodes.renderer):
         show(note)
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
-    scorer, ranks = Scorer([(EnvironmentReward(), 1.0)]), Communicator(0, 1, device)
-    episodes = EpisodeGeneration(generator, scorer, tokenizer, ends, kind, renderer, limits, ranks, call_format)
     [sample] = episodes.sample([Prompt(0, [0, 0], [], "", row)], sampling).samples
     turns = iter(sample.turns)
     for message in sample.messages:

@@ -11,10 +11,13 @@ import pytest
 import examples.smollm2.model as model_stage
 import examples.smollm2.run as stages
 from coati.errors import UserError
+from coati.rollout import check_conversations
+from coati.rollout.source import Scored
+from coati.samples import Sample
 from colossal_eval.benchmarks.question import Question
 from colossal_llama.pretraining.stage_plan import parse_stages
 from colossal_llama.pretraining.stage_settings import PretrainConfig
-from examples.smollm2 import check, chinese, evaluate, rewards, tasks
+from examples.smollm2 import calculator, check, chinese, evaluate, rewards, tasks
 from examples.smollm2.results import gains, of_metrics, of_summary
 from tests.conftest import ROOT
 
@@ -499,3 +502,67 @@ def test_models_are_compared_in_bits_per_character():
     assert "mean 1.0 min, random 2.0 min" in table
     assert "| mean, trained | 0.500 | 3.000 | 0.750 |" in table  # the third model, and 2 of 8 bits per character
     assert "| mean, trained minus random, trained | -2.000 (-2.000 to -2.000) | -0.500 (-1.000 to -0.333) |" in table
+
+
+# --- the calculator
+
+
+def test_no_factors_stand_in_two_files_and_demonstrations_are_right(tmp_path):
+    files = calculator.make_products(tmp_path, 0)
+    products = rows(files["products"]) + rows(files["products_eval"])
+    asked = [row["prompt"] for row in rows(files["alone_sft"]) + products]
+    factors = [tuple(sorted(text.split("?")[0].removeprefix("What is ").split(" * "))) for text in asked]
+    assert len(set(factors)) == len(factors) == sum(calculator.SIZES.values())
+    assert all(row["question"] == row["prompt"] for row in products)
+    for by_tool, alone in zip(rows(files["tool_sft"]), rows(files["alone_sft"]), strict=True):
+        _, call, result, last = by_tool["messages"]
+        [called] = call["tool_calls"]
+        assert calculator.Calculator().calculate(**called["function"]["arguments"]) == result["content"]
+        assert last["content"] == alone["completion"] == f"Answer: {result['content']}"
+
+
+def test_both_ways_are_trained_alike_and_scored_by_their_own_episodes(tiny_world, tmp_path, monkeypatch):
+    calls = []
+
+    def train(script: str, config: Path, output: Path, flags: dict, processes: int):
+        calls.append((script, config.name, flags))
+        (output / "model").mkdir(parents=True)
+        (output / "run.json").write_text(json.dumps({"algorithm": script, "start": 0.0, "settings": {}}))
+        (output / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 90.0}) + "\n")
+
+    class Episodes:
+        def sample(self, prompts, sampling):
+            said = [f"Answer: {prompt.columns['answer']}" for prompt in prompts]
+            said[0] = "Answer: 1"
+            samples = [Sample(0, {}, "", text, [], [], None, "done", messages=[{}, {"content": text}]) for text in said]
+            return Scored(samples, {})
+
+    monkeypatch.setattr(calculator, "train", train)
+    monkeypatch.setattr(calculator, "episodes_of", lambda *_: Episodes())
+    monkeypatch.setattr(calculator, "greedy_responses", lambda model, rows: ["Answer: 7"] * len(rows))
+    monkeypatch.setattr(calculator, "SIZES", {"sft": 4, "products": 4, "products_eval": 4})
+    folder = tmp_path / "seed0" / "calculator"
+    data = calculator.make_products(folder / "data", 0)
+    for way in calculator.WAYS:
+        calculator.train_way(way, Path("model"), folder, data, 0, 1)
+    of_tool, alone = calls[:2], calls[2:]
+    assert [config for _, config, _ in of_tool] == [config for _, config, _ in alone]
+    assert of_tool[1][2]["environment"].endswith(":Calculator") and "environment" not in alone[1][2]
+    _, _, *lines = calculator.figures([folder]).splitlines()
+    assert lines == [
+        "| 0 | tool | 1.5 | 75.0% (30.1% to 95.4%) | 75.0% (30.1% to 95.4%) | `Answer: 1` |",
+        "| 0 | alone | 1.5 | 0.0% (0.0% to 49.0%) | 0.0% (0.0% to 49.0%) | `Answer: 7` |",
+    ]
+    calculator.train_way("tool", Path("model"), folder, data, 0, 1)
+    assert len(calls) == 4
+
+
+def test_a_policy_with_the_calculator_uses_the_examples_template():
+    from coati.data import prepare_tokenizer
+    from coati.rollout import rendering_of
+    from tests.data.families import FAMILIES
+
+    tokenizer = FAMILIES["qwen2_5"].tokenizer()
+    prepared, _ = prepare_tokenizer(tokenizer, str(EXAMPLE / "tools.jinja"))
+    renderer, call_format = rendering_of(calculator.Calculator, prepared, [prepared.eos_token_id])
+    assert call_format == "hermes" and check_conversations(renderer) == []

@@ -6,11 +6,10 @@ from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.conversation import ConversationRenderer, check_conversations
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.environment import Environment, Observation, load_environment
-from coati.rollout.episodes import EpisodeGeneration
+from coati.rollout.episodes import EpisodeGeneration, rendering_of
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
-from coati.rollout.tool_calls import format_of
 from coati.rollout.tools import describe_tools, has_tools
 
 __all__ = [
@@ -37,9 +36,9 @@ __all__ = [
     "check_conversations",
     "complete",
     "describe_tools",
-    "format_of",
     "has_kv_cache",
     "has_tools",
     "load_environment",
     "prompt_of",
+    "rendering_of",
 ]

@@ -5,7 +5,7 @@ write a message differently once others follow it. Only the messages that follow
 tokens are put after the ids that there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coati.data.messages import Messages
@@ -34,7 +34,7 @@ class ConversationRenderer:
     def __init__(
         self,
         tokenizer,
-        ends: Sequence[int],
+        ends: Iterable[int],
         arguments: dict[str, Any] | None = None,
         tools: list[dict] | None = None,
     ):

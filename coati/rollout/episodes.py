@@ -27,8 +27,8 @@ from coati.rollout.environment import (
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.rollout.source import Prompt, Scored
-from coati.rollout.tool_calls import read_response
-from coati.rollout.tools import ToolUse
+from coati.rollout.tool_calls import format_of, read_response
+from coati.rollout.tools import ToolUse, describe_tools, has_tools
 from coati.samples import Sample, Turn
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,28 @@ class Episode:
 
     def fail(self, error: Exception):
         self.finish_reason, self.error = "failed", str(error)
+
+
+def rendering_of(
+    environment: type,
+    tokenizer,
+    ends: Iterable[int],
+    call_format: str = "auto",
+    arguments: dict[str, Any] | None = None,
+) -> tuple[ConversationRenderer, str | None]:
+    """What writes conversations with an environment, and the format of calls; None for one without tools.
+
+    Args:
+        call_format: of `FORMATS`, or "auto" for the one in which the chat template writes calls.
+        arguments: for the template.
+
+    Raises:
+        UserError: a tool that isn't described, or a template that writes no calls.
+    """
+    if not has_tools(environment):
+        return ConversationRenderer(tokenizer, ends, arguments), None
+    renderer = ConversationRenderer(tokenizer, ends, arguments, describe_tools(environment))
+    return renderer, format_of(renderer.template, renderer.end_texts) if call_format == "auto" else call_format
 
 
 class EpisodeGeneration:

@@ -9,19 +9,16 @@ from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
 from coati.rewards import EnvironmentReward, ModelReward, Reward, Scorer
 from coati.rollout import (
-    ConversationRenderer,
     EpisodeGeneration,
     RolloutShape,
     RolloutSource,
     ScoredGeneration,
     SynchronousRollouts,
     check_conversations,
-    describe_tools,
-    format_of,
     has_kv_cache,
-    has_tools,
     load_environment,
     prompt_of,
+    rendering_of,
 )
 from coati.rollout.prompts import eos_ids
 from coati.rollout.source import environment_metrics
@@ -124,11 +121,9 @@ class RolloutTrainer(Trainer):
         if c.environment.path is None:
             return ScoredGeneration(generator, scorer, self.tokenizer, ends)
         environment = load_environment(c.environment.path)
-        tools = describe_tools(environment) if has_tools(environment) else None
-        renderer = ConversationRenderer(self.tokenizer, ends, c.data.template_arguments, tools)
-        call_format = None if tools is None else c.environment.call_format
-        if call_format == "auto":
-            call_format = format_of(renderer.template, renderer.end_texts)
+        renderer, call_format = rendering_of(
+            environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments
+        )
         for note in check_conversations(renderer):
             self.runtime.say(note)
         return EpisodeGeneration(

@@ -149,8 +149,6 @@ OTHER_FLAGS = {
     "--disable-status": "srun",
     "--shutdown-timeout": "torchrun",
     "--nproc_per_node": "colossalai run",
-    "--row": "coati play",
-    "--rows": "coati play",
     "--master_port": "colossalai run",
 }
 # Names of other programs, in sentences about these.
@@ -174,7 +172,7 @@ def code_of(*folders: str) -> str:
 @cache
 def scripts() -> str:
     """The programs that have flags of their own, beside the methods."""
-    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner")
+    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner") + text_of(ROOT / "coati/cli.py")
 
 
 @cache
