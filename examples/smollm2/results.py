@@ -15,7 +15,7 @@ OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "respo
 OTHERS |= {"eval/divergence": "divergence from the teacher, nats per token"}
 OTHERS |= {"kl": "KL to the start, nats per response"}
 WATCHED = {  # of PPO on the reward model, on held-out prompts
-    "eval/reward/model": "reward model's score",
+    "eval/reward/reward_model": "reward model's score",
     "eval/reward/sentiment": "sentiment, -1 to 1",
     "eval/reward/words": "words per response",
     "eval/reward/distinct": "share of distinct words",
@@ -48,6 +48,8 @@ def rows(folder: Path) -> list[str]:
     metrics, run = read_metrics(folder), read_run(folder)
     minutes = (metrics[-1]["time"] - run["start"]) / 60
     figures = [*of_metrics(folder.name, metrics, run), *of_summary(folder)]
+    if folder.name == "ppo_hh":
+        figures.append(("responses that say nothing", *empty_responses(folder)))
     names = [f"{folder.name}, {run['settings']['seed']} | {minutes:.1f}"] + [" | "] * (len(figures) - 1)
     return [f"| {name} | {' | '.join(figure)} |" for name, figure in zip(names, figures, strict=True)]
 
@@ -88,6 +90,16 @@ def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str
         if values:
             found.append((title, f"{round(values[0], 3):g}", f"{round(values[-1], 3):g}"))
     return found
+
+
+def empty_responses(folder: Path) -> list[str]:
+    """Their shares among the samples of the first and the last evaluation."""
+    logged = read_samples(folder)
+    shares = []
+    for step in (logged[0]["step"], logged[-1]["step"]):
+        responses = [row["response"] for row in logged if row["step"] == step]
+        shares.append(str(Share(sum(not text.strip() for text in responses), len(responses))))
+    return shares
 
 
 def of_summary(folder: Path) -> list[tuple[str, str, str]]:
@@ -138,11 +150,11 @@ def shown(prompt: str) -> str:
 
 
 def quoted(folder: Path) -> list[str]:
-    """Greedy responses before and after, as a list."""
+    """Greedy responses before and after, as a list; to HH-RLHF one, for many of its prompts are offensive."""
     if folder.name == "ppo_hh":
         logged = read_samples(folder)
         first, last = (
-            [f"{shown(row['prompt'])} -> {row['response']}" for row in logged if row["step"] == step][:4]
+            [f"{shown(row['prompt'])} -> {row['response']}" for row in logged if row["step"] == step][:1]
             for step in (logged[0]["step"], logged[-1]["step"])
         )
         pairs = zip(first, last, strict=True)
