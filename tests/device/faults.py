@@ -14,7 +14,7 @@ def mask_on_the_cpu():
     from coati.rollout.engine.cache import SlotCache
 
     visible = SlotCache.visible
-    SlotCache.visible = lambda self, kind, config: visible(self, kind, config).inner.clone()
+    SlotCache.visible = lambda *arguments: visible(*arguments).inner.clone()
 
 
 def positions_on_the_cpu():
