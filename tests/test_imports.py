@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"losses", "models"},
     "rewards": {"losses", "models", "samples"},
     "rollout": {"losses", "models", "data", "rewards", "samples"},
-    "environments": {"data", "rollout"},
+    "environments": {"data", "rewards", "rollout"},
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": set(),
     "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands"},
@@ -33,9 +33,10 @@ MAY_IMPORT = {
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"commands", "doctor", "errors", "initial", "planner", "run", "tracking"},
+    "cli": {"commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "tracking"},
     "commands": {"config", "trainers"},
     "doctor": {"errors", "config", "parallel"},
+    "play": {"config", "data", "errors", "models", "parallel", "rewards", "rollout"},
     "errors": set(),
     "files": set(),
     "initial": {"commands", "config", "trainers"},
