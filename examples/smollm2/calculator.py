@@ -8,7 +8,6 @@ What is finished isn't done again.
 
 import argparse
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from coati.tracking import read_metrics, read_run  # noqa: E402
 from examples.smollm2.check import Share, greedy_responses, read_rows  # noqa: E402
 from examples.smollm2.model import make_model  # noqa: E402
 from examples.smollm2.rewards import final_answer  # noqa: E402
-from examples.smollm2.tasks import write_rows  # noqa: E402
+from examples.smollm2.tasks import draw_operands, write_rows  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 
 WAYS = {"tool": {"environment": "coati.environments.calculator:Calculator"}, "alone": {}}  # and what each adds
@@ -60,13 +59,8 @@ def main():
 
 def make_products(folder: Path, seed: int) -> dict[str, Path]:
     """Files by name; no two factors stand in two of them, in either order."""
-    rng = random.Random(seed)
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    rng.shuffle(pairs)
     files = {}
-    for name, size in SIZES.items():
-        drawn, pairs = pairs[:size], pairs[size:]
-        factors = [rng.sample(pair, 2) for pair in drawn]
+    for name, factors in draw_operands(SIZES, seed).items():
         if name == "sft":
             for way, demonstration in (("tool", with_tool), ("alone", by_heart)):
                 rows = [demonstration(a, b) for a, b in factors]

@@ -118,11 +118,8 @@ def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Pat
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
     if name == "distill":  # they tell how far it is from its teacher
         return {}
-    if name in ("sft", *ON_SUMS):
-        found, told = check_sums(checked, data)
-        return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
-    if name in ON_REVERSALS:
-        found, told = check_reversals(checked, data)
+    if name in ("sft", *ON_SUMS, *ON_REVERSALS):
+        found, told = (check_reversals if name in ON_REVERSALS else check_sums)(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
     if name == "grpo_constraints":
         met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")

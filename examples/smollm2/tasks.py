@@ -50,13 +50,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def make_sums(folder: Path, seed: int) -> dict[str, Path]:
     """Files by name. No two operands stand in two files, in either order; the same seed gives the same bytes."""
-    rng = random.Random(seed)
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    rng.shuffle(pairs)
     files = {}
-    for name, size in SIZES.items():
-        drawn, pairs = pairs[:size], pairs[size:]
-        sums = [rng.sample(pair, 2) for pair in drawn]  # which of the two comes first
+    for name, sums in draw_operands(SIZES, seed).items():
         row_of = demonstration if name.startswith("sft") else question
         files[name] = write_rows(folder / f"{name}.jsonl", [row_of(a, b, "seen") for a, b in sums])
         if name == "prompts_eval":
@@ -64,6 +59,18 @@ def make_sums(folder: Path, seed: int) -> dict[str, Path]:
                 rows = [question(a, b, wording) for a, b in sums]
                 files[wording] = write_rows(folder / f"prompts_{wording.replace(' ', '_')}.jsonl", rows)
     return files
+
+
+def draw_operands(sizes: dict[str, int], seed: int) -> dict[str, list[list[int]]]:
+    """So many pairs of two-digit numbers by name; no pair is in two of them, in either order."""
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(pairs)
+    drawn = {}
+    for name, size in sizes.items():
+        drawn[name] = [rng.sample(pair, 2) for pair in pairs[:size]]  # which of the two comes first
+        pairs = pairs[size:]
+    return drawn
 
 
 def question(a: int, b: int, wording: str) -> dict[str, str]:

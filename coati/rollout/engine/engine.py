@@ -184,8 +184,7 @@ class RolloutEngine:
 
         tensors = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
         bytes_per_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
-        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        fits = int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + reserved) // bytes_per_slot)
+        fits = int(0.8 * free_memory(self.device) // bytes_per_slot)
         if fits == 0:
             raise UserError(
                 f"the KV cache of one response of {columns} tokens takes {bytes_per_slot / 2**30:.1f} GiB, more than "
@@ -230,17 +229,22 @@ class RolloutEngine:
 
         states = [row.request.states for row in rows]
         new = [list(row.request.prompt)[kept.length :] for row, kept in zip(rows, states, strict=True)]
-        lengths = [len(tokens) for tokens in new]
-        ids = pad_right(new, self.device)
-        self.prompt_tokens += sum(lengths)
-        self.padding_tokens += ids.numel() - sum(lengths)
+        ids, last = self.padded(new)
         columns = max(kept.length for kept in states) + ids.shape[1]
         cache = SlotCache(len(rows), columns, self.device)
         cache.restore(states)
         cache.rows, cache.width = len(rows), columns
         mask, positions = step_mask(self.model, cache, ids.shape[1]), cache.next_positions(ids.shape[1])
-        last = upload([length - 1 for length in lengths], self.device)
         return cache, self.model.next_logits(ids, cache, mask, positions, last=last)
+
+    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids that the model reads next, `[batch, seq]`, which count as read, and the column of each row's last
+        one, `[batch]`."""
+        lengths = [len(row) for row in rows]
+        ids = pad_right(rows, self.device)
+        self.prompt_tokens += sum(lengths)
+        self.padding_tokens += ids.numel() - sum(lengths)
+        return ids, upload([length - 1 for length in lengths], self.device)
 
     def prefill_batch(self, batch: list[list[_Row]], prefix, end: int | None = None):
         """The KV cache of some prompts (up to `end`), and the logits of their next tokens."""
@@ -251,12 +255,8 @@ class RolloutEngine:
         start, cache = 0, DynamicCache()
         if prefix is not None:
             start, cache = prefix.get_seq_length(), share_prefix(prefix, len(batch))
-        prompts = [list(group[0].request.prompt)[start:end] for group in batch]
-        lengths = [len(prompt) for prompt in prompts]
-        ids = pad_right(prompts, self.device)
-        self.prompt_tokens += sum(lengths)
-        self.padding_tokens += ids.numel() - sum(lengths)
-        mask, last = None, upload([length - 1 for length in lengths], self.device)
+        ids, last = self.padded([list(group[0].request.prompt)[start:end] for group in batch])
+        mask = None
         if not self.model.takes_positions:  # ALiBi is computed from the mask; elsewhere causality hides the padding
             mask = torch.arange(start + ids.shape[1], device=self.device) <= start + last[:, None]
         return cache, self.model.next_logits(ids, cache, mask, last=last)
@@ -376,9 +376,7 @@ class RolloutEngine:
             return False
         if self.device.type != "cuda":
             return True
-        free, total = torch.cuda.mem_get_info(self.device)
-        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + reserved > total / 4
+        return free_memory(self.device) > torch.cuda.mem_get_info(self.device)[1] / 4
 
     def finish_reason(self, row: _Row, stop: bool) -> str:
         if row.completion.ids[-1] in self.eos_ids:
@@ -403,6 +401,11 @@ class RolloutEngine:
         for hole, mover in zip(holes, movers, strict=True):
             self.rows[hole] = self.rows[mover]
         del self.rows[remain:]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: free ones, and those that torch keeps for later."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def common_prefix_length(prompts: list[Sequence[int]]) -> int:
