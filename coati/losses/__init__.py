@@ -24,7 +24,7 @@ Examples:
     1.75
 """
 
-from coati.losses.advantages import gae, masked_sums, moments, returns_to_go, whiten
+from coati.losses.advantages import gae, length_adaptive_lambda, masked_sums, moments, returns_to_go, whiten
 from coati.losses.correction import (
     importance_weights,
     is_accepted,
@@ -35,16 +35,24 @@ from coati.losses.correction import (
 from coati.losses.distillation import distillation_loss, vocabulary_divergence
 from coati.losses.group import aggregation_weights, decoupled_advantages, group_advantages
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
-from coati.losses.language import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
+from coati.losses.language import (
+    cross_entropy,
+    observation_loss,
+    response_targets,
+    token_entropy,
+    token_log_probs,
+    z_loss,
+)
 from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
 from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
-from coati.losses.value import value_loss
+from coati.losses.value import bounded_values, value_loss
 
 __all__ = [
     "adapt_kl_coefficient",
     "aggregation_weights",
+    "bounded_values",
     "clip_scores",
     "cross_entropy",
     "decoupled_advantages",
@@ -56,10 +64,12 @@ __all__ = [
     "is_near_policy",
     "kl_divergence",
     "kto_loss",
+    "length_adaptive_lambda",
     "masked_sums",
     "mismatch_metrics",
     "mismatch_sums",
     "moments",
+    "observation_loss",
     "pairwise_reward_loss",
     "penalize_missing_eos",
     "policy_loss",

@@ -6,7 +6,7 @@ from torch import Tensor
 from coati.losses.masking import masked
 
 
-def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al., 1506.02438, eq. 11 and 16) over response tokens.
 
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t + 1 is the next response
@@ -15,6 +15,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     Args:
         values, rewards: `[batch, seq]`; values are those before the token was chosen.
         mask: `[batch, seq]` bool, True on response tokens; masked entries are skipped, wherever they stand.
+        lam: one for all rows, or one for each, `[batch]`.
 
     Returns:
         advantages and returns (advantage + value), `[batch, seq]`, 0 where masked.
@@ -31,6 +32,21 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
         next_value = torch.where(is_unmasked, values[:, t], next_value)
         advantages[:, t] = masked(advantage, is_unmasked)
     return advantages, masked(advantages + values, mask)
+
+
+def length_adaptive_lambda(mask: Tensor, alpha: float) -> Tensor:
+    """GAE's lambda by the length l of a response: 1 - 1 / (alpha l), at least 0 (VAPO, 2504.05118, eq. 5).
+
+    With any one lambda below 1 the last reward hardly reaches the first tokens of a long response: what reaches them is
+    lam^(l - 1). With this one that is about exp(-1 / alpha), however long the response is.
+
+    Args:
+        mask: `[batch, seq]` bool, True on response tokens.
+
+    Returns:
+        float32 `[batch]`.
+    """
+    return (1 - 1 / (alpha * mask.sum(1))).clamp(min=0)
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -1,9 +1,13 @@
 """Log-probs of tokens and the language-modeling loss."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from coati.losses.masking import masked
+
+CrossEntropy = Literal["nll", "dft"]
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -148,16 +152,39 @@ def response_targets(loss_mask: Tensor) -> Tensor:
     return targets
 
 
-def cross_entropy(log_probs: Tensor, loss_mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
-    """Negative log-likelihood of the target tokens, divided by the global number of target tokens.
+def cross_entropy(
+    log_probs: Tensor, loss_mask: Tensor, denominator: Tensor | float, *, kind: CrossEntropy = "nll"
+) -> tuple[Tensor, dict]:
+    """Loss of the target tokens, divided by their global number. With the probability p of a token, a token's is
+
+    * nll: -log p
+    * dft: -p log p, where the factor is a constant: the gradient of -log p has a factor 1 / p, with which unlikely
+      tokens outweigh all others, and this takes it away (Dynamic Fine-Tuning, Wu et al., 2508.05629)
 
     Args:
         log_probs: `[batch, seq]` from `token_log_probs`.
         loss_mask: `[batch, seq]` bool, True on target tokens.
         denominator: target tokens of the whole step, over all ranks and micro-batches.
     """
-    loss = -masked(log_probs, loss_mask).sum() / denominator
+    log_probs = masked(log_probs, loss_mask)
+    if kind == "dft":
+        log_probs = log_probs.detach().exp() * log_probs
+    loss = -log_probs.sum() / denominator
     return loss, {"loss": loss.detach()}
+
+
+def observation_loss(log_probs: Tensor, observed: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
+    """How well a policy foretells what its environment says: each episode's mean negative log-likelihood of the tokens
+    that it read, averaged over episodes (ECHO, Shrivastava et al., 2605.24517, eq. 3).
+
+    Args:
+        log_probs: `[batch, seq]` from `token_log_probs`.
+        observed: `[batch, seq]` bool, True on the tokens that an environment wrote; rows without any count as 0.
+        denominator: episodes of the whole step, over all ranks and micro-batches.
+    """
+    per_episode = masked(log_probs, observed).sum(1) / observed.sum(1).clamp(min=1)
+    loss = -per_episode.sum() / denominator
+    return loss, {"observation_loss": loss.detach()}
 
 
 def z_loss(log_partition: Tensor, loss_mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coati.losses.masking import MAX_LOG_RATIO, log_ratio, masked
 
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "dis", "none"]
 
 
 def policy_loss(
@@ -41,6 +41,8 @@ def policy_loss(
       that is 1 at w = 1: every token keeps a gradient, that of responses far from the policy fades. Power k and decay
       c are `powers[0]` and `decays[0]` for advantages of at least 0, `powers[1]` and `decays[1]` for others (VESPO,
       2602.10693)
+    * dis: r A for tokens with 1 - clip_low < r < 1 + clip_high; others are left out, whichever way they have moved
+      (SAO, Hou et al., 2607.07508)
     * none: r A; where the policy is still the one that sampled, its gradient is REINFORCE's
 
     Args:
@@ -51,9 +53,8 @@ def policy_loss(
         dual_clip: c > 1 bounds the objective at c * advantage for negative advantages (Ye et al., 1912.09729, eq. 5).
         weights: `[batch, seq]`, of the tokens in the loss, see `aggregation_weights`; None for 1 each.
 
-    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped;
-    dppo: outside of the trust region), ratio
-    (mean), approximate_kl (k3 of old against new).
+    Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped; dppo and
+    dis: outside of the trust region), ratio (mean), approximate_kl (k3 of old against new).
 
     Raises:
         ValueError: unknown kind.
@@ -86,10 +87,13 @@ def policy_loss(
             decay = chosen(advantages >= 0, decays, ratio)
             phi = (power * log_w + decay * (1 - log_w.exp())).exp()
             objective, is_clipped = phi * advantages * masked(log_probs, mask), torch.zeros_like(mask)
+        case "dis":
+            is_clipped = (ratio <= 1 - clip_low) | (ratio >= 1 + clip_high)
+            objective = masked(unclipped, ~is_clipped)
         case "none":
             objective, is_clipped = unclipped, torch.zeros_like(mask)
         case _:
-            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo, vespo or none")
+            raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo, vespo, dis or none")
     objective = objective if weights is None else objective * masked(weights, mask)
     loss = -masked(objective, mask).sum() / denominator
     metrics = {

@@ -1,4 +1,6 @@
-"""PPO's value loss."""
+"""PPO's value loss, and values that stay within the range of the rewards."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -36,3 +38,9 @@ def value_loss(
         squared = torch.maximum(squared, clipped)
     loss = 0.5 * squared.sum() / denominator
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": clip_fraction}
+
+
+def bounded_values(outputs: Tensor, low: float, high: float) -> Tensor:
+    """low + (high - low) (1/2 + arctan(z) / pi) of a critic's outputs z, of any shape: never out of the range of the
+    rewards, and at first, where z is near 0, in its middle (BPCO, Qi et al., 2608.23566, eq. 9)."""
+    return low + (high - low) * (0.5 + outputs.atan() / math.pi)

@@ -50,6 +50,13 @@ class RolloutBatch:
         """Some rows, without the columns that only other rows need."""
         return select_rows(self, index)
 
+    @property
+    def observed(self) -> Tensor:
+        """bool `[batch, seq]`, True on what the policy read after its first response: what its environment said, with
+        what the chat template writes around that."""
+        has_begun = self.response_mask.cumsum(1) > 0
+        return self.attention_mask & has_begun & ~self.response_mask
+
     @classmethod
     def from_samples(
         cls, samples: Sequence[Sample], pad_id: int, temperature: float, device: torch.device
@@ -95,6 +102,7 @@ class Experience:
         reference_log_probs: of the reference model.
         advantages: of the policy's loss.
         values, returns: the critic's estimate before each token, and its targets; None without a critic.
+        observed: bool `[batch, seq]`, tokens of the environment that are learned too; None for none.
     """
 
     input_ids: Tensor
@@ -108,6 +116,7 @@ class Experience:
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
+    observed: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

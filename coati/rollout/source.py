@@ -142,7 +142,8 @@ class SynchronousRollouts:
     """The policy completes iteration k's prompts when they are asked for.
 
     With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all have the same reward
-    are replaced by groups of further prompts, up to so many times.
+    are replaced by groups of further prompts, up to so many times. With `rest_epochs` the prompts of such groups, which
+    are too easy or too hard to learn from, are left out for so many epochs.
 
     Args:
         data: rows of `PromptSample`.
@@ -152,7 +153,8 @@ class SynchronousRollouts:
         max_refills: None for no dynamic sampling.
 
     Attributes:
-        position: rows of the data, epoch after epoch, that have been drawn.
+        position: rows of the data, epoch after epoch, that have been drawn or left out.
+        resting: rows that are left out, each with the epoch that it comes back in.
     """
 
     def __init__(
@@ -168,10 +170,12 @@ class SynchronousRollouts:
         pad_id: int,
         device,
         max_refills: int | None = None,
+        rest_epochs: int = 0,
     ):
         self.generation, self.data, self.order, self.shape, self.ranks = generation, data, order, shape, ranks
         self.seed, self.sampling, self.pad_id, self.device = seed, sampling, pad_id, device
-        self.max_refills, self.position = max_refills, order.start[1]
+        self.max_refills, self.rest_epochs, self.position = max_refills, rest_epochs, order.start[1]
+        self.resting: dict[int, int] = {}
 
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
@@ -185,23 +189,26 @@ class SynchronousRollouts:
 
     def prompts_of(self, k: int) -> list[Prompt]:
         """This rank's prompts of iteration k without dynamic sampling."""
-        self.position = self.order.position(k)
+        if not self.rest_epochs:
+            self.position = self.order.position(k)
         local_rows = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
         return self._prompts(k, local_rows)
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position}
+        of_rest = {"resting": sorted(self.resting.items())} if self.rest_epochs else {}
+        return {"position": self.position} | of_rest
 
     def load_state(self, state: dict[str, Any], k: int):
         if "position" in state:  # PPO's first checkpoints have none
             self.position = state["position"]
             self.order.start = (k, self.position)
+        self.resting = dict(state.get("resting", ()))
 
     def _sample_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
         scored = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
         groups = self._groups(scored.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
-        metrics = self._metrics(scored.samples) | seconds_of([scored])
+        metrics = self._metrics(scored.samples) | seconds_of([scored]) | self._rest(groups)
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
     def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
@@ -227,7 +234,7 @@ class SynchronousRollouts:
                 else:
                     kept.append(group)
         chosen = self.shape.of_rank((kept + spare)[:wanted], rank, world)
-        metrics = self._metrics(counted) | seconds_of(rounds)
+        metrics = self._metrics(counted) | seconds_of(rounds) | self._rest(kept + spare)
         return chosen, metrics | {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
 
     def _metrics(self, samples: list[Sample]) -> dict[str, float]:
@@ -237,11 +244,33 @@ class SynchronousRollouts:
         return metrics
 
     def _draw(self, before: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-        """The next rows of the data, each with how often the iteration has drawn it before."""
+        """The next rows of the data that don't rest, each with how often the iteration has drawn it before."""
         rows = [row for row, _ in before]
-        rows += [self.order.row(place) for place in range(self.position, self.position + count)]
-        self.position += count
+        while len(rows) < len(before) + count:
+            row = self.order.row(self.position)
+            if self.resting.get(row, 0) <= self.epoch:
+                rows.append(row)
+            self.position += 1
         return [(row, rows[:place].count(row)) for place, row in enumerate(rows)][len(before) :]
+
+    @property
+    def epoch(self) -> int:
+        """That the next row is of."""
+        return self.position // self.order.epoch_size
+
+    def _rest(self, groups: list[SampleGroup]) -> dict[str, float]:
+        """Puts rows to rest. Returns the share of the data that rests now.
+
+        Args:
+            groups: any ranks' or all ranks', which are brought together.
+        """
+        if not self.rest_epochs:
+            return {}
+        equal = {group.samples[0].row for group in groups if group.all_equal}
+        back = self.epoch + self.rest_epochs + 1
+        self.resting = {row: end for row, end in self.resting.items() if end > self.epoch}
+        self.resting |= {row: back for of_rank in self.ranks.gather(equal) for row in of_rank}
+        return {"resting": len(self.resting) / len(self.data)}
 
     def _prompts(self, k: int, drawn: list[tuple[int, int]]) -> list[Prompt]:
         """A group of prompts for each row. Seeds are of the run, the iteration and the row, whatever the number of

@@ -1,20 +1,27 @@
 """Policy and critic of PPO: two models, or two heads of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from coati.data.collate import SFTBatch
-from coati.losses import cross_entropy, policy_loss, response_targets, value_loss
+from coati.losses import (
+    aggregation_weights,
+    bounded_values,
+    cross_entropy,
+    policy_loss,
+    response_targets,
+    value_loss,
+)
 from coati.losses.language import align
 from coati.losses.masking import masked
 from coati.parallel import Engine
 from coati.rollout import Experience, RolloutBatch
 from coati.trainers.batching import in_batch_order, model_inputs
-from coati.trainers.config import PPO
-from coati.trainers.iteration import response_tokens
+from coati.trainers.config import PPO, PPOConfig
+from coati.trainers.iteration import count_responses, response_tokens
 from coati.trainers.policy import Policy
 
 
@@ -63,18 +70,20 @@ class TwoModels:
         """See `PolicyAndCritic`."""
         log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
         outputs = self.critic.forward_all([model_inputs(batch.rows(part)) for part in parts])
-        values = in_batch_order(parts, [before_token(output) for output in outputs], batch.input_ids.shape)
-        return Evaluation(log_probs, values, rollout_kl)
+        values = [values_before(self.settings, output) for output in outputs]
+        return Evaluation(log_probs, in_batch_order(parts, values, batch.input_ids.shape), rollout_kl)
 
     def update(self, micro_batches, texts, k, rates):
         """See `PolicyAndCritic`. For `critic_warmup` iterations only the critic learns."""
-        with self.critic.update(rates.critic) as update:
-            update.add(micro_batches, model_inputs, self.value_loss, response_tokens)
+        for _ in range(self.settings.critic_updates):
+            with self.critic.update(rates.critic) as update:
+                update.add(micro_batches, model_inputs, self.value_loss, response_tokens)
         metrics = named_norm(update.metrics, "critic_grad_norm")
         if k < self.settings.critic_warmup:
             return metrics
+        responses = count_responses(micro_batches, self.policy.ranks)
         with self.policy.engine.update(rates.policy) as update:
-            update.add(micro_batches, self.policy_inputs, self.policy_loss, response_tokens)
+            update.add(micro_batches, self.policy_inputs, self.policy_loss(responses), response_tokens)
             if texts:
                 update.add(texts, text_inputs, self.text_loss, text_tokens)
         return metrics | named_norm(update.metrics, "policy_grad_norm")
@@ -82,9 +91,17 @@ class TwoModels:
     def policy_inputs(self, batch: Experience):
         return self.policy.model.inputs(batch, with_entropy=True)
 
-    def policy_loss(self, output, batch: Experience, denominator: float):
-        log_probs, entropy = output
-        return policy_term(self.settings, log_probs, entropy, batch, denominator)
+    def policy_loss(self, responses: float) -> Callable:
+        """A micro-batch's part of the policy's loss.
+
+        Args:
+            responses: of the whole step.
+        """
+
+        def part(output, batch: Experience, denominator: float):
+            return policy_term(self.policy.config, *output, batch, denominator, responses)
+
+        return part
 
     def value_loss(self, output: Tensor, batch: Experience, denominator: float):
         return value_term(self.settings, output, batch, denominator)
@@ -107,7 +124,8 @@ class SharedTrunk:
         model = self.policy.model
         outputs = self.policy.engine.forward_all([model.inputs(batch.rows(part)) for part in parts])
         log_probs = in_batch_order(parts, [output[0] for output in outputs], batch.input_ids.shape)
-        values = in_batch_order(parts, [before_token(output[1]) for output in outputs], batch.input_ids.shape)
+        values = [values_before(self.settings, output[1]) for output in outputs]
+        values = in_batch_order(parts, values, batch.input_ids.shape)
         return Evaluation(log_probs, values, self.policy.rollout_kl(batch, log_probs, batch.response_mask))
 
     def update(self, micro_batches, texts, k, rates):
@@ -117,7 +135,8 @@ class SharedTrunk:
             if warming:
                 update.add(micro_batches, self.warmup_inputs, self.warmup_loss, response_tokens)
             else:
-                update.add(micro_batches, self.inputs, self.loss, response_tokens)
+                responses = count_responses(micro_batches, self.policy.ranks)
+                update.add(micro_batches, self.inputs, self.loss(responses), response_tokens)
                 if texts:
                     update.add(texts, text_inputs, self.text_loss, text_tokens)
         return named_norm(update.metrics, "policy_grad_norm")
@@ -128,12 +147,20 @@ class SharedTrunk:
     def warmup_inputs(self, batch: Experience):
         return self.policy.model.inputs(batch, value_only=True)
 
-    def loss(self, output, batch: Experience, denominator: float):
-        """The policy's loss plus `value_coefficient` times the critic's."""
-        log_probs, entropy, values = output
-        loss, metrics = policy_term(self.settings, log_probs, entropy, batch, denominator)
-        of_values, value_metrics = value_term(self.settings, values, batch, denominator)
-        return loss + self.settings.value_coefficient * of_values, metrics | value_metrics
+    def loss(self, responses: float) -> Callable:
+        """A micro-batch's part of the policy's loss plus `value_coefficient` times the critic's.
+
+        Args:
+            responses: of the whole step.
+        """
+
+        def part(output, batch: Experience, denominator: float):
+            log_probs, entropy, values = output
+            loss, metrics = policy_term(self.policy.config, log_probs, entropy, batch, denominator, responses)
+            of_values, value_metrics = value_term(self.settings, values, batch, denominator)
+            return loss + self.settings.value_coefficient * of_values, metrics | value_metrics
+
+        return part
 
     def warmup_loss(self, output, batch: Experience, denominator: float):
         log_probs, values = output
@@ -146,23 +173,27 @@ class SharedTrunk:
         return loss + 0.0 * values.sum(), metrics
 
 
-def policy_term(settings: PPO, log_probs: Tensor, entropy: Tensor, batch: Experience, denominator: float):
+def policy_term(
+    config: PPOConfig, log_probs: Tensor, entropy: Tensor, batch: Experience, denominator: float, responses: float
+):
     """A micro-batch's part of the policy's loss and of its metrics.
 
     Args:
         log_probs, entropy: `[batch, seq]`.
-        denominator: response tokens of the whole step.
+        denominator, responses: response tokens, and responses, of the whole step.
     """
-    mask = batch.response_mask
-    clips = dict(clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip)
-    loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **clips)
+    a, mask = config.algorithm, batch.response_mask
+    how = dict(kind=a.policy_loss, clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
+    longest = config.generation.max_new_tokens
+    how["weights"] = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
+    loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
     return loss, metrics | {"entropy": masked(entropy.detach(), mask).sum() / denominator}
 
 
 def value_term(settings: PPO, values: Tensor, batch: Experience, denominator: float):
-    """A micro-batch's part of the critic's loss; `values` are those after each token, `[batch, seq]`."""
+    """A micro-batch's part of the critic's loss; `values` are its outputs after each token, `[batch, seq]`."""
     mask, clip = batch.response_mask, settings.value_clip or None
-    return value_loss(before_token(values), batch.values, batch.returns, mask, denominator, clip=clip)
+    return value_loss(values_before(settings, values), batch.values, batch.returns, mask, denominator, clip=clip)
 
 
 def text_term(settings: PPO, log_probs: Tensor, batch: SFTBatch, denominator: float):
@@ -179,8 +210,13 @@ def text_tokens(batch: SFTBatch) -> Tensor:
     return response_targets(batch.loss_mask).sum()
 
 
-def before_token(values: Tensor) -> Tensor:
-    """The critic's estimate before each token: what it says after the token to the left, `[batch, seq]`."""
+def values_before(settings: PPO, outputs: Tensor) -> Tensor:
+    """The critic's estimate before each token: what it says after the token to the left, `[batch, seq]`.
+
+    Args:
+        outputs: of the critic, after each token.
+    """
+    values = bounded_values(outputs, *settings.value_range) if settings.value_range else outputs
     return align(values)
 
 

@@ -185,6 +185,9 @@ class TrainerConfig(Settings):
 class SFTConfig(TrainerConfig):
     """Settings of an SFT run."""
 
+    loss: Literal["nll", "dft"] = option(
+        "nll", "negative log-likelihood, or dft: each token's times its probability, see docs/sft.md"
+    )
     generation: GenerationConfig = section(GenerationConfig, "how the sample responses are drawn")
 
     def check_machine(self):
@@ -351,6 +354,8 @@ class PreferenceConfig(TrainerConfig):
 
 # --- from rewards
 
+Aggregation = Literal["token", "sequence", "sum", "constant"]
+
 
 @settings
 class RolloutAlgorithm(Settings):
@@ -365,6 +370,9 @@ class RolloutAlgorithm(Settings):
     )
     ppo_epochs: int = option(2, "passes over an iteration's responses", ge=1)
     minibatches: int = option(1, "optimizer steps per pass", ge=1)
+    aggregation: Aggregation = option(
+        "token", "mean over tokens, of responses' means or of their sums, or by max_new_tokens"
+    )
     clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this", ge=0)
     clip_high: float = option(0.2, "and from above at 1 + this", ge=0)
     dual_clip: float | None = option(
@@ -422,6 +430,11 @@ class RolloutConfig(TrainerConfig):
         return None
 
     @property
+    def rest_epochs(self) -> int:
+        """Epochs that a prompt is left out for whose responses all earn the same."""
+        return 0
+
+    @property
     def reward_model(self) -> str | None:
         """The first reward model of the rewards."""
         return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
@@ -464,15 +477,28 @@ class PPO(RolloutAlgorithm):
     """Proximal policy optimization with a critic (1707.06347; InstructGPT, 2203.02155)."""
 
     type: Literal["ppo"] = option("ppo", "the method")
+    policy_loss: Literal["clip", "dppo", "dis"] = option(
+        "clip", "what is done with the policy's ratio, see docs/ppo.md"
+    )
     critic_model: str | None = option(
         None, "where the critic starts; the reward model, else --model, if not given", path="model"
     )
     critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0, common=True)
     critic_warmup: int = option(0, "iterations in which only the critic learns", ge=0)
+    critic_updates: int = option(1, "the critic's steps per step of the policy", ge=1)
     kl_target: float | None = option(None, "nats per response that the KL coefficient adapts itself to hold", gt=0)
     kl_horizon: float = option(10000, "responses over which an adaptive coefficient moves", gt=0)
     gamma: float = option(1.0, "discount per token", ge=0, le=1)
     gae_lambda: float = option(0.95, "GAE's trade of bias and variance", ge=0, le=1)
+    length_adaptive_alpha: float | None = option(
+        None, "lambda of a response of length l is 1 - 1 / (this x l) instead, for the policy's advantages", gt=0
+    )
+    critic_lambda: float | None = option(
+        None, "lambda of the critic's targets, if not the policy's; 1 for what was really earned", ge=0, le=1
+    )
+    value_range: ListOf[float] = option(
+        (), "least and greatest return there can be, between which the critic's values are held"
+    )
     whiten_advantages: bool = option(True, "advantages get mean 0 and standard deviation 1 over the global batch")
     shared_trunk: bool = option(False, "policy and critic are two heads of one model: one forward pass gives both")
     value_coefficient: float = option(0.1, "weight of the value loss beside the policy's, with shared_trunk", ge=0)
@@ -493,13 +519,57 @@ class PPO(RolloutAlgorithm):
             yield "ptx_data and ptx_coefficient go together: give both or neither"
         if self.shared_trunk and self.critic_model:
             yield "shared_trunk has no critic_model: the value head starts from --model if that has one"
+        if self.shared_trunk and self.critic_updates > 1:
+            yield "shared_trunk takes one step for both heads: leave critic_updates at 1"
+        if self.length_adaptive_alpha is not None and self.critic_lambda is None:
+            yield "length_adaptive_alpha is for the policy's advantages: give the critic's lambda as critic_lambda too"
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            yield f"value_range takes two numbers, the lesser one first, and not {list(self.value_range)}"
+        if self.policy_loss != "clip" and self.dual_clip is not None:
+            yield f"policy_loss {self.policy_loss} has no dual_clip: leave it out"
+
+
+@settings
+class SAO(PPO):
+    """PPO from single responses with a strict trust region and a critic that learns twice (2607.07508)."""
+
+    type: Literal["sao"] = option("sao", "the method")
+    policy_loss: Literal["clip", "dppo", "dis"] = inherited(PPO, "policy_loss", "dis")
+    clip_low: float = inherited(PPO, "clip_low", 0.3)
+    clip_high: float = inherited(PPO, "clip_high", 5.0)
+    ppo_epochs: int = inherited(PPO, "ppo_epochs", 1)
+    kl_coefficient: float = inherited(PPO, "kl_coefficient", 0.0)
+    critic_updates: int = inherited(PPO, "critic_updates", 2)
+    length_adaptive_alpha: float | None = inherited(PPO, "length_adaptive_alpha", 1.5)
+    critic_lambda: float | None = inherited(PPO, "critic_lambda", 1.0)
+    whiten_advantages: bool = inherited(PPO, "whiten_advantages", False)
+
+
+@settings
+class BPCO(PPO):
+    """PPO with bounded values, real returns and a trust region of probabilities (2608.23566)."""
+
+    type: Literal["bpco"] = option("bpco", "the method")
+    policy_loss: Literal["clip", "dppo", "dis"] = inherited(PPO, "policy_loss", "dppo")
+    aggregation: Aggregation = inherited(PPO, "aggregation", "sum")
+    minibatches: int = inherited(PPO, "minibatches", 4)
+    ppo_epochs: int = inherited(PPO, "ppo_epochs", 1)
+    kl_coefficient: float = inherited(PPO, "kl_coefficient", 0.0)
+    critic_warmup: int = inherited(PPO, "critic_warmup", 15)
+    length_adaptive_alpha: float | None = inherited(PPO, "length_adaptive_alpha", 0.4)
+    critic_lambda: float | None = inherited(PPO, "critic_lambda", 1.0)
+    value_range: ListOf[float] = inherited(PPO, "value_range", (0.0, 1.0))
+    value_clip: float = inherited(PPO, "value_clip", 0.5)
+    whiten_advantages: bool = inherited(PPO, "whiten_advantages", False)
 
 
 @settings
 class PPOConfig(RolloutConfig):
     """Settings of a PPO run; `steps` are iterations and `batch_size` the prompts of one."""
 
-    algorithm: PPO = section(PPO, "proximal policy optimization, see docs/ppo.md")
+    algorithm: Annotated[PPO | SAO | BPCO, Field(discriminator="type")] = section(
+        PPO, "proximal policy optimization, see docs/ppo.md"
+    )
 
     @property
     def models(self) -> list[str]:
@@ -532,8 +602,7 @@ COMPARE_RESPONSES = (
     "gdpo",
     "reinforce++-baseline",
 )  # advantages within a group
-Aggregation = Literal["token", "sequence", "sum", "constant"]
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "dis", "none"]
 KLPlace = Literal["loss", "reward"]
 KLEstimator = Literal["k1", "k2", "k3"]
 CorrectionLevel = Literal["none", "token", "sequence", "geometric"]
@@ -583,9 +652,7 @@ class GRPO(RolloutAlgorithm):
     decay_positive: float = option(3.0, "of vespo: how soon likelier responses fade, for good ones", gt=0)
     power_negative: float = option(3.0, "of vespo: how soon less likely responses fade, for bad ones", ge=0)
     decay_negative: float = option(2.0, "of vespo: how soon likelier responses fade, for bad ones", gt=0)
-    aggregation: Aggregation = option(
-        "sequence", "mean over tokens, of responses' means or of their sums, or by max_new_tokens"
-    )
+    aggregation: Aggregation = inherited(RolloutAlgorithm, "aggregation", "sequence")
     kl_coefficient: float = inherited(RolloutAlgorithm, "kl_coefficient", 0.0)
     kl_estimator: KLEstimator = inherited(RolloutAlgorithm, "kl_estimator", "k3")
     kl_in: KLPlace = option("loss", "where the penalty is")
@@ -594,11 +661,17 @@ class GRPO(RolloutAlgorithm):
     )
     ppo_epochs: int = inherited(RolloutAlgorithm, "ppo_epochs", 1)
     entropy_coefficient: float = option(0.0, "weight of the entropy bonus, the mean entropy per token")
+    observation_coefficient: float = option(
+        0.0, "weight of the loss on what the environment says, which the policy learns to foretell", ge=0
+    )
     final_temperature: float | None = option(
         None, "where the temperature arrives, linearly, with the last iteration", ge=0
     )
     dynamic_sampling: bool = option(False, "prompts whose responses all earn the same are replaced by further ones")
     max_refills: int = option(4, "how often an iteration draws further prompts", ge=0)
+    rest_epochs: int = option(
+        0, "epochs that a prompt whose responses all earn the same is left out: too easy, or too hard", ge=0
+    )
     overlong_buffer: int = option(
         0, "last tokens before max_new_tokens in which a response's score falls; 0 for none", ge=0
     )
@@ -608,8 +681,8 @@ class GRPO(RolloutAlgorithm):
     share_prompts: bool = option(False, "read a prompt once for all its responses: faster where it is long beside them")
 
     def problems(self) -> Iterator[str]:
-        if (self.advantage in COMPARE_RESPONSES or self.dynamic_sampling) and self.group_size < 2:
-            yield f"{self.advantage} and dynamic_sampling compare responses: group_size must be at least 2"
+        if (self.advantage in COMPARE_RESPONSES or self.dynamic_sampling or self.rest_epochs) and self.group_size < 2:
+            yield f"{self.advantage}, dynamic_sampling and rest_epochs compare responses: group_size must be at least 2"
         if self.dynamic_sampling and self.max_refills < 1:
             yield "dynamic_sampling needs max_refills of at least 1"
         if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
@@ -724,6 +797,14 @@ class MaxRL(GRPO):
 
 
 @settings
+class ECHO(GRPO):
+    """GRPO that learns from what its environment says, too (2605.24517)."""
+
+    type: Literal["echo"] = option("echo", "the method")
+    observation_coefficient: float = inherited(GRPO, "observation_coefficient", 0.05)
+
+
+@settings
 class RLOO(GRPO):
     """REINFORCE with a leave-one-out baseline (2402.14740)."""
 
@@ -777,6 +858,7 @@ class GRPOConfig(RolloutConfig):
         | VESPO
         | GDPO
         | MaxRL
+        | ECHO
         | RLOO
         | ReinforcePlusPlus
         | ReMax,
@@ -794,6 +876,10 @@ class GRPOConfig(RolloutConfig):
     @property
     def refills(self) -> int | None:
         return self.algorithm.max_refills if self.algorithm.dynamic_sampling else None
+
+    @property
+    def rest_epochs(self) -> int:
+        return self.algorithm.rest_epochs
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -820,6 +906,8 @@ class GRPOConfig(RolloutConfig):
             yield "share_prompts reads one prompt for its responses, and episodes have several turns: leave it out"
         if self.environment.path and a.advantage == "remax":
             yield "remax compares with a greedy response, and an episode is none: choose another advantage"
+        if a.observation_coefficient and not self.environment.path:
+            yield "observation_coefficient is for what an environment says, and there is none: give --environment"
         if self.environment.path and a.overlong_buffer:
             yield "overlong_buffer is of single responses: leave it out with an environment"
         if a.share_prompts and split:

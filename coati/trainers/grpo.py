@@ -1,6 +1,7 @@
 """Group relative policy optimization (DeepSeekMath, 2402.03300) and its relatives: Dr. GRPO (2503.20783), RLOO
 (2402.14740), REINFORCE++ (2501.03262), ReMax (2310.10505), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585),
-SAPO (2511.20347), DPPO (2602.04879), MaxRL (2602.02710), LUSPO (2602.05261), VESPO (2602.10693), GDPO (2601.05242).
+SAPO (2511.20347), DPPO (2602.04879), MaxRL (2602.02710), LUSPO (2602.05261), VESPO (2602.10693), GDPO (2601.05242),
+ECHO (2605.24517).
 
 One iteration:
     1. the policy responds to each of a batch of prompts several times, and the rewards score; with dynamic sampling,
@@ -33,6 +34,7 @@ from coati.losses import (
     kl_divergence,
     mismatch_metrics,
     mismatch_sums,
+    observation_loss,
     penalize_missing_eos,
     policy_loss,
     punish_overlong,
@@ -51,7 +53,7 @@ from coati.samples import Sample
 from coati.trainers.actor_critic import named_norm
 from coati.trainers.batching import model_inputs
 from coati.trainers.config import GRPOConfig
-from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn, response_tokens
+from coati.trainers.iteration import Clock, count_responses, global_moments, kl_metrics, learn, response_tokens
 from coati.trainers.policy import LanguageModel, Policy
 from coati.trainers.rollouts import RolloutTrainer
 from coati.transfer import upload
@@ -89,6 +91,8 @@ class GRPOTrainer(RolloutTrainer):
         learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
         experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * weights * accepted)
+        if a.observation_coefficient:
+            experience = replace(experience, observed=batch.observed)
 
         rate = self.learning_rate(k, c.optimizer.learning_rate)
         with clock("learn"):
@@ -161,21 +165,22 @@ class GRPOTrainer(RolloutTrainer):
 
     def update(self, micro_batches: list[Experience], rate: float) -> dict[str, float]:
         """One optimizer step, on this rank's micro-batches of a minibatch."""
-        counted = float(sum(batch.response_mask.any(1).sum() for batch in micro_batches))
-        responses = max(self.ranks.sum(counted).item(), 1.0)
+        responses = count_responses(micro_batches, self.ranks)
+        episodes = self.ranks.sum(float(sum(len(batch) for batch in micro_batches))).item()
         with self.policy.engine.update(rate) as update:
-            update.add(micro_batches, self.inputs, self.loss(responses), response_tokens)
+            update.add(micro_batches, self.inputs, self.loss(responses, episodes), response_tokens)
         return named_norm(update.metrics, "policy_grad_norm")
 
     def inputs(self, batch: Experience):
         with_entropy = "trained" if self.config.algorithm.entropy_coefficient else True
-        return self.policy.model.inputs(batch, with_entropy=with_entropy)
+        targets = batch.response_mask if batch.observed is None else batch.response_mask | batch.observed
+        return self.policy.model.inputs(batch, targets, with_entropy=with_entropy)
 
-    def loss(self, responses: float) -> Callable:
-        """A micro-batch's part of the policy's loss, the KL penalty and the bonus for entropy.
+    def loss(self, responses: float, episodes: float) -> Callable:
+        """A micro-batch's part of the policy's loss, the KL penalty, the bonus for entropy, the loss on observations.
 
         Args:
-            responses: of the whole step that count.
+            responses: of the whole step that count; episodes: all of the step.
         """
         a, longest = self.config.algorithm, self.config.generation.max_new_tokens
         bound = a.correction.off_policy_bound
@@ -199,6 +204,9 @@ class GRPOTrainer(RolloutTrainer):
             mean_entropy = masked(entropy, mask).sum() / denominator
             if a.entropy_coefficient:
                 loss = loss - a.entropy_coefficient * mean_entropy
+            if batch.observed is not None:
+                of_environment, told = observation_loss(log_probs, batch.observed, episodes)
+                loss, metrics = loss + a.observation_coefficient * of_environment, metrics | told
             return loss, metrics | {"entropy": mean_entropy.detach()}
 
         return part

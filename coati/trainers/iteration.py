@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -85,6 +85,16 @@ def global_moments(x: Tensor, mask: Tensor, ranks) -> tuple[float, float]:
 def response_tokens(batch: Experience) -> Tensor:
     """How many a batch has."""
     return batch.response_mask.sum()
+
+
+def count_responses(micro_batches: Sequence[Experience], ranks) -> float:
+    """Responses of a step with tokens that are learned, over all ranks; at least 1.
+
+    Args:
+        micro_batches: this rank's.
+    """
+    counted = float(sum(batch.response_mask.any(1).sum() for batch in micro_batches))
+    return max(ranks.sum(counted).item(), 1.0)
 
 
 def finite_mean(values: list[float]) -> float:

@@ -29,9 +29,14 @@ class LanguageModel:
         if group > 1:
             self.options["shared_prefix_group"] = group
 
-    def inputs(self, batch, **options):
-        """What the model is called with for responses, at the temperature that they were sampled at."""
-        return model_inputs(batch, batch.response_mask, temperature=batch.temperature, **self.options, **options)
+    def inputs(self, batch, targets: Tensor | None = None, **options):
+        """What the model is called with for responses, at the temperature that they were sampled at.
+
+        Args:
+            targets: the tokens whose log-probs are wanted, bool `[batch, seq]`; None for the responses'.
+        """
+        targets = batch.response_mask if targets is None else targets
+        return model_inputs(batch, targets, temperature=batch.temperature, **self.options, **options)
 
     def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]]) -> Tensor:
         """Of the response tokens, float32 `[batch, seq]`; 0 elsewhere, and in rows that no part has.

@@ -7,6 +7,10 @@ One iteration:
     3. the critic's values and the rewards give advantages (GAE), whitened over the global batch
     4. policy and critic take a few steps on their clipped losses
 
+What value methods have learned since is there as settings: targets of the critic's own (VC-PPO, 2503.01491), a lambda
+by the response's length (VAPO, 2504.05118), values within the range of the rewards (BPCO, 2608.23566), several steps of
+the critic per step of the policy (SAO, 2607.07508).
+
 Departures from the papers: the order of minibatches is drawn anew each epoch but their members stay, so that a run's
 minibatches don't depend on the number of processes; dropout is off, so that a policy's ratio to itself is 1.
 """
@@ -27,6 +31,7 @@ from coati.losses import (
     clip_scores,
     gae,
     kl_divergence,
+    length_adaptive_lambda,
     masked_sums,
     penalize_missing_eos,
     shape_rewards,
@@ -85,7 +90,10 @@ class PPOTrainer(RolloutTrainer):
         scores = penalize_missing_eos(scores, batch.finished, c.scoring.missing_eos_penalty)
         kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient) + batch.token_rewards
-        advantages, returns = gae(values, rewards, mask, a.gamma, a.gae_lambda)
+        lam = length_adaptive_lambda(mask, a.length_adaptive_alpha) if a.length_adaptive_alpha else a.gae_lambda
+        advantages, returns = gae(values, rewards, mask, a.gamma, lam)
+        if a.critic_lambda is not None:
+            _, returns = gae(values, rewards, mask, a.gamma, a.critic_lambda)
         if a.whiten_advantages:
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
 

@@ -145,6 +145,7 @@ class RolloutTrainer(Trainer):
             pad_id=self.factory.pad_id,
             device=self.runtime.device,
             max_refills=c.refills,
+            rest_epochs=c.rest_epochs,
         )
 
     def load_reward_model(self, source: str) -> ModelReward:

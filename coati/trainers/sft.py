@@ -2,7 +2,8 @@
 
     loss = - sum over response tokens of log p(token | everything before) / number of response tokens
 
-The number counts the response tokens of the whole step, over all ranks and micro-batches.
+The number counts the response tokens of the whole step, over all ranks and micro-batches. With `loss: dft` each token's
+log-prob is weighted by its probability (2508.05629); evaluations are of the loss above all the same.
 """
 
 import math
@@ -40,7 +41,7 @@ class SFTTrainer(SupervisedTrainer):
         return self.targets(batch).sum()
 
     def loss(self, log_probs, batch, denominator):
-        return cross_entropy(log_probs, self.targets(batch), denominator)
+        return cross_entropy(log_probs, self.targets(batch), denominator, kind=self.config.loss)
 
     def accumulate(self, log_probs, batch, rows):
         targets = self.targets(batch) & rows[:, None]

@@ -1,11 +1,13 @@
 """Advantages, whitening and running statistics against the oracle."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import gae, masked_sums, moments, returns_to_go, whiten
+from coati.losses import gae, length_adaptive_lambda, masked_sums, moments, returns_to_go, whiten
 from coati.rewards import RunningMoments
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import advantages as oracle
@@ -23,6 +25,30 @@ def test_gae_equals_the_oracle(mask, data, dtype, gamma, lam):
     scale = (values.abs() + rewards.abs()).sum().item()
     assert_close(advantages, expected[0], scale)
     assert_close(returns, expected[1], scale)
+
+
+@quick
+@given(masks(), st.data(), st.sampled_from([0.05, 0.4, 1.5, 100.0]))
+def test_length_adaptive_lambda_equals_the_oracle(mask, data, alpha):
+    lam = length_adaptive_lambda(mask, alpha)
+    expected = oracle.length_adaptive_lambda(mask.tolist(), alpha)
+    assert_close(lam, expected, scale=1.0)
+    values, rewards = (data.draw(numbers(mask.shape, 100.0, torch.float64)) for _ in range(2))
+    advantages, returns = gae(values, rewards, mask, 0.9, lam.double())
+    scale = (values.abs() + rewards.abs()).sum().item()
+    lists = (values.tolist(), rewards.tolist(), mask.tolist())
+    expected_advantages, expected_returns = oracle.gae(*lists, 0.9, lam.tolist())
+    assert_close(advantages, expected_advantages, scale)
+    assert_close(returns, expected_returns, scale)
+
+
+@pytest.mark.parametrize("length", [40, 400, 4000])
+def test_the_last_reward_reaches_the_first_token_of_any_response_alike(length):
+    mask = torch.ones(1, length, dtype=torch.bool)
+    rewards = torch.zeros(1, length, dtype=torch.float64)
+    rewards[0, -1] = 1.0
+    advantages, _ = gae(torch.zeros_like(rewards), rewards, mask, 1.0, length_adaptive_lambda(mask, 0.4).double())
+    assert advantages[0, 0].item() == pytest.approx(math.exp(-1 / 0.4), rel=0.05)
 
 
 @quick

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import coati.losses
 from coati.losses import (
+    bounded_values,
     clip_scores,
     cross_entropy,
     distillation_loss,
@@ -18,6 +19,7 @@ from coati.losses import (
     kto_loss,
     masked_sums,
     moments,
+    observation_loss,
     pairwise_reward_loss,
     penalize_missing_eos,
     policy_loss,
@@ -43,6 +45,7 @@ ORACLES = (advantages, correction, distillation, group, losses, preference)
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
 PER_TOKEN = {
+    "bounded_values": (1, lambda x, mask: bounded_values(x[0], -1.0, 2.0)),
     "clip_scores": (1, lambda x, mask: clip_scores(x[0][:, 0], 1.5)),
     "cross_entropy": (1, lambda x, mask: cross_entropy(x[0], mask, 7)[0]),
     "distillation_loss": (1, lambda x, mask: distillation_loss(x[0], mask, 7)[0]),
@@ -50,6 +53,7 @@ PER_TOKEN = {
     "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
     "kto_loss": (2, lambda x, mask: kto_loss(responses(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
     "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
+    "observation_loss": (1, lambda x, mask: observation_loss(x[0], mask, 7)[0]),
     "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
     "penalize_missing_eos": (1, lambda x, mask: penalize_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
     "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
@@ -69,11 +73,12 @@ OF_LOGITS = {
 }
 # From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
 # test_correction.py.
-NO_GRADIENT = {"adapt_kl_coefficient", "moments", "response_targets"}
+NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets"}
 NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
-# The scores of whole responses have no mask: what stands in them counts.
+# The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.
 UNMASKED = {
+    "bounded_values",
     "clip_scores",
     "kto_loss",
     "preference_loss",

@@ -11,6 +11,7 @@ from coati.losses import (
     cross_entropy,
     distillation_loss,
     gae,
+    observation_loss,
     pairwise_reward_loss,
     policy_loss,
     shape_rewards,
@@ -28,6 +29,9 @@ LOSSES = {
     "sapo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="sapo", weights=lengths(mask, n))),
     "dppo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dppo", weights=lengths(mask, n))),
     "vespo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="vespo", weights=lengths(mask, n))),
+    "dis": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dis", weights=lengths(mask, n))),
+    "dft": (1, lambda x, mask, n: cross_entropy(x[0], mask, n, kind="dft")),
+    "observation": (1, lambda x, mask, n: observation_loss(x[0], mask, n)),
     "value": (3, lambda x, mask, n: value_loss(x[0], x[1], x[2], mask, n)),
 }
 names = st.sampled_from(sorted(LOSSES))

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import cross_entropy, response_targets, token_entropy, token_log_probs, z_loss
+from coati.losses import (
+    cross_entropy,
+    observation_loss,
+    response_targets,
+    token_entropy,
+    token_log_probs,
+    z_loss,
+)
 from coati.losses.language import ProjectedLogProbs, entropy, log_partition, next_log_probs
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
@@ -89,6 +96,25 @@ def test_cross_entropy_equals_the_oracle_whatever_stands_under_the_mask(mask, da
     loss.backward()
     assert_close(log_probs.grad, torch.where(mask, torch.tensor(-1 / 7, dtype=torch.float64), 0.0))
     assert (log_probs.grad[~mask] == 0).all()
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_dynamic_fine_tuning_equals_the_oracle_and_its_factor_is_a_constant(mask, data, dtype):
+    log_probs = poison(-data.draw(numbers(mask.shape, 20.0, dtype)).abs(), mask).requires_grad_()
+    loss, _ = cross_entropy(log_probs, mask, 7, kind="dft")
+    assert_close(loss, oracle.cross_entropy(log_probs.tolist(), mask.tolist(), 7, "dft"), scale=1e-3)
+    loss.backward()
+    assert_close(log_probs.grad, torch.where(mask, -log_probs.detach().double().exp() / 7, 0.0))
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_observation_loss_equals_the_oracle(mask, data, dtype):
+    log_probs = -data.draw(numbers(mask.shape, 100.0, dtype)).abs()
+    loss, metrics = observation_loss(poison(log_probs, mask), mask, 3)
+    assert_close(loss, oracle.observation_loss(log_probs.tolist(), mask.tolist(), 3), scale=1e-6)
+    assert torch.equal(metrics["observation_loss"], loss)
 
 
 @quick

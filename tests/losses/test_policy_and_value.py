@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import adapt_kl_coefficient, kl_divergence, policy_loss, value_loss
+from coati.losses import adapt_kl_coefficient, bounded_values, kl_divergence, policy_loss, value_loss
 from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -16,7 +16,7 @@ clips = st.fixed_dictionaries(
         "clip_low": st.sampled_from([0.2, 0.05, 1.0]),
         "clip_high": st.sampled_from([0.2, 0.28, 3.0]),
         "dual_clip": st.sampled_from([None, 3.0, 1.5]),
-        "kind": st.sampled_from(["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "none"]),
+        "kind": st.sampled_from(["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "dis", "none"]),
         "gates": st.sampled_from([(1.0, 1.05), (3.0, 0.5)]),
         "powers": st.sampled_from([(2.0, 3.0), (1.0, 0.5)]),
         "decays": st.sampled_from([(3.0, 2.0), (0.5, 1.5)]),
@@ -88,11 +88,11 @@ def test_every_token_keeps_a_gradient_in_cispo():
 
 def test_an_unknown_policy_loss_is_named():
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo, sapo, dppo, vespo or none"):
+    with pytest.raises(ValueError, match=r"'ppo9'.*clip, gspo, cispo, sapo, dppo, vespo, dis or none"):
         policy_loss(one, one, one, one.bool(), 1, kind="ppo9")
 
 
-@pytest.mark.parametrize("kind", ["clip", "cispo", "sapo", "dppo", "none"])
+@pytest.mark.parametrize("kind", ["clip", "cispo", "sapo", "dppo", "dis", "none"])
 def test_policy_gradient_at_ratio_one_is_the_policy_gradient(kind):
     """On fresh data the gradient is REINFORCE's: -A / N for each token's log-prob."""
     old = torch.tensor([[-1.0, -2.0, -3.0]])
@@ -126,6 +126,19 @@ def test_dppo_bounds_probabilities_and_not_ratios(old, new, advantage, learns):
     loss, metrics = policy_loss(log_probs, old_log_probs, advantage * one, one.bool(), 1, **bounds)
     loss.backward()
     assert bool(log_probs.grad != 0) == learns == (metrics["clip_fraction"] == 0)
+
+
+@pytest.mark.parametrize(("ratio", "learns"), [(0.69, False), (0.71, True), (1.0, True), (5.9, True), (6.1, False)])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_dis_leaves_tokens_out_whichever_way_they_have_moved(ratio, learns, advantage):
+    """Also those on their way back, which PPO's clipping keeps."""
+    log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    one = torch.ones(1, 1)
+    how = dict(kind="dis", clip_low=0.3, clip_high=5.0)
+    loss, metrics = policy_loss(log_probs, 0 * one, advantage * one, one.bool(), 1, **how)
+    loss.backward()
+    assert log_probs.grad.item() == pytest.approx(-ratio * advantage if learns else 0.0)
+    assert metrics["clip_fraction"] == (not learns)
 
 
 def test_the_gate_of_sapo_closes_on_both_sides():
@@ -210,6 +223,17 @@ def test_value_gradient_is_that_of_finite_differences_away_from_the_corners():
     mask = torch.rand(2, 6) < 0.8
     for clip in (None, 0.2):
         assert torch.autograd.gradcheck(lambda x, c=clip: value_loss(x, old, returns, mask, 5, clip=c)[0], values)
+
+
+@quick
+@given(masks(), st.data(), dtypes, st.sampled_from([(0.0, 1.0), (-1.0, 3.0), (-100.0, -99.0)]))
+def test_bounded_values_equal_the_oracle_and_stay_in_range(mask, data, dtype, bounds):
+    outputs = data.draw(numbers(mask.shape, 1e4, dtype)).requires_grad_()
+    values = bounded_values(outputs, *bounds)
+    assert_close(values, oracle.bounded_values(outputs.tolist(), *bounds), scale=max(map(abs, bounds)))
+    assert (values >= bounds[0]).all() and (values <= bounds[1]).all()
+    values.sum().backward()
+    assert (outputs.grad > 0).all(), "a critic at the edge of its range must be able to come back"
 
 
 @quick

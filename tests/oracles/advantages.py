@@ -14,11 +14,17 @@ def gae(values, rewards, mask, gamma, lam):
     for b, row in enumerate(mask):
         tokens = _response(row)
         v = [values[b][t] for t in tokens] + [0.0]
+        of_row = lam if isinstance(lam, float) else lam[b]
         deltas = [rewards[b][t] + gamma * v[i + 1] - v[i] for i, t in enumerate(tokens)]
         for i, t in enumerate(tokens):
-            advantages[b][t] = math.fsum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
+            advantages[b][t] = math.fsum((gamma * of_row) ** k * d for k, d in enumerate(deltas[i:]))
             returns[b][t] = advantages[b][t] + v[i]
     return advantages, returns
+
+
+def length_adaptive_lambda(mask, alpha):
+    """VAPO, eq. 5; a response of at most 1 / alpha tokens has none that is positive."""
+    return [1 - 1 / (alpha * len(_response(row))) if alpha * len(_response(row)) > 1 else 0.0 for row in mask]
 
 
 def returns_to_go(rewards, mask, gamma):

@@ -49,8 +49,21 @@ def response_targets(mask):
     return [[t > 0 and counts for t, counts in enumerate(row)] for row in mask]
 
 
-def cross_entropy(log_probs, mask, denominator):
-    return math.fsum(-log_probs[b][t] for b, t in _tokens(mask)) / denominator
+def cross_entropy(log_probs, mask, denominator, kind="nll"):
+    """-log p of each target; DFT: times p."""
+    weights = {"nll": lambda x: 1.0, "dft": math.exp}[kind]
+    return math.fsum(-weights(log_probs[b][t]) * log_probs[b][t] for b, t in _tokens(mask)) / denominator
+
+
+def observation_loss(log_probs, observed, denominator):
+    """ECHO, eq. 3: each row is normalized by its own number of observed tokens."""
+    rows = [[log_probs[b][t] for t, counts in enumerate(row) if counts] for b, row in enumerate(observed)]
+    return -math.fsum(math.fsum(row) / len(row) for row in rows if row) / denominator
+
+
+def bounded_values(outputs, low, high):
+    """BPCO, eq. 9."""
+    return [[low + (high - low) * (0.5 + math.atan(z) / math.pi) for z in row] for row in outputs]
 
 
 def z_loss(log_partition, mask, denominator):
@@ -90,8 +103,8 @@ def policy_loss(
     decays=(3.0, 2.0),
     weights=None,
 ):
-    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO; VESPO. The exponent
-    is bounded by 60, as the docstrings say."""
+    """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO; VESPO; SAO. The
+    exponent is bounded by 60, as the docstrings say."""
     objectives, clipped, ratios, kls = [], [], [], []
     for b, t in _tokens(mask):
         columns = [s for s, counts in enumerate(mask[b]) if counts]
@@ -118,6 +131,9 @@ def policy_loss(
             k, c = (powers[0], decays[0]) if advantage >= 0 else (powers[1], decays[1])
             log_phi = c + k * of_response - c * math.exp(of_response)
             objective, was_clipped = math.exp(log_phi) * advantage * log_probs[b][t], False
+        elif kind == "dis":
+            was_clipped = not 1 - clip_low < ratio < 1 + clip_high
+            objective = 0.0 if was_clipped else ratio * advantage
         else:
             objective, was_clipped = ratio * advantage, False
         objectives.append(objective * (1.0 if weights is None else weights[b][t]))

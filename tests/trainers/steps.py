@@ -24,19 +24,23 @@ OF_ANSWERS = dict(policy_loss="gspo", clip_low=0.02, clip_high=0.02)
 OF_ANSWERS |= dict(weights="sequence", reject="geometric", off_policy_bound=0.01)
 OF_TOKENS = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, kl_in="reward", kl_coefficient=0.1)
 OF_TOKENS |= dict(aggregation="token")
+OF_SAO = dict(policy_loss="dis", clip_low=0.02, clip_high=0.02, length_adaptive_alpha=1.5, critic_lambda=1.0)
+OF_SAO |= dict(whiten_advantages=False)
+OF_BPCO = dict(policy_loss="dppo", clip_low=0.01, clip_high=0.01, aggregation="sum", length_adaptive_alpha=0.4)
+OF_BPCO |= dict(critic_lambda=1.0, value_range=[-2.0, 3.0], value_clip=0.5, whiten_advantages=False)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
     "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
     "preference, kto": ("preference", "gpt2", dict(algorithm="kto", undesirable_weight=1.5)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
-    "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3", whiten_advantages=False)),
+    "ppo, shared trunk": ("ppo", "gpt2", dict(shared_trunk=True, kl_estimator="k3") | OF_SAO),
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
     "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
-    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0)),
+    "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0) | OF_BPCO),
 }
 BATCH = 8
 FILLER = 7  # what padding holds: a word of the vocabulary, so that nothing may depend on the id of padding

@@ -14,6 +14,7 @@ from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 from coati.trainers.ppo import PPOConfig, PPOTrainer
 from tests.conftest import ROOT, settings_for
 from tests.docs.pages import blocks
+from tests.trainers.steps import iterate
 
 # `stop` because this policy has not learned to end its responses
 TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=4, max_tokens=120, stop=["e", "o"], rewards=[])
@@ -51,6 +52,26 @@ def test_the_noted_log_probs_are_those_of_a_forward_pass_over_the_whole_episode(
     expected = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
     mask = batch.response_mask[:, 1:]
     assert (expected - batch.sampling_log_probs[:, 1:])[mask].abs().max() < 1e-5
+
+
+def test_a_policy_learns_to_foretell_what_its_environment_says(tiny_world, runtime, tmp_path):
+    """ECHO: the loss is each episode's mean over what it read, and falls."""
+    trainer = make(
+        "grpo", tiny_world, runtime, tmp_path, observation_coefficient=1.0, learning_rate=1e-2, minibatches=1
+    )
+    found = iterate(trainer)
+    batch, observed = found.batch, found.experience.observed
+    assert not (observed & batch.response_mask).any()
+    for sample, row in zip(batch.samples, observed, strict=True):
+        read = trainer.tokenizer.decode([token for token, seen in zip(sample.tokens, row, strict=False) if seen])
+        assert read.count("User: ") == len(sample.turns) - 1
+        assert all(m["content"] in read for m in sample.messages[1:-1] if m["role"] == "user")
+    with torch.no_grad():
+        log_probs = trainer.actor.module(batch.input_ids, batch.attention_mask)
+    means = [-log_probs[i][row].mean() if row.any() else torch.zeros(()) for i, row in enumerate(observed)]
+    metrics = [trainer.step(k) for k in range(6)]
+    assert metrics[0]["observation_loss"] == pytest.approx(float(torch.stack(means).mean()), rel=1e-4)
+    assert metrics[-1]["observation_loss"] < 0.7 * metrics[0]["observation_loss"]
 
 
 CALLING = """{% for tool in tools or [] %}{{ tool.function.name }}

@@ -14,7 +14,7 @@ from coati.losses import group_advantages
 from coati.rollout import prompt_of
 from coati.tracking import read_metrics
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
-from tests.conftest import functions, settings_for
+from tests.conftest import functions, settings_for, write_rows
 from tests.trainers.steps import iterate
 
 # The published algorithms as options, see docs/grpo.md; here each runs, there they are explained.
@@ -127,9 +127,31 @@ def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, 
     assert all(map(torch.equal, before, trainer.actor.module.parameters()))
 
 
-def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
+def test_prompts_that_all_responses_earn_the_same_on_rest(tiny_world, runtime, tmp_path):
+    """For an epoch; then they come back."""
+    rewards = reward(tmp_path, "[float(int(c) % 3 == 0) * i for i, c in enumerate(columns['number'])]")
+    rows = [{"prompt": "say", "number": n} for n in range(12)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = dict(rewards=rewards, train_data=[data], eval_data=[], batch_size=4, group_size=2, minibatches=1)
+    rollouts = make(tiny_world, runtime, tmp_path / "run", rest_epochs=1, **changes).rollouts
+
+    def drawn(k):
+        batch, metrics = rollouts.next(k)
+        return [sample.columns["number"] for sample in batch.samples[::2]], metrics["resting"]
+
+    first = [drawn(k) for k in range(3)]
+    assert sorted(n for numbers, _ in first for n in numbers) == list(range(12))
+    assert [share for _, share in first] == sorted(share for _, share in first)
+    hard = [n for n in range(12) if n % 3]
+    assert first[-1][1] == len(hard) / 12
+    (second, _), (third, _) = drawn(3), drawn(4)
+    assert sorted(second) == [0, 3, 6, 9] and set(third) & set(hard)
+
+
+@pytest.mark.parametrize("choice", [dict(dynamic_sampling=True), dict(rest_epochs=1)])
+def test_what_is_drawn_resumes_where_it_was(choice, tiny_world, runtime, tmp_path):
     """PITFALL 25: to the last bit, with a reference that is refreshed and a temperature that falls."""
-    changes = dict(dynamic_sampling=True, rewards=functions(tiny_world["rewards"] + ":odd"), kl_coefficient=0.05)
+    changes = choice | dict(rewards=functions(tiny_world["rewards"] + ":odd"), kl_coefficient=0.05)
     changes |= dict(
         group_size=2,
         refresh_reference=2,
@@ -143,7 +165,7 @@ def test_dynamic_sampling_resumes_where_it_was(tiny_world, runtime, tmp_path):
     whole.train()
     resume = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
     resumed = make(tiny_world, runtime, tmp_path / "resumed", resume=resume, **changes)
-    assert resumed.rollouts.position > 3 * 8
+    assert resumed.rollouts.position > 3 * 8 or resumed.rollouts.resting
     resumed.train()
     assert whole.state() == resumed.state()
     for name in ("actor", "reference"):
@@ -352,6 +374,8 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         ),
         (dict(refresh_reference=3, kl_coefficient=0.1, lora_rank=2), "without LoRA"),
         (dict(dynamic_sampling=True, max_refills=0), "max_refills"),
+        (dict(group_size=1, advantage="remax", rest_epochs=1), "group_size must be at least 2"),
+        (dict(observation_coefficient=0.1), "there is none"),
         (dict(overlong_buffer=9), "max_new_tokens, 8"),
         (dict(mask_truncated=True, missing_eos_penalty=1.0), "choose one"),
         (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),

@@ -6,7 +6,7 @@ The number counts the tokens of the whole step, over all ranks and micro-batches
 """
 
 from coati.errors import UserError
-from coati.losses import z_loss
+from coati.losses import cross_entropy, z_loss
 from coati.trainers.batching import model_inputs
 from coati.trainers.sft import SFTTrainer
 from colossal_llama.data.packed_rows import MixedOrder, PackedDataset, collate
@@ -81,9 +81,9 @@ class PretrainTrainer(SFTTrainer):
 
     def loss(self, output, batch, denominator):
         if not self.config.z_loss:
-            return super().loss(output, batch, denominator)
+            return cross_entropy(output, self.targets(batch), denominator)
         log_probs, log_partition = output
-        loss, metrics = super().loss(log_probs, batch, denominator)
+        loss, metrics = cross_entropy(log_probs, self.targets(batch), denominator)
         scale, scale_metrics = z_loss(log_partition, self.targets(batch), denominator)
         return loss + self.config.z_loss * scale, metrics | scale_metrics
 

@@ -1,0 +1,83 @@
+"""What value methods of PPO do with the critic: targets of its own, a lambda by length, bounds, several steps."""
+
+import pytest
+import torch
+
+from coati.config import configure
+from coati.errors import UserError
+from coati.losses import gae, length_adaptive_lambda, returns_to_go
+from coati.trainers.ppo import PPOConfig, PPOTrainer
+from tests.conftest import settings_for
+from tests.trainers.steps import end_some_answers, iterate
+
+
+def make(world, runtime, output, **changes) -> PPOTrainer:
+    settings = settings_for("ppo", world, output_dir=str(output), whiten_advantages=False, kl_coefficient=0.0)
+    return PPOTrainer(configure(PPOConfig, **settings | changes), runtime)
+
+
+@pytest.mark.parametrize("shared_trunk", [False, True])
+def test_the_critic_learns_what_was_earned_and_the_policy_from_a_lambda_by_length(
+    shared_trunk, tiny_world, runtime, tmp_path
+):
+    options = dict(length_adaptive_alpha=0.4, critic_lambda=1.0, shared_trunk=shared_trunk)
+    trainer = make(tiny_world, runtime, tmp_path, **options)
+    end_some_answers(trainer)
+    found = iterate(trainer)
+    batch, experience = found.batch, found.experience
+    mask, values = batch.response_mask, experience.values
+    scores = torch.zeros_like(values)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    scores[torch.arange(len(last)), last] = batch.scores
+    torch.testing.assert_close(experience.returns[mask], returns_to_go(scores, mask, 1.0)[mask], rtol=1e-4, atol=1e-5)
+    lam = length_adaptive_lambda(mask, 0.4)
+    assert len(lam.unique()) > 1
+    advantages, _ = gae(values, scores, mask, 1.0, lam)
+    torch.testing.assert_close(experience.advantages[mask], advantages[mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_trunk", [False, True])
+def test_values_stay_in_their_range_and_begin_in_its_middle(shared_trunk, tiny_world, runtime, tmp_path):
+    options = dict(value_range=[2.0, 4.0], shared_trunk=shared_trunk, critic_learning_rate=0.3, learning_rate=0.1)
+    trainer = make(tiny_world, runtime, tmp_path, critic_model=None, **options)
+    first = iterate(trainer, learns=True)
+    trainer.step(1)
+    later = iterate(trainer, 2)
+    for found, middle in ((first, True), (later, False)):
+        values = found.experience.values[found.batch.response_mask]
+        assert values.min() >= 2 and values.max() <= 4
+        assert (values - 3.0).abs().max() < 0.9 or not middle
+    assert not torch.equal(first.experience.values, later.experience.values)
+
+
+def test_the_critic_may_take_several_steps_for_each_of_the_policy(tiny_world, runtime, tmp_path):
+    trainer = make(tiny_world, runtime, tmp_path, critic_updates=3, ppo_epochs=1, minibatches=2)
+    steps = dict.fromkeys(trainer.engines, 0)
+
+    def counted(name, step):
+        def counting(*arguments, **options):
+            steps[name] += 1
+            return step(*arguments, **options)
+
+        return counting
+
+    for name, engine in trainer.engines.items():
+        engine.step = counted(name, engine.step)
+    trainer.step(0)
+    assert steps == {"actor": 2, "critic": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(value_range=[1.0]), "two numbers"),
+        (dict(value_range=[1.0, 0.0]), "the lesser one first"),
+        (dict(length_adaptive_alpha=0.4), "critic_lambda"),
+        (dict(shared_trunk=True, critic_updates=2), "leave critic_updates at 1"),
+        (dict(policy_loss="dis", dual_clip=3.0), "policy_loss dis has no dual_clip"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(changes, words, tiny_world):
+    with pytest.raises(UserError, match=words) as error:
+        configure(PPOConfig, **settings_for("ppo", tiny_world, output_dir="unused", **changes))
+    assert "\n" not in str(error.value)
