@@ -56,9 +56,8 @@ def test_the_noted_log_probs_are_those_of_a_forward_pass_over_the_whole_episode(
 
 def test_a_policy_learns_to_foretell_what_its_environment_says(tiny_world, runtime, tmp_path):
     """ECHO: the loss is each episode's mean over what it read, and falls."""
-    trainer = make(
-        "grpo", tiny_world, runtime, tmp_path, observation_coefficient=1.0, learning_rate=1e-2, minibatches=1
-    )
+    changes = dict(observation_coefficient=1.0, learning_rate=1e-2, minibatches=1, ppo_epochs=1)
+    trainer = make("grpo", tiny_world, runtime, tmp_path, **changes)
     found = iterate(trainer)
     batch, observed = found.batch, found.experience.observed
     assert not (observed & batch.response_mask).any()

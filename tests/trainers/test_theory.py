@@ -210,7 +210,8 @@ def distance_with(task, runtime, output, correction: dict, sampler: dict, pace: 
 WITH_CRITIC = {
     "PPO": {},
     "SAO": {"algorithm.type": "sao"},
-    "BPCO": {"algorithm.type": "bpco", "value_range": [-4.0, 4.0]},
+    # DPPO leaves the ratios of unlikely tokens free: steps of 0.01 make the policy collapse
+    "BPCO": {"algorithm.type": "bpco", "value_range": [-4.0, 4.0], "learning_rate": 3e-3},
 }
 
 
