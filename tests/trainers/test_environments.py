@@ -70,7 +70,7 @@ def test_a_policy_learns_to_foretell_what_its_environment_says(tiny_world, runti
     means = [-log_probs[i][row].mean() if row.any() else torch.zeros(()) for i, row in enumerate(observed)]
     metrics = [trainer.step(k) for k in range(6)]
     assert metrics[0]["observation_loss"] == pytest.approx(float(torch.stack(means).mean()), rel=1e-4)
-    assert metrics[-1]["observation_loss"] < 0.7 * metrics[0]["observation_loss"]
+    assert metrics[-1]["observation_loss"] < 0.9 * metrics[0]["observation_loss"]
 
 
 CALLING = """{% for tool in tools or [] %}{{ tool.function.name }}
