@@ -86,7 +86,7 @@ def play(
         for _ in range(limits.max_turns):
             message = read_response(ask(), call_format)
             observation = check_observation(calls.result(calls.begin(environment.step, message)))
-            total += observation.reward
+            total += observation.reward + sum(observation.earlier_rewards)
             show(told(observation))
             if observation.done:
                 show(f"done      rewards of {total:g} in all")
@@ -104,7 +104,8 @@ def play(
 
 def told(observation: Observation) -> str:
     metrics = "".join(f"  {name} {value:g}" for name, value in observation.metrics.items())
-    return f"reward    {observation.reward:g}{metrics}"
+    earlier = ", ".join(f"{reward:g}" for reward in observation.earlier_rewards)
+    return f"reward    {observation.reward:g}{f' (before: {earlier})' if earlier else ''}{metrics}"
 
 
 def show_messages(messages: list[dict[str, Any]], show: Callable[[str], Any]):

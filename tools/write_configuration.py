@@ -54,6 +54,7 @@ def page() -> str:
     text += table("Reward models", config.RewardModeling, level=3)
     text += "\n### Preference methods\n\n" + methods(config.PreferenceConfig)
     text += table("PPO", config.PPO, level=3)
+    text += "\n### Relatives of PPO\n\nThey have PPO's settings, with other defaults.\n\n" + presets(config.PPOConfig)
     text += table("GRPO", config.GRPO, level=3)
     text += table("correction", config.Correction, level=4, note="A section of `algorithm`.")
     text += "\n### Relatives of GRPO\n\nThey have GRPO's settings, with other defaults.\n\n" + presets(

@@ -47,6 +47,7 @@ from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import pairwise_reward_loss
 from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
+from coati.losses.turns import turn_advantages, turn_gae
 from coati.losses.value import bounded_values, value_loss
 
 __all__ = [
@@ -80,6 +81,8 @@ __all__ = [
     "shape_rewards",
     "token_entropy",
     "token_log_probs",
+    "turn_advantages",
+    "turn_gae",
     "value_loss",
     "vocabulary_divergence",
     "whiten",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Advantage = Literal[
-    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "reinforce++", "reinforce++-baseline", "remax"
+    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "turns", "reinforce++", "reinforce++-baseline", "remax"
 ]
 Aggregation = Literal["token", "sequence", "sum", "constant"]
 
@@ -33,8 +33,8 @@ def group_advantages(
         rewards: `[batch]`, the rows of a group one after the other.
 
     Raises:
-        ValueError: unknown, or another function's (reinforce++: `returns_to_go`, gdpo: `decoupled_advantages`; both
-            are whitened over the global batch).
+        ValueError: unknown, or another function's (turns: `turn_advantages`; reinforce++: `returns_to_go` and gdpo:
+            `decoupled_advantages`, both whitened over the global batch).
     """
     if advantage == "remax" and baseline is not None:
         return rewards - baseline

@@ -20,6 +20,7 @@ at the end of every episode. Episodes of one row should be alike: what is random
 
 import asyncio
 import inspect
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -41,12 +42,15 @@ class Observation:
         reward: for the message that led here; an episode's is their sum.
         done: the episode ends.
         metrics: numbers whose means are logged as `environment/NAME`, of the last step that gives them.
+        earlier_rewards: for each message of the policy before that one, which are added to what these had: a game that
+            is decided at its end rewards all its moves there. Empty for none.
     """
 
     messages: Messages | str = field(default_factory=list)
     reward: float = 0.0
     done: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    earlier_rewards: list[float] = field(default_factory=list)
 
 
 class Environment(Protocol):
@@ -168,11 +172,21 @@ def check_observation(found: Any) -> Observation:
     """
     if not isinstance(found, Observation):
         raise EpisodeFailed(f"step returned {str(found)[:80]!r}, not an Observation")
-    try:
-        reward = float(found.reward)
-    except (TypeError, ValueError):
-        raise EpisodeFailed(f"a reward of {str(found.reward)[:80]!r}") from None
-    if reward != reward or abs(reward) == float("inf"):
-        raise EpisodeFailed(f"a reward of {reward}")
+    earlier = [check_reward(reward) for reward in found.earlier_rewards]
     messages = [] if found.done else check_messages(found.messages)
-    return Observation(messages, reward, bool(found.done), dict(found.metrics))
+    return Observation(messages, check_reward(found.reward), bool(found.done), dict(found.metrics), earlier)
+
+
+def check_reward(found: Any) -> float:
+    """A finite number.
+
+    Raises:
+        EpisodeFailed: it is none.
+    """
+    try:
+        reward = float(found)
+    except (TypeError, ValueError):
+        raise EpisodeFailed(f"a reward of {str(found)[:80]!r}") from None
+    if not math.isfinite(reward):
+        raise EpisodeFailed(f"a reward of {reward}")
+    return reward

@@ -21,6 +21,7 @@ from coati.rollout.environment import (
     Environment,
     EnvironmentCalls,
     EpisodeFailed,
+    Observation,
     check_messages,
     check_observation,
 )
@@ -73,6 +74,16 @@ class Episode:
             self.log_probs = None
         if self.log_probs is not None:
             self.log_probs += log_probs if sampled else [0.0] * len(ids)
+
+    def earn(self, observation: Observation):
+        """Takes the rewards for its turns."""
+        *before, last = self.turns
+        last.reward = observation.reward
+        earlier = observation.earlier_rewards
+        if earlier and len(earlier) != len(before):
+            raise EpisodeFailed(f"earlier_rewards has {len(earlier)} numbers, {len(before)} turns were before this one")
+        for turn, reward in zip(before, earlier, strict=False):
+            turn.reward += reward
 
     def fail(self, error: Exception):
         self.finish_reason, self.error = "failed", str(error)
@@ -221,7 +232,7 @@ class EpisodeGeneration:
             return
         try:
             observation = check_observation(self.calls.result(episode.waiting))
-            episode.turns[-1].reward = observation.reward
+            episode.earn(observation)
             episode.metrics |= observation.metrics
             if observation.done:
                 episode.finish_reason = "done"

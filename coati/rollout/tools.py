@@ -26,6 +26,7 @@ take them, and `call(name, arguments)` in place of methods.
 import inspect
 import json
 from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError, validate_call
@@ -115,6 +116,8 @@ class ToolUse:
                 }
             )
             made.reward += result.reward
+            both = zip_longest(made.earlier_rewards, result.earlier_rewards, fillvalue=0.0)
+            made.earlier_rewards = [sum(pair) for pair in both]
             made.metrics |= result.metrics
             if result.done:
                 made.done = True

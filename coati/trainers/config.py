@@ -489,6 +489,9 @@ class PPO(RolloutAlgorithm):
     kl_target: float | None = option(None, "nats per response that the KL coefficient adapts itself to hold", gt=0)
     kl_horizon: float = option(10000, "responses over which an adaptive coefficient moves", gt=0)
     gamma: float = option(1.0, "discount per token", ge=0, le=1)
+    gae_level: Literal["token", "turn"] = option(
+        "token", "what gamma and lambda count: tokens, or the turns of an episode"
+    )
     gae_lambda: float = option(0.95, "GAE's trade of bias and variance", ge=0, le=1)
     length_adaptive_alpha: float | None = option(
         None, "lambda of a response of length l is 1 - 1 / (this x l) instead, for the policy's advantages", gt=0
@@ -581,6 +584,10 @@ class PPOConfig(RolloutConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.algorithm.gae_level == "turn" and not (self.environment.path and self.environment.turn_rewards):
+            yield "gae_level turn is for the rewards of an environment's turns: give --environment, and turn_rewards"
+        if self.algorithm.gae_level == "turn" and self.algorithm.length_adaptive_alpha is not None:
+            yield "length_adaptive_alpha counts tokens: leave it out with gae_level turn"
         if self.algorithm.shared_trunk and self.parallel.splits_models:
             yield (
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "
@@ -591,7 +598,7 @@ class PPOConfig(RolloutConfig):
 
 
 Advantage = Literal[
-    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "reinforce++", "reinforce++-baseline", "remax"
+    "grpo", "dr_grpo", "rloo", "rloo_std", "maxrl", "gdpo", "turns", "reinforce++", "reinforce++-baseline", "remax"
 ]
 COMPARE_RESPONSES = (
     "grpo",
@@ -600,6 +607,7 @@ COMPARE_RESPONSES = (
     "rloo_std",
     "maxrl",
     "gdpo",
+    "turns",
     "reinforce++-baseline",
 )  # advantages within a group
 PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "dppo", "vespo", "dis", "none"]
@@ -645,6 +653,9 @@ class GRPO(RolloutAlgorithm):
     group_size: int = option(8, "responses per prompt", ge=1, common=True)
     advantage: Advantage = option("grpo", "what a response's advantage is, see docs/grpo.md")
     advantage_std_floor: float = option(0.1, "least standard deviation that rloo_std divides by", gt=0)
+    turn_discount: float = option(
+        1.0, "of turns: what a later turn's reward counts for an earlier one, per turn; 0 for its own alone", ge=0, le=1
+    )
     policy_loss: PolicyLoss = option("clip", "what is done with the policy's ratio, see docs/grpo.md")
     gate_positive: float = option(1.0, "of sapo: how soon a ratio off 1 counts less, for positive advantages", gt=0)
     gate_negative: float = option(1.05, "of sapo: the same for negative ones", gt=0)
@@ -908,6 +919,8 @@ class GRPOConfig(RolloutConfig):
             yield "remax compares with a greedy response, and an episode is none: choose another advantage"
         if a.observation_coefficient and not self.environment.path:
             yield "observation_coefficient is for what an environment says, and there is none: give --environment"
+        if a.advantage == "turns" and not (self.environment.path and self.environment.turn_rewards):
+            yield "turns compares the rewards of an environment's turns: give --environment, and turn_rewards"
         if self.environment.path and a.overlong_buffer:
             yield "overlong_buffer is of single responses: leave it out with an environment"
         if a.share_prompts and split:

@@ -40,6 +40,7 @@ from coati.losses import (
     punish_overlong,
     returns_to_go,
     shape_rewards,
+    turn_advantages,
     whiten,
 )
 from coati.losses.masking import masked
@@ -136,6 +137,8 @@ class GRPOTrainer(RolloutTrainer):
             every = torch.ones_like(of_responses, dtype=torch.bool)
             of_responses = whiten(of_responses, every, *global_moments(of_responses, every, self.ranks))
             advantages = of_responses[:, None] * mask
+        elif a.advantage == "turns":
+            advantages = turn_advantages(rewards, mask, a.group_size, a.turn_discount)
         else:
             options = dict(baseline=baseline, min_std=a.advantage_std_floor)
             of_responses = group_advantages(rewards.sum(1), a.group_size, a.advantage, **options)

@@ -35,6 +35,7 @@ from coati.losses import (
     masked_sums,
     penalize_missing_eos,
     shape_rewards,
+    turn_gae,
     whiten,
 )
 from coati.models import Actor, ActorCritic, Critic
@@ -91,9 +92,10 @@ class PPOTrainer(RolloutTrainer):
         kl = kl_divergence(log_probs, reference, mask, a.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, self.kl_coefficient) + batch.token_rewards
         lam = length_adaptive_lambda(mask, a.length_adaptive_alpha) if a.length_adaptive_alpha else a.gae_lambda
-        advantages, returns = gae(values, rewards, mask, a.gamma, lam)
+        estimate = turn_gae if a.gae_level == "turn" else gae
+        advantages, returns = estimate(values, rewards, mask, a.gamma, lam)
         if a.critic_lambda is not None:
-            _, returns = gae(values, rewards, mask, a.gamma, a.critic_lambda)
+            _, returns = estimate(values, rewards, mask, a.gamma, a.critic_lambda)
         if a.whiten_advantages:
             advantages = whiten(advantages, mask, *global_moments(advantages, mask, self.ranks))
 

@@ -29,6 +29,7 @@ from coati.losses import (
     shape_rewards,
     token_entropy,
     token_log_probs,
+    turn_gae,
     value_loss,
     vocabulary_divergence,
     whiten,
@@ -37,10 +38,10 @@ from coati.losses import (
 from coati.losses.distillation import Divergence
 from coati.losses.preference import PREFERENCE_LOSSES, Responses
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, correction, distillation, group, losses, preference
+from tests.oracles import advantages, correction, distillation, group, losses, preference, turns
 
 FOLDER = Path(__file__).parent
-ORACLES = (advantages, correction, distillation, group, losses, preference)
+ORACLES = (advantages, correction, distillation, group, losses, preference, turns)
 
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
@@ -61,6 +62,7 @@ PER_TOKEN = {
     "preference_loss": (4, lambda x, mask: torch.stack([of_pairs(name, x) for name in sorted(PREFERENCE_LOSSES)])),
     "returns_to_go": (1, lambda x, mask: returns_to_go(x[0], mask, 0.9)),
     "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
+    "turn_gae": (2, lambda x, mask: torch.stack(turn_gae(*x, mask, 0.9, 0.95))),
     "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
     "whiten": (1, lambda x, mask: whitened(x[0], mask)),
     "z_loss": (1, lambda x, mask: z_loss(x[0], mask, 7)[0]),
@@ -74,7 +76,7 @@ OF_LOGITS = {
 # From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
 # test_correction.py.
 NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets"}
-NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages"}
+NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages", "turn_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
 # The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.
 UNMASKED = {
