@@ -268,7 +268,9 @@ def _sample_table(pairs: list[tuple[dict, dict]], steps: list[int]) -> str:
     for before, after in pairs:
         cells = _text_cell(after.get("prompt"))
         for row in [before, after] if compared else [after]:
-            cells += _text_cell(row.get("response"))
+            cells += (
+                _conversation_cell(row["conversation"]) if "conversation" in row else _text_cell(row.get("response"))
+            )
             if scored:
                 cells += f"<td class='n'>{escape(_show(row.get('reward', '–')))}</td>"
         lines.append(f"<tr>{cells}</tr>")
@@ -285,6 +287,27 @@ def _text_cell(value: Any) -> str:
     text = _show(value)
     more = " […]" if len(text) > _TEXT_LIMIT else ""
     return f"<td><div>{escape(text[:_TEXT_LIMIT])}{more}</div></td>"
+
+
+def _conversation_cell(messages: list[dict[str, Any]]) -> str:
+    """An episode message by message; which tokens are learned, and what a turn earned, on hover."""
+    blocks, left = [], _TEXT_LIMIT
+    for message in messages:
+        role, text = message["role"], message["content"]
+        about = "not sampled, so not learned"
+        if role == "assistant":
+            about = f"{message['tokens']} sampled tokens, learned"
+            text += f"\n(no call: {message['malformed_call']})" if "malformed_call" in message else ""
+        earned = f"<b>{number(message['reward'])}</b>" if message.get("reward") else ""
+        more = " […]" if len(text) > left else ""
+        blocks.append(
+            f"<p class='turn {escape(role)}' title='{about}'><small>{escape(role)}</small>{earned}"
+            f"{escape(text[:left].strip())}{more}</p>"
+        )
+        left = max(left - len(text), 0)
+        if not left:
+            break
+    return f"<td><div>{''.join(blocks)}</div></td>"
 
 
 def _reward(row: dict) -> float:

@@ -59,6 +59,9 @@ details{margin-top:16px}
 summary{cursor:pointer;font-weight:600;font-size:14px;padding:4px 0 10px}
 .samples td{width:28%}.samples td.n,.samples th.n{width:8%;text-align:right;font-variant-numeric:tabular-nums}
 .samples td div{white-space:pre-wrap;overflow-wrap:anywhere;max-height:11em;overflow-y:auto}
+.samples .turn{margin:0 0 6px;padding:4px 9px;border-left:3px solid var(--rule);color:var(--muted)}
+.samples .turn small{display:block;font-size:11px}.samples .turn b{float:right;font-weight:600}
+.samples .turn.assistant{border-left-color:var(--c0);color:var(--text)}
 .samples .gap{color:var(--muted);font-style:italic;text-align:center}
 .settings th{width:30%;font-family:ui-monospace,Menlo,Consolas,monospace;font-weight:500;font-size:12.5px}
 .settings td{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12.5px;overflow-wrap:anywhere}

@@ -29,6 +29,7 @@ from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
 from coati.trainers.trainer import Trainer
 
+TEXTS = ("prompt", "response", "conversation")  # of a sample's row for the report; the rest are numbers
 ROWS_CHECKED = 1000  # by the rewards, of each data set, before anything is generated
 
 
@@ -186,7 +187,7 @@ class RolloutTrainer(Trainer):
         found = [(place, row) for (place, _), row in zip(mine, self.sample_rows(samples), strict=True)]
         of_places = dict(pair for of_rank in ranks.gather(found) for pair in of_rank)
         rows = [of_places[place] for place in range(len(data))]
-        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "response"))
+        names = dict.fromkeys(name for row in rows for name in row if name not in TEXTS)
         metrics = {}
         for name in names:
             values = [row[name] for row in rows if row.get(name) is not None]
@@ -204,9 +205,11 @@ def sample_row(sample: Sample) -> dict[str, Any]:
     if sample.rewards:
         rewards = {"reward": sample.total_reward} | rewards
     failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
+    told = {"response": transcript(sample), "conversation": conversation(sample)} if sample.turns else {}
     row = {
         "prompt": sample.prompt,
-        "response": transcript(sample) if sample.turns else sample.response,
+        "response": sample.response,
+        **told,
         **rewards,
         **failed,
         "response_length": sample.response_length,
@@ -217,5 +220,23 @@ def sample_row(sample: Sample) -> dict[str, Any]:
 
 def transcript(sample: Sample) -> str:
     """An episode from its first response on."""
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in from_first_response(sample))
+
+
+def conversation(sample: Sample) -> list[dict[str, Any]]:
+    """The same as messages: role and content, of the policy's also the turn's reward and how many tokens it has."""
+    turns, told = iter(sample.turns), []
+    for message in from_first_response(sample):
+        row = {"role": message["role"], "content": message["content"]}
+        if message["role"] == "assistant":
+            turn = next(turns)
+            row |= {"reward": turn.reward, "tokens": turn.end - turn.start}
+            row |= {"malformed_call": message["malformed_call"]} if "malformed_call" in message else {}
+        told.append(row)
+    return told
+
+
+def from_first_response(sample: Sample) -> list[dict[str, Any]]:
+    """An episode's messages."""
     first = next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.messages[first:])
+    return sample.messages[first:]

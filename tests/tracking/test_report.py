@@ -153,6 +153,29 @@ def test_prompts_that_were_not_sampled_before_are_marked(tmp_path):
     assert ["new", "not sampled", "b"] in parsed.rows
 
 
+def test_an_episode_is_shown_message_by_message(tmp_path):
+    """With what each turn earned, and on hover which tokens are learned."""
+    messages = [
+        {"role": "assistant", "content": "find('<tea>')", "reward": 0.5, "tokens": 7, "malformed_call": "no quotes"},
+        {"role": "tool", "content": "found & brewed"},
+        {"role": "assistant", "content": "done", "reward": 0.0, "tokens": 2},
+    ]
+    row = {"prompt": "p", "response": "r", "conversation": messages, "reward": 0.5}
+    tracker = Tracker(tmp_path / "run", TrackingConfig(), algorithm="grpo", settings=SETTINGS)
+    tracker.log_samples([row], 1)
+    tracker.finish("finished")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    turns = re.findall(r"<p class='turn (\w+)' title='([^']*)'>(.*?)</p>", page, re.DOTALL)
+    assert [role for role, _, _ in turns] == ["assistant", "tool", "assistant"]
+    assert [about for _, about, _ in turns] == [
+        "7 sampled tokens, learned",
+        "not sampled, so not learned",
+        "2 sampled tokens, learned",
+    ]
+    assert "<b>0.5</b>find(&#x27;&lt;tea&gt;&#x27;)\n(no call: no quotes)" in turns[0][2]
+    assert turns[1][2].endswith("found &amp; brewed") and "<b>" not in turns[2][2]
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_a_folder_without_a_run_is_a_user_error(tmp_path, made):
     folder = tmp_path / "empty"

@@ -74,6 +74,7 @@ def test_the_critic_may_take_several_steps_for_each_of_the_policy(tiny_world, ru
         (dict(value_range=[1.0, 0.0]), "the lesser one first"),
         (dict(length_adaptive_alpha=0.4), "critic_lambda"),
         (dict(shared_trunk=True, critic_updates=2), "leave critic_updates at 1"),
+        (dict(gae_level="turn"), "give --environment, and turn_rewards"),
         (dict(policy_loss="dis", dual_clip=3.0), "policy_loss dis has no dual_clip"),
     ],
 )

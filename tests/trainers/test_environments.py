@@ -1,6 +1,7 @@
 """Training with an environment: whole tiny runs of GRPO and PPO over several turns."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,9 @@ def make(algorithm: str, world, runtime, output, **changes):
     ("algorithm", "changes"),
     [
         ("grpo", dict(steps=8, dynamic_sampling=True)),
+        ("grpo", dict(steps=8, advantage="turns", turn_discount=0.9, turn_rewards=True)),
         ("ppo", dict(steps=8)),
+        ("ppo", dict(steps=8, gae_level="turn", turn_rewards=True)),
     ],
 )
 def test_a_policy_learns_from_what_an_environment_gives_it(algorithm, changes, tiny_world, runtime, tmp_path):
@@ -41,6 +44,21 @@ def test_a_policy_learns_from_what_an_environment_gives_it(algorithm, changes, t
     assert sum(row["reward"] for row in rows[-2:]) > sum(row["reward"] for row in rows[:2])
     samples = read_samples(tmp_path)
     assert any("\n\nuser: 2 left\n\nassistant: " in sample["response"] for sample in samples)
+
+
+def test_each_turn_has_the_advantage_of_what_it_led_to(tiny_world, runtime, tmp_path):
+    changes = dict(advantage="turns", turn_discount=0.0, turn_rewards=True, minibatches=1, batch_size=4)
+    found = iterate(make("grpo", tiny_world, runtime, tmp_path, **changes))
+    group = found.batch.samples[:4]
+    assert len({len(sample.turns) for sample in group}) > 1
+    for i, (sample, advantages) in enumerate(zip(group, found.experience.advantages, strict=False)):
+        for number, turn in enumerate(sample.turns):
+            compared = [other.turns[number].reward for other in group if len(other.turns) > number]
+            expected = 0.0
+            if len(compared) > 1:
+                centered = turn.reward - statistics.mean(compared)
+                expected = centered / (statistics.stdev(compared) + 1e-4)
+            assert advantages[turn.start : turn.end].tolist() == pytest.approx([expected] * (turn.end - turn.start)), i
 
 
 def test_the_noted_log_probs_are_those_of_a_forward_pass_over_the_whole_episode(tiny_world, runtime, tmp_path):

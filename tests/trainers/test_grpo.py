@@ -376,6 +376,7 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(dynamic_sampling=True, max_refills=0), "max_refills"),
         (dict(group_size=1, advantage="remax", rest_epochs=1), "group_size must be at least 2"),
         (dict(observation_coefficient=0.1), "there is none"),
+        (dict(advantage="turns"), "give --environment, and turn_rewards"),
         (dict(overlong_buffer=9), "max_new_tokens, 8"),
         (dict(mask_truncated=True, missing_eos_penalty=1.0), "choose one"),
         (dict(policy_loss="cispo", dual_clip=3.0), "dual_clip"),

@@ -1,0 +1,119 @@
+"""Self-play: a small model from random weights learns Nim from games with itself, on two CPU processes.
+
+python examples/self_play/run.py
+python examples/self_play/run.py --seeds 3 --write_docs     # and the table of docs/environments.md
+
+SFT shows games of random players, so that the model speaks the game's language. All else it finds out by playing both
+players: the moves of a game's winner are encouraged, those of its loser discouraged, compared with the same move of
+other games from as many stones. It never sees the random player that it is measured against.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from coati.environments.nim import MOST, Nim  # noqa: E402
+from coati.rollout import Observation  # noqa: E402
+from coati.tracking import read_metrics, write_report  # noqa: E402
+from examples.stages import fill_figures, train  # noqa: E402
+from examples.tokenizer import byte_level_tokenizer  # noqa: E402
+
+STONES, GAMES = range(2, 11), 3000
+MEASURED = 10  # games from each number of stones and from each side, against the random player
+SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "self_play", help="where everything goes")
+    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--write_docs", action="store_true", help="put the table into docs/environments.md too")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        folder = output / f"seed{seed}"
+        data = make_data(folder / "data", seed)
+        common = {"seed": seed, "cache_dir": folder / "cache"}
+        of_sft = {"train_data": data["games"], "tokenizer": data["tokenizer"]}
+        train("sft", HERE / "sft.yaml", folder / "sft", common | of_sft, arguments.processes)
+        of_grpo = {"train_data": data["rows"], "eval_data": data["measured"], "model": folder / "sft" / "model"}
+        train("grpo", HERE / "grpo.yaml", folder / "grpo", common | of_grpo, arguments.processes)
+    table = figures(sorted(output.glob("seed*")))
+    (output / "figures.md").write_text(table + "\n")
+    print(table)
+    if arguments.write_docs:
+        fill_figures(ROOT / "docs" / "environments.md", table, "self-play")
+    print(f"open {write_report([output], output / 'report.html')}")
+
+
+def make_data(folder: Path, seed: int) -> dict[str, Path]:
+    """Games for SFT, starts of games to play, games against the random player, and a tokenizer of the games' words; the
+    same seed, the same bytes."""
+    draw = random.Random(seed)
+    games = [{"messages": game(draw)} for _ in range(GAMES)]
+    against = [
+        {"stones": stones, "opponent": "random", "seed": draw.randrange(2**32), "second": second}
+        for stones in STONES
+        for second in (False, True)
+        for _ in range(MEASURED)
+    ]
+    files = {"games": games, "rows": [{"stones": stones} for stones in STONES] * 20, "measured": against}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in files}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in files[name]))
+    texts = [message["content"] for one in games for message in one["messages"]]
+    texts += [f"User: {text}\nAssistant: {text}" for text in texts]
+    byte_level_tokenizer(texts, 384, SPECIAL).save_pretrained(folder / "tokenizer")
+    return paths | {"tokenizer": folder / "tokenizer"}
+
+
+def game(draw: random.Random) -> list[dict]:
+    """Two random players' game."""
+    nim = Nim()
+    messages, found = nim.reset({"stones": draw.choice(STONES)}), Observation()
+    while not found.done:
+        messages += [*found.messages, {"role": "assistant", "content": str(draw.randint(1, min(MOST, nim.stones)))}]
+        found = nim.step(messages[-1])
+    return messages
+
+
+def figures(folders: list[Path]) -> str:
+    """Games won against the random player, from 2 to 10 stones and from either side."""
+    perfect = statistics.mean(games_of_a_perfect_player(folders[0] / "data" / "measured.jsonl"))
+    lines = [
+        "| seed | won before | won after | illegal before | illegal after | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder in folders:
+        rows = read_metrics(folder / "grpo")
+        evaluated = [row for row in rows if "eval/environment/won" in row]
+        cells = [f"{evaluated[i][f'eval/environment/{name}']:.1%}" for name in ("won", "illegal") for i in (0, -1)]
+        minutes = sum(row.get("seconds/step", 0.0) for row in rows) / 60
+        lines.append(f"| {folder.name.removeprefix('seed')} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    return "\n".join(lines) + f"\n\nA perfect player wins {perfect:.1%} of the same games of seed 0."
+
+
+def games_of_a_perfect_player(path: Path) -> list[float]:
+    """Whether it wins each of the measured games: it leaves a multiple of 4 where it can."""
+    won = []
+    for line in path.read_text().splitlines():
+        nim, found = Nim(), Observation()
+        nim.reset(json.loads(line))
+        while not found.done:
+            found = nim.step({"role": "assistant", "content": str(nim.stones % (MOST + 1) or 1)})
+        won.append(found.metrics["won"])
+    return won
+
+
+if __name__ == "__main__":
+    main()
