@@ -23,7 +23,7 @@ class Nim:
     def reset(self, row: dict[str, Any]) -> Messages:
         self.stones, self.moves = row["stones"], 0
         self.opponent = random.Random(row["seed"]) if row.get("opponent") == "random" else None
-        if not isinstance(self.stones, int) or self.stones < 1:
+        if type(self.stones) is not int or self.stones < 1:
             raise ValueError(f"a game of {self.stones} stones")
         if self.opponent and row.get("second") and self.stones > MOST:
             self.stones -= self.opponent.randint(1, MOST)
@@ -37,7 +37,7 @@ class Nim:
         text = message["content"].strip()
         taken = int(text) if text in ("1", "2", "3") else 0
         if not 1 <= taken <= self.stones:
-            return self.end(wins=False, illegal=1.0)
+            return self.end(wins=False, illegal=True)
         self.stones -= taken
         if self.stones == 0:
             return self.end(wins=True)
@@ -45,18 +45,21 @@ class Nim:
             self.stones -= self.opponent.randint(1, min(MOST, self.stones))
             if self.stones == 0:
                 return self.end(wins=False)
-        return Observation([{"role": "user", "content": self.state()}])
+        return Observation([{"role": "user", "content": self.state()}], metrics=self.metrics())
 
-    def end(self, wins: bool, illegal: float = 0.0) -> Observation:
+    def end(self, wins: bool, illegal: bool = False) -> Observation:
         """The last mover wins or loses.
 
         Args:
-            illegal: 1 where its move was.
+            illegal: its move was.
         """
         reward = 1.0 if wins else -1.0
         if self.opponent:
-            earlier, metrics = [reward] * (self.moves - 1), {"won": float(wins), "illegal": illegal}
+            earlier = [reward] * (self.moves - 1)
         else:  # the move before it was the other player's
             earlier = [reward if (self.moves - 1 - i) % 2 == 0 else -reward for i in range(self.moves - 1)]
-            metrics = {"illegal": illegal}
-        return Observation(reward=reward, earlier_rewards=earlier, done=True, metrics=metrics)
+        return Observation(reward=reward, earlier_rewards=earlier, done=True, metrics=self.metrics(wins, illegal))
+
+    def metrics(self, won: bool = False, illegal: bool = False) -> dict[str, float]:
+        """Of the game so far, for those too that are cut before their end."""
+        return {"illegal": float(illegal)} | ({"won": float(won)} if self.opponent else {})

@@ -921,6 +921,8 @@ class GRPOConfig(RolloutConfig):
             yield "observation_coefficient is for what an environment says, and there is none: give --environment"
         if a.advantage == "turns" and not (self.environment.path and self.environment.turn_rewards):
             yield "turns compares the rewards of an environment's turns: give --environment, and turn_rewards"
+        if a.advantage == "turns" and (a.dynamic_sampling or a.rest_epochs):
+            yield "turns compares turns, not the sums of episodes: leave out dynamic_sampling and rest_epochs"
         if self.environment.path and a.overlong_buffer:
             yield "overlong_buffer is of single responses: leave it out with an environment"
         if a.share_prompts and split:

@@ -197,9 +197,10 @@ def test_errors_of_others_are_explained():
     assert set(explained_errors()) >= OF_OTHERS
 
 
-def test_settings_page_is_current():
-    script = runpy.run_path(str(ROOT / "tools" / "write_configuration.py"))
-    assert text_of(script["PAGE"]) == script["page"](), "run tools/write_configuration.py"
+@pytest.mark.parametrize("tool", ["write_configuration", "write_methods"])
+def test_generated_pages_are_current(tool):
+    script = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))
+    assert text_of(script["PAGE"]) == script["page"](), f"run tools/{tool}.py"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

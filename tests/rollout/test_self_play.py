@@ -66,6 +66,12 @@ def test_rewards_of_earlier_turns_are_added_and_must_fit():
             check_observation(Observation(earlier_rewards=bad, done=True))
 
 
-def test_a_row_without_stones_is_refused():
-    with pytest.raises(ValueError, match="a game of 0 stones"):
-        Nim().reset({"stones": 0})
+@pytest.mark.parametrize("stones", [0, True, 1.5])
+def test_a_row_without_stones_is_refused(stones):
+    with pytest.raises(ValueError, match=f"a game of {stones} stones"):
+        Nim().reset({"stones": stones})
+
+
+def test_a_game_that_is_cut_is_not_won():
+    [found] = play({"stones": 30, "opponent": "random", "seed": 0}, "1")
+    assert found.metrics == {"won": 0.0, "illegal": 0.0}

@@ -162,6 +162,8 @@ def test_the_class_of_the_page_trains_a_policy(tiny_world, runtime, tmp_path):
         (dict(advantage="remax"), "remax compares with a greedy response"),
         (dict(overlong_buffer=2), "overlong_buffer is of single responses"),
         (dict(max_new_tokens=120), "has no room for a response of 120"),
+        (dict(advantage="turns"), "give --environment, and turn_rewards"),
+        (dict(advantage="turns", turn_rewards=True, rest_epochs=1), "leave out dynamic_sampling and rest_epochs"),
     ],
 )
 def test_what_episodes_do_not_go_with_is_said_at_the_start(changes, message, tiny_world, runtime, tmp_path):
