@@ -10,6 +10,7 @@ from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
+from coati.data.teaching import fields_of
 from coati.errors import UserError
 from coati.rewards.config import AnyReward, ModelRewardSettings, ScoringConfig, reward_problems
 from coati.tracking.config import TrackingConfig
@@ -828,6 +829,8 @@ class GRPOConfig(RolloutConfig):
 
 # --- from a teacher
 
+SELF = "self"  # the teacher that is the model which the run starts from
+
 
 @settings
 class Distillation(Settings):
@@ -839,8 +842,24 @@ class Distillation(Settings):
 
     type: Literal["distill"] = option("distill", "the method")
     teacher: str | None = option(
-        None, "folder or name of the teacher, whose tokenizer must be the student's", path="model", common=True
+        None,
+        "folder or name of the teacher, whose tokenizer must be the student's; self: a copy of --model",
+        path="model",
+        common=True,
     )
+    teacher_prompt: str | None = option(
+        None,
+        "what the teacher reads as the last message of the prompt, with names of fields in braces: {prompt} is what "
+        "stands there, {response} the row's response",
+    )
+    teacher_ema: float = option(
+        0.0,
+        "of teacher self: after each iteration this share of its weights comes from the student; 0 leaves it as it is, "
+        "1 makes it the current student",
+        ge=0,
+        le=1,
+    )
+    skip_tokens: int = option(0, "first tokens of each response that are not learned", ge=0)
     on_policy_share: float = option(
         1.0,
         "share of an iteration's rows that the student responds to itself; of the others it learns the data's "
@@ -861,6 +880,15 @@ class Distillation(Settings):
     def problems(self) -> Iterator[str]:
         if self.beta != 0.5 and self.divergence != "jsd":
             yield f"beta belongs to divergence jsd: leave it out with {self.divergence}"
+        if self.teacher_ema and self.teacher != SELF:
+            yield "teacher_ema moves a copy of the student: give teacher self, or leave it out"
+        if self.teacher_prompt is not None:
+            if self.on_policy_share < 1:
+                yield "teacher_prompt is for the student's own responses: leave on_policy_share at 1"
+            try:
+                fields_of(self.teacher_prompt)
+            except ValueError as error:
+                yield str(error)
 
 
 @settings
@@ -875,11 +903,14 @@ class DistillConfig(RolloutConfig):
 
     @property
     def models(self) -> list[str]:
-        return super().models + ([self.algorithm.teacher] if self.algorithm.teacher else [])
+        teacher = self.algorithm.teacher
+        return super().models + ([teacher] if teacher and teacher != SELF else [])
 
     @property
     def longest_row(self) -> int:
         longest = super().longest_row if self.algorithm.on_policy_share > 0 else 0
+        if self.algorithm.teacher_prompt is not None:
+            longest = max(longest, self.data.max_length + self.generation.max_new_tokens)
         return max(longest, self.data.max_length) if self.algorithm.on_policy_share < 1 else longest
 
     def problems(self) -> Iterator[str]:
@@ -887,6 +918,15 @@ class DistillConfig(RolloutConfig):
         scoring = self.scoring
         if self.environment.path:
             yield "distillation responds to prompts, in one turn: leave environment out"
+        if self.algorithm.teacher == SELF and self.model.path is None:
+            yield "teacher self is the model that the run starts from: give --model FOLDER"
+        if self.algorithm.teacher_ema and not self.parallel.holds_whole_models:
+            yield "teacher_ema is for models that are replicated: ddp, zero1, zero2"
+        if self.algorithm.teacher_prompt is not None and self.parallel.splits_sequences:
+            yield (
+                "teacher_prompt makes rows of other lengths for the teacher, so processes would hold other tokens: "
+                "leave out sequence_parallel and split_sequence"
+            )
         if scoring.normalize_reward or scoring.reward_clip is not None or scoring.missing_eos_penalty is not None:
             yield (
                 "rewards are only measured here, the teacher is what is learned from: leave out normalize_reward, "

@@ -24,6 +24,7 @@ OF_ANSWERS = dict(policy_loss="gspo", clip_low=0.02, clip_high=0.02)
 OF_ANSWERS |= dict(weights="sequence", reject="geometric", off_policy_bound=0.01)
 OF_TOKENS = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, kl_in="reward", kl_coefficient=0.1)
 OF_TOKENS |= dict(aggregation="token")
+WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
@@ -36,6 +37,7 @@ TRAINERS = {
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
+    "distill, a teacher with the response": ("distill", "gpt2", COOL | WITH_RESPONSE),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0)),
 }
 BATCH = 8
@@ -248,7 +250,10 @@ def _repad_and_split(trainer, variation: Variation, patch):
         patch.setattr(trainer.batching, "split", lambda lengths, _group=1: in_order(len(lengths)))
     if hasattr(trainer, "teach"):
         teach = trainer.teach
-        patch.setattr(trainer, "teach", lambda batches: teach([padded(batch, variation) for batch in batches]))
+        repad = lambda r: dataclasses.replace(  # noqa: E731
+            r, student=padded(r.student, variation), teacher=padded(r.teacher, variation)
+        )
+        patch.setattr(trainer, "teach", lambda readings: teach([repad(reading) for reading in readings]))
     elif hasattr(trainer, "rollouts"):
         rollouts, updates = trainer.rollouts.next, getattr(trainer, "models", trainer)
         update = updates.update

@@ -27,12 +27,12 @@ def test_each_row_is_responded_to_or_learned_as_it_is(share, tiny_world, runtime
     prompts = [tuple(trainer.data[i].input_ids) for i in range(len(trainer.data))]
     learned = []
     teach = trainer.teach
-    monkeypatch.setattr(trainer, "teach", lambda batches: learned.append(batches) or teach(batches))
+    monkeypatch.setattr(trainer, "teach", lambda readings: learned.append(readings) or teach(readings))
     for k in range(len(prompts) // 8):
         trainer.step(k)
     own, demonstrated = [], []
-    for batches in learned:
-        for batch in batches:
+    for readings in learned:
+        for batch in (reading.student for reading in readings):
             for ids, mask, real in zip(batch.input_ids, batch.loss_mask, batch.attention_mask, strict=True):
                 prompt = tuple(ids[: int(mask.int().argmax())].tolist())
                 rows = [row for row, text in enumerate(prompts) if text == prompt]
