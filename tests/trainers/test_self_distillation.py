@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from coati.config import configure
 from coati.errors import UserError
+from coati.models import Actor
 from coati.run_layout import TEACHER, checkpoints_of, model_in, newest_checkpoint
 from coati.trainers.distill import DistillConfig, DistillTrainer
-from tests.conftest import settings_for
+from tests.conftest import settings_for, write_rows
+from tests.trainers.test_theory import TEMPLATE
 
 PROMPT = "never {prompt} lamp {response}"
 SELF = dict(teacher="self", teacher_prompt=PROMPT, on_policy_share=1.0, divergence="forward")
@@ -171,10 +174,6 @@ def test_what_makes_no_sense_is_refused(changes, words, tiny_world, runtime, tmp
 
 def test_a_teachers_prompt_that_is_too_long_for_its_positions_is_refused(tiny_world, runtime, tmp_path):
     """A model of absolute positions would read nonsense; rotary ones go on, and their limit is only said."""
-    from transformers import GPT2Config
-
-    from coati.models import Actor
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_world["tokenizer"])
     short = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
     Actor(config=short).save_pretrained(tmp_path / "short")
@@ -184,3 +183,68 @@ def test_a_teachers_prompt_that_is_too_long_for_its_positions_is_refused(tiny_wo
     with pytest.raises(UserError, match=r"rows of this run have up to \d+ tokens, and GPT2LMHeadModel has .*64"):
         long = "{prompt} {prompt} {prompt} {response} {response} {response} {prompt}"
         make(tiny_world, runtime, tmp_path / "run", **SELF | changes | dict(teacher_prompt=long))
+
+
+QUESTIONS, WORDS = [f"q{i}" for i in range(8)], [f"w{i}" for i in range(8)]
+VOCABULARY = ("<eos>", "<pad>", "hint", *QUESTIONS, *WORDS)
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory) -> dict:
+    """Settings for a policy that says any word after a question, and after a hint the word of the hint; and rows with
+    the word that belongs to each question."""
+    root = tmp_path_factory.mktemp("secrets")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    actor = Actor(config=LlamaConfig(vocab_size=len(VOCABULARY), eos_token_id=0, pad_token_id=1, **sizes))
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=3e-3)
+    for _ in range(300):
+        question, word = torch.randint(3, 11, (64, 1)), torch.randint(11, 19, (64, 1))
+        hint, end = torch.full_like(question, 2), torch.zeros_like(question)
+        hinted = torch.cat([question, hint, word, word, end], 1)
+        plain = torch.cat([question, word, end, end, end], 1)
+        targets = torch.tensor([[0, 0, 0, 1, 1]] * 64 + [[0, 1, 1, 0, 0]] * 64, dtype=torch.bool)
+        loss = -actor(torch.cat([hinted, plain]))[targets].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    actor.save_pretrained(root / "policy")
+    tokenizer.save_pretrained(root / "policy")
+    rows = [{"prompt": question, "secret": word} for question, word in zip(QUESTIONS, reversed(WORDS), strict=True)]
+    return dict(
+        model=str(root / "policy"),
+        train_data=[write_rows(root / "rows.jsonl", rows * 8)],
+        cache_dir=str(root / "cache"),
+    )
+
+
+@torch.no_grad()
+def right_words(model) -> torch.Tensor:
+    """The probability of each question's word, without a hint, `[questions]`."""
+    rows = torch.tensor([[3 + i, 11 + 7 - i] for i in range(8)])
+    return model(rows)[:, 1].exp()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "least", "most"), [("{prompt} hint {secret}", 0.6, 1.0), ("{prompt}", 0.0, 0.3)], ids=["hint", "none"]
+)
+@pytest.mark.parametrize(
+    "changes", [dict(divergence="reverse"), dict(teacher_ema=0.002, learning_rate=1e-3)], ids=["start", "average"]
+)
+def test_a_student_internalizes_what_stands_in_its_teachers_prompt(
+    changes, prompt, least, most, secrets, runtime, tmp_path
+):
+    """It knows the words of the hints afterwards, without a hint; without one, its teacher can't tell it any."""
+    settings = secrets | dict(teacher="self", divergence="forward", output_dir=str(tmp_path), max_new_tokens=2)
+    settings |= dict(steps=60, batch_size=64, micro_batch_size=64, generation_batch_size=64, learning_rate=3e-3)
+    settings |= dict(teacher_prompt=prompt, warmup=0.0, progress="off") | changes
+    trainer = DistillTrainer(configure(DistillConfig, **settings), runtime)
+    assert 0.05 < right_words(trainer.actor.module).mean() < 0.3
+    for k in range(trainer.total_steps):
+        trainer.step(k)
+    found = right_words(trainer.actor.module)
+    assert least <= found.min() and found.max() <= most, found
