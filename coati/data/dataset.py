@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +30,7 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHUNK_ROWS = 256
 
 
@@ -64,6 +64,10 @@ class TokenizedDataset:
 
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[row] for row in range(len(self)))
+
+    def teachers_of(self, rows: Sequence[int]) -> list[str | None]:
+        """The names of some rows' teachers, see `Teaching`."""
+        return self._table.data.column("teacher").take(list(rows)).to_pylist()
 
 
 def build_dataset(
@@ -176,9 +180,9 @@ def _samples(
             report.rows.setdefault(source, 0)
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenizing {source}", total=None)
-            chunk: list[tuple[int, Any]] = []
-            for line, record in _records(source, kind, config, teaching, report):
-                chunk.append((line, record))
+            chunk: list[tuple[int, Record, str | None]] = []
+            for read in _records(source, kind, config, teaching, report):
+                chunk.append(read)
                 if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
                     chunk = []
@@ -188,27 +192,28 @@ def _samples(
 
 def _records(
     source: str, kind: Kind, config: DataConfig, teaching: Teaching | None, report: ValidationReport
-) -> Iterator[tuple[int, Record]]:
+) -> Iterator[tuple[int, Record, str | None]]:
+    """Line, record and teacher."""
     for line, row in load_rows(source):
         report.rows[source] += 1
         try:
             if isinstance(row, ValueError):
                 raise row
-            records = parse_record(row, kind)
+            records, teacher = parse_record(row, kind), None
             if teaching is not None:
-                records = [teaching.add_to(record) for record in records]
+                records, teacher = [teaching.add_to(record) for record in records], teaching.teacher_of(row)
         except ValueError as error:
             report.drop(source, line, str(error), bad=True)
             continue
         if config.train_on == "each":
             records = [one for record in records for one in one_record_per_response(record)]
-        yield from ((line, record) for record in records)
+        yield from ((line, record, teacher) for record in records)
 
 
 def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
-    results = tokenize_many([record for _, record in chunk], tokenizer, config)
-    for (line, _), tokenized in zip(chunk, results, strict=True):
+    results = tokenize_many([record for _, record, _ in chunk], tokenizer, config)
+    for (line, _, teacher), tokenized in zip(chunk, results, strict=True):
         sample = tokenized.sample
         if isinstance(sample, ValueError):
             report.drop(source, line, str(sample), bad=not isinstance(sample, SkippedRow))
@@ -216,7 +221,7 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
             report.samples[source] += 1
             for note in tokenized.notes:
                 report.note(source, line, note)
-            yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
+            yield {**empty, "length": len(sample), "source": index, "teacher": teacher, **_to_row(sample)}
 
 
 def _features():
@@ -228,7 +233,8 @@ def _features():
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
-    return Features({**numbers, **sequences, "text": Value("large_string"), "columns": Value("large_string")})
+    texts = {name: Value("large_string") for name in ("text", "columns", "teacher")}
+    return Features({**numbers, **sequences, **texts})
 
 
 def _to_row(sample: TokenizedSample) -> dict[str, Any]:

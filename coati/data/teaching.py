@@ -1,4 +1,4 @@
-"""What a row says to its teacher: a prompt that differs from the student's."""
+"""What a row says of teachers: which one it has, and the prompt that this one reads instead of the student's."""
 
 from __future__ import annotations
 
@@ -17,18 +17,35 @@ class Teaching:
     Attributes:
         prompt: the text of the prompt's last message as a teacher reads it, with names of fields in braces; None where
             it reads what the student does.
+        column: the field that names a row's teacher, of `names`; None where all rows have the same.
     """
 
     prompt: str | None = None
+    column: str | None = None
+    names: tuple[str, ...] = ()
+
+    def teacher_of(self, row: Any) -> str | None:
+        """The name of a row's teacher.
+
+        Raises `ValueError`, as all of `coati.data.messages`, where the row names none of the teachers.
+        """
+        if self.column is None:
+            return None
+        value = row.get(self.column) if isinstance(row, dict) else None
+        if value is None:
+            raise ValueError(f"no field `{self.column}`, which names the row's teacher")
+        if str(value) not in self.names:
+            raise ValueError(f"`{self.column}` is {str(value)[:40]!r}, and the teachers are {', '.join(self.names)}")
+        return str(value)
 
     def add_to(self, record: Record) -> Record:
         """The record with its teacher's prompt.
 
-        Raises `ValueError`, as all of `coati.data.messages`, where the row lacks a field that the prompt names.
+        Raises `ValueError` where the row lacks a field that the prompt names.
         """
+        unused = tuple(part for part in record.unused if part != f"`{self.column}`")
         if self.prompt is None or not isinstance(record, PromptRecord):
-            return record
-        unused = record.unused
+            return replace(record, unused=unused)
         if "response" in fields_of(self.prompt):
             unused = tuple(part for part in unused if part != LAST_RESPONSE)
         return replace(record, teacher_prompt=filled_prompt(self.prompt, record), unused=unused)

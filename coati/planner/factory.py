@@ -8,6 +8,7 @@ import torch
 
 from coati.config.plugin import PLUGINS
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
+from coati.data.teaching import Teaching
 from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
@@ -79,20 +80,25 @@ class LongestRows:
         kind: as `build_dataset`.
         rows: how many there are.
         learned: whether all tokens but the first are targets; else only the last one is.
-        has_teacher_prompts: whether a teacher reads other prompts.
+        teaching: how teachers read them.
     """
 
     key, source_names, weights_per_row = "planned", ["planned"], None
 
-    def __init__(self, kind: str, rows: int, config, *, learned: bool, has_teacher_prompts: bool = False):
+    def __init__(self, kind: str, rows: int, config, *, learned: bool, teaching: Teaching):
         self.kind, self.config, self.learned = kind, config, learned
         self.length = config.data.max_prompt_length if kind == "prompt" else config.data.max_length
-        self.teacher_length = config.data.max_length if has_teacher_prompts else None
+        self.teaching = teaching
+        self.teacher_length = None if teaching.prompt is None or kind != "prompt" else config.data.max_length
         self.lengths = np.full(rows, max(self.length, self.teacher_length or 0))
         self.source_of_row = np.zeros(rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def teachers_of(self, rows):
+        """In turn."""
+        return [self.teaching.names[row % len(self.teaching.names)] if self.teaching.names else None for row in rows]
 
     def __getitem__(self, row: int):
         ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
@@ -146,11 +152,10 @@ class PlannedFactory(Factory):
         c, learned = self.config, sources != self.config.data.eval_data
         rows = 1  # which is in all batches, on every rank
         if learned and kind == "prompt":  # equal prompts would be read once
-            rows = c.batch_size
+            rows = max(c.batch_size, len(teaching.names) if teaching else 0)
         if not learned and kind == "sft":  # whose first rows are completed
             rows = max(c.evaluation.samples, 1)
-        has_teacher_prompts = kind == "prompt" and teaching is not None and teaching.prompt is not None
-        return LongestRows(kind, rows, c, learned=learned, has_teacher_prompts=has_teacher_prompts)
+        return LongestRows(kind, rows, c, learned=learned, teaching=teaching or Teaching())
 
     def model(self, model_class, pretrained, *, lora=None, own_config=False, dtype=None):
         c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))

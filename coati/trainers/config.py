@@ -847,6 +847,12 @@ class Distillation(Settings):
         path="model",
         common=True,
     )
+    teachers: dict[str, str] | None = option(
+        None,
+        "several instead: of each value that --teacher_column has, the folder or name, such as {math: A, code: B}",
+        path="model",
+    )
+    teacher_column: str | None = option(None, "the field of the data that names a row's teacher")
     teacher_prompt: str | None = option(
         None,
         "what the teacher reads as the last message of the prompt, with names of fields in braces: {prompt} is what "
@@ -877,9 +883,22 @@ class Distillation(Settings):
     distill_temperature: float = option(1.0, "temperature of both distributions that are compared", gt=0)
     max_rollout_kl: float = inherited(RolloutAlgorithm, "max_rollout_kl", 0.1)
 
+    @property
+    def named_teachers(self) -> dict[str | None, str]:
+        """Folder or name of each teacher, by what the rows call it; an only teacher has no name there."""
+        if self.teachers is not None:
+            return dict(self.teachers)
+        return {} if self.teacher is None else {None: self.teacher}
+
     def problems(self) -> Iterator[str]:
         if self.beta != 0.5 and self.divergence != "jsd":
             yield f"beta belongs to divergence jsd: leave it out with {self.divergence}"
+        if self.teacher is not None and self.teachers is not None:
+            yield "teacher is of all rows, and teachers of some each: give one of the two"
+        if (self.teachers is None) != (self.teacher_column is None):
+            yield "teachers and teacher_column go together: give both or neither"
+        if self.teachers is not None and (not self.teachers or SELF in self.teachers.values()):
+            yield "teachers are folders or names, one at least: a copy of the student is --teacher self alone"
         if self.teacher_ema and self.teacher != SELF:
             yield "teacher_ema moves a copy of the student: give teacher self, or leave it out"
         if self.teacher_prompt is not None:
@@ -903,8 +922,7 @@ class DistillConfig(RolloutConfig):
 
     @property
     def models(self) -> list[str]:
-        teacher = self.algorithm.teacher
-        return super().models + ([teacher] if teacher and teacher != SELF else [])
+        return super().models + [teacher for teacher in self.algorithm.named_teachers.values() if teacher != SELF]
 
     @property
     def longest_row(self) -> int:

@@ -18,7 +18,7 @@ start, or an average of its weights (self-distillation: SDFT, Shenfeld et al., 2
 response, at other positions, and only its tokens are compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ from coati.losses.distillation import Divergence
 from coati.models.adapters import vocabulary
 from coati.models.base import disable_dropout
 from coati.models.distillation import Student, Teacher
+from coati.parallel import Engine
 from coati.rewards import Scorer
 from coati.rollout import RolloutBatch
 from coati.run_layout import ACTOR, TEACHER
 from coati.samples import Sample
-from coati.trainers.batching import in_batch_order, model_inputs
+from coati.trainers.batching import Part, in_batch_order, model_inputs
 from coati.trainers.config import SELF, DistillConfig
 from coati.trainers.iteration import Clock
 from coati.trainers.policy import Policy
@@ -46,10 +47,17 @@ from coati.trainers.rollouts import RolloutTrainer
 
 @dataclass(frozen=True)
 class Reading:
-    """A micro-batch of responses as each model reads them: row for row the same response, after a prompt of its own."""
+    """A micro-batch of responses as each model reads them: row for row the same response, after a prompt of its own.
+
+    Attributes:
+        name: of the rows' teacher; None where there is only one.
+        is_real: False for rows that fill up (`Part`), of which the loss masks have nothing.
+    """
 
     student: SFTBatch
     teacher: SFTBatch
+    name: str | None
+    is_real: bool
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,14 @@ class Lesson:
         input_ids, attention_mask: `[batch, seq]`, padded on the right.
         targets: bool `[batch, seq]`, the tokens that the student learns.
         teacher_states: `[tokens, width]`, of which the teacher's output layer makes the targets' distributions.
+        name: of the teacher.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     targets: Tensor
     teacher_states: Tensor
+    name: str | None
 
 
 class DistillTrainer(RolloutTrainer):
@@ -75,7 +85,7 @@ class DistillTrainer(RolloutTrainer):
         data: the prompts; demonstrations: the same data with its responses, None where all are the student's own.
         demonstration_order: the rows of each iteration, of which the last ones are learned with their responses. It is
             that of the prompts, where both are made of the same rows (none is too long for one of them).
-        teacher: its engine; policy: what is asked of the student.
+        teachers: their engines, by the names that rows have for them; policy: what is asked of the student.
     """
 
     config: DistillConfig
@@ -97,8 +107,10 @@ class DistillTrainer(RolloutTrainer):
             update.add(lessons, self.inputs, self.loss, lambda lesson: lesson.targets.sum())
         if self.config.algorithm.teacher_ema:
             with clock("average"), self.actor.full() as student:
-                self.teacher.average_in(student, self.config.algorithm.teacher_ema)
-        return metrics | update.metrics | clock.seconds | {"learning_rate": rate, "tokens": update.tokens}
+                self.teachers[None].average_in(student, self.config.algorithm.teacher_ema)
+        tokens = sum(reading.student.attention_mask.sum() for reading in readings if reading.is_real)
+        metrics |= update.metrics | clock.seconds
+        return metrics | {"learning_rate": rate, "tokens": self.ranks.sum(float(tokens)).item()}
 
     def own_responses(self, k: int) -> tuple[list[Reading], dict[str, float]]:
         """This rank's micro-batches of the student's responses in iteration k, and metrics of them."""
@@ -106,8 +118,8 @@ class DistillTrainer(RolloutTrainer):
             return [], {}
         batch, metrics = self.rollouts.next(k)
         of_teacher = self.read_by_teacher(batch.samples, self.data)
-        parts = self.split(batch, of_teacher)
-        metrics["rollout_kl"] = self.policy.rollout_kl_of_some(batch, parts, k)
+        parts = self.split(batch, of_teacher, self.data)
+        metrics["rollout_kl"] = self.policy.rollout_kl_of_some(batch, [part.rows for part in parts], k)
         return self.readings(batch, of_teacher, parts), metrics
 
     def read_by_teacher(self, samples: list[Sample], data) -> list[TokenSequence] | None:
@@ -116,48 +128,68 @@ class DistillTrainer(RolloutTrainer):
             return None
         return [after_prompt(data[sample.row].teacher_ids, sample) for sample in samples]
 
-    def split(self, batch: RolloutBatch, of_teacher: list[TokenSequence] | None) -> list[list[int]]:
+    def split(self, batch: RolloutBatch, of_teacher: list[TokenSequence] | None, data) -> list[Part]:
         """This rank's micro-batches, rows of a batch, for both models."""
-        if of_teacher is None:
-            return self.batching.split(batch.lengths)
-        longer = [max(length, len(other)) for length, other in zip(batch.lengths, of_teacher, strict=True)]
-        return self.batching.split(longer)
+        lengths = batch.lengths
+        if of_teacher is not None:
+            lengths = [max(length, len(other)) for length, other in zip(lengths, of_teacher, strict=True)]
+        if len(self.teachers) == 1:
+            [name] = self.teachers
+            return [Part(rows, name) for rows in self.batching.split(lengths)]
+        return self.batching.split_by_teacher(lengths, data.teachers_of([sample.row for sample in batch.samples]))
 
-    def readings(
-        self, batch: RolloutBatch, of_teacher: list[TokenSequence] | None, parts: list[list[int]]
-    ) -> list[Reading]:
+    def readings(self, batch: RolloutBatch, of_teacher: list[TokenSequence] | None, parts: list[Part]) -> list[Reading]:
         """The micro-batches as both models read them."""
-        students = [to_learn(batch.rows(part)) for part in parts]
-        if of_teacher is None:
-            return [Reading(student, student) for student in students]
-        teachers = [collate_sft([of_teacher[row] for row in part], self.factory.pad_id) for part in parts]
-        device = self.runtime.device
-        return [Reading(student, teacher.to(device)) for student, teacher in zip(students, teachers, strict=True)]
+        found = []
+        for part in parts:
+            student = teacher = to_learn(batch.rows(part.rows))
+            if of_teacher is not None:
+                rows = [of_teacher[row] for row in part.rows]
+                teacher = collate_sft(rows, self.factory.pad_id).to(self.runtime.device)
+            found.append(reading_of(part, student, teacher))
+        return found
 
     def demonstrated(self, k: int) -> list[Reading]:
         """This rank's micro-batches of the data's responses in iteration k."""
         if self.demonstrations is None:
             return []
         rows = self.demonstration_order.batch(k)[self.config.prompts :]
-        parts = self.batching.shard(rows, self.demonstrations.lengths)
-        batches = [collate_sft([self.demonstrations[row] for row in part], self.factory.pad_id) for part in parts]
-        batches = [batch.to(self.runtime.device) for batch in batches]
-        return [Reading(batch, batch) for batch in batches]
+        lengths = self.demonstrations.lengths
+        shard = self.batching.shard(rows, lengths)
+        if len(self.teachers) == 1:
+            [name] = self.teachers
+            parts = [Part(rows, name) for rows in shard]
+        else:
+            own = [row for rows in shard for row in rows]
+            names = self.demonstrations.teachers_of(own)
+            places = self.batching.split_by_teacher([int(lengths[row]) for row in own], names)
+            parts = [replace(part, rows=[own[place] for place in part.rows]) for part in places]
+        found = []
+        for part in parts:
+            batch = collate_sft([self.demonstrations[row] for row in part.rows], self.factory.pad_id)
+            batch = batch.to(self.runtime.device)
+            found.append(reading_of(part, batch, batch))
+        return found
 
     def teach(self, readings: list[Reading]) -> list[Lesson]:
-        """The responses with what the teacher says of them."""
+        """The responses with what their teachers say of them."""
         skipped = self.config.algorithm.skip_tokens
-        found = self.teacher.forward_all(
-            [model_inputs(reading.teacher, learned_tokens(reading.teacher, skipped)) for reading in readings]
-        )
-        return [
-            Lesson(batch.input_ids, batch.attention_mask, learned_tokens(batch, skipped), states)
-            for batch, states in zip((reading.student for reading in readings), found, strict=True)
-        ]
+        states: dict[int, Tensor] = {}
+        for name, teacher in self.teachers.items():
+            own = [place for place, reading in enumerate(readings) if reading.name == name]
+            if own:  # on all ranks, or on none
+                batches = [readings[place].teacher for place in own]
+                inputs = [model_inputs(batch, learned_tokens(batch, skipped)) for batch in batches]
+                states |= zip(own, teacher.forward_all(inputs), strict=True)
+        lessons = []
+        for place, reading in enumerate(readings):
+            batch, targets = reading.student, learned_tokens(reading.student, skipped)
+            lessons.append(Lesson(batch.input_ids, batch.attention_mask, targets, states[place], reading.name))
+        return lessons
 
     def inputs(self, lesson: Lesson) -> dict[str, Any]:
         """What the student is called with."""
-        of_teacher = dict(teacher=self.teacher.module, teacher_states=lesson.teacher_states)
+        of_teacher = dict(teacher=self.teachers[lesson.name].module, teacher_states=lesson.teacher_states)
         return model_inputs(lesson, lesson.targets, divergence=self.divergence, **of_teacher)
 
     def loss(self, divergences: Tensor, lesson: Lesson, denominator: float):
@@ -179,11 +211,11 @@ class DistillTrainer(RolloutTrainer):
         None where it has no such token."""
         batch = RolloutBatch.from_samples(samples, self.factory.pad_id, 1.0, self.runtime.device)
         of_teacher = self.read_by_teacher(samples, self.eval_data)
-        parts = self.split(batch, of_teacher)
+        parts = self.split(batch, of_teacher, self.eval_data)
         lessons = self.teach(self.readings(batch, of_teacher, parts))
-        found = in_batch_order(
-            parts, self.actor.forward_all([self.inputs(lesson) for lesson in lessons]), batch.input_ids.shape
-        )
+        outputs = self.actor.forward_all([self.inputs(lesson) for lesson in lessons])
+        real = [(part.rows, output) for part, output in zip(parts, outputs, strict=True) if part.is_real]
+        found = in_batch_order(*zip(*real, strict=True), batch.input_ids.shape)
         counts = learned_tokens(to_learn(batch), self.config.algorithm.skip_tokens).sum(1).tolist()
         means = [total / n if n else None for total, n in zip(found.sum(1).tolist(), counts, strict=True)]
         rows = super().sample_rows(samples)
@@ -193,30 +225,50 @@ class DistillTrainer(RolloutTrainer):
 
     def build(self):
         c, a = self.config, self.config.algorithm
-        if a.teacher is None:
+        if not a.named_teachers:
             raise UserError("distillation needs a teacher: give --teacher FOLDER")
-        if a.teacher != SELF:
-            self.factory.check_teacher_vocabulary(a.teacher)
+        for source in a.named_teachers.values():
+            if source != SELF:
+                self.factory.check_teacher_vocabulary(source)
         self.demonstrations = None
         if self.learns_responses:
-            self.demonstrations = self.factory.dataset(c.data.train_data, "sft", c.data.train_weights)
+            self.demonstrations = self.factory.dataset(c.data.train_data, "sft", c.data.train_weights, self.teaching())
             self.demonstration_order, _ = self.factory.order(self.demonstrations, self.start)
         super().build()
+        if a.teachers is not None:
+            idle = sorted(set(a.teachers) - set(self.data.teachers_of(range(len(self.data)))))
+            if idle:
+                raise UserError(
+                    f"no row of train_data has the {a.teacher_column} {idle[0]!r}: leave this teacher out, or correct "
+                    "the rows"
+                )
         self.policy = Policy(self.actor, c, self.ranks)
         self.divergence = Divergence(a.divergence, a.beta, a.distill_temperature)
         if a.teacher_ema:
-            self.frozen = {TEACHER: self.teacher}
+            self.frozen = {TEACHER: self.teachers[None]}
 
     def prompts(self, sources, weights=None):
-        template = self.config.algorithm.teacher_prompt
-        return self.factory.dataset(sources, "prompt", weights, None if template is None else Teaching(template))
+        return self.factory.dataset(sources, "prompt", weights, self.teaching())
+
+    def teaching(self) -> Teaching | None:
+        """What rows say of teachers, if anything."""
+        a = self.config.algorithm
+        if a.teacher_prompt is None and a.teachers is None:
+            return None
+        return Teaching(a.teacher_prompt, a.teacher_column, tuple(a.teachers or ()))
 
     def build_models(self):
         c, a = self.config, self.config.algorithm
         start = self.folder.model_in_checkpoint(ACTOR) or c.model.path
         student = self.factory.model(Student, start, lora=c.model.lora)
         disable_dropout(student)
-        teacher = self.load_teacher(student)
+        self.teachers = {name: self.make_teacher(source, student) for name, source in a.named_teachers.items()}
+        return {ACTOR: self.factory.trained(student, accumulates=self.accumulates(), generates=True)}
+
+    def make_teacher(self, source: str, student: Student) -> Engine:
+        """A teacher's engine."""
+        c, a = self.config, self.config.algorithm
+        teacher = self.load_teacher(source, student)
         rows = [vocabulary(model.transformer) for model in (student, teacher)]
         if c.parallel.splits_vocabulary and rows[0] != rows[1]:
             raise UserError(
@@ -224,16 +276,14 @@ class DistillTrainer(RolloutTrainer):
                 "other ranges of the vocabulary: leave out tensor_parallel"
             )
         if a.teacher_ema:
-            self.teacher = self.factory.averaged_teacher(teacher, student)
-        else:
-            self.teacher = self.factory.frozen_teacher(teacher)
-        return {ACTOR: self.factory.trained(student, accumulates=self.accumulates(), generates=True)}
+            return self.factory.averaged_teacher(teacher, student)
+        return self.factory.frozen_teacher(teacher)
 
-    def load_teacher(self, student: Student) -> Teacher:
-        """The teacher as this run begins with it; an average's weights are in float32."""
+    def load_teacher(self, source: str, student: Student) -> Teacher:
+        """A teacher as this run begins with it; an average's weights are in float32."""
         c, a = self.config, self.config.algorithm
-        if a.teacher != SELF:
-            return self.factory.model(Teacher, a.teacher, own_config=True)
+        if source != SELF:
+            return self.factory.model(Teacher, source, own_config=True)
         if not a.teacher_ema:
             return self.factory.model(Teacher, c.model.path)
         stored = self.folder.model_in_checkpoint(TEACHER)
@@ -245,7 +295,8 @@ class DistillTrainer(RolloutTrainer):
         return teacher
 
     def accumulates(self):
-        return self.demonstrations is not None or super().accumulates()
+        several = len(self.config.algorithm.named_teachers) > 1
+        return several or self.demonstrations is not None or super().accumulates()
 
     def build_scorer(self):
         return super().build_scorer() if self.config.rewards or self.given_rewards else Scorer([])
@@ -253,6 +304,13 @@ class DistillTrainer(RolloutTrainer):
     def longest_sequence(self):
         demonstrated = 0 if self.demonstrations is None else int(self.demonstrations.lengths.max())
         return max(super().longest_sequence(), demonstrated)
+
+
+def reading_of(part: Part, student: SFTBatch, teacher: SFTBatch) -> Reading:
+    """A micro-batch as both models read it; of one that fills up, nothing is learned."""
+    if not part.is_real:
+        student, teacher = (replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in (student, teacher))
+    return Reading(student, teacher, part.teacher, part.is_real)
 
 
 def to_learn(batch: RolloutBatch) -> SFTBatch:

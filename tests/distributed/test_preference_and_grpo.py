@@ -15,6 +15,7 @@ from coati.config.plugin import PluginConfig
 from tests.conftest import ROOT, functions
 from tests.distributed import test_model_parallel
 from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs, without_ties
+from tests.trainers.steps import with_teachers
 
 pytestmark = pytest.mark.distributed
 KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(algorithm="kto")}
@@ -27,12 +28,16 @@ KINDS["distill"] = dict(distill_temperature=0.7)
 # a teacher that reads another prompt, and one that is an average of the student
 KINDS["taught"] = dict(on_policy_share=1.0, teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 KINDS["averaged"] = KINDS["taught"] | dict(teacher="self", teacher_ema=0.2)
-ALGORITHMS = {"grpo": "grpo", "episodes": "grpo", "distill": "distill", "taught": "distill", "averaged": "distill"}
+# two teachers of rows that are not the same share on both ranks
+KINDS["routed"] = dict(teacher=None, teacher_column="domain", micro_batch_size=4)
+ALGORITHMS = {"grpo": "grpo", "episodes": "grpo"} | dict.fromkeys(
+    ("distill", "taught", "averaged", "routed"), "distill"
+)
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
 QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
 QUICK["episodes"] = ("zero2", "tp2")
 QUICK["distill"] = ("tp2", "pp2", "sp2")
-QUICK |= {"taught": ("tp2", "pp2"), "averaged": ("zero2",)}
+QUICK |= {"taught": ("tp2", "pp2"), "averaged": ("zero2",), "routed": ("zero2", "pp2")}
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
@@ -49,7 +54,13 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def world(tiny_world, folder) -> dict[str, str]:
     """With a teacher of another architecture, whose output layer has as many rows."""
-    return make_family("llama", tiny_world, folder) | {"teacher": make_family("qwen3", tiny_world, folder)["policy"]}
+    return several_teachers(tiny_world, folder)
+
+
+def several_teachers(world, folder: Path) -> dict[str, str]:
+    rows = with_teachers(world["sft"], folder)
+    first, second = (make_family(family, world, folder)["policy"] for family in ("qwen3", "gpt2"))
+    return make_family("llama", world, folder) | {"teacher": first, "second teacher": second, "taught": rows}
 
 
 def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
@@ -57,6 +68,9 @@ def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
     if kind == "grpo":
         changes["rewards"] = functions(world["rewards"] + ":odd")
+    if kind == "routed":
+        changes |= dict(teachers={"a": world["teacher"], "b": world["second teacher"]}, eval_data=[])
+        changes["train_data"] = [world["taught"]]
     algorithm = ALGORITHMS.get(kind, "preference")
     ours = family_job(name, algorithm, world, folder, **changes)
     return ours | {"few_logits": algorithm == "distill" and not name.startswith("one")}

@@ -60,10 +60,10 @@ def test_rewards_are_measured_where_there_are_some_and_change_nothing(tiny_world
 
 def test_the_teacher_stays_as_it_is_and_an_adapter_is_all_that_a_lora_student_changes(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, lora_rank=2, steps=2)
-    teacher = {name: x.clone() for name, x in trainer.teacher.module.state_dict().items()}
+    teacher = {name: x.clone() for name, x in trainer.teachers[None].module.state_dict().items()}
     before = weights(trainer)
     trainer.train()
-    assert all(torch.equal(x, teacher[name]) for name, x in trainer.teacher.module.state_dict().items())
+    assert all(torch.equal(x, teacher[name]) for name, x in trainer.teachers[None].module.state_dict().items())
     changed = {name for name, x in weights(trainer).items() if not torch.equal(x, before[name])}
     assert changed and all("lora" in name for name in changed)
 
@@ -71,7 +71,7 @@ def test_the_teacher_stays_as_it_is_and_an_adapter_is_all_that_a_lora_student_ch
 def test_the_divergence_of_the_evaluation_is_that_of_the_students_responses(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, divergence="reverse", temperature=0.0)
     metrics, rows = trainer.evaluate()
-    student, teacher = trainer.actor.module.transformer, trainer.teacher.module.transformer
+    student, teacher = trainer.actor.module.transformer, trainer.teachers[None].module.transformer
     found = []
     for i, row in enumerate(rows):
         prompt = trainer.eval_data[i].input_ids
@@ -97,7 +97,7 @@ def test_data_without_responses_is_for_a_share_of_1_only(tiny_world, runtime, tm
 def test_a_student_of_random_weights_has_the_shape_of_the_config_and_the_teacher_its_own(tiny_world, runtime, tmp_path):
     changes = dict(model=None, model_config=tiny_world["model_config"], tokenizer=tiny_world["teacher"])
     trainer = make(tiny_world, runtime, tmp_path, steps=1, **changes)
-    assert (trainer.actor.module.config.hidden_size, trainer.teacher.module.config.hidden_size) == (32, 48)
+    assert (trainer.actor.module.config.hidden_size, trainer.teachers[None].module.config.hidden_size) == (32, 48)
     trainer.train()
 
 

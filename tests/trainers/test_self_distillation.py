@@ -64,7 +64,7 @@ def test_divergences_are_those_of_responses_after_each_models_own_prompt(
     for parameter in trainer.actor.module.parameters():
         parameter.data.mul_(1.3)  # the copy is another model by now
     metrics, rows = trainer.evaluate()
-    student, master = trainer.actor.module.transformer.double(), trainer.teacher.module.transformer.double()
+    student, master = trainer.actor.module.transformer.double(), trainer.teachers[None].module.transformer.double()
     found = []
     for i, row in enumerate(rows):
         sample, divergences = trainer.eval_data[i], []
@@ -105,15 +105,15 @@ def test_the_teacher_is_an_average_of_the_student(changes, tiny_world, runtime, 
     """phi <- alpha theta + (1 - alpha) phi after each step (algorithm 1), from the student's start."""
     trainer, rate = make(tiny_world, runtime, tmp_path, **SELF | changes), changes["teacher_ema"]
     average = {name: x.double() for name, x in weights(trainer.actor).items()}
-    own = weights(trainer.teacher)
+    own = weights(trainer.teachers[None])
     assert all(torch.equal(own[name].double(), average[name]) for name in own)
     for k in range(3):
         trainer.step(k)
         now = weights(trainer.actor)
         average = {name: rate * now[name].double() + (1 - rate) * x for name, x in average.items()}
-        for name, found in weights(trainer.teacher).items():
+        for name, found in weights(trainer.teachers[None]).items():
             torch.testing.assert_close(found.double(), average[name], rtol=1e-5, atol=1e-7)
-    moved = {name for name, x in weights(trainer.teacher).items() if not torch.equal(x, own[name])}
+    moved = {name for name, x in weights(trainer.teachers[None]).items() if not torch.equal(x, own[name])}
     assert bool(moved) == (rate > 0) and all("lora" in name for name in moved) == bool(
         "lora_rank" in changes or rate == 0
     )
@@ -123,15 +123,15 @@ def test_an_average_of_low_precision_weights_moves_by_less_than_their_rounding(t
     """In bf16, an addition of a thousandth is lost."""
     changes = dict(plugin="zero1", precision="bf16", learning_rate=1e-4, teacher_ema=0.01)
     trainer = make(tiny_world, runtime, tmp_path, **SELF | changes)
-    before = weights(trainer.teacher)
+    before = weights(trainer.teachers[None])
     for k in range(2):
         trainer.step(k)
-    after = weights(trainer.teacher)
+    after = weights(trainer.teachers[None])
     now = weights(trainer.actor)
     assert {x.dtype for x in now.values()} == {torch.bfloat16}
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert len(moved) > len(after) / 2 and all(after[name].dtype == torch.float32 for name in moved)
-    working = dict(trainer.teacher.module.named_parameters())
+    working = dict(trainer.teachers[None].module.named_parameters())
     assert all(torch.equal(working[name], after[name].bfloat16()) for name in moved if name in working)
 
 
@@ -147,11 +147,12 @@ def test_a_resumed_average_is_the_uninterrupted_one_to_the_last_bit(changes, tin
     assert model_in(checkpoint, TEACHER).is_dir()
     resumed = make(tiny_world, runtime, tmp_path / "resumed", **changes, resume=str(checkpoint))
     assert resumed.steps_done == 2
-    stored = weights(resumed.teacher)
+    stored = weights(resumed.teachers[None])
     resumed.train()
     for name in ("actor", "teacher"):
-        assert_equal(weights(getattr(resumed, name)), weights(getattr(whole, name)))
-    assert any(not torch.equal(x, stored[name]) for name, x in weights(resumed.teacher).items())
+        found, expected = (weights((one.engines | one.frozen)[name]) for one in (resumed, whole))
+        assert_equal(found, expected)
+    assert any(not torch.equal(x, stored[name]) for name, x in weights(resumed.teachers[None]).items())
     assert newest_checkpoint(checkpoints_of(tmp_path / "resumed")).name == "step-00000004"
 
 
