@@ -85,7 +85,8 @@ class DistillTrainer(RolloutTrainer):
         data: the prompts; demonstrations: the same data with its responses, None where all are the student's own.
         demonstration_order: the rows of each iteration, of which the last ones are learned with their responses. It is
             that of the prompts, where both are made of the same rows (none is too long for one of them).
-        teachers: their engines, by the names that rows have for them; policy: what is asked of the student.
+        teachers: their engines, by the names that rows have for them; vocabularies: rows of their embeddings.
+        policy: what is asked of the student.
     """
 
     config: DistillConfig
@@ -179,13 +180,19 @@ class DistillTrainer(RolloutTrainer):
             own = [place for place, reading in enumerate(readings) if reading.name == name]
             if own:  # on all ranks, or on none
                 batches = [readings[place].teacher for place in own]
-                inputs = [model_inputs(batch, learned_tokens(batch, skipped)) for batch in batches]
+                inputs = [model_inputs(self.known_to(name, batch), learned_tokens(batch, skipped)) for batch in batches]
                 states |= zip(own, teacher.forward_all(inputs), strict=True)
         lessons = []
         for place, reading in enumerate(readings):
             batch, targets = reading.student, learned_tokens(reading.student, skipped)
             lessons.append(Lesson(batch.input_ids, batch.attention_mask, targets, states[place], reading.name))
         return lessons
+
+    def known_to(self, name: str | None, batch: SFTBatch) -> SFTBatch:
+        """The batch without the ids that a teacher has no embedding of: those of no token, which a student with a
+        larger output layer may sample."""
+        known = batch.input_ids < self.vocabularies[name]
+        return replace(batch, input_ids=batch.input_ids.where(known, self.factory.pad_id))
 
     def inputs(self, lesson: Lesson) -> dict[str, Any]:
         """What the student is called with."""
@@ -262,13 +269,16 @@ class DistillTrainer(RolloutTrainer):
         start = self.folder.model_in_checkpoint(ACTOR) or c.model.path
         student = self.factory.model(Student, start, lora=c.model.lora)
         disable_dropout(student)
-        self.teachers = {name: self.make_teacher(source, student) for name, source in a.named_teachers.items()}
+        self.teachers: dict[str | None, Engine] = {}
+        self.vocabularies: dict[str | None, int] = {}
+        for name, source in a.named_teachers.items():
+            teacher = self.load_teacher(source, student)
+            self.vocabularies[name] = vocabulary(teacher.transformer)
+            self.teachers[name] = self.teacher_engine(teacher, student)
         return {ACTOR: self.factory.trained(student, accumulates=self.accumulates(), generates=True)}
 
-    def make_teacher(self, source: str, student: Student) -> Engine:
-        """A teacher's engine."""
+    def teacher_engine(self, teacher: Teacher, student: Student) -> Engine:
         c, a = self.config, self.config.algorithm
-        teacher = self.load_teacher(source, student)
         rows = [vocabulary(model.transformer) for model in (student, teacher)]
         if c.parallel.splits_vocabulary and rows[0] != rows[1]:
             raise UserError(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from coati.config import configure
 from coati.errors import UserError
+from coati.models import Actor
 from coati.tracking import read_metrics
 from coati.trainers.distill import DistillConfig, DistillTrainer
 from tests.conftest import functions, settings_for
@@ -101,10 +102,26 @@ def test_a_student_of_random_weights_has_the_shape_of_the_config_and_the_teacher
     trainer.train()
 
 
+@pytest.mark.parametrize("more", [{}, dict(teacher_prompt="{prompt} {response}")], ids=["", "another prompt"])
+def test_a_student_may_sample_ids_that_its_teacher_has_not(more, tiny_world, runtime, tmp_path):
+    """Of an output layer that is padded to another size; they are no tokens, so the teacher reads padding there."""
+    actor = Actor(config=LlamaConfig.from_pretrained(tiny_world["policy"], vocab_size=328))
+    actor.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "student")
+    changes = dict(model=str(tmp_path / "student"), on_policy_share=1.0, temperature=3.0, batch_size=40)
+    trainer = make(tiny_world, runtime, tmp_path / "run", max_new_tokens=16, **changes | more)
+    seen, teach = [], trainer.teach
+    trainer.teach = lambda readings: seen.extend(readings) or teach(readings)
+    metrics = trainer.step(0)
+    assert any((reading.student.input_ids >= 320).any() for reading in seen) and metrics["loss"] > 0
+    for reading in seen:
+        read = trainer.known_to(None, reading.teacher).input_ids
+        known = reading.teacher.input_ids < 320
+        assert torch.equal(read[known], reading.teacher.input_ids[known]) and (read[~known] == 2).all()
+
+
 def save_teacher(world, folder, **tokens):
     """The teacher with a tokenizer of more tokens, or of a token by another name."""
-    from coati.models import Actor
-
     Actor(world["teacher"]).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(world["tokenizer"])
     tokenizer.add_tokens(list(tokens.values()))
@@ -147,7 +164,7 @@ def test_an_output_layer_of_another_size_cannot_be_split(tiny_world, runtime, tm
     """Processes would hold ranges of other tokens."""
     trainer = make(tiny_world, runtime, tmp_path)
     trainer.config.parallel.tensor_parallel = 2
-    sizes = iter((320, 328))
+    sizes = iter((328, 320, 328))
     monkeypatch.setattr("coati.trainers.distill.vocabulary", lambda _: next(sizes))
     with pytest.raises(UserError, match=r"320 rows and the teacher's 328.*leave out tensor_parallel"):
         trainer.build_models()

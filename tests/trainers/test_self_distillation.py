@@ -96,6 +96,14 @@ def test_the_teacher_reads_the_rows_of_its_own_prompts_data(tiny_world, runtime,
     assert seen == 8
 
 
+def test_a_teachers_longer_rows_fit_into_a_micro_batch_too(tiny_world, runtime, tmp_path):
+    """The student's rows alone would fit six at a time."""
+    trainer = make(tiny_world, runtime, tmp_path, **SELF | dict(max_tokens_per_batch=240, teacher_prompt=PROMPT * 2))
+    readings, _ = trainer.own_responses(0)
+    assert max(reading.teacher.input_ids.numel() for reading in readings) <= 240
+    assert sum(len(reading.student.input_ids) for reading in readings) == 8 > len(readings) > 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [dict(teacher_ema=0.25), dict(teacher_ema=0.0), dict(teacher_ema=1.0), dict(teacher_ema=0.25, lora_rank=2)],
