@@ -196,10 +196,8 @@ MORE = {
         dict(lora_rank=2),
         dict(plugin="gemini"),
         dict(sequence_parallel=2),
-        dict(
-            model="start", teacher="self", teacher_ema=0.1, teacher_prompt="{prompt} {response}", eval_data=["held out"]
-        ),
-        dict(model="start", teacher="self", teacher_ema=0.1, lora_rank=2),
+        dict(teacher="self", teacher_ema=0.1, teacher_prompt="{prompt} {response}", eval_data=["held out"]),
+        dict(teacher="self", teacher_ema=0.1, lora_rank=2),
         dict(teacher=None, teachers={"a": "A", "b": "B"}, teacher_column="domain", on_policy_share=0.5),
     ],
 }
@@ -287,7 +285,7 @@ def test_teachers_are_counted_with_their_rows():
     assert of_teacher("parameters", **routed) == 2 * one
     assert of_teacher("parameters", **routed, others={"B": large}) > 2 * one + 2 * 2 * 3000 * 64 - 1
     # an average is kept in float32 beside the weights in bf16
-    assert of_teacher("parameters", model="start", teacher="self", teacher_ema=0.1) == pytest.approx(3 * one, rel=0.01)
+    assert of_teacher("parameters", teacher="self", teacher_ema=0.1) == pytest.approx(3 * one, rel=0.01)
     longer = dict(teacher_prompt="{prompt} {response}", max_length=400)
     assert of_teacher("activations", **longer) > 10 * of_teacher("activations")
 

@@ -936,8 +936,6 @@ class DistillConfig(RolloutConfig):
         scoring = self.scoring
         if self.environment.path:
             yield "distillation responds to prompts, in one turn: leave environment out"
-        if self.algorithm.teacher == SELF and self.model.path is None:
-            yield "teacher self is the model that the run starts from: give --model FOLDER"
         if self.algorithm.teacher_ema and not self.parallel.holds_whole_models:
             yield "teacher_ema is for models that are replicated: ddp, zero1, zero2"
         if self.algorithm.teacher_prompt is not None and self.parallel.splits_sequences:

@@ -234,6 +234,8 @@ class DistillTrainer(RolloutTrainer):
         c, a = self.config, self.config.algorithm
         if not a.named_teachers:
             raise UserError("distillation needs a teacher: give --teacher FOLDER")
+        if a.teacher == SELF and c.model.path is None:
+            raise UserError("teacher self is a copy of the student: give --model FOLDER")
         for source in a.named_teachers.values():
             if source != SELF:
                 self.factory.check_teacher_vocabulary(source)

@@ -168,7 +168,7 @@ def test_a_resumed_average_is_the_uninterrupted_one_to_the_last_bit(changes, tin
     ("changes", "words"),
     [
         (dict(teacher_ema=0.1), "teacher_ema moves a copy of the student: give teacher self"),
-        (dict(teacher="self", model=None), "teacher self is the model .* give --model FOLDER"),
+        (dict(teacher="self", model=None), "teacher self is a copy .* give --model FOLDER"),
         (dict(teacher="self", teacher_ema=0.1, plugin="gemini", precision="bf16"), "teacher_ema is for .*ddp, zero1"),
         (dict(teacher_prompt=PROMPT, on_policy_share=0.5), "teacher_prompt is for .*leave on_policy_share at 1"),
         (dict(teacher_prompt="{hint} {prompt}", on_policy_share=1.0), r"sft\.jsonl line 1: no field `hint`"),
@@ -239,7 +239,7 @@ def right_words(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "least", "most"), [("{prompt} hint {secret}", 0.6, 1.0), ("{prompt}", 0.0, 0.3)], ids=["hint", "none"]
+    ("prompt", "least", "most"), [("{prompt} hint {secret}", 0.9, 1.0), ("{prompt}", 0.0, 0.3)], ids=["hint", "none"]
 )
 @pytest.mark.parametrize(
     "changes", [dict(divergence="reverse"), dict(teacher_ema=0.002, learning_rate=1e-3)], ids=["start", "average"]
@@ -255,5 +255,4 @@ def test_a_student_internalizes_what_stands_in_its_teachers_prompt(
     assert 0.05 < right_words(trainer.actor.module).mean() < 0.3
     for k in range(trainer.total_steps):
         trainer.step(k)
-    found = right_words(trainer.actor.module)
-    assert least <= found.min() and found.max() <= most, found
+    assert least <= right_words(trainer.actor.module).mean() <= most
