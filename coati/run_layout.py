@@ -35,7 +35,7 @@ TRAINER_STATE = "trainer.json"
 OPTIMIZER = "optimizer"
 
 # Models by their names in trainers, checkpoints and, but for the product, beside it
-ONLY_MODEL, ACTOR, CRITIC, REFERENCE = "model", "actor", "critic", "reference"
+ONLY_MODEL, ACTOR, CRITIC, REFERENCE, TEACHER = "model", "actor", "critic", "reference", "teacher"
 _TRAINED = (ACTOR, ONLY_MODEL)
 _MODEL, _PREVIOUS, _STEP = "model", ".previous", "step-"
 _MODEL_FILES = ("config.json", "adapter_config.json")

@@ -191,7 +191,15 @@ MORE = {
         dict(rollout_engine="vllm"),
         dict(plugin="gemini", entropy_coefficient=0.1),
     ],
-    "distill": [dict(on_policy_share=0.5), dict(lora_rank=2), dict(plugin="gemini"), dict(sequence_parallel=2)],
+    "distill": [
+        dict(on_policy_share=0.5),
+        dict(lora_rank=2),
+        dict(plugin="gemini"),
+        dict(sequence_parallel=2),
+        dict(teacher="self", teacher_ema=0.1, teacher_prompt="{prompt} {response}", eval_data=["held out"]),
+        dict(teacher="self", teacher_ema=0.1, lora_rank=2),
+        dict(teacher=None, teachers={"a": "A", "b": "B"}, teacher_column="domain", on_policy_share=0.5),
+    ],
 }
 
 
@@ -266,6 +274,20 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("ppo", shared_trunk=True, kl_coefficient=0.0)) == {"actor"}
     classifier = dict(type="classifier", path="c")
     assert models(plan_of("ppo", rewards=[classifier])) == {"actor", "critic", "reference", "classifier"}
+
+
+def test_teachers_are_counted_with_their_rows():
+    def of_teacher(kind: str, **changes) -> int:
+        return max(phase["teacher", kind] for phase in plan_of("distill", **changes).phases.values())
+
+    one, large = of_teacher("parameters"), LlamaConfig(**SHAPE | {"vocab_size": 4000}, num_hidden_layers=1)
+    routed = dict(teacher=None, teachers={"a": "A", "b": "B"}, teacher_column="domain")
+    assert of_teacher("parameters", **routed) == 2 * one
+    assert of_teacher("parameters", **routed, others={"B": large}) > 2 * one + 2 * 2 * 3000 * 64 - 1
+    # an average is kept in float32 beside the weights in bf16
+    assert of_teacher("parameters", teacher="self", teacher_ema=0.1) == pytest.approx(3 * one, rel=0.01)
+    longer = dict(teacher_prompt="{prompt} {response}", max_length=400)
+    assert of_teacher("activations", **longer) > 10 * of_teacher("activations")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

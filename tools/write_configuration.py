@@ -50,6 +50,7 @@ def page() -> str:
     text += table(
         "environment", EnvironmentConfig, note="Of PPO, GRPO and the rest; see [environments](environments.md)."
     )
+    text += table("Supervised fine-tuning", config.SFTConfig, ["loss"], note="Beside the run's settings.")
     text += "\n## algorithm\n\n`type` is the name of the command, which sets it.\n"
     text += table("Reward models", config.RewardModeling, level=3)
     text += "\n### Preference methods\n\n" + methods(config.PreferenceConfig)

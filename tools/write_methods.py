@@ -45,7 +45,7 @@ PUBLIC_DATA = "[public data](real-data.md)"
 INSTRUCT_GPT = {"2203.02155": "InstructGPT"}
 
 METHODS = {
-    "sft": Method(INSTRUCT_GPT, PUBLIC_DATA, "`coati sft`; with `loss: dft`: [DFT](https://arxiv.org/abs/2508.05629)"),
+    "sft": Method(INSTRUCT_GPT, PUBLIC_DATA, "`coati sft`"),
     "reward": Method({"1706.03741": "Christiano et al. 2017"} | INSTRUCT_GPT, PUBLIC_DATA),
     "dpo": Method({"2305.18290": "DPO"}, f"{ON_PAIRS}, [theory](preference.md#what-theory-says)"),
     "robust-dpo": Method({"2403.00409": "Robust DPO"}, ON_PAIRS),
@@ -88,6 +88,25 @@ METHODS = {
         "student's own responses only, with the reverse KL",
     ),
 }
+# Methods that are settings of a command's, as rows.
+VARIANTS = [
+    (
+        "[DFT](https://arxiv.org/abs/2508.05629)",
+        "`loss: dft` of `coati sft`",
+        "SFT with each token weighted by its probability",
+        "`cross_entropy` (dft)",
+        "[loss](sft.md#the-loss)",
+    ),
+    (
+        "[SDFT](https://arxiv.org/abs/2601.19897)",
+        '`algorithm: {type: distill, teacher: self, teacher_ema: 0.01, teacher_prompt: "{prompt} {response}", '
+        "divergence: forward, skip_tokens: 3}`",
+        "Self-distillation from a teacher that reads a demonstration, as in the authors' code; the paper's equation 1 "
+        "has `--divergence reverse`",
+        "`vocabulary_divergence`",
+        "[equal to a loop, and it learns](distillation.md#what-was-verified)",
+    ),
+]
 OF_ADVANTAGES = {"gdpo": "decoupled_advantages", "turns": "turn_advantages", "reinforce++": "returns_to_go"}
 
 
@@ -99,15 +118,24 @@ def table() -> str:
     """A row for each command that trains, in their order."""
     from coati.commands import COMMANDS
 
-    return HEADER + "".join(row(command) for command in COMMANDS.values())
+    return (
+        HEADER
+        + "".join(row(*cells_of(command)) for command in COMMANDS.values())
+        + "".join(row(*cells) for cells in VARIANTS)
+    )
 
 
-def row(command) -> str:
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def cells_of(command) -> tuple[str, ...]:
+    """Of a command's row."""
     method, kind = METHODS[command.name], settings_of(command)
     papers = ", ".join(f"[{name}](https://arxiv.org/abs/{number})" for number, name in method.papers.items())
     configuration = method.configuration or f"`algorithm: {{type: {command.name}}}`"
     what = re.sub(r" \([^()]*\)", "", command.title)
-    return f"| {papers} | {configuration} | {what} | {functions_of(command.algorithm, kind)} | {method.checked} |\n"
+    return papers, configuration, what, functions_of(command.algorithm, kind), method.checked
 
 
 def settings_of(command) -> dict:

@@ -116,5 +116,7 @@ def expand_home(config):
             continue
         if isinstance(value, list):
             setattr(config, name, [os.path.expanduser(path) for path in value])
+        elif isinstance(value, dict):
+            setattr(config, name, {key: os.path.expanduser(path) for key, path in value.items()})
         else:
             setattr(config, name, os.path.expanduser(value))

@@ -20,7 +20,10 @@ class DataConfig(Settings):
     )
     eval_data: ListOf[str] = option((), "files or `datasets` names to evaluate on", path="data", common=True)
     max_length: int = option(
-        1024, "longest SFT or preference row, in tokens, response and EOS included", ge=1, common=True
+        1024,
+        "longest SFT or preference row, in tokens, response and EOS included; and longest prompt of a teacher",
+        ge=1,
+        common=True,
     )
     max_prompt_length: int = option(512, "longest prompt row, in tokens", ge=1, common=True)
     too_long: Literal["drop", "truncate_prompt"] = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from coati.data.config import DataConfig, check_weights
 from coati.data.records import Kind, Record, one_record_per_response, parse_record
 from coati.data.report import ValidationReport
 from coati.data.sources import fingerprint, load_rows
+from coati.data.teaching import Teaching
 from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
@@ -29,7 +30,7 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHUNK_ROWS = 256
 
 
@@ -64,13 +65,23 @@ class TokenizedDataset:
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[row] for row in range(len(self)))
 
+    def teachers_of(self, rows: Sequence[int]) -> list[str | None]:
+        """The names of some rows' teachers, see `Teaching`."""
+        return self._table.data.column("teacher").take(list(rows)).to_pylist()
+
 
 def build_dataset(
-    sources: list[str], kind: Kind, tokenizer, config: DataConfig, weights: list[float] | None = None
+    sources: list[str],
+    kind: Kind,
+    tokenizer,
+    config: DataConfig,
+    weights: list[float] | None = None,
+    teaching: Teaching | None = None,
 ) -> TokenizedDataset:
     """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
-    `tokenizer` went through `prepare_tokenizer`; `weights` are one per source. Processes that build the same
+    `tokenizer` went through `prepare_tokenizer`; `weights` are one per source; `teaching` is of rows that are read by a
+    teacher too. Processes that build the same
     data at the same time wait for the first.
 
     Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", and when no
@@ -86,11 +97,11 @@ def build_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
-    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config)}"
+    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching)}"
     if not folder.exists():
         with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
-                _build(folder, sources, kind, tokenizer, config)
+                _build(folder, sources, kind, tokenizer, config, teaching)
     data = TokenizedDataset(folder, sources, weights)
     _raise_on_problems(data, config)
     return data
@@ -119,7 +130,7 @@ def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
         raise UserError(f"No usable rows in {sources}{first_problem}; check the data's format and length limits.")
 
 
-def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
+def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None) -> str:
     """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
@@ -134,10 +145,14 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> str:
         [(source, fingerprint(source)) for source in sources],
         [backend, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
     ]
+    if teaching is not None:
+        parts.append(asdict(teaching))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig) -> None:
+def _build(
+    folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None
+) -> None:
     """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -145,14 +160,14 @@ def _build(folder: Path, sources: list[str], kind: Kind, tokenizer, config: Data
     with atomic_write(folder) as partial:
         partial.mkdir()
         with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
-            for row in _samples(sources, kind, tokenizer, config, report):
+            for row in _samples(sources, kind, tokenizer, config, teaching, report):
                 writer.write(row)
             writer.finalize()
         (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _samples(
-    sources: list[str], kind: Kind, tokenizer, config: DataConfig, report: ValidationReport
+    sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None, report: ValidationReport
 ) -> Iterator[dict[str, Any]]:
     """The kept samples as table rows; every other row is counted in `report`."""
     from rich.console import Console
@@ -165,9 +180,9 @@ def _samples(
             report.rows.setdefault(source, 0)
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenizing {source}", total=None)
-            chunk: list[tuple[int, Any]] = []
-            for line, record in _records(source, kind, config, report):
-                chunk.append((line, record))
+            chunk: list[tuple[int, Record, str | None]] = []
+            for read in _records(source, kind, config, teaching, report):
+                chunk.append(read)
                 if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
                     chunk = []
@@ -175,25 +190,30 @@ def _samples(
             yield from _tokenized(chunk, source, index, tokenizer, config, report)
 
 
-def _records(source: str, kind: Kind, config: DataConfig, report: ValidationReport) -> Iterator[tuple[int, Record]]:
+def _records(
+    source: str, kind: Kind, config: DataConfig, teaching: Teaching | None, report: ValidationReport
+) -> Iterator[tuple[int, Record, str | None]]:
+    """Line, record and teacher."""
     for line, row in load_rows(source):
         report.rows[source] += 1
         try:
             if isinstance(row, ValueError):
                 raise row
-            records = parse_record(row, kind)
+            records, teacher = parse_record(row, kind), None
+            if teaching is not None:
+                records, teacher = [teaching.add_to(record) for record in records], teaching.teacher_of(row)
         except ValueError as error:
             report.drop(source, line, str(error), bad=True)
             continue
         if config.train_on == "each":
             records = [one for record in records for one in one_record_per_response(record)]
-        yield from ((line, record) for record in records)
+        yield from ((line, record, teacher) for record in records)
 
 
 def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
-    results = tokenize_many([record for _, record in chunk], tokenizer, config)
-    for (line, _), tokenized in zip(chunk, results, strict=True):
+    results = tokenize_many([record for _, record, _ in chunk], tokenizer, config)
+    for (line, _, teacher), tokenized in zip(chunk, results, strict=True):
         sample = tokenized.sample
         if isinstance(sample, ValueError):
             report.drop(source, line, str(sample), bad=not isinstance(sample, SkippedRow))
@@ -201,24 +221,27 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
             report.samples[source] += 1
             for note in tokenized.notes:
                 report.note(source, line, note)
-            yield {**empty, "length": len(sample), "source": index, **_to_row(sample)}
+            yield {**empty, "length": len(sample), "source": index, "teacher": teacher, **_to_row(sample)}
 
 
 def _features():
-    """One table format for every kind: a list of token sequences (two for a pair), and what a kind adds. The margin of
+    """One table format for every kind: a list of token sequences (two for a pair, and for a prompt that a teacher reads
+    in another way), and what a kind adds. The margin of
     an unpaired response is 1 if it is good, else 0."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
-    return Features({**numbers, **sequences, "text": Value("large_string"), "columns": Value("large_string")})
+    texts = {name: Value("large_string") for name in ("text", "columns", "teacher")}
+    return Features({**numbers, **sequences, **texts})
 
 
 def _to_row(sample: TokenizedSample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
-        return {"input_ids": [sample.input_ids], "loss_masks": [], "text": sample.text, "columns": columns}
+        prompts = [sample.input_ids] if sample.teacher_ids is None else [sample.input_ids, sample.teacher_ids]
+        return {"input_ids": prompts, "loss_masks": [], "text": sample.text, "columns": columns}
     margin: float | None = None
     if isinstance(sample, PreferenceSample):
         sides, margin = [sample.chosen, sample.rejected], sample.margin
@@ -232,7 +255,8 @@ def _to_row(sample: TokenizedSample) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> TokenizedSample:
     if row["columns"] is not None:
-        return PromptSample(row["input_ids"][0], row["text"], json.loads(row["columns"]))
+        ids, *of_teacher = row["input_ids"]
+        return PromptSample(ids, row["text"], json.loads(row["columns"]), *of_teacher)
     sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]
     if len(sides) == 2:
         return PreferenceSample(sides[0], sides[1], row["margin"])

@@ -32,6 +32,8 @@ PAIRS = [
     ("input", "output"),
 ]
 SYSTEMS = ("system", "system_prompt")
+# Of a dialogue whose prompt is all that is read.
+LAST_RESPONSE = "the last response (a prompt ends in front of it)"
 # What rewards are called with besides the row's fields.
 RESERVED = ("self", "prompts", "responses", "input_ids", "attention_mask", "response_mask", "truncated")
 
@@ -75,12 +77,18 @@ class UnpairedRecord:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions)."""
+    """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions).
+
+    `response` is what the row has for one, as it stands there; `teacher_prompt` the dialogue as a teacher reads it,
+    where that differs (`Teaching`).
+    """
 
     prompt: Messages
     columns: dict[str, Any] = field(default_factory=dict)
     tools: list[dict] | None = None
     unused: tuple[str, ...] = field(default=(), compare=False)
+    response: Any = field(default=None, compare=False)
+    teacher_prompt: Messages | None = None
 
 
 @dataclass(frozen=True)
@@ -210,27 +218,28 @@ def _demonstration(row: _Row) -> SFTRecord:
 
 
 def _prompt(row: _Row) -> PromptRecord:
+    response = None
     if name := row.first(MESSAGE_LISTS):
         messages = row.messages(name)
     elif "prompt" in row:
-        messages = _asked(row, "prompt")
+        messages, response = _asked(row, "prompt"), _response_to(row, "prompt")
     elif all(isinstance(row.values.get(name), str | list | dict) for name in ("chosen", "rejected")):
         # The pair is looked at for what it shares; both responses stay columns.
         messages, _, _ = _sides(row)
         row.taken -= {"chosen", "rejected"}
     elif name := row.first(PROMPTS):
-        messages = _asked(row, name)
+        messages, response = _asked(row, name), _response_to(row, name)
     else:
         raise _unknown(row, "prompt")
     if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-        row.unread.append("the last response (a prompt ends in front of it)")
+        response, messages = messages[-1]["content"], messages[:-1]
+        row.unread.append(LAST_RESPONSE)
     messages, tools = check_turns(_with_system(row, messages), last="user"), _tools(row)
     columns = row.left()
     for name in columns:
         if name in RESERVED:
             raise ValueError(f"the field `{name}` has a name that reward functions are called with; rename it")
-    return PromptRecord(messages, columns, tools, tuple(dict.fromkeys(row.unread)))
+    return PromptRecord(messages, columns, tools, tuple(dict.fromkeys(row.unread)), response)
 
 
 def _preference(row: _Row) -> PreferenceRecord:
@@ -291,6 +300,13 @@ def _asked(row: _Row, name: str) -> Messages:
     if "history" in row:
         turns = read_history(row.pop("history")) + turns
     return turns
+
+
+def _response_to(row: _Row, prompt: str) -> Any:
+    """The value of the field that responds to a prompt's, which stays where it is; None if there is none."""
+    names = [response for asked, response in (*PAIRS, *product(PROMPTS, RESPONSES)) if asked == prompt]
+    name = row.first(tuple(names))
+    return None if name is None else row.values[name]
 
 
 def _sides(row: _Row) -> tuple[Messages, Messages, Messages]:

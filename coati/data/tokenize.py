@@ -65,14 +65,16 @@ class UnpairedSample:
 @dataclass(frozen=True)
 class PromptSample:
     """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields. Of a row for an
-    environment the fields alone."""
+    environment the fields alone. `teacher_ids` is the prompt as a teacher reads it, where that differs."""
 
     input_ids: list[int]
     text: str
     columns: dict[str, Any]
+    teacher_ids: list[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        """Of the longer prompt."""
+        return max(len(self.input_ids), len(self.teacher_ids or ()))
 
 
 TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
@@ -160,8 +162,8 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
     template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
-            text = template.render(record.prompt, add_generation_prompt=True)
-            return [_Rendered(text, [], left_out(template, record.prompt, text, is_prompt=True))]
+            prompts = [record.prompt] if record.teacher_prompt is None else [record.prompt, record.teacher_prompt]
+            return [_rendered_prompt(template, prompt) for prompt in prompts]
         if isinstance(record, SFTRecord):
             first = record.start if config.train_on == "all" else len(record.messages) - 1
             return [_with_responses(template, record.messages, first, record.start)]
@@ -176,6 +178,11 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
         raise
     except template_errors() as error:
         raise ValueError(f"the chat template refuses the row ({error})") from None
+
+
+def _rendered_prompt(template: ChatTemplate, messages: Messages) -> _Rendered:
+    text = template.render(messages, add_generation_prompt=True)
+    return _Rendered(text, [], left_out(template, messages, text, is_prompt=True))
 
 
 def _with_responses(template: ChatTemplate, messages: Messages, first: int, start: int = 0) -> _Rendered:
@@ -213,7 +220,7 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
     if isinstance(record, RowRecord):
         return PromptSample([], "", record.columns)
     if isinstance(record, PromptRecord):
-        return _prompt_sample(record, pieces[0], tokenizer, config)
+        return _prompt_sample(record, pieces, tokenizer, config)
     sequences = _fit([_mask_responses(piece, tokenizer) for piece in pieces], tokenizer, config)
     if isinstance(record, SFTRecord):
         return sequences[0]
@@ -304,17 +311,27 @@ def mismatched_sequence(
     return _without(joined, _bos_length(ids, tokenizer), max(len(ids) - max_length, 0))
 
 
-def _prompt_sample(record: PromptRecord, piece: _Encoded, tokenizer, config: DataConfig) -> PromptSample:
-    surplus = len(piece.input_ids) - config.max_prompt_length
+def _prompt_sample(record: PromptRecord, pieces: list[_Encoded], tokenizer, config: DataConfig) -> PromptSample:
+    ids, text = _fit_prompt(pieces[0], "prompt", "max_prompt_length", tokenizer, config)
+    teacher_ids = None
+    if len(pieces) > 1:
+        teacher_ids, _ = _fit_prompt(pieces[1], "teacher's prompt", "max_length", tokenizer, config)
+    return PromptSample(ids, text, record.columns, teacher_ids)
+
+
+def _fit_prompt(piece: _Encoded, what: str, setting: str, tokenizer, config: DataConfig) -> tuple[list[int], str]:
+    """Ids and text of a prompt within the length that a setting allows."""
+    limit = getattr(config, setting)
+    surplus = len(piece.input_ids) - limit
     if surplus <= 0:
-        return PromptSample(piece.input_ids, piece.text, record.columns)
+        return piece.input_ids, piece.text
     if config.too_long == "drop":
-        raise TooLong(f"the prompt is longer than --max_prompt_length {config.max_prompt_length} tokens")
+        raise TooLong(f"the {what} is longer than --{setting} {limit} tokens")
     kept = _bos_length(piece.input_ids, tokenizer)
-    if kept == config.max_prompt_length:
-        raise TooLong(f"--max_prompt_length {config.max_prompt_length} leaves no room for a prompt")
+    if kept == limit:
+        raise TooLong(f"--{setting} {limit} leaves no room for a prompt")
     text = piece.text[: piece.offsets[kept - 1][1] if kept else 0] + piece.text[piece.offsets[kept + surplus][0] :]
-    return PromptSample(piece.input_ids[:kept] + piece.input_ids[kept + surplus :], text, record.columns)
+    return piece.input_ids[:kept] + piece.input_ids[kept + surplus :], text
 
 
 def _bos_length(input_ids: list[int], tokenizer) -> int:

@@ -32,7 +32,7 @@ from coati.losses.correction import (
     mismatch_metrics,
     mismatch_sums,
 )
-from coati.losses.distillation import distillation_loss, vocabulary_divergence
+from coati.losses.distillation import distillation_loss, vocabulary_divergence, without_first
 from coati.losses.group import aggregation_weights, decoupled_advantages, group_advantages
 from coati.losses.kl import adapt_kl_coefficient, kl_divergence
 from coati.losses.language import (
@@ -86,5 +86,6 @@ __all__ = [
     "value_loss",
     "vocabulary_divergence",
     "whiten",
+    "without_first",
     "z_loss",
 ]

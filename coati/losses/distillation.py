@@ -118,6 +118,15 @@ def _log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
 
 
+def without_first(mask: Tensor, count: int) -> Tensor:
+    """The tokens that are learned where each row's first `count` of them are not, bool `[batch, seq]`.
+
+    Args:
+        mask: bool `[batch, seq]`, the response's tokens.
+    """
+    return mask & (mask.cumsum(1) > count)
+
+
 def distillation_loss(divergences: Tensor, mask: Tensor, denominator: Tensor | float) -> tuple[Tensor, dict]:
     """The mean divergence of the tokens.
 

@@ -5,7 +5,7 @@ The engines (ddp, zero, gemini, hybrid) are in files of their own, each responsi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Engine:
         module: the plain model.
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
+        averages: of a frozen model whose weights are averages (`average_in`), these in float32 where the module's are
+            narrower; they are what is saved.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
         parameters, trained_parameters: how many there are on all ranks together, however they are sharded.
         memory: what the engine keeps on one rank, see `coati.parallel.memory`.
@@ -56,6 +58,7 @@ class Engine:
         self.precision = resolve_precision(config)
         self.data_ranks = runtime.data_ranks(config.model_parallel_size)
         self.skipped_in_a_row = self.skipped_steps = 0
+        self.averages: dict[Tensor, Tensor] = {}
         self.model: Any = module  # colossalai's wrappers have methods of their own
         self.optimizer: Any = None
         self.parameters = sum(count(p) for p in module.parameters())
@@ -138,6 +141,34 @@ class Engine:
         with self.autocast():
             yield self.module
 
+    # --- weights that are averages
+
+    def keep_averages(self, weights: Mapping[str, Tensor]):
+        """Keeps those of these weights that the module has in lower precision: a step of a few percent would be lost in
+        its rounding.
+
+        Args:
+            weights: float32, by the names of the module's parameters.
+        """
+        for name, parameter in self.module.named_parameters():
+            if name in weights and parameter.dtype != torch.float32:
+                self.averages[parameter] = weights[name].to(parameter.device)
+
+    @torch.no_grad()
+    def average_in(self, source: nn.Module, rate: float):
+        """Moves a frozen model towards the weights that another trains: w <- (1 - rate) w + rate s.
+
+        Args:
+            source: with parameters of the same names, unsharded.
+            rate: 0 to 1.
+        """
+        own = dict(self.module.named_parameters())
+        for name, parameter in source.named_parameters():
+            if parameter.requires_grad:
+                average = self.averages.get(own[name], own[name])
+                average.lerp_(parameter.to(average), rate)
+                own[name].copy_(average)
+
     # --- one optimizer step
 
     @contextmanager
@@ -210,7 +241,8 @@ class Engine:
         """The module's full state on the CPU of rank 0, an empty dict elsewhere. All ranks must call it."""
         if not self.runtime.is_main:
             return {}
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        state = self.module.state_dict(keep_vars=bool(self.averages))
+        return {name: self.averages.get(tensor, tensor).detach().cpu() for name, tensor in state.items()}
 
     def save_optimizer(self, folder: Path):
         """Saves the optimizer state in shards that any layout can load, and this rank's fp32 master weights. Each rank

@@ -79,6 +79,9 @@ class PlannedEngine(Engine):
         with self.memory.computing(full=True), self.live.attributed_to(self.name, self.vocabulary), self.autocast():
             yield self.module if self.generating is None else self.generating
 
+    def average_in(self, source, rate):
+        """Works weight by weight, in place."""
+
     def __call__(self, **inputs):
         return self.forward_all([inputs])[0]
 

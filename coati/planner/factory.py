@@ -8,6 +8,7 @@ import torch
 
 from coati.config.plugin import PLUGINS
 from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
+from coati.data.teaching import Teaching
 from coati.models import Actor, ActorCritic, Critic, RewardModel
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
@@ -79,23 +80,30 @@ class LongestRows:
         kind: as `build_dataset`.
         rows: how many there are.
         learned: whether all tokens but the first are targets; else only the last one is.
+        teaching: how teachers read them.
     """
 
     key, source_names, weights_per_row = "planned", ["planned"], None
 
-    def __init__(self, kind: str, rows: int, config, *, learned: bool):
+    def __init__(self, kind: str, rows: int, config, *, learned: bool, teaching: Teaching):
         self.kind, self.config, self.learned = kind, config, learned
         self.length = config.data.max_prompt_length if kind == "prompt" else config.data.max_length
-        self.lengths = np.full(rows, self.length)
+        self.teaching = teaching
+        self.teacher_length = None if teaching.prompt is None or kind != "prompt" else config.data.max_length
+        self.lengths = np.full(rows, max(self.length, self.teacher_length or 0))
         self.source_of_row = np.zeros(rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def teachers_of(self, rows):
+        """In turn."""
+        return [self.teaching.names[row % len(self.teaching.names)] if self.teaching.names else None for row in rows]
+
     def __getitem__(self, row: int):
         ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
         if self.kind == "prompt":
-            return PromptSample(ids, "", {})
+            return PromptSample(ids, "", {}, None if self.teacher_length is None else [3] * self.teacher_length)
         first = min(1, self.length - 1) if self.learned else self.length - 1
         targets = [place >= first for place in range(self.length)]
         sequence = TokenSequence(ids, targets)
@@ -138,25 +146,27 @@ class PlannedFactory(Factory):
         self.depths: dict[str, int] = {}
         self.kept: list[Any] = []
 
-    def dataset(self, sources, kind, weights=None):
+    def dataset(self, sources, kind, weights=None, teaching=None):
         if not sources:
             return None
         c, learned = self.config, sources != self.config.data.eval_data
         rows = 1  # which is in all batches, on every rank
         if learned and kind == "prompt":  # equal prompts would be read once
-            rows = c.batch_size
+            rows = max(c.batch_size, len(teaching.names) if teaching else 0)
         if not learned and kind == "sft":  # whose first rows are completed
             rows = max(c.evaluation.samples, 1)
-        return LongestRows(kind, rows, c, learned=learned)
+        return LongestRows(kind, rows, c, learned=learned, teaching=teaching or Teaching())
 
-    def model(self, model_class, pretrained, *, lora=None, own_config=False):
+    def model(self, model_class, pretrained, *, lora=None, own_config=False, dtype=None):
         c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
         depth = truncate_layers(model_config, self.layers)
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
             model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c.parallel)
         with torch.device("meta"):
-            how = dict(lora=lora, dtype=kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation)
+            how = dict(
+                lora=lora, dtype=dtype or kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation
+            )
             model = model_class(None, model_config, **how)
             if pretrained is not None and is_adapter(pretrained):
                 add_adapter(model, pretrained)
@@ -179,6 +189,12 @@ class PlannedFactory(Factory):
             head = model.transformer.get_output_embeddings().weight
             self.kept.append(self.live.make(2 * head.numel(), ("teacher", "parameters")))
         return self.frozen(model)
+
+    def averaged_teacher(self, model, student):
+        if self.config.parallel.precision != "fp32":  # see `Engine.keep_averages`
+            trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+            self.kept.append(self.live.make(4 * trained, ("teacher", "parameters")))
+        return self.frozen_teacher(model)
 
     def _engine(self, name: str, model, **how) -> PlannedEngine:
         how |= dict(on_gpu=self.on_gpu)

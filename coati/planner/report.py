@@ -9,11 +9,11 @@ from coati.config import parse_config, reconfigure
 from coati.config.plugin import PLUGINS
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
-from coati.trainers.config import RolloutConfig
+from coati.trainers.config import SELF, RolloutConfig
 from coati.trainers.paths import named_paths
 
 KINDS = ("parameters", "gradients", "optimizer states", "activations", "logits", "KV cache", "communication")
-MODELS = ("critic_model", ".teacher", ".path")  # settings that name one, beside the trained model
+MODELS = ("critic_model", ".teacher", ".teachers", ".path")  # settings that name one, beside the trained model
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
 MIB, GIB = 2**20, 2**30
 
@@ -151,7 +151,7 @@ def _model_configs(config) -> tuple[object, dict[str, object]]:
     others = {}
     for name, kind, source in named_paths(config):
         is_other = kind == "model" and name.startswith(("algorithm.", "rewards.")) and name.endswith(MODELS)
-        if is_other and (not config.model.model_config or Path(source).exists()):
+        if is_other and source != SELF and (not config.model.model_config or Path(source).exists()):
             others[source] = _model_config_of(source, name)
     return _model_config_of(start, "--model_config" if config.model.model_config else "--model"), others
 

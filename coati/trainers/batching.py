@@ -1,6 +1,7 @@
 """How rows become micro-batches, and micro-batches a model's inputs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,40 @@ class Batching:
             widths = [max(of_ranks) for of_ranks in zip(*self.ranks.gather(widths), strict=True)]
         parts = [order[part] for part in split_micro_batches(widths, self.micro_batch_size // group, self.max_tokens)]
         return [[i * group + k for k in range(group) for i in part] for part in parts]
+
+    def split_by_teacher(self, lengths: Sequence[int], teachers: Sequence[str | None]) -> "list[Part]":
+        """Micro-batches of rows that this rank has, each of one teacher's. Every rank gets equally many of each
+        teacher: where it has fewer, copies of its shortest row fill up.
+
+        Args:
+            lengths, teachers: of the rows, and the teachers' names.
+        """
+        known = self.ranks.gather(sorted(set(teachers), key=str))
+        names = list(dict.fromkeys(name for of_rank in known for name in of_rank))
+        shortest, found = min(range(len(lengths)), key=lambda i: lengths[i]), []
+        for name in sorted(names, key=str):
+            rows = sorted((i for i, own in enumerate(teachers) if own == name), key=lambda i: -lengths[i])
+            widths = [lengths[i] for i in rows]
+            slices = split_micro_batches(widths, self.micro_batch_size, self.max_tokens)
+            found += [Part(rows[part], name) for part in slices]
+            missing = max(self.ranks.gather(len(slices))) - len(slices)
+            found += [Part([shortest], name, is_real=False)] * missing
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of rows that have the same teacher.
+
+    Attributes:
+        rows: their numbers.
+        teacher: its name; None where there is only one.
+        is_real: False for a row that fills up, of which nothing is learned.
+    """
+
+    rows: list[int]
+    teacher: str | None = None
+    is_real: bool = True
 
 
 def model_inputs(batch, targets: Tensor | None = None, **options: Any) -> dict[str, Any]:

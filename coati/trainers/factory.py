@@ -4,9 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PLUGINS
 from coati.data import BatchSampler, TokenizedDataset, build_dataset, prepare_tokenizer
+from coati.data.teaching import Teaching
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.adapters import vocabulary
@@ -49,12 +52,14 @@ class Factory:
 
     # --- data
 
-    def dataset(self, sources: list[str], kind: str, weights: list[float] | None = None) -> TokenizedDataset | None:
+    def dataset(
+        self, sources: list[str], kind: str, weights: list[float] | None = None, teaching: Teaching | None = None
+    ) -> TokenizedDataset | None:
         """Tokenized rows, built on rank 0 first; None for no sources."""
         if not sources:
             return None
         with self.runtime.main_first():
-            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights)
+            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights, teaching)
         self.runtime.say(str(data.report))
         return data
 
@@ -72,19 +77,26 @@ class Factory:
     # --- models
 
     def model(
-        self, model_class: type[BaseModel], pretrained: str | Path | None, *, lora=None, own_config: bool = False
+        self,
+        model_class: type[BaseModel],
+        pretrained: str | Path | None,
+        *,
+        lora=None,
+        own_config: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights.
 
         Args:
             own_config: the folder's config is used, whatever `--model_config` says.
+            dtype: of the weights; what the plugin trains if not given.
 
         Raises:
             UserError: neither is given; the tokenizer has more tokens than the model; the run's rows are too long for
                 its positions.
         """
         c = self.config
-        dtype = engine_class(c.parallel).loads_in(c.parallel)
+        dtype = dtype or engine_class(c.parallel).loads_in(c.parallel)
         config = None
         if c.model.model_config and not own_config:
             config = self._model_config(from_scratch=pretrained is None)
@@ -142,6 +154,19 @@ class Factory:
         if PLUGINS[parallel.plugin].shards_weights:
             model.keep_head(DTYPES[resolve_precision(parallel)], self.runtime.device)
         return self.frozen(model)
+
+    def averaged_teacher(self, model: Teacher, student: BaseModel) -> Engine:
+        """A teacher whose weights are averages of the student's (`Engine.average_in`).
+
+        Args:
+            model: in float32.
+            student: before its engine is made.
+        """
+        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in trained}
+        engine = self.frozen_teacher(model)
+        engine.keep_averages(weights)
+        return engine
 
     # --- rollouts
 

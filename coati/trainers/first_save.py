@@ -70,4 +70,4 @@ def _is_fp32(engine: Engine) -> bool:
 
 def _width(engine: Engine) -> int:
     """Bytes of a weight in the model's state."""
-    return engine.loads_in(engine.config).itemsize
+    return 4 if engine.averages else engine.loads_in(engine.config).itemsize

@@ -29,6 +29,8 @@ def named_paths(config, prefix: str = "") -> Iterator[tuple[str, PathKind, str]]
     """What the settings and their sections name: the setting, the kind of path, and the path."""
     for name, field in type(config).__pydantic_fields__.items():
         value, kind = getattr(config, name), path_kind(field)
+        if isinstance(value, dict):
+            value = list(value.values())
         for one in value if isinstance(value, list) else [value]:
             if is_dataclass(one):
                 yield from named_paths(one, f"{prefix}{name}.")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coati.config.generation import GenerationConfig
+from coati.data import TokenizedDataset
 from coati.errors import UserError
 from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
@@ -73,6 +74,10 @@ class RolloutTrainer(Trainer):
             return LanguageModel(self.actor, adapter=False, group=c.shared_prefix_group)
         return LanguageModel(frozen, group=c.shared_prefix_group)
 
+    def prompts(self, sources: list[str], weights: list[float] | None = None) -> TokenizedDataset | None:
+        """The prompts of data sets; None for no sources."""
+        return self.factory.dataset(sources, "row" if self.config.environment.path else "prompt", weights)
+
     def sampling(self, k: int) -> GenerationConfig:
         """How the tokens of iteration k are drawn."""
         return self.config.generation
@@ -88,9 +93,8 @@ class RolloutTrainer(Trainer):
 
     def build(self):
         c = self.config
-        kind = "row" if c.environment.path else "prompt"
-        self.data = self.factory.dataset(c.data.train_data, kind, c.data.train_weights)
-        self.eval_data = self.factory.dataset(c.data.eval_data, kind)
+        self.data = self.prompts(c.data.train_data, c.data.train_weights)
+        self.eval_data = self.prompts(c.data.eval_data)
         self.order, self.total_steps = self.factory.order(self.data, self.start)
         self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
         self.factory.longest_sequence = self.longest_sequence()

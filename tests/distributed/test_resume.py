@@ -24,11 +24,14 @@ STATES = dict(temperature=1.0, kl_target=0.5, kl_horizon=50, normalize_reward=Tr
 REFILLED = dict(dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_coefficient=0.05, rewards="odd")
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
-ALGORITHMS |= {"distill": {}}
+AVERAGED = dict(teacher="self", teacher_ema=0.3, teacher_prompt="{response} thank {prompt}", on_policy_share=1.0)
+ALGORITHMS |= {"distill": {}, "distill, teacher averaged": AVERAGED}
+WHOLE = ("refreshed", "averaged")  # what needs whole models
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]
-CASES = [(a, name) for a, name in CASES if "refreshed" not in a or name in ("ddp", "zero1", "zero2")]
+CASES = [(a, name) for a, name in CASES if not a.endswith(WHOLE) or name in ("ddp", "zero1", "zero2")]
 QUICK = [("ppo", "zero2"), ("ppo, shared trunk", "ddp"), ("sft", "gemini"), ("reward", "tp2"), ("ppo", "pp2")]
 QUICK += [("distill", "gemini"), ("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
+QUICK += [("distill, teacher averaged", "zero2")]
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:

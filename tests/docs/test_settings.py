@@ -139,6 +139,7 @@ PLACEHOLDERS = {"N": "2", "NAME": "dapo"}
 NOT_SETTINGS = {
     "weight: 0": "a field of a message",
     "train: false": "a field of a message",
+    "algorithm: {type: echo}": "right with an environment, which a table has no room for",
 }
 # Flags of programs of others, beside those that commands show.
 OTHER_FLAGS = {

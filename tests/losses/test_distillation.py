@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import distillation_loss, vocabulary_divergence
+from coati.losses import distillation_loss, vocabulary_divergence, without_first
 from coati.losses.distillation import Divergence
 from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
 from tests.oracles import distillation as oracle
@@ -74,6 +74,12 @@ def test_the_loss_equals_the_oracle_whatever_stands_under_the_mask(mask, data, d
     assert_metrics(metrics, {"loss": loss.item()}, size)
     loss.backward()
     assert (x.grad[~mask] == 0).all() and x.grad.isfinite().all()
+
+
+@quick
+@given(masks(), st.integers(0, 6))
+def test_the_first_tokens_of_each_row_are_left_out(mask, count):
+    assert without_first(mask, count).tolist() == oracle.without_first(mask.tolist(), count)
 
 
 @quick

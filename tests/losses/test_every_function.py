@@ -75,7 +75,7 @@ OF_LOGITS = {
 }
 # From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
 # test_correction.py.
-NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets"}
+NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets", "without_first"}
 NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages", "turn_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
 # The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.

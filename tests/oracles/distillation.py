@@ -33,3 +33,16 @@ def vocabulary_divergence(student, teacher, kind, beta=0.5, temperature=1.0):
 
 def distillation_loss(divergences, mask, denominator):
     return math.fsum(divergences[b][t] for b, t in _tokens(mask)) / denominator
+
+
+def without_first(mask, count):
+    """A row at a time: how many of its tokens have been seen."""
+    found = []
+    for row in mask:
+        seen = 0
+        kept = []
+        for real in row:
+            seen += int(real)
+            kept.append(bool(real) and seen > count)
+        found.append(kept)
+    return found

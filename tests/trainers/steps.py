@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 from coati.config import configure
 from coati.rollout import Experience, RolloutBatch, prompt_of
-from tests.conftest import settings_for, trainer_classes
+from tests.conftest import settings_for, trainer_classes, write_rows
 
 # name: the algorithm, the model's architecture, and settings that exercise more of the loss. A new trainer joins here.
 # gpt2's positions are absolute: llama's are relative, so that counting them from the padding on would change nothing.
@@ -28,6 +29,7 @@ OF_SAO = dict(policy_loss="dis", clip_low=0.02, clip_high=0.02, length_adaptive_
 OF_SAO |= dict(whiten_advantages=False)
 OF_BPCO = dict(policy_loss="dppo", clip_low=0.01, clip_high=0.01, aggregation="sum", length_adaptive_alpha=0.4)
 OF_BPCO |= dict(critic_lambda=1.0, value_range=[-2.0, 3.0], value_clip=0.5, whiten_advantages=False)
+WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
@@ -40,6 +42,8 @@ TRAINERS = {
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
+    "distill, a teacher with the response": ("distill", "gpt2", COOL | WITH_RESPONSE),
+    "distill, several teachers": ("distill", "llama", dict(on_policy_share=0.0, teacher_column="domain")),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0) | OF_BPCO),
 }
 BATCH = 8
@@ -70,7 +74,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     """At a learning rate of 0, so that the same trainer can do the same step over and over.
 
     Args:
-        families: by architecture, what `make_family` gives.
+        families: by architecture, what `make_family` gives, and rows that name a teacher (`taught`).
     """
     algorithm, family, changes = TRAINERS[name]
     world = families[family]
@@ -80,6 +84,9 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
         settings |= dict(ppo_epochs=1, minibatches=1)
     if algorithm == "ppo":
         settings |= dict(critic_learning_rate=0.0)
+    if "teacher_column" in changes:
+        settings |= dict(teacher=None, teachers={"a": families["gpt2"]["policy"], "b": world["teacher"]})
+        settings |= dict(train_data=[world["taught"]], eval_data=[])
     if "ptx_coefficient" in changes:
         settings["ptx_data"] = [world["sft"]]
     config_class, trainer_class = trainer_classes(algorithm)
@@ -89,6 +96,13 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
     if algorithm == "preference":  # away from the reference, where all rewards are 0
         nudge((trainer.reference.engine if trainer.reference else trainer.engines["model"]).module.parameters(), 0.2)
     return trainer
+
+
+def with_teachers(rows: str, folder: Path) -> str:
+    """A file of these rows, of which every third has another teacher."""
+    lines = Path(rows).read_text().splitlines()
+    taught = [json.loads(line) | {"domain": "b" if i % 3 else "a"} for i, line in enumerate(lines)]
+    return write_rows(folder / "taught.jsonl", taught)
 
 
 @torch.no_grad()
@@ -252,7 +266,10 @@ def _repad_and_split(trainer, variation: Variation, patch):
         patch.setattr(trainer.batching, "split", lambda lengths, _group=1: in_order(len(lengths)))
     if hasattr(trainer, "teach"):
         teach = trainer.teach
-        patch.setattr(trainer, "teach", lambda batches: teach([padded(batch, variation) for batch in batches]))
+        repad = lambda r: dataclasses.replace(  # noqa: E731
+            r, student=padded(r.student, variation), teacher=padded(r.teacher, variation)
+        )
+        patch.setattr(trainer, "teach", lambda readings: teach([repad(reading) for reading in readings]))
     elif hasattr(trainer, "rollouts"):
         rollouts, updates = trainer.rollouts.next, getattr(trainer, "models", trainer)
         update = updates.update

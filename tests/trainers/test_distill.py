@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from coati.config import configure
 from coati.errors import UserError
+from coati.models import Actor
 from coati.tracking import read_metrics
 from coati.trainers.distill import DistillConfig, DistillTrainer
 from tests.conftest import functions, settings_for
@@ -27,12 +28,12 @@ def test_each_row_is_responded_to_or_learned_as_it_is(share, tiny_world, runtime
     prompts = [tuple(trainer.data[i].input_ids) for i in range(len(trainer.data))]
     learned = []
     teach = trainer.teach
-    monkeypatch.setattr(trainer, "teach", lambda batches: learned.append(batches) or teach(batches))
+    monkeypatch.setattr(trainer, "teach", lambda readings: learned.append(readings) or teach(readings))
     for k in range(len(prompts) // 8):
         trainer.step(k)
     own, demonstrated = [], []
-    for batches in learned:
-        for batch in batches:
+    for readings in learned:
+        for batch in (reading.student for reading in readings):
             for ids, mask, real in zip(batch.input_ids, batch.loss_mask, batch.attention_mask, strict=True):
                 prompt = tuple(ids[: int(mask.int().argmax())].tolist())
                 rows = [row for row, text in enumerate(prompts) if text == prompt]
@@ -60,10 +61,10 @@ def test_rewards_are_measured_where_there_are_some_and_change_nothing(tiny_world
 
 def test_the_teacher_stays_as_it_is_and_an_adapter_is_all_that_a_lora_student_changes(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, lora_rank=2, steps=2)
-    teacher = {name: x.clone() for name, x in trainer.teacher.module.state_dict().items()}
+    teacher = {name: x.clone() for name, x in trainer.teachers[None].module.state_dict().items()}
     before = weights(trainer)
     trainer.train()
-    assert all(torch.equal(x, teacher[name]) for name, x in trainer.teacher.module.state_dict().items())
+    assert all(torch.equal(x, teacher[name]) for name, x in trainer.teachers[None].module.state_dict().items())
     changed = {name for name, x in weights(trainer).items() if not torch.equal(x, before[name])}
     assert changed and all("lora" in name for name in changed)
 
@@ -71,7 +72,7 @@ def test_the_teacher_stays_as_it_is_and_an_adapter_is_all_that_a_lora_student_ch
 def test_the_divergence_of_the_evaluation_is_that_of_the_students_responses(tiny_world, runtime, tmp_path):
     trainer = make(tiny_world, runtime, tmp_path, divergence="reverse", temperature=0.0)
     metrics, rows = trainer.evaluate()
-    student, teacher = trainer.actor.module.transformer, trainer.teacher.module.transformer
+    student, teacher = trainer.actor.module.transformer, trainer.teachers[None].module.transformer
     found = []
     for i, row in enumerate(rows):
         prompt = trainer.eval_data[i].input_ids
@@ -97,14 +98,30 @@ def test_data_without_responses_is_for_a_share_of_1_only(tiny_world, runtime, tm
 def test_a_student_of_random_weights_has_the_shape_of_the_config_and_the_teacher_its_own(tiny_world, runtime, tmp_path):
     changes = dict(model=None, model_config=tiny_world["model_config"], tokenizer=tiny_world["teacher"])
     trainer = make(tiny_world, runtime, tmp_path, steps=1, **changes)
-    assert (trainer.actor.module.config.hidden_size, trainer.teacher.module.config.hidden_size) == (32, 48)
+    assert (trainer.actor.module.config.hidden_size, trainer.teachers[None].module.config.hidden_size) == (32, 48)
     trainer.train()
+
+
+@pytest.mark.parametrize("more", [{}, dict(teacher_prompt="{prompt} {response}")], ids=["", "another prompt"])
+def test_a_student_may_sample_ids_that_its_teacher_has_not(more, tiny_world, runtime, tmp_path):
+    """Of an output layer that is padded to another size; they are no tokens, so the teacher reads padding there."""
+    actor = Actor(config=LlamaConfig.from_pretrained(tiny_world["policy"], vocab_size=328))
+    actor.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "student")
+    changes = dict(model=str(tmp_path / "student"), on_policy_share=1.0, temperature=3.0, batch_size=40)
+    trainer = make(tiny_world, runtime, tmp_path / "run", max_new_tokens=16, **changes | more)
+    seen, teach = [], trainer.teach
+    trainer.teach = lambda readings: seen.extend(readings) or teach(readings)
+    metrics = trainer.step(0)
+    assert any((reading.student.input_ids >= 320).any() for reading in seen) and metrics["loss"] > 0
+    for reading in seen:
+        read = trainer.known_to(None, reading.teacher).input_ids
+        known = reading.teacher.input_ids < 320
+        assert torch.equal(read[known], reading.teacher.input_ids[known]) and (read[~known] == 2).all()
 
 
 def save_teacher(world, folder, **tokens):
     """The teacher with a tokenizer of more tokens, or of a token by another name."""
-    from coati.models import Actor
-
     Actor(world["teacher"]).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(world["tokenizer"])
     tokenizer.add_tokens(list(tokens.values()))
@@ -147,7 +164,7 @@ def test_an_output_layer_of_another_size_cannot_be_split(tiny_world, runtime, tm
     """Processes would hold ranges of other tokens."""
     trainer = make(tiny_world, runtime, tmp_path)
     trainer.config.parallel.tensor_parallel = 2
-    sizes = iter((320, 328))
+    sizes = iter((328, 320, 328))
     monkeypatch.setattr("coati.trainers.distill.vocabulary", lambda _: next(sizes))
     with pytest.raises(UserError, match=r"320 rows and the teacher's 328.*leave out tensor_parallel"):
         trainer.build_models()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.distributed.world import make_family, run_jobs
-from tests.trainers.steps import BATCH, TRAINERS, Variation, gradient_file, make_trainer, run_step
+from tests.trainers.steps import BATCH, TRAINERS, Variation, gradient_file, make_trainer, run_step, with_teachers
 
 RTOL = 1e-5
 variations = st.builds(
@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def families(tiny_world, folder):
-    return {family: make_family(family, tiny_world, folder) for family in ("gpt2", "llama")}
+    taught = {"taught": with_teachers(tiny_world["sft"], folder)}
+    return {family: make_family(family, tiny_world, folder) | taught for family in ("gpt2", "llama")}
 
 
 @pytest.fixture(scope="module", params=sorted(TRAINERS))
