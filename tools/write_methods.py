@@ -92,7 +92,7 @@ METHODS = {
 VARIANTS = [
     (
         "[DFT](https://arxiv.org/abs/2508.05629)",
-        "`loss: dft` of `coati sft`",
+        "`loss: dft`, for SFT",
         "SFT with each token weighted by its probability",
         "`cross_entropy` (dft)",
         "[loss](sft.md#the-loss)",

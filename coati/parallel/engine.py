@@ -156,7 +156,7 @@ class Engine:
 
     @torch.no_grad()
     def average_in(self, source: nn.Module, rate: float):
-        """Moves a frozen model towards the weights that another trains: w <- (1 - rate) w + rate s.
+        """Moves a frozen model toward the weights that another trains: w <- (1 - rate) w + rate s.
 
         Args:
             source: with parameters of the same names, unsharded.

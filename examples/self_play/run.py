@@ -21,11 +21,11 @@ sys.path[:0] = [str(ROOT)]
 
 from coati.environments.nim import MOST, Nim  # noqa: E402
 from coati.rollout import Observation  # noqa: E402
-from coati.tracking import read_metrics, write_report  # noqa: E402
+from coati.tracking import read_metrics, read_run, write_report  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 from examples.tokenizer import byte_level_tokenizer  # noqa: E402
 
-STONES, GAMES = range(2, 11), 3000
+STONES, GAMES = range(4, 13), 3000
 MEASURED = 10  # games from each number of stones and from each side, against the random player
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
@@ -88,19 +88,22 @@ def game(draw: random.Random) -> list[dict]:
 
 
 def figures(folders: list[Path]) -> str:
-    """Games won against the random player, from 2 to 10 stones and from either side."""
-    perfect = statistics.mean(games_of_a_perfect_player(folders[0] / "data" / "measured.jsonl"))
+    """Games won against the random player, from 4 to 12 stones and from either side."""
     lines = [
-        "| seed | won before | won after | illegal before | illegal after | minutes |",
-        "|---|---|---|---|---|---|",
+        "| seed | minutes | won before | won after | by a perfect player | illegal before | after |",
+        "|---" * 7 + "|",
     ]
     for folder in folders:
-        rows = read_metrics(folder / "grpo")
+        rows, run = read_metrics(folder / "grpo"), read_run(folder / "grpo")
         evaluated = [row for row in rows if "eval/environment/won" in row]
-        cells = [f"{evaluated[i][f'eval/environment/{name}']:.1%}" for name in ("won", "illegal") for i in (0, -1)]
-        minutes = sum(row.get("seconds/step", 0.0) for row in rows) / 60
-        lines.append(f"| {folder.name.removeprefix('seed')} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-    return "\n".join(lines) + f"\n\nA perfect player wins {perfect:.1%} of the same games of seed 0."
+        won, illegal = (
+            [f"{row[f'eval/environment/{name}']:.1%}" for row in (evaluated[0], evaluated[-1])]
+            for name in ("won", "illegal")
+        )
+        perfect = statistics.mean(games_of_a_perfect_player(folder / "data" / "measured.jsonl"))
+        cells = [folder.name.removeprefix("seed"), f"{(rows[-1]['time'] - run['start']) / 60:.1f}"]
+        lines.append(f"| {' | '.join([*cells, *won, f'{perfect:.1%}', *illegal])} |")
+    return "\n".join(lines)
 
 
 def games_of_a_perfect_player(path: Path) -> list[float]:
