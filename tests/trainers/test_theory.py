@@ -209,8 +209,8 @@ def distance_with(task, runtime, output, correction: dict, sampler: dict, pace: 
 # PPO and what value methods have learned since. Returns hold the KL penalty, and leave the range of the rewards.
 WITH_CRITIC = {
     "PPO": {},
-    # without clipping, or with a trust region that leaves the ratios of unlikely tokens free, steps of 0.01 may make the
-    # policy collapse
+    # without clipping, or with a trust region that leaves the ratios of unlikely tokens free, steps of 0.01 may make
+    # the policy collapse
     "SAO": {"algorithm.type": "sao", "learning_rate": 3e-3},
     "BPCO": {"algorithm.type": "bpco", "value_range": [-4.0, 4.0], "learning_rate": 3e-3},
 }
