@@ -13,6 +13,7 @@ from coati.trainers.algorithms import ALGORITHMS
 # what every run must be told; these stand in its place
 TO_REPLACE = {"model.path": "MODEL_FOLDER", "data.train_data": ["train.jsonl"], "output_dir": "runs/run"}
 TEACHER = {"algorithm.teacher": "TEACHER_FOLDER"}
+ENVIRONMENT = {"environment.path": "FILE.py:CLASS"}  # of methods that have no other use
 REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "gsm8k"}]}
 
 
@@ -26,14 +27,18 @@ def initial_settings(method: str) -> str:
     chosen: dict[str, Any] = {**TO_REPLACE, **for_hardware(gpus)}
     if command.algorithm == "distill":
         chosen |= TEACHER
-    if command.algorithm in REWARDS:
+    if method == "echo":
+        chosen |= ENVIRONMENT
+    elif command.algorithm in REWARDS:
         chosen["rewards"] = REWARDS[command.algorithm]
     if command.defaults:
         chosen["algorithm.type"] = method
     start = f"coati {method}" if gpus < 2 else f"coati run --nproc_per_node {gpus} {method}"
     machine = {0: "a CPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
     lines = [f"# {command.title}, on {machine}: {start} --config FILE.yaml", "# Words in capitals are to be replaced."]
-    defaults = configure(config_class, **{name: chosen[name] for name in chosen if name == "algorithm.type"})
+    defaults = configure(
+        config_class, **{name: chosen[name] for name in ("algorithm.type", *ENVIRONMENT) if name in chosen}
+    )
     section = ""
     for path, leaf in leaves(config_class, method).items():
         if not is_common(leaf.field) and path not in chosen:
