@@ -18,11 +18,13 @@ class Teaching:
         prompt: the text of the prompt's last message as a teacher reads it, with names of fields in braces; None where
             it reads what the student does.
         column: the field that names a row's teacher, of `names`; None where all rows have the same.
+        setting: what `prompt` is called where it is set.
     """
 
     prompt: str | None = None
     column: str | None = None
     names: tuple[str, ...] = ()
+    setting: str = "teacher_prompt"
 
     def teacher_of(self, row: Any) -> str | None:
         """The name of a row's teacher.
@@ -46,13 +48,16 @@ class Teaching:
         unused = tuple(part for part in record.unused if part != f"`{self.column}`")
         if self.prompt is None or not isinstance(record, PromptRecord):
             return replace(record, unused=unused)
-        if "response" in fields_of(self.prompt):
+        if "response" in fields_of(self.prompt, self.setting):
             unused = tuple(part for part in unused if part != LAST_RESPONSE)
-        return replace(record, teacher_prompt=filled_prompt(self.prompt, record), unused=unused)
+        return replace(record, teacher_prompt=filled_prompt(self.prompt, record, self.setting), unused=unused)
 
 
-def fields_of(template: str) -> list[str]:
+def fields_of(template: str, setting: str = "teacher_prompt") -> list[str]:
     """The names in braces.
+
+    Args:
+        setting: what the template is called in errors.
 
     Raises `ValueError` for braces that hold more or less than a name, and for a text without any.
     """
@@ -60,34 +65,34 @@ def fields_of(template: str) -> list[str]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"teacher_prompt can't be read ({error}): {remedy}") from None
+        raise ValueError(f"{setting} can't be read ({error}): {remedy}") from None
     names = [name for _, name, _, _ in parts if name is not None]
     for _, name, form, conversion in parts:
         if name is not None and (not name.isidentifier() or form or conversion):
-            raise ValueError(f"teacher_prompt has {{{name}}} with more or less in its braces than a name: {remedy}")
+            raise ValueError(f"{setting} has {{{name}}} with more or less in its braces than a name: {remedy}")
     if not names:
-        raise ValueError(f"teacher_prompt names no field of the rows: {remedy}")
+        raise ValueError(f"{setting} names no field of the rows: {remedy}")
     return list(dict.fromkeys(names))
 
 
-def filled_prompt(template: str, record: PromptRecord) -> Messages:
+def filled_prompt(template: str, record: PromptRecord, setting: str = "teacher_prompt") -> Messages:
     """The record's prompt with another last message: `template`, with the values of the row's fields. `{prompt}` is the
     text of the last message itself, `{response}` the row's response, unless it has a field of that name."""
     last = record.prompt[-1]
     if last["role"] != "user":
-        raise ValueError("the prompt ends with a tool's message, and teacher_prompt replaces the user's")
+        raise ValueError(f"the prompt ends with a tool's message, and {setting} replaces the user's")
     values = {"response": record.response} | record.columns | {"prompt": last["content"]}
-    texts = {name: _text(values.get(name), name) for name in fields_of(template)}
+    texts = {name: _text(values.get(name), name, setting) for name in fields_of(template, setting)}
     text = template.format_map(texts)
     if not text.strip():
-        raise ValueError("the teacher's prompt is empty")
+        raise ValueError(f"{setting} gives an empty prompt")
     return [*record.prompt[:-1], {**last, "content": text}]
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, setting: str) -> str:
     """A field's value as a text: of messages the last one, of a list of texts its lines."""
     if value is None:
-        raise ValueError(f"no field `{name}`, which teacher_prompt names")
+        raise ValueError(f"no field `{name}`, which {setting} names")
     if isinstance(value, bool | int | float):
         return str(value)
     if isinstance(value, list) and value and all(isinstance(line, str) for line in value):

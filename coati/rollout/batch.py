@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from coati.data import TokenSequence
 from coati.samples import Sample
 from coati.transfer import to_device, upload
 
@@ -30,6 +31,7 @@ class RolloutBatch:
         finished: bool `[batch]`, the response ended by itself.
         scores: float32 `[batch]`, the rewards of whole responses.
         temperature: of the distribution that was sampled from; all log-probs are of it.
+        critic_rows: the responses after the critic's own prompts; None where it reads what the policy does.
     """
 
     samples: list[Sample]
@@ -42,6 +44,7 @@ class RolloutBatch:
     finished: Tensor
     scores: Tensor
     temperature: float
+    critic_rows: list[TokenSequence] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -103,6 +106,7 @@ class Experience:
         advantages: of the policy's loss.
         values, returns: the critic's estimate before each token, and its targets; None without a critic.
         observed: bool `[batch, seq]`, tokens of the environment that are learned too; None for none.
+        critic_rows: as `RolloutBatch` has them.
     """
 
     input_ids: Tensor
@@ -117,6 +121,7 @@ class Experience:
     values: Tensor | None = None
     returns: Tensor | None = None
     observed: Tensor | None = None
+    critic_rows: list[TokenSequence] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -153,6 +158,7 @@ class Experience:
             advantages=advantages,
             values=values,
             returns=returns,
+            critic_rows=batch.critic_rows,
         )
 
 

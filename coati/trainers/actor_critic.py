@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from coati.data import collate_sft
 from coati.data.collate import SFTBatch
 from coati.losses import (
     aggregation_weights,
@@ -69,15 +70,16 @@ class TwoModels:
     def evaluate(self, batch, parts, k):
         """See `PolicyAndCritic`."""
         log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
-        outputs = self.critic.forward_all([model_inputs(batch.rows(part)) for part in parts])
-        values = [values_before(self.settings, output) for output in outputs]
+        micro_batches = [batch.rows(part) for part in parts]
+        outputs = self.critic.forward_all([self.critic_inputs(micro) for micro in micro_batches])
+        values = [self.values(*pair) for pair in zip(outputs, micro_batches, strict=True)]
         return Evaluation(log_probs, in_batch_order(parts, values, batch.input_ids.shape), rollout_kl)
 
     def update(self, micro_batches, texts, k, rates):
         """See `PolicyAndCritic`. For `critic_warmup` iterations only the critic learns."""
         for _ in range(self.settings.critic_updates):
             with self.critic.update(rates.critic) as update:
-                update.add(micro_batches, model_inputs, self.value_loss, response_tokens)
+                update.add(micro_batches, self.critic_inputs, self.value_loss, response_tokens)
         metrics = named_norm(update.metrics, "critic_grad_norm")
         if k < self.settings.critic_warmup:
             return metrics
@@ -103,8 +105,21 @@ class TwoModels:
 
         return part
 
+    def critic_inputs(self, batch: RolloutBatch | Experience):
+        return model_inputs(read_by_critic(batch) or batch)
+
+    def values(self, output: Tensor, batch: RolloutBatch | Experience) -> Tensor:
+        """The critic's estimate before each of the policy's tokens, `[batch, seq]`."""
+        values, read = values_before(self.settings, output), read_by_critic(batch)
+        if read is None:
+            return values
+        # the same response tokens in the same order, at other places
+        own = values.new_zeros(batch.response_mask.shape)
+        own[batch.response_mask] = values[read.loss_mask]
+        return own
+
     def value_loss(self, output: Tensor, batch: Experience, denominator: float):
-        return value_term(self.settings, output, batch, denominator)
+        return value_term(self.settings, self.values(output, batch), batch, denominator)
 
     def text_loss(self, log_probs: Tensor, batch: SFTBatch, denominator: float):
         return text_term(self.settings, log_probs, batch, denominator)
@@ -157,6 +172,7 @@ class SharedTrunk:
         def part(output, batch: Experience, denominator: float):
             log_probs, entropy, values = output
             loss, metrics = policy_term(self.policy.config, log_probs, entropy, batch, denominator, responses)
+            values = values_before(self.settings, values)
             of_values, value_metrics = value_term(self.settings, values, batch, denominator)
             return loss + self.settings.value_coefficient * of_values, metrics | value_metrics
 
@@ -164,7 +180,7 @@ class SharedTrunk:
 
     def warmup_loss(self, output, batch: Experience, denominator: float):
         log_probs, values = output
-        loss, metrics = value_term(self.settings, values, batch, denominator)
+        loss, metrics = value_term(self.settings, values_before(self.settings, values), batch, denominator)
         return self.settings.value_coefficient * loss + 0.0 * log_probs.sum(), metrics
 
     def text_loss(self, output, batch: SFTBatch, denominator: float):
@@ -191,9 +207,9 @@ def policy_term(
 
 
 def value_term(settings: PPO, values: Tensor, batch: Experience, denominator: float):
-    """A micro-batch's part of the critic's loss; `values` are its outputs after each token, `[batch, seq]`."""
+    """A micro-batch's part of the critic's loss; `values` are those before each token, `[batch, seq]`."""
     mask, clip = batch.response_mask, settings.value_clip or None
-    return value_loss(values_before(settings, values), batch.values, batch.returns, mask, denominator, clip=clip)
+    return value_loss(values, batch.values, batch.returns, mask, denominator, clip=clip)
 
 
 def text_term(settings: PPO, log_probs: Tensor, batch: SFTBatch, denominator: float):
@@ -208,6 +224,13 @@ def text_inputs(batch: SFTBatch):
 
 def text_tokens(batch: SFTBatch) -> Tensor:
     return response_targets(batch.loss_mask).sum()
+
+
+def read_by_critic(batch: RolloutBatch | Experience) -> SFTBatch | None:
+    """A micro-batch's responses after the critic's own prompts; None where it reads what the policy does."""
+    if batch.critic_rows is None:
+        return None
+    return collate_sft(batch.critic_rows, pad_id=0).to(batch.input_ids.device)  # what padding holds is masked
 
 
 def values_before(settings: PPO, outputs: Tensor) -> Tensor:

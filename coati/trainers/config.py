@@ -484,6 +484,11 @@ class PPO(RolloutAlgorithm):
     critic_model: str | None = option(
         None, "where the critic starts; the reward model, else --model, if not given", path="model"
     )
+    critic_prompt: str | None = option(
+        None,
+        "what the critic reads as the last message of the prompt, with names of fields in braces: {prompt} is what the "
+        "policy reads, and another one may hold the right answer, see docs/ppo.md",
+    )
     critic_learning_rate: float = option(1e-5, "AdamW's peak learning rate for the critic", ge=0, common=True)
     critic_warmup: int = option(0, "iterations in which only the critic learns", ge=0)
     critic_updates: int = option(1, "the critic's steps per step of the policy", ge=1)
@@ -523,6 +528,15 @@ class PPO(RolloutAlgorithm):
             yield "ptx_data and ptx_coefficient go together: give both or neither"
         if self.shared_trunk and self.critic_model:
             yield "shared_trunk has no critic_model: the value head starts from --model if that has one"
+        if self.critic_prompt is not None:
+            from coati.data.teaching import fields_of
+
+            if self.shared_trunk:
+                yield "critic_prompt is for a critic of its own: leave out shared_trunk"
+            try:
+                fields_of(self.critic_prompt, "critic_prompt")
+            except ValueError as error:
+                yield str(error)
         if self.shared_trunk and self.critic_updates > 1:
             yield "shared_trunk takes one step for both heads: leave critic_updates at 1"
         if self.length_adaptive_alpha is not None and self.critic_lambda is None:
@@ -587,6 +601,13 @@ class PPOConfig(RolloutConfig):
         yield from super().problems()
         if self.algorithm.gae_level == "turn" and not (self.environment.path and self.environment.turn_rewards):
             yield "gae_level turn is for the rewards of an environment's turns: give --environment, and turn_rewards"
+        if self.algorithm.critic_prompt is not None:
+            if self.environment.path:
+                yield "critic_prompt is of prompts, and an environment begins its episodes itself: leave one out"
+            if self.max_tokens_per_batch is not None:
+                yield "critic_prompt makes longer rows for the critic: give micro_batch_size, not max_tokens_per_batch"
+            if self.parallel.splits_sequences:
+                yield "critic_prompt makes rows of other lengths for the critic: leave out sequence parallelism"
         if self.algorithm.gae_level == "turn" and self.algorithm.length_adaptive_alpha is not None:
             yield "length_adaptive_alpha counts tokens: leave it out with gae_level turn"
         if self.algorithm.shared_trunk and self.parallel.splits_models:

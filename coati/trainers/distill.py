@@ -42,7 +42,7 @@ from coati.trainers.batching import Part, in_batch_order, model_inputs
 from coati.trainers.config import SELF, DistillConfig
 from coati.trainers.iteration import Clock
 from coati.trainers.policy import Policy
-from coati.trainers.rollouts import RolloutTrainer
+from coati.trainers.rollouts import RolloutTrainer, after_prompt
 
 
 @dataclass(frozen=True)
@@ -328,13 +328,6 @@ def reading_of(part: Part, student: SFTBatch, teacher: SFTBatch) -> Reading:
 def to_learn(batch: RolloutBatch) -> SFTBatch:
     """Sampled responses as if they were demonstrated."""
     return SFTBatch(batch.input_ids, batch.attention_mask, batch.response_mask)
-
-
-def after_prompt(prompt: list[int], sample: Sample) -> TokenSequence:
-    """A sample's response after another prompt."""
-    start = sample.response_mask.index(True)
-    mask = [False] * len(prompt) + sample.response_mask[start:]
-    return TokenSequence(prompt + sample.tokens[start:], mask)
 
 
 def learned_tokens(batch: SFTBatch, skipped: int) -> Tensor:

@@ -8,8 +8,8 @@ One iteration:
     4. policy and critic take a few steps on their clipped losses
 
 What value methods have learned since is there as settings: targets of the critic's own (VC-PPO, 2503.01491), a lambda
-by the response's length (VAPO, 2504.05118), values within the range of the rewards (BPCO, 2608.23566), several steps of
-the critic per step of the policy (SAO, 2607.07508).
+by the response's length (VAPO, 2504.05118), values within the range of the rewards and a critic that reads more than
+the policy (BPCO, 2608.23566), several steps of the critic per step of the policy (SAO, 2607.07508).
 
 Departures from the papers: the order of minibatches is drawn anew each epoch but their members stay, so that a run's
 minibatches don't depend on the number of processes; dropout is off, so that a policy's ratio to itself is 1.
@@ -17,14 +17,15 @@ minibatches don't depend on the number of processes; dropout is off, so that a p
 
 import copy
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from coati.data import BatchSampler, collate_sft
+from coati.data import BatchSampler, TokenSequence, collate_sft
 from coati.data.collate import SFTBatch
+from coati.data.teaching import Teaching
 from coati.errors import UserError
 from coati.losses import (
     adapt_kl_coefficient,
@@ -45,11 +46,12 @@ from coati.parallel import Runtime
 from coati.rewards import RunningMoments
 from coati.rollout import Experience
 from coati.run_layout import ACTOR, CRITIC
+from coati.samples import Sample
 from coati.trainers.actor_critic import PolicyAndCritic, Rates, SharedTrunk, TwoModels
 from coati.trainers.config import PPOConfig
 from coati.trainers.iteration import Clock, global_moments, kl_metrics, learn
 from coati.trainers.policy import LanguageModel, Policy
-from coati.trainers.rollouts import RolloutTrainer
+from coati.trainers.rollouts import RolloutTrainer, after_prompt
 
 
 class PPOTrainer(RolloutTrainer):
@@ -80,6 +82,8 @@ class PPOTrainer(RolloutTrainer):
         c, clock = self.config, Clock()
         a = c.algorithm
         batch, metrics = self.rollouts.next(k)
+        if a.critic_prompt is not None:
+            batch = replace(batch, critic_rows=self.read_by_critic(batch.samples))
         mask, parts = batch.response_mask, self.batching.split(batch.lengths)
 
         with clock("evaluate"):
@@ -113,6 +117,10 @@ class PPOTrainer(RolloutTrainer):
             adapted = (metrics["kl"], a.kl_target, a.kl_horizon, c.batch_size)
             self.kl_coefficient = adapt_kl_coefficient(self.kl_coefficient, *adapted)
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
+
+    def read_by_critic(self, samples: list[Sample]) -> list[TokenSequence]:
+        """The responses after the critic's own prompts."""
+        return [after_prompt(self.data[sample.row].teacher_ids, sample) for sample in samples]
 
     def normalize(self, scores: Tensor) -> Tensor:
         """By the mean and standard deviation of all scores so far, these included."""
@@ -156,6 +164,12 @@ class PPOTrainer(RolloutTrainer):
         super().build()
         policy = Policy(self.actor, c, self.ranks)
         self.models = SharedTrunk(policy, a) if a.shared_trunk else TwoModels(policy, self.engines[CRITIC], a)
+
+    def prompts(self, sources, weights=None):
+        critic_prompt = self.config.algorithm.critic_prompt
+        if critic_prompt is None:
+            return super().prompts(sources, weights)
+        return self.factory.dataset(sources, "prompt", weights, Teaching(critic_prompt, setting="critic_prompt"))
 
     def build_models(self):
         c, a, in_checkpoint = self.config, self.config.algorithm, self.folder.model_in_checkpoint

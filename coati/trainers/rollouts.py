@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coati.config.generation import GenerationConfig
-from coati.data import TokenizedDataset
+from coati.data import TokenizedDataset, TokenSequence
 from coati.errors import UserError
 from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
@@ -201,6 +201,13 @@ class RolloutTrainer(Trainer):
     def sample_rows(self, samples: list[Sample]) -> list[dict[str, Any]]:
         """What the report tells of each of this rank's samples; numbers are averaged over all samples."""
         return [sample_row(sample) for sample in samples]
+
+
+def after_prompt(prompt: list[int], sample: Sample) -> TokenSequence:
+    """A sample's response after another prompt."""
+    start = sample.response_mask.index(True)
+    mask = [False] * len(prompt) + sample.response_mask[start:]
+    return TokenSequence(prompt + sample.tokens[start:], mask)
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:

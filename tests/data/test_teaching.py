@@ -102,7 +102,7 @@ def test_the_response_is_used_where_the_prompt_names_it(tokenizer, config, write
         ({"prompt": "b", "hint": None}, "no field `hint`"),
         ({"prompt": "b", "hint": {"a": 1}}, "`hint` has a role"),
         ({"prompt": "b", "hint": []}, "`hint` is empty"),
-        ({"prompt": "b", "hint": "  "}, "the teacher's prompt is empty"),
+        ({"prompt": "b", "hint": "  "}, "teacher_prompt gives an empty prompt"),
         (
             {
                 "messages": [

@@ -7,7 +7,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.losses import gae, length_adaptive_lambda, returns_to_go
 from coati.trainers.ppo import PPOConfig, PPOTrainer
-from tests.conftest import settings_for
+from tests.conftest import functions, sentence, settings_for, write_rows
 from tests.trainers.steps import end_some_answers, iterate
 
 
@@ -67,6 +67,56 @@ def test_the_critic_may_take_several_steps_for_each_of_the_policy(tiny_world, ru
     assert steps == {"actor": 2, "critic": 6}
 
 
+def hinted(tmp_path, prompt: str | None = None) -> dict:
+    """Rows whose hint tells their number, and a reward that is it.
+
+    Args:
+        prompt: of all rows, which then doesn't tell it; None for prompts of their own.
+    """
+    rows = [{"prompt": prompt or sentence(i, 5), "hint": ["sorry", "happy"][i % 2], "number": i % 2} for i in range(32)]
+    path = tmp_path / "own_rewards.py"
+    path.write_text("def own(prompts, responses, number, **columns):\n    return [float(n) for n in number]\n")
+    return dict(train_data=[write_rows(tmp_path / "rows.jsonl", rows)], eval_data=[], rewards=functions(f"{path}:own"))
+
+
+def test_a_critic_may_read_another_prompt(tiny_world, runtime, tmp_path):
+    """Its values are those of a forward pass over that prompt and the response, at the response's own places."""
+    trainer = make(tiny_world, runtime, tmp_path / "run", critic_prompt="{hint} {prompt}", **hinted(tmp_path))
+    end_some_answers(trainer)
+    found = iterate(trainer)
+    batch = found.batch
+    assert len({sum(row) for row in batch.response_mask.tolist()}) > 1
+    for sample, values, mask in zip(batch.samples, found.experience.values, batch.response_mask, strict=True):
+        prompt = trainer.data[sample.row].teacher_ids
+        assert sample.columns["hint"] in trainer.tokenizer.decode(prompt)
+        response = [token for token, ours in zip(sample.tokens, sample.response_mask, strict=True) if ours]
+        with torch.no_grad():
+            expected = trainer.engines["critic"].module(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(values[mask], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_adds_nothing_gives_the_same_bits(tiny_world, runtime, tmp_path):
+    runs = [make(tiny_world, runtime, tmp_path / str(i), critic_prompt=p) for i, p in enumerate((None, "{prompt}"))]
+    for trainer in runs:
+        for k in range(2):
+            trainer.step(k)
+    for name in ("actor", "critic"):
+        ours, theirs = (trainer.engines[name].module.state_dict() for trainer in runs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(("prompt", "least", "most"), [("{hint} {prompt}", 0.8, 1.0), (None, -1.0, 0.3)])
+def test_a_critic_foretells_what_only_its_prompt_says(prompt, least, most, tiny_world, runtime, tmp_path):
+    changes = dict(
+        critic_prompt=prompt, critic_learning_rate=1e-2, critic_lambda=1.0, value_clip=0.0, learning_rate=0.0
+    )
+    trainer = make(
+        tiny_world, runtime, tmp_path / "run", critic_updates=4, **changes, **hinted(tmp_path, "say something")
+    )
+    found = [trainer.step(k)["explained_variance"] for k in range(12)]
+    assert least < found[-1] <= most
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -75,6 +125,9 @@ def test_the_critic_may_take_several_steps_for_each_of_the_policy(tiny_world, ru
         (dict(length_adaptive_alpha=0.4), "critic_lambda"),
         (dict(shared_trunk=True, critic_updates=2), "leave critic_updates at 1"),
         (dict(gae_level="turn"), "give --environment, and turn_rewards"),
+        (dict(critic_prompt="{prompt}", shared_trunk=True), "leave out shared_trunk"),
+        (dict(critic_prompt="no field"), "critic_prompt names no field"),
+        (dict(critic_prompt="{prompt}", max_tokens_per_batch=4096), "give micro_batch_size"),
         (dict(policy_loss="dis", dual_clip=3.0), "policy_loss dis has no dual_clip"),
     ],
 )
