@@ -83,7 +83,7 @@ class TwoModels:
         metrics = named_norm(update.metrics, "critic_grad_norm")
         if k < self.settings.critic_warmup:
             return metrics
-        responses = count_responses(micro_batches, self.policy.ranks)
+        responses = responses_that_count(micro_batches, self.policy)
         with self.policy.engine.update(rates.policy) as update:
             update.add(micro_batches, self.policy_inputs, self.policy_loss(responses), response_tokens)
             if texts:
@@ -150,7 +150,7 @@ class SharedTrunk:
             if warming:
                 update.add(micro_batches, self.warmup_inputs, self.warmup_loss, response_tokens)
             else:
-                responses = count_responses(micro_batches, self.policy.ranks)
+                responses = responses_that_count(micro_batches, self.policy)
                 update.add(micro_batches, self.inputs, self.loss(responses), response_tokens)
                 if texts:
                     update.add(texts, text_inputs, self.text_loss, text_tokens)
@@ -187,6 +187,13 @@ class SharedTrunk:
         log_probs, values = output
         loss, metrics = text_term(self.settings, log_probs, batch, denominator)
         return loss + 0.0 * values.sum(), metrics
+
+
+def responses_that_count(micro_batches: list[Experience], policy: Policy) -> float:
+    """Of a step, for an aggregation that asks for them: to count them waits for the device."""
+    if policy.config.algorithm.aggregation == "token":
+        return 1.0
+    return count_responses(micro_batches, policy.ranks)
 
 
 def policy_term(
@@ -230,7 +237,7 @@ def read_by_critic(batch: RolloutBatch | Experience) -> SFTBatch | None:
     """A micro-batch's responses after the critic's own prompts; None where it reads what the policy does."""
     if batch.critic_rows is None:
         return None
-    return collate_sft(batch.critic_rows, pad_id=0).to(batch.input_ids.device)  # what padding holds is masked
+    return collate_sft(batch.critic_rows, 0).to(batch.input_ids.device)  # what padding holds is masked
 
 
 def values_before(settings: PPO, outputs: Tensor) -> Tensor:

@@ -169,7 +169,9 @@ class GRPOTrainer(RolloutTrainer):
     def update(self, micro_batches: list[Experience], rate: float) -> dict[str, float]:
         """One optimizer step, on this rank's micro-batches of a minibatch."""
         responses = count_responses(micro_batches, self.ranks)
-        episodes = self.ranks.sum(float(sum(len(batch) for batch in micro_batches))).item()
+        episodes = 1.0
+        if self.config.algorithm.observation_coefficient:
+            episodes = self.ranks.sum(float(sum(len(batch) for batch in micro_batches))).item()
         with self.policy.engine.update(rate) as update:
             update.add(micro_batches, self.inputs, self.loss(responses, episodes), response_tokens)
         return named_norm(update.metrics, "policy_grad_norm")

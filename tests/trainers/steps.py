@@ -29,6 +29,7 @@ OF_SAO = dict(policy_loss="dis", clip_low=0.02, clip_high=0.02, length_adaptive_
 OF_SAO |= dict(whiten_advantages=False)
 OF_BPCO = dict(policy_loss="dppo", clip_low=0.01, clip_high=0.01, aggregation="sum", length_adaptive_alpha=0.4)
 OF_BPCO |= dict(critic_lambda=1.0, value_range=[-2.0, 3.0], value_clip=0.5, whiten_advantages=False)
+OF_BPCO |= dict(critic_prompt="thank {prompt}")
 WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
