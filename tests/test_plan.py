@@ -203,6 +203,9 @@ MORE = {
 }
 
 
+OF_ENVIRONMENTS = ("echo", "turns", "turn")  # methods and values that ask for one, which a plan has no place for
+
+
 def choices(config: type) -> list[dict]:
     """Each method of an algorithm; and settings of the first one that have, between them, each value of all those that
     have a few to choose from."""
@@ -210,11 +213,13 @@ def choices(config: type) -> list[dict]:
     if field is None:
         return []
     types = [types_of(kind)[0] for kind in section_classes(field.annotation)]
+    types = [kind for kind in types if kind not in OF_ENVIRONMENTS]
     own = {path: leaf.kinds[0] for path, leaf in leaves(config, types[0]).items() if leaf.section == "algorithm"}
     own = {path: get_args(kind) for path, kind in own.items() if get_origin(kind) is Literal and "type" not in path}
+    own = {path: [value for value in values if value not in OF_ENVIRONMENTS] for path, values in own.items()}
     most = max([len(values) for values in own.values()], default=0)
     return [
-        *({"algorithm": kind} for kind in types[1:]),
+        *({"algorithm": kind, "batch_size": 8} for kind in types[1:]),
         *({path: values[i % len(values)] for path, values in own.items()} for i in range(most)),
     ]
 
