@@ -25,7 +25,7 @@ from coati.tracking import read_metrics, read_run, write_report  # noqa: E402
 from examples.stages import fill_figures, train  # noqa: E402
 from examples.tokenizer import byte_level_tokenizer  # noqa: E402
 
-STONES, GAMES = range(2, 13), 3000
+STONES, GAMES = range(2, 11), 3000
 MEASURED = 10  # games from each number of stones and from each side, against the random player
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
@@ -88,7 +88,7 @@ def game(draw: random.Random) -> list[dict]:
 
 
 def figures(folders: list[Path]) -> str:
-    """Games won against the random player, from 2 to 12 stones and from either side."""
+    """Games won against the random player, from 2 to 10 stones and from either side."""
     lines = [
         "| seed | minutes | won before | won after | by a perfect player | illegal before | after |",
         "|---" * 7 + "|",
