@@ -7,8 +7,6 @@ SFT shows games of players who guess at random and don't listen, so that the mod
 the number in six guesses in about one game of six. What the answers mean it learns from the games that it plays itself.
 """
 
-import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -19,29 +17,18 @@ sys.path[:0] = [str(ROOT)]
 
 from coati.environments.guess_the_number import GuessTheNumber  # noqa: E402
 from coati.tracking import read_metrics, write_report  # noqa: E402
-from examples.stages import train  # noqa: E402
-from examples.tokenizer import byte_level_tokenizer  # noqa: E402
+from examples.games import parser_of, train_player, write_data  # noqa: E402
 
-HIGH, GAMES, HELD_OUT = 32, 4000, 96
-SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+HIGH, GAMES, MEASURED = 32, 4000, 96
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "guess_the_number", help="where everything goes")
-    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__.splitlines()[0], "guess_the_number").parse_args()
     output = arguments.output.resolve()
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         folder = output / f"seed{seed}"
         data = make_data(folder / "data", seed)
-        common = {"seed": seed, "cache_dir": folder / "cache"}
-        of_sft = {"train_data": data["games"], "tokenizer": data["tokenizer"]}
-        train("sft", HERE / "sft.yaml", folder / "sft", common | of_sft, arguments.processes)
-        of_grpo = {"train_data": data["rows"], "eval_data": data["held_out"], "model": folder / "sft" / "model"}
-        train("grpo", HERE / "grpo.yaml", folder / "grpo", common | of_grpo, arguments.processes)
+        train_player(HERE, folder, data, seed, arguments.processes)
         won = [row["eval/environment/won"] for row in read_metrics(folder / "grpo") if "eval/environment/won" in row]
         print(f"seed {seed}: games won {won[0]:.1%} before, {won[-1]:.1%} after", flush=True)
     print(f"open {write_report([output], output / 'report.html')}")
@@ -52,15 +39,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     draw = random.Random(seed)
     games = [game(draw) for _ in range(GAMES)]
     rows = [{"secret": 1 + i % HIGH, "high": HIGH, "narrowing": 1.0} for i in range(HIGH * 20)]
-    files = {"games": games, "rows": rows, "held_out": rows[:HELD_OUT]}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in files}
-    for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in files[name]))
-    texts = [message["content"] for one in games for message in one["messages"]]
-    texts += [f"User: {text}\nAssistant: {text}" for text in texts]
-    byte_level_tokenizer(texts, 384, SPECIAL).save_pretrained(folder / "tokenizer")
-    return paths | {"tokenizer": folder / "tokenizer"}
+    return write_data(folder, games, rows, rows[:MEASURED])
 
 
 def game(draw: random.Random) -> dict[str, list[dict]]:

@@ -8,7 +8,6 @@ players: the moves of a game's winner are encouraged, those of its loser discour
 other games from as many stones. It never sees the random player that it is measured against.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -22,31 +21,22 @@ sys.path[:0] = [str(ROOT)]
 from coati.environments.nim import MOST, Nim  # noqa: E402
 from coati.rollout import Observation  # noqa: E402
 from coati.tracking import read_metrics, read_run, write_report  # noqa: E402
-from examples.stages import fill_figures, train  # noqa: E402
-from examples.tokenizer import byte_level_tokenizer  # noqa: E402
+from examples.games import parser_of, train_player, write_data  # noqa: E402
+from examples.stages import fill_figures  # noqa: E402
 
 STONES, GAMES = range(2, 11), 3000
 MEASURED = 10  # games from each number of stones and from each side, against the random player
-SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "self_play", help="where everything goes")
-    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser = parser_of(__doc__.splitlines()[0], "self_play")
     parser.add_argument("--write_docs", action="store_true", help="put the table into docs/environments.md too")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         folder = output / f"seed{seed}"
         data = make_data(folder / "data", seed)
-        common = {"seed": seed, "cache_dir": folder / "cache"}
-        of_sft = {"train_data": data["games"], "tokenizer": data["tokenizer"]}
-        train("sft", HERE / "sft.yaml", folder / "sft", common | of_sft, arguments.processes)
-        of_grpo = {"train_data": data["rows"], "eval_data": data["measured"], "model": folder / "sft" / "model"}
-        train("grpo", HERE / "grpo.yaml", folder / "grpo", common | of_grpo, arguments.processes)
+        train_player(HERE, folder, data, seed, arguments.processes)
     table = figures(sorted(output.glob("seed*")))
     (output / "figures.md").write_text(table + "\n")
     print(table)
@@ -66,15 +56,8 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
         for second in (False, True)
         for _ in range(MEASURED)
     ]
-    files = {"games": games, "rows": [{"stones": stones} for stones in STONES] * 20, "measured": against}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in files}
-    for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in files[name]))
-    texts = [message["content"] for one in games for message in one["messages"]]
-    texts += [f"User: {text}\nAssistant: {text}" for text in texts]
-    byte_level_tokenizer(texts, 384, SPECIAL).save_pretrained(folder / "tokenizer")
-    return paths | {"tokenizer": folder / "tokenizer"}
+    rows = [{"stones": stones} for stones in STONES] * 20
+    return write_data(folder, games, rows, against)
 
 
 def game(draw: random.Random) -> list[dict]:
