@@ -14,9 +14,8 @@ from coati.data import prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
 from coati.parallel.communication import Communicator
-from coati.rewards import EnvironmentReward, Scorer
 from coati.rollout import (
-    EpisodeGeneration,
+    EpisodeSampler,
     Observation,
     PolicyGenerator,
     Prompt,
@@ -114,7 +113,7 @@ def show_messages(messages: list[dict[str, Any]], show: Callable[[str], Any]):
         show(f"{message['role']:<10}{message['content']}".replace("\n", "\n" + " " * 10))
 
 
-def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> EpisodeGeneration:
+def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> EpisodeSampler:
     """What plays episodes with a model, on the GPU if there is one.
 
     Args:
@@ -129,8 +128,8 @@ def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> Epi
     ends = eos_ids(tokenizer, actor)
     renderer, call_format = rendering_of(environment, tokenizer, ends, limits.call_format)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
-    scorer, ranks = Scorer([(EnvironmentReward(), 1.0)]), Communicator(0, 1, device)
-    return EpisodeGeneration(generator, scorer, tokenizer, ends, environment, renderer, limits, ranks, call_format)
+    ranks = Communicator(0, 1, device)
+    return EpisodeSampler(generator, tokenizer, ends, environment, renderer, limits, ranks, call_format)
 
 
 def show_episode(
@@ -148,7 +147,7 @@ def show_episode(
     episodes = episodes_of(load_environment(location), model, limits)
     for note in check_conversations(episodes.renderer):
         show(note)
-    [sample] = episodes.sample([Prompt(0, [0, 0], [], "", row)], sampling).samples
+    [sample] = episodes.sample([Prompt(0, [0, 0], [], "", row)], sampling)
     turns = iter(sample.turns)
     for message in sample.messages:
         if message["role"] == "assistant":
@@ -160,4 +159,4 @@ def show_episode(
             mean = sum(log_probs) / len(log_probs)
             show(f"reward    {turn.reward:g}, {turn.end - turn.start} tokens, mean log-prob {mean:.2f}")
     metrics = "".join(f", {name} {value:g}" for name, value in sample.metrics.items())
-    show(f"{sample.finish_reason:<10}rewards of {sample.score:g} in all{metrics}")
+    show(f"{sample.finish_reason:<10}rewards of {sum(turn.reward for turn in sample.turns):g} in all{metrics}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from coati.data import prepare_tokenizer
 from coati.models import Actor
 from coati.rewards import Scorer, load_function
-from coati.rollout import GenerationConfig, PolicyGenerator, Prompt, ScoredGeneration
+from coati.rollout import GenerationConfig, PolicyGenerator, Prompt, ResponseSampler, ScoredGeneration
 from coati.rollout.prompts import eos_ids
 from examples.stages import train
 
@@ -122,7 +122,7 @@ def sample_responses(model: Path, prompt_set: PromptSet, seed: list[int]) -> lis
     ends = eos_ids(tokenizer, actor)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, ends[0], batch_size=256)
     scorer = Scorer([(load_function(prompt_set.reward), 1.0)])
-    generation = ScoredGeneration(generator, scorer, tokenizer, ends)
+    generation = ScoredGeneration(ResponseSampler(generator, tokenizer, ends), scorer)
     samples = generation.sample(prompts, GenerationConfig(max_new_tokens=prompt_set.max_new_tokens)).samples
     responses = [sample.response for sample in samples]
     rewards = [sample.total_reward for sample in samples]

@@ -6,10 +6,11 @@ from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.conversation import ConversationRenderer, check_conversations
 from coati.rollout.engine import RolloutEngine
 from coati.rollout.environment import Environment, Observation, load_environment
-from coati.rollout.episodes import EpisodeGeneration, rendering_of
+from coati.rollout.episodes import EpisodeSampler, rendering_of
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, Generator, Request
-from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
+from coati.rollout.sampler import Prompt, ResponseSampler, Sampler
+from coati.rollout.source import RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
 from coati.rollout.tools import describe_tools, has_tools
 
 __all__ = [
@@ -17,7 +18,7 @@ __all__ = [
     "Completion",
     "ConversationRenderer",
     "Environment",
-    "EpisodeGeneration",
+    "EpisodeSampler",
     "Experience",
     "GenerationConfig",
     "Generator",
@@ -25,9 +26,11 @@ __all__ = [
     "PolicyGenerator",
     "Prompt",
     "Request",
+    "ResponseSampler",
     "RolloutBatch",
     "RolloutEngine",
     "RolloutSource",
+    "Sampler",
     "ScoredGeneration",
     "RolloutShape",
     "SynchronousRollouts",

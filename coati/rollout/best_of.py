@@ -11,7 +11,8 @@ from coati.errors import UserError
 from coati.rewards import Reward, Scorer
 from coati.rollout.generate import PolicyGenerator
 from coati.rollout.prompts import eos_ids
-from coati.rollout.source import Prompt, ScoredGeneration
+from coati.rollout.sampler import Prompt, ResponseSampler
+from coati.rollout.source import ScoredGeneration
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def best_of_n(
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, pad, batch_size)
     scorer = Scorer([(reward, 1.0)])
     scorer.check(columns)
-    generation = ScoredGeneration(generator, scorer, tokenizer, eos_ids(tokenizer, actor))
+    generation = ScoredGeneration(ResponseSampler(generator, tokenizer, eos_ids(tokenizer, actor)), scorer)
     requests = [
         Prompt(row, [seed, row, i], ids, text, of_row)
         for row, (ids, text, of_row) in enumerate(zip(rows, prompts, columns, strict=True))

@@ -5,7 +5,6 @@ are still being generated. What a response is depends on its seed and on what ca
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
 from coati.data.messages import Messages
 from coati.errors import UserError
-from coati.rewards import Scorer
 from coati.rollout.conversation import ConversationRenderer
 from coati.rollout.environment import (
     Environment,
@@ -27,7 +25,7 @@ from coati.rollout.environment import (
 )
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
-from coati.rollout.source import Prompt, Scored
+from coati.rollout.sampler import OnSample, Prompt
 from coati.rollout.tool_calls import format_of, read_response
 from coati.rollout.tools import ToolUse, describe_tools, has_tools
 from coati.samples import Sample, Turn
@@ -111,8 +109,8 @@ def rendering_of(
     return renderer, format_of(renderer.template, renderer.end_texts) if call_format == "auto" else call_format
 
 
-class EpisodeGeneration:
-    """Plays episodes and scores them: what `ScoredGeneration` is for single responses.
+class EpisodeSampler:
+    """Plays episodes: what `ResponseSampler` is for single responses.
 
     Args:
         ends: tokens that end a response.
@@ -126,7 +124,6 @@ class EpisodeGeneration:
     def __init__(
         self,
         generator: Generator,
-        scorer: Scorer,
         tokenizer,
         ends: Iterable[int],
         environment: Callable[[], Environment],
@@ -135,20 +132,22 @@ class EpisodeGeneration:
         ranks,
         call_format: str | None = None,
     ):
-        self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
+        self.generator, self.tokenizer, self.ends = generator, tokenizer, list(ends)
         self.environment, self.renderer, self.limits, self.ranks = environment, renderer, limits, ranks
         self.call_format, self.calls = call_format, EnvironmentCalls(limits.timeout)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> Scored:
-        """One scored episode per prompt, whose columns are the row that it begins from.
-
-        Args:
-            version: of the weights that sample.
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: GenerationConfig,
+        version: int = 0,
+        on_sample: OnSample | None = None,
+    ) -> list[Sample]:
+        """See `Sampler`: an episode per prompt, whose columns are the row that it begins from.
 
         Raises:
             UserError: every episode's environment failed; it has the last error.
         """
-        started = time.monotonic()
         episodes = [Episode(prompt, self.new_environment()) for prompt in prompts]
         try:
             self.play(episodes, sampling)
@@ -158,10 +157,9 @@ class EpisodeGeneration:
         if failed and len(failed) == len(episodes):
             raise UserError(f"the environment failed in all {len(failed)} episodes, the last with {failed[-1].error}")
         samples = [self.sample_of(episode, version) for episode in episodes]
-        generated = time.monotonic()
-        seconds = self.scorer.score(samples)
-        times = {"generate": generated - started, "score": time.monotonic() - generated}
-        return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+        for i, sample in enumerate(samples if on_sample else ()):
+            on_sample(i, sample)
+        return samples
 
     def new_environment(self) -> Environment:
         environment = self.environment()

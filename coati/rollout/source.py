@@ -6,41 +6,15 @@ current weights, one turn per prompt.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from coati.config.generation import GenerationConfig
 from coati.rewards import Scorer
 from coati.rollout.batch import RolloutBatch
-from coati.rollout.generator import Completion, Generator, Request
-from coati.rollout.prompts import response_text
+from coati.rollout.sampler import Prompt, Sampler
 from coati.samples import Sample, SampleGroup
-
-if TYPE_CHECKING:
-    from coati.rollout.episodes import EpisodeGeneration
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of an iteration.
-
-    Attributes:
-        row: number of the data's row; seed: of the response's noise.
-        input_ids, text, columns: of the row, as `coati.data.PromptSample` has them.
-    """
-
-    row: int
-    seed: Sequence[int]
-    input_ids: list[int]
-    text: str
-    columns: dict[str, Any]
-
-    @classmethod
-    def from_sample(cls, sample: Sample) -> "Prompt":
-        """The prompt of a sample, without a seed."""
-        first = sample.response_mask.index(True)
-        return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
 
 
 class RolloutSource(Protocol):
@@ -61,19 +35,10 @@ class ScoredGeneration:
     """Completes prompts and scores the responses.
 
     Rewards that work in processes of their own begin with a sample as soon as it has ended.
-
-    Attributes:
-        plays_episodes: whether samples are episodes with an environment.
-
-    Args:
-        tokenizer: of the policy.
-        ends: tokens that end a response, which are no part of its text.
     """
 
-    plays_episodes = False
-
-    def __init__(self, generator: Generator, scorer: Scorer, tokenizer, ends: Iterable[int]):
-        self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
+    def __init__(self, sampler: Sampler, scorer: Scorer):
+        self.sampler, self.scorer = sampler, scorer
 
     def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> "Scored":
         """One scored sample per prompt.
@@ -81,35 +46,34 @@ class ScoredGeneration:
         Args:
             version: of the weights that sample.
         """
-        samples: list[Sample | None] = [None] * len(prompts)
+        return self.score(self.generate(prompts, sampling, version))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> "Generated":
+        """One sample per prompt, whose scoring has begun."""
         begun: list[dict] = [{}] * len(prompts)
 
-        def finish(i: int, completion: Completion):
-            samples[i] = self._sample(prompts[i], completion, version)
-            begun[i] = self.scorer.begin(samples[i])
+        def begin(i: int, sample: Sample):
+            begun[i] = self.scorer.begin(sample)
 
         started = time.monotonic()
-        requests = [Request(prompt.input_ids, prompt.seed) for prompt in prompts]
-        self.generator.generate(requests, sampling, finish)
-        generated = time.monotonic()
-        seconds = self.scorer.score(samples, begun)
-        times = {"generate": generated - started, "score": time.monotonic() - generated}
-        return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+        samples = self.sampler.sample(prompts, sampling, version, begin)
+        return Generated(samples, begun, time.monotonic() - started)
 
-    def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
-        asked, sampled = len(prompt.input_ids), len(completion.ids)
-        known = completion.log_probs is not None
-        return Sample(
-            row=prompt.row,
-            columns=prompt.columns,
-            prompt=prompt.text,
-            response=response_text(self.tokenizer, completion.ids, self.ends).strip(),
-            tokens=[*prompt.input_ids, *completion.ids],
-            response_mask=[False] * asked + [True] * sampled,
-            log_probs=[0.0] * asked + completion.log_probs if known else None,
-            finish_reason=completion.finish_reason,
-            weights_version=version,
-        )
+    def score(self, generated: "Generated") -> "Scored":
+        """Waits for the scores."""
+        started = time.monotonic()
+        seconds = self.scorer.score(generated.samples, generated.begun)
+        times = {"generate": generated.seconds, "score": time.monotonic() - started}
+        return Scored(generated.samples, times | {f"reward/{name}": value for name, value in seconds.items()})
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples, the scores that are being computed for each, and the seconds that this rank has generated."""
+
+    samples: list[Sample]
+    begun: list[dict]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -159,7 +123,7 @@ class SynchronousRollouts:
 
     def __init__(
         self,
-        generation: "ScoredGeneration | EpisodeGeneration",
+        generation: ScoredGeneration,
         data,
         order,
         shape: RolloutShape,
@@ -239,7 +203,7 @@ class SynchronousRollouts:
 
     def _metrics(self, samples: list[Sample]) -> dict[str, float]:
         metrics = sample_metrics(samples, self.ranks)
-        if self.generation.plays_episodes:
+        if self.generation.sampler.plays_episodes:
             metrics |= mean_environment_metrics(samples, self.ranks)
         return metrics
 

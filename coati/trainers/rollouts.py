@@ -10,24 +10,21 @@ from coati.models import RewardModel
 from coati.parallel import Engine, Runtime
 from coati.rewards import EnvironmentReward, ModelReward, Reward, Scorer
 from coati.rollout import (
-    EpisodeGeneration,
     RolloutShape,
     RolloutSource,
+    Sampler,
     ScoredGeneration,
     SynchronousRollouts,
-    check_conversations,
     has_kv_cache,
-    load_environment,
     prompt_of,
-    rendering_of,
 )
-from coati.rollout.prompts import eos_ids
 from coati.rollout.source import environment_metrics
 from coati.run_layout import ACTOR
 from coati.samples import Sample
 from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
 from coati.trainers.policy import LanguageModel
+from coati.trainers.sampler import make_sampler, notes_on
 from coati.trainers.trainer import Trainer
 
 TEXTS = ("prompt", "response", "conversation")  # of a sample's row for the report; the rest are numbers
@@ -111,7 +108,7 @@ class RolloutTrainer(Trainer):
             if data is not None:
                 every = 1 + len(data) // ROWS_CHECKED
                 scorer.check([data[row].columns for row in range(0, len(data), every)])
-        self.generation = self.build_generation(scorer)
+        self.generation = ScoredGeneration(self.build_sampler(), scorer)
         self.rollouts = self.build_rollouts()
 
     def build_scorer(self) -> Scorer:
@@ -120,20 +117,13 @@ class RolloutTrainer(Trainer):
             rewards.append(EnvironmentReward(environment.turn_rewards))
         return self.factory.scorer(self.load_reward_model, rewards)
 
-    def build_generation(self, scorer: Scorer) -> ScoredGeneration | EpisodeGeneration:
-        c = self.config
-        generator, ends = self.factory.generator(self.actor, c.generation), eos_ids(self.tokenizer, self.actor.module)
-        if c.environment.path is None:
-            return ScoredGeneration(generator, scorer, self.tokenizer, ends)
-        environment = load_environment(c.environment.path)
-        renderer, call_format = rendering_of(
-            environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments
-        )
-        for note in check_conversations(renderer):
+    def build_sampler(self) -> Sampler:
+        """What samples on this process, with the current weights."""
+        generator = self.factory.generator(self.actor, self.config.generation)
+        sampler = make_sampler(self.config, generator, self.actor.module, self.tokenizer, self.ranks)
+        for note in notes_on(sampler):
             self.runtime.say(note)
-        return EpisodeGeneration(
-            generator, scorer, self.tokenizer, ends, environment, renderer, c.environment, self.ranks, call_format
-        )
+        return sampler
 
     def build_rollouts(self) -> RolloutSource:
         """Samples of the current policy, drawn when an iteration asks for them."""

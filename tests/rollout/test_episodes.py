@@ -10,7 +10,15 @@ from coati.config.generation import GenerationConfig
 from coati.environments.guess_the_number import GuessTheNumber
 from coati.errors import UserError
 from coati.rewards import EnvironmentReward, Scorer
-from coati.rollout import Completion, ConversationRenderer, EpisodeGeneration, Observation, Prompt, load_environment
+from coati.rollout import (
+    Completion,
+    ConversationRenderer,
+    EpisodeSampler,
+    Observation,
+    Prompt,
+    ScoredGeneration,
+    load_environment,
+)
 from coati.rollout.source import mean_environment_metrics
 
 
@@ -59,9 +67,8 @@ def play(
 ):
     """The samples, and the generator."""
     ends, generator = [tokenizer.eos_token_id], Says(tokenizer, *texts)
-    generation = EpisodeGeneration(
+    sampler = EpisodeSampler(
         generator,
-        Scorer([(EnvironmentReward(turn_rewards), 1.0)]),
         tokenizer,
         ends,
         environment,
@@ -72,6 +79,7 @@ def play(
     )
     prompts = [Prompt(i, [0, i], [], "", row) for i, row in enumerate(rows)]
     longest = 32 if call_format is None else 1024
+    generation = ScoredGeneration(sampler, Scorer([(EnvironmentReward(turn_rewards), 1.0)]))
     return generation.sample(prompts, GenerationConfig(max_new_tokens=longest)).samples, generator
 
 

@@ -109,9 +109,9 @@ def test_a_policy_uses_tools_as_its_template_writes_them(tiny_world, runtime, tm
     changes["max_rollout_kl"] = 100.0  # of what it never said
     trainer = make("grpo", tiny_world, runtime, tmp_path / "run", **changes)
     generation = trainer.generation
-    assert generation.call_format == "hermes"
+    assert generation.sampler.call_format == "hermes"
     said = ['<tool_call>{"name": "calculate", "arguments": {"expression": "2 + 3"}}</tool_call>', "5"]
-    generate = generation.generator.generate
+    generate = generation.sampler.generator.generate
 
     def speak(requests, sampling, on_done, keep_states):
         def put(i, completion):
@@ -121,7 +121,7 @@ def test_a_policy_uses_tools_as_its_template_writes_them(tiny_world, runtime, tm
 
         return generate(requests, sampling, put, keep_states=False)
 
-    generation.generator.generate = speak
+    generation.sampler.generator.generate = speak
     trainer.train()
     [row, _] = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     counts = {name: row[f"environment/{name}"] for name in ("tool_calls", "tool_errors", "malformed_calls")}

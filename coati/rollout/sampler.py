@@ -1,0 +1,107 @@
+"""Prompts in, samples out: what a policy says to prompts, with its tokens and their log-probs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coati.config.generation import GenerationConfig
+from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.prompts import response_text
+from coati.samples import Sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of an iteration.
+
+    Attributes:
+        row: number of the data's row; seed: of the response's noise.
+        input_ids, text, columns: of the row, as `coati.data.PromptSample` has them.
+    """
+
+    row: int
+    seed: Sequence[int]
+    input_ids: list[int]
+    text: str
+    columns: dict[str, Any]
+
+    @classmethod
+    def from_sample(cls, sample: Sample) -> "Prompt":
+        """The prompt of a sample, without a seed."""
+        first = sample.response_mask.index(True)
+        return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
+
+
+OnSample = Callable[[int, Sample], Any]
+
+
+class Sampler(Protocol):
+    """Has a policy respond to prompts, or play episodes with an environment.
+
+    Attributes:
+        plays_episodes: whether it does the latter.
+    """
+
+    plays_episodes: bool
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: GenerationConfig,
+        version: int = 0,
+        on_sample: OnSample | None = None,
+    ) -> list[Sample]:
+        """One sample per prompt, in their order, without rewards.
+
+        Args:
+            sampling: how tokens are drawn.
+            version: of the weights that sample.
+            on_sample: called with a prompt's place and its sample as soon as that is known to have ended.
+        """
+
+
+class ResponseSampler:
+    """One response per prompt.
+
+    Args:
+        tokenizer: of the policy.
+        ends: tokens that end a response, which are no part of its text.
+    """
+
+    plays_episodes = False
+
+    def __init__(self, generator: Generator, tokenizer, ends: Iterable[int]):
+        self.generator, self.tokenizer, self.ends = generator, tokenizer, list(ends)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: GenerationConfig,
+        version: int = 0,
+        on_sample: OnSample | None = None,
+    ) -> list[Sample]:
+        """See `Sampler`."""
+        samples: list[Sample | None] = [None] * len(prompts)
+
+        def finish(i: int, completion: Completion):
+            samples[i] = self._sample(prompts[i], completion, version)
+            if on_sample is not None:
+                on_sample(i, samples[i])
+
+        self.generator.generate([Request(prompt.input_ids, prompt.seed) for prompt in prompts], sampling, finish)
+        return samples
+
+    def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
+        asked, sampled = len(prompt.input_ids), len(completion.ids)
+        known = completion.log_probs is not None
+        return Sample(
+            row=prompt.row,
+            columns=prompt.columns,
+            prompt=prompt.text,
+            response=response_text(self.tokenizer, completion.ids, self.ends).strip(),
+            tokens=[*prompt.input_ids, *completion.ids],
+            response_mask=[False] * asked + [True] * sampled,
+            log_probs=[0.0] * asked + completion.log_probs if known else None,
+            finish_reason=completion.finish_reason,
+            weights_version=version,
+        )
