@@ -78,10 +78,13 @@ def run_tool(name: str, argv: list[str]) -> int:
     elif name == "run":
         parser.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
         parser.add_argument(
+            "--generators", type=int, default=0, metavar="G", help="so many more, which sample for those that train"
+        )
+        parser.add_argument(
             "command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="a method or a script, and its arguments"
         )
         options = parser.parse_args(argv)
-        return start(options.nproc_per_node, options.command)
+        return start(options.nproc_per_node, options.command, options.generators)
     else:
         parser.parse_args(argv)
         from coati.doctor import diagnose
@@ -119,15 +122,15 @@ def play_episode(options: argparse.Namespace):
     show_episode(options.environment, row, options.model, limits, sampling, wait, print)
 
 
-def start(processes: int, command: list[str]) -> int:
-    """Starts a method or a Python script so many times."""
+def start(processes: int, command: list[str], generators: int = 0) -> int:
+    """Starts a method or a Python script so many times, and so many generators for it."""
     from coati.commands import COMMANDS
     from coati.run import run
 
-    if processes < 1 or not command:
+    if processes < 1 or generators < 0 or not command:
         raise UserError("say what to start: coati run --nproc_per_node 2 ppo --config FILE.yaml")
     is_method = command[0] in COMMANDS
-    return run(processes, ["-m", "coati.cli", *command] if is_method else command)
+    return run(processes, ["-m", "coati.cli", *command] if is_method else command, generators)
 
 
 if __name__ == "__main__":

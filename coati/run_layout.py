@@ -13,8 +13,11 @@
             model/                      as the product, but with adapters unmerged
             optimizer/                  AdamW's states in shards; not of frozen models
             master-zero-1-1-1-0-of-2.safetensors   fp32 copies of low-precision weights, a file per rank
+          weights/                      with generators: versions of the weights that samples ahead are made with
         step-00000020.previous/         of steps after the one that a run resumed from
         step-00000030.partial/          being written or removed: see `coati.files`
+      weights/                          with generators: version-00000011.safetensors, those that are in use
+      journal/                          with generators: their samples, see `coati.rollout.remote.journal`
       profile/
         step-00000003/                  of a step that was profiled: a trace and a table a rank
 
@@ -29,6 +32,7 @@ from typing import Any
 from coati.files import PARTIAL, write_json
 
 FINAL_MODEL = "model"
+WEIGHTS, JOURNAL = "weights", "journal"
 LOCK = ".lock"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"

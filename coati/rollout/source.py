@@ -8,13 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from coati.config.generation import GenerationConfig
 from coati.rewards import Scorer
 from coati.rollout.batch import RolloutBatch
 from coati.rollout.sampler import Prompt, Sampler
 from coati.samples import Sample, SampleGroup
+
+if TYPE_CHECKING:
+    from coati.rollout.ahead import GenerationAhead
 
 
 class RolloutSource(Protocol):
@@ -103,7 +106,7 @@ class RolloutShape:
 
 
 class SynchronousRollouts:
-    """The policy completes iteration k's prompts when they are asked for.
+    """Iteration k's prompts are completed when they are asked for.
 
     With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all have the same reward
     are replaced by groups of further prompts, up to so many times. With `rest_epochs` the prompts of such groups, which
@@ -115,6 +118,7 @@ class SynchronousRollouts:
         ranks: those that see different data (`Communicator`).
         sampling: how iteration k's tokens are drawn.
         max_refills: None for no dynamic sampling.
+        staleness: how many iterations older than the current weights those are that sample.
 
     Attributes:
         position: rows of the data, epoch after epoch, that have been drawn or left out.
@@ -123,7 +127,7 @@ class SynchronousRollouts:
 
     def __init__(
         self,
-        generation: ScoredGeneration,
+        generation: "ScoredGeneration | GenerationAhead",
         data,
         order,
         shape: RolloutShape,
@@ -135,10 +139,12 @@ class SynchronousRollouts:
         device,
         max_refills: int | None = None,
         rest_epochs: int = 0,
+        staleness: int = 0,
     ):
         self.generation, self.data, self.order, self.shape, self.ranks = generation, data, order, shape, ranks
         self.seed, self.sampling, self.pad_id, self.device = seed, sampling, pad_id, device
         self.max_refills, self.rest_epochs, self.position = max_refills, rest_epochs, order.start[1]
+        self.staleness = staleness
         self.resting: dict[int, int] = {}
 
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
@@ -158,6 +164,10 @@ class SynchronousRollouts:
         local_rows = self.shape.of_rank(self._draw([], self.shape.prompts), self.ranks.rank, self.ranks.world_size)
         return self._prompts(k, local_rows)
 
+    def version_of(self, k: int) -> int:
+        """That of the weights that iteration k is sampled with: the iterations that have made them."""
+        return max(0, k - self.staleness)
+
     def state(self) -> dict[str, Any]:
         of_rest = {"resting": sorted(self.resting.items())} if self.rest_epochs else {}
         return {"position": self.position} | of_rest
@@ -169,7 +179,7 @@ class SynchronousRollouts:
         self.resting = dict(state.get("resting", ()))
 
     def _sample_all(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        scored = self.generation.sample(self.prompts_of(k), self.sampling(k), version=k)
+        scored = self.generation.sample(self.prompts_of(k), self.sampling(k), self.version_of(k))
         groups = self._groups(scored.samples)
         equal = self.ranks.sum(sum(group.all_equal for group in groups)).item()
         metrics = self._metrics(scored.samples) | seconds_of([scored]) | self._rest(groups)
@@ -188,7 +198,8 @@ class SynchronousRollouts:
             drawn += new
             # ranks complete equally many prompts; the copies that fill up are left out
             filled = new + new[:1] * (-len(new) % world)
-            rounds.append(self.generation.sample(self._prompts(k, filled[rank::world]), self.sampling(k), version=k))
+            prompts = self._prompts(k, filled[rank::world])
+            rounds.append(self.generation.sample(prompts, self.sampling(k), self.version_of(k)))
             of_this_rank = self._groups(rounds[-1].samples)
             counted += [sample for group in of_this_rank[: len(new[rank::world])] for sample in group.samples]
             by_turn = zip(*self.ranks.gather(of_this_rank), strict=True)

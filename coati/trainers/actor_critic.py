@@ -141,7 +141,8 @@ class SharedTrunk:
         log_probs = in_batch_order(parts, [output[0] for output in outputs], batch.input_ids.shape)
         values = [values_before(self.settings, output[1]) for output in outputs]
         values = in_batch_order(parts, values, batch.input_ids.shape)
-        return Evaluation(log_probs, values, self.policy.rollout_kl(batch, log_probs, batch.response_mask))
+        rollout_kl = self.policy.rollout_kl(batch, log_probs, batch.response_mask)
+        return Evaluation(batch.sampling_log_probs if self.policy.bypass else log_probs, values, rollout_kl)
 
     def update(self, micro_batches, texts, k, rates):
         """See `PolicyAndCritic`. For `critic_warmup` iterations the value head learns and the trunk doesn't."""

@@ -1,6 +1,7 @@
 """Settings of all trainers, in sections."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -8,6 +9,7 @@ from pydantic import Field
 from coati.config import ListOf, Settings, inherited, option, section, settings
 from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
+from coati.config.generators import GeneratorsConfig
 from coati.config.plugin import PluginConfig
 from coati.data.config import DataConfig
 from coati.data.teaching import fields_of
@@ -397,6 +399,7 @@ class RolloutConfig(TrainerConfig):
     environment: EnvironmentConfig = section(
         EnvironmentConfig, "what the policy talks to over several turns, if it does"
     )
+    generators: GeneratorsConfig = section(GeneratorsConfig, "sampling in processes of their own, if there are such")
     rewards: ListOf[AnyReward] = option(
         (),
         "what scores responses: entries such as math, or {type: regex, pattern: ..., weight: 0.2}; see docs/rewards.md",
@@ -450,6 +453,11 @@ class RolloutConfig(TrainerConfig):
             yield "compile_generation is for models that are replicated: ddp, zero1 or zero2"
         if self.generation.rollout_engine == "vllm" and not self.parallel.holds_whole_models:
             yield "vLLM takes models that are replicated: ddp, zero1, zero2, or --rollout_engine coati"
+        if self.generators.max_staleness and (self.refills is not None or self.rest_epochs):
+            yield (
+                "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be ahead: "
+                "leave them out, or max_staleness at 0"
+            )
         if self.generation.num_beams > 1:
             yield "a policy learns from samples: leave num_beams at 1"
         if self.environment.path and self.generation.max_new_tokens >= self.environment.max_tokens:
@@ -642,8 +650,10 @@ CorrectionLevel = Literal["none", "token", "sequence", "geometric"]
 class Correction(Settings):
     """What is done about rollouts that another distribution sampled than the one that is trained."""
 
-    weights: CorrectionLevel = option(
-        "none", "tokens weigh p(trainer) / p(sampler): their own, their response's, or its geometric mean per token"
+    weights: Literal["auto", "none", "token", "sequence", "geometric"] = option(
+        "auto",
+        "tokens weigh p(trainer) / p(sampler): their own, their response's, or its geometric mean per token; auto: "
+        "token with max_staleness or vLLM, else none",
     )
     cap: float = option(2.0, "the greatest weight", ge=1)
     reject: CorrectionLevel = option("none", "tokens whose ratio of this level is out of bounds are left out")
@@ -657,7 +667,7 @@ class Correction(Settings):
     @property
     def recomputes(self) -> bool:
         """Whether it compares the trainer's log-probs before the updates with the sampler's."""
-        return self.weights != "none" or self.reject != "none"
+        return self.weights not in ("auto", "none") or self.reject != "none"
 
     def problems(self) -> Iterator[str]:
         if self.bypass and self.recomputes:
@@ -728,7 +738,7 @@ class GRPO(RolloutAlgorithm):
             yield "gdpo normalizes each reward by itself, and a penalty is none of them: kl_in loss"
         if self.advantage == "gdpo" and (self.dynamic_sampling or self.overlong_buffer):
             yield "gdpo compares each reward, not their sum: leave out dynamic_sampling and overlong_buffer"
-        if self.policy_loss == "vespo" and self.correction.weights != "none":
+        if self.policy_loss == "vespo" and self.correction.weights not in ("auto", "none"):
             yield (
                 "vespo weights whole responses itself: leave out the correction's weights "
                 "(bypass makes its ratio one to the sampler)"
@@ -901,6 +911,16 @@ class GRPOConfig(RolloutConfig):
     @property
     def responses(self) -> int:
         return self.batch_size * self.algorithm.group_size
+
+    @property
+    def correction(self) -> Correction:
+        """The algorithm's, with `auto` decided."""
+        a = self.algorithm
+        if a.correction.weights != "auto":
+            return a.correction
+        is_other = self.generators.max_staleness > 0 or self.generation.rollout_engine == "vllm"
+        corrects = is_other and not a.correction.bypass and a.policy_loss != "vespo"
+        return replace(a.correction, weights="token" if corrects else "none")
 
     @property
     def shared_prefix_group(self) -> int:

@@ -100,12 +100,14 @@ class RunFolder:
         tokenizer,
         state: dict[str, Any],
         score: float | None,
+        save_files: Callable[[Path], None],
     ):
         """Writes a checkpoint on all ranks.
 
         Args:
             state: what goes into trainer.json.
             score: tells the best checkpoint; higher is better.
+            save_files: writes further files into the folder.
         """
 
         def write(folder: Path):
@@ -114,6 +116,7 @@ class RunFolder:
                 engine.save_optimizer(training_state_in(folder, name))
             for name, engine in frozen.items():
                 self._write_model(engine, tokenizer, model_in(folder, name))
+            save_files(folder)
             if self.runtime.is_main:
                 write_json(folder / TRAINER_STATE, state)
 

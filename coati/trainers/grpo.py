@@ -73,7 +73,7 @@ class GRPOTrainer(RolloutTrainer):
     def step(self, k):
         """One iteration."""
         c, clock = self.config, Clock()
-        a = c.algorithm
+        a, correction = c.algorithm, c.correction
         batch, metrics = self.rollouts.next(k)
         mask, parts = batch.response_mask, self.batching.split(batch.lengths, c.shared_prefix_group)
 
@@ -87,8 +87,8 @@ class GRPOTrainer(RolloutTrainer):
         rewards = shape_rewards(self.shape(batch), kl, mask, in_reward)
         advantages = self.advantages(masked(rewards + batch.token_rewards, mask), batch.samples, baseline, mask)
         compared = (log_probs, batch.sampling_log_probs, mask)
-        weights = importance_weights(*compared, a.correction.weights, a.correction.cap)
-        accepted = is_accepted(*compared, a.correction.reject, a.correction.reject_below, a.correction.reject_above)
+        weights = importance_weights(*compared, correction.weights, correction.cap)
+        accepted = is_accepted(*compared, correction.reject, correction.reject_below, correction.reject_above)
         learned = mask & batch.finished[:, None] if a.mask_truncated else mask
         # weights that are not negative may as well stand in the advantages
         experience = Experience.from_batch(batch, learned, log_probs, reference, advantages * weights * accepted)
@@ -106,7 +106,7 @@ class GRPOTrainer(RolloutTrainer):
         metrics |= kl_metrics(batch, log_probs, reference, c, self.ranks)
         metrics |= {"rollout_kl": rollout_kl, "learning_rate": rate, "temperature": batch.temperature}
         metrics["advantage_std"] = global_moments(advantages, mask, self.ranks)[1]
-        if a.correction.recomputes:
+        if correction.recomputes:
             mismatch = mismatch_metrics(self.ranks.sum(mismatch_sums(*compared, weights, accepted)))
             metrics |= {f"mismatch/{name}": value for name, value in mismatch.items()}
         return metrics | clock.seconds | {"tokens": self.ranks.sum(sum(batch.lengths)).item()}
@@ -241,7 +241,7 @@ class GRPOTrainer(RolloutTrainer):
             c,
             self.ranks,
             group=c.shared_prefix_group,
-            recomputes=a.correction.recomputes,
+            recomputes=c.correction.recomputes,
             bypass=a.correction.bypass,
         )
         if a.refresh_reference:

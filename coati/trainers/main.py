@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from coati.config import parse_config
+from coati.config.generators import NUMBER
 from coati.errors import RunError, UserError
 from coati.tracking import check_installed
 from coati.trainers.paths import check_paths
@@ -55,7 +56,8 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
         parse: makes the config from its class and the description, out of the command line.
         **how: further arguments of `parse`.
     """
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_generator = NUMBER in os.environ
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" and not is_generator
     watch_launcher()
     runtime = None
     try:
@@ -64,6 +66,11 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
         if is_main:
             print(f"{description}: loading torch, transformers and colossalai ...", flush=True)
+        if is_generator:
+            from coati.trainers.generator import generate
+
+            generate(config)
+            end_process(0)
         trainer_class = load_trainer()
         from coati.parallel import launch
         from coati.parallel.runtime import shutdown

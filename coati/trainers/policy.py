@@ -74,6 +74,11 @@ class Policy:
         self.recomputes, self.bypass = recomputes, bypass
         self.model = LanguageModel(engine, group=group)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether responses may be sampled with older weights."""
+        return self.config.generators.max_staleness > 0
+
     def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, float]:
         """Those of training, `[batch, seq]`, and the KL of sampling from them, nats per token.
 
@@ -84,7 +89,7 @@ class Policy:
             k: iteration; different rows are looked at in each.
 
         Raises:
-            UserError: they disagree by more than `max_rollout_kl`.
+            UserError: they disagree by more than `max_rollout_kl`, although the weights are the same.
         """
         mask = batch.response_mask
         if self.bypass or (self.rounds_as_sampling() and not self.recomputes):
@@ -96,7 +101,8 @@ class Policy:
         """Whether training computes what the generator does."""
         c = self.config
         return (
-            resolve_precision(c.parallel) == "fp32"
+            not self.is_stale
+            and resolve_precision(c.parallel) == "fp32"
             and not c.parallel.splits_models
             and c.generation.rollout_engine == "coati"
         )
@@ -120,7 +126,7 @@ class Policy:
         total, tokens = self.ranks.sum(torch.stack([difference, mask.sum()])).tolist()
         kl = total / max(tokens, 1)
         limit = self.config.algorithm.max_rollout_kl
-        if kl > limit:
+        if kl > limit and not self.is_stale:
             raise UserError(
                 f"trainer/sampler log-prob mismatch: {kl:.3g} nats per token (limit {limit}, --max_rollout_kl): "
                 "weights not synced, another temperature, or a precision too low"

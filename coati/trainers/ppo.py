@@ -162,7 +162,8 @@ class PPOTrainer(RolloutTrainer):
             self.text_order = BatchSampler(len(self.text_data), c.batch_size // a.minibatches, c.seed)
         self.kl_coefficient, self.score_moments = a.kl_coefficient, RunningMoments()
         super().build()
-        policy = Policy(self.actor, c, self.ranks)
+        # a ratio to the sampler's policy is what PPO's clipping is about
+        policy = Policy(self.actor, c, self.ranks, bypass=c.generators.max_staleness > 0)
         self.models = SharedTrunk(policy, a) if a.shared_trunk else TwoModels(policy, self.engines[CRITIC], a)
 
     def prompts(self, sources, weights=None):

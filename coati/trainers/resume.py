@@ -7,6 +7,7 @@ from coati.errors import UserError
 
 # What a run writes, where and how often: it trains the same
 UNSAID = ("output_dir", "log_every", "data.cache_dir", "checkpoints.", "evaluation.", "tracking.", "export.")
+UNSAID += ("generators.weights_folder", "generators.keep_journal")
 # Built into the checkpoint's weights
 FIXED = ("model.lora_rank", "model.lora_alpha", "model.lora_dropout", "model.lora_target_modules")
 FIXED += ("algorithm.shared_trunk", "freeze")

@@ -1,13 +1,16 @@
 """What PPO and GRPO are put together from: a policy that responds to prompts, rewards that score, and a reference."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from coati.config.generation import GenerationConfig
 from coati.data import TokenizedDataset, TokenSequence
 from coati.errors import UserError
 from coati.models import RewardModel
-from coati.parallel import Engine, Runtime
+from coati.parallel import Engine, Runtime, resolve_precision
+from coati.parallel.engine import DTYPES
 from coati.rewards import EnvironmentReward, ModelReward, Reward, Scorer
 from coati.rollout import (
     RolloutShape,
@@ -18,11 +21,15 @@ from coati.rollout import (
     has_kv_cache,
     prompt_of,
 )
+from coati.rollout.ahead import AsynchronousRollouts, GenerationAhead
+from coati.rollout.remote import Generators, RemoteSampler, WeightVersions
+from coati.rollout.remote.journal import remove_before
 from coati.rollout.source import environment_metrics
-from coati.run_layout import ACTOR
+from coati.run_layout import ACTOR, JOURNAL, WEIGHTS, step_of
 from coati.samples import Sample
 from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
+from coati.trainers.generator import check_generators
 from coati.trainers.policy import LanguageModel
 from coati.trainers.sampler import make_sampler, notes_on
 from coati.trainers.trainer import Trainer
@@ -42,7 +49,9 @@ class RolloutTrainer(Trainer):
         data, eval_data: the prompts; order: those of each iteration.
         actor: the engine of the policy.
         reference: what the policy's KL is measured to; None without a penalty.
-        rollouts: where an iteration's samples come from; generation: the part of it that completes and scores prompts.
+        generation: completes and scores prompts on this process.
+        rollouts: where an iteration's samples come from.
+        versions: the weights that generators sample with, if there are any.
     """
 
     config: Any  # of a class derived from RolloutConfig
@@ -50,6 +59,7 @@ class RolloutTrainer(Trainer):
     learns_responses = False  # those of its data
     reference: LanguageModel | None
     rollouts: RolloutSource
+    versions: WeightVersions | None = None
 
     def __init__(self, config: RolloutConfig, runtime: Runtime, *, rewards: Sequence[Reward] = (), **options):
         self.given_rewards = rewards
@@ -126,11 +136,51 @@ class RolloutTrainer(Trainer):
         return sampler
 
     def build_rollouts(self) -> RolloutSource:
-        """Samples of the current policy, drawn when an iteration asks for them."""
+        """Samples of the policy: drawn here when an iteration asks for them, or by generators if there are any."""
+        c, generators = self.config, Generators.from_environment()
+        if generators is None:
+            if c.generators.max_staleness:
+                raise UserError(
+                    "max_staleness needs generators to be ahead: coati run --nproc_per_node N --generators 1 ..., or "
+                    "leave it at 0"
+                )
+            return self.drawn_from(self.generation)
+        check_generators(c)
+        ahead_by = c.generators.max_staleness
+        self.runtime.say(
+            f"{generators.count} generators sample, {f'{ahead_by} iterations ahead' if ahead_by else 'each in its turn'}"
+        )
+        self.versions = self.build_versions()
+        sampler = RemoteSampler(
+            generators,
+            self.versions,
+            self.folder.path / JOURNAL,
+            plays_episodes=self.generation.sampler.plays_episodes,
+            environment=asdict(c.environment),
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        ahead = GenerationAhead(ScoredGeneration(sampler, self.generation.scorer))
+        return AsynchronousRollouts(self.drawn_from(ahead), ahead, self.versions, self.total_steps)
+
+    def build_versions(self) -> WeightVersions:
+        """The policy's weights as generators get them."""
+        c, where = self.config, self.config.generators.weights_folder
+        return WeightVersions(
+            self.folder.path / WEIGHTS if where is None else Path(where),
+            self.actor.state_dict,
+            self.actor.module,
+            DTYPES[resolve_precision(c.parallel)],
+            self.runtime,
+            c.generators.max_staleness,
+        )
+
+    def drawn_from(self, generation: ScoredGeneration | GenerationAhead) -> SynchronousRollouts:
+        """The samples of an iteration's prompts."""
         c = self.config
         group_size, minibatches = c.responses // c.batch_size, c.algorithm.minibatches
         return SynchronousRollouts(
-            self.generation,
+            generation,
             self.data,
             self.order,
             RolloutShape(prompts=c.prompts, group_size=group_size, minibatches=minibatches),
@@ -141,6 +191,7 @@ class RolloutTrainer(Trainer):
             device=self.runtime.device,
             max_refills=c.refills,
             rest_epochs=c.rest_epochs,
+            staleness=c.generators.max_staleness,
         )
 
     def load_reward_model(self, source: str) -> ModelReward:
@@ -165,6 +216,16 @@ class RolloutTrainer(Trainer):
 
     def load_state(self, state):
         self.rollouts.load_state(state, self.steps_done)
+        if self.versions is not None:
+            self.versions.load(self.folder.resumed_from / WEIGHTS, self.steps_done)
+
+    def save_files(self, checkpoint):
+        if self.versions is None:
+            return
+        self.versions.save(checkpoint / WEIGHTS, self.steps_done)
+        before = self.folder.checkpoints.newest()  # this one isn't complete yet
+        if before is not None and self.runtime.is_main and not self.config.generators.keep_journal:
+            remove_before(self.folder.path / JOURNAL, step_of(before) - self.config.generators.max_staleness)
 
     # --- evaluation
 

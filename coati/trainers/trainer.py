@@ -4,6 +4,7 @@ An algorithm fills in `build`, `step` and `evaluate`; `coati.trainers.loop` runs
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from coati.errors import UserError
@@ -99,6 +100,9 @@ class Trainer:
     def load_state(self, state: dict[str, Any]):
         """The inverse of `state`."""
 
+    def save_files(self, checkpoint: Path):
+        """Writes, and syncs, what the algorithm must remember in files of its own; called on all ranks."""
+
     # --- the run
 
     def train(self):
@@ -141,7 +145,8 @@ class Trainer:
             "data": self.data_key(),
             "settings": self.folder.settings,
         }
-        self.folder.save_checkpoint(self.steps_done, self.engines, self.frozen, self.tokenizer, state, score)
+        models = (self.engines, self.frozen, self.tokenizer)
+        self.folder.save_checkpoint(self.steps_done, *models, state, score, self.save_files)
 
     def _restore(self, stored: dict[str, Any]):
         if stored.get("data", self.data_key()) != self.data_key():

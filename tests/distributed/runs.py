@@ -21,13 +21,14 @@ BIN = Path(sys.executable).parent
 MARK = "COATI_TEST_RUN"  # in the environment of all that a run starts
 
 
-def launcher(name: str, processes: int) -> list[str]:
+def launcher(name: str, processes: int, generators: int = 0) -> list[str]:
     """The words before the script: of `colossalai`, `torchrun`, `coati`, `srun` (a process per node), or `none`."""
     count = ["--nproc_per_node", str(processes)]
+    more = ["--generators", str(generators)] if generators else []
     return {
         "colossalai": [str(BIN / "colossalai"), "run", *count, "--master_port", str(free_port())],
         "torchrun": [str(BIN / "torchrun"), *count, "--master_port", str(free_port())],
-        "coati": [sys.executable, "-m", "coati.cli", "run", *count],
+        "coati": [sys.executable, "-m", "coati.cli", "run", *count, *more],
         "srun": [
             "srun",
             "--disable-status",
@@ -42,20 +43,26 @@ def launcher(name: str, processes: int) -> list[str]:
 
 
 def start(
-    name: str, script: str | Path, settings: dict, folder: Path, processes: int = 2, **environment
+    name: str,
+    script: str | Path,
+    settings: dict,
+    folder: Path,
+    processes: int = 2,
+    generators: int = 0,
+    **environment,
 ) -> subprocess.Popen:
     """A run in a session of its own, as a terminal would have it; its output goes to FOLDER/log.txt.
 
     Args:
-        script: `sft`, `reward` or `ppo` for the example scripts, or a file.
+        script: `sft`, `reward` or `ppo` for the example scripts, or a file with what comes before its settings.
         environment: more variables.
     """
     config = folder / "config.yaml"
     config.write_text(as_yaml(settings))
-    script = ROOT / "examples" / SCRIPTS[script] if script in SCRIPTS else script
+    words = [str(ROOT / "examples" / SCRIPTS[script])] if script in SCRIPTS else str(script).split()
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: str(folder)}
-    command = [*launcher(name, processes), str(script), "--config", str(config)]
+    command = [*launcher(name, processes, generators), *words, "--config", str(config)]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 

@@ -1,0 +1,26 @@
+"""Generators: processes of their own that sample while the policy trains."""
+
+from coati.config.options import Settings, option, settings
+
+# Set by the launcher, for trainers and generators: the folder of addresses, and how many generators there are; for a
+# generator its number
+FOLDER, COUNT, NUMBER = "COATI_GENERATORS_FOLDER", "COATI_GENERATORS", "COATI_GENERATOR"
+
+
+@settings
+class GeneratorsConfig(Settings):
+    """Sampling in processes of their own, which `coati run --generators` starts, see docs/asynchronous.md."""
+
+    max_staleness: int = option(
+        0,
+        "iterations that sampling is ahead: iteration k samples with the weights of k minus this, while others train",
+        ge=0,
+        common=True,
+    )
+    weights_folder: str | None = option(
+        None,
+        "where versions of the weights are written for generators, a folder of its own, such as one in /dev/shm on one "
+        "machine; RUN/weights if not given",
+        path="output",
+    )
+    keep_journal: bool = option(True, "samples stay in RUN/journal when no resume needs them any more")

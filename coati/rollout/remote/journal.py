@@ -1,0 +1,82 @@
+"""The samples of a job as a file of JSON lines, which is written atomically: it is there when all of them are.
+
+    RUN/journal/version-00000012/JOB.jsonl
+
+The first line tells the job: version and checksum of the weights, seconds, how many samples. Each of the others is a
+sample as `coati.samples.Sample` has it, with the seed of its noise (run, iteration, row, ...) and without the row's
+columns. The last is the checksum of the lines before it.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from coati.files import atomic_write
+from coati.rollout.sampler import Prompt
+from coati.samples import Sample, Turn
+
+
+def job_file(journal: Path, version: int, job: str) -> Path:
+    """Where a job's samples stand.
+
+    Args:
+        version: of the weights.
+    """
+    return journal / f"version-{version:08d}" / f"{job}.jsonl"
+
+
+def write_samples(path: Path, header: dict[str, Any], prompts: Sequence[Prompt], samples: Sequence[Sample]):
+    """Writes a job's samples.
+
+    Raises:
+        TypeError: an environment's message holds what JSON doesn't.
+    """
+    lines = [json.dumps(header)]
+    for prompt, sample in zip(prompts, samples, strict=True):
+        row = {"seed": list(prompt.seed)} | asdict(sample)
+        del row["columns"]
+        lines.append(json.dumps(row))
+    body = "\n".join(lines) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(body + json.dumps({"checksum": checksum_of(body)}) + "\n", encoding="utf-8")
+
+
+def read_samples(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[Sample]] | None:
+    """A job's header and samples; None if there are none, or the file is damaged.
+
+    Args:
+        prompts: of the job, whose columns the samples get.
+    """
+    try:
+        *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        body = "".join(lines)
+        if json.loads(last) != {"checksum": checksum_of(body)}:
+            return None
+        header, *rows = map(json.loads, lines)
+    except (FileNotFoundError, ValueError):  # ValueError: no line, no UTF-8, or no JSON
+        return None
+    return header, [sample_of(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def sample_of(row: dict[str, Any], prompt: Prompt) -> Sample:
+    """A line of a journal as the sample that it was."""
+    row = {name: value for name, value in row.items() if name != "seed"}
+    row["turns"] = [Turn(**turn) for turn in row["turns"]]
+    return Sample(columns=prompt.columns, **row)
+
+
+def remove_before(journal: Path, version: int):
+    """Removes what older weights have sampled."""
+    for folder in journal.glob("version-*"):
+        if int(folder.name.removeprefix("version-")) < version:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksum_of(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())

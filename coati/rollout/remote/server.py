@@ -1,0 +1,195 @@
+"""A generator: takes jobs over HTTP, and does them one after the other with the weights that each names.
+
+    POST   /jobs            a job (`Job`); one that is there already is the same job
+    GET    /jobs/ID         its state; with ?seconds=10 as soon as it has ended, or after that time
+    GET    /health          the version of the weights, and how many jobs wait
+
+HTTP is served by a thread. The thread that made the service samples: with `run`.
+"""
+
+import hmac
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coati.config.generation import GenerationConfig
+from coati.errors import UserError
+from coati.rollout.remote.journal import read_samples, write_samples
+from coati.rollout.sampler import Prompt, Sampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts to sample from with certain weights.
+
+    Attributes:
+        id: the same for the same samples.
+        version, weights, checksum: of the weights: number, file and its checksum.
+        sampling: fields of a `GenerationConfig`.
+        prompts: fields of `Prompt`s.
+        file: where the samples go, see `coati.rollout.remote.journal`.
+    """
+
+    id: str
+    version: int
+    weights: str
+    checksum: str
+    sampling: dict[str, Any]
+    prompts: list[dict[str, Any]]
+    file: str
+
+    @classmethod
+    def of(
+        cls,
+        id: str,
+        version: int,
+        weights: Path,
+        checksum: str,
+        sampling: GenerationConfig,
+        prompts: Sequence[Prompt],
+        file: Path,
+    ) -> "Job":
+        """A job as JSON has it."""
+        rows = [asdict(prompt) | {"seed": list(prompt.seed)} for prompt in prompts]
+        return cls(id, version, str(weights), checksum, asdict(sampling), rows, str(file))
+
+
+@dataclass
+class Progress:
+    """What a job has come to: `state` waiting, running, done or failed; then also why, and whether it is a mistake of
+    the user's."""
+
+    state: str = "waiting"
+    error: str = ""
+    is_users: bool = False
+
+
+class Service:
+    """Samples as it is asked to.
+
+    Args:
+        sampler: samples with the weights that `load` has loaded.
+        load: loads the weights of a file that has a checksum.
+    """
+
+    def __init__(self, sampler: Sampler, load: Callable[[Path, str], None]):
+        self.sampler, self.load = sampler, load
+        self.jobs: dict[str, Progress] = {}
+        self.ended: dict[str, Future[None]] = {}
+        self.waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.version, self.loaded = -1, ""
+
+    def submit(self, job: Job):
+        """Puts a job at the end of those that wait."""
+        with self.lock:
+            if job.id not in self.jobs:
+                self.jobs[job.id], self.ended[job.id] = Progress(), Future()
+                self.waiting.put(job)
+
+    def run(self):
+        """Does jobs, until `stop`."""
+        while (job := self.waiting.get()) is not None:
+            progress = self.jobs[job.id]
+            progress.state = "running"
+            try:
+                self.do(job)
+                progress.state = "done"
+            except UserError as error:
+                progress.state, progress.error, progress.is_users = "failed", str(error), True
+            except Exception:  # it is raised where the job came from
+                progress.state, progress.error = "failed", traceback.format_exc()
+            self.ended[job.id].set_result(None)
+
+    def stop(self):
+        self.waiting.put(None)
+
+    def do(self, job: Job):
+        """One job, from weights to file."""
+        prompts = [Prompt(**row) for row in job.prompts]
+        path = Path(job.file)
+        if read_samples(path, prompts) is not None:  # another generator was faster than it seemed
+            return
+        started = time.time()
+        if self.loaded != job.checksum:
+            self.load(Path(job.weights), job.checksum)
+            self.version, self.loaded = job.version, job.checksum
+        loaded = time.time()
+        samples = self.sampler.sample(prompts, GenerationConfig(**job.sampling), job.version)
+        times = {"started": started, "load_seconds": loaded - started, "seconds": time.time() - loaded}
+        told = {"job": job.id, "version": job.version, "weights": job.checksum, "samples": len(samples)}
+        write_samples(path, told | times, prompts, samples)
+
+
+def application(service: Service, token: str):
+    """The HTTP side, as an ASGI application. Every request must carry the token."""
+    import asyncio
+
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    async def post_job(request: Request) -> JSONResponse:
+        try:
+            job = Job(**await request.json())
+        except (TypeError, ValueError) as error:
+            return JSONResponse({"error": str(error)}, 400)
+        service.submit(job)
+        return JSONResponse({}, 202)
+
+    async def get_job(request: Request) -> JSONResponse:
+        job = request.path_params["id"]
+        if job not in service.jobs:
+            return JSONResponse({"error": f"there is no job {job}"}, 404)
+        ended = asyncio.wrap_future(service.ended[job])
+        await asyncio.wait([ended], timeout=float(request.query_params.get("seconds", 0)))
+        return JSONResponse(asdict(service.jobs[job]))
+
+    async def health(request: Request) -> JSONResponse:
+        waiting = sum(progress.state in ("waiting", "running") for progress in service.jobs.values())
+        return JSONResponse({"version": service.version, "jobs": waiting})
+
+    routes = [
+        Route("/jobs", post_job, methods=["POST"]),
+        Route("/jobs/{id}", get_job),
+        Route("/health", health),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(TokenRequired, token=token)])
+
+
+class TokenRequired:
+    """Answers 401 to requests without `Authorization: Bearer TOKEN`."""
+
+    def __init__(self, app, token: str):
+        self.app, self.expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope, receive, send):
+        from starlette.responses import JSONResponse
+
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if scope["type"] == "http" and not hmac.compare_digest(given, self.expected):
+            return await JSONResponse({"error": "the token is missing or wrong"}, 401)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def serve_in_thread(service: Service, host: str, token: str) -> int:
+    """Serves a service from a thread; returns its port."""
+    import socket
+
+    import uvicorn
+
+    listener = socket.create_server((host, 0))
+    server = uvicorn.Server(uvicorn.Config(application(service, token), log_level="warning", access_log=False))
+    threading.Thread(target=server.run, args=([listener],), daemon=True, name="generator").start()
+    return listener.getsockname()[1]
