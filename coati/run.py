@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coati.config.generators import COUNT, FOLDER, NUMBER
+from coati.watch import LAUNCHER
 
 SECONDS_TO_END = 10  # for the other processes once one has failed; the reason is then on its way out
 STARTS = 3  # of a generator that dies each time before it is ready
@@ -44,7 +45,7 @@ def run(processes: int, command: list[str], generators: int = 0) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     with _folder_of_addresses(generators) as environment:
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **environment}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHER: str(os.getpid()), **environment}
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for rank in map(str, range(processes)):
             workers.append(_start(command, environment | group | {"RANK": rank, "LOCAL_RANK": rank}))

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 SECONDS_TO_SAVE = "COATI_SECONDS_TO_SAVE"  # once the launcher is gone
+LAUNCHER = "COATI_LAUNCHER"  # the process number of `coati run`
 POLL = 0.5
 SECONDS_WITHOUT_WORKERS = 10.0
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -42,6 +43,8 @@ def watch_launcher():
         signal.signal(number, _nothing_to_save)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # those of a child don't count
     chain = launchers()
+    if LAUNCHER in os.environ and int(os.environ[LAUNCHER]) not in [p.pid for p in psutil.Process().parents()]:
+        os._exit(1)  # it was killed while this process started
     threading.Thread(target=_watch, args=(chain, _left_behind(chain), reader), daemon=True).start()
 
 

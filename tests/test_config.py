@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 from pydantic import Field
@@ -489,7 +489,8 @@ def test_choices_are_those_of_the_losses():
     assert hints["advantage"] == group.Advantage and hints["aggregation"] == group.Aggregation
     assert hints["policy_loss"] == policy.PolicyLoss
     of_correction = get_type_hints(hints["correction"])
-    assert of_correction["weights"] == of_correction["reject"] == correction.Level
+    assert of_correction["reject"] == correction.Level
+    assert get_args(of_correction["weights"]) == ("auto", *get_args(correction.Level))
     methods = section_classes(PreferenceConfig.__pydantic_fields__["algorithm"].annotation)
     assert {types_of(kind)[0] for kind in methods} == {*preference.PREFERENCE_LOSSES, "kto"}
 

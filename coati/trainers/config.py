@@ -455,8 +455,8 @@ class RolloutConfig(TrainerConfig):
             yield "vLLM takes models that are replicated: ddp, zero1, zero2, or --rollout_engine coati"
         if self.generators.max_staleness and (self.refills is not None or self.rest_epochs):
             yield (
-                "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be ahead: "
-                "leave them out, or max_staleness at 0"
+                "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be "
+                "ahead: leave them out, or max_staleness at 0"
             )
         if self.generation.num_beams > 1:
             yield "a policy learns from samples: leave num_beams at 1"

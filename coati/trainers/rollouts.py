@@ -146,10 +146,7 @@ class RolloutTrainer(Trainer):
                 )
             return self.drawn_from(self.generation)
         check_generators(c)
-        ahead_by = c.generators.max_staleness
-        self.runtime.say(
-            f"{generators.count} generators sample, {f'{ahead_by} iterations ahead' if ahead_by else 'each in its turn'}"
-        )
+        self.runtime.say(f"{generators.count} generators, {c.generators.max_staleness} iterations ahead")
         self.versions = self.build_versions()
         sampler = RemoteSampler(
             generators,

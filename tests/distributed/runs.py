@@ -69,7 +69,7 @@ def start(
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Everything that a run started and that still lives."""
-    return [process for process in psutil.process_iter() if _environment(process).get(MARK) == str(folder)]
+    return [process for process in psutil.process_iter() if environment_of(process).get(MARK) == str(folder)]
 
 
 def workers(folder: Path) -> list[psutil.Process]:
@@ -77,14 +77,14 @@ def workers(folder: Path) -> list[psutil.Process]:
     config = str(folder / "config.yaml")
     ranks = {}
     for process in processes_of(folder):
-        words, environment = process.cmdline(), _environment(process)
+        words, environment = process.cmdline(), environment_of(process)
         launches = process.name() == "srun" or any("nproc_per_node" in word for word in words)
         if config in words and not launches:
             ranks[int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))] = process
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _environment(process: psutil.Process) -> dict[str, str]:
+def environment_of(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()
     except psutil.Error:  # gone, a zombie, or not ours

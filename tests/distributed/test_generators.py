@@ -1,9 +1,15 @@
 """Generators: what they sample is a matter of the settings, not of time, and nothing that they have sampled is lost."""
 
+import random
+import time
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
+from coati.config.generators import NUMBER
+from coati.run_layout import JOURNAL, WEIGHTS
 from tests.conftest import ROOT, settings_for
 from tests.distributed import runs
 from tests.distributed.runs import assert_same_end, log_of
@@ -48,3 +54,95 @@ def test_delays_change_nothing(algorithm, staleness, tiny_world, tmp_path):
     assert_same_run(prompt, late)
     ahead = [row["staleness"] for row in log_of(prompt) if "staleness" in row]
     assert ahead == [min(k, staleness) for k in range(5)]
+
+
+def processes_by_kind(folder: Path) -> dict[str, list[psutil.Process]]:
+    """The launcher of a run, its trainers and its generators."""
+    kinds: dict[str, list[psutil.Process]] = {"launcher": [], "trainer": [], "generator": []}
+    for process in runs.processes_of(folder):
+        words, environment = process.cmdline(), runs.environment_of(process)
+        if "--generators" in words:
+            kinds["launcher"].append(process)
+        elif str(folder / "config.yaml") in words:
+            kinds["generator" if NUMBER in environment else "trainer"].append(process)
+    return kinds
+
+
+def something_new(folder: Path, what: str) -> bool:
+    """Whether a file is being written: of weights, of samples, of a checkpoint."""
+    return any((folder / "run").glob(f"{what}/**/*.partial"))
+
+
+MOMENTS = ("any", WEIGHTS, JOURNAL, "checkpoints")
+
+
+def kill_once(process, folder: Path, kind: str, moment: str, draw: random.Random) -> bool:
+    """Waits for a moment and kills a process of a kind; False if the run was over before."""
+    deadline = time.monotonic() + draw.uniform(5, 25)
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return False
+        if moment != "any" and something_new(folder, moment):
+            break
+        time.sleep(0.001)
+    victims = processes_by_kind(folder)[kind]
+    if not victims:
+        return process.poll() is None
+    draw.choice(victims).kill()
+    return True
+
+
+def killed_until_through(algorithm: str, world, folder: Path, kills: int, seed: int, **changes) -> Counter:
+    """A run that is killed so many times and started again whenever it has ended; which processes were hit."""
+    draw, hit = random.Random(seed), Counter()
+    jobs = folder / "jobs.txt"
+    while True:
+        process = begin(algorithm, world, folder, 1, 2, dict(JOBS=str(jobs), DELAYS="0.2"), **changes)
+        while sum(hit.values()) < kills and process.poll() is None:
+            kind, moment = draw.choice(["trainer", "generator", "generator", "launcher"]), draw.choice(MOMENTS)
+            if kill_once(process, folder, kind, moment, draw):
+                hit[kind] += 1
+            if kind != "generator":  # which alone is started again by the launcher
+                process.wait(PATIENCE)
+        status = process.wait(PATIENCE)
+        wait_for_nobody(folder)
+        if status == 0:
+            return hit
+
+
+def wait_for_nobody(folder: Path):
+    """Until all that a run has started is gone."""
+    deadline = time.monotonic() + 60
+    while left := runs.processes_of(folder):
+        assert time.monotonic() < deadline, [process.cmdline() for process in left]
+        time.sleep(0.1)
+
+
+def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
+    """Kills change nothing, and no job that was written is done again."""
+    changes = SAMPLED | dict(max_staleness=2, steps=8, save_every=2)
+    whole = run("grpo", world, folder / "whole", 1, 1, **changes)
+    (folder / "killed").mkdir()
+    hit = killed_until_through("grpo", world, folder / "killed", kills, seed, **changes)
+    assert_same_end(whole, folder / "killed" / "run")
+    assert log_of(whole) == log_of(folder / "killed" / "run")
+    done = Counter((folder / "killed" / "jobs.txt").read_text().split())
+    journal = {path.name for path in (folder / "killed" / "run" / JOURNAL).glob("*/*.jsonl")}
+    assert set(done) <= journal and len(journal) == 8
+    assert set(done.values()) == {1}
+    return hit
+
+
+def test_kills_change_nothing_and_lose_no_sample(tiny_world, tmp_path):
+    assert sum(check_kills(tiny_world, tmp_path, kills=4, seed=0).values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_neither_do_forty(tiny_world, tmp_path):
+    hit: Counter = Counter()
+    for seed in range(1, 6):
+        (tmp_path / str(seed)).mkdir()
+        hit += check_kills(tiny_world, tmp_path / str(seed), kills=10, seed=seed)
+    print(hit)
+    assert sum(hit.values()) >= 40 and len(hit) == 3
