@@ -1,0 +1,134 @@
+"""Settings that the methods which learn from their own responses have in common."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from coati.config import ListOf, Settings, option, section, settings
+from coati.config.environment import EnvironmentConfig
+from coati.config.generation import GenerationConfig
+from coati.config.generators import GeneratorsConfig
+from coati.rewards.config import AnyReward, ModelRewardSettings, ScoringConfig, reward_problems
+from coati.trainers.config.base import TrainerConfig
+
+Aggregation = Literal["token", "sequence", "sum", "constant"]
+
+
+@settings
+class RolloutAlgorithm(Settings):
+    """What the methods that learn from rewards have in common."""
+
+    kl_coefficient: float = option(
+        0.05, "weight of the KL penalty to the reference; 0 needs no reference model", ge=0, common=True
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimate of the KL per token, see docs/ppo.md")
+    kl_stop: float | None = option(
+        None, "ends an iteration's updates when the policy has moved this far, nats per token", ge=0
+    )
+    ppo_epochs: int = option(2, "passes over an iteration's responses", ge=1)
+    minibatches: int = option(1, "optimizer steps per pass", ge=1)
+    aggregation: Aggregation = option(
+        "token", "mean over tokens, of responses' means or of their sums, or by max_new_tokens"
+    )
+    clip_low: float = option(0.2, "the policy's ratio is clipped from below at 1 - this", ge=0)
+    clip_high: float = option(0.2, "and from above at 1 + this", ge=0)
+    dual_clip: float | None = option(
+        None, "bound on the objective of bad actions, as a multiple of the advantage", gt=1
+    )
+    max_rollout_kl: float = option(
+        0.1, "stop where the log-probs of trainer and sampler differ by more than this, nats per token", ge=0
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coefficient != 0
+
+
+@settings
+class RolloutConfig(TrainerConfig):
+    """Settings of runs that learn from their own responses; `steps` are iterations, `batch_size` the prompts of one."""
+
+    algorithm: RolloutAlgorithm
+    generation: GenerationConfig = section(GenerationConfig, "how responses are drawn")
+    environment: EnvironmentConfig = section(
+        EnvironmentConfig, "what the policy talks to over several turns, if it does"
+    )
+    generators: GeneratorsConfig = section(GeneratorsConfig, "sampling in processes of their own, if there are such")
+    rewards: ListOf[AnyReward] = option(
+        (),
+        "what scores responses: entries such as math, or {type: regex, pattern: ..., weight: 0.2}; see docs/rewards.md",
+        common=True,
+    )
+    scoring: ScoringConfig = section(ScoringConfig, "what becomes of what the rewards say")
+
+    @property
+    def longest_row(self) -> int:
+        if self.environment.path:
+            return self.environment.max_tokens
+        return self.data.max_prompt_length + self.generation.max_new_tokens
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that the policy responds to in an iteration."""
+        return self.batch_size
+
+    @property
+    def responses(self) -> int:
+        """Responses that an iteration learns from."""
+        return self.batch_size
+
+    @property
+    def shared_prefix_group(self) -> int:
+        """Responses that are read as one row; 1 for each alone."""
+        return 1
+
+    @property
+    def refills(self) -> int | None:
+        """How often an iteration may draw further prompts; None where it takes all that it has drawn."""
+        return None
+
+    @property
+    def rest_epochs(self) -> int:
+        """Epochs that a prompt is left out for whose responses all earn the same."""
+        return 0
+
+    @property
+    def reward_model(self) -> str | None:
+        """The first reward model of the rewards."""
+        return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
+
+    @property
+    def models(self) -> list[str]:
+        return super().models + [r.path for r in self.rewards if isinstance(r, ModelRewardSettings)]
+
+    def problems(self) -> Iterator[str]:
+        yield from reward_problems(self.rewards, self.scoring)
+        if self.generation.compile_generation and not self.parallel.holds_whole_models:
+            yield "compile_generation is for models that are replicated: ddp, zero1 or zero2"
+        if self.generation.rollout_engine == "vllm" and not self.parallel.holds_whole_models:
+            yield "vLLM takes models that are replicated: ddp, zero1, zero2, or --rollout_engine coati"
+        if self.generators.max_staleness and (self.refills is not None or self.rest_epochs):
+            yield (
+                "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be "
+                "ahead: leave them out, or max_staleness at 0"
+            )
+        if self.generation.num_beams > 1:
+            yield "a policy learns from samples: leave num_beams at 1"
+        if self.environment.path and self.generation.max_new_tokens >= self.environment.max_tokens:
+            yield (
+                f"an episode of {self.environment.max_tokens} tokens has no room for a response of "
+                f"{self.generation.max_new_tokens}: raise environment.max_tokens or lower max_new_tokens"
+            )
+
+    def size_problems(self, world_size: int) -> Iterator[str]:
+        yield from super().size_problems(world_size)
+        minibatches = self.algorithm.minibatches
+        if self.batch_size % (minibatches * world_size):
+            yield (
+                f"batch_size {self.batch_size} is not a multiple of {minibatches * world_size} "
+                f"({minibatches} minibatches x {world_size} processes)"
+            )
+
+    def check_machine(self):
+        self.generation.check_installed()
+        for reward in self.rewards:
+            reward.check_installed()
