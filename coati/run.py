@@ -16,8 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from coati.config.generators import COUNT, FOLDER, NUMBER
-from coati.watch import LAUNCHER
+from coati.variables import GENERATOR, GENERATORS, GENERATORS_FOLDER, LAUNCHER
 
 SECONDS_TO_END = 10  # for the other processes once one has failed; the reason is then on its way out
 STARTS = 3  # of a generator that dies each time before it is ready
@@ -66,9 +65,9 @@ class Generator:
     """
 
     def __init__(self, number: int, gpu: int, command: list[str], environment: dict[str, str]):
-        own = {NUMBER: str(number), "CUDA_VISIBLE_DEVICES": _visible(gpu, environment.get("CUDA_VISIBLE_DEVICES"))}
+        own = {GENERATOR: str(number), "CUDA_VISIBLE_DEVICES": _visible(gpu, environment.get("CUDA_VISIBLE_DEVICES"))}
         self.number, self.command, self.environment = number, command, environment | own
-        self.address = Path(environment[FOLDER]) / f"{number}.json"
+        self.address = Path(environment[GENERATORS_FOLDER]) / f"{number}.json"
         self.failed_starts = 0
         self.process = _start(command, self.environment)
 
@@ -107,7 +106,7 @@ def _folder_of_addresses(generators: int):
         return
     folder = tempfile.mkdtemp(prefix="coati-generators-")
     try:
-        yield {FOLDER: folder, COUNT: str(generators)}
+        yield {GENERATORS_FOLDER: folder, GENERATORS: str(generators)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

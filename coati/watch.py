@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-SECONDS_TO_SAVE = "COATI_SECONDS_TO_SAVE"  # once the launcher is gone
-LAUNCHER = "COATI_LAUNCHER"  # the process number of `coati run`
+from coati.variables import LAUNCHER, SECONDS_TO_SAVE
+
 POLL = 0.5
 SECONDS_WITHOUT_WORKERS = 10.0
 STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -2,10 +2,6 @@
 
 from coati.config.options import Settings, option, settings
 
-# Set by the launcher, for trainers and generators: the folder of addresses, and how many generators there are; for a
-# generator its number
-FOLDER, COUNT, NUMBER = "COATI_GENERATORS_FOLDER", "COATI_GENERATORS", "COATI_GENERATOR"
-
 
 @settings
 class GeneratorsConfig(Settings):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from coati.config.generators import NUMBER
 from coati.config.plugin import PluginConfig
 from coati.errors import UserError
 from coati.models import Actor
@@ -20,6 +19,7 @@ from coati.rollout.remote.server import serve_in_thread
 from coati.trainers.config import RolloutConfig, TrainerConfig
 from coati.trainers.factory import Factory
 from coati.trainers.sampler import make_sampler
+from coati.variables import GENERATOR
 
 LOOPBACK = "127.0.0.1"
 
@@ -39,9 +39,9 @@ def generate(config: TrainerConfig):
         UserError: settings that don't go with generators, or that the policy can't be loaded with.
     """
     check_generators(config)
-    generators, number = Generators.from_environment(), int(os.environ[NUMBER])
+    generators, number = Generators.from_environment(), int(os.environ[GENERATOR])
     if generators is None:
-        raise UserError(f"{NUMBER} is set, but not how generators are found: start them with coati run --generators")
+        raise UserError(f"{GENERATOR} is set, but not how generators are found: start them with coati run --generators")
     runtime = launch(config.seed)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is lost: the next one does the job again
     service = Service(*sampler_and_weights(config, runtime))

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from coati.config import parse_config
-from coati.config.generators import NUMBER
 from coati.errors import RunError, UserError
 from coati.tracking import check_installed
 from coati.trainers.paths import check_paths
+from coati.variables import GENERATOR
 from coati.watch import watch_launcher
 
 Config = TypeVar("Config")
@@ -56,7 +56,7 @@ def main(config_class, load_trainer, description: str, parse=parse_run, **how):
         parse: makes the config from its class and the description, out of the command line.
         **how: further arguments of `parse`.
     """
-    is_generator = NUMBER in os.environ
+    is_generator = GENERATOR in os.environ
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" and not is_generator
     watch_launcher()
     runtime = None

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coati.config.generators import NUMBER
 from coati.run_layout import JOURNAL, WEIGHTS
+from coati.variables import GENERATOR
 from tests.conftest import ROOT, settings_for
 from tests.distributed import runs
 from tests.distributed.runs import assert_same_end, log_of
@@ -64,7 +64,7 @@ def processes_by_kind(folder: Path) -> dict[str, list[psutil.Process]]:
         if "--generators" in words:
             kinds["launcher"].append(process)
         elif str(folder / "config.yaml") in words:
-            kinds["generator" if NUMBER in environment else "trainer"].append(process)
+            kinds["generator" if GENERATOR in environment else "trainer"].append(process)
     return kinds
 
 

@@ -9,9 +9,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coati.config.generators import COUNT, FOLDER
 from coati.errors import UserError
 from coati.files import replace_file
+from coati.variables import GENERATORS, GENERATORS_FOLDER
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,13 @@ class Generators:
         Raises:
             UserError: the variables are set only in part, or to nonsense.
         """
-        if COUNT not in os.environ:
+        if GENERATORS not in os.environ:
             return None
-        folder, count = os.environ.get(FOLDER), os.environ[COUNT]
+        folder, count = os.environ.get(GENERATORS_FOLDER), os.environ[GENERATORS]
         if not folder or not count.isdecimal() or count == "0":
             raise UserError(
-                f"{COUNT} is {count!r} and {FOLDER} {folder!r}: a number and a folder that all processes see"
+                f"{GENERATORS} is {count!r} and {GENERATORS_FOLDER} {folder!r}: they must be a number from 1 on, and a "
+                "folder that all processes see"
             )
         return cls(Path(folder), int(count))
 
