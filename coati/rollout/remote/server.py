@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,15 @@ class Progress:
     is_users: bool = False
 
 
+@dataclass
+class Entry:
+    """A job, what it has come to, and what tells that it has ended."""
+
+    job: Job
+    progress: Progress = field(default_factory=Progress)
+    ended: "Future[None]" = field(default_factory=Future)
+
+
 class Service:
     """Samples as it is asked to.
 
@@ -83,9 +92,8 @@ class Service:
 
     def __init__(self, sampler: Sampler, load: Callable[[Path, str], None]):
         self.sampler, self.load = sampler, load
-        self.jobs: dict[str, Progress] = {}
-        self.ended: dict[str, Future[None]] = {}
-        self.waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.jobs: dict[str, Entry] = {}
+        self.waiting: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.version, self.loaded = -1, ""
 
@@ -93,22 +101,22 @@ class Service:
         """Puts a job at the end of those that wait."""
         with self.lock:
             if job.id not in self.jobs:
-                self.jobs[job.id], self.ended[job.id] = Progress(), Future()
-                self.waiting.put(job)
+                self.jobs[job.id] = Entry(job)
+                self.waiting.put(self.jobs[job.id])
 
     def run(self):
         """Does jobs, until `stop`."""
-        while (job := self.waiting.get()) is not None:
-            progress = self.jobs[job.id]
+        while (entry := self.waiting.get()) is not None:
+            progress = entry.progress
             progress.state = "running"
             try:
-                self.do(job)
+                self.do(entry.job)
                 progress.state = "done"
             except UserError as error:
                 progress.state, progress.error, progress.is_users = "failed", str(error), True
             except Exception:  # it is raised where the job came from
                 progress.state, progress.error = "failed", traceback.format_exc()
-            self.ended[job.id].set_result(None)
+            entry.ended.set_result(None)
 
     def stop(self):
         self.waiting.put(None)
@@ -149,15 +157,15 @@ def application(service: Service, token: str):
         return JSONResponse({}, 202)
 
     async def get_job(request: Request) -> JSONResponse:
-        job = request.path_params["id"]
-        if job not in service.jobs:
-            return JSONResponse({"error": f"there is no job {job}"}, 404)
-        ended = asyncio.wrap_future(service.ended[job])
+        entry = service.jobs.get(request.path_params["id"])
+        if entry is None:
+            return JSONResponse({"error": "there is no such job"}, 404)
+        ended = asyncio.wrap_future(entry.ended)
         await asyncio.wait([ended], timeout=float(request.query_params.get("seconds", 0)))
-        return JSONResponse(asdict(service.jobs[job]))
+        return JSONResponse(asdict(entry.progress))
 
     async def health(request: Request) -> JSONResponse:
-        waiting = sum(progress.state in ("waiting", "running") for progress in service.jobs.values())
+        waiting = sum(not entry.ended.done() for entry in service.jobs.values())
         return JSONResponse({"version": service.version, "jobs": waiting})
 
     routes = [
