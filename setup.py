@@ -42,6 +42,11 @@ setup(
         "numpy>=1.26",
         "packaging>=23",
         "psutil>=5.9",
+        # generators
+        "httpx>=0.27",
+        "starlette>=0.40",
+        "uvicorn>=0.30",
+        "xxhash>=3",
     ],
     extras_require={
         "dev": [

@@ -5,3 +5,4 @@ SECONDS_TO_SAVE = "COATI_SECONDS_TO_SAVE"  # that a process has to save once its
 GENERATORS = "COATI_GENERATORS"  # how many there are
 GENERATORS_FOLDER = "COATI_GENERATORS_FOLDER"  # where they write their addresses
 GENERATOR = "COATI_GENERATOR"  # a generator's own number
+GENERATOR_HOST = "COATI_GENERATOR_HOST"  # the name or address that it listens at

@@ -1,11 +1,14 @@
 """A generator: the process that samples for a trainer with the same settings, see `coati.rollout.remote`."""
 
+import contextlib
 import os
 import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from coati.config.plugin import PluginConfig
 from coati.errors import UserError
@@ -19,9 +22,11 @@ from coati.rollout.remote.server import serve_in_thread
 from coati.trainers.config import RolloutConfig, TrainerConfig
 from coati.trainers.factory import Factory
 from coati.trainers.sampler import make_sampler
-from coati.variables import GENERATOR
+from coati.variables import GENERATOR, GENERATOR_HOST
 
 LOOPBACK = "127.0.0.1"
+# no generator is in a process group with others, whatever has started it
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0"}
 
 
 def check_generators(config: TrainerConfig):
@@ -42,13 +47,20 @@ def generate(config: TrainerConfig):
     generators, number = Generators.from_environment(), int(os.environ[GENERATOR])
     if generators is None:
         raise UserError(f"{GENERATOR} is set, but not how generators are found: start them with coati run --generators")
+    os.environ |= ALONE | {"LOCAL_RANK": local_rank()}
     runtime = launch(config.seed)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is lost: the next one does the job again
-    service = Service(*sampler_and_weights(config, runtime))
-    token = secrets.token_urlsafe(32)
-    port = serve_in_thread(service, LOOPBACK, token)
-    generators.announce(number, Address(f"http://{LOOPBACK}:{port}", token))
+    with contextlib.redirect_stdout(None):  # the trainer says the same
+        service = Service(*sampler_and_weights(config, runtime))
+    host, token = os.environ.get(GENERATOR_HOST, LOOPBACK), secrets.token_urlsafe(32)
+    port = serve_in_thread(service, host, token)
+    generators.announce(number, Address(f"http://{host}:{port}", token))
     service.run()
+
+
+def local_rank() -> str:
+    """Of the GPUs that this process sees, the number of its own: srun may have given it one alone."""
+    return "0" if torch.cuda.device_count() <= 1 else os.environ.get("SLURM_LOCALID", "0")
 
 
 def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sampler, Callable[[Path, str], None]]:

@@ -146,7 +146,7 @@ class RolloutTrainer(Trainer):
                 )
             return self.drawn_from(self.generation)
         check_generators(c)
-        self.runtime.say(f"{generators.count} generators, {c.generators.max_staleness} iterations ahead")
+        self.runtime.say(f"generators: {generators.count}, ahead by {c.generators.max_staleness} iterations")
         self.versions = self.build_versions()
         sampler = RemoteSampler(
             generators,

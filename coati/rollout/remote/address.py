@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.files import replace_file
+from coati.files import atomic_write
 from coati.variables import GENERATORS, GENERATORS_FOLDER
 
 
@@ -52,10 +52,9 @@ class Generators:
 
     def announce(self, number: int, address: Address):
         """Has others find a generator; the file is for this user's eyes only."""
-        path = self.path(number)
-        path.touch(mode=0o600)
-        replace_file(path, json.dumps(asdict(address)))
-        path.chmod(0o600)
+        with atomic_write(self.path(number)) as partial:
+            partial.touch(mode=0o600)
+            partial.write_text(json.dumps(asdict(address)), encoding="utf-8")
 
     def find(self, number: int) -> Address | None:
         """A generator's address; None while it isn't ready."""

@@ -1,0 +1,149 @@
+"""GRPO with generators beside GRPO without, on the same cores: samples a second, and what each side waited for.
+
+    python benchmarks/asynchronous.py            # a quarter of an hour on two idle cores; one JSON line
+    python benchmarks/asynchronous.py --save     # and writes benchmarks/results/asynchronous.json
+
+`responses`: a random Llama of 5.8 M parameters writes responses of very different lengths (geometric, 58 tokens in the
+mean, 256 at most). `tools`: one of 0.4 M parameters plays episodes of six turns, with an environment that takes 100 ms
+per turn. The first two iterations of each run are not counted, nor are the last ones of runs that are ahead, which have
+nothing left to sample.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks.contest import machine, store  # noqa: E402
+from benchmarks.world import PLAIN, REWARD, words, write_models, write_rows  # noqa: E402
+from coati.config import as_flags  # noqa: E402
+from coati.tracking import read_metrics  # noqa: E402
+from examples.stages import environment  # noqa: E402
+
+LARGE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048)
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
+STOPS = 35  # words that end a response, of 2,048
+RESPONSES = 64
+WARM_UP = 2  # iterations
+
+# An episode of six turns; the tool takes its time
+TOOL = """import asyncio
+
+from coati.rollout import Observation
+
+
+class Tool:
+    def reset(self, row):
+        self.turns = 0
+        return row["prompt"]
+
+    async def step(self, message):
+        self.turns += 1
+        await asyncio.sleep(0.1)
+        return Observation("w1 w2", reward=float(len(message["content"]) % 7), done=self.turns == 6)
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is started: processes that train and that generate, threads of each, iterations ahead."""
+
+    processes: int
+    generators: int
+    threads: int
+    ahead: int = 0
+
+
+WAYS = {
+    "synchronous, 1 process of 2 threads": Way(1, 0, 2),
+    "synchronous, 2 processes": Way(2, 0, 1),
+    "1 generator, 1 ahead": Way(1, 1, 1, 1),
+}
+WITH_TOOLS = WAYS | {"4 generators, 4 ahead": Way(1, 4, 1, 4)}
+
+
+def settings_of(task: str, folder: Path) -> dict:
+    common = dict(
+        model=folder / "policy",
+        train_data=folder / "rows.jsonl",
+        batch_size=RESPONSES // 8,
+        group_size=8,
+        micro_batch_size=16,
+        precision="fp32",
+        learning_rate=1e-5,
+        eval_every=0,
+        save_every=0,
+        progress="off",
+    )
+    if task == "tools":
+        limits = dict(max_turns=6, max_tokens=128, max_new_tokens=8)
+        return common | limits | dict(environment=f"{folder}/tool.py:Tool")
+    stops = [f" w{i}" for i in range(STOPS)]
+    rewards = [dict(type="function", path=f"{folder}/reward.py:reward")]
+    return common | dict(max_new_tokens=256, stop=stops, rewards=rewards)
+
+
+def measure(task: str, way: Way, folder: Path, output: Path, iterations: int) -> dict:
+    """Samples a second, and the median seconds of an iteration's parts."""
+    settings = settings_of(task, folder) | dict(output_dir=output, steps=iterations, max_staleness=way.ahead)
+    command = [sys.executable, "-m", "coati.cli", "run", "--nproc_per_node", str(way.processes)]
+    command += ["--generators", str(way.generators), str(ROOT / "examples/train_grpo.py"), *as_flags(settings)]
+    variables = environment() | {"OMP_NUM_THREADS": str(way.threads)}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{task}: {done.stderr[-3000:]}")
+    rows = read_metrics(output)
+    counted = rows[WARM_UP : len(rows) - way.ahead]
+    seconds = counted[-1]["time"] - rows[WARM_UP - 1]["time"]
+    parts = {name for name in counted[0] if name.startswith("seconds/")}
+    return {"samples_per_second": len(counted) * RESPONSES / seconds} | {
+        name: statistics.median(row[name] for row in counted) for name in sorted(parts)
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", choices=("responses", "tools"), default=["responses", "tools"])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/asynchronous.json")
+    options = parser.parse_args()
+    result: dict = {"machine": machine(2), "iterations": options.iterations, "rounds": options.rounds}
+    for task in options.tasks:
+        ways = WITH_TOOLS if task == "tools" else WAYS
+        runs: dict[str, list[dict]] = {name: [] for name in ways}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "world"
+            write_models(folder, SMALL if task == "tools" else LARGE, PLAIN)
+            write_rows(folder / "rows.jsonl", ({"prompt": words(i, 32)} for i in range(2000)))
+            (folder / "reward.py").write_text(REWARD)
+            (folder / "tool.py").write_text(TOOL)
+            for i in range(options.rounds):
+                for way in ways:
+                    runs[way].append(measure(task, ways[way], folder, folder / f"{way} {i}", options.iterations))
+        result[task] = {way: of_rounds(found) for way, found in runs.items()}
+        best = max(found["samples_per_second"] for way, found in result[task].items() if way.startswith("synchronous"))
+        for found in result[task].values():
+            found["ratio"] = found["samples_per_second"] / best
+    print(json.dumps(result))
+    if options.save:
+        store(result, "asynchronous", "run")
+
+
+def of_rounds(found: list[dict]) -> dict:
+    """Medians over rounds, with the least and the greatest rate."""
+    rates = [one["samples_per_second"] for one in found]
+    return {name: statistics.median(one[name] for one in found) for name in found[0]} | {
+        "spread": [min(rates), max(rates)]
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Training on what a generator samples, here in a thread of this process: see tests/distributed for real ones."""
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from coati.config import configure
+from coati.errors import UserError
+from coati.rollout.remote import Generators, Service
+from coati.rollout.remote.address import Address
+from coati.rollout.remote.server import serve_in_thread
+from coati.run_layout import ACTOR, JOURNAL
+from coati.tracking import read_metrics
+from coati.trainers.generator import check_generators, sampler_and_weights
+from coati.trainers.grpo import GRPOConfig, GRPOTrainer
+from coati.trainers.ppo import PPOConfig, PPOTrainer
+from coati.trainers.sft import SFTConfig
+from coati.variables import GENERATORS, GENERATORS_FOLDER
+from tests.conftest import ROOT, functions, settings_for
+
+TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=120, stop=["e", "o"], rewards=[])
+TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "ppo": (PPOConfig, PPOTrainer)}
+
+
+@contextmanager
+def generator(config, runtime, folder: Path, monkeypatch):
+    """A generator with a run's settings, which trainers find."""
+    folder.mkdir(exist_ok=True)
+    service = Service(*sampler_and_weights(config, runtime))
+    thread = threading.Thread(target=service.run, daemon=True)
+    thread.start()
+    port = serve_in_thread(service, "127.0.0.1", "secret")
+    Generators(folder, 1).announce(0, Address(f"http://127.0.0.1:{port}", "secret"))
+    with monkeypatch.context() as patched:
+        patched.setenv(GENERATORS, "1")
+        patched.setenv(GENERATORS_FOLDER, str(folder))
+        yield service
+    service.stop()
+    thread.join()
+
+
+def train(algorithm: str, world, runtime, output: Path, monkeypatch=None, **changes):
+    """A trainer after its last step; with a generator if there is a monkeypatch."""
+    config_class, trainer_class = TRAINERS[algorithm]
+    changes = dict(temperature=1.0, steps=3, save_every=0, eval_every=0) | changes
+    config = configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes))
+    if monkeypatch is None:
+        trainer = trainer_class(config, runtime)
+        trainer.train()
+        return trainer
+    with generator(config, runtime, output.with_name("addresses"), monkeypatch):
+        trainer = trainer_class(config, runtime)
+        trainer.train()
+    return trainer
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.engines[ACTOR].module.state_dict().items()}
+
+
+def assert_equal(expected, found):
+    expected, found = weights(expected), weights(found)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+REFILLED = dict(dynamic_sampling=True, group_size=2, steps=2)
+CASES = {
+    "lora": ("grpo", dict(lora_rank=2)),
+    "episodes": ("grpo", TALK),
+    "dynamic sampling": ("grpo", REFILLED),
+    "remax": ("grpo", dict(advantage="remax", steps=2)),
+    "shared trunk": ("ppo", dict(shared_trunk=True, steps=2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_staleness_every_method_takes_the_steps_of_the_synchronous_run(
+    case, tiny_world, runtime, tmp_path, monkeypatch
+):
+    algorithm, changes = CASES[case]
+    if case == "dynamic sampling":
+        changes = changes | dict(rewards=functions(f"{tiny_world['rewards']}:odd"))
+    expected = train(algorithm, tiny_world, runtime, tmp_path / "synchronous", **changes)
+    found = train(algorithm, tiny_world, runtime, tmp_path / "asynchronous", monkeypatch, **changes)
+    assert_equal(expected, found)
+    jobs = len(list((tmp_path / "asynchronous" / JOURNAL).glob("*/*.jsonl")))
+    refills = sum(row.get("refills", 0) for row in read_metrics(tmp_path / "asynchronous"))
+    assert jobs == found.total_steps + refills
+    if case == "dynamic sampling":
+        assert refills > 0
+
+
+@pytest.mark.parametrize("algorithm", TRAINERS)
+def test_an_iteration_is_sampled_with_the_weights_of_so_many_iterations_ago(
+    algorithm, tiny_world, runtime, tmp_path, monkeypatch
+):
+    """Log-probs noted at sampling are those of the old weights; training notices how far it has come from them."""
+    trainer = train(algorithm, tiny_world, runtime, tmp_path / "run", monkeypatch, steps=4, max_staleness=2)
+    rows = [row for row in read_metrics(tmp_path / "run") if "staleness" in row]
+    assert [row["staleness"] for row in rows] == [0, 1, 2, 2]
+    far = [row["rollout_kl"] for row in rows]
+    assert far[0] < 1e-9 and min(far[1:]) > 1e-6
+    if algorithm == "grpo":  # corrected unless the settings say otherwise
+        assert rows[0]["mismatch/k3"] < 1e-9 < rows[2]["mismatch/k3"]
+    folders = sorted(path.name for path in (tmp_path / "run" / JOURNAL).iterdir())
+    assert folders == ["version-00000000", "version-00000001"]
+    assert sorted(trainer.versions.checksums) == [1, 2, 3]
+
+
+def test_journals_of_old_weights_go_if_the_settings_say_so(tiny_world, runtime, tmp_path, monkeypatch):
+    changes = dict(steps=6, max_staleness=1, keep_journal=False, save_every=1)
+    train("grpo", tiny_world, runtime, tmp_path / "run", monkeypatch, **changes)
+    versions = sorted(path.name for path in (tmp_path / "run" / JOURNAL).iterdir())
+    assert versions == ["version-00000004"]
+
+
+def test_a_run_that_goes_on_samples_nothing_that_is_in_its_journal(tiny_world, runtime, tmp_path, monkeypatch):
+    changes = dict(steps=4, max_staleness=1, save_every=2)
+    expected = train("grpo", tiny_world, runtime, tmp_path / "whole", monkeypatch, **changes)
+    first = train("grpo", tiny_world, runtime, tmp_path / "run", monkeypatch, **changes)
+    journal = list((tmp_path / "run" / JOURNAL).glob("*/*.jsonl"))
+    written = {path: path.stat().st_mtime_ns for path in journal}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert [path.name for path in (checkpoint / "weights").iterdir()] == ["version-00000001.safetensors"]
+    again = train("grpo", tiny_world, runtime, tmp_path / "run", monkeypatch, resume=str(checkpoint), **changes)
+    assert_equal(expected, first)
+    assert_equal(expected, again)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / JOURNAL).glob("*/*.jsonl")} == written
+
+
+def test_what_does_not_go_with_generators_is_refused_in_words(tiny_world, runtime, tmp_path):
+    with pytest.raises(UserError, match="max_staleness needs generators"):
+        train("grpo", tiny_world, runtime, tmp_path / "run", max_staleness=1)
+    for settings in (dict(dynamic_sampling=True), dict(rest_epochs=1)):
+        with pytest.raises(UserError, match="can't be ahead"):
+            train("grpo", tiny_world, runtime, tmp_path / "run", max_staleness=1, **settings)
+    sft = configure(SFTConfig, **settings_for("sft", tiny_world, output_dir=str(tmp_path / "sft")))
+    with pytest.raises(UserError, match="PPO, GRPO"):
+        check_generators(sft)
