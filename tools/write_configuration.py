@@ -28,13 +28,14 @@ Python, `coati.config.configure(SFTConfig, model="gpt2", learning_rate=1e-4)` ta
 
 All methods have the sections `model`, `data`, `optimizer`, `parallel`, `evaluation`, `checkpoints`, `export` and
 `tracking`, and all but SFT `algorithm`. All that generate have `generation`, and but for SFT also `environment`,
-`rewards` and `scoring`.
+`generators`, `rewards` and `scoring`.
 """
 
 
 def page() -> str:
     from coati.config.environment import EnvironmentConfig
     from coati.config.generation import GenerationConfig
+    from coati.config.generators import GeneratorsConfig
     from coati.config.schema import entry_classes, section_classes
     from coati.rewards.config import RewardSettings, ScoringConfig
     from coati.trainers import config
@@ -50,6 +51,7 @@ def page() -> str:
     text += table(
         "environment", EnvironmentConfig, note="Of PPO, GRPO and the rest; see [environments](environments.md)."
     )
+    text += table("generators", GeneratorsConfig, note="Of PPO, GRPO and the rest; see [generators](asynchronous.md).")
     text += table("Supervised fine-tuning", config.SFTConfig, ["loss"], note="Beside the run's settings.")
     text += "\n## algorithm\n\n`type` is the name of the command, which sets it.\n"
     text += table("Reward models", config.RewardModeling, level=3)

@@ -12,17 +12,14 @@ from coati.errors import UserError
 from coati.rollout.remote import Generators, Service
 from coati.rollout.remote.address import Address
 from coati.rollout.remote.server import serve_in_thread
-from coati.run_layout import ACTOR, JOURNAL
+from coati.run_layout import JOURNAL
 from coati.tracking import read_metrics
 from coati.trainers.generator import check_generators, sampler_and_weights
-from coati.trainers.grpo import GRPOConfig, GRPOTrainer
-from coati.trainers.ppo import PPOConfig, PPOTrainer
 from coati.trainers.sft import SFTConfig
 from coati.variables import GENERATORS, GENERATORS_FOLDER
-from tests.conftest import ROOT, functions, settings_for
+from tests.conftest import ROOT, functions, settings_for, trainer_classes
 
 TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=120, stop=["e", "o"], rewards=[])
-TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "ppo": (PPOConfig, PPOTrainer)}
 
 
 @contextmanager
@@ -44,7 +41,7 @@ def generator(config, runtime, folder: Path, monkeypatch):
 
 def train(algorithm: str, world, runtime, output: Path, monkeypatch=None, **changes):
     """A trainer after its last step; with a generator if there is a monkeypatch."""
-    config_class, trainer_class = TRAINERS[algorithm]
+    config_class, trainer_class = trainer_classes(algorithm)
     changes = dict(temperature=1.0, steps=3, save_every=0, eval_every=0) | changes
     config = configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes))
     if monkeypatch is None:
@@ -58,7 +55,7 @@ def train(algorithm: str, world, runtime, output: Path, monkeypatch=None, **chan
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.engines[ACTOR].module.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in next(iter(trainer.engines.values())).module.state_dict().items()}
 
 
 def assert_equal(expected, found):
@@ -73,6 +70,7 @@ CASES = {
     "dynamic sampling": ("grpo", REFILLED),
     "remax": ("grpo", dict(advantage="remax", steps=2)),
     "shared trunk": ("ppo", dict(shared_trunk=True, steps=2)),
+    "distillation": ("distill", dict(steps=2)),
 }
 
 
@@ -93,7 +91,7 @@ def test_without_staleness_every_method_takes_the_steps_of_the_synchronous_run(
         assert refills > 0
 
 
-@pytest.mark.parametrize("algorithm", TRAINERS)
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_an_iteration_is_sampled_with_the_weights_of_so_many_iterations_ago(
     algorithm, tiny_world, runtime, tmp_path, monkeypatch
 ):
