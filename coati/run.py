@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from coati.variables import GENERATOR, GENERATORS, GENERATORS_FOLDER, LAUNCHER
+from coati.variables import GENERATOR, GENERATORS, GENERATORS_FOLDER, LAUNCHER, SECONDS_TO_SAVE
 
 SECONDS_TO_END = 10  # for the other processes once one has failed; the reason is then on its way out
 STARTS = 3  # of a generator that dies each time before it is ready
@@ -54,7 +54,7 @@ def run(processes: int, command: list[str], generators: int = 0) -> int:
         try:
             return _wait(workers, helpers)
         finally:
-            _end([helper.process for helper in helpers])
+            _send([helper.process for helper in helpers], signal.SIGKILL)  # they have nothing to save
 
 
 class Generator:
@@ -65,7 +65,11 @@ class Generator:
     """
 
     def __init__(self, number: int, gpu: int, command: list[str], environment: dict[str, str]):
-        own = {GENERATOR: str(number), "CUDA_VISIBLE_DEVICES": _visible(gpu, environment.get("CUDA_VISIBLE_DEVICES"))}
+        own = {
+            GENERATOR: str(number),
+            SECONDS_TO_SAVE: "0",
+            "CUDA_VISIBLE_DEVICES": _visible(gpu, environment.get("CUDA_VISIBLE_DEVICES")),
+        }
         self.number, self.command, self.environment = number, command, environment | own
         self.address = Path(environment[GENERATORS_FOLDER]) / f"{number}.json"
         self.failed_starts = 0

@@ -107,9 +107,13 @@ def _watch(chain: list[psutil.Process], left_behind: list[int], signals: int):
         os._exit(128 + signal.SIGINT)
     _end_after(chain, left_behind)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(float(os.environ.get(SECONDS_TO_SAVE, "8")))
+    seconds = float(os.environ.get(SECONDS_TO_SAVE, "8"))
+    time.sleep(seconds)
     with contextlib.suppress(OSError):  # the launcher may have been what read our output
-        print("error: the launcher is gone, and so is this process before it could save", file=sys.stderr, flush=True)
+        if seconds:
+            print(
+                "error: the launcher is gone, and so is this process before it could save", file=sys.stderr, flush=True
+            )
     os._exit(1)
 
 

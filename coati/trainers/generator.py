@@ -49,7 +49,9 @@ def generate(config: TrainerConfig):
         raise UserError(f"{GENERATOR} is set, but not how generators are found: start them with coati run --generators")
     os.environ |= ALONE | {"LOCAL_RANK": local_rank()}
     runtime = launch(config.seed)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is lost: the next one does the job again
+    # those that train need samples to come to a step's end, and what ends them ends us
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: None)
     with contextlib.redirect_stdout(None):  # the trainer says the same
         service = Service(*sampler_and_weights(config, runtime))
     host, token = os.environ.get(GENERATOR_HOST, LOOPBACK), secrets.token_urlsafe(32)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from coati.tracking import read_metrics
 from examples.stages import free_port
 from tests.conftest import ROOT, as_yaml, settings_for
-from tests.distributed.runs import BIN, wait_for_step
+from tests.distributed.runs import BIN, start, wait_for_step
 from tests.distributed.test_launchers import check_the_end
 from tests.slurm.cluster import cluster, missing
 
@@ -112,6 +112,26 @@ def test_a_requeued_job_ends_with_the_uninterrupted_weights(name, how, uninterru
     log = (tmp_path / "log.txt").read_text()
     assert "SIGTERM received: saved step" in log and "from step" in log
     assert same_weights(uninterrupted, tmp_path)
+
+
+def test_one_node_samples_for_the_other_and_a_requeued_job_ends_with_the_same_bytes(slurm, tiny_world, tmp_path):
+    """That of a run that was not stopped, on one machine."""
+    changes = dict(steps=STEPS // 3, save_every=0, eval_every=0, max_staleness=1, temperature=1.0)
+    settings = settings_for("grpo", tiny_world, **changes)
+    (tmp_path / "config.yaml").write_text(as_yaml(settings))
+    slurm = slurm | dict(COATI_GENERATOR_HOST="127.0.0.1", CONFIG=str(tmp_path / "config.yaml"))
+    command = ["sbatch", "--parsable", "--output", str(tmp_path / "log.txt"), "examples/slurm/train_grpo.sbatch"]
+    job = run(command, slurm | dict(OUTPUT=str(tmp_path / "run")), check=True).stdout.strip()
+    wait_for_step(tmp_path / "run", STEPS // 6, tmp_path, lambda: state(job, slurm) in GOING)
+    run(["scancel", "--signal=TERM", job], slurm, check=True)
+    wait_until_complete(job, tmp_path, slurm)
+    assert "SIGTERM received: saved step" in (tmp_path / "log.txt").read_text()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    settings |= dict(output_dir=str(whole / "run"))
+    process = start("coati", "grpo", settings, whole, processes=1, generators=1)
+    assert process.wait(600) == 0, (whole / "log.txt").read_text()[-3000:]
+    assert same_weights(whole, tmp_path)
 
 
 STATUS = {"killed": 137, "exception": 1, "ctrl-c": 0, "ctrl-c twice": 130, "sigterm": 137, "sigkill": -9}
