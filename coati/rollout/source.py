@@ -68,12 +68,14 @@ class ScoredGeneration:
     Args:
         tokenizer: of the policy.
         ends: tokens that end a response, which are no part of its text.
+        heads: what requests ask for, see `Request`.
     """
 
     plays_episodes = False
 
-    def __init__(self, generator: Generator, scorer: Scorer, tokenizer, ends: Iterable[int]):
+    def __init__(self, generator: Generator, scorer: Scorer, tokenizer, ends: Iterable[int], heads: int = 0):
         self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
+        self.heads = heads
 
     def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> "Scored":
         """One scored sample per prompt.
@@ -89,7 +91,7 @@ class ScoredGeneration:
             begun[i] = self.scorer.begin(samples[i])
 
         started = time.monotonic()
-        requests = [Request(prompt.input_ids, prompt.seed) for prompt in prompts]
+        requests = [Request(prompt.input_ids, prompt.seed, heads=self.heads) for prompt in prompts]
         self.generator.generate(requests, sampling, finish)
         generated = time.monotonic()
         seconds = self.scorer.score(samples, begun)
@@ -107,6 +109,7 @@ class ScoredGeneration:
             tokens=[*prompt.input_ids, *completion.ids],
             response_mask=[False] * asked + [True] * sampled,
             log_probs=[0.0] * asked + completion.log_probs if known else None,
+            heads=completion.heads,
             finish_reason=completion.finish_reason,
             weights_version=version,
         )

@@ -124,7 +124,7 @@ class RolloutTrainer(Trainer):
         c = self.config
         generator, ends = self.factory.generator(self.actor, c.generation), eos_ids(self.tokenizer, self.actor.module)
         if c.environment.path is None:
-            return ScoredGeneration(generator, scorer, self.tokenizer, ends)
+            return ScoredGeneration(generator, scorer, self.tokenizer, ends, c.heads)
         environment = load_environment(c.environment.path)
         renderer, call_format = rendering_of(
             environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments

@@ -30,6 +30,7 @@ OF_SAO |= dict(whiten_advantages=False)
 OF_BPCO = dict(policy_loss="dppo", clip_low=0.001, clip_high=0.001, aggregation="sum", length_adaptive_alpha=0.4)
 OF_BPCO |= dict(critic_lambda=1.0, value_range=[-2.0, 3.0], value_clip=0.5, whiten_advantages=False)
 OF_BPCO |= dict(critic_prompt="thank {prompt}")
+CENTERED = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, bypass=True, score_centering=9)
 WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
@@ -41,6 +42,7 @@ TRAINERS = {
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
     "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
+    "grpo, score centering": ("grpo", "gpt2", COOL | CENTERED),
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
     "distill, a teacher with the response": ("distill", "gpt2", COOL | WITH_RESPONSE),
@@ -133,7 +135,7 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
         _permute(trainer, variation, patch)
         _repad_and_split(trainer, variation, patch)
         for name, engine in trainer.engines.items():
-            _record(name, engine, gradients, patch)
+            record_gradients(name, engine, gradients, patch)
         # as after some updates: ratios are not 1 and some tokens are clipped
         _wrap(patch, "learn", lambda f, *a: (stack.enter_context(moved(trainer)), f(*a))[1])
         metrics = trainer.step(step)
@@ -230,7 +232,7 @@ def nudge(parameters: Iterable[torch.Tensor], size: float = 0.03):
         p += size * torch.randn(p.shape, generator=generator)
 
 
-def _record(name: str, engine, gradients: dict, patch):
+def record_gradients(name: str, engine, gradients: dict, patch):
     step = engine.step
 
     def recording(rate: float, **options) -> float:
