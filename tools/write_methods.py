@@ -87,6 +87,11 @@ METHODS = {
         "`algorithm: {type: distill, teacher: FOLDER, on_policy_share: 0.5, divergence: jsd}`; by default the "
         "student's own responses only, with the reverse KL",
     ),
+    "sdpo": Method(
+        {"2601.20802": "SDPO"},
+        "[equal to a loop, and it learns](distillation.md#what-was-verified)",
+        "`algorithm: {type: sdpo}`, and rewards; for LiveCodeBench the authors' script has `teacher_ema` 0.01",
+    ),
 }
 # Methods that are settings of a command's, as rows.
 VARIANTS = [

@@ -205,11 +205,12 @@ class GRPOTrainer(RolloutTrainer):
             if bound is not None:
                 near = is_near_policy(log_probs, batch.sampling_log_probs, batch.advantages, mask, bound)
             how["weights"] = weights * near
+            old_log_probs = batch.log_probs
             if a.correction.score_centering:
-                _, sampling_heads = collate_heads(batch.heads, mask)
+                old_log_probs, (_, sampling_heads) = batch.sampling_log_probs, collate_heads(batch.heads, mask)
                 bounds = dict(clip_low=a.clip_low, clip_high=a.clip_high)
                 how["centering"] = expected_scores(*heads, sampling_heads, mask, **bounds)
-            loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
+            loss, metrics = policy_loss(log_probs, old_log_probs, batch.advantages, mask, denominator, **how)
             if bound is not None:
                 metrics["off_policy_masked"] = (mask & ~near).sum() / denominator
             if a.correction.score_centering:

@@ -41,7 +41,7 @@ ALGORITHMS = {
 }
 
 
-CENTERED = dict(policy_loss="cispo", clip_low=0.0, clip_high=0.0, bypass=True, score_centering=9)
+CENTERED = dict(policy_loss="cispo", clip_low=0.0, clip_high=0.0, score_centering=9)
 
 
 def make(world, runtime, output, /, **changes) -> GRPOTrainer:
@@ -401,8 +401,8 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(cap=0.5), "cap"),
         (dict(bypass=True, weights="token"), "leave out weights and reject, or bypass"),
         (dict(bypass=True, reject="geometric"), "leave out weights and reject, or bypass"),
-        (dict(policy_loss="cispo", score_centering=9), "give bypass too"),
-        (dict(bypass=True, score_centering=9), "give policy_loss cispo"),
+        (CENTERED | dict(weights="token"), "leave out weights and reject"),
+        (dict(score_centering=9), "give policy_loss cispo"),
         (CENTERED | dict(mask_truncated=True), "leave out mask_truncated"),
         (CENTERED | dict(top_p=0.9), "leave out top_k, top_p"),
         (CENTERED | dict(min_new_tokens=2), "and min_new_tokens"),

@@ -60,8 +60,8 @@ class Correction(Settings):
                 "bypass takes the sampler's log-probs for the trainer's, so there is no ratio of them: "
                 "leave out weights and reject, or bypass"
             )
-        if self.score_centering and not self.bypass:
-            yield "score_centering needs the policy's ratio to the sampler: give bypass too"
+        if self.score_centering and self.recomputes:
+            yield "score_centering has weights of its own, for all tokens: leave out weights and reject"
 
 
 @settings
