@@ -96,6 +96,13 @@ METHODS = {
 # Methods that are settings of a command's, as rows.
 VARIANTS = [
     (
+        "[Score centering](https://arxiv.org/abs/2609.20807)",
+        "`algorithm: {type: cispo, clip_low: 0, clip_high: 0, correction: {score_centering: 128}}`",
+        "What a policy learns from rewards alone where another distribution has sampled",
+        "`expected_scores`, `policy_loss` (cispo)",
+        "[sums over a vocabulary](grpo.md#3-correction-of-the-rollouts), [theory](grpo.md#what-theory-says)",
+    ),
+    (
         "[DFT](https://arxiv.org/abs/2508.05629)",
         "`loss: dft`, for SFT",
         "SFT with each token weighted by its probability",

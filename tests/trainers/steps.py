@@ -46,7 +46,7 @@ TRAINERS = {
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
     "distill, a teacher with the response": ("distill", "gpt2", COOL | WITH_RESPONSE),
-    "sdpo": ("sdpo", "gpt2", dict(temperature=0.5, group_size=2, skip_tokens=1)),
+    "sdpo": ("sdpo", "gpt2", dict(temperature=0.5, group_size=2, skip_tokens=1, teacher_ema=0.0)),
     "distill, several teachers": ("distill", "llama", dict(on_policy_share=0.0, teacher_column="domain")),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0) | OF_BPCO),
 }
