@@ -15,6 +15,7 @@ TO_REPLACE = {"model.path": "MODEL_FOLDER", "data.train_data": ["train.jsonl"], 
 TEACHER = {"algorithm.teacher": "TEACHER_FOLDER"}
 ENVIRONMENT = {"environment.path": "FILE.py:CLASS"}  # of methods that have no other use
 REWARDS = {"ppo": [{"type": "model", "path": "REWARD_MODEL_FOLDER"}], "grpo": [{"type": "gsm8k"}]}
+REWARDS["sdpo"] = REWARDS["grpo"]
 
 
 def initial_settings(method: str) -> str:
@@ -25,12 +26,12 @@ def initial_settings(method: str) -> str:
     command = COMMANDS[method]
     config_class = ALGORITHMS[command.algorithm].config
     chosen: dict[str, Any] = {**TO_REPLACE, **for_hardware(gpus)}
-    if command.algorithm == "distill":
+    if method == "distill":
         chosen |= TEACHER
     if method == "echo":
         chosen |= ENVIRONMENT
-    elif command.algorithm in REWARDS:
-        chosen["rewards"] = REWARDS[command.algorithm]
+    elif (rewards := REWARDS.get(method, REWARDS.get(command.algorithm))) is not None:
+        chosen["rewards"] = rewards
     if command.defaults:
         chosen["algorithm.type"] = method
     start = f"coati {method}" if gpus < 2 else f"coati run --nproc_per_node {gpus} {method}"

@@ -31,6 +31,8 @@ class Sample:
         response_mask: True on the tokens that the policy sampled (EOS included), which may be in several parts.
         log_probs: of the sampled tokens, at the sampling temperature and before top-k and the like; 0 elsewhere. None
             where the generator gives none (beam search).
+        heads: for each of the sampled tokens, the ids and the log-probs of those that were most likely there, two
+            arrays `[heads]`; empty where they were not asked for.
         finish_reason: "eos", "stop" (a stop text or id) or "length"; of an episode "done", "length" (of its tokens, or
             of a response), "turns" (no more are allowed) or "failed" (its environment has).
         weights_version: the iteration whose weights sampled it.
@@ -50,6 +52,7 @@ class Sample:
     log_probs: list[float] | None
     finish_reason: str
     weights_version: int = 0
+    heads: list[tuple[Any, Any]] = field(default_factory=list)
     rewards: dict[str, float | None] = field(default_factory=dict)
     failed: dict[str, bool] = field(default_factory=dict)
     score: float = 0.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,8 @@ class Download:
         self.event = torch.get_device_module(device).Event()
         self.event.record()
 
-    def lists(self) -> list[list]:
+    def arrays(self) -> list[np.ndarray]:
         """The values, once they have arrived."""
         if self.event is not None:
             self.event.synchronize()
-        return [copy.tolist() for copy in self.copies]
+        return [copy.numpy() for copy in self.copies]

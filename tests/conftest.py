@@ -128,9 +128,9 @@ def reward_model(path, **settings) -> dict:
 
 
 def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
-    """Settings of a tiny run of an algorithm, as keywords of its config class."""
+    """Settings of a tiny run of an algorithm, or of `sdpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}
-    data = (data | {"distill": "sft"})[algorithm]
+    data = (data | {"distill": "sft", "sdpo": "prompts"})[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -159,6 +159,10 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None, max_prompt_length=96)
     if algorithm == "distill":  # of half of the rows the student's own responses
         settings |= dict(teacher=world["teacher"], on_policy_share=0.5, divergence="jsd", max_prompt_length=96)
+        settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
+    if algorithm == "sdpo":  # about half of the responses earn enough
+        settings |= dict(algorithm="sdpo", group_size=4, rewards=functions(world["rewards"] + ":odd"))
+        settings |= dict(teacher_prompt="never {prompt} lamp {success} thank", max_length=128, max_prompt_length=96)
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
     return settings | changes
 
@@ -198,10 +202,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 
         return GRPOConfig, GRPOTrainer
-    if algorithm == "distill":
-        from coati.trainers.distill import DistillConfig, DistillTrainer
+    if algorithm in ("distill", "sdpo"):
+        from coati.trainers.distill import DistillConfig, distill_trainer
 
-        return DistillConfig, DistillTrainer
+        return DistillConfig, distill_trainer
     from coati.trainers.ppo import PPOConfig, PPOTrainer
 
     return PPOConfig, PPOTrainer

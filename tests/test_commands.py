@@ -35,7 +35,8 @@ def filled_in(method: str, world: dict[str, str]) -> dict:
     from coati.initial import initial_settings
 
     config_class = ALGORITHMS[COMMANDS[method].algorithm].config
-    tiny = settings_for(COMMANDS[method].algorithm, world, model=world["policy"], steps=1, output_dir="run")
+    algorithm = "sdpo" if method == "sdpo" else COMMANDS[method].algorithm
+    tiny = settings_for(algorithm, world, model=world["policy"], steps=1, output_dir="run")
     return merge(config_class, yaml.safe_load(initial_settings(method)), nested(config_class, tiny))
 
 

@@ -169,7 +169,7 @@ SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
     "preference": {},
     "ppo": ROLLOUTS,
     "grpo": ROLLOUTS | dict(group_size=2),
-    "distill": dict(teacher="teacher", max_prompt_length=8, max_new_tokens=4),
+    "distill": ROLLOUTS | dict(teacher="teacher"),
 }
 MORE = {
     "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],

@@ -38,6 +38,7 @@ REFERENCE: dict[str, list[str]] = {
         "ppo.PPOTrainer",
         "grpo.GRPOTrainer",
         "distill.DistillTrainer",
+        "sdpo.SDPOTrainer",
         "supervised.SupervisedTrainer",
         "rollouts.RolloutTrainer",
         "trainer.Trainer",

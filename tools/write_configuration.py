@@ -64,6 +64,9 @@ def page() -> str:
         config.GRPOConfig
     )
     text += table("Distillation", config.Distillation, level=3)
+    own = ["group_size", "success_reward"]
+    text += table("SDPO", config.SDPO, own, level=3, note="It has distillation's settings too.")
+    text += "\nWith other defaults than distillation:\n\n" + presets(config.DistillConfig)
     text += "\n## rewards\n\nA list; each entry is a type, or a mapping with a type and its settings.\n"
     text += table("Every entry", RewardSettings, level=3)
     for kind in entry_classes(config.RolloutConfig.__pydantic_fields__["rewards"].annotation):
@@ -116,7 +119,9 @@ def presets(config_class) -> str:
         own = {
             name: default(field)
             for name, field in kind.__pydantic_fields__.items()
-            if name != "type" and field.default != first.__pydantic_fields__[name].default
+            if name in first.__pydantic_fields__
+            and name != "type"
+            and field.default != first.__pydantic_fields__[name].default
         }
         lines += f"| `{types_of(kind)[0]}` | {', '.join(f'`{name}` {value}' for name, value in own.items())} |\n"
     return f"| Type | Defaults |\n|---|---|\n{lines}"
@@ -153,7 +158,8 @@ def default(field) -> str:
     if value is None or value == []:
         return "none"
     words = value if isinstance(value, list) else [value]
-    return " ".join(f"`{str(word).lower() if isinstance(word, bool) else word}`" for word in words)
+    texts = [str(word).lower() if isinstance(word, bool) else str(word).replace("\n", "\\n") for word in words]
+    return " ".join(f"`{text}`" for text in texts)
 
 
 def about(field) -> str:

@@ -87,9 +87,21 @@ METHODS = {
         "`algorithm: {type: distill, teacher: FOLDER, on_policy_share: 0.5, divergence: jsd}`; by default the "
         "student's own responses only, with the reverse KL",
     ),
+    "sdpo": Method(
+        {"2601.20802": "SDPO"},
+        "[equal to a loop, and it learns](distillation.md#what-was-verified)",
+        "`algorithm: {type: sdpo}`, and rewards; for LiveCodeBench the authors' script has `teacher_ema` 0.01",
+    ),
 }
 # Methods that are settings of a command's, as rows.
 VARIANTS = [
+    (
+        "[Score centering](https://arxiv.org/abs/2609.20807)",
+        "`algorithm: {type: cispo, clip_low: 0, clip_high: 0, correction: {score_centering: 128}}`",
+        "What a policy learns from rewards alone where another distribution has sampled",
+        "`expected_scores`, `policy_loss` (cispo)",
+        "[sums over a vocabulary](grpo.md#3-correction-of-the-rollouts), [theory](grpo.md#what-theory-says)",
+    ),
     (
         "[DFT](https://arxiv.org/abs/2508.05629)",
         "`loss: dft`, for SFT",

@@ -32,6 +32,12 @@ class GenerationConfig(Settings):
     )
     vllm_cache: float | None = option(None, "vLLM's KV-cache memory, GiB per process: 8 on a GPU, 1 on a CPU", gt=0)
 
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution at the temperature."""
+        changed = self.repetition_penalty != 1 or self.min_new_tokens > 0
+        return not (self.top_k or self.top_p < 1 or self.min_p or changed)
+
     def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_beams == 1 and (self.top_k or self.top_p < 1 or self.min_p):
             yield "temperature 0 is greedy: leave out top_k, top_p and min_p, or raise the temperature"

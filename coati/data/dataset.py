@@ -226,8 +226,8 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
 
 def _features():
     """One table format for every kind: a list of token sequences (two for a pair, and for a prompt that a teacher reads
-    in another way), and what a kind adds. The margin of
-    an unpaired response is 1 if it is good, else 0."""
+    in another way; three if it has a place for a response), and what a kind adds. The margin of an unpaired response is
+    1 if it is good, else 0."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
@@ -240,7 +240,7 @@ def _features():
 def _to_row(sample: TokenizedSample) -> dict[str, Any]:
     if isinstance(sample, PromptSample):
         columns = json.dumps(sample.columns, default=str)
-        prompts = [sample.input_ids] if sample.teacher_ids is None else [sample.input_ids, sample.teacher_ids]
+        prompts = [ids for ids in (sample.input_ids, sample.teacher_ids, sample.teacher_rest) if ids is not None]
         return {"input_ids": prompts, "loss_masks": [], "text": sample.text, "columns": columns}
     margin: float | None = None
     if isinstance(sample, PreferenceSample):

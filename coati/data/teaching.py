@@ -9,6 +9,8 @@ from typing import Any
 from coati.data.messages import Messages, read_turns
 from coati.data.records import LAST_RESPONSE, PromptRecord, Record
 
+PLACE = "\ue000success\ue000"  # in a text, where a successful response will stand: characters for private use
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -19,12 +21,14 @@ class Teaching:
             it reads what the student does.
         column: the field that names a row's teacher, of `names`; None where all rows have the same.
         setting: what `prompt` is called where it is set.
+        has_place: `{success}` in `prompt` is no field, but a place for a response that is sampled later.
     """
 
     prompt: str | None = None
     column: str | None = None
     names: tuple[str, ...] = ()
     setting: str = "teacher_prompt"
+    has_place: bool = False
 
     def teacher_of(self, row: Any) -> str | None:
         """The name of a row's teacher.
@@ -50,7 +54,8 @@ class Teaching:
             return replace(record, unused=unused)
         if "response" in fields_of(self.prompt, self.setting):
             unused = tuple(part for part in unused if part != LAST_RESPONSE)
-        return replace(record, teacher_prompt=filled_prompt(self.prompt, record, self.setting), unused=unused)
+        later = {"success": PLACE} if self.has_place else {}
+        return replace(record, teacher_prompt=filled_prompt(self.prompt, record, self.setting, later), unused=unused)
 
 
 def fields_of(template: str, setting: str = "teacher_prompt") -> list[str]:
@@ -75,13 +80,16 @@ def fields_of(template: str, setting: str = "teacher_prompt") -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def filled_prompt(template: str, record: PromptRecord, setting: str = "teacher_prompt") -> Messages:
+def filled_prompt(
+    template: str, record: PromptRecord, setting: str = "teacher_prompt", later: dict[str, str] | None = None
+) -> Messages:
     """The record's prompt with another last message: `template`, with the values of the row's fields. `{prompt}` is the
-    text of the last message itself, `{response}` the row's response, unless it has a field of that name."""
+    text of the last message itself, `{response}` the row's response, unless it has a field of that name; `later` has
+    values that go before all fields."""
     last = record.prompt[-1]
     if last["role"] != "user":
         raise ValueError(f"the prompt ends with a tool's message, and {setting} replaces the user's")
-    values = {"response": record.response} | record.columns | {"prompt": last["content"]}
+    values = {"response": record.response} | record.columns | {"prompt": last["content"]} | (later or {})
     texts = {name: _text(values.get(name), name, setting) for name in fields_of(template, setting)}
     text = template.format_map(texts)
     if not text.strip():

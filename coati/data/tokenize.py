@@ -8,7 +8,7 @@ tokens are those of the whole dialogue, and nothing that a user writes can move 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
 from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, UnpairedRecord
+from coati.data.teaching import PLACE
 from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
 
 
@@ -65,16 +66,18 @@ class UnpairedSample:
 @dataclass(frozen=True)
 class PromptSample:
     """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields. Of a row for an
-    environment the fields alone. `teacher_ids` is the prompt as a teacher reads it, where that differs."""
+    environment the fields alone. `teacher_ids` is the prompt as a teacher reads it, where that differs; if that has a
+    place for a response that is sampled later, up to there, and `teacher_rest` is what comes after it."""
 
     input_ids: list[int]
     text: str
     columns: dict[str, Any]
     teacher_ids: list[int] | None = None
+    teacher_rest: list[int] | None = None
 
     def __len__(self) -> int:
         """Of the longer prompt."""
-        return max(len(self.input_ids), len(self.teacher_ids or ()))
+        return max(len(self.input_ids), len(self.teacher_ids or ()) + len(self.teacher_rest or ()))
 
 
 TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
@@ -162,8 +165,10 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
     template = ChatTemplate(tokenizer, record.tools, config.template_arguments)
     try:
         if isinstance(record, PromptRecord):
-            prompts = [record.prompt] if record.teacher_prompt is None else [record.prompt, record.teacher_prompt]
-            return [_rendered_prompt(template, prompt) for prompt in prompts]
+            own = _rendered_prompt(template, record.prompt)
+            if record.teacher_prompt is None:
+                return [own]
+            return [own, *_around_place(_rendered_prompt(template, record.teacher_prompt))]
         if isinstance(record, SFTRecord):
             first = record.start if config.train_on == "all" else len(record.messages) - 1
             return [_with_responses(template, record.messages, first, record.start)]
@@ -183,6 +188,14 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
 def _rendered_prompt(template: ChatTemplate, messages: Messages) -> _Rendered:
     text = template.render(messages, add_generation_prompt=True)
     return _Rendered(text, [], left_out(template, messages, text, is_prompt=True))
+
+
+def _around_place(prompt: _Rendered) -> list[_Rendered]:
+    """The texts before and after the place of a response; the whole text where there is none."""
+    texts = prompt.text.split(PLACE)
+    if len(texts) > 2:
+        raise ValueError("the teacher's prompt has the place of a response more than once")
+    return [replace(prompt, text=text) for text in texts]
 
 
 def _with_responses(template: ChatTemplate, messages: Messages, first: int, start: int = 0) -> _Rendered:
@@ -313,23 +326,27 @@ def mismatched_sequence(
 
 def _prompt_sample(record: PromptRecord, pieces: list[_Encoded], tokenizer, config: DataConfig) -> PromptSample:
     ids, text = _fit_prompt(pieces[0], "prompt", "max_prompt_length", tokenizer, config)
-    teacher_ids = None
-    if len(pieces) > 1:
-        teacher_ids, _ = _fit_prompt(pieces[1], "teacher's prompt", "max_length", tokenizer, config)
-    return PromptSample(ids, text, record.columns, teacher_ids)
+    if len(pieces) == 1:
+        return PromptSample(ids, text, record.columns)
+    rest = pieces[2].input_ids if len(pieces) == 3 else None
+    taken = len(rest or ())
+    teacher_ids, _ = _fit_prompt(pieces[1], "teacher's prompt", "max_length", tokenizer, config, taken)
+    return PromptSample(ids, text, record.columns, teacher_ids, rest)
 
 
-def _fit_prompt(piece: _Encoded, what: str, setting: str, tokenizer, config: DataConfig) -> tuple[list[int], str]:
-    """Ids and text of a prompt within the length that a setting allows."""
-    limit = getattr(config, setting)
+def _fit_prompt(
+    piece: _Encoded, what: str, setting: str, tokenizer, config: DataConfig, taken: int = 0
+) -> tuple[list[int], str]:
+    """Ids and text of a prompt within the length that a setting allows, less the tokens that are `taken` of it."""
+    limit = getattr(config, setting) - taken
     surplus = len(piece.input_ids) - limit
     if surplus <= 0:
         return piece.input_ids, piece.text
     if config.too_long == "drop":
-        raise TooLong(f"the {what} is longer than --{setting} {limit} tokens")
+        raise TooLong(f"the {what} is longer than --{setting} {limit + taken} tokens")
     kept = _bos_length(piece.input_ids, tokenizer)
-    if kept == limit:
-        raise TooLong(f"--{setting} {limit} leaves no room for a prompt")
+    if kept >= limit:
+        raise TooLong(f"--{setting} {limit + taken} leaves no room for a prompt")
     text = piece.text[: piece.offsets[kept - 1][1] if kept else 0] + piece.text[piece.offsets[kept + surplus][0] :]
     return piece.input_ids[:kept] + piece.input_ids[kept + surplus :], text
 

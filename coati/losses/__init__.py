@@ -25,6 +25,7 @@ Examples:
 """
 
 from coati.losses.advantages import gae, length_adaptive_lambda, masked_sums, moments, returns_to_go, whiten
+from coati.losses.centering import expected_scores
 from coati.losses.correction import (
     importance_weights,
     is_accepted,
@@ -58,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "decoupled_advantages",
     "distillation_loss",
+    "expected_scores",
     "gae",
     "group_advantages",
     "importance_weights",

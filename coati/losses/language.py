@@ -122,9 +122,9 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def align(x: Tensor) -> Tensor:
-    """Shifts predictions of the next token to the tokens themselves: `[batch, seq]`, column 0 is 0, and the last
+    """Shifts predictions of the next token to the tokens themselves: `[batch, seq, ...]`, column 0 is 0, and the last
     position's prediction is dropped."""
-    return torch.nn.functional.pad(x[:, :-1], (1, 0))
+    return torch.nn.functional.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))
 
 
 def token_log_probs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:

@@ -25,6 +25,7 @@ def policy_loss(
     powers: tuple[float, float] = (2.0, 3.0),
     decays: tuple[float, float] = (3.0, 2.0),
     weights: Tensor | None = None,
+    centering: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """A surrogate objective of the response tokens, negated. With the ratio r of a token's probability to its old one,
     and clip(r) = r within [1 - clip_low, 1 + clip_high]:
@@ -52,6 +53,8 @@ def policy_loss(
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; of dppo, differences of probability.
         dual_clip: c > 1 bounds the objective at c * advantage for negative advantages (Ye et al., 1912.09729, eq. 5).
         weights: `[batch, seq]`, of the tokens in the loss, see `aggregation_weights`; None for 1 each.
+        centering: `[batch, seq]`, A times it is taken off a token's objective: for cispo, `expected_scores` with its
+            bounds.
 
     Metrics: loss, clip_fraction (tokens whose clipped branch is the active one; cispo: whose ratio is clipped; dppo and
     dis: outside of the trust region), ratio (mean), approximate_kl (k3 of old against new).
@@ -94,6 +97,7 @@ def policy_loss(
             objective, is_clipped = unclipped, torch.zeros_like(mask)
         case _:
             raise ValueError(f"unknown policy loss {kind!r}: choose clip, gspo, cispo, sapo, dppo, vespo, dis or none")
+    objective = objective if centering is None else objective - advantages * masked(centering, mask)
     objective = objective if weights is None else objective * masked(weights, mask)
     loss = -masked(objective, mask).sum() / denominator
     metrics = {

@@ -1,6 +1,6 @@
 """The policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import ProjectedLogProbs, align
+from coati.losses.language import ProjectedLogProbs, align, at_temperature
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
 from coati.models.packed import PackedGroups
@@ -27,6 +27,7 @@ class LogitOutputs:
     temperature: float
     entropy: bool | Literal["trained"]
     log_partition: bool
+    heads: bool
 
 
 class Actor(BaseModel):
@@ -50,6 +51,7 @@ class Actor(BaseModel):
         temperature: float = 1.0,
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
+        head_ids: Tensor | None = None,
         adapter: bool = True,
         shared_prefix_group: int = 1,
         right_padded: bool = False,
@@ -65,12 +67,14 @@ class Actor(BaseModel):
             temperature: of the distribution whose log-probs are wanted.
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
+            head_ids: `[batch, seq, heads]` int64, tokens that could have stood at each place: return, last, their
+                log-probs there, float32 of that shape. For unsharded models only.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
             shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and their shared prefix is read
                 once, see `PackedGroups`. For unsharded models only.
             right_padded: padding stands on the right only, see `run`.
         """
-        wanted = LogitOutputs(temperature, with_entropy, with_log_partition)
+        wanted = LogitOutputs(temperature, with_entropy, with_log_partition, head_ids is not None)
         packed = None
         inputs = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, right_padded=right_padded
@@ -84,11 +88,11 @@ class Actor(BaseModel):
                 if packed:
                     hidden = packed.unpack(hidden)
                 if self._head_is_last:
-                    return self._target_log_probs(hidden, input_ids, targets, wanted)
+                    return self._target_log_probs(hidden, input_ids, targets, wanted, head_ids)
             logits = self.run(**inputs).logits
         if packed:
             logits = packed.unpack(logits)
-        next_ids = self.layout.split(input_ids.roll(-1, dims=1))
+        next_ids = [self.layout.split(ids.roll(-1, dims=1)) for ids in (input_ids, head_ids) if ids is not None]
         outputs = _outputs_of_logits(self.layout, logits, next_ids, wanted)
         outputs = tuple(self._aligned(output, input_ids) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
@@ -151,19 +155,22 @@ class Actor(BaseModel):
             rows = columns = targets.new_zeros(1, dtype=torch.long)
         return rows, columns
 
-    def _target_log_probs(self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: LogitOutputs):
+    def _target_log_probs(
+        self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: LogitOutputs, head_ids: Tensor | None
+    ):
         """Log-probs (and more, see `_outputs_of_logits`) of the targets from the states that predict them, `MAX_LOGITS`
         logits at a time but those of `ROWS` tokens at least; the backward pass recomputes the logits."""
         head, places = self.transformer.get_output_embeddings(), self.target_indices(targets)
-        next_ids = self.layout.split(input_ids.roll(-1, dims=1))
-        states, ids = hidden[places], next_ids[places]
+        states = hidden[places]
+        ids, *heads = [self.layout.split(x.roll(-1, dims=1))[places] for x in (input_ids, head_ids) if x is not None]
 
-        def measure(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        def measure(states: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
             return _outputs_of_logits(self.layout, self.layout.logits(head, states), ids, wanted)
 
         length = self._rows_of_logits(hidden.device)
         recomputes = len(ids) > length and torch.is_grad_enabled()
-        if recomputes and is_plain(head) and wanted.entropy != "trained" and not wanted.log_partition:
+        simple = wanted.entropy != "trained" and not wanted.log_partition and not wanted.heads
+        if recomputes and is_plain(head) and simple:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
             weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
             found = ProjectedLogProbs.apply(
@@ -171,11 +178,11 @@ class Actor(BaseModel):
             )
         else:
             parts = []
-            for chunk, chunk_ids in zip(states.split(length), ids.split(length), strict=True):
+            for chunk in zip(*(x.split(length) for x in (states, ids, *heads)), strict=True):
                 if recomputes:
-                    parts.append(checkpoint(measure, chunk, chunk_ids, use_reentrant=False))
+                    parts.append(checkpoint(measure, *chunk, use_reentrant=False))
                 else:
-                    parts.append(measure(chunk, chunk_ids))
+                    parts.append(measure(*chunk))
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
         outputs = tuple(self._at_targets(values, places, input_ids, targets) for values in found)
         return outputs if len(outputs) > 1 else outputs[0]
@@ -186,13 +193,15 @@ class Actor(BaseModel):
         return max(max_logits // (models * self.config.get_text_config().vocab_size), ROWS)
 
     def _at_targets(self, values: Tensor, places: tuple[Tensor, Tensor], input_ids: Tensor, targets: Tensor) -> Tensor:
-        """`[batch, seq]` from the values `[tokens]` of the positions (`target_indices`) that predict targets."""
-        shape = self.layout.split(input_ids).shape
-        predictions = torch.zeros(shape, dtype=values.dtype, device=values.device)
-        return self._aligned(predictions.index_put(places, values), input_ids) * targets
+        """`[batch, seq, ...]` from the values `[tokens, ...]` of the positions that predict targets, see
+        `target_indices`."""
+        shape, rest = self.layout.split(input_ids).shape, values.shape[1:]
+        predictions = torch.zeros(*shape, *rest, dtype=values.dtype, device=values.device)
+        aligned = self._aligned(predictions.index_put(places, values), input_ids)
+        return aligned * targets.reshape(*targets.shape, *(1 for _ in rest))
 
     def _aligned(self, predictions: Tensor, input_ids: Tensor) -> Tensor:
-        """`[batch, seq]`, aligned with the tokens, from what this process's positions predict."""
+        """`[batch, seq, ...]`, aligned with the tokens, from what this process's positions predict."""
         return align(self.layout.gather(predictions)[:, : input_ids.shape[1]])
 
     def next_logits(
@@ -273,12 +282,22 @@ def is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 
-def _outputs_of_logits(layout: Layout, logits: Tensor, next_ids: Tensor, wanted: LogitOutputs) -> tuple[Tensor, ...]:
-    """From logits `[..., vocab]` the log-probs of the next tokens, entropies and log-partitions, each `[...]`."""
-    outputs = [layout.log_probs(logits, next_ids, wanted.temperature)]
+def _outputs_of_logits(
+    layout: Layout, logits: Tensor, next_ids: Sequence[Tensor], wanted: LogitOutputs
+) -> tuple[Tensor, ...]:
+    """From logits `[..., vocab]` the log-probs of the next tokens, entropies and log-partitions, each `[...]`, and the
+    log-probs of heads, `[..., heads]`.
+
+    Args:
+        next_ids: the tokens, and where wanted the heads.
+    """
+    ids, *heads = next_ids
+    outputs = [layout.log_probs(logits, ids, wanted.temperature)]
     if wanted.entropy:
         with torch.set_grad_enabled(wanted.entropy == "trained" and torch.is_grad_enabled()):
             outputs.append(layout.entropy(logits, wanted.temperature))
     if wanted.log_partition:
         outputs.append(layout.log_partition(logits, wanted.temperature))
+    if wanted.heads:
+        outputs.append(at_temperature(logits, wanted.temperature).log_softmax(-1).gather(-1, heads[0]))
     return tuple(outputs)

@@ -103,7 +103,9 @@ class LongestRows:
     def __getitem__(self, row: int):
         ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
         if self.kind == "prompt":
-            return PromptSample(ids, "", {}, None if self.teacher_length is None else [3] * self.teacher_length)
+            if self.teacher_length is None:
+                return PromptSample(ids, "", {})
+            return PromptSample(ids, "", {}, [3] * self.teacher_length, [] if self.teaching.has_place else None)
         first = min(1, self.length - 1) if self.learned else self.length - 1
         targets = [place >= first for place in range(self.length)]
         sequence = TokenSequence(ids, targets)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from coati.models.base import load_transformer
@@ -42,6 +43,10 @@ class PlannedGenerator:
             self.run_engine(requests, sampling)
         limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
         completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
+        for request, completion in zip(requests, completions, strict=True):
+            if request.heads:
+                head = (np.arange(request.heads, dtype=np.int32), np.zeros(request.heads, dtype=np.float32))
+                completion.heads = [head] * len(completion.ids)
         return notify_done(completions, on_done)
 
     def start_vllm(self, sampling: GenerationConfig):

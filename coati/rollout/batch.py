@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from coati.data import TokenSequence
 from coati.samples import Sample
 from coati.transfer import to_device, upload
 
+Heads = list[tuple[np.ndarray, np.ndarray]]
 Batch = TypeVar("Batch", "RolloutBatch", "Experience")
 
 
@@ -32,6 +34,7 @@ class RolloutBatch:
         scores: float32 `[batch]`, the rewards of whole responses.
         temperature: of the distribution that was sampled from; all log-probs are of it.
         critic_rows: the responses after the critic's own prompts; None where it reads what the policy does.
+        heads: of each sample, see there; None where they were not asked for.
     """
 
     samples: list[Sample]
@@ -45,6 +48,7 @@ class RolloutBatch:
     scores: Tensor
     temperature: float
     critic_rows: list[TokenSequence] | None = None
+    heads: list[Heads] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,6 +92,7 @@ class RolloutBatch:
             finished=upload([not sample.truncated for sample in samples], device, torch.bool),
             scores=upload([sample.score for sample in samples], device, torch.float32),
             temperature=temperature,
+            heads=[sample.heads for sample in samples] if any(sample.heads for sample in samples) else None,
         )
 
 
@@ -106,7 +111,7 @@ class Experience:
         advantages: of the policy's loss.
         values, returns: the critic's estimate before each token, and its targets; None without a critic.
         observed: bool `[batch, seq]`, tokens of the environment that are learned too; None for none.
-        critic_rows: as `RolloutBatch` has them.
+        critic_rows, heads: as `RolloutBatch` has them.
     """
 
     input_ids: Tensor
@@ -122,6 +127,7 @@ class Experience:
     returns: Tensor | None = None
     observed: Tensor | None = None
     critic_rows: list[TokenSequence] | None = None
+    heads: list[Heads] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -159,7 +165,25 @@ class Experience:
             values=values,
             returns=returns,
             critic_rows=batch.critic_rows,
+            heads=batch.heads,
         )
+
+
+def collate_heads(heads: Sequence[Heads], sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs of the tokens that were most likely where each token was sampled, int64 and float32
+    `[batch, seq, heads]`, on the device of `sampled`; 0 elsewhere.
+
+    Args:
+        heads: of each row's sampled tokens, see `Sample`.
+        sampled: bool `[batch, seq]`, where these are.
+    """
+    tokens = [token for row in heads for token in row]
+    ids, log_probs = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
+    of_ids = torch.zeros(*sampled.shape, ids.shape[1], dtype=torch.long, device=sampled.device)
+    of_log_probs = torch.zeros(*sampled.shape, ids.shape[1], device=sampled.device)
+    of_ids[sampled] = to_device(ids.long(), sampled.device)
+    of_log_probs[sampled] = to_device(log_probs, sampled.device)
+    return of_ids, of_log_probs
 
 
 def select_rows(batch: Batch, index: Sequence[int]) -> Batch:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from coati.config.generation import GenerationConfig
 
 
@@ -17,12 +19,15 @@ class Request:
         max_new_tokens: its longest response, if not that of the configuration.
         states: of a completion that the prompt goes on from, see `Completion`: its part of the prompt is not read
             again. For the weights that it was sampled with.
+        heads: of how many of the most likely tokens the log-probs are wanted too, wherever one is sampled; the same for
+            all requests of a call. By coati's engine only.
     """
 
     prompt: Sequence[int]
     seed: int | Sequence[int] = 0
     max_new_tokens: int | None = None
     states: Any = None
+    heads: int = 0
 
 
 @dataclass
@@ -34,12 +39,15 @@ class Completion:
         log_probs: of those tokens by the model at the sampling temperature (before top-k and the like); None after
             beam search.
         finish_reason: "eos", "stop" (a stop string or id) or "length".
+        heads: for each of these tokens, the ids and the log-probs of those that were most likely there, two arrays
+            `[heads]`; empty where the request has no heads.
         states: keys and values of the prompt and the response, if they were to be kept and the generator could; opaque.
     """
 
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] | None = field(default_factory=list)
     finish_reason: str = ""
+    heads: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     states: Any = None
 
 

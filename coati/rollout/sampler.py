@@ -66,12 +66,13 @@ class ResponseSampler:
     Args:
         tokenizer: of the policy.
         ends: tokens that end a response, which are no part of its text.
+        heads: what requests ask for, see `Request`.
     """
 
     plays_episodes = False
 
-    def __init__(self, generator: Generator, tokenizer, ends: Iterable[int]):
-        self.generator, self.tokenizer, self.ends = generator, tokenizer, list(ends)
+    def __init__(self, generator: Generator, tokenizer, ends: Iterable[int], heads: int = 0):
+        self.generator, self.tokenizer, self.ends, self.heads = generator, tokenizer, list(ends), heads
 
     def sample(
         self,
@@ -88,7 +89,8 @@ class ResponseSampler:
             if on_sample is not None:
                 on_sample(i, samples[i])
 
-        self.generator.generate([Request(prompt.input_ids, prompt.seed) for prompt in prompts], sampling, finish)
+        requests = [Request(prompt.input_ids, prompt.seed, heads=self.heads) for prompt in prompts]
+        self.generator.generate(requests, sampling, finish)
         return samples
 
     def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
@@ -102,6 +104,7 @@ class ResponseSampler:
             tokens=[*prompt.input_ids, *completion.ids],
             response_mask=[False] * asked + [True] * sampled,
             log_probs=[0.0] * asked + completion.log_probs if known else None,
+            heads=completion.heads,
             finish_reason=completion.finish_reason,
             weights_version=version,
         )

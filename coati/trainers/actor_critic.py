@@ -61,6 +61,26 @@ class PolicyAndCritic(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class CriticReading:
+    """A micro-batch as a critic of its own reads it.
+
+    Attributes:
+        batch: as the policy reads it.
+        rows: the responses after the critic's own prompts; None where it reads what the policy does.
+    """
+
+    batch: RolloutBatch | Experience
+    rows: SFTBatch | None
+
+    @classmethod
+    def of(cls, batch: RolloutBatch | Experience) -> "CriticReading":
+        if batch.critic_rows is None:
+            return cls(batch, None)
+        rows = collate_sft(batch.critic_rows, 0)  # what padding holds is masked
+        return cls(batch, rows.to(batch.input_ids.device))
+
+
 class TwoModels:
     """An `Actor` and a `Critic`."""
 
@@ -70,16 +90,19 @@ class TwoModels:
     def evaluate(self, batch, parts, k):
         """See `PolicyAndCritic`."""
         log_probs, rollout_kl = self.policy.log_probs(batch, parts, k)
-        micro_batches = [batch.rows(part) for part in parts]
-        outputs = self.critic.forward_all([self.critic_inputs(micro) for micro in micro_batches])
-        values = [self.values(*pair) for pair in zip(outputs, micro_batches, strict=True)]
+        readings = [CriticReading.of(batch.rows(part)) for part in parts]
+        outputs = self.critic.forward_all([self.critic_inputs(reading) for reading in readings])
+        values = [self.values(*pair) for pair in zip(outputs, readings, strict=True)]
         return Evaluation(log_probs, in_batch_order(parts, values, batch.input_ids.shape), rollout_kl)
 
     def update(self, micro_batches, texts, k, rates):
         """See `PolicyAndCritic`. For `critic_warmup` iterations only the critic learns."""
+        readings = [CriticReading.of(batch) for batch in micro_batches]
         for _ in range(self.settings.critic_updates):
             with self.critic.update(rates.critic) as update:
-                update.add(micro_batches, self.critic_inputs, self.value_loss, response_tokens)
+                update.add(
+                    readings, self.critic_inputs, self.value_loss, lambda reading: response_tokens(reading.batch)
+                )
         metrics = named_norm(update.metrics, "critic_grad_norm")
         if k < self.settings.critic_warmup:
             return metrics
@@ -105,21 +128,22 @@ class TwoModels:
 
         return part
 
-    def critic_inputs(self, batch: RolloutBatch | Experience):
-        return model_inputs(read_by_critic(batch) or batch)
+    def critic_inputs(self, reading: CriticReading):
+        return model_inputs(reading.rows or reading.batch)
 
-    def values(self, output: Tensor, batch: RolloutBatch | Experience) -> Tensor:
+    def values(self, output: Tensor, reading: CriticReading) -> Tensor:
         """The critic's estimate before each of the policy's tokens, `[batch, seq]`."""
-        values, read = values_before(self.settings, output), read_by_critic(batch)
-        if read is None:
+        values = values_before(self.settings, output)
+        if reading.rows is None:
             return values
         # the same response tokens in the same order, at other places
-        own = values.new_zeros(batch.response_mask.shape)
-        own[batch.response_mask] = values[read.loss_mask]
+        mask = reading.batch.response_mask
+        own = values.new_zeros(mask.shape)
+        own[mask] = values[reading.rows.loss_mask]
         return own
 
-    def value_loss(self, output: Tensor, batch: Experience, denominator: float):
-        return value_term(self.settings, self.values(output, batch), batch, denominator)
+    def value_loss(self, output: Tensor, reading: CriticReading, denominator: float):
+        return value_term(self.settings, self.values(output, reading), reading.batch, denominator)
 
     def text_loss(self, log_probs: Tensor, batch: SFTBatch, denominator: float):
         return text_term(self.settings, log_probs, batch, denominator)
@@ -232,13 +256,6 @@ def text_inputs(batch: SFTBatch):
 
 def text_tokens(batch: SFTBatch) -> Tensor:
     return response_targets(batch.loss_mask).sum()
-
-
-def read_by_critic(batch: RolloutBatch | Experience) -> SFTBatch | None:
-    """A micro-batch's responses after the critic's own prompts; None where it reads what the policy does."""
-    if batch.critic_rows is None:
-        return None
-    return collate_sft(batch.critic_rows, 0).to(batch.input_ids.device)  # what padding holds is masked
 
 
 def values_before(settings: PPO, outputs: Tensor) -> Tensor:

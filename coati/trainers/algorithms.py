@@ -39,5 +39,5 @@ ALGORITHMS = {
     "preference": Algorithm(PreferenceConfig, "coati.trainers.preference:preference_trainer"),
     "ppo": Algorithm(PPOConfig, "coati.trainers.ppo:PPOTrainer"),
     "grpo": Algorithm(GRPOConfig, "coati.trainers.grpo:GRPOTrainer"),
-    "distill": Algorithm(DistillConfig, "coati.trainers.distill:DistillTrainer"),
+    "distill": Algorithm(DistillConfig, "coati.trainers.distill:distill_trainer"),
 }

@@ -39,10 +39,18 @@ from coati.rollout import RolloutBatch
 from coati.run_layout import ACTOR, TEACHER
 from coati.samples import Sample
 from coati.trainers.batching import Part, in_batch_order, model_inputs
-from coati.trainers.config import SELF, DistillConfig
+from coati.trainers.config import SDPO, SELF, DistillConfig
 from coati.trainers.iteration import Clock
 from coati.trainers.policy import Policy
 from coati.trainers.rollouts import RolloutTrainer, after_prompt
+
+
+def distill_trainer(config: DistillConfig, runtime, **options) -> "DistillTrainer":
+    """The trainer of `config.algorithm`."""
+    from coati.trainers.sdpo import SDPOTrainer
+
+    kind = SDPOTrainer if isinstance(config.algorithm, SDPO) else DistillTrainer
+    return kind(config, runtime, **options)
 
 
 @dataclass(frozen=True)

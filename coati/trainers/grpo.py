@@ -17,6 +17,7 @@ dropout are as in PPO.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from coati.losses import (
     aggregation_weights,
     clip_scores,
     decoupled_advantages,
+    expected_scores,
     group_advantages,
     importance_weights,
     is_accepted,
@@ -45,10 +47,11 @@ from coati.losses import (
 )
 from coati.losses.masking import masked
 from coati.models import Actor
+from coati.models.adapters import vocabulary
 from coati.models.base import disable_dropout
 from coati.models.packed import check_packing
 from coati.parallel import resolve_precision
-from coati.rollout import Experience, Prompt, RolloutBatch
+from coati.rollout import Experience, Prompt, RolloutBatch, collate_heads
 from coati.run_layout import ACTOR, REFERENCE
 from coati.samples import Sample
 from coati.trainers.actor_critic import named_norm
@@ -177,9 +180,11 @@ class GRPOTrainer(RolloutTrainer):
         return named_norm(update.metrics, "policy_grad_norm")
 
     def inputs(self, batch: Experience):
-        with_entropy = "trained" if self.config.algorithm.entropy_coefficient else True
+        options: dict[str, Any] = {"with_entropy": "trained" if self.config.algorithm.entropy_coefficient else True}
         targets = batch.response_mask if batch.observed is None else batch.response_mask | batch.observed
-        return self.policy.model.inputs(batch, targets, with_entropy=with_entropy)
+        if batch.heads is not None:
+            options["head_ids"], _ = collate_heads(batch.heads, batch.response_mask)
+        return self.policy.model.inputs(batch, targets, **options)
 
     def loss(self, responses: float, episodes: float) -> Callable:
         """A micro-batch's part of the policy's loss, the KL penalty, the bonus for entropy, the loss on observations.
@@ -191,7 +196,7 @@ class GRPOTrainer(RolloutTrainer):
         bound = a.correction.off_policy_bound
 
         def part(output, batch: Experience, denominator: float):
-            mask, (log_probs, entropy) = batch.response_mask, output
+            mask, (log_probs, entropy, *heads) = batch.response_mask, output
             weights = aggregation_weights(mask, a.aggregation, denominator, responses, longest)
             how = dict(clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip)
             how |= dict(kind=a.policy_loss, gates=(a.gate_positive, a.gate_negative))
@@ -200,9 +205,16 @@ class GRPOTrainer(RolloutTrainer):
             if bound is not None:
                 near = is_near_policy(log_probs, batch.sampling_log_probs, batch.advantages, mask, bound)
             how["weights"] = weights * near
-            loss, metrics = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, denominator, **how)
+            old_log_probs = batch.log_probs
+            if a.correction.score_centering:
+                old_log_probs, (_, sampling_heads) = batch.sampling_log_probs, collate_heads(batch.heads, mask)
+                bounds = dict(clip_low=a.clip_low, clip_high=a.clip_high)
+                how["centering"] = expected_scores(*heads, sampling_heads, mask, **bounds)
+            loss, metrics = policy_loss(log_probs, old_log_probs, batch.advantages, mask, denominator, **how)
             if bound is not None:
                 metrics["off_policy_masked"] = (mask & ~near).sum() / denominator
+            if a.correction.score_centering:
+                metrics["head_mass"] = masked(sampling_heads.exp().sum(-1), mask).sum() / denominator
             if a.kl_coefficient and a.kl_in == "loss":
                 kl = kl_divergence(log_probs, batch.reference_log_probs, mask, a.kl_estimator)
                 loss = loss + a.kl_coefficient * (weights * kl).sum() / denominator
@@ -236,6 +248,8 @@ class GRPOTrainer(RolloutTrainer):
         if c.model.path is None:
             raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
+        if a.correction.score_centering > (known := vocabulary(self.actor.module.transformer)):
+            raise UserError(f"score_centering is {a.correction.score_centering}, but the policy knows {known} tokens")
         self.policy = Policy(
             self.actor,
             c,

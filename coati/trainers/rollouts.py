@@ -153,7 +153,7 @@ class RolloutTrainer(Trainer):
             self.versions,
             self.folder.path / JOURNAL,
             plays_episodes=self.generation.sampler.plays_episodes,
-            environment=asdict(c.environment),
+            settings=asdict(c.environment) | {"heads": c.heads},
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )

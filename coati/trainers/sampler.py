@@ -25,7 +25,7 @@ def make_sampler(config: RolloutConfig, generator: Generator, policy: Actor, tok
     """
     ends, settings = eos_ids(tokenizer, policy), config.environment
     if settings.path is None:
-        return ResponseSampler(generator, tokenizer, ends)
+        return ResponseSampler(generator, tokenizer, ends, config.heads)
     environment = load_environment(settings.path)
     renderer, call_format = rendering_of(
         environment, tokenizer, ends, settings.call_format, config.data.template_arguments

@@ -25,13 +25,13 @@ REFILLED = dict(dynamic_sampling=True, group_size=2, final_temperature=0.5, kl_c
 ALGORITHMS = {"sft": {}, "reward": {}, "ppo": STATES, "ppo, shared trunk": STATES | dict(shared_trunk=True)}
 ALGORITHMS |= {"grpo": REFILLED, "grpo, reference refreshed": REFILLED | dict(refresh_reference=2)}
 AVERAGED = dict(teacher="self", teacher_ema=0.3, teacher_prompt="{response} thank {prompt}", on_policy_share=1.0)
-ALGORITHMS |= {"distill": {}, "distill, teacher averaged": AVERAGED}
-WHOLE = ("refreshed", "averaged")  # what needs whole models
+ALGORITHMS |= {"distill": {}, "distill, teacher averaged": AVERAGED, "sdpo": dict(teacher_ema=0.3, temperature=0.5)}
+WHOLE = ("refreshed", "averaged", "sdpo")  # what needs whole models
 CASES = [(a, name) for a in ALGORITHMS for name in PLUGINS | SPLIT if not ("shared" in a and name in SPLIT)]
 CASES = [(a, name) for a, name in CASES if not a.endswith(WHOLE) or name in ("ddp", "zero1", "zero2")]
 QUICK = [("ppo", "zero2"), ("ppo, shared trunk", "ddp"), ("sft", "gemini"), ("reward", "tp2"), ("ppo", "pp2")]
 QUICK += [("distill", "gemini"), ("grpo", "gemini"), ("grpo, reference refreshed", "zero2")]
-QUICK += [("distill, teacher averaged", "zero2")]
+QUICK += [("distill, teacher averaged", "zero2"), ("sdpo", "zero2")]
 
 
 def job(name: str, algorithm: str, world, folder: Path, **changes) -> dict:
@@ -80,7 +80,7 @@ def check(runs: dict, algorithm: str, layout: str):
     whole, resumed = runs["folder"] / name, runs["folder"] / f"{name} resumed"
     assert_same_end(whole, resumed)
     assert log_of(whole, after=BEFORE) == log_of(resumed) and {row["step"] for row in log_of(resumed)} == {4, 5, 6}
-    if algorithm.startswith(("ppo", "grpo", "distill")):
+    if algorithm.startswith(("ppo", "grpo", "distill", "sdpo")):
         expected, found = runs[name]["rollouts"], runs[f"{name} resumed"]["rollouts"]
         assert found == [seen[BEFORE:] for seen in expected]
         assert len(found) == 2 and all(len(set(seen)) == BEFORE for seen in found)

@@ -43,7 +43,7 @@ def run(job: dict, runtime):
         return metrics
 
     trainer.step = recorded
-    rollouts = record_rollouts(trainer) if job["algorithm"] in ("ppo", "grpo", "distill") else []
+    rollouts = record_rollouts(trainer) if job["algorithm"] in ("ppo", "grpo", "distill", "sdpo") else []
     trainer.train()
     norms = {}
     for name, engine in trainer.engines.items():

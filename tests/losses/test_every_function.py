@@ -38,10 +38,10 @@ from coati.losses import (
 from coati.losses.distillation import Divergence
 from coati.losses.preference import PREFERENCE_LOSSES, Responses
 from tests.losses.draw import dtypes, masks, numbers, poison, quick
-from tests.oracles import advantages, correction, distillation, group, losses, preference, turns
+from tests.oracles import advantages, centering, correction, distillation, group, losses, preference, turns
 
 FOLDER = Path(__file__).parent
-ORACLES = (advantages, correction, distillation, group, losses, preference, turns)
+ORACLES = (advantages, centering, correction, distillation, group, losses, preference, turns)
 
 # Each differentiable function of tensors `[batch, seq]`: what it is called with, and how many of them it takes. Scores
 # of responses are a column. `mask` is bool `[batch, seq]`.
@@ -73,11 +73,12 @@ OF_LOGITS = {
     "token_log_probs": lambda logits, ids: token_log_probs(logits, ids, 0.7),
     "vocabulary_divergence": lambda logits, ids: divergences(logits),
 }
-# From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py and
-# test_correction.py.
+# From floats to floats, from bool to bool, or what a loss takes for a constant: see test_group.py, test_correction.py
+# and, of a function with constants in it, test_centering.py.
 NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets", "without_first"}
 NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages", "turn_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
+NO_GRADIENT |= {"expected_scores"}
 # The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.
 UNMASKED = {
     "bounded_values",

@@ -10,6 +10,7 @@ from coati.losses import (
     aggregation_weights,
     cross_entropy,
     distillation_loss,
+    expected_scores,
     gae,
     observation_loss,
     pairwise_reward_loss,
@@ -27,6 +28,7 @@ LOSSES = {
     "gspo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="gspo")),
     "cispo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="cispo", weights=lengths(mask, n))),
     "sapo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="sapo", weights=lengths(mask, n))),
+    "score centering": (3, lambda x, mask, n: policy_loss(*x, mask, n, kind="cispo", centering=centering(x, mask))),
     "dppo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dppo", weights=lengths(mask, n))),
     "vespo": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="vespo", weights=lengths(mask, n))),
     "dis": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dis", weights=lengths(mask, n))),
@@ -35,6 +37,12 @@ LOSSES = {
     "value": (3, lambda x, mask, n: value_loss(x[0], x[1], x[2], mask, n)),
 }
 names = st.sampled_from(sorted(LOSSES))
+
+
+def centering(x, mask):
+    """With heads of two tokens."""
+    heads = [torch.stack([-2 * a.abs(), -4 * a.abs()], -1) for a in x[:2]]
+    return expected_scores(*heads, mask, clip_low=0.2, clip_high=0.2)
 
 
 def lengths(mask, tokens):

@@ -46,10 +46,11 @@ def test_policy_loss_equals_the_oracle(mask, data, dtype, options, weighted):
     weights = data.draw(numbers(mask.shape, 2.0, dtype)).abs()
     log_probs, old, advantages = (poison(x, mask) for x in case)
     log_probs.requires_grad_()
-    given_weights = dict(weights=poison(weights, mask)) if weighted else {}
+    centering = data.draw(numbers(mask.shape, 2.0, dtype))
+    given_weights = dict(weights=poison(weights, mask), centering=poison(centering, mask)) if weighted else {}
     loss, metrics = policy_loss(log_probs, old, advantages, mask, 5.0, **options, **given_weights)
     lists = [x.tolist() for x in case]
-    whole = dict(weights=weights.tolist()) if weighted else {}
+    whole = dict(weights=weights.tolist(), centering=centering.tolist()) if weighted else {}
     expected, expected_metrics = oracle.policy_loss(*lists, mask.tolist(), 5.0, **options, **whole)
     # a difference of log-probs near 50 is itself rounded, which the exponential magnifies by the difference
     rtol = 1e-9 if dtype == torch.float64 else 1e-5

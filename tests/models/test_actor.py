@@ -91,6 +91,30 @@ def test_the_log_partition_is_that_of_the_logits(family):
         assert found.requires_grad and log_probs.requires_grad and not entropy.requires_grad
 
 
+@pytest.mark.parametrize("chunk", [1, 2**24])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_log_probs_of_heads_are_those_of_all_tokens(family, chunk, monkeypatch):
+    """Of tokens that could have stood at each place, by their gradients too."""
+    monkeypatch.setattr("coati.models.actor.MAX_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr("coati.models.actor.ROWS", 1)
+    actor, (ids, mask) = make(family, initializer_range=0.3), padded(rows(), "right")
+    generator = torch.Generator().manual_seed(1)
+    heads = torch.randint(61, (*ids.shape, 4), generator=generator)
+    plain = (actor.run(ids, mask).logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, heads[:, 1:])
+    targets = mask & (torch.arange(ids.shape[1]) > 2)
+    weights = torch.randn(heads.shape, generator=generator)
+    (plain * weights[:, 1:])[targets[:, 1:]].sum().backward()
+    expected = {name: p.grad.clone() for name, p in actor.named_parameters()}
+    for given in (targets, None):
+        actor.zero_grad()
+        log_probs, entropy, found = actor(ids, mask, targets=given, head_ids=heads, temperature=0.7, with_entropy=True)
+        assert found.shape == heads.shape and log_probs.shape == entropy.shape == ids.shape
+        torch.testing.assert_close(found[targets], plain[targets[:, 1:]], rtol=1e-4, atol=1e-5)
+        (found * weights)[targets].sum().backward()
+        for name, p in actor.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_without_targets_gives_every_weight_a_gradient_of_zero():
     actor, (ids, mask) = make("llama"), padded(rows(), "right")
     log_probs = actor(ids, mask, targets=torch.zeros_like(mask))

@@ -102,6 +102,7 @@ def policy_loss(
     powers=(2.0, 3.0),
     decays=(3.0, 2.0),
     weights=None,
+    centering=None,
 ):
     """PPO eq. 7; with dual_clip, Ye et al. eq. 5; GSPO eq. 5 and 7; MiniMax-M1 eq. 4; SAPO; DPPO; VESPO; SAO. The
     exponent is bounded by 60, as the docstrings say."""
@@ -136,6 +137,8 @@ def policy_loss(
             objective = 0.0 if was_clipped else ratio * advantage
         else:
             objective, was_clipped = ratio * advantage, False
+        if centering is not None:
+            objective -= advantage * centering[b][t]
         objectives.append(objective * (1.0 if weights is None else weights[b][t]))
         clipped.append(float(was_clipped))
         ratios.append(ratio)

@@ -79,6 +79,24 @@ def test_log_probs_are_the_models_own(actors, family):
         torch.testing.assert_close(torch.tensor(completion.log_probs), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [5, 256])
+def test_heads_are_the_most_likely_tokens_wherever_one_is_sampled(actors, slots, as_on_a_gpu):
+    """Of rows that came and went, on a host that is a step behind; and the tokens are those without heads."""
+    actor, prompts = actors("llama"), some_prompts(30)
+    options = dict(temperature=0.8, eos_ids=(EOS, 7, 9))
+    plain, found = (
+        complete(actor, [Request(p, i, heads=n) for i, p in enumerate(prompts)], slots, **options) for n in (0, 4)
+    )
+    assert [c.ids for c in plain] == [c.ids for c in found] and not any(c.heads for c in plain)
+    for prompt, completion in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt + completion.ids])
+        expected = (actor.run(ids, None).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+        assert len(completion.heads) == len(completion.ids)
+        for of_model, (tokens, log_probs) in zip(expected, completion.heads, strict=True):
+            torch.testing.assert_close(torch.from_numpy(log_probs), of_model.topk(4).values, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(of_model[tokens], torch.from_numpy(log_probs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The host a step behind, shapes rounded up, and a "graph" that notes what was captured and does the step again."""

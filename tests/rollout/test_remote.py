@@ -3,9 +3,11 @@
 import json
 import math
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +44,7 @@ def samples(draw) -> tuple[Prompt, Sample]:
         tokens=tokens,
         response_mask=draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))),
         log_probs=log_probs,
+        heads=[(np.array([token, 7]), np.array([-0.1, -2.3], np.float32)) for token in tokens],
         finish_reason=draw(st.sampled_from(["eos", "length", "done", "failed"])),
         weights_version=draw(st.integers(0, 9)),
         turns=[Turn(0, 1, draw(st.floats(allow_nan=False)))],
@@ -61,7 +64,13 @@ def test_samples_are_what_was_written(pairs):
         path = Path(folder) / "version-00000000" / "job.jsonl"
         write_samples(path, {"job": "job"}, prompts, written)
         header, found = read_samples(path, prompts)
-    assert header == {"job": "job"} and found == list(written)
+    assert header == {"job": "job"} and [as_lists(s) for s in found] == [as_lists(s) for s in written]
+
+
+def as_lists(sample: Sample) -> dict:
+    """A sample whose arrays can be compared; with their dtypes."""
+    heads = [(ids.tolist(), log_probs.tolist(), ids.dtype, log_probs.dtype) for ids, log_probs in sample.heads]
+    return asdict(sample) | {"heads": heads}
 
 
 def one_sample(prompt: Prompt, version: int = 0, response: str = "yes") -> Sample:
@@ -219,7 +228,7 @@ def served(tmp_path):
 
 
 def sampler_of(generators: Generators, versions: WeightVersions, folder: Path, **changes) -> RemoteSampler:
-    options = dict(plays_episodes=False, environment={}, rank=0, world_size=1) | changes
+    options = dict(plays_episodes=False, settings={}, rank=0, world_size=1) | changes
     return RemoteSampler(generators, versions, folder / "journal", **options)
 
 
@@ -324,8 +333,6 @@ def test_variables_that_say_half_are_refused(variables, monkeypatch):
 
 def test_a_job_is_what_json_has(tmp_path):
     job = Job.of("a", 1, tmp_path, "c", GenerationConfig(stop=["x"]), PROMPTS, tmp_path / "b.jsonl")
-    from dataclasses import asdict
-
     again = Job(**json.loads(json.dumps(asdict(job))))
     assert again == job and GenerationConfig(**again.sampling) == GenerationConfig(stop=["x"])
     assert math.isclose(again.sampling["temperature"], 1.0)

@@ -30,6 +30,7 @@ OF_SAO |= dict(whiten_advantages=False)
 OF_BPCO = dict(policy_loss="dppo", clip_low=0.001, clip_high=0.001, aggregation="sum", length_adaptive_alpha=0.4)
 OF_BPCO |= dict(critic_lambda=1.0, value_range=[-2.0, 3.0], value_clip=0.5, whiten_advantages=False)
 OF_BPCO |= dict(critic_prompt="thank {prompt}")
+CENTERED = dict(policy_loss="cispo", clip_low=0.5, clip_high=0.5, score_centering=9)
 WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{response} thank {prompt}", skip_tokens=1)
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
@@ -41,9 +42,11 @@ TRAINERS = {
     "grpo": ("grpo", "gpt2", COOL | dict(kl_coefficient=0.1, entropy_coefficient=0.01, overlong_buffer=3)),
     "grpo, of answers": ("grpo", "llama", COOL | OF_ANSWERS | dict(advantage="rloo_std", aggregation="constant")),
     "grpo, of tokens": ("grpo", "gpt2", COOL | OF_TOKENS | dict(advantage="reinforce++", mask_truncated=True)),
+    "grpo, score centering": ("grpo", "gpt2", COOL | CENTERED),
     "distill": ("distill", "llama", dict(on_policy_share=0.0, distill_temperature=0.7)),
     "distill, its own responses": ("distill", "gpt2", COOL | dict(on_policy_share=1.0, divergence="reverse")),
     "distill, a teacher with the response": ("distill", "gpt2", COOL | WITH_RESPONSE),
+    "sdpo": ("sdpo", "gpt2", dict(temperature=0.5, group_size=2, skip_tokens=1, teacher_ema=0.0)),
     "distill, several teachers": ("distill", "llama", dict(on_policy_share=0.0, teacher_column="domain")),
     "ppo, text mixed in": ("ppo", "llama", dict(ptx_coefficient=0.5, normalize_reward=True, kl_target=1.0) | OF_BPCO),
 }
@@ -92,7 +95,7 @@ def make_trainer(name: str, families: dict[str, dict[str, str]], runtime, folder
         settings["ptx_data"] = [world["sft"]]
     config_class, trainer_class = trainer_classes(algorithm)
     trainer = trainer_class(configure(config_class, **settings), runtime)
-    if algorithm in ("ppo", "grpo", "distill"):
+    if algorithm in ("ppo", "grpo", "distill", "sdpo"):
         end_some_answers(trainer)
     if algorithm == "preference":  # away from the reference, where all rewards are 0
         nudge((trainer.reference.engine if trainer.reference else trainer.engines["model"]).module.parameters(), 0.2)
@@ -133,7 +136,7 @@ def run_step(trainer, variation: Variation, step: int = 0) -> tuple[dict[str, fl
         _permute(trainer, variation, patch)
         _repad_and_split(trainer, variation, patch)
         for name, engine in trainer.engines.items():
-            _record(name, engine, gradients, patch)
+            record_gradients(name, engine, gradients, patch)
         # as after some updates: ratios are not 1 and some tokens are clipped
         _wrap(patch, "learn", lambda f, *a: (stack.enter_context(moved(trainer)), f(*a))[1])
         metrics = trainer.step(step)
@@ -230,7 +233,7 @@ def nudge(parameters: Iterable[torch.Tensor], size: float = 0.03):
         p += size * torch.randn(p.shape, generator=generator)
 
 
-def _record(name: str, engine, gradients: dict, patch):
+def record_gradients(name: str, engine, gradients: dict, patch):
     step = engine.step
 
     def recording(rate: float, **options) -> float:

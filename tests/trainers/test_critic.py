@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from coati.config import configure
+from coati.data import collate_sft
 from coati.errors import UserError
 from coati.losses import gae, length_adaptive_lambda, returns_to_go
+from coati.trainers import actor_critic
 from coati.trainers.ppo import PPOConfig, PPOTrainer
 from tests.conftest import functions, sentence, settings_for, write_rows
 from tests.trainers.steps import end_some_answers, iterate
@@ -103,6 +105,22 @@ def test_a_prompt_that_adds_nothing_gives_the_same_bits(tiny_world, runtime, tmp
     for name in ("actor", "critic"):
         ours, theirs = (trainer.engines[name].module.state_dict() for trainer in runs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_a_critic_reads_is_collated_once_for_values_and_once_for_a_step(
+    tiny_world, runtime, tmp_path, monkeypatch
+):
+    sizes = dict(batch_size=8, micro_batch_size=4, ppo_epochs=1, minibatches=1, critic_updates=3)
+    trainer = make(tiny_world, runtime, tmp_path / "run", critic_prompt="{hint} {prompt}", **sizes, **hinted(tmp_path))
+    collated = []
+
+    def counting(rows, pad_id):
+        collated.append(len(rows))
+        return collate_sft(rows, pad_id)
+
+    monkeypatch.setattr(actor_critic, "collate_sft", counting)
+    trainer.step(0)
+    assert collated == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("prompt", "least", "most"), [("{hint} {prompt}", 0.8, 1.0), (None, -1.0, 0.3)])

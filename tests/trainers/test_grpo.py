@@ -1,5 +1,6 @@
 """GRPO and its relatives: whole tiny runs, what each option does, and what is refused."""
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -11,11 +12,13 @@ from safetensors.torch import load_file
 from coati.config import configure
 from coati.errors import UserError
 from coati.losses import group_advantages
+from coati.models.adapters import vocabulary
 from coati.rollout import prompt_of
 from coati.tracking import read_metrics
 from coati.trainers.grpo import GRPOConfig, GRPOTrainer
 from tests.conftest import functions, settings_for, write_rows
-from tests.trainers.steps import iterate
+from tests.trainers.stale import make_stale
+from tests.trainers.steps import iterate, nudge, record_gradients
 
 # The published algorithms as options, see docs/grpo.md; here each runs, there they are explained.
 ALGORITHMS = {
@@ -36,6 +39,9 @@ ALGORITHMS = {
     "REINFORCE++ with a baseline": dict(advantage="reinforce++-baseline", kl_estimator="k2", kl_coefficient=0.01),
     "ReMax": dict(advantage="remax", group_size=1, batch_size=16),
 }
+
+
+CENTERED = dict(policy_loss="cispo", clip_low=0.0, clip_high=0.0, score_centering=9)
 
 
 def make(world, runtime, output, /, **changes) -> GRPOTrainer:
@@ -395,6 +401,14 @@ def test_a_prompt_that_is_read_once_for_its_answers_changes_nothing(changes, tin
         (dict(cap=0.5), "cap"),
         (dict(bypass=True, weights="token"), "leave out weights and reject, or bypass"),
         (dict(bypass=True, reject="geometric"), "leave out weights and reject, or bypass"),
+        (CENTERED | dict(weights="token"), "leave out weights and reject"),
+        (dict(score_centering=9), "give policy_loss cispo"),
+        (CENTERED | dict(mask_truncated=True), "leave out mask_truncated"),
+        (CENTERED | dict(top_p=0.9), "leave out top_k, top_p"),
+        (CENTERED | dict(min_new_tokens=2), "and min_new_tokens"),
+        (CENTERED | dict(rollout_engine="vllm"), "leave out vLLM"),
+        (CENTERED | dict(tensor_parallel=2), "leave out vLLM, tensor"),
+        (CENTERED | dict(environment="games.py:Game"), "leave it out with an environment"),
         (dict(entropy_coefficient=0.1, tensor_parallel=2), "tensor_parallel"),
         (dict(share_prompts=True, group_size=4, micro_batch_size=6), "one a multiple of the other"),
         (dict(share_prompts=True, group_size=4, micro_batch_size=1), "of 2 or more"),
@@ -407,6 +421,58 @@ def test_what_does_not_fit_together_is_refused_in_one_line(changes, words, tiny_
     with pytest.raises(UserError, match=words) as error:
         configure(GRPOConfig, **settings_for("grpo", tiny_world, output_dir="unused", **changes)).check(world_size=1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 0.0), (1.0, 0.5)])
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_score_centering_takes_off_what_the_sampler_expects(
+    bounds, share_prompts, tiny_world, runtime, tmp_path, monkeypatch
+):
+    """The sampler has other weights, and its head is the whole vocabulary: the gradient is that of a sum over it."""
+    probe = make(tiny_world, runtime, tmp_path / "probe").actor.module
+    options = CENTERED | dict(clip_low=bounds[0], clip_high=bounds[1], share_prompts=share_prompts, max_rollout_kl=9.0)
+    options |= dict(score_centering=vocabulary(probe.transformer), aggregation="token", ppo_epochs=1, minibatches=1)
+    trainer = make(tiny_world, runtime, tmp_path / "run", micro_batch_size=4, max_grad_norm=0.0, **options)
+    make_stale(trainer, monkeypatch, iterations=1)
+    sampler = copy.deepcopy(trainer.actor.module)
+    trainer.rollouts.next(0)
+    nudge(trainer.actor.module.parameters(), 0.1)
+    policy = copy.deepcopy(trainer.actor.module)
+    gradients: dict[str, torch.Tensor] = {}
+    record_gradients("actor", trainer.actor, gradients, monkeypatch)
+    found = iterate(trainer, 1, learns=True)
+
+    e = found.experience
+    mask = e.response_mask[:, 1:]
+    log_p, log_q = (
+        model.run(e.input_ids, e.attention_mask).logits[:, :-1].log_softmax(-1) for model in (policy, sampler)
+    )
+    ratios = (log_p - log_q).exp().clamp(1 - bounds[0], 1 + bounds[1]).detach()
+    of_drawn = (ratios * log_p).gather(-1, e.input_ids[:, 1:, None]).squeeze(-1)
+    expected = (log_q.exp().detach() * ratios * log_p).sum(-1)
+    loss = -(e.advantages[:, 1:] * (of_drawn - expected))[mask].sum() / mask.sum()
+    loss.backward()
+    for name, p in policy.named_parameters():
+        torch.testing.assert_close(gradients[f"actor.{name}"], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
+    assert found.metrics["head_mass"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_score_centering_does_nothing_where_the_sampler_is_the_policy(tiny_world, runtime, tmp_path, monkeypatch):
+    """But for rounding, in the first update of an iteration."""
+    gradients: list[dict[str, torch.Tensor]] = [{}, {}]
+    for size, recorded in zip((0, 9), gradients, strict=True):
+        options = CENTERED | dict(score_centering=size, ppo_epochs=1, minibatches=1, learning_rate=0.0)
+        trainer = make(tiny_world, runtime, tmp_path / str(size), max_grad_norm=0.0, **options)
+        record_gradients("actor", trainer.actor, recorded, monkeypatch)
+        metrics = trainer.step(0)
+        assert ("head_mass" in metrics) == (size > 0)
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, rtol=0.0, atol=1e-4 * plain.abs().max().item())
+
+
+def test_a_head_larger_than_the_vocabulary_is_refused(tiny_world, runtime, tmp_path):
+    with pytest.raises(UserError, match="score_centering is 100000, but the policy knows"):
+        make(tiny_world, runtime, tmp_path, **CENTERED | dict(score_centering=100_000))
 
 
 def test_a_run_without_a_policy_is_refused(tiny_world, runtime, tmp_path):

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.rollout.engine.graphs import StepGraphs, round_up
-from coati.rollout.engine.sampling import Sampler, key_of
+from coati.rollout.engine.sampling import Sampler, key_of, most_likely
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
 from coati.rollout.generator import Completion, OnDone, Request
 from coati.rollout.prompts import pad_right, suppressed_ids
@@ -68,15 +69,19 @@ class _Slots:
     Attributes:
         tokens: the last token of each row, int64 `[slots]`; log_probs: its log-prob, float32.
         drawn: tokens of each response so far; keys: of its noise; int64.
+        heads: ids and log-probs of the tokens that were most likely where the last one was drawn, `[slots, heads]`
+            each; none where they are not asked for.
         seen: for the repetition penalty, the tokens of each row, bool `[slots, vocabulary]`; else None.
     """
 
-    def __init__(self, slots: int, columns: int, device: torch.device):
+    def __init__(self, slots: int, columns: int, device: torch.device, heads: int = 0):
         from coati.rollout.engine.cache import SlotCache  # imports transformers
 
         self.cache = SlotCache(slots, columns, device)
         self.tokens, self.drawn, self.keys = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
         self.log_probs = torch.zeros(slots, device=device)
+        dtypes = (torch.long, torch.float32) if heads else ()
+        self.heads = [torch.zeros(slots, heads, dtype=dtype, device=device) for dtype in dtypes]
         self.seen: Tensor | None = None
 
     def per_slot(self) -> list[Tensor]:
@@ -158,7 +163,8 @@ class RolloutEngine:
         columns = round_up(1, max(len(row.request.prompt) + row.limit for row in rows))[1]
         waiting = self.prefill(rows)
         self.ready: deque[_Prefilled] = deque(next(waiting))
-        self.state = _Slots(self.count_slots(self.ready[0].cache, columns, len(rows)), columns, self.device)
+        slots = self.count_slots(self.ready[0].cache, columns, len(rows))
+        self.state = _Slots(slots, columns, self.device, rows[0].request.heads)
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
         self.downloads: deque[tuple[list[_Row], Download]] = deque()
@@ -330,6 +336,10 @@ class RolloutEngine:
         tokens, state.log_probs[slots] = self.sampler(logits, state.keys[slots], state.drawn[slots], seen)
         state.tokens[slots] = tokens
         state.drawn[slots] += 1
+        if state.heads:
+            found = most_likely(logits, state.heads[0].shape[1], self.config.temperature or 1.0)
+            for stored, values in zip(state.heads, found, strict=True):
+                stored[slots] = values
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
 
@@ -337,7 +347,9 @@ class RolloutEngine:
         """Starts copying these rows' tokens to the host, and reads what has arrived."""
         for row in rows:
             row.drawn += 1
-        self.downloads.append((list(rows), Download(self.state.tokens[slots], self.state.log_probs[slots])))
+        state = self.state
+        columns = [state.tokens[slots], state.log_probs[slots], *(stored[slots] for stored in state.heads)]
+        self.downloads.append((list(rows), Download(*columns)))
         self.release_slots([row.drawn == row.limit for row in self.rows])
         while len(self.downloads) > self.steps_behind:
             self.finish_download()
@@ -345,11 +357,14 @@ class RolloutEngine:
     def finish_download(self):
         """Reads the tokens of the oldest pending step; rows that have ended free their slots."""
         rows, download = self.downloads.popleft()
+        tokens, log_probs, *heads = download.arrays()
         in_progress = []
-        for row, token, log_prob in zip(rows, *download.lists(), strict=True):
+        for i, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
             if not row.ended:
                 row.completion.ids.append(token)
                 row.completion.log_probs.append(log_prob)
+                if heads:
+                    row.completion.heads.append((heads[0][i].astype(np.int32), heads[1][i].copy()))
                 in_progress.append(row)
         stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coati.config.generation import GenerationConfig
+from coati.losses.language import at_temperature
 from coati.transfer import upload
 
 BLOCK = 128
@@ -101,6 +102,18 @@ def draw(scores: Tensor, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     block = (sums + noise[:, BLOCK:]).argmax(-1)
     chosen = blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
     return block * BLOCK + (chosen + noise[:, :BLOCK]).argmax(-1), sums.logsumexp(-1)
+
+
+def most_likely(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The most likely tokens, int64 `[batch, count]`, and their log-probs, float32, as `Sampler` has them.
+
+    Args:
+        logits: `[batch, vocabulary]`.
+        temperature: of sampling.
+    """
+    logits = at_temperature(logits, temperature)
+    highest, ids = logits.topk(count)
+    return ids, highest - logits.logsumexp(-1, keepdim=True)
 
 
 def key_of(seed: int | Sequence[int]) -> int:

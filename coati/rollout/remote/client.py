@@ -40,7 +40,7 @@ class RemoteSampler:
         versions: the weights that can be sampled with; those of a job must be published before it is asked for.
         journal: folder of the samples, on a disk that the generators see.
         plays_episodes: whether the generators do.
-        environment: settings of their environment, which tell jobs apart.
+        settings: what else tells jobs apart: of their environment, and how many heads samples have.
         rank, world_size: of this process among those that ask, so that they ask different generators.
     """
 
@@ -51,12 +51,12 @@ class RemoteSampler:
         journal: Path,
         *,
         plays_episodes: bool,
-        environment: dict[str, Any],
+        settings: dict[str, Any],
         rank: int,
         world_size: int,
     ):
         self.generators, self.versions, self.journal = generators, versions, journal
-        self.plays_episodes, self.environment = plays_episodes, environment
+        self.plays_episodes, self.settings = plays_episodes, settings
         # those of other ranks begin with other generators
         self.places = itertools.count(rank, world_size)
 
@@ -96,7 +96,7 @@ class RemoteSampler:
     def id_of(self, prompts: Sequence[Prompt], sampling: GenerationConfig, checksum: str) -> str:
         """The same for jobs that give the same samples."""
         rows = [[prompt.row, list(prompt.seed), prompt.input_ids, prompt.columns] for prompt in prompts]
-        told = {"weights": checksum, "sampling": asdict(sampling), "environment": self.environment, "prompts": rows}
+        told = {"weights": checksum, "sampling": asdict(sampling), "settings": self.settings, "prompts": rows}
         try:
             return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
         except TypeError as error:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from coati.files import atomic_write
@@ -40,6 +41,7 @@ def write_samples(path: Path, header: dict[str, Any], prompts: Sequence[Prompt],
     for prompt, sample in zip(prompts, samples, strict=True):
         row = {"seed": list(prompt.seed)} | asdict(sample)
         del row["columns"]
+        row["heads"] = [[ids.tolist(), log_probs.tolist()] for ids, log_probs in sample.heads]
         lines.append(json.dumps(row))
     body = "\n".join(lines) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,7 @@ def sample_of(row: dict[str, Any], prompt: Prompt) -> Sample:
     """A line of a journal as the sample that it was."""
     row = {name: value for name, value in row.items() if name != "seed"}
     row["turns"] = [Turn(**turn) for turn in row["turns"]]
+    row["heads"] = [(np.array(ids, np.int64), np.array(log_probs, np.float32)) for ids, log_probs in row["heads"]]
     return Sample(columns=prompt.columns, **row)
 
 

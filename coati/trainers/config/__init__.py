@@ -8,7 +8,7 @@ from coati.trainers.config.base import (
     OptimizerConfig,
     TrainerConfig,
 )
-from coati.trainers.config.distill import SELF, Distillation, DistillConfig
+from coati.trainers.config.distill import SDPO, SELF, Distillation, DistillConfig
 from coati.trainers.config.grpo import (
     CISPO,
     COMPARE_RESPONSES,
@@ -104,6 +104,7 @@ __all__ = [
     "RolloutConfig",
     "SAO",
     "SAPO",
+    "SDPO",
     "SELF",
     "SFTConfig",
     "SimPO",

@@ -1,13 +1,22 @@
 """Settings of distillation."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from coati.config import Settings, inherited, option, section, settings
 from coati.data.teaching import fields_of
 from coati.trainers.config.rollout import RolloutAlgorithm, RolloutConfig
 
 SELF = "self"  # the teacher that is the model which the run starts from
+SUCCESS = """{prompt}
+
+Correct solution:
+
+{success}
+
+Correctly solve the original question."""
 
 
 @settings
@@ -15,6 +24,7 @@ class Distillation(Settings):
     """Distillation from a teacher's distributions (GKD, 2306.13649)."""
 
     # what other methods that sample can set
+    group_size: ClassVar[int] = 1
     minibatches: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
 
@@ -89,10 +99,35 @@ class Distillation(Settings):
 
 
 @settings
+class SDPO(Distillation):
+    """Self-distillation from successful responses of one's own (SDPO, 2601.20802)."""
+
+    type: Literal["sdpo"] = option("sdpo", "the method")
+    group_size: int = option(8, "responses per prompt", ge=2, common=True)
+    success_reward: float = option(
+        1.0, "the least reward of a response that others of its group are taught with", common=True
+    )
+    teacher: str | None = inherited(Distillation, "teacher", SELF)
+    teacher_ema: float = inherited(Distillation, "teacher_ema", 0.05)
+    teacher_prompt: str | None = inherited(Distillation, "teacher_prompt", SUCCESS)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.teacher_prompt is None or self.teacher_prompt.count("{success}") != 1:
+            yield "teacher_prompt of sdpo has {success} once, where a successful response of the group is to stand"
+
+
+@settings
 class DistillConfig(RolloutConfig):
     """Settings of a distillation; `steps` are iterations and `batch_size` the rows of one."""
 
-    algorithm: Distillation = section(Distillation, "how the student learns from its teacher, see docs/distillation.md")
+    algorithm: Annotated[Distillation | SDPO, Field(discriminator="type")] = section(
+        Distillation, "how the student learns from its teacher, see docs/distillation.md"
+    )
+
+    @property
+    def responses(self) -> int:
+        return self.batch_size * self.algorithm.group_size
 
     @property
     def prompts(self) -> int:
@@ -106,12 +141,16 @@ class DistillConfig(RolloutConfig):
     def longest_row(self) -> int:
         longest = super().longest_row if self.algorithm.on_policy_share > 0 else 0
         if self.algorithm.teacher_prompt is not None:
-            longest = max(longest, self.data.max_length + self.generation.max_new_tokens)
+            # with a response of another in the prompt, where that is sampled
+            responses = 2 if isinstance(self.algorithm, SDPO) else 1
+            longest = max(longest, self.data.max_length + responses * self.generation.max_new_tokens)
         return max(longest, self.data.max_length) if self.algorithm.on_policy_share < 1 else longest
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         scoring = self.scoring
+        if self.algorithm.group_size > 1 and self.generation.temperature == 0:
+            yield "the responses of a group must differ: temperature must be above 0"
         if self.environment.path:
             yield "distillation responds to prompts, in one turn: leave environment out"
         if self.algorithm.teacher_ema and not self.parallel.holds_whole_models:
@@ -123,7 +162,7 @@ class DistillConfig(RolloutConfig):
             )
         if scoring.normalize_reward or scoring.reward_clip is not None or scoring.missing_eos_penalty is not None:
             yield (
-                "rewards are only measured here, the teacher is what is learned from: leave out normalize_reward, "
+                "rewards stand in no loss here, the teacher is what is learned from: leave out normalize_reward, "
                 "reward_clip and missing_eos_penalty"
             )
 

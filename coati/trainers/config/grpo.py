@@ -45,6 +45,12 @@ class Correction(Settings):
     off_policy_bound: float | None = option(
         None, "bad responses that the policy has left by more than this, nats per token, are left out", ge=0
     )
+    score_centering: int = option(
+        0,
+        "of how many most likely tokens the sampler's probabilities are kept with each one that it draws, to take the "
+        "score that it expects off the token's own; 0 for no centering",
+        ge=0,
+    )
 
     @property
     def recomputes(self) -> bool:
@@ -57,6 +63,8 @@ class Correction(Settings):
                 "bypass takes the sampler's log-probs for the trainer's, so there is no ratio of them: "
                 "leave out weights and reject, or bypass"
             )
+        if self.score_centering and self.recomputes:
+            yield "score_centering has weights of its own, for all tokens: leave out weights and reject"
 
 
 @settings
@@ -125,6 +133,13 @@ class GRPO(RolloutAlgorithm):
                 "vespo weights whole responses itself: leave out the correction's weights "
                 "(bypass makes its ratio one to the sampler)"
             )
+        if self.correction.score_centering and self.policy_loss != "cispo":
+            yield (
+                "score_centering is for log-probs with constant weights: give policy_loss cispo, with clip_low and "
+                "clip_high 0 for no weights"
+            )
+        if self.correction.score_centering and (self.mask_truncated or self.observation_coefficient):
+            yield "score_centering is for all sampled tokens: leave out mask_truncated and observation_coefficient"
         if self.policy_loss not in ("clip", "gspo") and self.dual_clip is not None:
             yield f"policy_loss {self.policy_loss} has no dual_clip: leave it out"
 
@@ -316,6 +331,10 @@ class GRPOConfig(RolloutConfig):
     def rest_epochs(self) -> int:
         return self.algorithm.rest_epochs
 
+    @property
+    def heads(self) -> int:
+        return self.algorithm.correction.score_centering
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         a, split = self.algorithm, self.parallel.splits_models
@@ -334,6 +353,18 @@ class GRPOConfig(RolloutConfig):
             yield "mask_truncated leaves out what missing_eos_penalty punishes: choose one"
         if a.entropy_coefficient != 0 and self.parallel.splits_vocabulary:
             yield "entropy_coefficient needs the whole vocabulary on every process: leave out tensor_parallel"
+        if a.correction.score_centering and (split or self.generation.rollout_engine == "vllm"):
+            yield (
+                "score_centering needs coati's rollout engine and replicated models: leave out vLLM, tensor, pipeline "
+                "and sequence parallelism"
+            )
+        if a.correction.score_centering and self.environment.path:
+            yield "score_centering is for single responses: leave it out with an environment"
+        if a.correction.score_centering and not self.generation.draws_from_all:
+            yield (
+                "score_centering needs the distribution that is drawn from: leave out top_k, top_p, min_p, "
+                "repetition_penalty and min_new_tokens"
+            )
         group = self.shared_prefix_group
         if a.share_prompts and (group < 2 or max(a.group_size, self.micro_batch_size) % group > 0):
             yield "share_prompts needs group_size and micro_batch_size of 2 or more, one a multiple of the other"

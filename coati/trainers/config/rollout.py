@@ -92,6 +92,11 @@ class RolloutConfig(TrainerConfig):
         return 0
 
     @property
+    def heads(self) -> int:
+        """Of how many most likely tokens the sampler's log-probs are kept with each token."""
+        return 0
+
+    @property
     def reward_model(self) -> str | None:
         """The first reward model of the rewards."""
         return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
