@@ -68,7 +68,7 @@ CASES = {
     "lora": ("grpo", dict(lora_rank=2)),
     "episodes": ("grpo", TALK),
     "dynamic sampling": ("grpo", REFILLED),
-    "score centering": ("grpo", dict(score_centering=1.0)),
+    "score centering": ("grpo", dict(score_centering=8, policy_loss="cispo")),
     "remax": ("grpo", dict(advantage="remax", steps=2)),
     "shared trunk": ("ppo", dict(shared_trunk=True, steps=2)),
     "distillation": ("distill", dict(steps=2)),

@@ -54,12 +54,12 @@ def test_the_teacher_reads_the_demonstration_in_its_prompt_and_then_the_same_res
         """What a successful response has for its last token counts as an end."""
         batches.append(following(k))
         success = next(s for s in batches[0][0].samples if s.total_reward >= 1.0)
-        trainer.generation.ends.append(success.tokens[-1])
+        trainer.generation.sampler.ends.append(success.tokens[-1])
         return batches[0]
 
     monkeypatch.setattr(trainer.rollouts, "next", ended)
     readings, metrics = trainer.own_responses(0)
-    samples, ends = batches[0][0].samples, trainer.generation.ends
+    samples, ends = batches[0][0].samples, trainer.generation.sampler.ends
     assert len(samples) == 16
     expected = {}
     for i, one in enumerate(samples):
@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_a_loop_over_tokens(divergence, tiny_world, runt
         if demonstration is None:
             continue
         data, response = trainer.data[one.row], response_of(one)
-        told = [t for t in response_of(demonstration) if t not in trainer.generation.ends]
+        told = [t for t in response_of(demonstration) if t not in trainer.generation.sampler.ends]
         s = log_probs(student, one.tokens[: -len(response)], response)
         with torch.no_grad():
             t = log_probs(master, data.teacher_ids + told + data.teacher_rest, response)

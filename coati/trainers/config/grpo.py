@@ -316,8 +316,8 @@ class GRPOConfig(RolloutConfig):
         if a.correction.weights != "auto":
             return a.correction
         is_other = self.generators.max_staleness > 0 or self.generation.rollout_engine == "vllm"
-        corrects = is_other and not a.correction.bypass and a.policy_loss != "vespo"
-        return replace(a.correction, weights="token" if corrects else "none")
+        has_its_own = a.correction.bypass or a.correction.score_centering or a.policy_loss == "vespo"
+        return replace(a.correction, weights="token" if is_other and not has_its_own else "none")
 
     @property
     def shared_prefix_group(self) -> int:
