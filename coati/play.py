@@ -13,7 +13,6 @@ from coati.config.environment import EnvironmentConfig
 from coati.data import prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
-from coati.parallel.communication import Communicator
 from coati.rewards import EnvironmentReward, Scorer
 from coati.rollout import (
     EpisodeGeneration,
@@ -129,8 +128,8 @@ def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> Epi
     ends = eos_ids(tokenizer, actor)
     renderer, call_format = rendering_of(environment, tokenizer, ends, limits.call_format)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
-    scorer, ranks = Scorer([(EnvironmentReward(), 1.0)]), Communicator(0, 1, device)
-    return EpisodeGeneration(generator, scorer, tokenizer, ends, environment, renderer, limits, ranks, call_format)
+    scorer = Scorer([(EnvironmentReward(), 1.0)])
+    return EpisodeGeneration(generator, scorer, tokenizer, ends, environment, renderer, limits, call_format)
 
 
 def show_episode(

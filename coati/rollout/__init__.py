@@ -8,7 +8,7 @@ from coati.rollout.engine import RolloutEngine
 from coati.rollout.environment import Environment, Observation, load_environment
 from coati.rollout.episodes import EpisodeGeneration, rendering_of
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
-from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.generator import Completion, FollowUps, Generator, Request
 from coati.rollout.source import Prompt, RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
 from coati.rollout.tools import describe_tools, has_tools
 
@@ -19,6 +19,7 @@ __all__ = [
     "Environment",
     "EpisodeGeneration",
     "Experience",
+    "FollowUps",
     "GenerationConfig",
     "Generator",
     "Observation",

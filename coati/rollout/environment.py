@@ -22,6 +22,7 @@ import asyncio
 import inspect
 import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -85,21 +86,34 @@ class EpisodeFailed(Exception):
     """An environment raised, took too long, or returned something else than it should."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One in progress.
+
+    Attributes:
+        deadline: by `time.monotonic`, in seconds.
+    """
+
+    future: Future
+    deadline: float
+
+
 class EnvironmentCalls:
     """Calls environments side by side: async methods in one event loop, others in threads of their own.
 
-    A call that takes longer than `timeout` seconds has failed. Its thread can't be stopped; it is a daemon, and what it
-    returns later is dropped.
+    A call that takes longer than `timeout` seconds has failed, however late it is asked about. Its thread can't be
+    stopped; it is a daemon, which no process waits for at its end, and what it returns later is dropped.
     """
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self, method: Callable, *arguments) -> Future:
+    def begin(self, method: Callable, *arguments) -> Call:
         """Starts a call; `result` waits for it."""
+        deadline = time.monotonic() + self.timeout
         if inspect.iscoroutinefunction(method):
-            return asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop())
+            return Call(asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop()), deadline)
         future: Future = Future()
         future.set_running_or_notify_cancel()  # so that a late result is dropped and no error of its own
 
@@ -110,15 +124,16 @@ class EnvironmentCalls:
                 future.set_exception(error)
 
         threading.Thread(target=call, daemon=True).start()
-        return future
+        return Call(future, deadline)
 
-    def result(self, future: Future) -> Any:
+    def result(self, call: Call) -> Any:
         """What a call has returned.
 
         Raises:
             EpisodeFailed: it raised, or took too long.
         """
-        wait([future], self.timeout)
+        future = call.future
+        wait([future], max(call.deadline - time.monotonic(), 0.0))
         if not future.done():
             future.cancel()
             raise EpisodeFailed(f"no result within {self.timeout:g} s")

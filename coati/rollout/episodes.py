@@ -1,13 +1,19 @@
 """Episodes: a policy and environments take turns until each episode is done.
 
-All episodes that are under way respond together. An environment answers as soon as its response has ended, while others
-are still being generated. What a response is depends on its seed and on what came before, not on the other episodes.
+An environment is asked as soon as a response has ended, while others are still being generated, and its episode joins
+them again for the next turn. What a response is depends on its seed and on what came before, not on the other episodes,
+but the last bits of its log-probs do depend on which rows the engine computes together. So an episode does not go on at
+the moment when its environment has answered, which would make a run depend on a clock and a resumed run another one: it
+goes on after a fixed number of steps (`FollowUps.steps`). An environment that is quicker keeps nobody waiting; one that
+is slower is waited for, and `waited` counts the seconds.
+
+An engine that completes a whole batch at a time (vLLM, transformers) begins a turn when all of the turn before have
+ended. Either way the policy's weights are gathered once for all turns, by every rank, also one without an episode.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +24,7 @@ from coati.errors import UserError
 from coati.rewards import Scorer
 from coati.rollout.conversation import ConversationRenderer
 from coati.rollout.environment import (
+    Call,
     Environment,
     EnvironmentCalls,
     EpisodeFailed,
@@ -25,7 +32,7 @@ from coati.rollout.environment import (
     check_messages,
     check_observation,
 )
-from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.generator import Completion, FollowUps, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.rollout.source import Prompt, Scored
 from coati.rollout.tool_calls import format_of, read_response
@@ -45,7 +52,7 @@ class Episode:
         messages: the conversation so far, what was sampled decoded.
         tokens, mask, log_probs: as `Sample` has them; log_probs None where a response has none.
         finish_reason: empty while it goes on.
-        waiting: for what its environment was asked.
+        waiting: for what its environment was asked; waited: seconds for which generation waited, too.
         states: of the last response, so that the next one goes on from it.
     """
 
@@ -59,7 +66,8 @@ class Episode:
     metrics: dict[str, float] = field(default_factory=dict)
     finish_reason: str = ""
     error: str = ""
-    waiting: Future | None = None
+    waiting: Call | None = None
+    waited: float = 0.0
     states: Any = None
 
     @property
@@ -117,7 +125,6 @@ class EpisodeGeneration:
     Args:
         ends: tokens that end a response.
         environment: the class; every episode has an object of its own.
-        ranks: those that generate together, which must take equally many turns (`Communicator`).
         call_format: of `FORMATS`, for an environment with tools, which the renderer describes to the policy.
     """
 
@@ -132,11 +139,10 @@ class EpisodeGeneration:
         environment: Callable[[], Environment],
         renderer: ConversationRenderer,
         limits: EnvironmentConfig,
-        ranks,
         call_format: str | None = None,
     ):
         self.generator, self.scorer, self.tokenizer, self.ends = generator, scorer, tokenizer, list(ends)
-        self.environment, self.renderer, self.limits, self.ranks = environment, renderer, limits, ranks
+        self.environment, self.renderer, self.limits = environment, renderer, limits
         self.call_format, self.calls = call_format, EnvironmentCalls(limits.timeout)
 
     def sample(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int = 0) -> Scored:
@@ -161,6 +167,7 @@ class EpisodeGeneration:
         generated = time.monotonic()
         seconds = self.scorer.score(samples)
         times = {"generate": generated - started, "score": time.monotonic() - generated}
+        times["environment"] = sum(episode.waited for episode in episodes)
         return Scored(samples, times | {f"reward/{name}": value for name, value in seconds.items()})
 
     def new_environment(self) -> Environment:
@@ -176,23 +183,27 @@ class EpisodeGeneration:
             episode.waiting = self.calls.begin(episode.environment.reset, dict(episode.prompt.columns))
         for episode in episodes:
             self.begin(episode)
-        for turn in range(self.limits.max_turns):
-            active = [episode for episode in episodes if episode.goes_on]
-            # weights that are gathered for a call are gathered by all ranks
-            if self.ranks.sum(len(active)).item() == 0:
-                return
-            self.respond(active, sampling, turn)
-            for episode in active:
-                self.observe(episode)
-                if not episode.goes_on:
-                    episode.states = None  # their memory is for the others'
-        for episode in episodes:
-            episode.finish_reason = episode.finish_reason or "turns"
+        responding = [episode for episode in episodes if episode.goes_on]  # by the numbers of their requests
+
+        def heard(i: int, completion: Completion):
+            self.hear(responding[i], completion)
+
+        def next_turn(i: int) -> Request | None:
+            episode = responding[i]
+            self.observe(episode)
+            if not episode.goes_on:
+                return None
+            responding.append(episode)
+            return self.request(episode, sampling)
+
+        requests = [self.request(episode, sampling) for episode in responding]
+        turns = FollowUps(next_turn, self.limits.max_tokens, self.limits.answer_steps)
+        self.generator.generate(requests, sampling, heard, turns)
 
     def begin(self, episode: Episode):
         """The first messages."""
         try:
-            episode.messages = check_messages(self.calls.result(episode.waiting))
+            episode.messages = check_messages(self.answer(episode))
             ids = self.renderer.start(episode.messages)
             if len(ids) >= self.limits.max_tokens:
                 raise EpisodeFailed(f"its first messages have {len(ids)} tokens: raise environment.max_tokens")
@@ -200,23 +211,25 @@ class EpisodeGeneration:
             return episode.fail(error)
         episode.append(ids)
 
-    def respond(self, episodes: list[Episode], sampling: GenerationConfig, turn: int):
-        """The policy's next message in each; its environment is asked at once."""
+    def answer(self, episode: Episode):
+        """What the environment returned."""
+        started = time.monotonic()
+        try:
+            return self.calls.result(episode.waiting)
+        finally:
+            episode.waited += time.monotonic() - started
 
-        def heard(i: int, completion: Completion):
-            self.hear(episodes[i], completion)
-
-        requests = []
-        for episode in episodes:
-            room = self.limits.max_tokens - len(episode.tokens)
-            limit = min(room, sampling.max_new_tokens)
-            requests.append(Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, episode.states))
-            episode.states = None
-        self.generator.generate(requests, sampling, heard, keep_states=turn + 1 < self.limits.max_turns)
+    def request(self, episode: Episode, sampling: GenerationConfig) -> Request:
+        """For the policy's next message."""
+        turn, states, episode.states = len(episode.turns), episode.states, None
+        limit = min(self.limits.max_tokens - len(episode.tokens), sampling.max_new_tokens)
+        goes_on = turn + 1 < self.limits.max_turns
+        return Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, states, keep_states=goes_on)
 
     def hear(self, episode: Episode, completion: Completion):
         """Takes a response, and asks the environment about it unless it was truncated."""
-        start, episode.states = len(episode.tokens), completion.states
+        start = len(episode.tokens)
+        episode.states, completion.states = completion.states, None  # who asked for them may drop them
         episode.append(completion.ids, completion.log_probs, sampled=True)
         episode.turns.append(Turn(start, len(episode.tokens)))
         text = response_text(self.tokenizer, completion.ids, self.ends).strip()
@@ -231,7 +244,7 @@ class EpisodeGeneration:
         if not episode.goes_on:
             return
         try:
-            observation = check_observation(self.calls.result(episode.waiting))
+            observation = check_observation(self.answer(episode))
             episode.earn(observation)
             episode.metrics |= observation.metrics
             if observation.done:
@@ -240,6 +253,10 @@ class EpisodeGeneration:
                 self.tell(episode, observation.messages)
         except (EpisodeFailed, UserError) as error:  # a template may refuse what a policy has done, such as two calls
             episode.fail(error)
+        if episode.goes_on and len(episode.turns) == self.limits.max_turns:
+            episode.finish_reason = "turns"
+        if not episode.goes_on:
+            episode.states = None  # their memory is for the others'
 
     def tell(self, episode: Episode, messages: Messages):
         """Puts what the policy reads next after what there is, if there is room for it and a response."""

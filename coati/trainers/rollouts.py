@@ -132,7 +132,7 @@ class RolloutTrainer(Trainer):
         for note in check_conversations(renderer):
             self.runtime.say(note)
         return EpisodeGeneration(
-            generator, scorer, self.tokenizer, ends, environment, renderer, c.environment, self.ranks, call_format
+            generator, scorer, self.tokenizer, ends, environment, renderer, c.environment, call_format
         )
 
     def build_rollouts(self) -> RolloutSource:
