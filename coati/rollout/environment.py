@@ -32,6 +32,8 @@ from coati.data.messages import Messages, read_messages
 from coati.errors import UserError
 from coati.rewards.function import import_function
 
+PATIENCE = 1.0  # seconds, for an event loop to do nothing
+
 
 @dataclass
 class Observation:
@@ -102,7 +104,8 @@ class EnvironmentCalls:
     """Calls environments side by side: async methods in one event loop, others in threads of their own.
 
     A call that takes longer than `timeout` seconds has failed, however late it is asked about. Its thread can't be
-    stopped; it is a daemon, which no process waits for at its end, and what it returns later is dropped.
+    stopped; it is a daemon, which no process waits for at its end, and what it returns later is dropped. So it is with
+    the thread of an event loop that an async method blocks: later calls have another loop.
     """
 
     def __init__(self, timeout: float):
@@ -136,6 +139,7 @@ class EnvironmentCalls:
         wait([future], max(call.deadline - time.monotonic(), 0.0))
         if not future.done():
             future.cancel()
+            self._leave_blocked_loop()
             raise EpisodeFailed(f"no result within {self.timeout:g} s")
         error = future.exception()
         if error is not None:  # an exit, too: it is the environment's, not the run's
@@ -151,6 +155,15 @@ class EnvironmentCalls:
             return future.result(self.timeout)
         finally:
             future.cancel()
+
+    def _leave_blocked_loop(self):
+        if self.loop is None:
+            return
+        sign_of_life = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)
+        wait([sign_of_life], PATIENCE)
+        if not sign_of_life.done():
+            sign_of_life.cancel()
+            self.loop = None
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:

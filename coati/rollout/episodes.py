@@ -204,6 +204,8 @@ class EpisodeGeneration:
         """The first messages."""
         try:
             episode.messages = check_messages(self.answer(episode))
+            if self.can_not_fit(episode.messages):
+                raise EpisodeFailed("its first messages are too long: raise environment.max_tokens")
             ids = self.renderer.start(episode.messages)
             if len(ids) >= self.limits.max_tokens:
                 raise EpisodeFailed(f"its first messages have {len(ids)} tokens: raise environment.max_tokens")
@@ -262,13 +264,17 @@ class EpisodeGeneration:
         """Puts what the policy reads next after what there is, if there is room for it and a response."""
         *before, response = episode.messages
         episode.messages += messages
-        if any(len(message["content"]) > LONGEST_TOKEN * self.limits.max_tokens for message in messages):
+        if self.can_not_fit(messages):
             episode.finish_reason = "length"
             return
         is_ended = episode.tokens[-1] in self.renderer.ends
         episode.append(self.renderer.between(before, response, messages, is_ended))
         if len(episode.tokens) >= self.limits.max_tokens:
             episode.finish_reason = "length"
+
+    def can_not_fit(self, messages: Messages) -> bool:
+        """Whether a message is so long that there is no need to tokenize it."""
+        return any(len(message["content"]) > LONGEST_TOKEN * self.limits.max_tokens for message in messages)
 
     def close(self, episodes: list[Episode]):
         """Has every environment clean up. What fails in it is of no consequence for its episode."""

@@ -1,6 +1,8 @@
 """Episodes with environments: tokens, masks and rewards of every turn; limits, failures, and environments that hang."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from coati.rollout import (
 from coati.rollout.environment import EnvironmentCalls, EpisodeFailed
 from coati.rollout.generator import in_rounds, notify_done
 from coati.rollout.source import mean_environment_metrics
+from tests.conftest import ROOT
 
 
 class Alone:
@@ -190,6 +193,67 @@ def test_environments_that_hang_together_take_one_timeout(monkeypatch):
             calls.result(call)
     never.set()
     assert waited == [60.0] + [0.0] * 7
+
+
+class Blocks:
+    """Some of its coroutines stop the loop that all share."""
+
+    async def reset(self, row):
+        self.row = row
+        return "go"
+
+    async def step(self, message):
+        await asyncio.sleep(0)
+        if self.row.get("blocks"):
+            self.row["blocks"].wait()
+        if self.row.get("hangs"):
+            await asyncio.Event().wait()
+        return Observation(reward=1.0, done=True)
+
+
+def test_an_async_method_that_hangs_or_blocks_fails_its_episode_and_not_those_after_it(tokenizer):
+    never, calls = threading.Event(), EnvironmentCalls(0.2)
+    for row in ({"hangs": True}, {"blocks": never}):
+        environment = Blocks()
+        assert calls.result(calls.begin(environment.reset, row)) == "go"
+        with pytest.raises(EpisodeFailed, match="no result within"):
+            calls.result(calls.begin(environment.step, {}))
+        after = Blocks()
+        assert calls.result(calls.begin(after.reset, {})) == "go"
+        assert calls.result(calls.begin(after.step, {})).done
+    never.set()
+
+
+HANGS = """
+import threading
+from coati.rollout.environment import EnvironmentCalls, EpisodeFailed
+
+async def blocks():
+    threading.Event().wait()
+
+calls = EnvironmentCalls(0.1)
+for method in (threading.Event().wait, blocks):
+    try:
+        calls.result(calls.begin(method))
+    except EpisodeFailed as error:
+        print(error)
+"""
+
+
+def test_a_process_ends_though_its_environments_hang():
+    done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "no result within 0.1 s\n" * 2
+
+
+def test_a_beginning_that_cannot_fit_is_not_tokenized(tokenizer):
+    class Long:
+        def reset(self, row):
+            return "x" * 1_000_000
+
+        def step(self, message): ...
+
+    with pytest.raises(UserError, match="its first messages are too long"):
+        play(tokenizer, Long, "a", max_tokens=100)
 
 
 def test_environments_that_all_fail_end_the_run_with_the_reason(tokenizer):
