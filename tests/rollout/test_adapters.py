@@ -139,3 +139,50 @@ def test_a_search_finds_the_texts_with_the_words(tokenizer, tmp_path):
     path.write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(UserError, match="line 2: no object with a `text`"):
         type("Other", (Search,), {"corpus": path})()
+
+
+@pytest.fixture(scope="module")
+def gym():
+    return pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'coati[verify]'")
+
+
+def test_a_task_of_reasoning_gym_is_solved_in_as_many_attempts_as_there_are(gym, tokenizer):
+    from coati.environments.reasoning_gym import ReasoningGym
+
+    made = {"task": "chain_sum", "seed": 3, "options": {"min_terms": 2, "max_terms": 2}, "attempts": 3}
+    entry = json.loads(json.dumps(gym.create_dataset("chain_sum", size=1, seed=3, min_terms=2, max_terms=2)[0]))
+    right = f"It's <answer>{entry['answer']}</answer>"
+    for row in (made, {**entry, "attempts": 3}):
+        [sample], _ = play(tokenizer, ReasoningGym, "no idea", right, "never", rows=[row], max_turns=3, max_tokens=999)
+        assert sample.messages[0]["content"] == entry["question"] and sample.finish_reason == "done"
+        assert sample.score == 1 and sample.metrics == {"attempts": 2, "solved": 1}
+    [wrong], _ = play(tokenizer, ReasoningGym, "no idea", rows=[made], max_turns=3, max_tokens=999)
+    assert wrong.finish_reason == "done" and wrong.score < 1 and wrong.metrics == {"attempts": 3, "solved": 0}
+    [single], _ = play(tokenizer, ReasoningGym, "no idea", right, rows=[entry], max_turns=3, max_tokens=999)
+    assert len(single.turns) == 1 and single.score < 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"task": "chain_sum"}, "this one has task"),
+        ({"task": "no_such", "seed": 1}, "makes no task 'no_such'"),
+        ({"task": "chain_sum", "seed": 1, "options": {"size_of": 2}}, "makes no task 'chain_sum' of these options"),
+        ({"task": "countdown", "seed": 1}, "allow_code_execution"),
+        ({"question": "1 + 1?"}, "source_dataset"),
+    ],
+)
+def test_a_row_that_is_no_task_of_reasoning_gym_is_refused(row, message, gym):
+    from coati.environments.reasoning_gym import ReasoningGym
+
+    with pytest.raises(UserError, match=message):
+        ReasoningGym().reset(row)
+
+
+def test_the_answer_of_a_message_is_found():
+    pytest.importorskip("reasoning_gym")
+    from coati.environments.reasoning_gym import stated
+
+    assert stated("<think><answer>1</answer></think> 2 ") == "2"
+    assert stated("<answer>1</answer> or <answer> 2 </answer> perhaps") == "2"
+    assert stated("<answer>3") == "3"
