@@ -13,7 +13,6 @@ from coati.config.environment import EnvironmentConfig
 from coati.data import prepare_tokenizer
 from coati.errors import UserError
 from coati.models import Actor
-from coati.parallel.communication import Communicator
 from coati.rollout import (
     EpisodeSampler,
     Observation,
@@ -128,8 +127,7 @@ def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> Epi
     ends = eos_ids(tokenizer, actor)
     renderer, call_format = rendering_of(environment, tokenizer, ends, limits.call_format)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
-    ranks = Communicator(0, 1, device)
-    return EpisodeSampler(generator, tokenizer, ends, environment, renderer, limits, ranks, call_format)
+    return EpisodeSampler(generator, tokenizer, ends, environment, renderer, limits, call_format)
 
 
 def show_episode(
@@ -147,7 +145,7 @@ def show_episode(
     episodes = episodes_of(load_environment(location), model, limits)
     for note in check_conversations(episodes.renderer):
         show(note)
-    [sample] = episodes.sample([Prompt(0, [0, 0], [], "", row)], sampling)
+    [sample] = episodes.sample([Prompt(0, [0, 0], [], "", row)], sampling).samples
     turns = iter(sample.turns)
     for message in sample.messages:
         if message["role"] == "assistant":

@@ -15,6 +15,9 @@ class EnvironmentConfig(Settings):
     max_turns: int = option(8, "responses per episode", ge=1)
     max_tokens: int = option(1024, "longest episode, in tokens, those of the environment included", ge=2)
     timeout: float = option(60.0, "seconds that a call of the environment may take", gt=0)
+    answer_steps: int = option(
+        8, "tokens that other episodes may sample, each, before generation waits for an environment's answer", ge=1
+    )
     call_format: Literal["auto", "hermes", "llama3", "mistral", "pythonic", "harmony"] = option(
         "auto", "how the policy calls tools; auto: as its chat template writes calls"
     )

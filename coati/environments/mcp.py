@@ -5,11 +5,17 @@ class Files(MCPTools):
 """
 
 import asyncio
+import shutil
+import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mcp import Client, StdioServerParameters
 
 from coati.errors import UserError
+
+GUARD = Path(__file__).with_name("mcp_guard.py")
+LONGEST_MESSAGE = 4 << 20  # bytes; a server that writes a longer one is ended
 
 
 class MCPTools:
@@ -24,8 +30,10 @@ class MCPTools:
 
     @classmethod
     def server(cls) -> StdioServerParameters:
-        program, *arguments = cls.command
-        return StdioServerParameters(command=program, args=arguments)
+        if shutil.which(cls.command[0]) is None:
+            raise FileNotFoundError(f"no program {cls.command[0]}")
+        guard = ["-S", "-E", str(GUARD), str(LONGEST_MESSAGE)]
+        return StdioServerParameters(command=sys.executable, args=[*guard, *cls.command])
 
     @classmethod
     def tools(cls) -> list[dict[str, Any]]:

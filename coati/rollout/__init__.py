@@ -8,7 +8,7 @@ from coati.rollout.engine import RolloutEngine
 from coati.rollout.environment import Environment, Observation, load_environment
 from coati.rollout.episodes import EpisodeSampler, rendering_of
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
-from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.generator import Completion, FollowUps, Generator, Request
 from coati.rollout.sampler import Prompt, ResponseSampler, Sampler
 from coati.rollout.source import RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
 from coati.rollout.tools import describe_tools, has_tools
@@ -20,6 +20,7 @@ __all__ = [
     "Environment",
     "EpisodeSampler",
     "Experience",
+    "FollowUps",
     "GenerationConfig",
     "Generator",
     "Observation",

@@ -22,6 +22,7 @@ import asyncio
 import inspect
 import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from typing import Any, Protocol
 from coati.data.messages import Messages, read_messages
 from coati.errors import UserError
 from coati.rewards.function import import_function
+
+PATIENCE = 1.0  # seconds, for an event loop to do nothing
 
 
 @dataclass
@@ -85,21 +88,35 @@ class EpisodeFailed(Exception):
     """An environment raised, took too long, or returned something else than it should."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One in progress.
+
+    Attributes:
+        deadline: by `time.monotonic`, in seconds.
+    """
+
+    future: Future
+    deadline: float
+
+
 class EnvironmentCalls:
     """Calls environments side by side: async methods in one event loop, others in threads of their own.
 
-    A call that takes longer than `timeout` seconds has failed. Its thread can't be stopped; it is a daemon, and what it
-    returns later is dropped.
+    A call that takes longer than `timeout` seconds has failed, however late it is asked about. Its thread can't be
+    stopped; it is a daemon, which no process waits for at its end, and what it returns later is dropped. So it is with
+    the thread of an event loop that an async method blocks: later calls have another loop.
     """
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self, method: Callable, *arguments) -> Future:
+    def begin(self, method: Callable, *arguments) -> Call:
         """Starts a call; `result` waits for it."""
+        deadline = time.monotonic() + self.timeout
         if inspect.iscoroutinefunction(method):
-            return asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop())
+            return Call(asyncio.run_coroutine_threadsafe(method(*arguments), self._running_loop()), deadline)
         future: Future = Future()
         future.set_running_or_notify_cancel()  # so that a late result is dropped and no error of its own
 
@@ -110,17 +127,19 @@ class EnvironmentCalls:
                 future.set_exception(error)
 
         threading.Thread(target=call, daemon=True).start()
-        return future
+        return Call(future, deadline)
 
-    def result(self, future: Future) -> Any:
+    def result(self, call: Call) -> Any:
         """What a call has returned.
 
         Raises:
             EpisodeFailed: it raised, or took too long.
         """
-        wait([future], self.timeout)
+        future = call.future
+        wait([future], max(call.deadline - time.monotonic(), 0.0))
         if not future.done():
             future.cancel()
+            self._leave_blocked_loop()
             raise EpisodeFailed(f"no result within {self.timeout:g} s")
         error = future.exception()
         if error is not None:  # an exit, too: it is the environment's, not the run's
@@ -136,6 +155,15 @@ class EnvironmentCalls:
             return future.result(self.timeout)
         finally:
             future.cancel()
+
+    def _leave_blocked_loop(self):
+        if self.loop is None:
+            return
+        sign_of_life = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)
+        wait([sign_of_life], PATIENCE)
+        if not sign_of_life.done():
+            sign_of_life.cancel()
+            self.loop = None
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:

@@ -1,12 +1,19 @@
 """Episodes: a policy and environments take turns until each episode is done.
 
-All episodes that are under way respond together. An environment answers as soon as its response has ended, while others
-are still being generated. What a response is depends on its seed and on what came before, not on the other episodes.
+An environment is asked as soon as a response has ended, while others are still being generated, and its episode joins
+them again for the next turn. What a response is depends on its seed and on what came before, not on the other episodes,
+but the last bits of its log-probs do depend on which rows the engine computes together. So an episode does not go on at
+the moment when its environment has answered, which would make a run depend on a clock and a resumed run another one: it
+goes on after a fixed number of steps (`FollowUps.steps`). An environment that is quicker keeps nobody waiting; one that
+is slower is waited for, and `waited` counts the seconds.
+
+An engine that completes a whole batch at a time (vLLM, transformers) begins a turn when all of the turn before have
+ended. Either way the policy's weights are gathered once for all turns, by every rank, also one without an episode.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +23,7 @@ from coati.data.messages import Messages
 from coati.errors import UserError
 from coati.rollout.conversation import ConversationRenderer
 from coati.rollout.environment import (
+    Call,
     Environment,
     EnvironmentCalls,
     EpisodeFailed,
@@ -23,9 +31,9 @@ from coati.rollout.environment import (
     check_messages,
     check_observation,
 )
-from coati.rollout.generator import Completion, Generator, Request
+from coati.rollout.generator import Completion, FollowUps, Generator, Request
 from coati.rollout.prompts import response_text
-from coati.rollout.sampler import OnSample, Prompt
+from coati.rollout.sampler import OnSample, Prompt, Sampled
 from coati.rollout.tool_calls import format_of, read_response
 from coati.rollout.tools import ToolUse, describe_tools, has_tools
 from coati.samples import Sample, Turn
@@ -43,7 +51,7 @@ class Episode:
         messages: the conversation so far, what was sampled decoded.
         tokens, mask, log_probs: as `Sample` has them; log_probs None where a response has none.
         finish_reason: empty while it goes on.
-        waiting: for what its environment was asked.
+        waiting: for what its environment was asked; waited: seconds for which generation waited, too.
         states: of the last response, so that the next one goes on from it.
     """
 
@@ -57,7 +65,8 @@ class Episode:
     metrics: dict[str, float] = field(default_factory=dict)
     finish_reason: str = ""
     error: str = ""
-    waiting: Future | None = None
+    waiting: Call | None = None
+    waited: float = 0.0
     states: Any = None
 
     @property
@@ -115,7 +124,6 @@ class EpisodeSampler:
     Args:
         ends: tokens that end a response.
         environment: the class; every episode has an object of its own.
-        ranks: those that generate together, which must take equally many turns (`Communicator`).
         call_format: of `FORMATS`, for an environment with tools, which the renderer describes to the policy.
     """
 
@@ -129,11 +137,10 @@ class EpisodeSampler:
         environment: Callable[[], Environment],
         renderer: ConversationRenderer,
         limits: EnvironmentConfig,
-        ranks,
         call_format: str | None = None,
     ):
         self.generator, self.tokenizer, self.ends = generator, tokenizer, list(ends)
-        self.environment, self.renderer, self.limits, self.ranks = environment, renderer, limits, ranks
+        self.environment, self.renderer, self.limits = environment, renderer, limits
         self.call_format, self.calls = call_format, EnvironmentCalls(limits.timeout)
 
     def sample(
@@ -142,8 +149,9 @@ class EpisodeSampler:
         sampling: GenerationConfig,
         version: int = 0,
         on_sample: OnSample | None = None,
-    ) -> list[Sample]:
-        """See `Sampler`: an episode per prompt, whose columns are the row that it begins from.
+    ) -> Sampled:
+        """See `Sampler`: an episode per prompt, whose columns are the row that it begins from. `seconds` has how long
+        generation waited for environments.
 
         Raises:
             UserError: every episode's environment failed; it has the last error.
@@ -159,7 +167,7 @@ class EpisodeSampler:
         samples = [self.sample_of(episode, version) for episode in episodes]
         for i, sample in enumerate(samples if on_sample else ()):
             on_sample(i, sample)
-        return samples
+        return Sampled(samples, {"environment": sum(episode.waited for episode in episodes)})
 
     def new_environment(self) -> Environment:
         environment = self.environment()
@@ -174,23 +182,29 @@ class EpisodeSampler:
             episode.waiting = self.calls.begin(episode.environment.reset, dict(episode.prompt.columns))
         for episode in episodes:
             self.begin(episode)
-        for turn in range(self.limits.max_turns):
-            active = [episode for episode in episodes if episode.goes_on]
-            # weights that are gathered for a call are gathered by all ranks
-            if self.ranks.sum(len(active)).item() == 0:
-                return
-            self.respond(active, sampling, turn)
-            for episode in active:
-                self.observe(episode)
-                if not episode.goes_on:
-                    episode.states = None  # their memory is for the others'
-        for episode in episodes:
-            episode.finish_reason = episode.finish_reason or "turns"
+        responding = [episode for episode in episodes if episode.goes_on]  # by the numbers of their requests
+
+        def heard(i: int, completion: Completion):
+            self.hear(responding[i], completion)
+
+        def next_turn(i: int) -> Request | None:
+            episode = responding[i]
+            self.observe(episode)
+            if not episode.goes_on:
+                return None
+            responding.append(episode)
+            return self.request(episode, sampling)
+
+        requests = [self.request(episode, sampling) for episode in responding]
+        turns = FollowUps(next_turn, self.limits.max_tokens, self.limits.answer_steps)
+        self.generator.generate(requests, sampling, heard, turns)
 
     def begin(self, episode: Episode):
         """The first messages."""
         try:
-            episode.messages = check_messages(self.calls.result(episode.waiting))
+            episode.messages = check_messages(self.answer(episode))
+            if self.can_not_fit(episode.messages):
+                raise EpisodeFailed("its first messages are too long: raise environment.max_tokens")
             ids = self.renderer.start(episode.messages)
             if len(ids) >= self.limits.max_tokens:
                 raise EpisodeFailed(f"its first messages have {len(ids)} tokens: raise environment.max_tokens")
@@ -198,23 +212,25 @@ class EpisodeSampler:
             return episode.fail(error)
         episode.append(ids)
 
-    def respond(self, episodes: list[Episode], sampling: GenerationConfig, turn: int):
-        """The policy's next message in each; its environment is asked at once."""
+    def answer(self, episode: Episode):
+        """What the environment returned."""
+        started = time.monotonic()
+        try:
+            return self.calls.result(episode.waiting)
+        finally:
+            episode.waited += time.monotonic() - started
 
-        def heard(i: int, completion: Completion):
-            self.hear(episodes[i], completion)
-
-        requests = []
-        for episode in episodes:
-            room = self.limits.max_tokens - len(episode.tokens)
-            limit = min(room, sampling.max_new_tokens)
-            requests.append(Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, episode.states))
-            episode.states = None
-        self.generator.generate(requests, sampling, heard, keep_states=turn + 1 < self.limits.max_turns)
+    def request(self, episode: Episode, sampling: GenerationConfig) -> Request:
+        """For the policy's next message."""
+        turn, states, episode.states = len(episode.turns), episode.states, None
+        limit = min(self.limits.max_tokens - len(episode.tokens), sampling.max_new_tokens)
+        goes_on = turn + 1 < self.limits.max_turns
+        return Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, states, keep_states=goes_on)
 
     def hear(self, episode: Episode, completion: Completion):
         """Takes a response, and asks the environment about it unless it was truncated."""
-        start, episode.states = len(episode.tokens), completion.states
+        start = len(episode.tokens)
+        episode.states, completion.states = completion.states, None  # who asked for them may drop them
         episode.append(completion.ids, completion.log_probs, sampled=True)
         episode.turns.append(Turn(start, len(episode.tokens)))
         text = response_text(self.tokenizer, completion.ids, self.ends).strip()
@@ -229,7 +245,7 @@ class EpisodeSampler:
         if not episode.goes_on:
             return
         try:
-            observation = check_observation(self.calls.result(episode.waiting))
+            observation = check_observation(self.answer(episode))
             episode.earn(observation)
             episode.metrics |= observation.metrics
             if observation.done:
@@ -238,18 +254,26 @@ class EpisodeSampler:
                 self.tell(episode, observation.messages)
         except (EpisodeFailed, UserError) as error:  # a template may refuse what a policy has done, such as two calls
             episode.fail(error)
+        if episode.goes_on and len(episode.turns) == self.limits.max_turns:
+            episode.finish_reason = "turns"
+        if not episode.goes_on:
+            episode.states = None  # their memory is for the others'
 
     def tell(self, episode: Episode, messages: Messages):
         """Puts what the policy reads next after what there is, if there is room for it and a response."""
         *before, response = episode.messages
         episode.messages += messages
-        if any(len(message["content"]) > LONGEST_TOKEN * self.limits.max_tokens for message in messages):
+        if self.can_not_fit(messages):
             episode.finish_reason = "length"
             return
         is_ended = episode.tokens[-1] in self.renderer.ends
         episode.append(self.renderer.between(before, response, messages, is_ended))
         if len(episode.tokens) >= self.limits.max_tokens:
             episode.finish_reason = "length"
+
+    def can_not_fit(self, messages: Messages) -> bool:
+        """Whether a message is so long that there is no need to tokenize it."""
+        return any(len(message["content"]) > LONGEST_TOKEN * self.limits.max_tokens for message in messages)
 
     def close(self, episodes: list[Episode]):
         """Has every environment clean up. What fails in it is of no consequence for its episode."""

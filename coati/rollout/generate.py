@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.engine import RolloutEngine
-from coati.rollout.generator import Completion, OnDone, Request, notify_done
+from coati.rollout.generator import Completion, FollowUps, OnDone, Request, in_rounds, notify_done
 from coati.rollout.prompts import eos_ids, pad_left
 from coati.rollout.vllm import VLLMEngine
 
@@ -31,12 +31,12 @@ class PolicyGenerator:
         requests: Sequence[Request],
         sampling: GenerationConfig,
         on_done: OnDone | None = None,
-        keep_states: bool = False,
+        follow_ups: FollowUps | None = None,
     ) -> list[Completion]:
-        """See `Generator`."""
+        """See `Generator`. The weights are gathered once."""
         with self.full() as model:
             options = dict(pad_id=self.pad_id, tokenizer=self.tokenizer, batch_size=self.batch_size, on_done=on_done)
-            options |= dict(eos_ids=eos_ids(self.tokenizer, model), keep_states=keep_states)
+            options |= dict(eos_ids=eos_ids(self.tokenizer, model), follow_ups=follow_ups)
             return complete(model, requests, sampling, **options)
 
 
@@ -50,9 +50,9 @@ def complete(
     tokenizer=None,
     batch_size: int = 64,
     on_done: OnDone | None = None,
-    keep_states: bool = False,
+    follow_ups: FollowUps | None = None,
 ) -> list[Completion]:
-    """One completion per request, in their order, by the engine that the settings choose.
+    """One completion per request, in the order of their numbers, by the engine that the settings choose.
 
     Args:
         model: an `Actor` with unsharded weights.
@@ -60,8 +60,9 @@ def complete(
         pad_id: what fills rows where transformers generates.
         tokenizer: for `sampling.stop`.
         batch_size: rows generated together.
-        on_done: called with a request's place and its completion as soon as that is known to have ended.
-        keep_states: of completions by coati's engine; vLLM finds what it has read by itself.
+        on_done: called with a request's number and its completion as soon as that is known to have ended.
+        follow_ups: requests after these. vLLM and transformers begin them when all before have ended; vLLM finds by
+            itself what it has read already.
 
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
@@ -69,13 +70,17 @@ def complete(
     sampling.check_installed()
     with_vllm = sampling.rollout_engine == "vllm"
     if sampling.num_beams > 1 or not (with_vllm or has_kv_cache(model)):
-        prompts = [request.prompt for request in requests]
-        return notify_done(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
+
+        def by_transformers(requests: Sequence[Request], on_done: OnDone) -> list[Completion]:
+            prompts = [request.prompt for request in requests]
+            return notify_done(_by_transformers(model, prompts, sampling, eos_ids, pad_id, tokenizer), on_done)
+
+        return in_rounds(by_transformers, requests, on_done, follow_ups)
     stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
     options = dict(eos_ids=eos_ids, stop=stop, slots=batch_size)
     if with_vllm:
-        return VLLMEngine(model, sampling, **options).generate(requests, on_done)
-    return RolloutEngine(model, sampling, **options, keep_states=keep_states).generate(requests, on_done)
+        return in_rounds(VLLMEngine(model, sampling, **options).generate, requests, on_done, follow_ups)
+    return RolloutEngine(model, sampling, **options).generate(requests, on_done, follow_ups)
 
 
 def has_kv_cache(model) -> bool:

@@ -21,6 +21,7 @@ class Request:
             again. For the weights that it was sampled with.
         heads: of how many of the most likely tokens the log-probs are wanted too, wherever one is sampled; the same for
             all requests of a call. By coati's engine only.
+        keep_states: whether the completion's are kept, so that another request can go on from it.
     """
 
     prompt: Sequence[int]
@@ -28,6 +29,7 @@ class Request:
     max_new_tokens: int | None = None
     states: Any = None
     heads: int = 0
+    keep_states: bool = False
 
 
 @dataclass
@@ -54,11 +56,53 @@ class Completion:
 OnDone = Callable[[int, Completion], None]
 
 
+@dataclass(frozen=True)
+class FollowUps:
+    """Requests that come after completions, as a conversation's next turn does.
+
+    Attributes:
+        next: from a completion's number to the request after it, or None; it may have to wait for that. Follow-ups are
+            numbered on from the first requests in the order in which they are given.
+        longest: tokens that such a prompt has at most, with its response.
+        steps: tokens per row between two times at which follow-ups join the other rows. `next` is called at the second
+            of these after a completion, or when there is no other row. Not at once, and not when it would not wait:
+            which rows are computed together then never depends on a clock, and neither do the bits of a result.
+    """
+
+    next: Callable[[int], Request | None]
+    longest: int
+    steps: int = 8
+
+
 def notify_done(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
     """Calls `on_done` for each completion, and returns them."""
     for i, completion in enumerate(completions if on_done else ()):
         on_done(i, completion)
     return completions
+
+
+def in_rounds(
+    generate: Callable[[Sequence[Request], OnDone], list[Completion]],
+    requests: Sequence[Request],
+    on_done: OnDone | None,
+    follow_ups: FollowUps | None,
+) -> list[Completion]:
+    """Requests and their follow-ups by what completes a whole batch at a time."""
+    completions: list[Completion] = []
+    while True:
+        first = len(completions)
+
+        def heard(i: int, completion: Completion, first=first):
+            if on_done is not None:
+                on_done(first + i, completion)
+
+        completions += generate(requests, heard)
+        if follow_ups is None:
+            return completions
+        following = [follow_ups.next(i) for i in range(first, len(completions))]
+        requests = [request for request in following if request is not None]
+        if not requests:
+            return completions
 
 
 class Generator(Protocol):
@@ -69,12 +113,12 @@ class Generator(Protocol):
         requests: Sequence[Request],
         sampling: GenerationConfig,
         on_done: OnDone | None = None,
-        keep_states: bool = False,
+        follow_ups: FollowUps | None = None,
     ) -> list[Completion]:
-        """One completion per request, in their order, with the weights that the policy has now.
+        """One completion per request, in the order of their numbers, with the weights that the policy has now.
 
         Args:
             sampling: how tokens are drawn.
-            on_done: called with a request's place and its completion as soon as that is known to have ended.
-            keep_states: so that other requests can go on from the completions.
+            on_done: called with a request's number and its completion as soon as that is known to have ended.
+            follow_ups: requests after these.
         """

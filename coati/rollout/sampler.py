@@ -1,7 +1,7 @@
 """Prompts in, samples out: what a policy says to prompts, with its tokens and their log-probs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from coati.config.generation import GenerationConfig
@@ -35,6 +35,14 @@ class Prompt:
 OnSample = Callable[[int, Sample], Any]
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Samples without rewards, in the order of their prompts, and the seconds that parts of the work took by name."""
+
+    samples: list[Sample]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
 class Sampler(Protocol):
     """Has a policy respond to prompts, or play episodes with an environment.
 
@@ -50,8 +58,8 @@ class Sampler(Protocol):
         sampling: GenerationConfig,
         version: int = 0,
         on_sample: OnSample | None = None,
-    ) -> list[Sample]:
-        """One sample per prompt, in their order, without rewards.
+    ) -> Sampled:
+        """One sample per prompt.
 
         Args:
             sampling: how tokens are drawn.
@@ -80,7 +88,7 @@ class ResponseSampler:
         sampling: GenerationConfig,
         version: int = 0,
         on_sample: OnSample | None = None,
-    ) -> list[Sample]:
+    ) -> Sampled:
         """See `Sampler`."""
         samples: list[Sample | None] = [None] * len(prompts)
 
@@ -91,7 +99,7 @@ class ResponseSampler:
 
         requests = [Request(prompt.input_ids, prompt.seed, heads=self.heads) for prompt in prompts]
         self.generator.generate(requests, sampling, finish)
-        return samples
+        return Sampled(samples)
 
     def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
         asked, sampled = len(prompt.input_ids), len(completion.ids)

@@ -59,24 +59,24 @@ class ScoredGeneration:
             begun[i] = self.scorer.begin(sample)
 
         started = time.monotonic()
-        samples = self.sampler.sample(prompts, sampling, version, begin)
-        return Generated(samples, begun, time.monotonic() - started)
+        sampled = self.sampler.sample(prompts, sampling, version, begin)
+        return Generated(sampled.samples, begun, {"generate": time.monotonic() - started} | sampled.seconds)
 
     def score(self, generated: "Generated") -> "Scored":
         """Waits for the scores."""
         started = time.monotonic()
         seconds = self.scorer.score(generated.samples, generated.begun)
-        times = {"generate": generated.seconds, "score": time.monotonic() - started}
+        times = generated.seconds | {"score": time.monotonic() - started}
         return Scored(generated.samples, times | {f"reward/{name}": value for name, value in seconds.items()})
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Samples, the scores that are being computed for each, and the seconds that this rank has generated."""
+    """Samples, the scores that are being computed for each, and the seconds that parts of generation took."""
 
     samples: list[Sample]
     begun: list[dict]
-    seconds: float
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -75,5 +75,5 @@ def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sample
     policy = factory.model(Actor, config.model.path, lora=config.model.lora)
     disable_dropout(policy)
     generator = factory.generator(factory.frozen(policy), config.generation)
-    sampler = make_sampler(config, generator, policy, factory.tokenizer, runtime.data_ranks(1))
+    sampler = make_sampler(config, generator, policy, factory.tokenizer)
     return sampler, lambda path, checksum: load_weights(policy, path, checksum)

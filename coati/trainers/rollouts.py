@@ -130,7 +130,7 @@ class RolloutTrainer(Trainer):
     def build_sampler(self) -> Sampler:
         """What samples on this process, with the current weights."""
         generator = self.factory.generator(self.actor, self.config.generation)
-        sampler = make_sampler(self.config, generator, self.actor.module, self.tokenizer, self.ranks)
+        sampler = make_sampler(self.config, generator, self.actor.module, self.tokenizer)
         for note in notes_on(sampler):
             self.runtime.say(note)
         return sampler

@@ -14,11 +14,8 @@ from coati.rollout.prompts import eos_ids
 from coati.trainers.config import RolloutConfig
 
 
-def make_sampler(config: RolloutConfig, generator: Generator, policy: Actor, tokenizer, ranks) -> Sampler:
+def make_sampler(config: RolloutConfig, generator: Generator, policy: Actor, tokenizer) -> Sampler:
     """What samples single responses, or episodes with the settings' environment.
-
-    Args:
-        ranks: those that generate together (`Communicator`).
 
     Raises:
         UserError: an environment that can't be loaded, or that the chat template can't write a conversation with.
@@ -30,7 +27,7 @@ def make_sampler(config: RolloutConfig, generator: Generator, policy: Actor, tok
     renderer, call_format = rendering_of(
         environment, tokenizer, ends, settings.call_format, config.data.template_arguments
     )
-    return EpisodeSampler(generator, tokenizer, ends, environment, renderer, settings, ranks, call_format)
+    return EpisodeSampler(generator, tokenizer, ends, environment, renderer, settings, call_format)
 
 
 def notes_on(sampler: Sampler) -> list[str]:

@@ -1,10 +1,13 @@
 """Environments around libraries: gymnasium's, a search by BM25, and the tools of an MCP server."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
+from coati.environments import mcp_guard
+from coati.environments.mcp_guard import PASSED_ON
 from coati.errors import UserError
 from coati.rollout import describe_tools
 from tests.rollout.test_episodes import play
@@ -30,6 +33,14 @@ def leave() -> str:
     os._exit(1)
 
 
+@server.tool()
+def flood(length: int) -> str:
+    """Prints very much, and returns so much."""
+    for _ in range(2000):
+        print("y" * 32767)
+    return "x" * length
+
+
 server.run("stdio")
 '''
 
@@ -46,7 +57,7 @@ def shop(tmp_path_factory):
 
 def test_the_tools_of_an_mcp_server_are_described_and_called(shop, tokenizer):
     described = {tool["function"]["name"]: tool["function"] for tool in describe_tools(shop)}
-    assert set(described) == {"price", "leave"} and described["price"]["description"] == "What an item costs."
+    assert set(described) == {"price", "leave", "flood"} and described["price"]["description"] == "What an item costs."
     assert described["price"]["parameters"]["properties"]["item"]["type"] == "string"
     texts = call("price", item="tea"), call("price", item="milk"), "3"
     sample = played(tokenizer, shop, *texts, rows=[{"question": "What does tea cost?"}])
@@ -55,6 +66,24 @@ def test_the_tools_of_an_mcp_server_are_described_and_called(shop, tokenizer):
     assert sample.metrics == {"tool_calls": 2, "tool_errors": 1, "malformed_calls": 0}
     left = played(tokenizer, shop, call("leave"), "ok", rows=[{"question": "?"}])
     assert results(left)[0].startswith("error: ") and left.metrics["tool_errors"] == 1
+
+
+def test_an_mcp_server_that_writes_very_much_is_ended_or_goes_on(shop, tokenizer):
+    rows = [{"question": "?"}]
+    prints = played(tokenizer, shop, call("flood", length=4), call("price", item="tea"), "ok", rows=rows)
+    assert results(prints) == ["xxxx", "3"]
+    returns = played(tokenizer, shop, call("flood", length=5 << 20), "ok", rows=rows)
+    assert results(returns)[0].startswith("error: ") and returns.metrics["tool_errors"] == 1
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_of_what_a_server_writes_messages_come_through_and_a_little_else(ends):
+    program = "for _ in range(100): print('x' * 9999)\n" if ends else "print('x' * 1000000)\n"
+    server = [sys.executable, "-c", "print('{1}')\n" + program + "print('{2}')"]
+    done = subprocess.run([sys.executable, mcp_guard.__file__, "10000", *server], capture_output=True, text=True)
+    assert done.stdout == ("{1}\n{2}\n" if ends else "{1}\n")
+    assert done.stderr.count("x") == (PASSED_ON - PASSED_ON // 10000 if ends else 0)
+    assert ("more than 10000 bytes" in done.stderr) == (not ends) == (done.returncode != 0)
 
 
 def test_an_mcp_server_that_does_not_start_is_named(shop):
@@ -110,3 +139,50 @@ def test_a_search_finds_the_texts_with_the_words(tokenizer, tmp_path):
     path.write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(UserError, match="line 2: no object with a `text`"):
         type("Other", (Search,), {"corpus": path})()
+
+
+@pytest.fixture(scope="module")
+def gym():
+    return pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'coati[verify]'")
+
+
+def test_a_task_of_reasoning_gym_is_solved_in_as_many_attempts_as_there_are(gym, tokenizer):
+    from coati.environments.reasoning_gym import ReasoningGym
+
+    made = {"task": "chain_sum", "seed": 3, "options": {"min_terms": 2, "max_terms": 2}, "attempts": 3}
+    entry = json.loads(json.dumps(gym.create_dataset("chain_sum", size=1, seed=3, min_terms=2, max_terms=2)[0]))
+    right = f"It's <answer>{entry['answer']}</answer>"
+    for row in (made, {**entry, "attempts": 3}):
+        [sample], _ = play(tokenizer, ReasoningGym, "no idea", right, "never", rows=[row], max_turns=3, max_tokens=999)
+        assert sample.messages[0]["content"] == entry["question"] and sample.finish_reason == "done"
+        assert sample.score == 1 and sample.metrics == {"attempts": 2, "solved": 1}
+    [wrong], _ = play(tokenizer, ReasoningGym, "no idea", rows=[made], max_turns=3, max_tokens=999)
+    assert wrong.finish_reason == "done" and wrong.score < 1 and wrong.metrics == {"attempts": 3, "solved": 0}
+    [single], _ = play(tokenizer, ReasoningGym, "no idea", right, rows=[entry], max_turns=3, max_tokens=999)
+    assert len(single.turns) == 1 and single.score < 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"task": "chain_sum"}, "this one has task"),
+        ({"task": "no_such", "seed": 1}, "makes no task 'no_such'"),
+        ({"task": "chain_sum", "seed": 1, "options": {"size_of": 2}}, "makes no task 'chain_sum' of these options"),
+        ({"task": "countdown", "seed": 1}, "allow_code_execution"),
+        ({"question": "1 + 1?"}, "source_dataset"),
+    ],
+)
+def test_a_row_that_is_no_task_of_reasoning_gym_is_refused(row, message, gym):
+    from coati.environments.reasoning_gym import ReasoningGym
+
+    with pytest.raises(UserError, match=message):
+        ReasoningGym().reset(row)
+
+
+def test_the_answer_of_a_message_is_found():
+    pytest.importorskip("reasoning_gym")
+    from coati.environments.reasoning_gym import stated
+
+    assert stated("<think><answer>1</answer></think> 2 ") == "2"
+    assert stated("<answer>1</answer> or <answer> 2 </answer> perhaps") == "2"
+    assert stated("<answer>3") == "3"

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from coati import rollout
 from coati.errors import UserError
 from coati.models import Actor
-from coati.rollout import GenerationConfig, Request, RolloutEngine
+from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
 from coati.rollout.engine.graphs import StepGraphs
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
 from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
@@ -382,17 +383,17 @@ def turns_of(actor, keeps: bool, slots: int, turns: int = 4, **options):
     """Completions of several turns, each of which goes on from the one before and some tokens more; and how many prompt
     tokens were read in each: those that no states stand for."""
     more = some_prompts(turns * 30, longest=9, seed=3)
-    requests = [Request(prompt, [i, 0]) for i, prompt in enumerate(some_prompts(30))]
+    requests = [Request(prompt, [i, 0], keep_states=keeps) for i, prompt in enumerate(some_prompts(30))]
     found, read, new = [], [], []
     for turn in range(turns):
         new.append(sum(len(r.prompt) - (r.states.length if r.states else 0) for r in requests))
         config = GenerationConfig(**{"max_new_tokens": 8, "temperature": 1.0, **options})
-        engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots, keep_states=keeps)
+        engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots)
         completions = engine.generate(requests)
         found.append(completions)
         read.append(engine.prompt_tokens)
         requests = [
-            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], states=completion.states)
+            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], None, completion.states, keeps)
             for i, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
     assert read == new
@@ -434,10 +435,94 @@ def test_no_token_of_an_episode_is_read_twice(actors):
     everything = list(range(VOCABULARY))  # whatever is sampled ends the response after its shortest length
     tokens, states, read = list(new), None, 0
     for turn in range(8):
-        engine = RolloutEngine(
-            actor, GenerationConfig(max_new_tokens=8), eos_ids=everything, stop=None, keep_states=True
-        )
-        [completion] = engine.generate([Request(tokens, turn, states=states)])
+        engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=8), eos_ids=everything)
+        [completion] = engine.generate([Request(tokens, turn, states=states, keep_states=True)])
         tokens, states, read = tokens + completion.ids + new, completion.states, read + engine.prompt_tokens
     given = 8 * len(new)
     assert given <= read <= given + 7  # each response's last token is read with what follows it
+
+
+class Talk:
+    """Conversations that go on for some turns, each by a few tokens.
+
+    Attributes:
+        asked: the number of each completion that was asked about, with the engine's step then.
+    """
+
+    def __init__(self, engine, keeps: bool = True, turns: int = 4, wait=lambda: None):
+        self.engine, self.keeps, self.turns, self.wait = engine, keeps, turns, wait
+        self.asked, self.ended, self.most_kept = [], {}, 0
+        new = some_prompts(turns * 30, longest=9, seed=3)
+        self.new = {(i, turn): new.pop() for turn in range(1, turns) for i in range(30)}
+        self.requests = [Request(p, [i, 0], keep_states=keeps) for i, p in enumerate(some_prompts(30))]
+        self.completions, self.new_tokens = {}, sum(len(request.prompt) for request in self.requests)
+
+    def hear(self, i, completion):
+        self.completions[tuple(self.requests[i].seed)] = completion
+        self.ended[i] = self.engine.steps
+        self.most_kept = max(self.most_kept, self.engine.kept)
+
+    def next(self, i):
+        self.wait()
+        self.asked.append((i, self.engine.steps))
+        request, completion = self.requests[i], self.completions[tuple(self.requests[i].seed)]
+        place, turn = request.seed
+        states, completion.states = completion.states, None
+        if turn + 1 == self.turns:
+            return None
+        tokens = [*request.prompt, *completion.ids, *self.new[place, turn + 1]]
+        self.new_tokens += len(tokens) - (states.length if states else 0)
+        self.requests.append(Request(tokens, [place, turn + 1], None, states, self.keeps))
+        return self.requests[-1]
+
+
+def talk(actor, slots: int = 7, steps: int = 2, **options) -> Talk:
+    config = GenerationConfig(max_new_tokens=8, temperature=1.0)
+    engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots)
+    found = Talk(engine, **options)
+    completions = engine.generate(found.requests[:], found.hear, FollowUps(found.next, 150, steps))
+    assert [c.ids for c in completions] == [found.completions[tuple(r.seed)].ids for r in found.requests]
+    assert engine.kept == 0 and engine.prompt_tokens == found.new_tokens
+    return found
+
+
+@pytest.mark.parametrize("slots", [7, 256])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_turns_that_join_others_on_their_way_are_those_that_are_made_together(actors, family, slots):
+    expected, _ = turns_of(actors(family), True, slots)
+    for keeps in (True, False):
+        found = talk(actors(family), slots, keeps=keeps)
+        assert len(found.requests) == 30 * 4 and found.most_kept <= slots
+        for (i, turn), completion in found.completions.items():
+            assert completion.ids == expected[turn][i].ids
+            assert completion.log_probs == pytest.approx(expected[turn][i].log_probs, abs=1e-5)
+
+
+def test_turns_that_join_are_the_same_a_step_behind(actors, as_on_a_gpu, monkeypatch):
+    behind = talk(actors("llama"))
+    monkeypatch.undo()
+    assert {k: c.ids for k, c in behind.completions.items()} == {
+        k: c.ids for k, c in talk(actors("llama")).completions.items()
+    }
+
+
+def test_no_bit_of_a_turn_depends_on_how_long_its_environment_takes(actors):
+    random = np.random.default_rng(0)
+    quick = talk(actors("llama"))
+    slow = talk(actors("llama"), wait=lambda: time.sleep(random.uniform(0, 0.004)))
+    assert quick.asked == slow.asked and quick.completions == slow.completions
+
+
+def test_a_turn_is_asked_for_after_enough_steps_or_when_there_is_nothing_else_to_do(actors):
+    for steps in (1, 3):
+        found = talk(actors("llama"), steps=steps)
+        waited = [step - found.ended[i] for i, step in found.asked]
+        early = [i for (i, step), n in zip(found.asked, waited, strict=True) if n < steps]
+        assert max(waited) <= 2 * steps and len(early) < len(waited) / 4
+
+
+def test_a_conversation_that_has_begun_comes_before_one_that_has_not(actors):
+    order = [found.seed for found in talk(actors("llama")).requests]
+    places = [place for place, turn in order[30:] if turn == 3]
+    first_begun = {place for place, turn in order[30:60] if turn == 1}
+    assert set(places[: len(places) // 3]) <= first_begun and len(first_begun) < 30

@@ -1,7 +1,10 @@
 """Episodes with environments: tokens, masks and rewards of every turn; limits, failures, and environments that hang."""
 
 import asyncio
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,41 +20,46 @@ from coati.rollout import (
     Observation,
     Prompt,
     ScoredGeneration,
+    environment,
     load_environment,
 )
+from coati.rollout.environment import EnvironmentCalls, EpisodeFailed
+from coati.rollout.generator import in_rounds, notify_done
 from coati.rollout.source import mean_environment_metrics
+from tests.conftest import ROOT
 
 
 class Alone:
-    """The only rank; `more` turns are under way on others."""
-
-    def __init__(self, more: int = 0):
-        self.more = more
-
-    def sum(self, count):
-        import torch
-
-        self.more -= 1
-        return torch.tensor(float(count + (self.more >= 0)))
+    """The only rank."""
 
     def gather(self, value):
         return [value]
 
 
 class Says:
-    """A generator that says a given text in each turn, one token per character and EOS, whatever it is asked."""
+    """A generator that says a given text in each turn, one token per character and EOS, whatever it is asked.
+
+    Attributes:
+        started: how often it was asked to generate; calls: the requests of each turn.
+    """
 
     def __init__(self, tokenizer, *texts: str, ends: bool = True):
-        self.tokenizer, self.texts, self.ends, self.calls = tokenizer, texts, ends, []
+        self.tokenizer, self.texts, self.ends, self.calls, self.started = tokenizer, texts, ends, [], 0
 
-    def generate(self, requests, sampling, on_done=None, keep_states=False):
+    def generate(self, requests, sampling, on_done=None, follow_ups=None):
+        self.started += 1
+        return in_rounds(self.say, requests, on_done, follow_ups)
+
+    def say(self, requests, on_done):
         text = self.texts[min(len(self.calls), len(self.texts) - 1)]
         self.calls.append(requests)
-        for i, request in enumerate(requests):
+        found = []
+        for request in requests:
             ids = [id for character in text for id in self.tokenizer(character, add_special_tokens=False)["input_ids"]]
             ids = [*ids, self.tokenizer.eos_token_id][: request.max_new_tokens]
             reason = "eos" if ids[-1] == self.tokenizer.eos_token_id else "length"
-            on_done(i, Completion(ids, [-0.5 - place for place in range(len(ids))], reason))
+            found.append(Completion(ids, [-0.5 - place for place in range(len(ids))], reason))
+        return notify_done(found, on_done)
 
 
 def play(
@@ -59,7 +67,6 @@ def play(
     environment,
     *texts,
     rows=({"secret": 5},),
-    ranks=None,
     turn_rewards=False,
     renderer=None,
     call_format=None,
@@ -74,7 +81,6 @@ def play(
         environment,
         renderer or ConversationRenderer(tokenizer, ends),
         EnvironmentConfig(**limits),
-        ranks or Alone(),
         call_format,
     )
     prompts = [Prompt(i, [0, i], [], "", row) for i, row in enumerate(rows)]
@@ -172,6 +178,85 @@ def test_environments_that_fail_are_contained_counted_and_closed(tokenizer):
     assert metrics["environment/failed"] == 8 / 10 and metrics["environment/turns"] == 13 / 10
 
 
+def test_environments_that_hang_together_take_one_timeout(monkeypatch):
+    now, waited = [0.0], []
+
+    def wait(futures, seconds):
+        waited.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(environment, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(environment, "wait", wait)
+    never, calls = threading.Event(), EnvironmentCalls(60.0)
+    asked = [calls.begin(never.wait) for _ in range(8)]
+    for call in asked:
+        with pytest.raises(EpisodeFailed, match="no result within 60 s"):
+            calls.result(call)
+    never.set()
+    assert waited == [60.0] + [0.0] * 7
+
+
+class Blocks:
+    """Some of its coroutines stop the loop that all share."""
+
+    async def reset(self, row):
+        self.row = row
+        return "go"
+
+    async def step(self, message):
+        await asyncio.sleep(0)
+        if self.row.get("blocks"):
+            self.row["blocks"].wait()
+        if self.row.get("hangs"):
+            await asyncio.Event().wait()
+        return Observation(reward=1.0, done=True)
+
+
+def test_an_async_method_that_hangs_or_blocks_fails_its_episode_and_not_those_after_it(tokenizer):
+    never, calls = threading.Event(), EnvironmentCalls(0.2)
+    for row in ({"hangs": True}, {"blocks": never}):
+        environment = Blocks()
+        assert calls.result(calls.begin(environment.reset, row)) == "go"
+        with pytest.raises(EpisodeFailed, match="no result within"):
+            calls.result(calls.begin(environment.step, {}))
+        after = Blocks()
+        assert calls.result(calls.begin(after.reset, {})) == "go"
+        assert calls.result(calls.begin(after.step, {})).done
+    never.set()
+
+
+HANGS = """
+import threading
+from coati.rollout.environment import EnvironmentCalls, EpisodeFailed
+
+async def blocks():
+    threading.Event().wait()
+
+calls = EnvironmentCalls(0.1)
+for method in (threading.Event().wait, blocks):
+    try:
+        calls.result(calls.begin(method))
+    except EpisodeFailed as error:
+        print(error)
+"""
+
+
+def test_a_process_ends_though_its_environments_hang():
+    done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "no result within 0.1 s\n" * 2
+
+
+def test_a_beginning_that_cannot_fit_is_not_tokenized(tokenizer):
+    class Long:
+        def reset(self, row):
+            return "x" * 1_000_000
+
+        def step(self, message): ...
+
+    with pytest.raises(UserError, match="its first messages are too long"):
+        play(tokenizer, Long, "a", max_tokens=100)
+
+
 def test_environments_that_all_fail_end_the_run_with_the_reason(tokenizer):
     with pytest.raises(UserError, match=r"failed in all 2 episodes, the last with RuntimeError..no such game"):
         play(tokenizer, Echo, "a", rows=[{"fails": True}] * 2)
@@ -209,10 +294,11 @@ def test_async_environments_run_side_by_side(tokenizer):
     assert [sample.score for sample in samples] == [1.0] * 8
 
 
-def test_a_rank_whose_episodes_are_over_goes_on_with_the_others(tokenizer):
+@pytest.mark.parametrize("secrets", [[5], [4, 5, 3], []])
+def test_every_rank_generates_once_however_many_turns_it_has(tokenizer, secrets):
     """Gathering sharded weights needs all ranks."""
-    samples, generator = play(tokenizer, GuessTheNumber, "5", ranks=Alone(more=3))
-    assert samples[0].finish_reason == "done" and [len(requests) for requests in generator.calls] == [1, 0, 0]
+    samples, generator = play(tokenizer, GuessTheNumber, "5", "4", "3", rows=[{"secret": s} for s in secrets])
+    assert generator.started == 1 and all(sample.finish_reason == "done" for sample in samples)
 
 
 def test_rewards_of_turns_fall_on_their_last_tokens(tokenizer):

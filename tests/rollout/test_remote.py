@@ -22,6 +22,7 @@ from coati.rollout.remote.address import Address
 from coati.rollout.remote.journal import read_samples, remove_before, write_samples
 from coati.rollout.remote.server import Job, serve_in_thread
 from coati.rollout.remote.weights import weights_of, write_weights
+from coati.rollout.sampler import Sampled
 from coati.samples import Sample, Turn
 from coati.variables import GENERATORS, GENERATORS_FOLDER
 from tests.kills import killed_before
@@ -204,7 +205,7 @@ class Echo:
         self.sampled += 1
         if self.error is not None:
             raise self.error
-        return [one_sample(prompt, version, self.loaded[-1]) for prompt in prompts]
+        return Sampled([one_sample(prompt, version, self.loaded[-1]) for prompt in prompts], {"environment": 1.5})
 
 
 class Served:
@@ -240,7 +241,9 @@ def test_samples_come_from_the_weights_that_were_asked_for_and_only_once(served,
         versions.publish(k)
     sampler, sampling, seen = sampler_of(served.generators, versions, tmp_path), GenerationConfig(), []
     for version in (0, 1, 1, 0):
-        found = sampler.sample(PROMPTS, sampling, version, lambda i, sample: seen.append((i, sample)))
+        sampled = sampler.sample(PROMPTS, sampling, version, lambda i, sample: seen.append((i, sample)))
+        found = sampled.samples
+        assert sampled.seconds["environment"] == 1.5 and set(sampled.seconds) == {"load", "generate", "environment"}
         assert [sample.response for sample in found] == [versions.path(version).name] * 3
         assert [sample.weights_version for sample in found] == [version] * 3
         assert [sample.columns for sample in found] == [prompt.columns for prompt in PROMPTS]
@@ -274,7 +277,7 @@ def test_a_job_of_a_generator_that_is_gone_goes_to_another_one(served, policy, r
     generators.announce(1, Address("http://127.0.0.1:9", "secret"))
     generators.announce(2, Address(f"http://127.0.0.1:{served.port}", "old"))
     generators.announce(3, Address(f"http://127.0.0.1:{served.port}", "secret"))
-    assert len(sampler_of(generators, versions, tmp_path).sample(PROMPTS, GenerationConfig())) == 3
+    assert len(sampler_of(generators, versions, tmp_path).sample(PROMPTS, GenerationConfig()).samples) == 3
     assert served.echo.sampled == 1
 
 
@@ -285,7 +288,7 @@ def test_a_generator_that_has_forgotten_a_job_is_asked_again(served, policy, run
     versions.publish(0)
     sampler, found = sampler_of(served.generators, versions, tmp_path), []
     served.echo.gate.clear()
-    asking = threading.Thread(target=lambda: found.extend(sampler.sample(PROMPTS, GenerationConfig())))
+    asking = threading.Thread(target=lambda: found.extend(sampler.sample(PROMPTS, GenerationConfig()).samples))
     asking.start()
     while not served.service.jobs:
         pass

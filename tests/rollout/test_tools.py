@@ -247,7 +247,13 @@ def test_the_calculator_is_exact_and_calculates_nothing_else(expression, expecte
 
 @pytest.mark.skipif(not available(), reason="this machine can't isolate programs")
 @pytest.mark.parametrize(
-    ("program", "expected"), [("print(6 * 7)", "42\n"), ("1 / 0", "ZeroDivisionError"), ("x = 1", "")]
+    ("program", "expected"),
+    [
+        ("print(6 * 7)", "42\n"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", ""),
+        ("for _ in range(2000): print('x' * 32768)", "xxxx ... (cut, 65536 characters in all)"),
+    ],
 )
 def test_a_program_runs_in_the_sandbox(program, expected, tokenizer):
     sample = played(tokenizer, PythonTool, call("python", program=program), "ok", rows=[{"question": "?"}])

@@ -113,13 +113,21 @@ def test_a_policy_uses_tools_as_its_template_writes_them(tiny_world, runtime, tm
     said = ['<tool_call>{"name": "calculate", "arguments": {"expression": "2 + 3"}}</tool_call>', "5"]
     generate = generation.sampler.generator.generate
 
-    def speak(requests, sampling, on_done, keep_states):
+    def speak(requests, sampling, on_done, follow_ups):
+        requests = [replace(request, keep_states=False) for request in requests]
+
         def put(i, completion):
             text = said[min(requests[i].seed[-1], 1)]  # by the turn
             ids = [*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], trainer.tokenizer.eos_token_id]
             on_done(i, replace(completion, ids=ids, log_probs=[-1.0] * len(ids), finish_reason="eos"))
 
-        return generate(requests, sampling, put, keep_states=False)
+        def following(i):
+            request = follow_ups.next(i)
+            if request is not None:
+                requests.append(replace(request, keep_states=False))
+                return requests[-1]
+
+        return generate(requests[:], sampling, put, replace(follow_ups, next=following))
 
     generation.sampler.generator.generate = speak
     trainer.train()
@@ -136,6 +144,29 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_world, runtime, tmp_path):
     make("grpo", tiny_world, runtime, halves, resume=str(whole / "checkpoints" / "step-00000002")).train()
     first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, halves))
     assert first == second
+
+
+SLOW = """
+import random, time
+from tests.talk import Talk
+
+class Slow(Talk):
+    def step(self, message):
+        time.sleep(random.uniform(0, 0.01))
+        return super().step(message)
+"""
+
+
+def test_how_long_environments_take_changes_no_bit(tiny_world, runtime, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    found = []
+    for name, path in (("quick", TALK["environment"]), ("slow", f"{tmp_path / 'slow.py'}:Slow")):
+        changes = dict(environment=path, answer_steps=1, generation_batch_size=3)
+        found.append(make("grpo", tiny_world, runtime, tmp_path / name, **changes).rollouts.next(0))
+    (quick, metrics), (slow, slow_metrics) = found
+    assert quick.input_ids.equal(slow.input_ids) and quick.sampling_log_probs.equal(slow.sampling_log_probs)
+    for seconds in (metrics, slow_metrics):
+        assert 0 <= seconds["seconds/environment"] <= seconds["seconds/generate"]
 
 
 def test_the_class_of_the_page_trains_a_policy(tiny_world, runtime, tmp_path):

@@ -1,5 +1,10 @@
 """Generation with continuous batching: a finished row frees its slot at once for a waiting prompt.
 
+So it is across the turns of a conversation: what follows a response, once it is known, comes back to a slot while
+others are in the middle of theirs, with the keys and values that were kept. It comes after a number of steps and not
+after a time: rows that are computed together change each other's last bits, so a batch that depended on how fast
+environments answer would make every run a different one. What is not known by then is waited for.
+
 The engine knows token ids only: prompts in; sampled ids, their log-probs and finish reasons out.
 
 The state of the rows (last token, length, KV cache) is on the device, and a step needs nothing from the host. So on a
@@ -9,7 +14,7 @@ ended there is still computed once more.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +27,7 @@ from coati.errors import UserError
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.sampling import Sampler, key_of, most_likely
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
-from coati.rollout.generator import Completion, OnDone, Request
+from coati.rollout.generator import Completion, FollowUps, OnDone, Request
 from coati.rollout.prompts import pad_right, suppressed_ids
 from coati.transfer import Download, upload
 
@@ -35,6 +40,7 @@ class _Row:
 
     Attributes:
         drawn: tokens that have been sampled on the device; the completion may still lack the last one.
+        kept: whether its completion has states.
     """
 
     index: int
@@ -43,6 +49,7 @@ class _Row:
     key: int
     completion: Completion = field(default_factory=Completion)
     drawn: int = 0
+    kept: bool = False
 
     @property
     def length(self) -> int:
@@ -99,9 +106,9 @@ class RolloutEngine:
         slots: rows that are generated together, or fewer where the GPU has no memory for their KV cache.
         prefill_tokens: prompt tokens, padding included, that the model reads at a time.
         cuda_graphs: whether steps on a GPU may be captured.
-        keep_states: keeps keys and values of the completions that end with an EOS or stop, so that requests can go on
-            from them (`Request.states`): of as many as there are slots, while a GPU has memory, and not where a model
-            needs the whole mask.
+
+    Keys and values are kept of completions that end with an EOS or stop (`Request.keep_states`): of as many at a time
+    as there are slots, while a GPU has memory, and not where a model needs the whole mask.
 
     Attributes:
         prompt_tokens, padding_tokens: prompt tokens that the model has read, and padding tokens.
@@ -117,7 +124,6 @@ class RolloutEngine:
         slots: int = 256,
         prefill_tokens: int = 8192,
         cuda_graphs: bool = True,
-        keep_states: bool = False,
     ):
         self.model, self.config, self.eos_ids, self.stop = model, config, set(eos_ids), stop
         self.slots, self.prefill_tokens = slots, prefill_tokens
@@ -125,21 +131,25 @@ class RolloutEngine:
         self.sampler = Sampler(config, eos_ids, self.device, suppressed_ids(model))
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and can_be_captured(model)
         self.steps_behind = 0 if self.device.type == "cpu" else 1
-        self.keep_states = keep_states and model.takes_positions
         self.prompt_tokens = self.padding_tokens = 0
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion per request, in their order.
+    def generate(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, follow_ups: FollowUps | None = None
+    ) -> list[Completion]:
+        """One completion per request, in the order of their numbers.
 
         Args:
-            on_done: called with a request's place and its completion as soon as that has ended.
+            on_done: called with a request's number and its completion as soon as that has ended.
+            follow_ups: requests after these. They come before those that still wait for a slot, so that a conversation
+                which has begun ends soon, and its memory is free.
 
         Raises:
             UserError: an empty prompt, or a response whose KV cache exceeds the GPU's memory.
         """
-        self.on_done, self.kept = on_done, 0
-        rows = [self.make_row(i, request) for i, request in enumerate(requests)]
+        self.on_done, self.follow_ups, self.kept = on_done, follow_ups, 0
+        self.completions: list[Completion] = []
+        rows = [self.make_row(request) for request in requests]
         if not rows:
             return []
         training = self.model.training
@@ -149,20 +159,24 @@ class RolloutEngine:
                 self.run(rows)
         finally:
             self.model.train(training)
-        return [row.completion for row in rows]
+        return self.completions
 
-    def make_row(self, i: int, request: Request) -> _Row:
+    def make_row(self, request: Request) -> _Row:
+        i = len(self.completions)
         if not len(request.prompt):
             raise UserError(f"prompt {i} is empty: generation starts from at least one token")
         limit = self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        return _Row(i, request, limit, key_of(request.seed))
+        row = _Row(i, request, limit, key_of(request.seed))
+        self.completions.append(row.completion)
+        self.kept += request.states is not None
+        return row
 
     def run(self, rows: list[_Row]):
-        # equal prompts become neighbors and are read once; like lengths share a batch
-        rows = sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt))
-        columns = round_up(1, max(len(row.request.prompt) + row.limit for row in rows))[1]
-        waiting = self.prefill(rows)
-        self.ready: deque[_Prefilled] = deque(next(waiting))
+        longest = max(len(row.request.prompt) + row.limit for row in rows)
+        columns = round_up(1, max(longest, self.follow_ups.longest if self.follow_ups else 0))[1]
+        self.first, self.following = self.prefill(rows), deque[Iterator[list[_Prefilled]]]()
+        self.steps, self.ended = 0, deque[tuple[int, _Row]]()  # each with the period of steps that it ended in
+        self.ready: deque[_Prefilled] = deque(next(self.first))
         slots = self.count_slots(self.ready[0].cache, columns, len(rows))
         self.state = _Slots(slots, columns, self.device, rows[0].request.heads)
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
@@ -170,11 +184,15 @@ class RolloutEngine:
         self.downloads: deque[tuple[list[_Row], Download]] = deque()
         try:
             while True:
-                self.fill_slots(waiting)
+                self.fill_slots()
                 if self.rows:
                     self.step()
+                    if self.follow_ups and self.steps % self.follow_ups.steps == 0:
+                        self.follow_up(self.period - 2)
                 elif self.downloads:
                     self.finish_download()
+                elif self.ended:
+                    self.follow_up(self.ended[0][0])
                 elif not self.ready:
                     return
         finally:
@@ -200,14 +218,42 @@ class RolloutEngine:
 
     # --- prompts
 
+    @property
+    def period(self) -> int:
+        """Follow-ups join at the end of each."""
+        return self.steps // self.follow_ups.steps
+
+    def follow_up(self, last: int):
+        """Takes what follows the completions of periods up to `last`."""
+        rows = []
+        while self.ended and self.ended[0][0] <= last:
+            _, row = self.ended.popleft()
+            request = self.follow_ups.next(row.index)
+            self.kept -= row.kept
+            if request is not None:
+                rows.append(self.make_row(request))
+        if rows:
+            self.following.append(self.prefill(rows))
+
+    def next_prefilled(self) -> list[_Prefilled]:
+        """The next batch that waits for slots; none at the end."""
+        while self.following:
+            batch = next(self.following[0], None)
+            if batch is not None:
+                return batch
+            self.following.popleft()
+        return next(self.first, [])
+
     def prefill(self, rows: list[_Row]) -> Iterator[list[_Prefilled]]:
         """Prefills prompts, a batch at a time and as late as possible; their common prefix is read once."""
+        # equal prompts become neighbors and are read once; like lengths share a batch
+        rows = sorted(rows, key=lambda row: (len(row.request.prompt), *row.request.prompt))
         continued = [row for row in rows if row.request.states is not None]
+        rows = [row for row in rows if row.request.states is None]
         while continued:
             batch = self.next_batch(continued, lambda row: len(row.request.prompt) - row.request.states.length)
             cache, logits = self.prefill_rest(batch)
             yield [_Prefilled(row, cache, i, logits) for i, row in enumerate(batch)]
-        rows = [row for row in rows if row.request.states is None]
         if not rows:
             return
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
@@ -239,6 +285,9 @@ class RolloutEngine:
         columns = max(kept.length for kept in states) + ids.shape[1]
         cache = SlotCache(len(rows), columns, self.device)
         cache.restore(states)
+        for row in rows:
+            row.request = replace(row.request, states=None)
+        self.kept -= len(rows)
         cache.rows, cache.width = len(rows), columns
         mask, positions = step_mask(self.model, cache, ids.shape[1]), cache.next_positions(ids.shape[1])
         return cache, self.model.next_logits(ids, cache, mask, positions, last=last)
@@ -267,11 +316,11 @@ class RolloutEngine:
             mask = torch.arange(start + ids.shape[1], device=self.device) <= start + last[:, None]
         return cache, self.model.next_logits(ids, cache, mask, last=last)
 
-    def fill_slots(self, waiting: Iterator[list[_Prefilled]]):
+    def fill_slots(self):
         """Fills free slots; each row gets its first token."""
         while (first := len(self.rows)) < self.state.cache.slots:
             if not self.ready:
-                self.ready.extend(next(waiting, []))
+                self.ready.extend(self.next_prefilled())
             if not self.ready:
                 return
             free = self.state.cache.slots - first
@@ -281,7 +330,10 @@ class RolloutEngine:
             for _, group in groupby(numbered, key=lambda pair: id(pair[0].cache)):  # few batches
                 part = list(group)
                 lengths = [len(p.row.request.prompt) for p, _ in part]
-                self.state.cache.write(part[0][0].cache, [p.batch_row for p, _ in part], [t for _, t in part], lengths)
+                batch = part[0][0].cache
+                self.state.cache.write(batch, [p.batch_row for p, _ in part], [t for _, t in part], lengths)
+                if not self.ready or self.ready[0].cache is not batch:
+                    batch.layers.clear()  # it may refer to itself
             self.rows += [p.row for p in new]
             self.start_rows(new, slice(first, first + len(new)))
             self.start_download(self.rows[first:], slice(first, first + len(new)))
@@ -314,6 +366,7 @@ class RolloutEngine:
             shape = round_up(rows, width)
             shape = (min(shape[0], self.state.cache.slots), min(shape[1], self.state.cache.columns))
         self.graphs.run(*shape)
+        self.steps += 1
         self.start_download(self.rows, slice(0, rows))
 
     def decode(self, rows: int, width: int):
@@ -369,8 +422,10 @@ class RolloutEngine:
         stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
-            if self.keep_states and row.completion.finish_reason in ("eos", "stop"):
+            if row.request.keep_states and row.completion.finish_reason in ("eos", "stop"):
                 row.completion.states = self.states_of(row)
+            if row.ended and self.follow_ups:
+                self.ended.append((self.period, row))
             if row.ended and self.on_done:
                 self.on_done(row.index, row.completion)
         self.release_slots([row.ended for row in self.rows])
@@ -379,15 +434,15 @@ class RolloutEngine:
         """Keys and values of what the model has read of a row: all but its last token. None where they are gone, since
         the row was at its limit, or where there is no room for them."""
         slot = next((i for i, of_slot in enumerate(self.rows) if of_slot is row), None)
-        if slot is None or not self.has_room():
+        if slot is None or not self.model.takes_positions or not self.has_room():
             return None
-        self.kept += 1
+        self.kept, row.kept = self.kept + 1, True
         return self.state.cache.states(slot, len(row.request.prompt) + len(row.completion.ids) - 1)
 
     def has_room(self) -> bool:
         """Whether fewer rows are kept than there are slots, so that they take no more memory than those, and a GPU has
         a quarter of its memory left."""
-        if self.kept == self.state.cache.slots:
+        if self.kept >= self.state.cache.slots:
             return False
         if self.device.type != "cuda":
             return True

@@ -18,8 +18,7 @@ from coati.rollout.remote.address import Generators
 from coati.rollout.remote.journal import job_file, read_samples
 from coati.rollout.remote.server import Job, Progress
 from coati.rollout.remote.weights import WeightVersions
-from coati.rollout.sampler import OnSample, Prompt
-from coati.samples import Sample
+from coati.rollout.sampler import OnSample, Prompt, Sampled
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +65,20 @@ class RemoteSampler:
         sampling: GenerationConfig,
         version: int = 0,
         on_sample: OnSample | None = None,
-    ) -> list[Sample]:
+    ) -> Sampled:
         """See `Sampler`; `on_sample` is called when all have ended.
 
         Raises:
             UserError: the generator has met one.
             RuntimeError: the job fails on a generator.
         """
-        samples = self.finished_job(prompts, sampling, version)
-        for i, sample in enumerate(samples if on_sample else ()):
+        sampled = self.finished_job(prompts, sampling, version)
+        for i, sample in enumerate(sampled.samples if on_sample else ()):
             on_sample(i, sample)
-        return samples
+        return sampled
 
-    def finished_job(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int) -> list[Sample]:
-        """The samples of a job that is done, if need be now."""
+    def finished_job(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int) -> Sampled:
+        """The samples of a job that is done, if need be now; `generate` is how long its generator took."""
         # an environment begins from the columns; a single response has no use for them
         sent = [prompt if self.plays_episodes else replace(prompt, columns={}) for prompt in prompts]
         checksum = self.versions.checksums[version]
@@ -91,7 +90,8 @@ class RemoteSampler:
             found = read_samples(file, prompts)
         if found is None:
             raise RuntimeError(f"{file} can't be read, although a generator has written it: is the disk shared?")
-        return found[1]
+        header, samples = found
+        return Sampled(samples, header["seconds"])
 
     def id_of(self, prompts: Sequence[Prompt], sampling: GenerationConfig, checksum: str) -> str:
         """The same for jobs that give the same samples."""

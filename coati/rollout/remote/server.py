@@ -132,10 +132,10 @@ class Service:
             self.load(Path(job.weights), job.checksum)
             self.version, self.loaded = job.version, job.checksum
         loaded = time.time()
-        samples = self.sampler.sample(prompts, GenerationConfig(**job.sampling), job.version)
-        times = {"started": started, "load_seconds": loaded - started, "seconds": time.time() - loaded}
-        told = {"job": job.id, "version": job.version, "weights": job.checksum, "samples": len(samples)}
-        write_samples(path, told | times, prompts, samples)
+        sampled = self.sampler.sample(prompts, GenerationConfig(**job.sampling), job.version)
+        seconds = {"load": loaded - started, "generate": time.time() - loaded} | sampled.seconds
+        told = {"job": job.id, "version": job.version, "weights": job.checksum, "samples": len(prompts)}
+        write_samples(path, told | {"started": started, "seconds": seconds}, prompts, sampled.samples)
 
 
 def application(service: Service, token: str):
