@@ -190,6 +190,7 @@ MORE = {
         dict(kl_coefficient=0.1, lora_rank=2),
         dict(rollout_engine="vllm"),
         dict(plugin="gemini", entropy_coefficient=0.1),
+        dict(algorithm="cispo", score_centering=8),
     ],
     "distill": [
         dict(on_policy_share=0.5),
@@ -203,6 +204,7 @@ MORE = {
 }
 
 
+OF_METHODS = {"sdpo": dict(teacher="self")}
 OF_ENVIRONMENTS = ("echo", "turns", "turn")  # methods and values that ask for one, which a plan has no place for
 
 
@@ -219,7 +221,7 @@ def choices(config: type) -> list[dict]:
     own = {path: [value for value in values if value not in OF_ENVIRONMENTS] for path, values in own.items()}
     most = max([len(values) for values in own.values()], default=0)
     return [
-        *({"algorithm": kind, "batch_size": 8} for kind in types[1:]),
+        *({"algorithm": kind, "batch_size": 8} | OF_METHODS.get(kind, {}) for kind in types[1:]),
         *({path: values[i % len(values)] for path, values in own.items()} for i in range(most)),
     ]
 

@@ -3,7 +3,7 @@ distribution has sampled.
 
 With the distribution q that a token is drawn from, p that is trained, an advantage A and a constant weight w of the
 token, the mean gradient of w A log p is E_q[A] E_q[w grad log p] + Cov_q(A, w grad log p). The first part knows nothing
-of what is good: it draws p towards w q, by the advantage that is expected there. Taking E_q[w grad log p] off each
+of what is good: it draws p toward w q, by the advantage that is expected there. Taking E_q[w grad log p] off each
 token's own w grad log p leaves the second one.
 """
 

@@ -81,7 +81,7 @@ def test_where_sampling_is_training_there_is_nothing_to_take_off():
 @pytest.mark.parametrize("informative", [False, True])
 def test_the_mean_gradient_is_the_covariance_of_advantage_and_score(clip, informative):
     """Over all tokens that the sampler may draw, by their probabilities. An advantage that all have alike teaches
-    nothing, while without centering it draws the policy towards the sampler."""
+    nothing, while without centering it draws the policy toward the sampler."""
     logits, log_q = distributions(3, 1)
     size = logits.shape[-1]
     advantages = torch.linspace(-1, 2, size, dtype=torch.float64) if informative else torch.full((size,), 0.7).double()

@@ -151,7 +151,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_by_its_first_other_token(tin
         (dict(model=None), "give --model FOLDER"),
         (dict(on_policy_share=0.3), "on_policy_share 0.3 of batch_size 8 is 2.4 prompts.* multiple of 0.125"),
         (dict(beta=0.3, divergence="forward"), "beta belongs to divergence jsd"),
-        (dict(reward_clip=1.0), "rewards are only measured here.*leave out"),
+        (dict(reward_clip=1.0), "rewards stand in no loss here.*leave out"),
         (dict(num_beams=2), "leave num_beams at 1"),
     ],
 )

@@ -176,7 +176,7 @@ BETAS = (0.25, 0.5, 1.0)
 K3_BETAS = (0.75, 0.875, 1.0)
 
 
-# What is done about a sampler that is not the policy, as settings of `correction`.
+# What is done about a sampler that is not the policy, as settings of `correction` (and of the loss).
 UNWEIGHTED = dict(policy_loss="cispo", clip_low=0.0, clip_high=0.0)
 UP_TO_2 = UNWEIGHTED | dict(clip_low=1.0, clip_high=1.0)
 CENTERED = dict(score_centering=len(VOCABULARY))
@@ -192,8 +192,10 @@ CORRECTIONS = {
     ),
     "`weights` and `reject` `sequence`, 0.5 to 2": dict(weights="sequence", reject="sequence"),
     "`reject` `geometric`, 0.5 to 2": dict(reject="geometric"),
+    "`cispo` without weights": UNWEIGHTED,
     "`cispo` without weights, `score_centering`": UNWEIGHTED | CENTERED,
-    "`cispo` up to 2, `score_centering`": UP_TO_2 | CENTERED,
+    "`cispo` with weights up to 2": UP_TO_2,
+    "`cispo` with weights up to 2, `score_centering`": UP_TO_2 | CENTERED,
 }
 SAMPLERS = {"1": dict(iterations=1), "2": dict(iterations=2), "4": dict(iterations=4), "8": dict(iterations=8)}
 SAMPLERS |= {"bf16": dict(rounded=True)}
