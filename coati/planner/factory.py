@@ -18,7 +18,7 @@ from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
-from coati.planner.rollouts import PlannedClassifier, PlannedGenerator, PlannedReward
+from coati.planner.rollouts import PlannedClassifier, PlannedEpisodes, PlannedGenerator, PlannedReward
 from coati.rewards import Scorer
 from coati.rewards.config import ClassifierRewardSettings, ModelRewardSettings
 from coati.trainers.factory import Factory
@@ -102,7 +102,7 @@ class LongestRows:
 
     def __getitem__(self, row: int):
         ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
-        if self.kind == "prompt":
+        if self.kind in ("prompt", "row"):
             return PromptSample(ids, "", {}, None if self.teacher_length is None else [3] * self.teacher_length)
         first = min(1, self.length - 1) if self.learned else self.length - 1
         targets = [place >= first for place in range(self.length)]
@@ -151,7 +151,7 @@ class PlannedFactory(Factory):
             return None
         c, learned = self.config, sources != self.config.data.eval_data
         rows = 1  # which is in all batches, on every rank
-        if learned and kind == "prompt":  # equal prompts would be read once
+        if learned and kind in ("prompt", "row"):  # equal prompts would be read once
             rows = max(c.batch_size, len(teaching.names) if teaching else 0)
         if not learned and kind == "sft":  # whose first rows are completed
             rows = max(c.evaluation.samples, 1)
@@ -203,6 +203,9 @@ class PlannedFactory(Factory):
 
     def generator(self, engine, sampling):
         return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, sampling.generation_batch_size)
+
+    def episodes(self, generator, scorer, ends):
+        return PlannedEpisodes(generator, scorer, self.config.environment)
 
     def scorer(self, load_model, given):
         rewards = [(PlannedReward(), 1.0)]

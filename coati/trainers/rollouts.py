@@ -15,11 +15,8 @@ from coati.rollout import (
     RolloutSource,
     ScoredGeneration,
     SynchronousRollouts,
-    check_conversations,
     has_kv_cache,
-    load_environment,
     prompt_of,
-    rendering_of,
 )
 from coati.rollout.prompts import eos_ids
 from coati.rollout.source import environment_metrics
@@ -125,15 +122,7 @@ class RolloutTrainer(Trainer):
         generator, ends = self.factory.generator(self.actor, c.generation), eos_ids(self.tokenizer, self.actor.module)
         if c.environment.path is None:
             return ScoredGeneration(generator, scorer, self.tokenizer, ends)
-        environment = load_environment(c.environment.path)
-        renderer, call_format = rendering_of(
-            environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments
-        )
-        for note in check_conversations(renderer):
-            self.runtime.say(note)
-        return EpisodeGeneration(
-            generator, scorer, self.tokenizer, ends, environment, renderer, c.environment, call_format
-        )
+        return self.factory.episodes(generator, scorer, ends)
 
     def build_rollouts(self) -> RolloutSource:
         """Samples of the current policy, drawn when an iteration asks for them."""
