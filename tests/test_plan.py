@@ -19,7 +19,7 @@ from coati.planner.report import conclusion, read_workload
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, SFTConfig
 from coati.trainers.trainer import Trainer
-from tests.conftest import reward_model
+from tests.conftest import ROOT, reward_model
 
 # Attention narrow enough to be a small part, and a vocabulary that is no other width
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
@@ -205,7 +205,7 @@ MORE = {
 
 
 OF_METHODS = {"sdpo": dict(teacher="self")}
-OF_ENVIRONMENTS = ("echo", "turns", "turn")  # methods and values that ask for one, which a plan has no place for
+OF_ENVIRONMENTS = ("echo", "turns", "turn")  # methods and values that ask for one
 
 
 def choices(config: type) -> list[dict]:
@@ -231,6 +231,20 @@ CASES = [
     for name, algorithm in ALGORITHMS.items()
     for changes in [dict(eval_data=["held out"]), *choices(algorithm.config), *MORE[name]]
 ]
+
+
+TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_tokens=64, max_turns=3, turn_rewards=True)
+CASES += [
+    ("grpo", TALK | changes)
+    for changes in (
+        dict(eval_data=["held out"]),
+        dict(advantage="turns"),
+        dict(algorithm="echo", batch_size=8),
+        dict(dynamic_sampling=True),
+        dict(plugin="gemini"),
+    )
+]
+CASES += [("ppo", TALK), ("ppo", TALK | dict(gae_level="turn")), ("ppo", TALK | dict(rollout_engine="vllm"))]
 
 
 def plan_of(name: str, gpus: int = 2, own=TINY, others=(), on_gpu: bool = True, **changes):
@@ -295,6 +309,21 @@ def test_teachers_are_counted_with_their_rows():
     assert of_teacher("parameters", teacher="self", teacher_ema=0.1) == pytest.approx(3 * one, rel=0.01)
     longer = dict(teacher_prompt="{prompt} {response}", max_length=400)
     assert of_teacher("activations", **longer) > 10 * of_teacher("activations")
+
+
+@pytest.mark.parametrize("max_tokens", [256, 1024])
+def test_episodes_have_keys_and_values_of_rows_that_wait_and_of_those_that_come_back(max_tokens):
+    """A layer in bf16; 64 responses are generated together."""
+    per_token = 2 * 2 * TINY.num_hidden_layers * TINY.num_key_value_heads * TINY.head_dim
+    rows = dict(gpus=1, batch_size=64, minibatches=1)
+    episodes = plan_of("grpo", **rows, **TALK | dict(max_tokens=max_tokens))
+    single = plan_of("grpo", **rows, max_prompt_length=max_tokens - ROLLOUTS["max_new_tokens"])
+    slots = kept = 64 * max_tokens
+    found = episodes.phases["generate"]["actor", "KV cache"]
+    assert found >= per_token * (slots + kept + min(kept, 4 * 8192))
+    assert found > single.phases["generate"]["actor", "KV cache"]
+    for phase in ("learn", "evaluate"):
+        assert episodes.phases[phase]["actor", "KV cache"] == 0
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from coati.config import reconfigure
-from coati.errors import UserError
 from coati.models.lora import is_adapter
 from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
@@ -66,12 +65,6 @@ def plan(workload: Workload) -> Plan:
     Raises:
         UserError: settings that the run doesn't support.
     """
-    config = workload.config
-    if isinstance(config, RolloutConfig) and config.environment.path:
-        raise UserError(
-            "episodes with an environment aren't planned yet: leave environment out, and give the longest one as "
-            f"--max_prompt_length {config.environment.max_tokens - config.generation.max_new_tokens}"
-        )
     few, more = FEW_LAYERS
     depths: dict[str, int] = {}
     peaks = _peaks(workload, more, depths)

@@ -18,7 +18,7 @@ from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
-from coati.planner.rollouts import PlannedClassifier, PlannedGenerator, PlannedReward
+from coati.planner.rollouts import PlannedClassifier, PlannedEpisodes, PlannedGenerator, PlannedReward
 from coati.rewards import Scorer
 from coati.rewards.config import ClassifierRewardSettings, ModelRewardSettings
 from coati.trainers.factory import Factory
@@ -102,7 +102,7 @@ class LongestRows:
 
     def __getitem__(self, row: int):
         ids = np.random.default_rng(row).integers(3, 1000, self.length).tolist()
-        if self.kind == "prompt":
+        if self.kind in ("prompt", "row"):
             if self.teacher_length is None:
                 return PromptSample(ids, "", {})
             return PromptSample(ids, "", {}, [3] * self.teacher_length, [] if self.teaching.has_place else None)
@@ -153,7 +153,7 @@ class PlannedFactory(Factory):
             return None
         c, learned = self.config, sources != self.config.data.eval_data
         rows = 1  # which is in all batches, on every rank
-        if learned and kind == "prompt":  # equal prompts would be read once
+        if learned and kind in ("prompt", "row"):  # equal prompts would be read once
             rows = max(c.batch_size, len(teaching.names) if teaching else 0)
         if not learned and kind == "sft":  # whose first rows are completed
             rows = max(c.evaluation.samples, 1)
@@ -205,6 +205,10 @@ class PlannedFactory(Factory):
 
     def generator(self, engine, sampling):
         return PlannedGenerator(self.live, engine, self.tokenizer.eos_token_id, sampling.generation_batch_size)
+
+    def sampler(self, generator, policy):
+        limits = self.config.environment
+        return super().sampler(generator, policy) if limits.path is None else PlannedEpisodes(generator, limits)
 
     def scorer(self, load_model, given):
         rewards = [(PlannedReward(), 1.0)]

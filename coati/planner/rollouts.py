@@ -1,4 +1,4 @@
-"""Generation and rewards of a plan: the real engine on a model without weights, and scores that need no texts."""
+"""Generation, episodes and rewards of a plan: the real engine on a model without weights, scores that need no texts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from coati.config.environment import EnvironmentConfig
 from coati.models.base import load_transformer
 from coati.parallel.engine import DTYPES
 from coati.planner.engine import PlannedEngine, give_shapes
 from coati.planner.live import LiveMemory
 from coati.rewards import Reward
-from coati.rollout import Completion, GenerationConfig, Request, RolloutEngine, has_kv_cache
+from coati.rollout import Completion, FollowUps, GenerationConfig, Prompt, Request, RolloutEngine, has_kv_cache
+from coati.rollout.engine.engine import KEPT_SHARE
 from coati.rollout.generator import OnDone, notify_done
+from coati.rollout.sampler import OnSample, Sampled
 from coati.rollout.vllm import vllm_memory
+from coati.samples import Sample, Turn
 
 FIRST_TOKEN = 3  # those before are the tokenizer's own
 
@@ -33,14 +37,18 @@ class PlannedGenerator:
         self.done: set[tuple[int, int]] = set()
 
     def generate(
-        self, requests: Sequence[Request], sampling: GenerationConfig, on_done: OnDone | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: GenerationConfig,
+        on_done: OnDone | None = None,
+        follow_ups: FollowUps | None = None,
     ) -> list[Completion]:
-        """See `coati.rollout.Generator`."""
+        """See `coati.rollout.Generator`. No request follows, but there is memory for what they would go on from."""
         self.live.begin_phase("generate")
         if sampling.rollout_engine == "vllm":
             self.start_vllm(sampling)
         else:
-            self.run_engine(requests, sampling)
+            self.run_engine(requests, sampling, 0 if follow_ups is None else follow_ups.longest)
         limits = [r.max_new_tokens or sampling.max_new_tokens for r in requests]
         completions = [Completion([FIRST_TOKEN + i, *[0] * (n - 1)], [0.0] * n, "length") for i, n in enumerate(limits)]
         for request, completion in zip(requests, completions, strict=True):
@@ -58,9 +66,13 @@ class PlannedGenerator:
         if self.engine.memory.on_gpu:
             self.vllm.clear()
 
-    def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig):
+    def run_engine(self, requests: Sequence[Request], sampling: GenerationConfig, kept: int):
         """The rows that fill the slots, and one that is read when a slot is free again: the others take no more. Beams
-        are rows. Models that `RolloutEngine` doesn't support are skipped."""
+        are rows. Models that `RolloutEngine` doesn't support are skipped.
+
+        Args:
+            kept: tokens whose keys and values are kept of each row.
+        """
         work = (len(requests), max((len(r.prompt) for r in requests), default=0))
         if work in self.done or not requests:
             return
@@ -71,12 +83,21 @@ class PlannedGenerator:
             rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
             plain = replace(sampling, num_beams=1, compile_generation=False)
             engine = FirstAndLastToken(model, plain, eos_ids=[self.eos_id], slots=self.batch_size)
-            engine.hold = lambda tensors: self.live.hold(tensors, (self.engine.name, "KV cache"))
+            item = (self.engine.name, "KV cache")
+            engine.hold, engine.kept_tokens = lambda tensors: self.live.hold(tensors, item), kept
+            engine.make = lambda nbytes: self.live.make(nbytes, item)
             engine.generate(rows)
 
 
 class FirstAndLastToken(RolloutEngine):
-    """Goes from the first token of each row to its last one. It draws token 0."""
+    """Goes from the first token of each row to its last one. It draws token 0.
+
+    Attributes:
+        kept_tokens: of each row that waits for an environment. As many wait as there are slots, and as many of them as
+            are read together are copied.
+    """
+
+    kept_tokens = 0
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -89,8 +110,9 @@ class FirstAndLastToken(RolloutEngine):
         return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
 
     def run(self, rows):
-        self.slots_held = False
+        self.slots_held, self.waiting_rows = False, None
         super().run(rows)
+        self.waiting_rows = None
 
     def prefill_batch(self, *arguments, **options):
         cache, logits = super().prefill_batch(*arguments, **options)
@@ -100,7 +122,12 @@ class FirstAndLastToken(RolloutEngine):
     def start_rows(self, new, slots):
         if not self.slots_held:
             self.slots_held = True
-            self.hold([x for layer in self.state.cache.layers for x in (layer.keys, layer.values)])
+            tensors = [x for layer in self.state.cache.layers for x in (layer.keys, layer.values)]
+            self.hold(tensors)
+            if self.kept_tokens:
+                tokens = self.state.cache.slots * self.kept_tokens
+                per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in tensors)
+                self.waiting_rows = self.make(per_token * (tokens + min(tokens, KEPT_SHARE * self.prefill_tokens)))
         super().start_rows(new, slots)
 
     def step(self):
@@ -113,6 +140,55 @@ class FirstAndLastToken(RolloutEngine):
         self.state.cache.lengths[:count] += skipped
         self.state.drawn[:count] += skipped
         super().step()
+
+
+class PlannedEpisodes:
+    """Episodes of the most turns and tokens, all different. See `coati.rollout.EpisodeSampler`."""
+
+    plays_episodes = True
+
+    def __init__(self, generator: PlannedGenerator, limits: EnvironmentConfig):
+        self.generator, self.limits = generator, limits
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: GenerationConfig,
+        version: int = 0,
+        on_sample: OnSample | None = None,
+    ) -> Sampled:
+        """One episode per prompt."""
+        room = self.limits.max_tokens - sampling.max_new_tokens
+        starts = np.random.default_rng(0).integers(3, 1000, (len(prompts), room)).tolist()  # equal ones are read once
+        follow_ups = FollowUps(lambda number: None, self.limits.max_tokens)
+        self.generator.generate([Request(start, i) for i, start in enumerate(starts)], sampling, None, follow_ups)
+        samples = [self.episode(prompt, i, sampling.max_new_tokens) for i, prompt in enumerate(prompts)]
+        for i, sample in enumerate(samples if on_sample else ()):
+            on_sample(i, sample)
+        return Sampled(samples, {"environment": 0.0})
+
+    def episode(self, prompt: Prompt, i: int, longest: int) -> Sample:
+        """Turns of `longest` tokens, each after one token at least that is not sampled."""
+        most = self.limits.max_tokens
+        count = min(self.limits.max_turns, most // (longest + 1))
+        first = most - count * longest - (count - 1)
+        starts = [first + turn * (longest + 1) for turn in range(count)]
+        mask = [False] * most
+        for start in starts:
+            mask[start : start + longest] = [True] * longest
+        messages = [{"role": role, "content": ""} for _ in starts for role in ("user", "assistant")]
+        return Sample(
+            row=prompt.row,
+            columns=prompt.columns,
+            prompt="",
+            response="",
+            tokens=[FIRST_TOKEN + i] * most,
+            response_mask=mask,
+            log_probs=[0.0] * most,
+            finish_reason="turns",
+            turns=[Turn(start, start + longest, float(i % 2)) for start in starts],
+            messages=messages,
+        )
 
 
 class PlannedReward(Reward):

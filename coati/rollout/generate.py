@@ -61,8 +61,7 @@ def complete(
         tokenizer: for `sampling.stop`.
         batch_size: rows generated together.
         on_done: called with a request's number and its completion as soon as that is known to have ended.
-        follow_ups: requests after these. vLLM and transformers begin them when all before have ended; vLLM finds by
-            itself what it has read already.
+        follow_ups: requests after these. vLLM and transformers begin them when all before have ended.
 
     Raises:
         UserError: settings that contradict each other, or an empty prompt.
@@ -79,7 +78,7 @@ def complete(
     stop = stop_at(tokenizer, sampling.stop) if sampling.stop else None
     options = dict(eos_ids=eos_ids, stop=stop, slots=batch_size)
     if with_vllm:
-        return in_rounds(VLLMEngine(model, sampling, **options).generate, requests, on_done, follow_ups)
+        return VLLMEngine(model, sampling, **options).generate(requests, on_done, follow_ups)
     return RolloutEngine(model, sampling, **options).generate(requests, on_done, follow_ups)
 
 

@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
 from coati.models.adapters import merged
-from coati.rollout.generator import Completion, OnDone, Request, notify_done
+from coati.rollout.generator import Completion, FollowUps, OnDone, Request, in_rounds, notify_done
 from coati.rollout.prompts import suppressed_ids
 
 # read by vLLM when it is imported; what the user has set stays
@@ -56,11 +57,15 @@ class VLLMEngine:
         self.model, self.config, self.eos_ids, self.stop, self.slots = model, config, list(eos_ids), stop, slots
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], on_done: OnDone | None = None) -> list[Completion]:
-        """One completion per request, in their order.
+    def generate(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, follow_ups: FollowUps | None = None
+    ) -> list[Completion]:
+        """One completion per request, in the order of their numbers.
 
         Args:
-            on_done: called with each request's place and its completion when all have ended.
+            on_done: called with each request's number and its completion when all have ended.
+            follow_ups: requests after these, which begin when all before have ended. The KV cache that they go on from
+                is vLLM's prefix cache.
 
         Raises:
             UserError: an empty prompt, one that leaves no room for its response, or a model that vLLM doesn't support.
@@ -74,10 +79,14 @@ class VLLMEngine:
             if self.model not in _engines:
                 _engines[self.model] = _start(self.model, self.config, self.slots, dtype)
             llm = _engines[self.model]
-            self.check(requests, llm.llm_engine.model_config.max_model_len)
             with _awake(llm, _weights(self.model), 1 / (self.config.temperature or 1.0)):
-                prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-                outputs = self.run(llm, prompts, [self.parameters(request) for request in requests])
+                return in_rounds(partial(self.complete, llm), requests, on_done, follow_ups)
+
+    def complete(self, llm, requests: Sequence[Request], on_done: OnDone) -> list[Completion]:
+        """Requests that begin together."""
+        self.check(requests, llm.llm_engine.model_config.max_model_len)
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        outputs = self.run(llm, prompts, [self.parameters(request) for request in requests])
         return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
 
     def run(self, llm, prompts: list[dict], parameters: list) -> list:

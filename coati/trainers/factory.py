@@ -23,7 +23,17 @@ from coati.parallel import Engine, Runtime, make_engine, resolve_precision
 from coati.parallel.engine import DTYPES
 from coati.parallel.factory import engine_class
 from coati.rewards import Reward, Scorer, load_rewards
-from coati.rollout import Generator, PolicyGenerator
+from coati.rollout import (
+    EpisodeSampler,
+    Generator,
+    PolicyGenerator,
+    ResponseSampler,
+    Sampler,
+    check_conversations,
+    load_environment,
+    rendering_of,
+)
+from coati.rollout.prompts import eos_ids
 from coati.trainers.config import TrainerConfig
 
 
@@ -178,6 +188,23 @@ class Factory:
         """
         sampling.check_installed()
         return PolicyGenerator(engine.full, self.tokenizer, self.pad_id, sampling.generation_batch_size)
+
+    def sampler(self, generator: Generator, policy: BaseModel) -> Sampler:
+        """What samples single responses, or episodes with the environment of the settings.
+
+        Raises:
+            UserError: there is no such environment, or the chat template can't write its conversations.
+        """
+        c, ends = self.config, eos_ids(self.tokenizer, policy)
+        if c.environment.path is None:
+            return ResponseSampler(generator, self.tokenizer, ends, c.heads)
+        environment = load_environment(c.environment.path)
+        renderer, call_format = rendering_of(
+            environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments
+        )
+        for note in check_conversations(renderer):
+            self.runtime.say(note)
+        return EpisodeSampler(generator, self.tokenizer, ends, environment, renderer, c.environment, call_format)
 
     def scorer(self, load_model: Callable[[str], Reward], given: Sequence[Reward]) -> Scorer:
         """The rewards of the settings.

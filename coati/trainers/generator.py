@@ -21,7 +21,6 @@ from coati.rollout.remote.address import Address
 from coati.rollout.remote.server import serve_in_thread
 from coati.trainers.config import RolloutConfig, TrainerConfig
 from coati.trainers.factory import Factory
-from coati.trainers.sampler import make_sampler
 from coati.variables import GENERATOR, GENERATOR_HOST
 
 LOOPBACK = "127.0.0.1"
@@ -75,5 +74,4 @@ def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sample
     policy = factory.model(Actor, config.model.path, lora=config.model.lora)
     disable_dropout(policy)
     generator = factory.generator(factory.frozen(policy), config.generation)
-    sampler = make_sampler(config, generator, policy, factory.tokenizer)
-    return sampler, lambda path, checksum: load_weights(policy, path, checksum)
+    return factory.sampler(generator, policy), lambda path, checksum: load_weights(policy, path, checksum)

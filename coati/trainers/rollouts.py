@@ -31,7 +31,6 @@ from coati.trainers.batching import Batching
 from coati.trainers.config import RolloutConfig
 from coati.trainers.generator import check_generators
 from coati.trainers.policy import LanguageModel
-from coati.trainers.sampler import make_sampler, notes_on
 from coati.trainers.trainer import Trainer
 
 TEXTS = ("prompt", "response", "conversation")  # of a sample's row for the report; the rest are numbers
@@ -130,10 +129,7 @@ class RolloutTrainer(Trainer):
     def build_sampler(self) -> Sampler:
         """What samples on this process, with the current weights."""
         generator = self.factory.generator(self.actor, self.config.generation)
-        sampler = make_sampler(self.config, generator, self.actor.module, self.tokenizer)
-        for note in notes_on(sampler):
-            self.runtime.say(note)
-        return sampler
+        return self.factory.sampler(generator, self.actor.module)
 
     def build_rollouts(self) -> RolloutSource:
         """Samples of the policy: drawn here when an iteration asks for them, or by generators if there are any."""

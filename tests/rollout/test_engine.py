@@ -16,6 +16,8 @@ from coati import rollout
 from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
+from coati.rollout.engine.cache import SlotCache
+from coati.rollout.engine.engine import KEPT_SHARE
 from coati.rollout.engine.graphs import StepGraphs
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
 from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
@@ -476,9 +478,9 @@ class Talk:
         return self.requests[-1]
 
 
-def talk(actor, slots: int = 7, steps: int = 2, **options) -> Talk:
+def talk(actor, slots: int = 7, steps: int = 2, prefill_tokens: int = 8192, **options) -> Talk:
     config = GenerationConfig(max_new_tokens=8, temperature=1.0)
-    engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots)
+    engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots, prefill_tokens=prefill_tokens)
     found = Talk(engine, **options)
     completions = engine.generate(found.requests[:], found.hear, FollowUps(found.next, 150, steps))
     assert [c.ids for c in completions] == [found.completions[tuple(r.seed)].ids for r in found.requests]
@@ -504,6 +506,22 @@ def test_turns_that_join_are_the_same_a_step_behind(actors, as_on_a_gpu, monkeyp
     assert {k: c.ids for k, c in behind.completions.items()} == {
         k: c.ids for k, c in talk(actors("llama")).completions.items()
     }
+
+
+def test_rows_that_come_back_take_memory_for_few_of_them_at_a_time(actors, monkeypatch):
+    copied, restore = [], SlotCache.restore
+
+    def watched(cache, states):
+        copied.append((len(states), max(row.length for row in states)))
+        restore(cache, states)
+
+    monkeypatch.setattr(SlotCache, "restore", watched)
+    few = talk(actors("llama"), 256, prefill_tokens=20)
+    assert all(rows == 1 or rows * tokens <= KEPT_SHARE * 20 for rows, tokens in copied)
+    copied.clear()
+    many = talk(actors("llama"), 256)
+    assert max(rows * tokens for rows, tokens in copied) > KEPT_SHARE * 20
+    assert all(few.completions[key].ids == completion.ids for key, completion in many.completions.items())
 
 
 def test_no_bit_of_a_turn_depends_on_how_long_its_environment_takes(actors):

@@ -14,8 +14,8 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.lora import LoraSettings
-from coati.rollout import GenerationConfig, Request, RolloutEngine
-from tests.conftest import settings_for, trainer_classes
+from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
+from tests.conftest import ROOT, settings_for, trainer_classes
 from tests.distributed.forks import run_jobs
 from tests.models.families import tiny_config
 
@@ -69,6 +69,38 @@ def test_on_a_gpu_vllm_sleeps_between_batches_and_after_a_failure(monkeypatch):
             complete(actor, [Request([5, 6])])
         assert llm.calls == [("weights",), "load", ("kv_cache",), "generate", "sleep"]
         llm.calls.clear()
+
+
+class TalkingLLM(SleepyLLM):
+    """Samples 7 and EOS, whatever it is asked."""
+
+    def generate(self, prompts, parameters, use_tqdm):
+        assert self.awake == {"weights", "kv_cache"}
+        self.calls.append([prompt["prompt_token_ids"] for prompt in prompts])
+        log_probs = [{token: SimpleNamespace(logprob=-1.0)} for token in (7, EOS)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7, EOS], logprobs=log_probs)])] * len(prompts)
+
+
+def test_the_turns_of_a_conversation_share_weights_and_prefix_cache(monkeypatch):
+    from coati.rollout import vllm
+
+    actor, llm, told = Actor(config=tiny_config("llama", **WIDTH)), TalkingLLM(), {}
+    monkeypatch.setattr(vllm, "_start", lambda *arguments: llm)
+    monkeypatch.setattr(vllm.VLLMEngine, "parameters", lambda engine, request: None)
+    requests = [Request([5]), Request([6])]
+
+    def following(number):
+        if number == 1:  # the second conversation has one turn, the first one has three
+            return None
+        requests.append(Request([*requests[number].prompt, *told[number].ids, 9]))
+        return requests[-1] if number < 3 else None
+
+    engine = vllm.VLLMEngine(actor, GenerationConfig(max_new_tokens=4), eos_ids=[EOS])
+    found = engine.generate(requests[:], told.__setitem__, FollowUps(following, 32))
+    turns = [[[5], [6]], [[5, 7, EOS, 9]], [[5, 7, EOS, 9, 7, EOS, 9]]]
+    assert llm.calls == [("weights",), "load", ("kv_cache",), *turns, "sleep"]
+    assert list(told) == [0, 1, 2, 3] and found == list(told.values())
+    assert all(c.ids == [7, EOS] and c.finish_reason == "eos" for c in found)
 
 
 GIB = 2**30
@@ -271,6 +303,19 @@ def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path,
     trainer_class(configure(config_class, **settings), runtime).train()
     rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
     assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
+
+
+def test_episodes_are_played_with_vllm(vllm, tiny_world, runtime, tmp_path):
+    """In turns of several, some of which go on when others have ended, on what vLLM has read before."""
+    from coati.tracking import read_metrics
+
+    config_class, trainer_class = trainer_classes("ppo")
+    talk = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=4, max_tokens=120, stop=["e", "o"])
+    settings = ppo_with_vllm(tiny_world, tmp_path) | talk | dict(rewards=[])
+    trainer_class(configure(config_class, **settings), runtime).train()
+    rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
+    assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
+    assert all(row["environment/failed"] == 0 and 1 < row["environment/turns"] <= 3 for row in rows)
 
 
 def test_each_process_has_a_vllm_of_its_own(vllm, tiny_world, tmp_path):
