@@ -4,7 +4,7 @@ python examples/guess_the_number/run.py               # data, SFT, GRPO on two C
 python examples/guess_the_number/run.py --seeds 3
 
 SFT shows games of players who guess at random and don't listen, so that the model speaks the game's language: it finds
-the number in six guesses in about one game of six. What the answers mean it learns from the games that it plays itself.
+the number in five guesses in about one game of five. What the answers mean it learns from the games that it plays itself.
 """
 
 import random
@@ -19,7 +19,7 @@ from coati.environments.guess_the_number import GuessTheNumber  # noqa: E402
 from coati.tracking import read_metrics, write_report  # noqa: E402
 from examples.games import parser_of, train_player, write_data  # noqa: E402
 
-HIGH, GAMES, MEASURED = 32, 4000, 96
+HIGH, GUESSES, GAMES, MEASURED = 24, 5, 4000, 96
 
 
 def main():
@@ -43,10 +43,10 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def game(draw: random.Random) -> dict[str, list[dict]]:
-    """A dialogue with a player who guesses at random: up to six guesses, whatever the answers are."""
+    """A dialogue with a player who guesses at random: up to five guesses, whatever the answers are."""
     environment = GuessTheNumber()
     messages = environment.reset({"secret": draw.randint(1, HIGH), "high": HIGH})
-    for _ in range(6):
+    for _ in range(GUESSES):
         messages.append({"role": "assistant", "content": str(draw.randint(1, HIGH))})
         observation = environment.step(messages[-1])
         if observation.done:
