@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "environments": {"data", "rewards", "rollout"},
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": set(),
-    "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands"},
+    "planner": {"losses", "models", "data", "rewards", "rollout", "samples", "parallel", "trainers", "commands"},
     "trainers": {
         *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
         *("watch", "samples", "run_layout"),
