@@ -46,13 +46,15 @@ def prepare_coati(settings: dict):
         return [len(ids) == RESPONSE for ids in responses]
 
     def work() -> dict:
-        requests, read = [Request(prompt, [i, 0]) for i, prompt in enumerate(beginnings())], 0
+        keeps = settings["keeps"]
+        requests = [Request(prompt, [i, 0], keep_states=keeps) for i, prompt in enumerate(beginnings())]
+        read = 0
         for turn, new in enumerate(new_tokens(turns).tolist()):
-            engine = RolloutEngine(actor, config, eos_ids=[], stop=ends, keep_states=settings["keeps"])
+            engine = RolloutEngine(actor, config, eos_ids=[], stop=ends)
             completions = engine.generate(requests)
             read += engine.prompt_tokens
             requests = [
-                Request([*request.prompt, *done.ids, *new[i]], [i, turn + 1], states=done.states)
+                Request([*request.prompt, *done.ids, *new[i]], [i, turn + 1], None, done.states, keeps)
                 for i, (request, done) in enumerate(zip(requests, completions, strict=True))
             ]
         return {"amount": turns * CONVERSATIONS * RESPONSE, "parts": {"read": read / CONVERSATIONS}}

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-def run_small(script: str, case: str, rounds: int) -> dict:
+def run_small(script: str, case: str, rounds: int, *more: str) -> dict:
     """The case's result, of a very small model."""
     command = [sys.executable, f"benchmarks/{script}.py", "--cases", case, "--rounds", str(rounds), "--threads", "1"]
     done = subprocess.run(
-        [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--model", json.dumps(SMALL), *more], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])["cases"][case]
 
@@ -30,6 +30,13 @@ def test_generation_is_a_contest_with_transformers():
     ours, peer = case["contenders"]["coati"], case["contenders"]["transformers, batch 3"]
     assert ours["rate"] > 0 and case["ratios"]["coati"] == ours["rate"] / peer["rate"]
     assert ours["lowest"] <= ours["rate"] <= ours["highest"]
+
+
+def test_turns_that_join_others_are_a_contest_with_those_that_begin_together():
+    found = run_small("waiting", "64-small", 1, "--episodes", "6")["contenders"]
+    joined, together = found["turns that join"], found["turns together"]
+    assert min(joined["rate"], together["rate"]) > 0
+    assert all(0 < one["parts"]["busy"] <= one["parts"]["busy or nothing to do"] <= 1 for one in found.values())
 
 
 def test_lengths_are_those_of_the_issue():

@@ -4,7 +4,7 @@ python examples/guess_the_number/run.py               # data, SFT, GRPO on two C
 python examples/guess_the_number/run.py --seeds 3
 
 SFT shows games of players who guess at random and don't listen, so that the model speaks the game's language: it finds
-the number in five guesses in about one game of five. What the answers mean it learns from the games that it plays itself.
+the number in five guesses in about one game of five. What the answers mean it learns from the games it plays itself.
 """
 
 import random
