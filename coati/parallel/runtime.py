@@ -244,19 +244,24 @@ def _rank_from_environment() -> tuple[int, int, int]:
         raise UserError(f"RANK is set but {missing} is not: start with `colossalai run` or torchrun, or unset RANK")
     if "RANK" not in present:
         in_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        os.environ.update(_rank_in_slurm_step() if in_step else _rank_alone())
+        os.environ.update(_rank_in_slurm_step() if in_step else rank_alone())
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
-def _rank_alone() -> dict[str, str]:
-    return dict(zip(RANK_VARIABLES, ["0", "1", "0", "127.0.0.1", "0"], strict=True))  # 0: any free port
+def rank_alone(local_rank: str = "0") -> dict[str, str]:
+    """The variables of a process that is in no group with others."""
+    return dict(zip(RANK_VARIABLES, ["0", "1", local_rank, "127.0.0.1", "0"], strict=True))  # 0: any free port
+
+
+def local_rank_in_slurm() -> str:
+    """The number of a task's GPU among those it sees: srun may have given it one of its own, which is number 0."""
+    return "0" if torch.cuda.device_count() == 1 else os.environ.get("SLURM_LOCALID", "0")
 
 
 def _rank_in_slurm_step() -> dict[str, str]:
     """A task of `srun python ...`. MASTER_ADDR and MASTER_PORT stay as they are if the user has set them."""
-    slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST")}
-    # srun may have given each task one GPU of its own, which is number 0 there
-    local_rank = "0" if torch.cuda.device_count() == 1 else slurm["LOCALID"]
+    slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "STEP_NUM_TASKS", "STEP_NODELIST")}
+    local_rank = local_rank_in_slurm()
     # below the ports that Linux hands out; steps of a job, and jobs on a node, get different ones
     free = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
     address = os.environ.get("MASTER_ADDR", _first_host(slurm["STEP_NODELIST"]))

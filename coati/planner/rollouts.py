@@ -163,9 +163,7 @@ class PlannedEpisodes:
         follow_ups = FollowUps(lambda number: None, self.limits.max_tokens)
         self.generator.generate([Request(start, i) for i, start in enumerate(starts)], sampling, None, follow_ups)
         samples = [self.episode(prompt, i, sampling.max_new_tokens) for i, prompt in enumerate(prompts)]
-        for i, sample in enumerate(samples if on_sample else ()):
-            on_sample(i, sample)
-        return Sampled(samples, {"environment": 0.0})
+        return Sampled(notify_done(samples, on_sample), {"environment": 0.0})
 
     def episode(self, prompt: Prompt, i: int, longest: int) -> Sample:
         """Turns of `longest` tokens, each after one token at least that is not sampled."""

@@ -1,7 +1,7 @@
 """Generation, scored samples, and the experience that policies are trained on."""
 
 from coati.config.generation import GenerationConfig
-from coati.rollout.batch import Experience, RolloutBatch, collate_heads
+from coati.rollout.batch import Experience, RolloutBatch, head_ids, head_log_probs
 from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.conversation import ConversationRenderer, check_conversations
 from coati.rollout.engine import RolloutEngine
@@ -38,11 +38,12 @@ __all__ = [
     "best_of_n",
     "best_of_n_kl",
     "check_conversations",
-    "collate_heads",
     "complete",
     "describe_tools",
     "has_kv_cache",
     "has_tools",
+    "head_ids",
+    "head_log_probs",
     "load_environment",
     "prompt_of",
     "rendering_of",

@@ -54,12 +54,16 @@ class AsynchronousRollouts:
         ahead: what samples for it.
         versions: where the weights are published that generators sample with.
         iterations: of the whole run.
+
+    Attributes:
+        upcoming: the first iteration that hasn't been begun ahead.
     """
 
     def __init__(
         self, rollouts: SynchronousRollouts, ahead: GenerationAhead, versions: WeightVersions, iterations: int
     ):
         self.rollouts, self.ahead, self.versions, self.iterations = rollouts, ahead, versions, iterations
+        self.upcoming = 0
 
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
@@ -68,9 +72,10 @@ class AsynchronousRollouts:
         published, waited = time.monotonic(), self.ahead.waited
         staleness = self.rollouts.staleness
         if staleness:  # else refills may change which prompts there are
-            for i in range(k, min(k + staleness + 1, self.iterations)):
+            for i in range(max(k, self.upcoming), min(k + staleness + 1, self.iterations)):
                 prompts = self.rollouts.prompts_of(i)
                 self.ahead.begin(prompts, self.rollouts.sampling(i), self.rollouts.version_of(i))
+                self.upcoming = i + 1
         batch, metrics = self.rollouts.next(k)
         of_generators = {"seconds/publish": published - started, "seconds/wait": self.ahead.waited - waited}
         if staleness:

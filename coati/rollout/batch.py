@@ -169,21 +169,28 @@ class Experience:
         )
 
 
-def collate_heads(heads: Sequence[Heads], sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and log-probs of the tokens that were most likely where each token was sampled, int64 and float32
-    `[batch, seq, heads]`, on the device of `sampled`; 0 elsewhere.
+def head_ids(heads: Sequence[Heads], sampled: Tensor) -> Tensor:
+    """Ids of the tokens that were most likely where each token was sampled, int64 `[batch, seq, heads]`, on the device
+    of `sampled`; 0 elsewhere.
 
     Args:
         heads: of each row's sampled tokens, see `Sample`.
         sampled: bool `[batch, seq]`, where these are.
     """
-    tokens = [token for row in heads for token in row]
-    ids, log_probs = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
-    of_ids = torch.zeros(*sampled.shape, ids.shape[1], dtype=torch.long, device=sampled.device)
-    of_log_probs = torch.zeros(*sampled.shape, ids.shape[1], device=sampled.device)
-    of_ids[sampled] = to_device(ids.long(), sampled.device)
-    of_log_probs[sampled] = to_device(log_probs, sampled.device)
-    return of_ids, of_log_probs
+    return _placed([ids for row in heads for ids, _ in row], sampled, torch.long)
+
+
+def head_log_probs(heads: Sequence[Heads], sampled: Tensor) -> Tensor:
+    """The log-probs of `head_ids`, float32 of the same shape; 0 elsewhere."""
+    return _placed([log_probs for row in heads for _, log_probs in row], sampled, torch.float32)
+
+
+def _placed(tokens: list[np.ndarray], sampled: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each sampled token has, `[heads]`, at its place, `[batch, seq, heads]`."""
+    values = torch.from_numpy(np.stack(tokens)).to(dtype)
+    placed = torch.zeros(*sampled.shape, values.shape[1], dtype=dtype, device=sampled.device)
+    placed[sampled] = to_device(values, sampled.device)
+    return placed
 
 
 def select_rows(batch: Batch, index: Sequence[int]) -> Batch:

@@ -31,7 +31,7 @@ from coati.rollout.environment import (
     check_messages,
     check_observation,
 )
-from coati.rollout.generator import Completion, FollowUps, Generator, Request
+from coati.rollout.generator import Completion, FollowUps, Generator, Request, notify_done
 from coati.rollout.prompts import response_text
 from coati.rollout.sampler import OnSample, Prompt, Sampled
 from coati.rollout.tool_calls import format_of, read_response
@@ -164,9 +164,7 @@ class EpisodeSampler:
         failed = [episode for episode in episodes if episode.finish_reason == "failed"]
         if failed and len(failed) == len(episodes):
             raise UserError(f"the environment failed in all {len(failed)} episodes, the last with {failed[-1].error}")
-        samples = [self.sample_of(episode, version) for episode in episodes]
-        for i, sample in enumerate(samples if on_sample else ()):
-            on_sample(i, sample)
+        samples = notify_done([self.sample_of(episode, version) for episode in episodes], on_sample)
         return Sampled(samples, {"environment": sum(episode.waited for episode in episodes)})
 
     def new_environment(self) -> Environment:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class Completion:
 
 
 OnDone = Callable[[int, Completion], None]
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ class FollowUps:
     steps: int = 8
 
 
-def notify_done(completions: list[Completion], on_done: OnDone | None) -> list[Completion]:
-    """Calls `on_done` for each completion, and returns them."""
-    for i, completion in enumerate(completions if on_done else ()):
-        on_done(i, completion)
-    return completions
+def notify_done(done: list[Done], on_done: Callable[[int, Done], Any] | None) -> list[Done]:
+    """Calls `on_done` for each completion (or sample) with its number, and returns them."""
+    for i, one in enumerate(done if on_done else ()):
+        on_done(i, one)
+    return done
 
 
 def in_rounds(

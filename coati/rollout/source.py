@@ -1,7 +1,7 @@
 """Where a policy's rollouts come from: prompts are completed, and completions are scored and batched.
 
-`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates on demand, with the
-current weights, one turn per prompt.
+`RolloutSource` is all that an algorithm knows of it. `SynchronousRollouts` generates on demand; `coati.rollout.ahead`
+has what was begun before.
 """
 
 import time

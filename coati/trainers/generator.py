@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from coati.config.plugin import PluginConfig
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.base import disable_dropout
 from coati.parallel import Runtime, launch
+from coati.parallel.runtime import local_rank_in_slurm, rank_alone
 from coati.rollout import Sampler
 from coati.rollout.remote import Generators, Service, load_weights
 from coati.rollout.remote.address import Address
@@ -24,8 +23,6 @@ from coati.trainers.factory import Factory
 from coati.variables import GENERATOR, GENERATOR_HOST
 
 LOOPBACK = "127.0.0.1"
-# no generator is in a process group with others, whatever has started it
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0"}
 
 
 def check_generators(config: TrainerConfig):
@@ -46,7 +43,7 @@ def generate(config: TrainerConfig):
     generators, number = Generators.from_environment(), int(os.environ[GENERATOR])
     if generators is None:
         raise UserError(f"{GENERATOR} is set, but not how generators are found: start them with coati run --generators")
-    os.environ |= ALONE | {"LOCAL_RANK": local_rank()}
+    os.environ |= rank_alone(local_rank_in_slurm())  # whatever has started several of them
     runtime = launch(config.seed)
     # those that train need samples to come to a step's end, and what ends them ends us
     for stop in (signal.SIGINT, signal.SIGTERM):
@@ -57,11 +54,6 @@ def generate(config: TrainerConfig):
     port = serve_in_thread(service, host, token)
     generators.announce(number, Address(f"http://{host}:{port}", token))
     service.run()
-
-
-def local_rank() -> str:
-    """Of the GPUs that this process sees, the number of its own: srun may have given it one alone."""
-    return "0" if torch.cuda.device_count() <= 1 else os.environ.get("SLURM_LOCALID", "0")
 
 
 def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sampler, Callable[[Path, str], None]]:

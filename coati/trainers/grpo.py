@@ -51,7 +51,7 @@ from coati.models.adapters import vocabulary
 from coati.models.base import disable_dropout
 from coati.models.packed import check_packing
 from coati.parallel import resolve_precision
-from coati.rollout import Experience, Prompt, RolloutBatch, collate_heads
+from coati.rollout import Experience, Prompt, RolloutBatch, head_ids, head_log_probs
 from coati.run_layout import ACTOR, REFERENCE
 from coati.samples import Sample
 from coati.trainers.actor_critic import named_norm
@@ -183,7 +183,7 @@ class GRPOTrainer(RolloutTrainer):
         options: dict[str, Any] = {"with_entropy": "trained" if self.config.algorithm.entropy_coefficient else True}
         targets = batch.response_mask if batch.observed is None else batch.response_mask | batch.observed
         if batch.heads is not None:
-            options["head_ids"], _ = collate_heads(batch.heads, batch.response_mask)
+            options["head_ids"] = head_ids(batch.heads, batch.response_mask)
         return self.policy.model.inputs(batch, targets, **options)
 
     def loss(self, responses: float, episodes: float) -> Callable:
@@ -207,7 +207,7 @@ class GRPOTrainer(RolloutTrainer):
             how["weights"] = weights * near
             old_log_probs = batch.log_probs
             if a.correction.score_centering:
-                old_log_probs, (_, sampling_heads) = batch.sampling_log_probs, collate_heads(batch.heads, mask)
+                old_log_probs, sampling_heads = batch.sampling_log_probs, head_log_probs(batch.heads, mask)
                 bounds = dict(clip_low=a.clip_low, clip_high=a.clip_high)
                 how["centering"] = expected_scores(*heads, sampling_heads, mask, **bounds)
             loss, metrics = policy_loss(log_probs, old_log_probs, batch.advantages, mask, denominator, **how)

@@ -14,6 +14,7 @@ import xxhash
 
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
+from coati.rollout.generator import notify_done
 from coati.rollout.remote.address import Generators
 from coati.rollout.remote.journal import job_file, read_samples
 from coati.rollout.remote.server import Job, Progress
@@ -73,8 +74,7 @@ class RemoteSampler:
             RuntimeError: the job fails on a generator.
         """
         sampled = self.finished_job(prompts, sampling, version)
-        for i, sample in enumerate(sampled.samples if on_sample else ()):
-            on_sample(i, sample)
+        notify_done(sampled.samples, on_sample)
         return sampled
 
     def finished_job(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int) -> Sampled:
