@@ -248,8 +248,12 @@ class GRPOTrainer(RolloutTrainer):
         if c.model.path is None:
             raise UserError("GRPO starts from a policy that can respond: give --model FOLDER (train_sft.py makes one)")
         super().build()
-        if a.correction.score_centering > (known := vocabulary(self.actor.module.transformer)):
-            raise UserError(f"score_centering is {a.correction.score_centering}, but the policy knows {known} tokens")
+        if a.correction.score_centering:  # which is for whole models: a pipeline's stage may have no embeddings
+            known = vocabulary(self.actor.module.transformer)
+            if a.correction.score_centering > known:
+                raise UserError(
+                    f"score_centering is {a.correction.score_centering}, but the policy knows {known} tokens"
+                )
         self.policy = Policy(
             self.actor,
             c,
