@@ -82,7 +82,7 @@ def jobs(world, folder, cases) -> list[dict]:
 
 def is_supported(kind: str, layout: dict) -> bool:
     """Whether a kind runs under a layout: another prompt for the teacher needs whole rows, an average whole models."""
-    config = configure(PluginConfig, **layout)
+    config = configure(PluginConfig, **{name: value for name, value in layout.items() if "batch" not in name})
     if kind == "averaged":
         return config.holds_whole_models
     return kind != "taught" or not config.splits_sequences
