@@ -54,7 +54,7 @@ def prepare_coati(settings: dict):
             completions = engine.generate(requests)
             read += engine.prompt_tokens
             requests = [
-                Request([*request.prompt, *done.ids, *new[i]], [i, turn + 1], None, done.states, keeps)
+                Request([*request.prompt, *done.ids, *new[i]], [i, turn + 1], states=done.states, keep_states=keeps)
                 for i, (request, done) in enumerate(zip(requests, completions, strict=True))
             ]
         return {"amount": turns * CONVERSATIONS * RESPONSE, "parts": {"read": read / CONVERSATIONS}}

@@ -75,7 +75,7 @@ class Episodes:
             return None
         states, completion.states = completion.states, None
         tokens = [*request.prompt, *completion.ids, *self.new[i][turn]]
-        self.requests.append(Request(tokens, [i, turn + 1], None, states, keep_states=turn + 2 < TURNS))
+        self.requests.append(Request(tokens, [i, turn + 1], states=states, keep_states=turn + 2 < TURNS))
         return self.requests[-1]
 
 

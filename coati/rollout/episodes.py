@@ -223,7 +223,7 @@ class EpisodeSampler:
         turn, states, episode.states = len(episode.turns), episode.states, None
         limit = min(self.limits.max_tokens - len(episode.tokens), sampling.max_new_tokens)
         goes_on = turn + 1 < self.limits.max_turns
-        return Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, states, keep_states=goes_on)
+        return Request(episode.tokens[:], [*episode.prompt.seed, turn], limit, states=states, keep_states=goes_on)
 
     def hear(self, episode: Episode, completion: Completion):
         """Takes a response, and asks the environment about it unless it was truncated."""

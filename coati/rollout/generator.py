@@ -1,7 +1,7 @@
 """The protocol of generators: token ids in, completions out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ class Request:
     prompt: Sequence[int]
     seed: int | Sequence[int] = 0
     max_new_tokens: int | None = None
+    _: KW_ONLY
     states: Any = None
     heads: int = 0
     keep_states: bool = False

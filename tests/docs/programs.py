@@ -107,8 +107,8 @@ def job(variables: dict[str, str], words: Sequence[str]) -> list[str]:
     assert {word.partition("=")[0] for word in words[1:at]} <= used, "no job sets this option"
     assert all("${" + name in text for name in variables), "the job reads no such variable"
     [script] = re.findall(r"examples/train_\w+\.py", text)
-    [config] = re.findall(r"\$\{CONFIG:-(.+?)\}", text)
-    return ["python", script, "--config", variables.get("CONFIG", config), *words[at + 1 :]]
+    [config] = [variables["CONFIG"]] if "CONFIG" in variables else re.findall(r"\$\{CONFIG:-(.+?)\}", text)
+    return ["python", script, "--config", config, *words[at + 1 :]]
 
 
 def check_target(words: Sequence[str]):

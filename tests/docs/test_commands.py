@@ -26,7 +26,7 @@ from tests.docs.programs import check_target, job, launched, read_program
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 # Files of the reader's own in commands, and the method whose first configuration (`coati init`) stands in for them.
-OWN_FILES = {"sft.yaml": "sft", "rm.yaml": "reward", "dpo.yaml": "dpo", "ppo.yaml": "ppo"}
+OWN_FILES = {"sft.yaml": "sft", "rm.yaml": "reward", "dpo.yaml": "dpo", "ppo.yaml": "ppo", "grpo.yaml": "grpo"}
 # What makes a documented run a small one. Plugin, precision, LoRA and all else stay as documented.
 SMALL = "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 96 --max_prompt_length 64 --warmup 0"
 SMALL += " --tensor_parallel 1 --pipeline_parallel 1 --sequence_parallel 1"  # tests/distributed has more processes
@@ -177,6 +177,8 @@ def small_arguments(config, place: dict[str, str]) -> list[str]:
         paths += as_flags({"rewards": [reward_model(place["policy"])]})
     if algorithm == "distill":
         paths += ["--teacher", place["teacher"]]
+    if hasattr(config, "generators"):  # this process has none
+        paths += ["--max_staleness", "0"]
     return [*SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
 
 

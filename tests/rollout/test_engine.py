@@ -395,7 +395,7 @@ def turns_of(actor, keeps: bool, slots: int, turns: int = 4, **options):
         found.append(completions)
         read.append(engine.prompt_tokens)
         requests = [
-            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], None, completion.states, keeps)
+            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], states=completion.states, keep_states=keeps)
             for i, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
     assert read == new
@@ -474,7 +474,7 @@ class Talk:
             return None
         tokens = [*request.prompt, *completion.ids, *self.new[place, turn + 1]]
         self.new_tokens += len(tokens) - (states.length if states else 0)
-        self.requests.append(Request(tokens, [place, turn + 1], None, states, self.keeps))
+        self.requests.append(Request(tokens, [place, turn + 1], states=states, keep_states=self.keeps))
         return self.requests[-1]
 
 

@@ -73,7 +73,7 @@ def test_logits_differ_as_those_of_trained_models_do(sharp_world):
 def test_sampling_differs_from_training_by_less_than_stops_a_run(algorithm, plugin, sharp_world, runtime, tmp_path):
     """And by more than nothing: all log-probs are computed again."""
     metrics = iterate(make(algorithm, sharp_world, runtime, tmp_path, plugin=plugin, **RESPONSES)).metrics
-    assert 1e-6 < metrics["rollout_kl"] < 0.02
+    assert 0 < metrics["rollout_kl"] < 0.02
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)

@@ -213,6 +213,9 @@ def test_a_prompt_that_is_read_once_for_both_answers_changes_nothing(changes, ti
             {k: v for k, v in row.items() if "time" not in k and "second" not in k} for row in read_metrics(output)
         ]
     for shared, separate in zip(runs[True], runs[False], strict=True):
+        for prefix in ("", "eval/"):
+            if abs(separate.get(f"{prefix}margin", 1)) < 1e-6:  # rounding says which answer is the better one
+                del shared[f"{prefix}accuracy"], separate[f"{prefix}accuracy"]
         assert shared == pytest.approx(separate, rel=1e-4, abs=1e-4)
 
 
