@@ -395,7 +395,12 @@ def turns_of(actor, keeps: bool, slots: int, turns: int = 4, **options):
         found.append(completions)
         read.append(engine.prompt_tokens)
         requests = [
-            Request([*request.prompt, *completion.ids, *more.pop()], [i, turn + 1], states=completion.states, keep_states=keeps)
+            Request(
+                [*request.prompt, *completion.ids, *more.pop()],
+                [i, turn + 1],
+                states=completion.states,
+                keep_states=keeps,
+            )
             for i, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
     assert read == new
