@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "rollout": {"losses", "models", "data", "rewards", "samples"},
     "environments": {"data", "rewards", "rollout"},
     "parallel": {"losses", "models", "watch", "run_layout"},
-    "tracking": set(),
+    "tracking": {"run_layout"},
     "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands", "samples"},
     "trainers": {
         *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),

@@ -18,9 +18,11 @@ from typing import Any
 
 from coati.errors import UserError
 from coati.files import replace_file
+from coati.run_layout import JOURNAL
 from coati.tracking.charts import COLORS, Line, Points, line_chart, number
 from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
 from coati.tracking.style import STYLE
+from coati.tracking.timeline import timeline
 
 TITLES = {
     "sft": "Supervised fine-tuning",
@@ -62,6 +64,7 @@ class Run:
     """A run folder as read: `label` tells it from the stage's other runs."""
 
     label: str
+    folder: Path
     info: dict[str, Any]
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -115,7 +118,7 @@ def _read_runs(folders: list[Path]) -> list[Run]:
         for run_dir in run_dirs:
             relative = run_dir.relative_to(folder)
             labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
-    runs = [Run(label, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]
+    runs = [Run(label, path, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]
     return sorted(runs, key=lambda run: run.info["start"])
 
 
@@ -179,6 +182,8 @@ def _stage(algorithm: str, runs: list[Run]) -> str:
         parts.append(f"<details><summary>{len(rest)} more metrics</summary>{_charts(rest, curves)}</details>")
     for run in runs:
         label = f" ({run.label})" if len(runs) > 1 else ""
+        if drawing := timeline(run.metrics, run.folder / JOURNAL):
+            parts.append(f"<h3>Timeline of the last iterations{escape(label)}</h3>{drawing}")
         parts.append(_samples(run, label, opened=run is runs[0]))
     return "".join([*parts, _settings(runs), "</section>"])
 

@@ -21,6 +21,7 @@ body{margin:0 auto;padding:40px 32px 64px;max-width:1240px;background:var(--page
 header>p{margin:0;color:var(--muted);font-size:13px;letter-spacing:.06em;text-transform:uppercase}
 h1{margin:2px 0 20px;font-size:30px;line-height:1.2;font-weight:650}
 h2{margin:0 0 14px;font-size:20px;font-weight:650}
+h3{margin:20px 0 8px;font-size:15px;font-weight:600}
 section{margin-top:44px}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{padding:9px 14px;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
@@ -54,6 +55,7 @@ svg .grid{stroke:var(--rule)}
 .curve{fill:none;stroke:var(--line);stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 .curve.raw{stroke-width:1;opacity:.38}
 .curve.dashed{stroke-dasharray:5 4}
+.bar{fill:var(--line);opacity:.85}
 .dot circle{fill:transparent}.dot.shown .mark,.dot:hover .mark{fill:var(--line)}
 details{margin-top:16px}
 summary{cursor:pointer;font-weight:600;font-size:14px;padding:4px 0 10px}

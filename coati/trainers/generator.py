@@ -49,7 +49,7 @@ def generate(config: TrainerConfig):
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda *_: None)
     with contextlib.redirect_stdout(None):  # the trainer says the same
-        service = Service(*sampler_and_weights(config, runtime))
+        service = Service(*sampler_and_weights(config, runtime), number)
     host, token = os.environ.get(GENERATOR_HOST, LOOPBACK), secrets.token_urlsafe(32)
     port = serve_in_thread(service, host, token)
     generators.announce(number, Address(f"http://{host}:{port}", token))

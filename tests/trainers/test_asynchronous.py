@@ -14,6 +14,7 @@ from coati.rollout.remote.address import Address
 from coati.rollout.remote.server import serve_in_thread
 from coati.run_layout import JOURNAL
 from coati.tracking import read_metrics
+from coati.tracking.report import write_report
 from coati.trainers.generator import check_generators, sampler_and_weights
 from coati.trainers.sft import SFTConfig
 from coati.variables import GENERATORS, GENERATORS_FOLDER
@@ -106,6 +107,8 @@ def test_an_iteration_is_sampled_with_the_weights_of_so_many_iterations_ago(
         assert rows[0]["mismatch/k3"] < 1e-9 < rows[2]["mismatch/k3"]
     folders = sorted(path.name for path in (tmp_path / "run" / JOURNAL).iterdir())
     assert folders == ["version-00000000", "version-00000001"]
+    report = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert ">generator 0</text>" in report and "<title>iteration 4: learn" in report
     assert sorted(trainer.versions.checksums) == [1, 2, 3]
 
 

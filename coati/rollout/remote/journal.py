@@ -2,9 +2,9 @@
 
     RUN/journal/version-00000012/JOB.jsonl
 
-The first line tells the job: version and checksum of the weights, seconds, how many samples. Each of the others is a
-sample as `coati.samples.Sample` has it, with the seed of its noise (run, iteration, row, ...) and without the row's
-columns. The last is the checksum of the lines before it.
+The first line tells the job: version and checksum of the weights, how many samples, which generator, when and how long.
+Each of the others is a sample as `coati.samples.Sample` has it, with the seed of its noise (run, iteration, row, ...)
+and without the row's columns. The last is the checksum of the lines before it.
 """
 
 import json

@@ -88,10 +88,11 @@ class Service:
     Args:
         sampler: samples with the weights that `load` has loaded.
         load: loads the weights of a file that has a checksum.
+        number: of this generator, for the journal.
     """
 
-    def __init__(self, sampler: Sampler, load: Callable[[Path, str], None]):
-        self.sampler, self.load = sampler, load
+    def __init__(self, sampler: Sampler, load: Callable[[Path, str], None], number: int = 0):
+        self.sampler, self.load, self.number = sampler, load, number
         self.jobs: dict[str, Entry] = {}
         self.waiting: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
@@ -135,7 +136,8 @@ class Service:
         sampled = self.sampler.sample(prompts, GenerationConfig(**job.sampling), job.version)
         seconds = {"load": loaded - started, "generate": time.time() - loaded} | sampled.seconds
         told = {"job": job.id, "version": job.version, "weights": job.checksum, "samples": len(prompts)}
-        write_samples(path, told | {"started": started, "seconds": seconds}, prompts, sampled.samples)
+        told |= {"generator": self.number, "started": started, "seconds": seconds}
+        write_samples(path, told, prompts, sampled.samples)
 
 
 def application(service: Service, token: str):
