@@ -1,7 +1,7 @@
 """GRPO with generators beside GRPO without, on the same cores: samples a second, and what each side waited for.
 
     python benchmarks/asynchronous.py            # a quarter of an hour on two idle cores; one JSON line
-    python benchmarks/asynchronous.py --save     # and writes benchmarks/results/asynchronous.json
+    python benchmarks/asynchronous.py --save     # and writes results/asynchronous.json and docs/asynchronous.md's table
 
 `responses`: a random Llama of 5.8 M parameters writes responses of very different lengths (geometric, 58 tokens in the
 mean, 256 at most). `tools`: one of 0.4 M parameters plays episodes of six turns, with an environment that takes 100 ms
@@ -25,13 +25,15 @@ from benchmarks.contest import machine, store  # noqa: E402
 from benchmarks.world import PLAIN, REWARD, words, write_models, write_rows  # noqa: E402
 from coati.config import as_flags  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
-from examples.stages import environment  # noqa: E402
+from examples.stages import environment, fill_figures  # noqa: E402
 
 LARGE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048)
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
 STOPS = 35  # words that end a response, of 2,048
+TOOL_STOPS = 400  # and of 1,024: a response that is cut would end its episode
 RESPONSES = 64
 WARM_UP = 2  # iterations
+TASKS = ("responses", "tools")
 
 # An episode of six turns; the tool takes its time
 TOOL = """import asyncio
@@ -83,7 +85,7 @@ def settings_of(task: str, folder: Path) -> dict:
         progress="off",
     )
     if task == "tools":
-        limits = dict(max_turns=6, max_tokens=128, max_new_tokens=8)
+        limits = dict(max_turns=6, max_tokens=256, max_new_tokens=16, stop=[f" w{i}" for i in range(TOOL_STOPS)])
         return common | limits | dict(environment=f"{folder}/tool.py:Tool")
     stops = [f" w{i}" for i in range(STOPS)]
     rewards = [dict(type="function", path=f"{folder}/reward.py:reward")]
@@ -112,7 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", choices=("responses", "tools"), default=["responses", "tools"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/asynchronous.json")
     options = parser.parse_args()
     result: dict = {"machine": machine(2), "iterations": options.iterations, "rounds": options.rounds}
@@ -135,6 +137,21 @@ def main():
     print(json.dumps(result))
     if options.save:
         store(result, "asynchronous", "run")
+        fill_figures(ROOT / "docs" / "asynchronous.md", table(result), "asynchronous")
+
+
+def table(result: dict) -> str:
+    """A row for each way of each task."""
+    columns = ("task", "way", "samples a second (spread)", "to the best without", "s generating", "waiting", "learning")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for task in (task for task in TASKS if task in result):
+        for way, found in result[task].items():
+            low, high = found["spread"]
+            seconds = [found.get(f"seconds/{name}") for name in ("generate", "wait", "learn")]
+            cells = [task, way, f"{found['samples_per_second']:.1f} ({low:.1f} to {high:.1f})", f"{found['ratio']:.2f}"]
+            cells += ["" if value is None else f"{value:.2f}" for value in seconds]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def of_rounds(found: list[dict]) -> dict:

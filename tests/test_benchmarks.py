@@ -25,6 +25,7 @@ def run_small(script: str, case: str, rounds: int, *more: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])["cases"][case]
 
 
+@pytest.mark.slow
 def test_generation_is_a_contest_with_transformers():
     case = run_small("generation", "fixed-3-2", rounds=2)
     ours, peer = case["contenders"]["coati"], case["contenders"]["transformers, batch 3"]
@@ -44,6 +45,7 @@ def test_lengths_are_those_of_the_issue():
     assert len(lengths) == 128 and 52 < sum(lengths) / 128 < 64 and max(lengths) <= 256
 
 
+@pytest.mark.slow
 def test_training_is_a_contest_with_a_plain_loop():
     case = run_small("training", "reward-fixed", rounds=3)
     ours, loop = (case["contenders"][name]["rates"] for name in ("coati", "plain loop"))

@@ -9,8 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-QUICK = ("parity", "rollout", "vllm")
-SLOW = ("runs", "decode", "train", "planner")  # the quickstart is a test of its own
+PARTS = ("parity", "rollout", "vllm", "runs", "decode", "train", "planner")  # the quickstart is a test of its own
 
 
 def run_kit(parts, output, *flags: str) -> subprocess.CompletedProcess:
@@ -19,13 +18,13 @@ def run_kit(parts, output, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.parametrize("parts", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=" ".join)
-def test_the_kit_passes_on_a_cpu(parts, tmp_path):
+@pytest.mark.slow
+def test_the_kit_passes_on_a_cpu(tmp_path):
     output = tmp_path / "figures.json"
-    done = run_kit(parts, output)
+    done = run_kit(PARTS, output)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = json.loads(output.read_text())
-    assert list(found["parts"]) == list(parts)
+    assert list(found["parts"]) == list(PARTS)
     assert found["versions"]["device"] == "cpu" and found["versions"]["torch"]
     for name, part in found["parts"].items():
         assert part["status"] == 0 and (name in ("planner", "vllm") or part["figures"]), name

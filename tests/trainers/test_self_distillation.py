@@ -242,7 +242,12 @@ def right_words(model) -> torch.Tensor:
     ("prompt", "least", "most"), [("{prompt} hint {secret}", 0.9, 1.0), ("{prompt}", 0.0, 0.3)], ids=["hint", "none"]
 )
 @pytest.mark.parametrize(
-    "changes", [dict(divergence="reverse"), dict(teacher_ema=0.002, learning_rate=1e-3)], ids=["start", "average"]
+    "changes",
+    [
+        dict(divergence="reverse"),
+        pytest.param(dict(teacher_ema=0.002, learning_rate=1e-3), marks=pytest.mark.slow),
+    ],
+    ids=["start", "average"],
 )
 def test_a_student_internalizes_what_stands_in_its_teachers_prompt(
     changes, prompt, least, most, secrets, runtime, tmp_path
