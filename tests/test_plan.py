@@ -82,6 +82,15 @@ def test_lora_has_states_of_its_adapters_only():
     assert found["parameters"] > 2 * WEIGHTS
 
 
+def test_adapters_split_with_their_layers():
+    """Half of the frozen weights on each of two ranks; of each adapter the matrix that the split goes through."""
+    whole, split = (kinds(sft(2, lora_rank=4, tensor_parallel=ranks, plugin="ddp")) for ranks in (1, 2))
+    assert split["parameters"] == pytest.approx(whole["parameters"] / 2, rel=0.05)
+    before, outputs, inputs, after = 5 * 64, 64 + 2 * 32 + 2 * 176, 64 + 176, 2 * 64
+    share = (before + outputs / 2 + inputs / 2 + after) / (before + outputs + inputs + after)
+    assert split["optimizer states"] == pytest.approx(share * whole["optimizer states"], rel=0.01)
+
+
 def test_gemini_shards_what_is_trained_and_large():
     large = LlamaConfig(**SHAPE | {"hidden_size": 1024, "vocab_size": 32000}, num_hidden_layers=4)
     one, eight = kinds(sft(1, large, plugin="gemini")), kinds(sft(8, large, plugin="gemini"))
@@ -182,6 +191,7 @@ MORE = {
     "ppo": [
         dict(shared_trunk=True),
         dict(lora_rank=2),
+        dict(lora_rank=2, tensor_parallel=2, plugin="zero1"),
         dict(ptx_data=["texts"], ptx_coefficient=0.1),
         dict(kl_target=1.0, normalize_reward=True),
         dict(rewards=[dict(type="classifier", path="classifier")]),

@@ -106,19 +106,27 @@ def has_more_tokens(model: nn.Module) -> bool:
         return True
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: nn.Module, state: dict[str, Tensor] | None = None) -> nn.Module:
     """A copy of a peft model's transformers model with the adapters added to the weights, exactly: those of a quantized
     model are dequantized first and stay so; embeddings and output layer are untied if an adapter
     changes only one of them. The copy is in the host's memory, as a GPU may have no room for it; on "meta" if the model
     is.
 
+    Args:
+        state: the weights of a model that is on "meta" itself.
+
     Raises:
         UserError: a quantization that can't be undone.
     """
+    is_meta = next(model.parameters()).is_meta
     if is_quantized(model.get_base_model()):
         model_copy = _dequantized(copy.deepcopy(model))
     else:
-        model_copy = copied_to(model, "meta" if next(model.parameters()).is_meta else "cpu")
+        model_copy = copied_to(model, "meta" if is_meta else "cpu")
+    if is_meta and state is not None:
+        own = {name: tensor.clone() for name, tensor in state.items()}  # merging changes them in place
+        model_copy.load_state_dict(own, assign=True)
+        model_copy.get_base_model().tie_weights()
     _untie(model_copy.get_base_model())
     plain = model_copy.merge_and_unload()
     rows, columns = plain.get_input_embeddings(), plain.get_output_embeddings()

@@ -184,8 +184,8 @@ class BaseModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         head = {k: v for k, v in state.items() if k.startswith("v_head.")}  # of an ActorCritic
-        if self.has_adapter and merge:  # adapters aren't supported with sharded weights, so they are in the module
-            merged_model = merged(self.model)
+        if self.has_adapter and merge:
+            merged_model = merged(self.model, inner)
             merged_model = merged_model if dtype is None else merged_model.to(dtype)
             merged_model.save_pretrained(str(folder), state_dict=merged_model.state_dict() | head)
         elif self.has_adapter:

@@ -61,9 +61,8 @@ class RewardModel(ValueHeadModel):
         if self.has_adapter and not merge:
             raise UserError("a sequence classifier is saved without adapters: merge them (merge=True)")
         state = self.state_dict() if state_dict is None else state_dict
+        trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         if self.has_adapter:
-            trunk = merged(self.model).state_dict()
-        else:
-            trunk = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+            trunk = merged(self.model, trunk).state_dict()
         trunk = trunk if dtype is None else cast(trunk, dtype)
         save_classifier(folder, self.config, trunk, state["value_head.weight"], pad_token_id)

@@ -24,11 +24,11 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
     if config.plugin not in PLUGINS:
         raise UserError(f"unknown plugin {config.plugin!r}: choose one of {', '.join(PLUGINS)}")
     plugin = PLUGINS[config.plugin]
-    _check_sizes(config, plugin, lora, world_size)
+    _check_sizes(config, plugin, world_size)
     if lora and not plugin.trains_adapters:
         raise UserError(
-            f"{config.plugin} doesn't support LoRA adapters: use --plugin zero2, or all weights (--lora_rank 0, "
-            "adapters merged)"
+            f"{config.plugin} doesn't support LoRA adapters: use --plugin zero2, with --tensor_parallel if the frozen "
+            "model is too big for one GPU, or all weights (--lora_rank 0, adapters merged)"
         )
     if config.precision == "fp32" and not plugin.computes_in_fp32:
         raise UserError(f"{config.plugin} computes in bf16 or fp16: use --precision bf16, or --plugin zero2 for fp32")
@@ -39,7 +39,7 @@ def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | 
             raise UserError("fp16 needs a GPU: use --precision bf16 or fp32 on a CPU")
 
 
-def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: int | None):
+def _check_sizes(config: PluginConfig, plugin: Plugin, world_size: int | None):
     """Tensor, pipeline and sequence parallelism: what goes with what."""
     sizes = {f"{kind}_parallel": getattr(config, f"{kind}_parallel") for kind in ("tensor", "pipeline", "sequence")}
     used = [f"{name} {size}" for name, size in sizes.items() if size != 1]
@@ -47,11 +47,6 @@ def _check_sizes(config: PluginConfig, plugin: Plugin, lora: bool, world_size: i
         raise UserError("split_sequence splits what tensor_parallel alone replicates: use it with tensor_parallel only")
     if not used:
         return
-    if lora:
-        raise UserError(
-            f"LoRA adapters don't combine with {used[0]}: use --plugin zero2 alone, or all weights (--lora_rank 0, "
-            "adapters merged)"
-        )
     if world_size is not None and world_size % config.model_parallel_size:
         raise UserError(f"{' x '.join(used)} needs a multiple of {config.model_parallel_size} processes: {world_size}")
     if not plugin.splits:

@@ -41,6 +41,8 @@ class Decoder:
     splits_sequence: bool = True
 
 
+HEADS = ("lm_head", "embed_out")  # output layers, in the architectures of the table
+
 LLAMA = Decoder(
     column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
     row=("self_attn.o_proj", "mlp.down_proj"),
@@ -89,7 +91,8 @@ def find_decoder(module: nn.Module) -> tuple[Any, Decoder]:
         kind = getattr(getattr(part, "config", None), "model_type", None)
         types[kind] = None
         entry = DECODERS.get(str(kind))
-        if entry is not None and isinstance(getattr(part, entry.layers, None), nn.ModuleList):
+        # not by getattr: peft's wrappers answer for what they wrap
+        if entry is not None and isinstance(dict(part.named_children()).get(entry.layers), nn.ModuleList):
             return part, entry
     names = ", ".join(str(kind) for kind in types if kind)
     raise UserError(
@@ -119,6 +122,35 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
                 f"the model has {count} {name}: not divisible by tensor_parallel {tensor_parallel}; "
                 + remedy_for_splits("tensor_parallel", math.gcd(*counts.values()))
             )
+    if tensor_parallel > 1:
+        check_adapters(module, entry)
+
+
+def check_adapters(module: nn.Module, entry: Decoder):
+    """Checks that tensor parallelism can split a model's adapters.
+
+    Raises:
+        UserError: one of them is not LoRA of a linear layer, or lies on the embedding or the output layer.
+    """
+    for name, layer in module.named_modules():
+        adapted = getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)  # peft's names
+        if adapted is None:
+            continue
+        if isinstance(adapted, nn.Embedding) or name.rpartition(".")[2] in HEADS:
+            raise UserError(
+                f"tensor_parallel splits {name}, which has an adapter: leave it out of lora_target_modules, or use "
+                "--plugin zero2"
+            )
+        if name.endswith((*entry.column, *entry.row)) and not is_plain_lora(layer):
+            raise UserError(
+                f"tensor_parallel splits LoRA's adapters, and that of {name} is of another kind: use --plugin zero2, "
+                "or merge it into the model first"
+            )
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a layer's adapter is B A alone: no DoRA, no biases, no copy of the layer that trains."""
+    return bool(getattr(layer, "lora_A", None)) and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 def remedy_for_splits(setting: str, divided: int) -> str:

@@ -34,6 +34,7 @@ class Engine:
 
     Attributes:
         module: the plain model.
+        whole: that model as it is saved: itself, or where the plugin splits it, as it was before, without data.
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
         averages: of a frozen model whose weights are averages (`average_in`), these in float32 where the module's are
@@ -55,6 +56,7 @@ class Engine:
         accumulates: bool = True,
     ):
         self.module, self.config, self.runtime = module, config, runtime
+        self.whole = module
         self.precision = resolve_precision(config)
         self.data_ranks = runtime.data_ranks(config.model_parallel_size)
         self.skipped_in_a_row = self.skipped_steps = 0

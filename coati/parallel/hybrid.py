@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from coati.config.plugin import PluginConfig
+from coati.models.adapters import copied_to
 from coati.parallel.engine import DTYPES, Engine
 from coati.parallel.pipeline import MicroBatches
 from coati.parallel.policy import DecoderPolicy, split_tensors, transformer_of
@@ -130,7 +131,9 @@ class HybridEngine(Engine):
         self.tied = {name: first_names.setdefault(number, name) for name, number in names}
         self.pipelined = config.pipeline_parallel > 1
         self.generation_copy = copy.deepcopy(module).requires_grad_(False) if generates else None
+        whole = copied_to(module, "meta")
         super().__init__(module, config, runtime, **settings)
+        self.whole = whole
         if self.generation_copy is not None:
             self._prepare_generation_copy(self.generation_copy)
 
@@ -232,7 +235,10 @@ class HybridEngine(Engine):
     @torch.no_grad()
     def _fetch_weights(self, generation_copy: nn.Module):
         group, parameters = self.plugin.pp_group, dict(self.module.named_parameters())
+        trained = {name for name, parameter in self.whole.named_parameters() if parameter.requires_grad}
         for name, parameter in generation_copy.named_parameters():
+            if name not in trained:  # the copy has had it from the start
+                continue
             if name in parameters:
                 parameter.copy_(parameters[name])
             dist.broadcast(parameter.data, src=dist.get_global_rank(group, self.owners[name]), group=group)

@@ -84,8 +84,10 @@ def split_stage(model: nn.Module, part: nn.Module, entry, manager):
 
 
 def tied_weights(model: nn.Module, part: nn.Module, entry, manager) -> list[dict[int, Tensor]]:
-    """The embedding's weight by stage, if the last stage's head uses it too (in Colossal-AI's form)."""
+    """The embedding's weight by stage, if it trains and the last stage's head uses it too (in Colossal-AI's form)."""
     embedding = getattr(part, entry.embedding)
+    if not embedding.weight.requires_grad:
+        return []
     others = [m for m in model.modules() if m is not embedding and getattr(m, "weight", None) is embedding.weight]
     return [{0: embedding.weight, manager.num_stages - 1: embedding.weight}] if others else []
 

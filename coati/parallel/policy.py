@@ -92,7 +92,7 @@ def _split_between_layers(model: Any, part: Any, entry, sequence: MegatronSequen
     for name in entry.positions:
         getattr(part, name).register_forward_hook(sequence.local_stretch)
     for parameter in model.parameters():
-        if shard_of(parameter) is None and parameter.requires_grad:
+        if shard_of(parameter) is None:
             sum_gradient(parameter, sequence.group)
     use_sequence_parallel_attention(transformer_of(model), None)
     vocabulary = model.layout if isinstance(model.layout, VocabularyLayout) else None

@@ -89,9 +89,13 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
     ranks, parts = dist.get_world_size(group), dict(entry.fused)
     for layer in layers:
         for name in entry.column:
-            split_column(layer.get_submodule(name), group, parts.get(name, 1), copy=sequence is None)
+            module = layer.get_submodule(name)
+            split = split_adapted_column if is_adapted(module) else split_column
+            split(module, group, parts.get(name, 1), copy=sequence is None)
         for name in entry.row:
-            split_row(layer.get_submodule(name), group, sequence.total if sequence else sum_over_ranks)
+            module = layer.get_submodule(name)
+            split = split_adapted_row if is_adapted(module) else split_row
+            split(module, group, sequence.total if sequence else sum_over_ranks)
         if sequence:  # attention shapes its heads by its input: it is gathered before, not in each projection
             for block in {name.rpartition(".")[0] or name for name in entry.column}:
                 layer.get_submodule(block).register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
@@ -103,8 +107,7 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
             # with `sequence` the gradients of all replicated weights are summed, these among them
             if _has(layer, name) and not sequence:
                 for parameter in layer.get_submodule(name).parameters():
-                    if parameter.requires_grad:
-                        sum_gradient(parameter, group)
+                    sum_gradient(parameter, group)
 
 
 def split_column(linear: Any, group, parts: int = 1, copy: bool = True):
@@ -128,6 +131,27 @@ def split_row(linear: Any, group, total: Callable):
         return y if linear.bias is None else y + linear.bias
 
     linear.forward = forward
+
+
+def split_adapted_column(layer: Any, group, parts: int = 1, copy: bool = True):
+    """`split_column` of a layer with LoRA: A reads the whole input, and each rank's B gives its slice of the outputs, so
+    that A's gradient is a sum over ranks."""
+    split_column(layer.base_layer, group, parts, copy=False)
+    for name in layer.lora_A:
+        _split(layer.lora_B[name], "weight", 0, parts, group)
+        if copy:  # with a split sequence the gradients of all replicated weights are summed
+            sum_gradient(layer.lora_A[name].weight, group)
+    if copy:  # of the input of both paths, once
+        layer.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
+
+
+def split_adapted_row(layer: Any, group, total: Callable):
+    """`split_row` of a layer with LoRA: each rank's A reads its slice of the input. What is summed over ranks is the
+    few numbers per token between A and B."""
+    split_row(layer.base_layer, group, total)
+    for name in layer.lora_A:
+        _split(layer.lora_A[name], "weight", 1, 1, group)
+        layer.lora_A[name].register_forward_hook(lambda module, inputs, output: total(output, group))
 
 
 def split_embedding(embedding: Any, group, total: Callable):
@@ -174,8 +198,10 @@ def split_head(head: Any, group, sequence: MegatronSequence | None = None):
 
 
 def sum_gradient(parameter: nn.Parameter, group):
-    """For a replicated weight that each rank uses on its own heads or stretches: its gradient is the sum over ranks."""
-    parameter.register_hook(lambda gradient: _summed(gradient, group))
+    """For a replicated weight that each rank uses on its own heads or stretches: its gradient is the sum over ranks,
+    if it trains."""
+    if parameter.requires_grad:
+        parameter.register_hook(lambda gradient: _summed(gradient, group))
 
 
 class VocabularyLayout(Layout):
@@ -349,6 +375,11 @@ def _split(module: nn.Module, name: str, dim: int, parts: int, group):
         shard = Shard(dim, parameter.shape[dim], parts, group)
         parameter.data = shard.local_shard(parameter.data)
         parameter.dist_layout = shard
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a layer carries an adapter of peft."""
+    return hasattr(module, "base_layer")
 
 
 def _dims(linear: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coati.models.base import BaseModel
 from coati.parallel.decoders import check_splits, find_decoder
+from coati.parallel.tensor import is_adapted
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def split_tensors(model: BaseModel, parts: int):
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
         for name in entry.column:
-            _shrink(layer.get_submodule(name), True, parts)
+            _shrink_adapted(layer.get_submodule(name), True, parts)
         for name in entry.row:
-            _shrink(layer.get_submodule(name), False, parts)
+            _shrink_adapted(layer.get_submodule(name), False, parts)
         for name in entry.counts:
             owner, _, count = name.rpartition(".")
             module = layer.get_submodule(owner)
@@ -116,6 +117,16 @@ def leave_out_other_stages(model: BaseModel, first: bool, last: bool):
         if module is not None and not on_this_stage:
             module.requires_grad_(False)
             module.weight.on_other_stage = True
+
+
+def _shrink_adapted(module: Any, outputs: bool, parts: int):
+    """`_shrink`, with an adapter the layer and what gives the same outputs, or reads the same inputs."""
+    if not is_adapted(module):
+        _shrink(module, outputs, parts)
+        return
+    _shrink(module.base_layer, outputs, parts)
+    for half in (module.lora_B if outputs else module.lora_A).values():
+        _shrink(half, outputs, parts)
 
 
 def _shrink(module: nn.Module, outputs: bool, parts: int):

@@ -25,7 +25,7 @@ def try_saving(output: Path, engines: Mapping[str, Engine], tokenizer, merge: bo
             folder = Path(place) / name
             folder.mkdir()
             try:
-                engine.module.try_saving(folder, merge)
+                engine.whole.try_saving(folder, merge)
                 tokenizer.save_pretrained(str(folder))
             except UserError:
                 raise

@@ -143,7 +143,7 @@ class RunFolder:
         state = engine.state_dict()
         if self.runtime.is_main:
             folder.mkdir(parents=True)
-            engine.module.save_pretrained(folder, state, merge, dtype)
+            engine.whole.save_pretrained(folder, state, merge, dtype)
             tokenizer.save_pretrained(str(folder))
             sync(folder)
 

@@ -162,7 +162,7 @@ class RolloutTrainer(Trainer):
         return WeightVersions(
             self.folder.path / WEIGHTS if where is None else Path(where),
             self.actor.state_dict,
-            self.actor.module,
+            self.actor.whole,
             DTYPES[resolve_precision(c.parallel)],
             self.runtime,
             c.generators.max_staleness,

@@ -38,7 +38,7 @@ def test_what_is_refused_is_what_the_documentation_says(outcomes):
     """docs/plugins.md: gemini computes in low precision, trains all weights and stands alone; so on."""
     trains = {names for names, outcome in outcomes.items() if "losses" in outcome}
     for plugin, precision, split, feature in outcomes:
-        together = split == "whole" or (plugin in ("ddp", "zero1", "zero2") and feature != "lora")
+        together = split == "whole" or plugin in ("ddp", "zero1", "zero2")
         together &= split != "tensor x sequence" and (plugin, split) != ("zero2", "pipeline")
         possible = together and (plugin != "gemini" or (precision != "fp32" and feature != "lora"))
         assert ((plugin, precision, split, feature) in trains) == possible, (plugin, precision, split, feature)

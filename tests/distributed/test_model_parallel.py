@@ -58,14 +58,30 @@ def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
     ]
 
 
+def adapted_jobs(worlds, folder, layouts, cases) -> list[dict]:
+    """LoRA of a policy and a critic beside a reference without it, and of an SFT model."""
+    return [
+        family_job(f"{layout}-{family}-lora {algorithm}", algorithm, worlds[family], folder, **changes)
+        for layout in layouts
+        for family, algorithm in cases
+        if runs(layout, family)
+        for changes in [dict(lora_rank=4, lora_alpha=32.0) | LAYOUTS.get(layout, {})]
+    ]
+
+
+ADAPTED = (("llama", "ppo"), ("qwen3", "sft"), ("gpt2", "sft"))  # plain, norms per head and tied ends, fused layers
+
+
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
-    return run_jobs(jobs(worlds, folder, ["one"]), folder / "one", 1)
+    ours = jobs(worlds, folder, ["one"]) + adapted_jobs(worlds, folder, ["one"], ADAPTED)
+    return run_jobs(ours, folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def two_processes(worlds, folder):
-    return run_jobs(jobs(worlds, folder, TWO), folder / "two", 2)
+    ours = jobs(worlds, folder, TWO) + adapted_jobs(worlds, folder, TWO, ADAPTED)
+    return run_jobs(ours, folder / "two", 2)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +106,20 @@ def assert_same(found: dict, expected: dict):
 @pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+
+
+@pytest.mark.parametrize(("family", "algorithm"), ADAPTED)
+@pytest.mark.parametrize("layout", TWO)
+def test_adapters_train_as_in_a_single_process(layout, family, algorithm, folder, one_process, two_processes):
+    """And are merged into the same model, though no process has all of it."""
+    if not runs(layout, family):
+        pytest.skip("refused, see test_decoders.py")
+    found, expected = f"{layout}-{family}-lora {algorithm}", f"one-{family}-lora {algorithm}"
+    assert_same(two_processes[found], one_process[expected])
+    assert all(norm > 1e-4 for name, (norm, _) in one_process[expected]["weights"].items() if "lora_B" in name)
+    found, expected = (load_file(folder / name / "model" / "model.safetensors") for name in (found, expected))
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +157,31 @@ def others(worlds, folder):
 @pytest.mark.parametrize("layout", TWO)
 def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
+
+
+EVERY_ADAPTED = [(family, algorithm) for family in FAMILIES + OTHERS for algorithm in (*ALGORITHMS, "grpo", "preference")]
+
+
+@pytest.fixture(scope="module")
+def every_adapted(worlds, folder):
+    of_layouts = {processes: layouts for processes, layouts in ((1, ["one"]), (2, TWO), (4, FOUR))}
+    results = {}
+    for processes, layouts in of_layouts.items():
+        ours = adapted_jobs(worlds, folder / "every", layouts, EVERY_ADAPTED)
+        results |= run_jobs(ours, folder / f"every-{processes}", processes)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("family", "algorithm"), EVERY_ADAPTED)
+@pytest.mark.parametrize("layout", (*TWO, *FOUR))
+def test_adapters_do_for_every_architecture(layout, family, algorithm, every_adapted):
+    if not runs(layout, family):
+        pytest.skip("refused, see test_decoders.py")
+    assert_same(
+        every_adapted[f"{layout}-{family}-lora {algorithm}"], every_adapted[f"one-{family}-lora {algorithm}"]
+    )
 
 
 @pytest.mark.slow
@@ -198,6 +253,37 @@ def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
     if source == target:
         same = [step["loss"] for step in saved[f"{source}-saved"]["steps"][BEFORE:]]
         assert found == same
+
+
+SAVED_ADAPTED = {name: SAVED[name] for name in ("ddp", "tp2", "pp2")}
+
+
+@pytest.fixture(scope="module")
+def adapted(worlds, folder):
+    """As `saved` and `resumed`, with LoRA."""
+    settings = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9, lora_rank=4, merge_lora=False)
+    first, then = [], []
+    for source, layout in SAVED_ADAPTED.items():
+        first.append(family_job(f"lora {source}", "sft", worlds["qwen3"], folder, **settings, **layout))
+        checkpoint = str(folder / f"lora {source}" / "checkpoints" / f"step-{BEFORE:08d}")
+        for target, changes in SAVED_ADAPTED.items():
+            changes = settings | changes | dict(resume=checkpoint)
+            then.append(family_job(f"lora {source}-to-{target}", "sft", worlds["qwen3"], folder, **changes))
+    return run_jobs(first + then, folder / "adapted", 2)
+
+
+@pytest.mark.parametrize("target", SAVED_ADAPTED)
+@pytest.mark.parametrize("source", SAVED_ADAPTED)
+def test_adapters_go_on_under_any_layout(source, target, adapted, folder):
+    expected = [step["loss"] for step in adapted["lora ddp"]["steps"][BEFORE:]]
+    found = [step["loss"] for step in adapted[f"lora {source}-to-{target}"]["steps"]]
+    assert found == pytest.approx(expected, rel=1e-5)
+    if source == target:
+        assert found == [step["loss"] for step in adapted[f"lora {source}"]["steps"][BEFORE:]]
+    plain = load_file(folder / "lora ddp" / "model" / "adapter_model.safetensors")
+    stored = load_file(folder / f"lora {source}-to-{target}" / "model" / "adapter_model.safetensors")
+    assert stored.keys() == plain.keys()
+    assert all(torch.allclose(stored[name], plain[name], rtol=1e-4, atol=1e-5) for name in plain)
 
 
 @pytest.mark.parametrize("source", SAVED)

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor, LoraSettings, RewardModel
 from coati.models.quantized import is_quantized
+from coati.trainers.factory import Factory
+from tests.conftest import settings_for, trainer_classes
 from tests.models.families import rows, tiny_config
 from tests.trainers.test_saving import make
 
@@ -114,6 +117,15 @@ def test_full_training_of_quantized_weights_is_refused_at_the_start(tiny_world, 
     policy = world_of(tiny_world, tmp_path, "nf4")
     with pytest.raises(UserError, match=r"nf4 are quantized, so they can't be trained: train adapters .*--lora_rank"):
         make("sft", tiny_world, runtime, tmp_path / "run", model=policy, model_config=None)
+
+
+def test_quantized_weights_are_not_split(tiny_world, runtime, tmp_path):
+    policy = world_of(tiny_world, tmp_path, "nf4")
+    config_class, _ = trainer_classes("sft")
+    changes = dict(model=policy, model_config=None, lora_rank=4, tensor_parallel=2)
+    config = configure(config_class, **settings_for("sft", tiny_world, output_dir=str(tmp_path / "run"), **changes))
+    with pytest.raises(UserError, match="nf4 are quantized, which tensor and pipeline parallelism don't split: use"):
+        Factory(config, runtime, learns_responses=True).model(Actor, policy, lora=config.model.lora)
 
 
 def test_a_quantization_that_can_not_be_undone_is_refused_at_the_start(tiny_world, runtime, tmp_path, monkeypatch):

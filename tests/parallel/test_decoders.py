@@ -67,6 +67,34 @@ def test_heads_that_nothing_divides_leave_one_remedy():
         check_splits(Actor(config=config), 2, 1)
 
 
+def adapted(**settings) -> Actor:
+    """With an adapter that peft makes of these settings."""
+    from peft import LoraConfig, get_peft_model
+
+    actor = Actor(config=family_config("llama", 60))
+    actor.model = get_peft_model(actor.model, LoraConfig(r=2, **settings))
+    return actor
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target_modules=["q_proj", "lm_head"]), "splits .*lm_head, which has an adapter: leave it out of"),
+        (dict(target_modules=["embed_tokens"]), "splits .*embed_tokens, which has an adapter"),
+        (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "splits .*lm_head, which has an adapter"),
+        (dict(target_modules=["q_proj"], use_dora=True), "that of .*q_proj is of another kind: use --plugin zero2, or"),
+        (dict(target_modules=["o_proj"], lora_bias=True), "that of .*o_proj is of another kind"),
+        (dict(target_modules=["q_proj"], modules_to_save=["up_proj"]), "that of .*up_proj is of another kind"),
+    ],
+    ids=str,
+)
+def test_adapters_that_can_not_be_split_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_splits(adapted(**settings), 2, 1)
+    check_splits(adapted(**settings), 1, 2)
+    check_splits(adapted(target_modules="all-linear", use_rslora=True), 2, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
@@ -77,7 +105,6 @@ def test_heads_that_nothing_divides_leave_one_remedy():
         ),
         (dict(plugin="zero2", pipeline_parallel=2), {}, "once per micro-batch .* use --plugin zero1"),
         (dict(tensor_parallel=2, sequence_parallel=2), {}, "sequence_parallel doesn't combine with tensor_parallel 2"),
-        (dict(tensor_parallel=2), dict(lora=True), "LoRA adapters don't combine with tensor_parallel 2"),
         (dict(tensor_parallel=2, pipeline_parallel=2), dict(world_size=6), "needs a multiple of 4 processes: 6"),
         (dict(pipeline_parallel=0), {}, "pipeline_parallel is 0: it must be at least 1"),
         (dict(split_sequence=True), {}, "use it with tensor_parallel only"),
