@@ -89,13 +89,9 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
     ranks, parts = dist.get_world_size(group), dict(entry.fused)
     for layer in layers:
         for name in entry.column:
-            module = layer.get_submodule(name)
-            split = split_adapted_column if is_adapted(module) else split_column
-            split(module, group, parts.get(name, 1), copy=sequence is None)
+            split_column(layer.get_submodule(name), group, parts.get(name, 1), copy=sequence is None)
         for name in entry.row:
-            module = layer.get_submodule(name)
-            split = split_adapted_row if is_adapted(module) else split_row
-            split(module, group, sequence.total if sequence else sum_over_ranks)
+            split_row(layer.get_submodule(name), group, sequence.total if sequence else sum_over_ranks)
         if sequence:  # attention shapes its heads by its input: it is gathered before, not in each projection
             for block in {name.rpartition(".")[0] or name for name in entry.column}:
                 layer.get_submodule(block).register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
@@ -112,6 +108,9 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
 
 def split_column(linear: Any, group, parts: int = 1, copy: bool = True):
     """Each rank computes a slice of the outputs. Without `copy` the input's gradients are summed elsewhere."""
+    if is_adapted(linear):
+        split_adapted_column(linear, group, parts, copy)
+        return
     _split(linear, "weight", _dims(linear)[0], parts, group)
     if linear.bias is not None:
         _split(linear, "bias", 0, parts, group)
@@ -123,6 +122,9 @@ def split_column(linear: Any, group, parts: int = 1, copy: bool = True):
 
 def split_row(linear: Any, group, total: Callable):
     """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once."""
+    if is_adapted(linear):
+        split_adapted_row(linear, group, total)
+        return
     out, into = _dims(linear)
     _split(linear, "weight", into, 1, group)
 
@@ -133,9 +135,9 @@ def split_row(linear: Any, group, total: Callable):
     linear.forward = forward
 
 
-def split_adapted_column(layer: Any, group, parts: int = 1, copy: bool = True):
-    """`split_column` of a layer with LoRA: A reads the whole input, and each rank's B gives its slice of the outputs, so
-    that A's gradient is a sum over ranks."""
+def split_adapted_column(layer: Any, group, parts: int, copy: bool):
+    """`split_column` of a layer with LoRA: A reads the whole input, each rank's B gives its slice of the outputs, and
+    A's gradient is a sum over ranks."""
     split_column(layer.base_layer, group, parts, copy=False)
     for name in layer.lora_A:
         _split(layer.lora_B[name], "weight", 0, parts, group)

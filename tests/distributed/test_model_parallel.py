@@ -4,6 +4,7 @@ layout's checkpoint goes on under every other.
 Figures of every layout and architecture are in docs/plugins.md: `python tools/layout_table.py` writes them.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
 
 
-EVERY_ADAPTED = [(family, algorithm) for family in FAMILIES + OTHERS for algorithm in (*ALGORITHMS, "grpo", "preference")]
+EVERY_ADAPTED = list(itertools.product(FAMILIES + OTHERS, (*ALGORITHMS, "grpo", "preference")))
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +180,7 @@ def every_adapted(worlds, folder):
 def test_adapters_do_for_every_architecture(layout, family, algorithm, every_adapted):
     if not runs(layout, family):
         pytest.skip("refused, see test_decoders.py")
-    assert_same(
-        every_adapted[f"{layout}-{family}-lora {algorithm}"], every_adapted[f"one-{family}-lora {algorithm}"]
-    )
+    assert_same(every_adapted[f"{layout}-{family}-lora {algorithm}"], every_adapted[f"one-{family}-lora {algorithm}"])
 
 
 @pytest.mark.slow
