@@ -58,18 +58,28 @@ def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
     ]
 
 
-def adapted_jobs(worlds, folder, layouts, cases) -> list[dict]:
-    """LoRA of a policy and a critic beside a reference without it, and of an SFT model."""
+def cases(layouts, pairs) -> list[tuple[str, str, str]]:
+    """Each layout with each of these families and algorithms."""
+    return [(layout, family, algorithm) for layout in layouts for family, algorithm in pairs if runs(layout, family)]
+
+
+def adapted_jobs(worlds, folder, layouts, pairs) -> list[dict]:
+    """With LoRA."""
+    settings = dict(lora_rank=4, lora_alpha=32.0)
     return [
-        family_job(f"{layout}-{family}-lora {algorithm}", algorithm, worlds[family], folder, **changes)
-        for layout in layouts
-        for family, algorithm in cases
-        if runs(layout, family)
-        for changes in [dict(lora_rank=4, lora_alpha=32.0) | LAYOUTS.get(layout, {})]
+        family_job(
+            f"{layout}-{family}-lora {algorithm}",
+            algorithm,
+            worlds[family],
+            folder,
+            **settings | LAYOUTS.get(layout, {}),
+        )
+        for layout, family, algorithm in cases(layouts, pairs)
     ]
 
 
-ADAPTED = (("llama", "ppo"), ("qwen3", "sft"), ("gpt2", "sft"))  # plain, norms per head and tied ends, fused layers
+# policy, critic and a reference without adapters; norms per head and tied ends; fused layers
+ADAPTED = (("llama", "ppo"), ("qwen3", "sft"), ("gpt2", "sft"))
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +118,9 @@ def test_two_processes_give_the_single_process_run(layout, family, algorithm, on
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
 
 
-@pytest.mark.parametrize(("family", "algorithm"), ADAPTED)
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(("layout", "family", "algorithm"), cases(TWO, ADAPTED))
 def test_adapters_train_as_in_a_single_process(layout, family, algorithm, folder, one_process, two_processes):
     """And are merged into the same model, though no process has all of it."""
-    if not runs(layout, family):
-        pytest.skip("refused, see test_decoders.py")
     found, expected = f"{layout}-{family}-lora {algorithm}", f"one-{family}-lora {algorithm}"
     assert_same(two_processes[found], one_process[expected])
     assert all(norm > 1e-4 for name, (norm, _) in one_process[expected]["weights"].items() if "lora_B" in name)
@@ -165,9 +172,8 @@ EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo"
 
 @pytest.fixture(scope="module")
 def every_adapted(worlds, folder):
-    of_layouts = {processes: layouts for processes, layouts in ((1, ["one"]), (2, TWO), (4, FOUR))}
     results = {}
-    for processes, layouts in of_layouts.items():
+    for processes, layouts in ((1, ("one",)), (2, TWO), (4, FOUR)):
         ours = adapted_jobs(worlds, folder / "every", layouts, EVERY_ADAPTED)
         results |= run_jobs(ours, folder / f"every-{processes}", processes)
     return results
@@ -175,11 +181,8 @@ def every_adapted(worlds, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("family", "algorithm"), EVERY_ADAPTED)
-@pytest.mark.parametrize("layout", (*TWO, *FOUR))
+@pytest.mark.parametrize(("layout", "family", "algorithm"), cases((*TWO, *FOUR), EVERY_ADAPTED))
 def test_adapters_do_for_every_architecture(layout, family, algorithm, every_adapted):
-    if not runs(layout, family):
-        pytest.skip("refused, see test_decoders.py")
     assert_same(every_adapted[f"{layout}-{family}-lora {algorithm}"], every_adapted[f"one-{family}-lora {algorithm}"])
 
 
