@@ -14,10 +14,8 @@ pytestmark = pytest.mark.distributed
 GRACE = 30  # seconds that torchrun and SLURM give after SIGTERM
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "processes"),
-    [("sft", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("reward", 1), ("ppo", 2)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "processes"), [("sft", 2), ("reward", 1), ("ppo", 2)])
 def test_sigterm_then_kill_then_resume_gives_the_uninterrupted_weights(algorithm, processes, tiny_world, tmp_path):
     """PITFALL 25, 26 and 31: SIGTERM saves and exits 0; a killed worker ends the run with a non-zero exit."""
     launcher = "colossalai" if processes > 1 else "none"

@@ -4,6 +4,7 @@ layout's checkpoint goes on under every other.
 Figures of every layout and architecture are in docs/plugins.md: `python tools/layout_table.py` writes them.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -30,6 +31,15 @@ SAVED = {
 BEFORE = 3  # steps before the checkpoint that others go on from
 
 
+def crossings(layouts) -> list[tuple[str, str]]:
+    """From each layout to itself and to the next two, so that each is left and reached."""
+    names = list(layouts)
+    return [(names[i], names[(i + ahead) % len(names)]) for i in range(len(names)) for ahead in range(3)]
+
+
+CROSSINGS = crossings(SAVED)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("layouts")
@@ -44,54 +54,50 @@ def runs(layout: str, family: str) -> bool:
     return not ("split_sequence" in layout and family == "gpt2")  # refused, see test_decoders.py
 
 
-PAIRS = [(layout, family) for layout in TWO for family in FAMILIES if runs(layout, family)]
-
-
-def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
-    return [
-        family_job(f"{layout}-{family}-{algorithm}", algorithm, worlds[family], folder, **LAYOUTS.get(layout, {}))
-        | {"few_logits": layout != "one"}
-        for layout in layouts
-        for family in families
-        for algorithm in ALGORITHMS
-        if runs(layout, family)
-    ]
-
-
 def cases(layouts, pairs) -> list[tuple[str, str, str]]:
     """Each layout with each of these families and algorithms."""
     return [(layout, family, algorithm) for layout in layouts for family, algorithm in pairs if runs(layout, family)]
 
 
-def adapted_jobs(worlds, folder, layouts, pairs) -> list[dict]:
-    """With LoRA."""
-    settings = dict(lora_rank=4, lora_alpha=32.0)
+QUICK = cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS])
+QUICK += cases(("tp2", "pp2"), [(family, "ppo") for family in FAMILIES[1:]])
+# policy, critic and a reference without adapters; norms per head and tied ends; fused layers
+ADAPTED = cases(TWO, [("llama", "ppo")]) + cases(("tp2", "pp2"), [("qwen3", "sft"), ("gpt2", "sft")])
+EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS]
+EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
+
+
+def jobs(worlds, folder, layouts, families=FAMILIES) -> list[dict]:
+    return jobs_of(cases(layouts, list(itertools.product(families, ALGORITHMS))), worlds, folder)
+
+
+def jobs_of(some_cases, worlds, folder) -> list[dict]:
     return [
-        family_job(
-            f"{layout}-{family}-lora {algorithm}",
-            algorithm,
-            worlds[family],
-            folder,
-            **settings | LAYOUTS.get(layout, {}),
-        )
-        for layout, family, algorithm in cases(layouts, pairs)
+        family_job(f"{layout}-{family}-{algorithm}", algorithm, worlds[family], folder, **LAYOUTS.get(layout, {}))
+        | {"few_logits": layout != "one"}
+        for layout, family, algorithm in some_cases
     ]
 
 
-# policy, critic and a reference without adapters; norms per head and tied ends; fused layers
-ADAPTED = (("llama", "ppo"), ("qwen3", "sft"), ("gpt2", "sft"))
+def adapted_jobs(some_cases, worlds, folder) -> list[dict]:
+    """With LoRA."""
+    found = []
+    for layout, family, algorithm in some_cases:
+        changes = dict(lora_rank=4, lora_alpha=32.0) | LAYOUTS.get(layout, {})
+        name = f"{layout}-{family}-lora {algorithm}"
+        found.append(family_job(name, algorithm, worlds[family], folder, **changes))
+    return found
 
 
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
-    ours = jobs(worlds, folder, ["one"]) + adapted_jobs(worlds, folder, ["one"], ADAPTED)
-    return run_jobs(ours, folder / "one", 1)
+    adapted = dict.fromkeys(("one", *case[1:]) for case in ADAPTED)
+    return run_jobs(jobs(worlds, folder, ["one"]) + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def two_processes(worlds, folder):
-    ours = jobs(worlds, folder, TWO) + adapted_jobs(worlds, folder, TWO, ADAPTED)
-    return run_jobs(ours, folder / "two", 2)
+    return run_jobs(jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder), folder / "two", 2)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +118,12 @@ def assert_same(found: dict, expected: dict):
         assert found["weights"][name] == pytest.approx(numbers, rel=1e-4, abs=tolerance), name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
+@pytest.mark.parametrize(("layout", "family", "algorithm"), QUICK)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
 
 
-@pytest.mark.parametrize(("layout", "family", "algorithm"), cases(TWO, ADAPTED))
+@pytest.mark.parametrize(("layout", "family", "algorithm"), ADAPTED)
 def test_adapters_train_as_in_a_single_process(layout, family, algorithm, folder, one_process, two_processes):
     """And are merged into the same model, though no process has all of it."""
     found, expected = f"{layout}-{family}-lora {algorithm}", f"one-{family}-lora {algorithm}"
@@ -154,27 +159,28 @@ def test_gemini_in_bf16_stays_near_the_fp32_run(family, algorithm, one_process, 
 
 @pytest.fixture(scope="module")
 def others(worlds, folder):
-    one = run_jobs(jobs(worlds, folder, ["one"], OTHERS), folder / "others-one", 1)
-    return one | run_jobs(jobs(worlds, folder, TWO, OTHERS), folder / "others-two", 2)
+    results = {}
+    for family in FAMILIES[1:] + OTHERS:
+        for processes, layouts in ((1, ("one",)), (2, TWO)):
+            ours = jobs(worlds, folder / "others", layouts, [family])
+            results |= run_jobs(ours, folder / f"others-{family}-{processes}", processes)
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("family", OTHERS)
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("layout", "family", "algorithm"), cases(TWO, list(itertools.product(FAMILIES[1:] + OTHERS, ALGORITHMS)))
+)
 def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
-
-
-EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS]
-EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
 
 
 @pytest.fixture(scope="module")
 def every_adapted(worlds, folder):
     results = {}
     for processes, layouts in ((1, ("one",)), (2, TWO), (4, FOUR)):
-        ours = adapted_jobs(worlds, folder / "every", layouts, EVERY_ADAPTED)
+        ours = adapted_jobs(cases(layouts, EVERY_ADAPTED), worlds, folder / "every")
         results |= run_jobs(ours, folder / f"every-{processes}", processes)
     return results
 
@@ -205,22 +211,21 @@ def test_four_processes_do_for_another_shape_of_layers(layout, algorithm, one_pr
     assert_same(four_processes_of_gpt2[f"{layout}-gpt2-{algorithm}"], one_process[f"one-gpt2-{algorithm}"])
 
 
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_greedy_responses_are_the_single_process_ones(layout, family, folder, one_process, two_processes):
+@pytest.mark.parametrize(("layout", "family", "algorithm"), [case for case in QUICK if case[2] != "reward"])
+def test_greedy_responses_are_the_single_process_ones(layout, family, algorithm, folder, one_process, two_processes):
     """PITFALL: tensor-parallel logits are a range of the vocabulary, and a token sampled from it is silently wrong."""
-    for algorithm in ("sft", "ppo"):
-        expected, found = (
-            [
-                json.loads(line)
-                for path in sorted((folder / f"{name}-{family}-{algorithm}").glob("samples*.jsonl"))
-                for line in path.read_text().splitlines()
-            ]
-            for name in ("one", layout)
-        )
-        first = expected[0]["step"]
-        expected, found = ([row for row in rows if row["step"] == first] for rows in (expected, found))
-        assert len(expected) > 2
-        assert [row["response"] for row in found] == [row["response"] for row in expected]
+    expected, found = (
+        [
+            json.loads(line)
+            for path in sorted((folder / f"{name}-{family}-{algorithm}").glob("samples*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+        for name in ("one", layout)
+    )
+    first = expected[0]["step"]
+    expected, found = ([row for row in rows if row["step"] == first] for rows in (expected, found))
+    assert len(expected) > 2
+    assert [row["response"] for row in found] == [row["response"] for row in expected]
 
 
 @pytest.fixture(scope="module")
@@ -233,19 +238,17 @@ def saved(worlds, folder):
 
 @pytest.fixture(scope="module")
 def resumed(worlds, folder, saved):
-    """Each of those checkpoints, gone on from under each layout."""
+    """Those checkpoints, gone on from under other layouts."""
     settings = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9)
     ours = []
-    for source in SAVED:
+    for source, target in CROSSINGS:
         checkpoint = str(folder / f"{source}-saved" / "checkpoints" / f"step-{BEFORE:08d}")
-        for target, changes in SAVED.items():
-            changes = settings | changes | dict(resume=checkpoint)
-            ours.append(family_job(f"{source}-to-{target}", "sft", worlds["gpt2"], folder, **changes))
+        changes = settings | SAVED[target] | dict(resume=checkpoint)
+        ours.append(family_job(f"{source}-to-{target}", "sft", worlds["gpt2"], folder, **changes))
     return run_jobs(ours, folder / "resumed", 2)
 
 
-@pytest.mark.parametrize("target", SAVED)
-@pytest.mark.parametrize("source", SAVED)
+@pytest.mark.parametrize(("source", "target"), CROSSINGS)
 def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
     """Weights, optimizer states, data order. Gemini computes in bf16: its curve is within its rounding."""
     expected = [step["loss"] for step in saved["ddp-saved"]["steps"][BEFORE:]]
@@ -258,6 +261,7 @@ def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
 
 
 SAVED_ADAPTED = {name: SAVED[name] for name in ("ddp", "tp2", "pp2")}
+NEXT = {"ddp": "tp2", "tp2": "pp2", "pp2": "ddp"}
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +272,13 @@ def adapted(worlds, folder):
     for source, layout in SAVED_ADAPTED.items():
         first.append(family_job(f"lora {source}", "sft", worlds["qwen3"], folder, **settings, **layout))
         checkpoint = str(folder / f"lora {source}" / "checkpoints" / f"step-{BEFORE:08d}")
-        for target, changes in SAVED_ADAPTED.items():
-            changes = settings | changes | dict(resume=checkpoint)
+        for target in (source, NEXT[source]):
+            changes = settings | SAVED_ADAPTED[target] | dict(resume=checkpoint)
             then.append(family_job(f"lora {source}-to-{target}", "sft", worlds["qwen3"], folder, **changes))
     return run_jobs(first + then, folder / "adapted", 2)
 
 
-@pytest.mark.parametrize("target", SAVED_ADAPTED)
-@pytest.mark.parametrize("source", SAVED_ADAPTED)
+@pytest.mark.parametrize(("source", "target"), [*NEXT.items(), *((name, name) for name in NEXT)])
 def test_adapters_go_on_under_any_layout(source, target, adapted, folder):
     expected = [step["loss"] for step in adapted["lora ddp"]["steps"][BEFORE:]]
     found = [step["loss"] for step in adapted[f"lora {source}-to-{target}"]["steps"]]

@@ -33,11 +33,11 @@ KINDS["routed"] = dict(teacher=None, teacher_column="domain", micro_batch_size=4
 ALGORITHMS = {"grpo": "grpo", "episodes": "grpo"} | dict.fromkeys(
     ("distill", "taught", "averaged", "routed"), "distill"
 )
-QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2", "pp2"), "kto": ("zero2", "tp2", "pp2")}
+QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2",), "kto": ("zero2", "pp2")}
 QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
 QUICK["episodes"] = ("zero2", "tp2")
-QUICK["distill"] = ("tp2", "pp2", "sp2")
-QUICK |= {"taught": ("tp2", "pp2"), "averaged": ("zero2",), "routed": ("zero2", "pp2")}
+QUICK["distill"] = ("tp2", "sp2")
+QUICK |= {"taught": ("pp2",), "averaged": ("zero2",), "routed": ("zero2",)}
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
