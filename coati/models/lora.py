@@ -11,12 +11,18 @@ from coati.errors import UserError
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA (Hu et al., 2106.09685): W + alpha / rank * B A on the target modules."""
+    """LoRA (Hu et al., 2106.09685): W + alpha / rank * B A on the target modules.
+
+    Attributes:
+        variant: `lora`; `rslora` (2312.03732), which divides alpha by the square root of the rank; `dora` (2402.09353,
+            eq. 5), which scales each row of that sum to a length that trains.
+    """
 
     rank: int
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    variant: str = "lora"
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
@@ -33,6 +39,8 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=names[0] if names == ["all-linear"] else names,
+        use_rslora=settings.variant == "rslora",
+        use_dora=settings.variant == "dora",
     )
     try:
         return get_peft_model(model, config)

@@ -119,10 +119,10 @@ class Factory:
                 f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocabulary is {tokens}: "
                 "use the model's own tokenizer, or resize its embeddings first"
             )
-        if is_quantized(model.transformer) and max(c.parallel.tensor_parallel, c.parallel.pipeline_parallel) > 1:
+        if is_quantized(model.transformer) and c.parallel.model_parallel_size > 1:
             raise UserError(
-                f"the weights of {pretrained} are quantized, which tensor and pipeline parallelism don't split: use "
-                "--plugin zero2, or the model in full precision"
+                f"the weights of {pretrained} are quantized, which doesn't combine with tensor, pipeline or sequence "
+                "parallelism: use --plugin zero2 alone, or the model in full precision"
             )
         if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -9,7 +9,7 @@ from coati.errors import UserError
 UNSAID = ("output_dir", "log_every", "data.cache_dir", "checkpoints.", "evaluation.", "tracking.", "export.")
 UNSAID += ("generators.weights_folder", "generators.keep_journal")
 # Built into the checkpoint's weights
-FIXED = ("model.lora_rank", "model.lora_alpha", "model.lora_dropout", "model.lora_target_modules")
+FIXED = tuple(f"model.lora_{name}" for name in ("rank", "alpha", "dropout", "target_modules", "variant"))
 FIXED += ("algorithm.shared_trunk", "freeze")
 ORDER = "rows come in another order from here on: of this epoch some may be seen again, others not at all"
 OTHER_ROWS = (

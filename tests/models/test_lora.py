@@ -39,6 +39,27 @@ def test_alpha_scales_the_adapter(base):
         torch.testing.assert_close(layer(x), layer.base_layer(x) + alpha / 2 * x @ low_rank.T)
 
 
+def test_variants_are_those_of_their_papers(base):
+    """rsLoRA's scale (2312.03732, eq. 7), and DoRA's rows of trained length (2402.09353, eq. 5), in float64."""
+    x = torch.randn(3, 32)
+    for variant in ("rslora", "dora"):
+        settings = LoraSettings(rank=4, alpha=12.0, target_modules=["q_proj"], variant=variant)
+        actor = with_noise(Actor(base, lora=settings))
+        layer = actor.transformer.model.layers[0].self_attn.q_proj
+        weight, a, b = (
+            part.weight.double() for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+        )
+        if variant == "rslora":
+            expected = weight + 12.0 / 2 * b @ a
+        else:
+            length = layer.lora_magnitude_vector["default"].weight
+            torch.testing.assert_close(length.double(), weight.norm(dim=1), rtol=1e-5, atol=1e-6)  # at the start
+            length.data.mul_(1.5)
+            summed = weight + 12.0 / 4 * b @ a
+            expected = length.double()[:, None] * summed / summed.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(layer(x).double(), x.double() @ expected.T, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_applied_in_training_only(base):
     """PITFALL 21: the dropout that was asked for is there."""
     for dropout in (0.0, 0.5):
@@ -69,11 +90,12 @@ def test_adapters_are_off_for_the_reference(base):
     assert torch.equal(actor(*BATCH, adapter=False), Actor(base).eval()(*BATCH))
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("model_class", [Actor, Critic, RewardModel])
-def test_adapter_folder_round_trips_and_still_trains(base, model_class, tmp_path):
+def test_adapter_folder_round_trips_and_still_trains(base, model_class, variant, tmp_path):
     """PITFALL 21, PITFALL 30: adapter and value head are saved, as safetensors, without the frozen weights."""
     torch.manual_seed(2)
-    model = with_noise(model_class(base, lora=LoraSettings(rank=2, alpha=8.0, dropout=0.25)))
+    model = with_noise(model_class(base, lora=LoraSettings(rank=2, alpha=8.0, dropout=0.25, variant=variant)))
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
     names = {path.name for path in folder.iterdir()}
@@ -88,13 +110,14 @@ def test_adapter_folder_round_trips_and_still_trains(base, model_class, tmp_path
     assert trainable(again) == trainable(model)
 
 
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("model_class", [Actor, Critic, RewardModel])
-def test_merged_folder_is_a_plain_model(base, model_class, tmp_path):
+def test_merged_folder_is_a_plain_model(base, model_class, variant, tmp_path):
     """PITFALL 21: the merged weights give the outputs of base and adapter; the model in training keeps its adapter."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(2)
-    model = with_noise(model_class(base, lora=LoraSettings(rank=2)))
+    model = with_noise(model_class(base, lora=LoraSettings(rank=2, variant=variant)))
     expected = model(*BATCH)
     model.save_pretrained(tmp_path / "merged", merge=True)
     assert torch.equal(model(*BATCH), expected)

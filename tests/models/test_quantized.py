@@ -119,12 +119,13 @@ def test_full_training_of_quantized_weights_is_refused_at_the_start(tiny_world, 
         make("sft", tiny_world, runtime, tmp_path / "run", model=policy, model_config=None)
 
 
-def test_quantized_weights_are_not_split(tiny_world, runtime, tmp_path):
+@pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel", "sequence_parallel"])
+def test_quantized_weights_are_not_split(split, tiny_world, runtime, tmp_path):
     policy = world_of(tiny_world, tmp_path, "nf4")
     config_class, _ = trainer_classes("sft")
-    changes = dict(model=policy, model_config=None, lora_rank=4, tensor_parallel=2)
+    changes = dict(model=policy, model_config=None, lora_rank=4) | {split: 2}
     config = configure(config_class, **settings_for("sft", tiny_world, output_dir=str(tmp_path / "run"), **changes))
-    with pytest.raises(UserError, match="nf4 are quantized, which tensor and pipeline parallelism don't split: use"):
+    with pytest.raises(UserError, match=r"nf4 are quantized, which doesn.t combine .*: use --plugin zero2"):
         Factory(config, runtime, learns_responses=True).model(Actor, policy, lora=config.model.lora)
 
 

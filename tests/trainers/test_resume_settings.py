@@ -166,6 +166,7 @@ OTHER_MODELS = [
     ("sft", LORA, dict(lora_rank=4), "lora_rank 2 in the checkpoint, 4 now"),
     ("sft", LORA, dict(lora_alpha=32.0), "lora_alpha 16.0 in the checkpoint, 32.0 now"),
     ("sft", LORA, dict(lora_dropout=0.1), "lora_dropout 0.0 in the checkpoint, 0.1 now"),
+    ("sft", LORA, dict(lora_variant="dora"), "lora_variant lora in the checkpoint, dora now"),
     ("sft", LORA, dict(lora_target_modules=["v_proj"]), "lora_target_modules q_proj in the checkpoint, v_proj now"),
     ("ppo", {}, dict(shared_trunk=True), "shared_trunk False in the checkpoint, True now"),
     ("ppo", dict(shared_trunk=True), dict(shared_trunk=False), "shared_trunk True in the checkpoint, False now"),

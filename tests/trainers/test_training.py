@@ -256,10 +256,11 @@ def test_options_of_ppo_work_together(tiny_world, runtime, tmp_path):
     assert rows[-1]["updates"] == 2  # kl_stop ended the iteration after its first pass
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_lora_trains_adapters_resumes_and_merges(algorithm, tiny_world, runtime, tmp_path):
+@pytest.mark.parametrize(("algorithm", "variant"), [*((name, "lora") for name in ALGORITHMS), ("ppo", "dora")])
+def test_lora_trains_adapters_resumes_and_merges(algorithm, variant, tiny_world, runtime, tmp_path):
     """PITFALL 21: the value head trains beside the adapters and is saved."""
-    changes = dict(model=tiny_world["policy"], model_config=None, lora_rank=2, steps=4, save_every=2)
+    changes = dict(model=tiny_world["policy"], model_config=None, lora_rank=2, lora_variant=variant)
+    changes |= dict(steps=4, save_every=2)
     make(algorithm, tiny_world, runtime, tmp_path / "whole", **changes).train()
     resume = str(tmp_path / "whole" / "checkpoints" / "step-00000002")
     make(algorithm, tiny_world, runtime, tmp_path / "resumed", **changes | dict(resume=resume)).train()

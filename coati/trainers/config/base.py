@@ -32,6 +32,11 @@ class ModelConfig(Settings):
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
     lora_target_modules: ListOf[str] = option(("all-linear",), "names of the layers that get adapters")
+    lora_variant: Literal["lora", "rslora", "dora"] = option(
+        "lora",
+        "rslora: the scale is alpha / sqrt(rank), so that high ranks don't fade; dora: the length of each row of the "
+        "sum of weight and adapter trains by itself, for more time per step",
+    )
 
     @property
     def lora(self) -> "LoraSettings | None":
@@ -39,7 +44,9 @@ class ModelConfig(Settings):
             return None
         from coati.models import LoraSettings
 
-        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
+        return LoraSettings(
+            self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_variant
+        )
 
 
 @settings
