@@ -33,6 +33,7 @@ def test_generation_is_a_contest_with_transformers():
     assert ours["lowest"] <= ours["rate"] <= ours["highest"]
 
 
+@pytest.mark.slow
 def test_turns_that_join_others_are_a_contest_with_those_that_begin_together():
     found = run_small("waiting", "64-small", 1, "--episodes", "6")["contenders"]
     joined, together = found["turns that join"], found["turns together"]

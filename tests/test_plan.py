@@ -158,12 +158,10 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         sft(plugin="zero9")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [
-        ("sft", {"plugin": "zero2", "gradient_checkpointing": True}),
-        pytest.param("ppo", {"plugin": "gemini"}, marks=pytest.mark.slow),
-    ],
+    [("sft", {"plugin": "zero2", "gradient_checkpointing": True}), ("ppo", {"plugin": "gemini"})],
     ids=["sft", "ppo"],
 )
 def test_plans_are_within_15_percent_of_real_peaks(method, settings):

@@ -32,9 +32,9 @@ BEFORE = 3  # steps before the checkpoint that others go on from
 
 
 def crossings(layouts) -> list[tuple[str, str]]:
-    """From each layout to itself and to the next two, so that each is left and reached."""
+    """From each layout to itself and to the next one, so that each is left and reached."""
     names = list(layouts)
-    return [(names[i], names[(i + ahead) % len(names)]) for i in range(len(names)) for ahead in range(3)]
+    return [(names[i], names[(i + ahead) % len(names)]) for i in range(len(names)) for ahead in range(2)]
 
 
 CROSSINGS = crossings(SAVED)

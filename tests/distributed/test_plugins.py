@@ -14,6 +14,7 @@ FP32_PLUGINS = ("ddp", "zero1", "zero2", "zero2-offload")
 PLUGINS = (*FP32_PLUGINS, "gemini")
 ALGORITHMS = ("sft", "reward", "ppo", "ppo-shared", "grpo")
 BF16 = dict(precision="bf16", learning_rate=1e-3)  # a small rate, or Adam makes much of rounding
+IN_BF16 = ("sft", "reward")  # which gemini is compared with
 BEFORE = 3  # steps before the checkpoint that is resumed
 # each plugin and each algorithm once; test_resume.py has the others, as slow tests
 RESUMED = tuple(zip(PLUGINS, ("reward", "grpo", "sft", "ppo", "ppo-shared"), strict=True))
@@ -53,8 +54,9 @@ def two_processes(tiny_world, folder):
                 checkpoint = folder / whole["name"] / "checkpoints" / f"step-{BEFORE:08d}"
                 changes |= dict(resume=str(checkpoint))
                 jobs.append(job(f"{plugin}-{algorithm}-resumed", algorithm, tiny_world, folder, **changes))
-        bf16 = dict(plugin="zero2") | BF16
-        jobs.append(job(f"zero2-bf16-{algorithm}", algorithm, tiny_world, folder, **bf16))
+        if algorithm in IN_BF16:
+            bf16 = dict(plugin="zero2") | BF16
+            jobs.append(job(f"zero2-bf16-{algorithm}", algorithm, tiny_world, folder, **bf16))
     warmup = dict(plugin="zero2", critic_warmup=BEFORE + 1)
     jobs.append(job("warmup", "ppo", tiny_world, folder, **warmup))
     checkpoint = folder / "warmup" / "checkpoints" / f"step-{BEFORE:08d}"
@@ -79,7 +81,7 @@ def test_a_plugin_on_two_processes_gives_the_single_process_curve(plugin, algori
         assert found["weights"][name] == pytest.approx(numbers, rel=1e-4, abs=1e-4), name
 
 
-@pytest.mark.parametrize("algorithm", ("sft", "reward"))
+@pytest.mark.parametrize("algorithm", IN_BF16)
 def test_gemini_gives_the_curve_of_zero2_in_bf16(algorithm, two_processes):
     """Both round to 8 bits of mantissa, at different places: 1 % apart. (Greedy responses of PPO would differ.)"""
     expected, found = two_processes[f"zero2-bf16-{algorithm}"], two_processes[f"gemini-{algorithm}"]

@@ -34,14 +34,14 @@ ALGORITHMS = {"grpo": "grpo", "episodes": "grpo"} | dict.fromkeys(
     ("distill", "taught", "averaged", "routed"), "distill"
 )
 QUICK = {"dpo": ("tp2", "sp2"), "cached": ("zero2",), "kto": ("zero2", "pp2")}
-QUICK["grpo"] = ("tp2", "pp2", "sp2")  # test_plugins.py has the plugins that keep models whole
+QUICK["grpo"] = ("tp2", "pp2")  # test_plugins.py has the plugins that keep models whole
 QUICK["episodes"] = ("zero2", "tp2")
-QUICK["distill"] = ("tp2", "sp2")
+QUICK["distill"] = ("sp2",)
 QUICK |= {"taught": ("pp2",), "averaged": ("zero2",), "routed": ("zero2",)}
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
-RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("dpo", "tp2"), ("grpo", "tp2"), ("episodes", "zero2"))
+RESUMED = (("cached", "zero2"), ("kto", "pp2"), ("grpo", "tp2"), ("episodes", "zero2"))
 FOUR = tuple(name for name in LAYOUTS if " x " in name)
 BEFORE = 2  # steps before the checkpoint
 

@@ -114,6 +114,7 @@ def test_a_requeued_job_ends_with_the_uninterrupted_weights(name, how, uninterru
     assert same_weights(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_one_node_samples_for_the_other_and_a_requeued_job_ends_with_the_same_bytes(slurm, tiny_world, tmp_path):
     """That of a run that was not stopped, on one machine."""
     changes = dict(steps=STEPS // 3, save_every=0, eval_every=0, max_staleness=1, temperature=1.0)

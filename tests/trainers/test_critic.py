@@ -123,7 +123,9 @@ def test_what_a_critic_reads_is_collated_once_for_values_and_once_for_a_step(
     assert collated == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize(("prompt", "least", "most"), [("{hint} {prompt}", 0.8, 1.0), (None, -1.0, 0.3)])
+@pytest.mark.parametrize(
+    ("prompt", "least", "most"), [("{hint} {prompt}", 0.8, 1.0), pytest.param(None, -1.0, 0.3, marks=pytest.mark.slow)]
+)
 def test_a_critic_foretells_what_only_its_prompt_says(prompt, least, most, tiny_world, runtime, tmp_path):
     changes = dict(
         critic_prompt=prompt, critic_learning_rate=1e-2, critic_lambda=1.0, value_clip=0.0, learning_rate=0.0

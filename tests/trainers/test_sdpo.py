@@ -171,13 +171,9 @@ def test_what_makes_no_sense_is_refused(changes, words, tiny_world, runtime, tmp
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prompt", "least", "most"),
-    [
-        ("{prompt} hint {success}", 0.9, 1.0),
-        pytest.param("{success} {prompt}", 0.0, 0.3, marks=pytest.mark.slow),
-    ],
-    ids=str,
+    ("prompt", "least", "most"), [("{prompt} hint {success}", 0.9, 1.0), ("{success} {prompt}", 0.0, 0.3)], ids=str
 )
 def test_a_policy_learns_what_its_successes_say(prompt, least, most, secrets, runtime, tmp_path):  # noqa: F811
     """A model that follows hints and says any of eight words finds the word that belongs to each question, from the

@@ -311,6 +311,7 @@ def test_ppo_finds_it_for_three_penalties_and_three_seeds(task, runtime, tmp_pat
     fill_figures(ROOT / "docs" / "reading-the-curves.md", "\n".join(lines), "theory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least", "most"), [("none", 0.0, 0.05), ("`weights` `sequence`", 0.2, 1.0)])
 def test_old_samplers_and_large_steps_need_care_with_weights(name, least, most, task, runtime, tmp_path):
     """Two cells of the table in docs/grpo.md."""
