@@ -25,7 +25,7 @@ from benchmarks.contest import machine, store  # noqa: E402
 from benchmarks.world import PLAIN, REWARD, words, write_models, write_rows  # noqa: E402
 from coati.config import as_flags  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
-from examples.stages import environment, fill_figures  # noqa: E402
+from examples.stages import environment, fill_figures, table_of  # noqa: E402
 
 LARGE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048)
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
@@ -143,15 +143,15 @@ def main():
 def table(result: dict) -> str:
     """A row for each way of each task."""
     columns = ("task", "way", "samples a second (spread)", "to the best without", "s generating", "waiting", "learning")
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for task in (task for task in TASKS if task in result):
         for way, found in result[task].items():
             low, high = found["spread"]
             seconds = [found.get(f"seconds/{name}") for name in ("generate", "wait", "learn")]
             cells = [task, way, f"{found['samples_per_second']:.1f} ({low:.1f} to {high:.1f})", f"{found['ratio']:.2f}"]
             cells += ["" if value is None else f"{value:.2f}" for value in seconds]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return table_of(columns, rows)
 
 
 def of_rounds(found: list[dict]) -> dict:

@@ -24,7 +24,7 @@ from benchmarks.contest import machine, store  # noqa: E402
 from coati.models import Actor, LoraSettings  # noqa: E402
 from coati.rollout.remote import load_weights  # noqa: E402
 from coati.rollout.remote.weights import weights_of, write_weights  # noqa: E402
-from examples.stages import fill_figures  # noqa: E402
+from examples.stages import fill_figures, table_of  # noqa: E402
 
 # SmolLM2-135M's
 SHAPE = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
@@ -110,12 +110,12 @@ def changed_shares() -> dict[str, dict[str, float]]:
 
 def table(result: dict) -> str:
     columns = ("weights", "MB", "where", "s to publish", "MiB more meanwhile", "s to load", "MiB more meanwhile")
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for kind, places in result["transfers"].items():
         for place, x in places.items():
             numbers = [f"{x['publish']:.2f}", f"{x['publish MiB']:.0f}", f"{x['load']:.2f}", f"{x['load MiB']:.0f}"]
-            lines.append("| " + " | ".join([kind, f"{x['MB']:.0f}", place, *numbers]) + " |")
-    return "\n".join(lines)
+            rows.append([kind, f"{x['MB']:.0f}", place, *numbers])
+    return table_of(columns, rows)
 
 
 def main():

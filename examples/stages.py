@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from coati.config import as_flags
@@ -32,6 +33,12 @@ def train_script(script: Path, words: list[str], processes: int):
     launcher += ["--master_port", str(free_port())]
     # colossalai run hands its arguments to a shell once more
     run([*launcher, str(script), *map(shlex.quote, words)])
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    header, *lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return "\n".join([header, "|---" * len(columns) + "|", *lines])
 
 
 def fill_figures(page: Path, table: str, mark: str = "figures"):

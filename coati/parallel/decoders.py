@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from coati.errors import UserError
+from coati.models.adapters import LANGUAGE_MODEL_HEADS
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,6 @@ class Decoder:
     counts: tuple[str, ...] = ()
     splits_sequence: bool = True
 
-
-HEADS = ("lm_head", "embed_out")  # output layers, in the architectures of the table
 
 LLAMA = Decoder(
     column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
@@ -136,7 +135,7 @@ def check_adapters(module: nn.Module, entry: Decoder):
         adapted = getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)  # peft's names
         if adapted is None:
             continue
-        if isinstance(adapted, nn.Embedding) or name.rpartition(".")[2] in HEADS:
+        if isinstance(adapted, nn.Embedding) or name.rpartition(".")[2] in LANGUAGE_MODEL_HEADS:
             raise UserError(
                 f"tensor_parallel splits {name}, which has an adapter: leave it out of lora_target_modules, or use "
                 "--plugin zero2"

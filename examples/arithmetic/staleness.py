@@ -20,7 +20,7 @@ from sums import make_data  # noqa: E402
 
 from coati.config import as_flags  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
-from examples.stages import fill_figures  # noqa: E402
+from examples.stages import fill_figures, table_of  # noqa: E402
 from examples.stages import run as run_command  # noqa: E402
 
 CORRECTIONS = {"token weights up to 2": "auto", "none": "none"}  # as --weights has them
@@ -74,25 +74,25 @@ def summarize(output: Path, staleness: list[int]) -> str:
     """A row for each number of iterations ahead and each correction, over the seeds that are there."""
     columns = ["iterations ahead", "correction", "right before", "right after", "gained, 95 % interval"]
     columns += ["KL to the sampler, nats per token", "seconds per iteration", "of which waiting"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for ahead in staleness:
         for correction in CORRECTIONS:
             found = sorted(output.glob(f"seed*/{place(Path(), ahead, correction)}/summary.json"))
             if found:
-                lines.append(row(ahead, correction, [path.parent for path in found]))
-    return "\n".join(lines)
+                rows.append(row(ahead, correction, [path.parent for path in found]))
+    return table_of(columns, rows)
 
 
-def row(ahead: int, correction: str, folders: list[Path]) -> str:
+def row(ahead: int, correction: str, folders: list[Path]) -> list[str]:
     found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    cells = [", ".join(f"{one[when]:.1%}" for one in found) for when in ("before", "after")]
+    cells = [str(ahead), correction]
+    cells += [", ".join(f"{one[when]:.1%}" for one in found) for when in ("before", "after")]
     steps = [record for folder in folders for record in read_metrics(folder) if "seconds/wait" in record]
     spent = [record["seconds/wait"] + record["seconds/learn"] + record["seconds/evaluate"] for record in steps]
     waited = statistics.mean(record["seconds/wait"] for record in steps) / statistics.mean(spent)
     cells += [interval([one["after"] - one["before"] for one in found])]
     cells += [f"{statistics.mean(record['rollout_kl'] for record in steps):.1e}"]
-    cells += [f"{statistics.median(spent):.2f}", f"{waited:.0%}"]
-    return f"| {ahead} | {correction} | " + " | ".join(cells) + " |"
+    return [*cells, f"{statistics.median(spent):.2f}", f"{waited:.0%}"]
 
 
 if __name__ == "__main__":
