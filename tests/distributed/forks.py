@@ -41,11 +41,11 @@ def start_training(algorithm: str, settings: dict, folder: Path, processes: int 
     return start(train, folder, processes, algorithm, str(config))
 
 
-def run_jobs(jobs: list[dict], folder: Path, processes: int) -> dict:
-    """What `world.run_jobs` does, without its ten seconds of imports."""
+def run_jobs(jobs: list[dict], folder: Path, processes: int, work: Callable = worker.work) -> dict:
+    """Runs tiny trainings, as `worker.py` describes them, in one process group; the results by job."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ranks = start(worker.work, folder, processes, str(folder / "jobs.json"), str(folder / "results.json"))
+    ranks = start(work, folder, processes, str(folder / "jobs.json"), str(folder / "results.json"))
     try:
         assert wait(ranks, 900) == [0] * processes, (folder / "log.txt").read_text()[-6000:]
     finally:

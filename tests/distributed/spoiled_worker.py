@@ -1,23 +1,14 @@
 """`worker.py` with a mistake planted in the losses of the last rank, at the calls that a job's `spoil` names.
 
-    torchrun --nproc_per_node 2 tests/distributed/spoiled_worker.py JOBS.json RESULTS.json
-
 A job's settings are those of its trainer; its `spoil` is {"model": whose loss, "step": from 0, "kind": `loss` (the loss
 is NaN) or `gradient` (the loss is as it was, its gradient is not finite)}.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
 from tests.conftest import trainer_classes
 from tests.distributed import worker
 from tests.trainers.steps import change_losses
-
-run_unspoiled = worker.run
 
 
 def run(job: dict, runtime) -> dict:
@@ -50,7 +41,7 @@ def run(job: dict, runtime) -> dict:
 
     trainer_class.step = step
     try:
-        return run_unspoiled(job, runtime) | {"moved": moved, "alike": alike}
+        return worker.run(job, runtime) | {"moved": moved, "alike": alike}
     finally:
         trainer_class.step = step_of
 
@@ -75,6 +66,5 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-if __name__ == "__main__":
-    worker.run = run
-    worker.work(*sys.argv[1:])
+def work(jobs: str, file: str):
+    worker.work(jobs, file, run)

@@ -8,7 +8,7 @@ import pytest
 
 from coati.tracking import read_metrics, read_samples
 from tests.conftest import ROOT, write_new_model, write_rows
-from tests.distributed.world import run_jobs
+from tests.distributed.forks import run_jobs
 
 DATA = ROOT.parent / "shared" / "data" / "gsm8k"
 pytestmark = [

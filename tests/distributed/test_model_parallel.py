@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs
+from tests.distributed.forks import run_jobs
+from tests.distributed.world import LAYOUTS, family_job, make_family
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
@@ -28,7 +29,7 @@ SAVED = {
     "tp2": LAYOUTS["tp2"],
     "pp2": LAYOUTS["pp2"],
 }
-BEFORE = 3  # steps before the checkpoint that others go on from
+BEFORE = 2  # steps before the checkpoint that others go on from
 
 
 def crossings(layouts) -> list[tuple[str, str]]:
@@ -230,7 +231,7 @@ def test_greedy_responses_are_the_single_process_ones(layout, family, algorithm,
 
 @pytest.fixture(scope="module")
 def saved(worlds, folder):
-    """A run of six steps under each layout, with a checkpoint in the middle."""
+    """A run under each layout, with a checkpoint in the middle."""
     settings = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9)
     ours = [family_job(f"{name}-saved", "sft", worlds["gpt2"], folder, **settings, **c) for name, c in SAVED.items()]
     return run_jobs(ours, folder / "saved", 2)

@@ -14,7 +14,8 @@ from coati.config import configure
 from coati.config.plugin import PluginConfig
 from tests.conftest import ROOT, functions
 from tests.distributed import test_model_parallel
-from tests.distributed.world import LAYOUTS, family_job, make_family, run_jobs, without_ties
+from tests.distributed.forks import run_jobs
+from tests.distributed.world import LAYOUTS, family_job, make_family, without_ties
 from tests.trainers.steps import with_teachers
 
 pytestmark = pytest.mark.distributed

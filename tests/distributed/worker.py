@@ -1,20 +1,15 @@
-"""Run by torchrun: a list of tiny trainings in one process group, results to a JSON file.
+"""What each rank of `forks.run_jobs` does: a list of tiny trainings in one process group, results to a JSON file.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py JOBS.json RESULTS.json
-
-A job is {"name", "algorithm", "settings"}, or one of `tests/trainers/steps.py`. Starting Python with torch,
-transformers and colossalai takes 10 s on a slow core, so jobs share the processes.
+A job is {"name", "algorithm", "settings"}, or one of `tests/trainers/steps.py`.
 """
 
 import hashlib
 import json
-import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from coati.config import configure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def run(job: dict, runtime):
@@ -68,7 +63,7 @@ def record_rollouts(trainer) -> list[str]:
     return seen
 
 
-def work(jobs: str, file: str):
+def work(jobs: str, file: str, run: Callable = run):
     """All jobs of one file, one after the other."""
     from coati.parallel import launch
     from coati.parallel.runtime import shutdown
@@ -86,7 +81,3 @@ def work(jobs: str, file: str):
         Path(file).write_text(json.dumps(results))
     shutdown()
     end_process(0)
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])

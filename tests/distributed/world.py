@@ -1,12 +1,8 @@
 """Tiny models of several architectures, and runs of several layouts in one process group."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT, reward_model, settings_for
+from tests.conftest import reward_model, settings_for
 
 BUDGET = 200  # tokens: two of the longest rows, or one pair
 LAYOUTS = {
@@ -81,26 +77,12 @@ def make_family(family: str, world: dict[str, str], folder: Path) -> dict[str, s
 
 
 def family_job(name: str, algorithm: str, world, folder: Path, /, **changes) -> dict:
-    """Five steps, or one iteration of PPO with a reward model."""
+    """Four steps, or one iteration of PPO with a reward model."""
     settings = settings_for(algorithm, world, output_dir=str(folder / name), model=world["policy"], model_config=None)
-    settings |= dict(steps=5, learning_rate=1e-3, save_every=0) | changes
+    settings |= dict(steps=4, learning_rate=1e-3, save_every=0) | changes
     if algorithm == "ppo":
         settings |= dict(steps=1, rewards=[reward_model(world["scorer"])], critic_learning_rate=1e-3) | changes
     return {"name": name, "algorithm": algorithm, "settings": settings}
-
-
-def run_jobs(jobs: list[dict], folder: Path, processes: int, worker: str = "worker.py") -> dict:
-    """Runs a worker of this folder under torchrun; the results by job."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    script = str(ROOT / "tests" / "distributed" / worker)
-    files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([*launcher, script, *files], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 def without_ties(steps: list[dict]) -> list[dict]:

@@ -11,7 +11,8 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import settings_for, trainer_classes
-from tests.distributed.world import run_jobs
+from tests.distributed import spoiled_worker
+from tests.distributed.forks import run_jobs
 from tests.trainers.steps import change_losses, iterate
 
 SPOILED = 1  # the step, from 0, in which the planted mistake lies
@@ -51,7 +52,7 @@ def spoiled(tiny_world, tmp_path_factory):
         spoil = dict(model=MODEL_OF[algorithm], step=SPOILED, kind=kind)
         settings = settings_for(algorithm, tiny_world, **changes)
         jobs.append(dict(name="-".join(case), algorithm=algorithm, settings=settings, spoil=spoil))
-    results = run_jobs(jobs, folder / "runs", 2, "spoiled_worker.py")
+    results = run_jobs(jobs, folder / "runs", 2, spoiled_worker.work)
     return {name: result | {"logged": read_metrics(folder / name)} for name, result in results.items()}
 
 

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.distributed.world import make_family, run_jobs
+from tests.distributed.forks import run_jobs
+from tests.distributed.world import make_family
 from tests.trainers.steps import BATCH, TRAINERS, Variation, gradient_file, make_trainer, run_step, with_teachers
 
 RTOL = 1e-5

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.applications.colossal_llama.world import packed_world, settings
-from tests.distributed.world import run_jobs
+from tests.distributed.forks import run_jobs
 
 pytestmark = pytest.mark.distributed
 FROZEN = dict(freeze="all-but-embeddings")
