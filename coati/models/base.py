@@ -16,7 +16,7 @@ from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
 from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
-from coati.models.lora import LoraSettings, add_lora, base_of_adapter, is_adapter
+from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
 from coati.models.quantized import check_mergeable, is_quantized, prepare_quantized
 from coati.models.quiet import quiet_transformers
 
@@ -78,7 +78,10 @@ class BaseModel(nn.Module):
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
         self._make_head(head, pretrained)
-        self.notes = [note for note in (repair_generation_config(self.transformer), router_note(self.config)) if note]
+        notes = [repair_generation_config(self.transformer), router_note(self.config)]
+        if lora is not None and not is_adapted:
+            notes.append(experts_note(self.transformer, lora))
+        self.notes = [note for note in notes if note]
         self.layout = Layout()
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward

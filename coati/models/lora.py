@@ -8,6 +8,8 @@ from torch import nn
 
 from coati.errors import UserError
 
+ROUTERS = ("gate", "router", "shared_expert_gate")  # what some mixtures of experts call linear layers that route
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -28,17 +30,28 @@ class LoraSettings:
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     """Freezes `model` and adds trainable adapters.
 
+    Of a mixture of experts, "all-linear" is what all tokens pass, but for routers; experts get adapters if their
+    parameters (`gate_up_proj`, `down_proj`) are named, as each forward pass then makes a copy of all their weights.
+
     Raises:
-        UserError: no module has one of the names.
+        UserError: no module has one of the names; a kind of adapter that experts can't have.
     """
     from peft import LoraConfig, get_peft_model
 
     names = settings.target_modules
+    modules: str | list[str] = "all-linear" if names == ["all-linear"] else names
+    parameters: list[str] = []
+    if experts := parameters_of_experts(model):
+        parameters = [name for name in experts if _is_named(name, names)]
+        modules = _layers_beside_experts(model, names)
+    if parameters and (settings.dropout or settings.variant == "dora"):
+        raise UserError(f"adapters of experts ({parameters[0]}) take neither lora_dropout nor lora_variant dora")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=names[0] if names == ["all-linear"] else names,
+        target_modules=modules,
+        target_parameters=parameters or None,
         use_rslora=settings.variant == "rslora",
         use_dora=settings.variant == "dora",
     )
@@ -47,6 +60,40 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     except ValueError as error:
         layers = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(layers)}") from error
+
+
+def parameters_of_experts(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold a matrix for each expert."""
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
+
+
+def experts_note(model: nn.Module, settings: LoraSettings) -> str | None:
+    """A note on experts that get no adapters."""
+    left = [name for name in parameters_of_experts(model) if not _is_named(name, settings.target_modules)]
+    names = sorted({name.rpartition(".")[2] for name in left})
+    if not names:
+        return None
+    return f"LoRA leaves the experts as they are: add {' and '.join(names)} to lora_target_modules to adapt them too"
+
+
+def _layers_beside_experts(model: nn.Module, names: list[str]) -> list[str]:
+    """The linear layers with one of these names; of "all-linear" all but routers, the output layer, and those whose
+    names peft takes for the experts' (in some architectures dense and shared experts' projections)."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    chosen = [name for name in linear if _is_named(name, names)]
+    if "all-linear" in names:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        known = LoraConfig(target_modules=[name for name in linear if name.rpartition(".")[2] not in ROUTERS])
+        convert_peft_config_for_transformers(known, model, None)
+        chosen += [name for name in known.target_modules if model.get_submodule(name) is not head]
+    return sorted(set(chosen))
+
+
+def _is_named(name: str, names: list[str]) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in names)
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -27,6 +27,9 @@ class Decoder:
         fused: those of `column` that hold several projections in one weight, and how many.
         per_head: modules with replicated weights that each rank uses on its own heads only.
         counts: attributes of a layer that count what is split (heads, widths).
+        vectors: parameters with a number for each head.
+        experts: the module that holds all experts' weights; their number is split over ranks. The module around it is
+            their block: router, experts, and what `column` and `row` name of experts that every token uses.
         splits_sequence: the code between layers works on a part of the sequence (no shape depends on its length).
     """
 
@@ -39,18 +42,36 @@ class Decoder:
     fused: tuple[tuple[str, int], ...] = ()
     per_head: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+    experts: str = ""
     splits_sequence: bool = True
+
+    @property
+    def block_of_experts(self) -> str:
+        return self.experts.rpartition(".")[0]
 
 
 LLAMA = Decoder(
     column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
     row=("self_attn.o_proj", "mlp.down_proj"),
 )
+OF_EXPERTS = Decoder(column=LLAMA.column[:3], row=LLAMA.row[:1], experts="mlp.experts")
+LLAMA_OF_EXPERTS = replace(LLAMA, experts="mlp.experts")  # a layer has either a dense feed-forward part or experts
+QUERIES_AND_KEYS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def with_shared_experts(entry: Decoder, name: str) -> Decoder:
+    """With an MLP in the block of experts that every token passes."""
+    shared = f"{entry.block_of_experts}.{name}"
+    column = (f"{shared}.gate_proj", f"{shared}.up_proj")
+    return replace(entry, column=entry.column + column, row=(*entry.row, f"{shared}.down_proj"))
+
+
 DECODERS = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "qwen3": replace(LLAMA, per_head=("self_attn.q_norm", "self_attn.k_norm")),
+    "qwen3": replace(LLAMA, per_head=QUERIES_AND_KEYS),
     "gemma": LLAMA,
     "phi": Decoder(
         entrance=("embed_dropout",),
@@ -76,6 +97,25 @@ DECODERS = {
         row=("self_attn.out_proj", "fc2"),
         counts=("self_attn.num_heads",),
     ),
+    "mixtral": OF_EXPERTS,
+    "qwen2_moe": with_shared_experts(LLAMA_OF_EXPERTS, "shared_expert"),
+    "qwen3_moe": replace(LLAMA_OF_EXPERTS, per_head=QUERIES_AND_KEYS),
+    "glm4_moe": with_shared_experts(replace(LLAMA_OF_EXPERTS, per_head=QUERIES_AND_KEYS), "shared_experts"),
+    "deepseek_v3": with_shared_experts(
+        Decoder(
+            column=("self_attn.q_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj", "mlp.gate_proj", "mlp.up_proj"),
+            row=LLAMA.row,
+            per_head=(
+                "self_attn.q_a_proj",
+                "self_attn.q_a_layernorm",
+                "self_attn.kv_a_proj_with_mqa",
+                "self_attn.kv_a_layernorm",
+            ),
+            experts="mlp.experts",
+        ),
+        "shared_experts",
+    ),
+    "gpt_oss": replace(OF_EXPERTS, vectors=("self_attn.sinks",), splits_sequence=False),
 }
 
 
@@ -114,7 +154,7 @@ def check_splits(module: nn.Module, tensor_parallel: int, pipeline_parallel: int
         raise UserError("layerdrop skips whole layers at random, which pipeline stages can't: set layerdrop to 0")
     if split_sequence and not entry.splits_sequence:
         raise UserError(f"{config.model_type}'s code can't split the sequence between layers: leave out split_sequence")
-    counts = head_counts(config)
+    counts = split_counts(part, entry)
     for name, count in counts.items():
         if count % tensor_parallel:
             raise UserError(
@@ -135,7 +175,8 @@ def check_adapters(module: nn.Module, entry: Decoder):
         adapted = getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)  # peft's names
         if adapted is None:
             continue
-        if isinstance(adapted, nn.Embedding) or name.rpartition(".")[2] in LANGUAGE_MODEL_HEADS:
+        of_experts = bool(entry.experts) and entry.experts in name
+        if of_experts or isinstance(adapted, nn.Embedding) or name.rpartition(".")[2] in LANGUAGE_MODEL_HEADS:
             raise UserError(
                 f"tensor_parallel splits {name}, which has an adapter: leave it out of lora_target_modules, or use "
                 "--plugin zero2"
@@ -167,10 +208,18 @@ def remedy_for_splits(setting: str, divided: int) -> str:
     return f"set {setting} to {', '.join(others)} or {largest}" if others else f"set {setting} to {largest}"
 
 
-def head_counts(config) -> dict[str, int]:
-    """What tensor parallelism must divide: heads, key-value heads, the feed-forward width."""
-    heads = config.num_attention_heads
-    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    width = width or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    return {"attention heads": heads, "key-value heads": key_value_heads, "feed-forward columns": width}
+def split_counts(part: Any, entry: Decoder) -> dict[str, int]:
+    """What tensor parallelism must divide: heads, key-value heads, widths of feed-forward parts, experts."""
+    heads = part.config.num_attention_heads
+    counts = {"attention heads": heads, "key-value heads": getattr(part.config, "num_key_value_heads", None) or heads}
+    for layer in getattr(part, entry.layers):
+        modules: dict[str, Any] = dict(layer.named_modules())
+        if entry.experts and entry.experts in modules:
+            counts["experts"] = modules[entry.experts].num_experts
+        for name in entry.row[1:]:  # the first is attention's
+            if name in modules:
+                linear = getattr(modules[name], "base_layer", modules[name])
+                width = linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0]
+                shared = entry.experts and name.startswith(f"{entry.block_of_experts}.")
+                counts["columns of shared experts" if shared else "feed-forward columns"] = width
+    return counts

@@ -6,8 +6,7 @@ embedding that is replaced loses the factor that gemma multiplies it by. Here a 
 only its weight is split and its forward gets a collective call.
 """
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,13 +67,9 @@ class MegatronSequence:
         """The sum over ranks: this rank's stretch of it, or all."""
         return _SumAndScatter.apply(x, group) if self.on else sum_over_ranks(x, group)
 
-    def gather_input(self, module, inputs, keywords):
-        """A hook that gives a module the whole sequence."""
-        if not self.on:
-            return None
-        if inputs:
-            return (_GatherSequence.apply(inputs[0], self.group), *inputs[1:]), keywords
-        return inputs, keywords | {"hidden_states": _GatherSequence.apply(keywords["hidden_states"], self.group)}
+    def whole(self, states: Tensor) -> Tensor:
+        """The whole sequence that these states are a stretch of."""
+        return _GatherSequence.apply(states, self.group) if self.on else states
 
     def local_stretch(self, module, inputs, output: Tensor) -> Tensor:
         """A hook: of what every rank computes for the whole sequence (position embeddings), this rank's stretch."""
@@ -85,45 +80,100 @@ class MegatronSequence:
 def split_layers(layers, entry, group, sequence: MegatronSequence | None = None):
     """Splits every layer's projections over the group, in place; with `sequence` also what lies between them
     (Megatron's sequence parallelism, 2205.05198, section 4.2.2): norms and residuals hold a stretch of each sequence,
-    which is gathered before a column-split projection and scattered with the sum after a row-split one."""
+    which is gathered before a block (attention, feed-forward) and scattered with the sum after it."""
     ranks, parts = dist.get_world_size(group), dict(entry.fused)
+    enter = sequence.whole if sequence else partial(copy_to_ranks, group=group)
+    total = sequence.total if sequence else sum_over_ranks
     for layer in layers:
-        for name in entry.column:
-            split_column(layer.get_submodule(name), group, parts.get(name, 1), copy=sequence is None)
-        for name in entry.row:
-            split_row(layer.get_submodule(name), group, sequence.total if sequence else sum_over_ranks)
-        if sequence:  # attention shapes its heads by its input: it is gathered before, not in each projection
-            for block in {name.rpartition(".")[0] or name for name in entry.column}:
-                layer.get_submodule(block).register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
+        block_of_experts = entry.block_of_experts if present(layer, (entry.experts,)) else None
+        column, row = present(layer, entry.column), present(layer, entry.row)
+        # replicated, but used for this rank's heads, columns or experts only
+        used_in_part = [layer.get_submodule(name) for name in present(layer, entry.per_head)]
+        used_in_part += [layer.get_submodule(name).lora_A for name in column if is_adapted(layer.get_submodule(name))]
+        for name in column:
+            split_column(layer.get_submodule(name), group, parts.get(name, 1))
+        for name in row:  # what the experts' block adds up is summed over ranks once, at its end
+            split_row(layer.get_submodule(name), group, _leave if _is_in(name, block_of_experts) else total)
+        for name in entry.vectors:
+            owner, _, attribute = name.rpartition(".")
+            _split(layer.get_submodule(owner), attribute, 0, 1, group)
         for name in entry.counts:
             owner, _, attribute = name.rpartition(".")
             module = layer.get_submodule(owner)
             setattr(module, attribute, getattr(module, attribute) // ranks)
-        for name in entry.per_head:
-            # with `sequence` the gradients of all replicated weights are summed, these among them
-            if _has(layer, name) and not sequence:
-                for parameter in layer.get_submodule(name).parameters():
+        blocks = [name.rpartition(".")[0] or name for name in column if not _is_in(name, block_of_experts)]
+        if block_of_experts is not None:
+            block = layer.get_submodule(block_of_experts)
+            split_experts(layer.get_submodule(entry.experts), group)
+            block.register_forward_hook(partial(_total_output, total=total, group=group))
+            blocks.append(block_of_experts)
+            used_in_part.append(block)
+        for name in dict.fromkeys(blocks):
+            layer.get_submodule(name).register_forward_pre_hook(partial(_enter_block, enter=enter), with_kwargs=True)
+        if not sequence:  # with it the gradients of all replicated weights are summed
+            for parameter in dict.fromkeys(p for module in used_in_part for p in module.parameters()):
+                if shard_of(parameter) is None:
                     sum_gradient(parameter, group)
 
 
-def split_column(linear: Any, group, parts: int = 1, copy: bool = True):
-    """Each rank computes a slice of the outputs. Without `copy` the input's gradients are summed elsewhere."""
+def _enter_block(module, inputs, keywords, enter: Callable):
+    """A hook that gives a module its hidden states through `enter`."""
+    if inputs:
+        return (enter(inputs[0]), *inputs[1:]), keywords
+    return inputs, keywords | {"hidden_states": enter(keywords["hidden_states"])}
+
+
+def _total_output(module, inputs, output, total: Callable, group):
+    """A hook that sums hidden states over ranks; some blocks give what their router chose too."""
+    if isinstance(output, tuple):
+        return total(output[0], group), *output[1:]
+    return total(output, group)
+
+
+def _leave(x: Tensor, group) -> Tensor:
+    return x
+
+
+def split_experts(experts: Any, group):
+    """Each rank computes its range of the experts for all tokens. A token's experts that are elsewhere get the number
+    that transformers skips, one past the last, and the weight 0."""
+    for name, _ in list(experts.named_parameters(recurse=False)):
+        _split(experts, name, 0, 1, group)
+    experts.num_experts //= dist.get_world_size(group)
+    count = experts.num_experts
+    first = dist.get_rank(group) * count
+
+    def choose_local(module, inputs):
+        states, chosen, weights = inputs
+        elsewhere = (chosen < first) | (chosen >= first + count)
+        return states, (chosen - first).masked_fill(elsewhere, count), weights.masked_fill(elsewhere, 0.0)
+
+    experts.register_forward_pre_hook(choose_local)
+
+
+def split_column(linear: Any, group, parts: int = 1):
+    """Each rank computes a slice of the outputs. The input's gradient is then a sum over ranks, and so is that of a
+    LoRA adapter's A, which reads all of it; each rank's B gives its slice."""
     if is_adapted(linear):
-        split_adapted_column(linear, group, parts, copy)
+        split_column(linear.base_layer, group, parts)
+        for half in linear.lora_B.values():
+            _split(half, "weight", 0, parts, group)
         return
     _split(linear, "weight", _dims(linear)[0], parts, group)
     if linear.bias is not None:
         _split(linear, "bias", 0, parts, group)
     if hasattr(linear, "nf"):  # transformers' Conv1D shapes its output by this
         linear.nf = linear.weight.shape[1]
-    if copy:
-        linear.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
 
 
 def split_row(linear: Any, group, total: Callable):
-    """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once."""
+    """Each rank computes with a slice of the inputs; the outputs are summed, and the bias added once. Of a LoRA adapter
+    each rank's A reads its slice: what is summed are the few numbers per token between A and B."""
     if is_adapted(linear):
-        split_adapted_row(linear, group, total)
+        split_row(linear.base_layer, group, total)
+        for half in linear.lora_A.values():
+            _split(half, "weight", 1, 1, group)
+            half.register_forward_hook(lambda module, inputs, output: total(output, group))
         return
     out, into = _dims(linear)
     _split(linear, "weight", into, 1, group)
@@ -133,27 +183,6 @@ def split_row(linear: Any, group, total: Callable):
         return y if linear.bias is None else y + linear.bias
 
     linear.forward = forward
-
-
-def split_adapted_column(layer: Any, group, parts: int, copy: bool):
-    """`split_column` of a layer with LoRA: A reads the whole input, each rank's B gives its slice of the outputs, and
-    A's gradient is a sum over ranks."""
-    split_column(layer.base_layer, group, parts, copy=False)
-    for name in layer.lora_A:
-        _split(layer.lora_B[name], "weight", 0, parts, group)
-        if copy:  # with a split sequence the gradients of all replicated weights are summed
-            sum_gradient(layer.lora_A[name].weight, group)
-    if copy:  # of the input of both paths, once
-        layer.register_forward_pre_hook(lambda module, inputs: (copy_to_ranks(inputs[0], group),))
-
-
-def split_adapted_row(layer: Any, group, total: Callable):
-    """`split_row` of a layer with LoRA: each rank's A reads its slice of the input. What is summed over ranks is the
-    few numbers per token between A and B."""
-    split_row(layer.base_layer, group, total)
-    for name in layer.lora_A:
-        _split(layer.lora_A[name], "weight", 1, 1, group)
-        layer.lora_A[name].register_forward_hook(lambda module, inputs, output: total(output, group))
 
 
 def split_embedding(embedding: Any, group, total: Callable):
@@ -180,9 +209,9 @@ def split_head(head: Any, group, sequence: MegatronSequence | None = None):
     """
     tied = shard_of(head.weight)
     size = tied.size if tied else head.weight.shape[0]
-    split_column(head, group, copy=sequence is None)
-    if sequence:
-        head.register_forward_pre_hook(sequence.gather_input, with_kwargs=True)
+    split_column(head, group)
+    enter = sequence.whole if sequence else partial(copy_to_ranks, group=group)
+    head.register_forward_pre_hook(partial(_enter_block, enter=enter), with_kwargs=True)
     columns, rank, project = head.weight.shape[0], dist.get_rank(group), head.forward
 
     def forward(states: Tensor) -> Tensor:
@@ -301,19 +330,9 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-_last_copy: dict[Any, tuple[weakref.ref, weakref.ref]] = {}
-
-
 def copy_to_ranks(x: Tensor, group) -> Tensor:
-    """`x`, with gradients summed over ranks. Query, key and value read one tensor: they share one such copy, so that
-    its gradient is reduced once."""
-    if group in _last_copy:
-        source, copied = (reference() for reference in _last_copy[group])
-        if source is x and copied is not None and copied.requires_grad == (x.requires_grad and torch.is_grad_enabled()):
-            return copied
-    copied = _Copy.apply(x, group)
-    _last_copy[group] = (weakref.ref(x), weakref.ref(copied))
-    return copied
+    """`x`, with gradients summed over ranks."""
+    return _Copy.apply(x, group)
 
 
 def sum_over_ranks(x: Tensor, group) -> Tensor:
@@ -389,9 +408,11 @@ def _dims(linear: nn.Module) -> tuple[int, int]:
     return (0, 1) if isinstance(linear, nn.Linear) else (1, 0)
 
 
-def _has(layer: nn.Module, name: str) -> bool:
-    try:
-        layer.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+def present(layer: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those modules that a layer has: layers with and without experts are of different parts."""
+    modules = dict(layer.named_modules())
+    return [name for name in names if name in modules and name]
+
+
+def _is_in(name: str, block: str | None) -> bool:
+    return block is not None and name.startswith(f"{block}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coati.config import reconfigure
 from coati.models.lora import is_adapter
+from coati.planner.experts import products_without_data
 from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
 from coati.planner.parallel import Part, sizes
@@ -123,7 +124,7 @@ def _dry_run_step(workload: Workload, layers: int, part: Part, depths: dict[str,
         try:
             depths |= trainer.factory.depths
             live.peaks.clear()
-            with live:
+            with live, products_without_data():
                 live.begin_phase("evaluate")
                 trainer.evaluate()
                 trainer.step(0)

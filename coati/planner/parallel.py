@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from coati.models.base import BaseModel
 from coati.parallel.decoders import check_splits, find_decoder
-from coati.parallel.tensor import is_adapted
+from coati.parallel.tensor import is_adapted, present
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,19 @@ def split_tensors(model: BaseModel, parts: int):
     """Shrinks the weights as tensor parallelism does; the model then computes nonsense of the right shapes."""
     decoder, entry = find_decoder(model)
     for layer in getattr(decoder, entry.layers):
-        for name in entry.column:
+        for name in present(layer, entry.column):
             _shrink_adapted(layer.get_submodule(name), True, parts)
-        for name in entry.row:
+        for name in present(layer, entry.row):
             _shrink_adapted(layer.get_submodule(name), False, parts)
+        for name in present(layer, (entry.experts,)):
+            experts: Any = layer.get_submodule(name)
+            experts.num_experts //= parts
+            for weight, parameter in list(experts.named_parameters(recurse=False)):
+                setattr(experts, weight, _first(parameter, 0, experts.num_experts))
+        for name in entry.vectors:
+            owner, _, attribute = name.rpartition(".")
+            vector = layer.get_submodule(owner)._parameters[attribute]
+            setattr(layer.get_submodule(owner), attribute, _first(vector, 0, len(vector) // parts))
         for name in entry.counts:
             owner, _, count = name.rpartition(".")
             module = layer.get_submodule(owner)

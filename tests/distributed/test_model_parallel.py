@@ -18,6 +18,7 @@ from tests.distributed.world import LAYOUTS, family_job, make_family
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
 OTHERS = ("mistral", "qwen2", "gemma", "phi")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 ALGORITHMS = ("sft", "reward", "ppo")
 TWO = ("tp2", "tp2, split_sequence", "pp2", "sp2")
 WHOLE = ("ddp", "zero1", "zero2", "zero2-offload")  # test_plugins.py has these every time, for one architecture
@@ -48,11 +49,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def worlds(tiny_world, folder) -> dict[str, dict]:
-    return {family: make_family(family, tiny_world, folder) for family in FAMILIES + OTHERS}
+    return {family: make_family(family, tiny_world, folder) for family in FAMILIES + OTHERS + EXPERTS}
 
 
 def runs(layout: str, family: str) -> bool:
-    return not ("split_sequence" in layout and family == "gpt2")  # refused, see test_decoders.py
+    """What isn't refused: see test_decoders.py; attention of gpt-oss is none that sequence parallelism knows."""
+    without = {"gpt2": ("split_sequence",), "gpt_oss": ("split_sequence", "sp2")}
+    return not any(name in layout for name in without.get(family, ()))
 
 
 def cases(layouts, pairs) -> list[tuple[str, str, str]]:
@@ -62,9 +65,14 @@ def cases(layouts, pairs) -> list[tuple[str, str, str]]:
 
 QUICK = cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS])
 QUICK += cases(("tp2", "pp2"), [(family, "ppo") for family in FAMILIES[1:]])
+# dense and shared experts beside the others; latent attention; attention's sinks and biases of experts
+OF_EXPERTS = cases(("tp2", "tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
+OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft")])
+QUICK += OF_EXPERTS
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(TWO, [("llama", "ppo")]) + cases(("tp2", "pp2"), [("qwen3", "sft"), ("gpt2", "sft")])
-EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS]
+ADAPTED += cases(("tp2",), [("deepseek_v3", "sft")])
+EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS + EXPERTS]
 EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
 
 
@@ -93,7 +101,9 @@ def adapted_jobs(some_cases, worlds, folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
     adapted = dict.fromkeys(("one", *case[1:]) for case in ADAPTED)
-    return run_jobs(jobs(worlds, folder, ["one"]) + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
+    of_experts = dict.fromkeys(("one", *case[1:]) for case in OF_EXPERTS)
+    ours = jobs(worlds, folder, ["one"]) + jobs_of(of_experts, worlds, folder)
+    return run_jobs(ours + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,22 @@ def assert_same(found: dict, expected: dict):
 @pytest.mark.parametrize(("layout", "family", "algorithm"), QUICK)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+
+
+@pytest.mark.parametrize(("layout", "family", "algorithm"), OF_EXPERTS)
+def test_experts_are_stored_under_the_hubs_names(layout, family, algorithm, folder, two_processes):
+    """One by one, as published checkpoints have them, whatever process had which; gpt-oss has them stacked there."""
+    from transformers import AutoModelForCausalLM
+
+    path = folder / f"{layout}-{family}-{algorithm}" / "model"
+    stored = load_file(path / "model.safetensors")
+    first = "gate_up_proj" if family == "gpt_oss" else "0.gate_proj.weight"
+    assert f"model.layers.2.mlp.experts.{first}" in stored
+    _, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    expected = load_file(folder / f"one-{family}-{algorithm}" / "model" / "model.safetensors")
+    assert stored.keys() == expected.keys()
+    assert all(torch.allclose(stored[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
 @pytest.mark.parametrize(("layout", "family", "algorithm"), ADAPTED)
@@ -161,7 +187,7 @@ def test_gemini_in_bf16_stays_near_the_fp32_run(family, algorithm, one_process, 
 @pytest.fixture(scope="module")
 def others(worlds, folder):
     results = {}
-    for family in FAMILIES[1:] + OTHERS:
+    for family in FAMILIES[1:] + OTHERS + EXPERTS:
         for processes, layouts in ((1, ("one",)), (2, TWO)):
             ours = jobs(worlds, folder / "others", layouts, [family])
             results |= run_jobs(ours, folder / f"others-{family}-{processes}", processes)
@@ -171,7 +197,7 @@ def others(worlds, folder):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("layout", "family", "algorithm"), cases(TWO, list(itertools.product(FAMILIES[1:] + OTHERS, ALGORITHMS)))
+    ("layout", "family", "algorithm"), cases(TWO, list(itertools.product(FAMILIES[1:] + OTHERS + EXPERTS, ALGORITHMS)))
 )
 def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])

@@ -22,6 +22,12 @@ LAYOUTS = {
 }
 
 
+FOUR_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0])  # one layer has none
+FOUR_LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+ROUTED |= dict(n_shared_experts=1, first_k_dense_replace=1)
+
+
 def family_config(family: str, tokenizer_size: int):
     """Three layers (an odd number for two stages), an odd vocabulary, grouped queries if there are any, no dropout."""
     import transformers
@@ -48,6 +54,27 @@ def family_config(family: str, tokenizer_size: int):
             return transformers.GemmaConfig(**common, **grouped, head_dim=8)
         case "mistral":
             return transformers.MistralConfig(**common, **grouped, sliding_window=6)
+        case "mixtral":
+            return transformers.MixtralConfig(**common, **grouped, **FOUR_LOCAL)
+        case "qwen2_moe":
+            widths = dict(moe_intermediate_size=16, shared_expert_intermediate_size=32)
+            return transformers.Qwen2MoeConfig(**common, **grouped, **FOUR_EXPERTS, **widths)
+        case "qwen3_moe":
+            experts = FOUR_EXPERTS | dict(moe_intermediate_size=16, norm_topk_prob=True)
+            return transformers.Qwen3MoeConfig(**common, **grouped, **experts, head_dim=8)
+        case "glm4_moe":  # a dense layer first
+            experts = ROUTED | dict(n_group=1, topk_group=1)
+            return transformers.Glm4MoeConfig(**common, **grouped, **experts, head_dim=8, use_qk_norm=True)
+        case "deepseek_v3":
+            experts = ROUTED | dict(n_group=2, topk_group=1)
+            latents = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+            return transformers.DeepseekV3Config(
+                **common, **{**grouped, "num_key_value_heads": 4}, **experts, **latents
+            )
+        case "gpt_oss":
+            plain = {"rope_type": "default", "rope_theta": 1e4}
+            window = dict(head_dim=8, sliding_window=6, rope_parameters=plain)
+            return transformers.GptOssConfig(**common, **grouped, **FOUR_LOCAL, **window)
         case "llama":
             return transformers.LlamaConfig(**common, **grouped, tie_word_embeddings=False)
     raise ValueError(family)

@@ -7,6 +7,7 @@ import torch
 
 from coati.errors import UserError
 from coati.models import Actor, Critic, LoraSettings, RewardModel
+from tests.distributed.world import family_config
 from tests.models.families import FAMILIES, padded, rows, tiny_config
 
 BATCH = padded(rows(), "right")
@@ -163,3 +164,37 @@ def test_rank_zero_trains_all_weights(base):
     actor = Actor(base, lora=LoraSettings(rank=0))
     assert not actor.has_adapter
     assert all(p.requires_grad for p in actor.parameters())
+
+
+EXPERTS = ["gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("names", [[], EXPERTS])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"])
+def test_adapters_beside_experts_and_of_experts_are_saved_and_merged(family, names, tmp_path):
+    """Routers have none, experts only if they are named, and the start says so."""
+    config = family_config(family, 60)
+    torch.manual_seed(0)
+    Actor(config=config).save_pretrained(tmp_path / "base")
+    settings = LoraSettings(rank=2, target_modules=["all-linear", *names])
+    model = with_noise(Actor(tmp_path / "base", lora=settings))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    assert any(name.endswith("self_attn.o_proj") for name in adapted)
+    assert not [name for name in adapted if name.endswith(("mlp.gate", "mlp.router", "shared_expert_gate"))]
+    assert any(".experts" in name for name in adapted) == bool(names)
+    assert [note for note in model.notes if "add down_proj and gate_up_proj" in note] == [] or not names
+    assert bool(names) or len(model.notes) == 1
+    expected = model(*BATCH)
+    assert not torch.allclose(expected, model(*BATCH, adapter=False), atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(Actor(tmp_path / "adapter").eval()(*BATCH), expected)
+    model.save_pretrained(tmp_path / "merged", merge=True)
+    merged = Actor(tmp_path / "merged").eval()
+    assert not merged.has_adapter
+    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_take_plain_adapters_only(tmp_path):
+    for changes in (dict(dropout=0.1), dict(variant="dora")):
+        with pytest.raises(UserError, match=r"adapters of experts .*gate_up_proj.* neither lora_dropout nor"):
+            Actor(config=family_config("mixtral", 60), lora=LoraSettings(rank=2, target_modules=EXPERTS, **changes))

@@ -10,6 +10,8 @@ from coati.parallel.decoders import DECODERS, check_splits, find_decoder
 from coati.parallel.sequence import causal_mask
 from tests.distributed.world import family_config
 
+WITHOUT_LATENTS = {"self_attn.q_proj"}  # DeepSeek's smaller models have it instead of q_a_proj and q_b_proj
+
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("model_class", (Actor, Critic, RewardModel))
@@ -18,9 +20,14 @@ def test_every_entry_finds_its_layers_and_projections(model_class, family):
     part, entry = find_decoder(model_class(config=family_config(family, 60)))
     layers = getattr(part, entry.layers)
     assert len(layers) == 3
-    named = {name for name, m in layers[0].named_modules() if getattr(m, "weight", None) is not None}
-    matrices = {name for name in named if layers[0].get_submodule(name).weight.ndim == 2}
-    assert sorted(matrices) == sorted(entry.column + entry.row)
+    named = {name: m for layer in layers for name, m in layer.named_modules() if name}
+    matrices = {name for name, m in named.items() if getattr(m, "weight", None) is not None and m.weight.ndim == 2}
+    block = f"{entry.block_of_experts or None}."
+    replicated = {name for name in matrices if name.startswith((block, *entry.per_head))}
+    split = set(entry.column + entry.row)
+    assert matrices - split <= replicated
+    assert split - matrices <= WITHOUT_LATENTS and len(split) == len(entry.column + entry.row)
+    assert (entry.experts in named) == bool(entry.experts)
     whole = {name for name, p in part.named_parameters() if not name.startswith(entry.layers)}
     known = {entry.embedding, *entry.positions, *entry.entrance}
     after = {name for name in whole if name.partition(".")[0] not in known}
@@ -53,6 +60,17 @@ def test_an_unknown_architecture_is_refused_with_a_way_out():
 def test_what_does_not_divide_is_refused_with_the_numbers(family, sizes, message):
     with pytest.raises(UserError, match=message):
         check_splits(Actor(config=family_config(family, 60)), *sizes)
+
+
+def test_experts_and_their_neighbors_are_divided_too():
+    config = family_config("qwen2_moe", 60)
+    config.num_attention_heads, config.num_key_value_heads, config.shared_expert_intermediate_size = 8, 8, 64
+    check_splits(Actor(config=config), 4, 1)
+    with pytest.raises(UserError, match="4 experts: not divisible by tensor_parallel 8; set tensor_parallel to 2 or 4"):
+        check_splits(Actor(config=config), 8, 1)
+    config.shared_expert_intermediate_size = 30
+    with pytest.raises(UserError, match=r"30 columns of shared experts: .* 4; set tensor_parallel to 2"):
+        check_splits(Actor(config=config), 4, 1)
 
 
 def test_heads_that_nothing_divides_leave_one_remedy():
