@@ -4,7 +4,7 @@ import importlib
 import json
 import pkgutil
 from collections import Counter
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, OPTConfig
@@ -221,30 +221,27 @@ OF_METHODS = {"sdpo": dict(teacher="self")}
 OF_ENVIRONMENTS = ("echo", "turns", "turn")  # methods and values that ask for one
 
 
-def choices(config: type) -> list[dict]:
+def choices(config: type) -> tuple[list[dict], list[dict]]:
     """Each method of an algorithm; and settings of the first one that have, between them, each value of all those that
     have a few to choose from."""
     field = config.__pydantic_fields__.get("algorithm")
     if field is None:
-        return []
+        return [], []
     types = [types_of(kind)[0] for kind in section_classes(field.annotation)]
     types = [kind for kind in types if kind not in OF_ENVIRONMENTS]
     own = {path: leaf.kinds[0] for path, leaf in leaves(config, types[0]).items() if leaf.section == "algorithm"}
     own = {path: get_args(kind) for path, kind in own.items() if get_origin(kind) is Literal and "type" not in path}
     own = {path: [value for value in values if value not in OF_ENVIRONMENTS] for path, values in own.items()}
     most = max([len(values) for values in own.values()], default=0)
-    return [
-        *({"algorithm": kind, "batch_size": 8} | OF_METHODS.get(kind, {}) for kind in types[1:]),
-        *({path: values[i % len(values)] for path, values in own.items()} for i in range(most)),
-    ]
+    methods = [{"algorithm": kind, "batch_size": 8} | OF_METHODS.get(kind, {}) for kind in types[1:]]
+    return methods, [{path: values[i % len(values)] for path, values in own.items()} for i in range(most)]
 
 
-CASES = [
-    (name, changes)
-    for name, algorithm in ALGORITHMS.items()
-    for changes in [dict(eval_data=["held out"]), *choices(algorithm.config), *MORE[name]]
-]
-
+CASES: list[Any] = []
+for name, algorithm in ALGORITHMS.items():
+    methods, values = choices(algorithm.config)
+    CASES += [(name, changes) for changes in [dict(eval_data=["held out"]), *methods, *MORE[name]]]
+    CASES += [pytest.param(name, changes, marks=pytest.mark.slow) for changes in values]
 
 TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_tokens=64, max_turns=3, turn_rewards=True)
 CASES += [
