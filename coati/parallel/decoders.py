@@ -28,6 +28,7 @@ class Decoder:
         per_head: modules with replicated weights that each rank uses on its own heads only.
         counts: attributes of a layer that count what is split (heads, widths).
         vectors: parameters with a number for each head.
+        across_heads: RMS norms over the columns of all heads together.
         experts: the module that holds all experts' weights; their number is split over ranks. The module around it is
             their block: router, experts, and what `column` and `row` name of experts that every token uses.
         splits_sequence: the code between layers works on a part of the sequence (no shape depends on its length).
@@ -43,6 +44,7 @@ class Decoder:
     per_head: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    across_heads: tuple[str, ...] = ()
     experts: str = ""
     splits_sequence: bool = True
 
@@ -73,6 +75,7 @@ DECODERS = {
     "qwen2": LLAMA,
     "qwen3": replace(LLAMA, per_head=QUERIES_AND_KEYS),
     "gemma": LLAMA,
+    "olmo2": replace(LLAMA, across_heads=QUERIES_AND_KEYS),
     "phi": Decoder(
         entrance=("embed_dropout",),
         column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
@@ -98,6 +101,7 @@ DECODERS = {
         counts=("self_attn.num_heads",),
     ),
     "mixtral": OF_EXPERTS,
+    "olmoe": replace(OF_EXPERTS, across_heads=QUERIES_AND_KEYS),
     "qwen2_moe": with_shared_experts(LLAMA_OF_EXPERTS, "shared_expert"),
     "qwen3_moe": replace(LLAMA_OF_EXPERTS, per_head=QUERIES_AND_KEYS),
     "glm4_moe": with_shared_experts(replace(LLAMA_OF_EXPERTS, per_head=QUERIES_AND_KEYS), "shared_experts"),

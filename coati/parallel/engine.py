@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from coati.config.plugin import PluginConfig
 from coati.files import sync
 from coati.parallel.config import resolve_precision
+from coati.parallel.expert_load import ExpertLoad
 from coati.parallel.runtime import Runtime
 from coati.parallel.update import Task, Update
 from coati.run_layout import OPTIMIZER, master_weights_name
@@ -37,6 +38,7 @@ class Engine:
         whole: that model as it is saved: itself, or where the plugin splits it, as it was before, without data.
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
+        expert_load: counts of which experts its tokens go to.
         averages: of a frozen model whose weights are averages (`average_in`), these in float32 where the module's are
             narrower; they are what is saved.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
@@ -72,6 +74,7 @@ class Engine:
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, without gradient checkpointing
             self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
+            self.expert_load = ExpertLoad(module)
             self.booster = self.make_booster(accumulates)
             self.model, self.optimizer, *_ = self.booster.boost(module, self.make_optimizer(optimizer))
         self._restore_buffers(buffers)

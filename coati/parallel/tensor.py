@@ -94,6 +94,8 @@ def split_layers(layers, entry, group, sequence: MegatronSequence | None = None)
             split_column(layer.get_submodule(name), group, parts.get(name, 1))
         for name in row:  # what the experts' block adds up is summed over ranks once, at its end
             split_row(layer.get_submodule(name), group, _leave if _is_in(name, block_of_experts) else total)
+        for name in entry.across_heads:
+            split_norm(layer.get_submodule(name), group)
         for name in entry.vectors:
             owner, _, attribute = name.rpartition(".")
             _split(layer.get_submodule(owner), attribute, 0, 1, group)
@@ -183,6 +185,21 @@ def split_row(linear: Any, group, total: Callable):
         return y if linear.bias is None else y + linear.bias
 
     linear.forward = forward
+
+
+def split_norm(norm: Any, group):
+    """An RMS norm of which each rank has a slice of the columns: the mean of squares is that of all ranks' columns."""
+    width = norm.weight.shape[0]
+    _split(norm, "weight", 0, 1, group)
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x.float()
+        local = wide.pow(2).sum(-1, keepdim=True)
+        # every rank's outputs depend on every rank's columns: the sum's gradient is a sum too
+        mean = copy_to_ranks(sum_over_ranks(local, group), group) / width
+        return (norm.weight * (wide * torch.rsqrt(mean + norm.variance_epsilon))).to(x.dtype)
+
+    norm.forward = forward
 
 
 def split_embedding(embedding: Any, group, total: Callable):

@@ -43,8 +43,8 @@ class Update:
     depends neither on how rows are split into micro-batches nor on the number of ranks.
 
     Attributes:
-        metrics: once the step is done, those of the losses, the gradients' norm before clipping (`grad_norm`) and the
-            fraction of padding in what the model read (`padding_share`).
+        metrics: once the step is done, those of the losses, the gradients' norm before clipping (`grad_norm`), the
+            fraction of padding in what the model read (`padding_share`), and how evenly it used its experts.
         tokens: that the model read on all ranks, without padding.
     """
 
@@ -84,6 +84,7 @@ class Update:
         metrics = ranks.sum_metrics([*engine.accumulate(tasks), read])
         self.tokens = metrics.pop("tokens")
         metrics["padding_share"] = 1 - self.tokens / metrics.pop("columns")
+        metrics |= engine.expert_load.metrics(engine.runtime.communicator)
         bad = [name for name in metrics if "loss" in name and not math.isfinite(metrics[name])]
         norm = engine.step(learning_rate, finite=not bad)
         if norm is None and engine.skipped_in_a_row >= engine.config.max_skipped_steps:

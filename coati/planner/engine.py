@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from coati.models.base import BaseModel
 from coati.parallel import Engine, Runtime
 from coati.parallel.engine import DTYPES
+from coati.parallel.expert_load import ExpertLoad
 from coati.parallel.factory import describing_class, memory_class
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
@@ -48,6 +49,7 @@ class PlannedEngine(Engine):
         self.kind = describing_class(config)
         self.data_ranks = runtime.data_ranks(config.model_parallel_size)
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.expert_load = ExpertLoad(nn.Identity())  # where tokens go is not known
         self.generating = part.copy_with_all_layers(module) if generates else None
         if not trained:
             module.requires_grad_(False)

@@ -100,7 +100,7 @@ def split_tensors(model: BaseModel, parts: int):
             experts.num_experts //= parts
             for weight, parameter in list(experts.named_parameters(recurse=False)):
                 setattr(experts, weight, _first(parameter, 0, experts.num_experts))
-        for name in entry.vectors:
+        for name in (*entry.vectors, *(f"{norm}.weight" for norm in entry.across_heads)):
             owner, _, attribute = name.rpartition(".")
             vector = layer.get_submodule(owner)._parameters[attribute]
             setattr(layer.get_submodule(owner), attribute, _first(vector, 0, len(vector) // parts))

@@ -17,8 +17,8 @@ from tests.distributed.world import LAYOUTS, family_job, make_family
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
-OTHERS = ("mistral", "qwen2", "gemma", "phi")
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
+OTHERS = ("mistral", "qwen2", "gemma", "phi", "olmo2")
+EXPERTS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 ALGORITHMS = ("sft", "reward", "ppo")
 TWO = ("tp2", "tp2, split_sequence", "pp2", "sp2")
 WHOLE = ("ddp", "zero1", "zero2", "zero2-offload")  # test_plugins.py has these every time, for one architecture
@@ -65,9 +65,9 @@ def cases(layouts, pairs) -> list[tuple[str, str, str]]:
 
 QUICK = cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS])
 QUICK += cases(("tp2", "pp2"), [(family, "ppo") for family in FAMILIES[1:]])
-# dense and shared experts beside the others; latent attention; attention's sinks and biases of experts
+# dense and shared experts beside the others; latent attention; sinks, and experts' biases; norms across heads
 OF_EXPERTS = cases(("tp2", "tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
-OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft")])
+OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(TWO, [("llama", "ppo")]) + cases(("tp2", "pp2"), [("qwen3", "sft"), ("gpt2", "sft")])

@@ -54,6 +54,10 @@ def family_config(family: str, tokenizer_size: int):
             return transformers.GemmaConfig(**common, **grouped, head_dim=8)
         case "mistral":
             return transformers.MistralConfig(**common, **grouped, sliding_window=6)
+        case "olmo2":
+            return transformers.Olmo2Config(**common, **grouped)
+        case "olmoe":
+            return transformers.OlmoeConfig(**common, **grouped, num_experts=4, num_experts_per_tok=2, clip_qkv=8.0)
         case "mixtral":
             return transformers.MixtralConfig(**common, **grouped, **FOUR_LOCAL)
         case "qwen2_moe":
