@@ -92,6 +92,22 @@ def test_adapters_split_with_their_layers():
     assert split["optimizer states"] == pytest.approx(share * whole["optimizer states"], rel=0.01)
 
 
+def test_experts_split_with_their_layers():
+    """Half of all matrices on each of two ranks; every token passes two experts, whichever these are."""
+    from transformers import MixtralConfig
+
+    def shape(**changes):
+        return MixtralConfig(**SHAPE | dict(num_local_experts=4, num_experts_per_tok=2) | changes, num_hidden_layers=2)
+
+    settings = dict(plugin="ddp", precision="fp32")
+    whole, split = (kinds(sft(2, shape(), tensor_parallel=ranks, **settings)) for ranks in (1, 2))
+    assert split["parameters"] == pytest.approx(whole["parameters"] / 2, rel=0.05)
+    many = kinds(sft(2, shape(num_local_experts=8), **settings))
+    assert many["parameters"] > 1.5 * whole["parameters"]
+    assert many["activations"] == pytest.approx(whole["activations"], rel=0.1)
+    assert kinds(sft(2, shape(num_experts_per_tok=4), **settings))["activations"] > 1.3 * whole["activations"]
+
+
 def test_gemini_shards_what_is_trained_and_large():
     large = LlamaConfig(**SHAPE | {"hidden_size": 1024, "vocab_size": 32000}, num_hidden_layers=4)
     one, eight = kinds(sft(1, large, plugin="gemini")), kinds(sft(8, large, plugin="gemini"))
