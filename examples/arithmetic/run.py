@@ -4,6 +4,7 @@ whether its responses are right, or from pairs of a right and a wrong one, on tw
 python examples/arithmetic/run.py                                   # data, SFT, GRPO
 python examples/arithmetic/run.py --algorithms dapo dpo --seed 1    # a seed's data and SFT serve all its algorithms
 python examples/arithmetic/run.py --algorithms all --seeds 3 --write_docs     # and table and plot of docs/grpo.md
+python examples/arithmetic/run.py --model_config examples/arithmetic/configs/experts.json --output runs/experts
 """
 
 import argparse
@@ -46,6 +47,7 @@ ALGORITHMS = {
 }
 ENOUGH = 0.5  # accuracy at which SFT is left
 PAIRED = 3000  # prompts that are sampled to make pairs
+MODEL = HERE / "configs" / "model.json"
 TRIES = 4  # responses to each held-out prompt
 
 
@@ -56,6 +58,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "arithmetic", help="where everything goes")
     parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--model_config", type=Path, default=MODEL, help="of the model that starts at random")
     parser.add_argument("--write_docs", action="store_true", help="put table and plot into docs/ too")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
@@ -63,7 +66,7 @@ def main():
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         folder = output / f"seed{seed}"
         data = make_data(folder / "data", seed)
-        start = supervise(folder, data, seed, arguments.processes)
+        start = supervise(folder, data, seed, arguments.processes, arguments.model_config.resolve())
         before = accuracy(start, data["prompts_eval"], seed, TRIES)
         for algorithm in chosen:
             if not (folder / algorithm / "summary.json").exists():
@@ -71,10 +74,11 @@ def main():
     summarize(output, {name: script for name, (script, _) in ALGORITHMS.items()}, write_docs=arguments.write_docs)
 
 
-def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int) -> Path:
+def supervise(folder: Path, data: dict[str, Path], seed: int, processes: int, model_config: Path = MODEL) -> Path:
     """Trains on right responses, and returns the first checkpoint that is right often enough."""
     flags = {"seed": seed, "cache_dir": folder / "cache", "train_data": data["sft"], "eval_data": data["sft_eval"]}
-    train("sft", HERE / "configs" / "sft.yaml", folder / "sft", flags | {"tokenizer": data["tokenizer"]}, processes)
+    own = {"tokenizer": data["tokenizer"], "model_config": model_config}
+    train("sft", HERE / "configs" / "sft.yaml", folder / "sft", flags | own, processes)
     for checkpoint in sorted((folder / "sft" / "checkpoints").glob("step-*")):
         model = checkpoint / "model" / "model"
         found = accuracy(model, data["sft_eval"], seed)
