@@ -26,7 +26,7 @@ quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two
 	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
 
 test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or SLURM
-	$(PYTEST) -n 2 --dist loadfile -m "$(QUICK)"  # files shared out to two processes
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"  # files shared out to two processes in their order: the longest aren't last
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh
@@ -41,7 +41,7 @@ test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engi
 
 test-newest: $(READY)  ## Make .venv-newest with the newest packages that setup.py allows, and run the tests of `make test` there
 	tools/install_newest.sh $(PY) $(TORCH_NEWEST)
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "$(QUICK)"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)

@@ -42,8 +42,9 @@ class Communicator:
         on_device: dict[str, Tensor] = {}
         for metrics in partial:
             for name, value in metrics.items():
+                value = value.detach() if isinstance(value, Tensor) else value
                 if isinstance(value, Tensor) and value.device.type != "cpu":
-                    on_device[name] = on_device.get(name, 0.0) + value.detach().double()
+                    on_device[name] = on_device.get(name, 0.0) + value.double()
                 else:
                     on_host[name] = on_host.get(name, 0.0) + float(value)
         names = sorted({*on_host, *on_device})
