@@ -86,6 +86,14 @@ class PackedGroups:
             mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
+    def multiplicity(self, attention_mask: Tensor) -> Tensor:
+        """How many real tokens of the batch, `[group_size * groups, seq]`, each packed one stands for: float
+        `[groups, packed]`."""
+        groups, times = len(self.input_ids), torch.zeros(self.input_ids.shape, device=attention_mask.device)
+        for index, real in zip(self.packed_index.split(groups), attention_mask.float().split(groups), strict=True):
+            times.scatter_add_(1, index, real)
+        return times
+
     def unpack(self, packed: Tensor) -> Tensor:
         """`[groups, packed, ...]` as `[group_size * groups, seq, ...]`; padding holds anything."""
         rows = torch.arange(len(packed), device=packed.device).repeat(len(self.packed_index) // len(packed))

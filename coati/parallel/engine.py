@@ -32,13 +32,14 @@ class Engine:
         config: plugin, precision, clipping.
         optimizer: keywords of AdamW (`weight_decay`, `betas`, `eps`), or None for a frozen model.
         accumulates: whether several micro-batches may come before a step.
+        router_loss: the coefficient of the loss that evens the load of experts.
 
     Attributes:
         module: the plain model.
         whole: that model as it is saved: itself, or where the plugin splits it, as it was before, without data.
         model: the plugin's wrapper around it, or the module itself.
         data_ranks: the ranks that see different data.
-        expert_load: counts of which experts its tokens go to.
+        expert_load: which experts its tokens go to, and the loss that evens it.
         averages: of a frozen model whose weights are averages (`average_in`), these in float32 where the module's are
             narrower; they are what is saved.
         skipped_in_a_row: how many steps have been skipped, up to the last one; skipped_steps: and altogether.
@@ -56,6 +57,7 @@ class Engine:
         *,
         optimizer: dict | None = None,
         accumulates: bool = True,
+        router_loss: float = 0.0,
     ):
         self.module, self.config, self.runtime = module, config, runtime
         self.whole = module
@@ -74,7 +76,7 @@ class Engine:
         else:
             module.train()  # `from_pretrained` leaves models in evaluation mode, without gradient checkpointing
             self.trained_parameters = sum(count(p) for p in module.parameters() if p.requires_grad)
-            self.expert_load = ExpertLoad(module)
+            self.expert_load = ExpertLoad(module, router_loss, config.tensor_parallel)
             self.booster = self.make_booster(accumulates)
             self.model, self.optimizer, *_ = self.booster.boost(module, self.make_optimizer(optimizer))
         self._restore_buffers(buffers)
@@ -211,6 +213,8 @@ class Engine:
             reduces_now = self.reduces_gradients(is_last=i == len(tasks) - 1)
             with nullcontext() if reduces_now else self.no_sync():
                 loss, task_metrics = task.loss(self(**task.inputs))
+                if self.expert_load.coefficient:
+                    loss = loss + self.expert_load.loss()
                 self.booster.backward(loss * self.gradient_ranks, self.optimizer)
             metrics.append(task_metrics)
         return metrics

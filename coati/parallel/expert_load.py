@@ -1,4 +1,4 @@
-"""How evenly a mixture of experts uses them, counted while it trains."""
+"""How evenly a mixture of experts uses them: counted while it trains, and a loss that evens it."""
 
 import math
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coati.errors import UserError
+from coati.models.packed import PackedGroups
 from coati.parallel.communication import Communicator
 
 
@@ -13,59 +15,137 @@ class ExpertLoad:
     """Counts how many tokens go to each expert of each layer in the forward passes of training, padding left out.
     Activations that are computed again count again, which changes no share.
 
+    The loss is that of Switch Transformers (2101.03961, eq. 4 to 6), the mean of all layers: for a layer with E experts
+
+        E sum_e f_e P_e
+
+    f_e being the share of choices that went to expert e, and P_e the router's probability of e, the mean of all tokens
+    of the step on all ranks. Only P has a gradient. f is the share of all micro-batches and ranks in the step before
+    (even ones before the first), so that the loss is a sum over tokens: neither micro-batches nor ranks change it.
+    Routers that score by sigmoid have the scores over their sum as probabilities (DeepSeek-V3, 2412.19437, eq. 19).
+
     Args:
         module: a model, before it is split over ranks.
+        coefficient: of the loss; 0 for none.
+        copies: how many ranks go through the same tokens (tensor parallelism), and so add the same gradient.
+
+    Attributes:
+        shares: f of each layer, once a step was done with the loss; a checkpoint holds them.
+        tokens: in the step, on all ranks; set before its forward passes.
+
+    Raises:
+        UserError: a coefficient for a model without experts, or without routers that tell their scores.
     """
 
-    def __init__(self, module: Any):
-        self.module = module
+    def __init__(self, module: Any, coefficient: float = 0.0, copies: int = 1):
+        self.module, self.coefficient, self.copies = module, coefficient, copies
         self.sizes: list[int] = []
-        self.counts: dict[int, Tensor] = {}
-        self._real: Tensor | None = None
-        for experts in filter(is_experts, module.modules()):
-            layer = len(self.sizes)
-            self.sizes.append(experts.num_experts)
-            experts.register_forward_pre_hook(lambda part, inputs, layer=layer: self._count(layer, inputs[1]))
+        self.shares: list[list[float]] | None = None
+        self.tokens = 1.0
+        self.counts: dict[int, Tensor] = {}  # of a layer: tokens by expert
+        self.probabilities: dict[int, Tensor] = {}  # their sums over tokens, by expert
+        self._terms: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None
+        modules = dict(module.named_modules())
+        for name, experts in modules.items():
+            if is_experts(experts):
+                self._watch(experts, routers_beside(modules.get(name.rpartition(".")[0])))
         if self.sizes:
-            module.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        elif coefficient:
+            raise UserError(f"router_loss is {coefficient:g}, and this model has no experts: leave it out")
+
+    def loss(self) -> Tensor:
+        """This rank's part of the loss for the micro-batch that went through the model, times the coefficient."""
+        total = torch.stack(list(self._terms.values())).sum()
+        self._terms = {}
+        return total * (self.coefficient / len(self.sizes) / self.copies)
 
     def metrics(self, ranks: Communicator) -> dict[str, float]:
         """Of the passes since the last call, on all ranks of the run; nothing for a model without experts.
 
         `expert_load_max`: tokens of the busiest expert of any layer over those of an even share, from 1 to the number
         of experts. `expert_load_entropy`: of a layer's shares, over that of even ones, the mean of all layers.
-        `experts_idle`: which fraction got no token.
+        `experts_idle`: which fraction got no token. `router_loss`: without its coefficient, 1 where all is even.
         """
         if not self.sizes:
             return {}
-        counts = [self.counts.get(i, torch.zeros(size)).cpu() for i, size in enumerate(self.sizes)]
-        self.counts.clear()
-        by_layer = ranks.sum(torch.cat(counts).to(ranks.device)).double().cpu().split(self.sizes)
-        shares = [layer / layer.sum().clamp(min=1) for layer in by_layer]
-        entropies = [torch.special.entr(share).sum() / math.log(max(len(share), 2)) for share in shares]
-        return {
-            "expert_load_max": max(float(share.max()) * len(share) for share in shares),
+        by_layer, probabilities = (self._shares(table, ranks) for table in (self.counts, self.probabilities))
+        entropies = [torch.special.entr(share).sum() / math.log(max(len(share), 2)) for share in by_layer]
+        metrics = {
+            "expert_load_max": max(float(share.max()) * len(share) for share in by_layer),
             "expert_load_entropy": float(sum(entropies)) / len(entropies),
             "experts_idle": float((torch.cat(by_layer) == 0).double().mean()),
         }
+        if self.coefficient:
+            pairs = zip(self._used_shares(), probabilities, strict=True)
+            losses = [len(f) * float(torch.tensor(f, dtype=p.dtype) @ p) for f, p in pairs]
+            metrics["router_loss"] = sum(losses) / len(losses)
+            self.shares = [share.tolist() for share in by_layer]
+        return metrics
 
-    def _note_mask(self, module, inputs, keywords):
-        mask = keywords.get("attention_mask")
-        self._real = None if mask is None else module.layout.split(mask)
+    def _watch(self, experts: Any, routers: list[nn.Module]):
+        layer = len(self.sizes)
+        self.sizes.append(experts.num_experts)
+        experts.register_forward_pre_hook(lambda part, inputs: self._count(layer, inputs[1]))
+        if not self.coefficient:
+            return
+        if not routers:
+            raise UserError(f"router_loss: the routers of {type(self.module).__name__} are unknown: leave it out")
+        routers[0].register_forward_hook(lambda router, inputs, output: self._add_term(layer, router, output[0]))
+
+    def _begin(self, module, inputs, keywords):
+        mask, group = keywords.get("attention_mask"), keywords.get("shared_prefix_group", 1)
+        if group > 1:  # prompts that are read once count once for each of their rows
+            self._weights = PackedGroups.from_rows(keywords["input_ids"], mask, group).multiplicity(mask)
+        else:
+            self._weights = None if mask is None else module.layout.split(mask)
+        self._terms = {}  # of a forward pass whose activations were computed again
 
     def _count(self, layer: int, chosen: Tensor):
         """Args: chosen: int `[tokens, k]`, the numbers of each token's experts."""
-        if not (self.module.training and torch.is_grad_enabled()):
+        if self._trains():
+            weights = self._weights_of(chosen).repeat_interleave(chosen.shape[-1])
+            counts = self.counts.setdefault(layer, torch.zeros(self.sizes[layer], device=chosen.device))
+            counts.index_add_(0, chosen.flatten(), weights)
+
+    def _add_term(self, layer: int, router: Any, logits: Tensor):
+        """Args: logits: `[tokens, experts]`."""
+        if not self._trains():
             return
-        if layer not in self.counts:
-            self.counts[layer] = torch.zeros(self.sizes[layer], device=chosen.device)
-        # of tokens that are not where the mask has them (prompts that are read once), all count
-        real = self._real
-        if real is None or real.numel() != len(chosen):
-            real = torch.ones(len(chosen), device=chosen.device)
-        self.counts[layer].index_add_(0, chosen.flatten(), real.flatten().float().repeat_interleave(chosen.shape[-1]))
+        scores = logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
+        by_expert = self._weights_of(logits) @ (scores / scores.sum(-1, keepdim=True))
+        shares = torch.tensor(self._used_shares()[layer], device=logits.device)
+        self._terms[layer] = len(shares) * (shares @ by_expert) / self.tokens
+        known = self.probabilities.get(layer, torch.zeros_like(by_expert))
+        self.probabilities[layer] = known + by_expert.detach()
+
+    def _trains(self) -> bool:
+        return self.module.training and torch.is_grad_enabled()
+
+    def _weights_of(self, tokens: Tensor) -> Tensor:
+        """float `[tokens]`: how often each counts, 0 for padding."""
+        if self._weights is None:
+            return torch.ones(len(tokens), device=tokens.device)
+        return self._weights.flatten().float()
+
+    def _used_shares(self) -> list[list[float]]:
+        return self.shares or [[1 / size] * size for size in self.sizes]
+
+    def _shares(self, table: dict[int, Tensor], ranks: Communicator) -> list[Tensor]:
+        """Each layer's sums over all ranks, divided by the layer's total; the table is emptied."""
+        sums = [table.get(i, torch.zeros(size)).cpu() for i, size in enumerate(self.sizes)]
+        table.clear()
+        by_layer = ranks.sum(torch.cat(sums).to(ranks.device)).double().cpu().split(self.sizes)
+        return [layer / layer.sum().clamp(min=1) for layer in by_layer]
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds a layer's experts in stacked weights, as transformers has them."""
     return hasattr(module, "num_experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
+
+
+def routers_beside(block: nn.Module | None) -> list[nn.Module]:
+    """The routers in a block of experts: those that give `(logits, weights, chosen)`."""
+    parts = [] if block is None else list(block.children())
+    return [part for part in parts if type(part).__name__.lower().endswith("topkrouter")]

@@ -81,6 +81,8 @@ class Update:
                 tasks.append(Task(term.inputs(batch), _part(term, batch, denominator)))
         masks = [task.inputs["attention_mask"] for task in tasks]
         read = {"tokens": sum(mask.sum() for mask in masks), "columns": sum(map(Tensor.numel, masks))}
+        if engine.expert_load.coefficient:
+            engine.expert_load.tokens = max(ranks.sum(float(read["tokens"])).item(), 1.0)
         metrics = ranks.sum_metrics([*engine.accumulate(tasks), read])
         self.tokens = metrics.pop("tokens")
         metrics["padding_share"] = 1 - self.tokens / metrics.pop("columns")

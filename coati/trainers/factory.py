@@ -140,7 +140,8 @@ class Factory:
             generates: whether it samples, with unsharded weights.
 
         Raises:
-            UserError: quantized weights, which only carry adapters.
+            UserError: quantized weights, which only carry adapters; a loss of routers that the model or the layout
+                can't have.
         """
         if is_quantized(model.transformer) and not model.has_adapter:
             raise UserError(
@@ -149,7 +150,12 @@ class Factory:
             )
         c = self.config.optimizer
         optimizer = {"weight_decay": c.weight_decay, "betas": (c.adam_beta1, c.adam_beta2)}
-        how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates)
+        router_loss = self.config.model.router_loss
+        if router_loss and self.config.parallel.pipeline_parallel > 1:
+            raise UserError(
+                "router_loss needs all layers on each process: leave out pipeline_parallel, or set router_loss to 0"
+            )
+        how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates, router_loss=router_loss)
         return make_engine(model, self.config.parallel, self.runtime, **how)
 
     def frozen(self, model: BaseModel) -> Engine:

@@ -139,6 +139,7 @@ class Trainer:
             "step": self.steps_done,
             "state": self.state(),
             "skipped_steps": {name: engine.skipped_steps for name, engine in self.engines.items()},
+            "expert_shares": {name: engine.expert_load.shares for name, engine in self.engines.items()},
             "world_size": self.runtime.world_size,
             "plugin": self.config.parallel.plugin,
             "rows": self.rows_before(self.steps_done),
@@ -155,6 +156,7 @@ class Trainer:
         for name, engine in self.engines.items():
             engine.load_optimizer(training_state_in(self.folder.resumed_from, name))
             engine.skipped_steps = stored["skipped_steps"][name]
+            engine.expert_load.shares = stored.get("expert_shares", {}).get(name)
         if not self.folder.checkpoints.restore_random_state(self.folder.resumed_from):
             self.runtime.say(
                 f"{self.folder.resumed_from} was written by {stored['world_size']} processes, now there are "

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coati.errors import UserError
 from coati.losses import cross_entropy
 from coati.models import Actor, LoraSettings
 from coati.parallel import PluginConfig
@@ -16,16 +17,16 @@ from tests.distributed.world import family_config
 ROWS = [[5, 9, 13, 21, 34], [7, 22, 31, 8, 3, 17, 40, 11], [4, 6, 44], [50, 12, 9, 9, 9, 9]]
 
 
-def engine_of(family: str, runtime, lora=None):
+def engine_of(family: str, runtime, lora=None, **settings):
     torch.manual_seed(0)
     model = Actor(config=family_config(family, 60), lora=lora)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return make_engine(model, PluginConfig(), runtime, optimizer={}, accumulates=True)
+    return make_engine(model, PluginConfig(), runtime, optimizer={}, **settings)
 
 
-def load_of(engine, sizes: list[int], widths: list[int], left: bool) -> dict[str, float]:
+def load_of(engine, sizes: list[int], widths: list[int], left: bool, also: str = "expert") -> dict[str, float]:
     """Of a step on these rows in micro-batches of so many rows, padded to these widths at least."""
     batches, first = [], 0
     for size, width in zip(sizes, widths, strict=True):
@@ -44,7 +45,7 @@ def load_of(engine, sizes: list[int], widths: list[int], left: bool) -> dict[str
             lambda log_probs, batch, count: cross_entropy(log_probs, batch[1], count),
             lambda batch: batch[1][:, 1:].sum(),
         )
-    return {name: value for name, value in update.metrics.items() if "expert" in name}
+    return {name: value for name, value in update.metrics.items() if "expert" in name or also in name}
 
 
 def looped(engine) -> dict[str, float]:
@@ -106,3 +107,99 @@ def test_adapters_of_experts_and_recomputation_leave_it_alone(runtime):
 
 def test_without_experts_there_is_none(runtime):
     assert load_of(engine_of("llama", runtime), [4], [1], left=False) == {}
+
+
+def logits_and_choices(engine) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each router for all tokens, one row after the other: its logits, with gradient, and its choices."""
+    found: list[list] = []
+    hooks = []
+    for router in (m for m in engine.module.modules() if type(m).__name__.lower().endswith("topkrouter")):
+        found.append([])
+        note = lambda m, inputs, output, to=found[-1]: to.append((output[0], output[2]))  # noqa: E731
+        hooks.append(router.register_forward_hook(note))
+    for row in ROWS:
+        engine.module(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))
+    for hook in hooks:
+        hook.remove()
+    return [(torch.cat([a for a, _ in one]), torch.cat([b for _, b in one])) for one in found]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_the_loss_is_the_papers_and_its_gradient_too(family, runtime):
+    """2101.03961, eq. 4 to 6, in a float64 loop; shares are those of the step before, first even ones."""
+    engine = engine_of(family, runtime, router_loss=0.5)
+    routers = [p for name, p in engine.module.named_parameters() if name.endswith("mlp.gate.weight")]
+    found = logits_and_choices(engine)
+    with torch.no_grad():
+        expected, shares = 0.0, []
+        for logits, chosen in found:
+            wide = logits.double()
+            scores = wide.sigmoid() if family == "deepseek_v3" else wide.softmax(-1)
+            probabilities = [[float(s) / float(sum(row)) for s in row] for row in scores]
+            f = [float((chosen == e).sum()) / chosen.numel() for e in range(4)]
+            p = [sum(row[e] for row in probabilities) / len(probabilities) for e in range(4)]
+            expected += 4 * sum(a * b for a, b in zip(f, p, strict=True)) / len(found)
+            shares.append(f)
+    terms = []
+    for (logits, _), f in zip(found, shares, strict=True):
+        scores = logits.double().sigmoid() if family == "deepseek_v3" else logits.double().softmax(-1)
+        terms.append(4 * (torch.tensor(f, dtype=torch.float64) @ (scores / scores.sum(-1, keepdim=True)).mean(0)))
+    slopes = torch.autograd.grad(0.5 * torch.stack(terms).mean(), routers)
+    first = load_of(engine, [4], [1], left=False, also="router_loss")
+    assert first["router_loss"] == pytest.approx(1.0, abs=1e-6)  # even shares
+    assert [pytest.approx(f, abs=1e-6) for f in shares] == engine.expert_load.shares
+    gradients = []
+    for coefficient in (0.5, 0.0):
+        engine.expert_load.coefficient = coefficient or 1e-30
+        keep = {}
+        step = engine.step
+        engine.step = lambda rate, finite, keep=keep, step=step: (
+            keep.update({i: p.grad.clone() for i, p in enumerate(routers)}),
+            step(rate, finite),
+        )[1]
+        second = load_of(engine, [1, 3], [12, 1], left=False, also="router_loss")
+        engine.step = step
+        gradients.append([keep[i] for i in range(len(routers))])
+    assert second["router_loss"] == pytest.approx(expected, rel=1e-5)
+    for with_loss, without, slope in zip(*gradients, slopes, strict=True):
+        torch.testing.assert_close(with_loss - without, slope.float(), rtol=1e-3, atol=1e-6)
+        assert slope.abs().max() > 1e-5
+
+
+def test_it_is_transformers_own_where_that_is_one_layers(runtime):
+    """Theirs adds shares and probabilities up over layers first, and counts each of k choices: for one layer, k
+    times as much."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = family_config("mixtral", 60)
+    config.num_hidden_layers = 1
+    torch.manual_seed(1)
+    engine = make_engine(Actor(config=config), PluginConfig(), runtime, optimizer={}, router_loss=0.1)
+    ((logits, _),) = logits_and_choices(engine)
+    for _ in range(2):
+        found = load_of(engine, [4], [1], left=False, also="router_loss")
+    theirs = load_balancing_loss_func((logits,), 4, top_k=2)
+    assert found["router_loss"] == pytest.approx(theirs.item() / 2, rel=1e-5)
+
+
+def test_prompts_that_are_read_once_count_for_each_of_their_rows(runtime):
+    """Two rows that begin alike, read as one."""
+    found = []
+    ids = torch.tensor([[5, 9, 13, 21, 34, 2], [5, 9, 13, 40, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    for group in (1, 2):
+        engine = engine_of("mixtral", runtime)
+        with engine.update(0.0) as update:
+            update.add(
+                [ids],
+                lambda x, group=group: dict(input_ids=x, attention_mask=mask, targets=mask, shared_prefix_group=group),
+                lambda log_probs, batch, count: cross_entropy(log_probs, mask, count),
+                lambda batch: mask[:, 1:].sum(),
+            )
+        found.append({name: value for name, value in update.metrics.items() if "expert" in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 3
+
+
+def test_a_loss_for_what_has_no_experts_is_refused(runtime):
+    with pytest.raises(UserError, match=r"router_loss is 0.1, and this model has no experts"):
+        engine_of("llama", runtime, router_loss=0.1)

@@ -28,6 +28,11 @@ class ModelConfig(Settings):
         "auto",
         "sdpa, eager, on CUDA flash_attention_2 or flex_attention; auto: sdpa where the model supports it, else eager",
     )
+    router_loss: float = option(
+        0.0,
+        "weight of the loss that spreads tokens evenly over a mixture's experts, often 0.001 to 0.02",
+        ge=0,
+    )
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
