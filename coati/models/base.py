@@ -88,7 +88,7 @@ class BaseModel(nn.Module):
         causal = {part.is_causal for part in self.transformer.modules() if hasattr(part, "is_causal")}
         self.hides_right_padding = self.takes_positions and causal == {True}
         self.cache_name = cache_name(self.transformer)
-        # router logits are for a load-balancing loss, which isn't part of ours, and need masks of whole rows
+        # router logits are for transformers' load-balancing loss, of a micro-batch, and need masks of whole rows
         self._options = {"output_router_logits": False} if "output_router_logits" in forward else {}
 
     def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -326,10 +326,10 @@ def stored_dtype(source: str | Path) -> torch.dtype | None:
 
 
 def router_note(config) -> str | None:
-    """A note on router logits that the config asks for, which training ignores."""
+    """A note on router logits that the config asks for, which are not read."""
     if not getattr(config.get_text_config(), "output_router_logits", False):
         return None
-    return "config.json asks for router logits, for a load-balancing loss that is not part of this training: ignored"
+    return "config.json asks for router logits, for a load-balancing loss: ignored, --router_loss is ours"
 
 
 def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ QUICK += cases(("tp2", "pp2"), [(family, "ppo") for family in FAMILIES[1:]])
 OF_EXPERTS = cases(("tp2", "tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
 OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
+EVENED = ("one", "zero2", "tp2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(TWO, [("llama", "ppo")]) + cases(("tp2", "pp2"), [("qwen3", "sft"), ("gpt2", "sft")])
 ADAPTED += cases(("tp2",), [("deepseek_v3", "sft")])
@@ -98,17 +99,27 @@ def adapted_jobs(some_cases, worlds, folder) -> list[dict]:
     return found
 
 
+def evened_jobs(layouts, worlds, folder) -> list[dict]:
+    changes = dict(router_loss=0.5)
+    return [
+        family_job(f"{layout}-evened", "sft", worlds["qwen2_moe"], folder, **changes, **LAYOUTS.get(layout, {}))
+        for layout in layouts
+    ]
+
+
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
     adapted = dict.fromkeys(("one", *case[1:]) for case in ADAPTED)
     of_experts = dict.fromkeys(("one", *case[1:]) for case in OF_EXPERTS)
     ours = jobs(worlds, folder, ["one"]) + jobs_of(of_experts, worlds, folder)
+    ours += evened_jobs(EVENED[:1], worlds, folder)
     return run_jobs(ours + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def two_processes(worlds, folder):
-    return run_jobs(jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder), folder / "two", 2)
+    ours = jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder)
+    return run_jobs(ours + evened_jobs(EVENED[1:], worlds, folder), folder / "two", 2)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +143,13 @@ def assert_same(found: dict, expected: dict):
 @pytest.mark.parametrize(("layout", "family", "algorithm"), QUICK)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+
+
+@pytest.mark.parametrize("layout", EVENED[1:])
+def test_the_load_of_experts_is_evened_alike(layout, one_process, two_processes):
+    expected = one_process["one-evened"]
+    assert expected["steps"][-1]["router_loss"] > 1.001
+    assert_same(two_processes[f"{layout}-evened"], expected)
 
 
 @pytest.mark.parametrize(("layout", "family", "algorithm"), OF_EXPERTS)
