@@ -224,6 +224,6 @@ def split_counts(part: Any, entry: Decoder) -> dict[str, int]:
             if name in modules:
                 linear = getattr(modules[name], "base_layer", modules[name])
                 width = linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0]
-                shared = entry.experts and name.startswith(f"{entry.block_of_experts}.")
-                counts["columns of shared experts" if shared else "feed-forward columns"] = width
+                is_shared = entry.experts != "" and name.startswith(f"{entry.block_of_experts}.shared")
+                counts["columns of shared experts" if is_shared else "feed-forward columns"] = width
     return counts
