@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 from examples.tokenizer import byte_level_tokenizer
 
@@ -14,6 +15,10 @@ if os.environ.get("COATI_TEST_DEVICE") != "cuda":  # tests/gpu sets it; all othe
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is an error at once, not after a minute of attempts
+
+# a machine that is busy is no failure
+settings.register_profile("calm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("calm")
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 ROOT = Path(__file__).resolve().parents[1]

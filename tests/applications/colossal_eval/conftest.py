@@ -5,14 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from colossal_eval.prepare import PrepareConfig, prepare
 from examples.tokenizer import byte_level_tokenizer
 from tests.conftest import ROOT, SPECIAL
 
-# a machine that is busy is no failure
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DATA = ROOT.parent / "shared" / "data"
 
 

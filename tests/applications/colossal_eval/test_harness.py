@@ -18,7 +18,7 @@ from colossal_eval.run.question_records import run_benchmark
 from colossal_eval.run.response_store import ResponseStore
 from colossal_eval.run.task_yaml import load_tasks, write_tasks
 from colossal_eval.scores.metrics import mean
-from tests.applications.colossal_eval.conftest import DATA, calm, make_model
+from tests.applications.colossal_eval.conftest import DATA, make_model
 
 LETTERS = "ABCD"
 
@@ -217,7 +217,6 @@ rows = st.lists(
 )
 
 
-@calm
 @given(rows, st.integers(1, 100), st.booleans(), st.booleans())
 def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, batching):
     drawn = sorted(drawn, key=lambda row: row[0])
@@ -240,7 +239,6 @@ def test_a_plan_reads_every_row_once_within_the_budget(drawn, tokens, sharing, b
     assert [[len(made[i].ids) for i in batch.rows] for batch in turned] == lengths
 
 
-@calm
 @given(st.lists(st.lists(st.integers(0, 1), max_size=8), min_size=2, max_size=5, unique_by=tuple), st.integers(1, 3))
 def test_the_beginning_that_is_read_once_is_the_longest_before_what_is_scored(lists, count):
     lists = [[7] * (SHORTEST_PREFIX + 1) + ids for ids in lists]

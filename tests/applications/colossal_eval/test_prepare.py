@@ -17,7 +17,6 @@ from colossal_eval.benchmarks.subjects import ACROSS, SUBJECTS, TOTALS
 from colossal_eval.prepare import PrepareConfig, main, prepare
 from tests.applications.colossal_eval.conftest import (
     DATA,
-    calm,
     make_agieval,
     make_gsm8k,
     make_mmlu,
@@ -187,14 +186,12 @@ def test_gaokao_is_read_in_both_layouts(layout, tmp_path):
 words = st.text("甲乙丙x 1+=", min_size=1, max_size=8).filter(lambda text: text.strip() == text)
 
 
-@calm
 @given(words, st.lists(words, min_size=4, max_size=4), st.sampled_from(["．", ".", "、"]))
 def test_options_are_found_again(stem, options, mark):
     text = stem + "\n" + "\n".join(f"{letter}{mark} {option}" for letter, option in zip("ABCD", options, strict=True))
     assert split_options(text) == (stem, options)
 
 
-@calm
 @given(words, st.integers(1, 60), st.integers(2, 5))
 def test_numbered_questions_are_found_again(passage, first, count):
     parts = [f"问{i}？\nA．a{i} B．b C．c D．d" for i in range(count)]

@@ -13,7 +13,6 @@ from coati.rewards.answers import extract_letters, extract_number, to_number
 from colossal_eval.scores import metrics as scoring
 from colossal_eval.scores.generated_text import same_number, same_text
 from colossal_eval.scores.significance import compare, mcnemar, sign_flip
-from tests.applications.colossal_eval.conftest import calm
 
 log_probs = st.lists(st.floats(-50, 0), min_size=2, max_size=6)
 scores = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=30)
@@ -60,7 +59,6 @@ def test_letters_are_read_as_a_person_reads_them(text, letters):
     assert extract_letters(text, ABCD) == list(letters)
 
 
-@calm
 @given(
     st.sampled_from(ABCD), st.sampled_from(["The answer is {}", "Answer: ({})", "答案：{}", "故选{}。", "{}", "({})"])
 )
@@ -68,7 +66,6 @@ def test_a_stated_letter_is_found_whichever_it_is(letter, pattern):
     assert extract_letters(pattern.format(letter), ABCD) == [letter]
 
 
-@calm
 @given(st.text(max_size=60))
 def test_only_letters_of_the_question_are_given(text):
     assert set(extract_letters(text, ["A", "B"])) <= {"A", "B"}
@@ -102,7 +99,6 @@ def test_equal_numbers_and_texts_are_the_same():
     assert not same_text("", ["$5$"])
 
 
-@calm
 @given(st.lists(log_probs, min_size=2, max_size=5))
 def test_choices_add_up_the_probabilities_of_their_variants(variants):
     found = scoring.choice_log_probs(variants)
@@ -132,7 +128,6 @@ def multi_choice_oracle(given_, right, labels) -> float:
 subsets = st.sets(st.sampled_from(ABCD), min_size=1)
 
 
-@calm
 @given(subsets, subsets)
 def test_multi_choice_equals_the_oracle_and_all_letters_earn_nothing(given_, right):
     """PITFALL 43."""
@@ -144,7 +139,6 @@ def test_multi_choice_equals_the_oracle_and_all_letters_earn_nothing(given_, rig
         assert scoring.multi_choice(right | {extra}, right, ABCD) < 1
 
 
-@calm
 @given(subsets)
 def test_random_guesses_earn_what_many_draws_do(right):
     answers = sorted(right)
@@ -157,7 +151,6 @@ def test_random_guesses_earn_what_many_draws_do(right):
     assert scoring.random_guess("math", [], ["3"]) == 0
 
 
-@calm
 @given(scores)
 def test_the_mean_has_the_textbook_standard_error(values):
     """PITFALL 44."""
@@ -209,13 +202,11 @@ def flips_oracle(d) -> float:
     return sum(total >= abs(sum(d)) - 1e-9 for total in sums) / len(sums)
 
 
-@calm
 @given(signs)
 def test_mcnemar_is_the_exact_permutation_test_of_wins_and_losses(differences):
     assert mcnemar(differences) == pytest.approx(flips_oracle(differences))
 
 
-@calm
 @given(halves)
 def test_the_permutation_test_is_exact_for_few_questions(differences):
     assert sign_flip(differences) == pytest.approx(flips_oracle(differences))
