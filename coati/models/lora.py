@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from coati.errors import UserError
+from coati.models.experts import parameters_of_experts
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what some mixtures of experts call linear layers that route
 
@@ -60,11 +61,6 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     except ValueError as error:
         layers = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(layers)}") from error
-
-
-def parameters_of_experts(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold a matrix for each expert."""
-    return [name for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
 
 
 def experts_note(model: nn.Module, settings: LoraSettings) -> str | None:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.experts import is_experts, routers_beside
 from coati.models.packed import PackedGroups
 from coati.parallel.communication import Communicator
+from coati.transfer import upload
 
 
 class ExpertLoad:
@@ -70,7 +72,7 @@ class ExpertLoad:
         """
         if not self.sizes:
             return {}
-        by_layer, probabilities = (self._shares(table, ranks) for table in (self.counts, self.probabilities))
+        by_layer = self._shares(self.counts, ranks)
         entropies = [torch.special.entr(share).sum() / math.log(max(len(share), 2)) for share in by_layer]
         metrics = {
             "expert_load_max": max(float(share.max()) * len(share) for share in by_layer),
@@ -78,7 +80,7 @@ class ExpertLoad:
             "experts_idle": float((torch.cat(by_layer) == 0).double().mean()),
         }
         if self.coefficient:
-            pairs = zip(self._used_shares(), probabilities, strict=True)
+            pairs = zip(self._used_shares(), self._shares(self.probabilities, ranks), strict=True)
             losses = [len(f) * float(torch.tensor(f, dtype=p.dtype) @ p) for f, p in pairs]
             metrics["router_loss"] = sum(losses) / len(losses)
             self.shares = [share.tolist() for share in by_layer]
@@ -95,19 +97,22 @@ class ExpertLoad:
         routers[0].register_forward_hook(lambda router, inputs, output: self._add_term(layer, router, output[0]))
 
     def _begin(self, module, inputs, keywords):
+        if not self._trains():
+            return
         mask, group = keywords.get("attention_mask"), keywords.get("shared_prefix_group", 1)
+        weights = None if mask is None else module.layout.split(mask)
         if group > 1:  # prompts that are read once count once for each of their rows
-            self._weights = PackedGroups.from_rows(keywords["input_ids"], mask, group).multiplicity(mask)
-        else:
-            self._weights = None if mask is None else module.layout.split(mask)
+            weights = PackedGroups.from_rows(keywords["input_ids"], mask, group).multiplicity(mask)
+        self._weights = None if weights is None else weights.flatten().float()
         self._terms = {}  # of a forward pass whose activations were computed again
 
     def _count(self, layer: int, chosen: Tensor):
         """Args: chosen: int `[tokens, k]`, the numbers of each token's experts."""
         if self._trains():
             weights = self._weights_of(chosen).repeat_interleave(chosen.shape[-1])
-            counts = self.counts.setdefault(layer, torch.zeros(self.sizes[layer], device=chosen.device))
-            counts.index_add_(0, chosen.flatten(), weights)
+            if layer not in self.counts:
+                self.counts[layer] = torch.zeros(self.sizes[layer], device=chosen.device)
+            self.counts[layer].index_add_(0, chosen.flatten(), weights)
 
     def _add_term(self, layer: int, router: Any, logits: Tensor):
         """Args: logits: `[tokens, experts]`."""
@@ -115,19 +120,16 @@ class ExpertLoad:
             return
         scores = logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
         by_expert = self._weights_of(logits) @ (scores / scores.sum(-1, keepdim=True))
-        shares = torch.tensor(self._used_shares()[layer], device=logits.device)
+        shares = upload(self._used_shares()[layer], logits.device, torch.float32)
         self._terms[layer] = len(shares) * (shares @ by_expert) / self.tokens
-        known = self.probabilities.get(layer, torch.zeros_like(by_expert))
-        self.probabilities[layer] = known + by_expert.detach()
+        self.probabilities[layer] = self.probabilities.get(layer, 0.0) + by_expert.detach()
 
     def _trains(self) -> bool:
         return self.module.training and torch.is_grad_enabled()
 
     def _weights_of(self, tokens: Tensor) -> Tensor:
         """float `[tokens]`: how often each counts, 0 for padding."""
-        if self._weights is None:
-            return torch.ones(len(tokens), device=tokens.device)
-        return self._weights.flatten().float()
+        return torch.ones(len(tokens), device=tokens.device) if self._weights is None else self._weights
 
     def _used_shares(self) -> list[list[float]]:
         return self.shares or [[1 / size] * size for size in self.sizes]
@@ -138,14 +140,3 @@ class ExpertLoad:
         table.clear()
         by_layer = ranks.sum(torch.cat(sums).to(ranks.device)).double().cpu().split(self.sizes)
         return [layer / layer.sum().clamp(min=1) for layer in by_layer]
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds a layer's experts in stacked weights, as transformers has them."""
-    return hasattr(module, "num_experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
-
-
-def routers_beside(block: nn.Module | None) -> list[nn.Module]:
-    """The routers in a block of experts: those that give `(logits, weights, chosen)`."""
-    parts = [] if block is None else list(block.children())
-    return [part for part in parts if type(part).__name__.lower().endswith("topkrouter")]

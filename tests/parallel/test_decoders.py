@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coati.errors import UserError
-from coati.models import Actor, Critic, RewardModel
+from coati.models import Actor, Critic, LoraSettings, RewardModel
 from coati.parallel import PluginConfig, check_plugin
 from coati.parallel.decoders import DECODERS, check_splits, find_decoder
 from coati.parallel.sequence import causal_mask
@@ -71,6 +71,14 @@ def test_experts_and_their_neighbors_are_divided_too():
     config.shared_expert_intermediate_size = 30
     with pytest.raises(UserError, match=r"30 columns of shared experts: .* 4; set tensor_parallel to 2"):
         check_splits(Actor(config=config), 4, 1)
+
+
+def test_adapters_of_experts_can_not_be_split():
+    lora = LoraSettings(rank=2, target_modules=["q_proj", "gate_up_proj"])
+    with pytest.raises(UserError, match=r"splits .*mlp\.experts.*, which has an adapter: leave it out of lora_target"):
+        check_splits(Actor(config=family_config("mixtral", 60), lora=lora), 2, 1)
+    lora = LoraSettings(rank=2)
+    check_splits(Actor(config=family_config("mixtral", 60), lora=lora), 2, 1)
 
 
 def test_heads_that_nothing_divides_leave_one_remedy():

@@ -26,7 +26,7 @@ def engine_of(family: str, runtime, lora=None, **settings):
     return make_engine(model, PluginConfig(), runtime, optimizer={}, **settings)
 
 
-def load_of(engine, sizes: list[int], widths: list[int], left: bool, also: str = "expert") -> dict[str, float]:
+def load_of(engine, sizes: list[int], widths: list[int], left: bool) -> dict[str, float]:
     """Of a step on these rows in micro-batches of so many rows, padded to these widths at least."""
     batches, first = [], 0
     for size, width in zip(sizes, widths, strict=True):
@@ -45,25 +45,13 @@ def load_of(engine, sizes: list[int], widths: list[int], left: bool, also: str =
             lambda log_probs, batch, count: cross_entropy(log_probs, batch[1], count),
             lambda batch: batch[1][:, 1:].sum(),
         )
-    return {name: value for name, value in update.metrics.items() if "expert" in name or also in name}
+    return {name: value for name, value in update.metrics.items() if "expert" in name or name == "router_loss"}
 
 
 def looped(engine) -> dict[str, float]:
     """The same of one row after the other, counted in a plain loop."""
-    seen: list[list[list[int]]] = []
-    hooks = []
-    routers = [m for m in engine.module.modules() if type(m).__name__.lower().endswith("topkrouter")]
-    for router in routers:
-        counts: list[list[int]] = []
-        seen.append(counts)
-        hooks.append(
-            router.register_forward_hook(lambda m, i, output, counts=counts: counts.extend(output[2].tolist()))
-        )
     with torch.no_grad():
-        for row in ROWS:
-            engine.module(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))
-    for hook in hooks:
-        hook.remove()
+        seen = [chosen.tolist() for _, chosen in logits_and_choices(engine)]
     worst, entropies, idle, number = 0.0, [], 0, 0
     for counts in seen:
         load = [sum(expert in chosen for chosen in counts) for expert in range(4)]
@@ -145,7 +133,7 @@ def test_the_loss_is_the_papers_and_its_gradient_too(family, runtime):
         scores = logits.double().sigmoid() if family == "deepseek_v3" else logits.double().softmax(-1)
         terms.append(4 * (torch.tensor(f, dtype=torch.float64) @ (scores / scores.sum(-1, keepdim=True)).mean(0)))
     slopes = torch.autograd.grad(0.5 * torch.stack(terms).mean(), routers)
-    first = load_of(engine, [4], [1], left=False, also="router_loss")
+    first = load_of(engine, [4], [1], left=False)
     assert first["router_loss"] == pytest.approx(1.0, abs=1e-6)  # even shares
     assert [pytest.approx(f, abs=1e-6) for f in shares] == engine.expert_load.shares
     gradients = []
@@ -157,7 +145,7 @@ def test_the_loss_is_the_papers_and_its_gradient_too(family, runtime):
             keep.update({i: p.grad.clone() for i, p in enumerate(routers)}),
             step(rate, finite),
         )[1]
-        second = load_of(engine, [1, 3], [12, 1], left=False, also="router_loss")
+        second = load_of(engine, [1, 3], [12, 1], left=False)
         engine.step = step
         gradients.append([keep[i] for i in range(len(routers))])
     assert second["router_loss"] == pytest.approx(expected, rel=1e-5)
@@ -177,7 +165,7 @@ def test_it_is_transformers_own_where_that_is_one_layers(runtime):
     engine = make_engine(Actor(config=config), PluginConfig(), runtime, optimizer={}, router_loss=0.1)
     ((logits, _),) = logits_and_choices(engine)
     for _ in range(2):
-        found = load_of(engine, [4], [1], left=False, also="router_loss")
+        found = load_of(engine, [4], [1], left=False)
     theirs = load_balancing_loss_func((logits,), 4, top_k=2)
     assert found["router_loss"] == pytest.approx(theirs.item() / 2, rel=1e-5)
 
