@@ -394,6 +394,10 @@ def test_a_reward_model_of_another_depth_is_continued_by_its_own():
         (dict(rollout_engine="vllm", plugin="gemini"), "vLLM .* ddp, zero1, zero2, or --rollout_engine coati"),
         (dict(batch_size=3), "not a multiple"),
         (dict(group_size=1), "group_size must be at least 2"),
+        (
+            dict(router_loss=0.1, plugin="zero1", pipeline_parallel=2),
+            "router_loss needs all layers .* leave out pipeline_parallel",
+        ),
     ],
 )
 def test_a_plan_refuses_what_the_run_would(changes, words):

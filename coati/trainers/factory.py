@@ -140,8 +140,7 @@ class Factory:
             generates: whether it samples, with unsharded weights.
 
         Raises:
-            UserError: quantized weights, which only carry adapters; a loss of routers that the model or the layout
-                can't have.
+            UserError: quantized weights, which only carry adapters; a loss of routers for a model without experts.
         """
         if is_quantized(model.transformer) and not model.has_adapter:
             raise UserError(
@@ -151,10 +150,6 @@ class Factory:
         c = self.config.optimizer
         optimizer = {"weight_decay": c.weight_decay, "betas": (c.adam_beta1, c.adam_beta2)}
         router_loss = self.config.model.router_loss
-        if router_loss and self.config.parallel.pipeline_parallel > 1:
-            raise UserError(
-                "router_loss needs all layers on each process: leave out pipeline_parallel, or set router_loss to 0"
-            )
         how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates, router_loss=router_loss)
         return make_engine(model, self.config.parallel, self.runtime, **how)
 

@@ -166,9 +166,13 @@ class TrainerConfig(Settings):
         return [self.model.path] if self.model.path else []
 
     def check(self, world_size: int):
-        """Raises a UserError for sizes that don't fit so many processes with data of their own."""
+        """Raises a UserError for sizes that don't fit so many processes with data of their own, or one another."""
         if self.steps > 0:
             self.tracking.check_profile_steps(self.steps)
+        if self.model.router_loss and self.parallel.pipeline_parallel > 1:
+            raise UserError(
+                "router_loss needs all layers on each process: leave out pipeline_parallel, or set router_loss to 0"
+            )
         if found := list(self.size_problems(world_size)):
             raise UserError("; ".join(found))
 
