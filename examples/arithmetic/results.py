@@ -13,11 +13,12 @@ from examples.stages import ROOT, fill_figures
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of the 95 % interval of a mean, by the number of values
 
 
-def summarize(output: Path, scripts: dict[str, str], *, write_docs: bool = False):
-    """Writes figures.md and curves.svg, by algorithm over its seeds; into docs/ too if that is asked for.
+def summarize(output: Path, scripts: dict[str, str], *, write_docs: str | None = None):
+    """Writes figures.md and curves.svg, by algorithm over its seeds.
 
     Args:
-        scripts: by algorithm, grpo, ppo or preference.
+        scripts: by algorithm, grpo, ppo, distill or preference.
+        write_docs: the name under which they go into docs/ too.
     """
     found = {name: sorted(output.glob(f"seed*/{name}/summary.json")) for name in scripts}
     found = {name: paths for name, paths in found.items() if paths}
@@ -29,8 +30,8 @@ def summarize(output: Path, scripts: dict[str, str], *, write_docs: bool = False
     (output / "curves.svg").write_text(curves({n: [p.parent for p in paths] for n, paths in found.items()}, scripts))
     print(f"{table}\n\nfigures in {output / 'figures.md'}, curves in {output / 'curves.svg'}")
     if write_docs:
-        fill_figures(ROOT / "docs" / "grpo.md", table, "arithmetic")
-        (ROOT / "docs" / "arithmetic.svg").write_text((output / "curves.svg").read_text())
+        fill_figures(ROOT / "docs" / "grpo.md", table, write_docs)
+        (ROOT / "docs" / f"{write_docs}.svg").write_text((output / "curves.svg").read_text())
 
 
 def row(name: str, paths: list[Path]) -> str:

@@ -4,6 +4,7 @@ whether its responses are right, or from pairs of a right and a wrong one, on tw
 python examples/arithmetic/run.py                                   # data, SFT, GRPO
 python examples/arithmetic/run.py --algorithms dapo dpo --seed 1    # a seed's data and SFT serve all its algorithms
 python examples/arithmetic/run.py --algorithms all --seeds 3 --write_docs     # and table and plot of docs/grpo.md
+python examples/arithmetic/run.py --algorithms newer --seeds 3 --write_docs arithmetic-newer     # its second ones
 python examples/arithmetic/run.py --model_config examples/arithmetic/configs/experts.json --output runs/experts
 """
 
@@ -39,12 +40,15 @@ ALGORITHMS = {
     "ppo": ("ppo", {}),
     "sao": ("ppo", dict(algorithm="sao")),
     "bpco": ("ppo", dict(algorithm="bpco", critic_warmup=3)),
+    "opd": ("distill", {}),  # from what `TEACHER` has made
     # without a likelihood term both responses of a pair become rarer, and fewer are right
     "dpo": ("preference", dict(nll_coefficient=1.0)),
     "simpo": ("preference", dict(algorithm="simpo", beta=2.0, gamma=1.0, nll_coefficient=1.0)),
     "orpo": ("preference", dict(algorithm="orpo", beta=1.0)),
     "kto": ("preference", dict(algorithm="kto", beta=0.5)),
 }
+NEWER = ["grpo", "ppo", "sapo", "dppo", "maxrl", "sao", "bpco", "opd"]  # those of 2026, beside two that came before
+TEACHER = "grpo"
 ENOUGH = 0.5  # accuracy at which SFT is left
 PAIRED = 3000  # prompts that are sampled to make pairs
 MODEL = HERE / "configs" / "model.json"
@@ -53,16 +57,23 @@ TRIES = 4  # responses to each held-out prompt
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS, "all"], default=["grpo"])
+    parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS, "all", "newer"], default=["grpo"])
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many times, each with another seed")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "arithmetic", help="where everything goes")
     parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
     parser.add_argument("--model_config", type=Path, default=MODEL, help="of the model that starts at random")
-    parser.add_argument("--write_docs", action="store_true", help="put table and plot into docs/ too")
+    parser.add_argument(
+        "--write_docs",
+        nargs="?",
+        const="arithmetic",
+        choices=["arithmetic", "arithmetic-newer"],
+        help="put table and plot into docs/ too, under this name",
+    )
     arguments = parser.parse_args()
     output = arguments.output.resolve()
-    chosen = list(ALGORITHMS) if "all" in arguments.algorithms else arguments.algorithms
+    several = {"all": list(ALGORITHMS), "newer": NEWER}
+    chosen = [algorithm for name in arguments.algorithms for algorithm in several.get(name, [name])]
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         folder = output / f"seed{seed}"
         data = make_data(folder / "data", seed)
@@ -96,6 +107,10 @@ def learn(algorithm: str, start: Path, before: float, folder: Path, data: dict[s
     if script == "preference":
         files = [pairs(start, path, seed) for path in files]
     flags = {"seed": seed, "cache_dir": folder / "cache", "model": start, "train_data": files[0], "eval_data": files[1]}
+    if script == "distill":
+        flags["teacher"] = folder / TEACHER / "model"
+        if not flags["teacher"].is_dir():
+            sys.exit(f"error: {algorithm} learns from {flags['teacher']}: --algorithms {TEACHER} {algorithm}")
     train(script, HERE / "configs" / f"{script}.yaml", output, flags | changes, processes)
     seconds = time.monotonic() - started
     after = accuracy(output / "model", data["prompts_eval"], seed, TRIES)

@@ -52,8 +52,8 @@ def test_the_page_is_filled_when_asked_for(runs, monkeypatch):
     (runs / "docs").mkdir()
     results.summarize(runs, {"grpo": "grpo", "dpo": "preference"})
     assert filled == []
-    results.summarize(runs, {"grpo": "grpo", "dpo": "preference"}, write_docs=True)
-    assert len(filled) == 1 and (runs / "docs" / "arithmetic.svg").is_file()
+    results.summarize(runs, {"grpo": "grpo", "dpo": "preference"}, write_docs="newer")
+    assert [arguments[2] for arguments in filled] == ["newer"] and (runs / "docs" / "newer.svg").is_file()
 
 
 def test_runs_without_pairs_have_neither_a_share_nor_a_line(runs):
