@@ -36,8 +36,10 @@ OPTIONS = {
         loss_type="luspo", beta=0.0, importance_sampling_level="sequence", epsilon_low=3e-2, epsilon_high=4e-2
     ),
     "vespo": dict(loss_type="vespo", beta=0.0),
+    "sapo": dict(loss_type="sapo", beta=0.0),
 }
 VESPO = dict(vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0)  # the defaults
+SAPO = dict(sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
 
 
 def lines(method, first: str, last: str) -> str:
@@ -91,7 +93,7 @@ def bare_trainer(log_probs, loss_type, beta, epsilon_low=0.2, epsilon_high=0.2, 
     me.vllm_importance_sampling_mode = mode
     me.vllm_importance_sampling_clip_min = 0.5 if mode.endswith("mask") else None
     me.vllm_importance_sampling_clip_max = 2.0
-    me.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1, **VESPO)
+    me.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1, **VESPO, **SAPO)
     me.off_policy_mask_threshold, me.top_entropy_quantile = more.get("off_policy_bound"), 1.0
     me.aux_loss_enabled = me._entropy_bonus_enabled = False
     me.current_gradient_accumulation_steps, me.max_completion_length = 1, LONGEST

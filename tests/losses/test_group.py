@@ -212,10 +212,10 @@ def test_losses_and_their_gradients_are_those_of_trl(name):
     x = {key: torch.tensor(value, dtype=torch.float64) for key, value in case.items()}
     log_probs, kind = x["log_probs"].requires_grad_(), options["loss_type"]
     clips = dict(clip_low=options.get("epsilon_low", 0.2), clip_high=options.get("epsilon_high", 0.2))
-    clips |= dict(kind={"gspo": "gspo", "luspo": "gspo", "vespo": "vespo"}.get(name, "clip"))
+    clips |= dict(kind={"gspo": "gspo", "luspo": "gspo", "vespo": "vespo", "sapo": "sapo"}.get(name, "clip"))
     if kind == "cispo":
         clips = dict(kind="cispo", clip_low=1.0, clip_high=options["epsilon_high"] - 1)
-    aggregation = {"grpo": "sequence", "dr_grpo": "constant", "luspo": "sum"}.get(kind, "token")
+    aggregation = {"grpo": "sequence", "sapo": "sequence", "dr_grpo": "constant", "luspo": "sum"}.get(kind, "token")
     weights = aggregation_weights(mask, aggregation, mask.sum().item(), len(mask), TRL["longest"])
     advantages = x["advantages"][:, None].expand_as(log_probs)
     if "mode" in options:
