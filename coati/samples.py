@@ -33,6 +33,8 @@ class Sample:
             where the generator gives none (beam search).
         heads: for each of the sampled tokens, the ids and the log-probs of those that were most likely there, two
             arrays `[heads]`; empty where they were not asked for.
+        routing: the experts that tokens of a mixture went to, int16 `[tokens - 1, layers, k]` (the last token is not
+            read); None where that was not asked for.
         finish_reason: "eos", "stop" (a stop text or id) or "length"; of an episode "done", "length" (of its tokens, or
             of a response), "turns" (no more are allowed) or "failed" (its environment has).
         weights_version: the iteration whose weights sampled it.
@@ -53,6 +55,7 @@ class Sample:
     finish_reason: str
     weights_version: int = 0
     heads: list[tuple[Any, Any]] = field(default_factory=list)
+    routing: Any = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     failed: dict[str, bool] = field(default_factory=dict)
     score: float = 0.0

@@ -14,6 +14,7 @@ from coati.losses.language import ProjectedLogProbs, align, at_temperature
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
 from coati.models.packed import PackedGroups
+from coati.models.routing import RoutingReplay
 
 # Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**27}
@@ -40,6 +41,7 @@ class Actor(BaseModel):
     auto_class = "AutoModelForCausalLM"
     max_logits: int | None = None
     _head_is_last: bool | None = None  # not known before the first forward pass
+    _routing_replay: RoutingReplay | None = None  # once experts were given
 
     def forward(
         self,
@@ -52,6 +54,7 @@ class Actor(BaseModel):
         with_entropy: bool | Literal["trained"] = False,
         with_log_partition: bool = False,
         head_ids: Tensor | None = None,
+        routing: Tensor | None = None,
         adapter: bool = True,
         shared_prefix_group: int = 1,
         right_padded: bool = False,
@@ -69,6 +72,8 @@ class Actor(BaseModel):
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             head_ids: `[batch, seq, heads]` int64, tokens that could have stood at each place: return, last, their
                 log-probs there, float32 of that shape. For unsharded models only.
+            routing: `[batch, seq, layers, k]` int64, the experts that tokens of a mixture go to; -1 where the router
+                chooses. Not where this process has a part of the sequence or of the layers only.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
             shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and their shared prefix is read
                 once, see `PackedGroups`. For unsharded models only.
@@ -82,6 +87,9 @@ class Actor(BaseModel):
         if shared_prefix_group > 1:
             packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
+            routing = None if routing is None else packed.pack(routing, attention_mask)
+        if routing is not None:
+            self._replay(routing)
         with self._with_adapter(adapter):
             if targets is not None and self._head_is_last is not False:
                 hidden = self._states_before_head(inputs)
@@ -96,6 +104,12 @@ class Actor(BaseModel):
         outputs = _outputs_of_logits(self.layout, logits, next_ids, wanted)
         outputs = tuple(self._aligned(output, input_ids) for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def _replay(self, routing: Tensor):
+        """Has the next pass send its tokens to these experts."""
+        if self._routing_replay is None:
+            self._routing_replay = RoutingReplay(self.model)
+        self._routing_replay.given = routing.flatten(0, 1)
 
     def _with_adapter(self, adapter: bool) -> AbstractContextManager:
         if adapter or not self.has_adapter:

@@ -8,10 +8,14 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "num_experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether a module is a router, which gives `(logits, weights, chosen)`: `[tokens, experts]`, `[tokens, k]` twice."""
+    return type(module).__name__.lower().endswith("topkrouter")
+
+
 def routers_beside(block: nn.Module | None) -> list[nn.Module]:
-    """The routers in a block of experts: those that give `(logits, weights, chosen)`."""
-    parts = [] if block is None else list(block.children())
-    return [part for part in parts if type(part).__name__.lower().endswith("topkrouter")]
+    """The routers in a block of experts."""
+    return [] if block is None else [part for part in block.children() if is_router(part)]
 
 
 def parameters_of_experts(model: nn.Module) -> list[str]:

@@ -94,6 +94,21 @@ class PackedGroups:
             times.scatter_add_(1, index, real)
         return times
 
+    def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[group_size * groups, seq, ...]` as `[groups, packed, ...]`, -1 for padding; of what is shared, that of a
+        group's last row.
+
+        Args:
+            attention_mask: of the batch.
+        """
+        groups = len(self.input_ids)
+        packed = values.new_full((*self.input_ids.shape, *values.shape[2:]), -1)
+        members = (values, self.packed_index, attention_mask.bool())
+        for own, index, real in zip(*(x.split(groups) for x in members), strict=True):
+            rows, columns = real.nonzero(as_tuple=True)
+            packed[rows, index[rows, columns]] = own[rows, columns]
+        return packed
+
     def unpack(self, packed: Tensor) -> Tensor:
         """`[groups, packed, ...]` as `[group_size * groups, seq, ...]`; padding holds anything."""
         rows = torch.arange(len(packed), device=packed.device).repeat(len(self.packed_index) // len(packed))

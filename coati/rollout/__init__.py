@@ -1,7 +1,7 @@
 """Generation, scored samples, and the experience that policies are trained on."""
 
 from coati.config.generation import GenerationConfig
-from coati.rollout.batch import Experience, RolloutBatch, head_ids, head_log_probs
+from coati.rollout.batch import Experience, RolloutBatch, head_ids, head_log_probs, padded_routing
 from coati.rollout.best_of import BestOf, best_of_n, best_of_n_kl
 from coati.rollout.conversation import ConversationRenderer, check_conversations
 from coati.rollout.engine import RolloutEngine
@@ -45,6 +45,7 @@ __all__ = [
     "head_ids",
     "head_log_probs",
     "load_environment",
+    "padded_routing",
     "prompt_of",
     "rendering_of",
 ]

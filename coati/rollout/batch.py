@@ -34,7 +34,7 @@ class RolloutBatch:
         scores: float32 `[batch]`, the rewards of whole responses.
         temperature: of the distribution that was sampled from; all log-probs are of it.
         critic_rows: the responses after the critic's own prompts; None where it reads what the policy does.
-        heads: of each sample, see there; None where they were not asked for.
+        heads, routing: of each sample, see there; None where they were not asked for.
     """
 
     samples: list[Sample]
@@ -49,6 +49,7 @@ class RolloutBatch:
     temperature: float
     critic_rows: list[TokenSequence] | None = None
     heads: list[Heads] | None = None
+    routing: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,6 +94,7 @@ class RolloutBatch:
             scores=upload([sample.score for sample in samples], device, torch.float32),
             temperature=temperature,
             heads=[sample.heads for sample in samples] if any(sample.heads for sample in samples) else None,
+            routing=None if samples[0].routing is None else [sample.routing for sample in samples],
         )
 
 
@@ -111,7 +113,7 @@ class Experience:
         advantages: of the policy's loss.
         values, returns: the critic's estimate before each token, and its targets; None without a critic.
         observed: bool `[batch, seq]`, tokens of the environment that are learned too; None for none.
-        critic_rows, heads: as `RolloutBatch` has them.
+        critic_rows, heads, routing: as `RolloutBatch` has them.
     """
 
     input_ids: Tensor
@@ -128,6 +130,7 @@ class Experience:
     observed: Tensor | None = None
     critic_rows: list[TokenSequence] | None = None
     heads: list[Heads] | None = None
+    routing: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -166,6 +169,7 @@ class Experience:
             returns=returns,
             critic_rows=batch.critic_rows,
             heads=batch.heads,
+            routing=batch.routing,
         )
 
 
@@ -183,6 +187,19 @@ def head_ids(heads: Sequence[Heads], sampled: Tensor) -> Tensor:
 def head_log_probs(heads: Sequence[Heads], sampled: Tensor) -> Tensor:
     """The log-probs of `head_ids`, float32 of the same shape; 0 elsewhere."""
     return _placed([log_probs for row in heads for _, log_probs in row], sampled, torch.float32)
+
+
+def padded_routing(rows: Sequence[np.ndarray], shape: torch.Size, device: torch.device) -> Tensor:
+    """The experts of a batch's tokens, int64 `[batch, seq, layers, k]`; -1 where they are not known.
+
+    Args:
+        rows: of each sample, see there.
+        shape: `[batch, seq]`.
+    """
+    padded = np.full((*shape, *rows[0].shape[1:]), -1, np.int16)
+    for row, known in zip(padded, rows, strict=True):
+        row[: len(known)] = known
+    return to_device(torch.from_numpy(padded), device).long()
 
 
 def _placed(tokens: list[np.ndarray], sampled: Tensor, dtype: torch.dtype) -> Tensor:

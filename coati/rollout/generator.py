@@ -21,6 +21,8 @@ class Request:
             again. For the weights that it was sampled with.
         heads: of how many of the most likely tokens the log-probs are wanted too, wherever one is sampled; the same for
             all requests of a call. By coati's engine only.
+        with_routing: whether it is wanted which experts the tokens go to; the same for all requests of a call. By coati's
+            engine only, and not with states.
         keep_states: whether the completion's are kept, so that another request can go on from it.
     """
 
@@ -30,6 +32,7 @@ class Request:
     _: KW_ONLY
     states: Any = None
     heads: int = 0
+    with_routing: bool = False
     keep_states: bool = False
 
 
@@ -44,6 +47,8 @@ class Completion:
         finish_reason: "eos", "stop" (a stop string or id) or "length".
         heads: for each of these tokens, the ids and the log-probs of those that were most likely there, two arrays
             `[heads]`; empty where the request has no heads.
+        routing: the experts that the tokens of prompt and response went to but the last one, int16
+            `[tokens - 1, layers, k]`; None where that was not asked for.
         states: keys and values of the prompt and the response, if they were to be kept and the generator could; opaque.
     """
 
@@ -51,6 +56,7 @@ class Completion:
     log_probs: list[float] | None = field(default_factory=list)
     finish_reason: str = ""
     heads: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    routing: np.ndarray | None = None
     states: Any = None
 
 

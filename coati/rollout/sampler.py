@@ -74,13 +74,16 @@ class ResponseSampler:
     Args:
         tokenizer: of the policy.
         ends: tokens that end a response, which are no part of its text.
-        heads: what requests ask for, see `Request`.
+        heads, with_routing: what requests ask for, see `Request`.
     """
 
     plays_episodes = False
 
-    def __init__(self, generator: Generator, tokenizer, ends: Iterable[int], heads: int = 0):
-        self.generator, self.tokenizer, self.ends, self.heads = generator, tokenizer, list(ends), heads
+    def __init__(
+        self, generator: Generator, tokenizer, ends: Iterable[int], heads: int = 0, with_routing: bool = False
+    ):
+        self.generator, self.tokenizer, self.ends = generator, tokenizer, list(ends)
+        self.heads, self.with_routing = heads, with_routing
 
     def sample(
         self,
@@ -97,7 +100,8 @@ class ResponseSampler:
             if on_sample is not None:
                 on_sample(i, samples[i])
 
-        requests = [Request(prompt.input_ids, prompt.seed, heads=self.heads) for prompt in prompts]
+        asked = dict(heads=self.heads, with_routing=self.with_routing)
+        requests = [Request(prompt.input_ids, prompt.seed, **asked) for prompt in prompts]
         self.generator.generate(requests, sampling, finish)
         return Sampled(samples)
 
@@ -113,6 +117,7 @@ class ResponseSampler:
             response_mask=[False] * asked + [True] * sampled,
             log_probs=[0.0] * asked + completion.log_probs if known else None,
             heads=completion.heads,
+            routing=completion.routing,
             finish_reason=completion.finish_reason,
             weights_version=version,
         )

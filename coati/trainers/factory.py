@@ -203,7 +203,7 @@ class Factory:
         """
         c, ends = self.config, eos_ids(self.tokenizer, policy)
         if c.environment.path is None:
-            return ResponseSampler(generator, self.tokenizer, ends, c.heads)
+            return ResponseSampler(generator, self.tokenizer, ends, c.heads, c.router_replay)
         environment = load_environment(c.environment.path)
         renderer, call_format = rendering_of(
             environment, self.tokenizer, ends, c.environment.call_format, c.data.template_arguments

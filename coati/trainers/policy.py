@@ -7,8 +7,9 @@ from torch import Tensor
 
 from coati.errors import UserError
 from coati.losses import kl_divergence
+from coati.models.routing import routers_of
 from coati.parallel import Engine, resolve_precision
-from coati.rollout import RolloutBatch
+from coati.rollout import RolloutBatch, padded_routing
 from coati.trainers.batching import in_batch_order, model_inputs
 from coati.trainers.config import RolloutConfig
 from coati.transfer import upload
@@ -20,10 +21,11 @@ class LanguageModel:
     Args:
         adapter: False for the model without its LoRA adapter: the reference of a LoRA policy.
         group: so many rows of a micro-batch share what they begin with, which is read once, see `PackedGroups`.
+        replays_routing: tokens go to the experts that they went to at sampling, where a batch has these.
     """
 
-    def __init__(self, engine: Engine, *, adapter: bool = True, group: int = 1):
-        self.engine, self.options = engine, {}
+    def __init__(self, engine: Engine, *, adapter: bool = True, group: int = 1, replays_routing: bool = False):
+        self.engine, self.options, self.replays_routing = engine, {}, replays_routing
         if not adapter:
             self.options["adapter"] = False
         if group > 1:
@@ -36,6 +38,8 @@ class LanguageModel:
             targets: the tokens whose log-probs are wanted, bool `[batch, seq]`; None for the responses'.
         """
         targets = batch.response_mask if targets is None else targets
+        if self.replays_routing and batch.routing is not None:
+            options["routing"] = padded_routing(batch.routing, batch.input_ids.shape, batch.input_ids.device)
         return model_inputs(batch, targets, temperature=batch.temperature, **self.options, **options)
 
     def log_probs(self, batch: RolloutBatch, parts: Sequence[Sequence[int]]) -> Tensor:
@@ -58,6 +62,9 @@ class Policy:
         ranks: those that see different data.
         recomputes: log-probs are those that training computes, always: a correction compares them with sampling's.
         bypass: they are those noted at sampling, always.
+
+    Raises:
+        UserError: experts are to be replayed that the policy doesn't have.
     """
 
     def __init__(
@@ -70,9 +77,11 @@ class Policy:
         recomputes: bool = False,
         bypass: bool = False,
     ):
+        if config.router_replay and not routers_of(engine.module):
+            raise UserError("router_replay is for mixtures of experts, which the policy is none of: leave it out")
         self.engine, self.config, self.ranks, self.group = engine, config, ranks, group
         self.recomputes, self.bypass = recomputes, bypass
-        self.model = LanguageModel(engine, group=group)
+        self.model = LanguageModel(engine, group=group, replays_routing=True)
 
     @property
     def is_stale(self) -> bool:

@@ -149,7 +149,7 @@ class RolloutTrainer(Trainer):
             self.versions,
             self.folder.path / JOURNAL,
             plays_episodes=self.generation.sampler.plays_episodes,
-            settings=asdict(c.environment) | {"heads": c.heads},
+            settings=asdict(c.environment) | {"heads": c.heads, "routing": c.router_replay},
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )

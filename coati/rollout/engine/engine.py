@@ -14,6 +14,7 @@ ended there is still computed once more.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from coati.config.generation import GenerationConfig
 from coati.errors import UserError
+from coati.models.experts import is_experts
+from coati.models.routing import RoutingNotes
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.sampling import Sampler, key_of, most_likely
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
@@ -42,6 +45,7 @@ class _Row:
     Attributes:
         drawn: tokens that have been sampled on the device; the completion may still lack the last one.
         kept: whether its completion has states.
+        routing: of the tokens that the model has read, parts of the completion's.
     """
 
     index: int
@@ -51,6 +55,7 @@ class _Row:
     completion: Completion = field(default_factory=Completion)
     drawn: int = 0
     kept: bool = False
+    routing: list[np.ndarray] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -63,12 +68,14 @@ class _Row:
 
 @dataclass
 class _Prefilled:
-    """A row whose prompt the model has read: as row `place` of a batch, with the logits of its first token."""
+    """A row whose prompt the model has read: as row `place` of a batch, with the logits of its first token, and the
+    experts that its tokens went to."""
 
     row: _Row
     cache: Any  # a DynamicCache
     batch_row: int
     logits: Tensor
+    routing: Tensor | None = None
 
 
 class _Slots:
@@ -153,10 +160,11 @@ class RolloutEngine:
         rows = [self.make_row(request) for request in requests]
         if not rows:
             return []
+        self.notes = RoutingNotes(self.model) if requests[0].with_routing else None
         training = self.model.training
         self.model.eval()
         try:
-            with small_batch_matmul(self.model):
+            with small_batch_matmul(self.model), self.notes.noted() if self.notes else nullcontext():
                 self.run(rows)
         finally:
             self.model.train(training)
@@ -182,7 +190,7 @@ class RolloutEngine:
         self.state = _Slots(slots, columns, self.device, rows[0].request.heads)
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
-        self.downloads: deque[tuple[list[_Row], Download]] = deque()
+        self.downloads: deque[tuple[list[_Row], bool, Download]] = deque()
         try:
             while True:
                 self.fill_slots()
@@ -259,11 +267,26 @@ class RolloutEngine:
             return
         samples = [list(group) for _, group in groupby(rows, key=lambda row: tuple(row.request.prompt))]
         shared = common_prefix_length([group[0].request.prompt for group in samples])
-        prefix = self.prefill_batch(samples[:1], None, shared)[0] if shared else None
+        prefix, of_prefix = None, None
+        if shared:
+            prefix, _ = self.prefill_batch(samples[:1], None, shared)
+            of_prefix = self.take_routing(1)
         while samples:
             groups = self.next_batch(samples, lambda group: len(group[0].request.prompt) - shared)
             cache, logits = self.prefill_batch(groups, prefix)
-            yield [_Prefilled(row, cache, i, logits) for i, group in enumerate(groups) for row in group]
+            routing = self.take_routing(len(groups), of_prefix)
+            yield [_Prefilled(row, cache, i, logits, routing) for i, group in enumerate(groups) for row in group]
+
+    def take_routing(self, rows: int, before: Tensor | None = None) -> Tensor | None:
+        """The experts of the tokens that the model has read last, int16 `[rows, seq, layers, k]`, if they are noted.
+
+        Args:
+            before: `[1, seq, layers, k]`, of what all rows begin with.
+        """
+        if self.notes is None:
+            return None
+        found = self.notes.take().unflatten(0, (rows, -1))
+        return found if before is None else torch.cat([before.expand(rows, -1, -1, -1), found], 1)
 
     def next_batch(self, waiting: list[Any], new_tokens: Callable[[Any], int]) -> list[Any]:
         """Takes the first ones, as many as are read at a time, padding included."""
@@ -347,6 +370,9 @@ class RolloutEngine:
             logits = new[0].logits[batch_rows]
         else:
             logits = torch.stack([p.logits[p.batch_row] for p in new])
+        for p in new:
+            if p.routing is not None:
+                p.row.routing.append(p.routing[p.batch_row, : len(p.row.request.prompt)].cpu().numpy())
         state.keys[slots] = upload([p.row.key for p in new], self.device)
         state.drawn[slots] = 0
         if self.config.repetition_penalty != 1:
@@ -368,7 +394,7 @@ class RolloutEngine:
             shape = (min(shape[0], self.state.cache.slots), min(shape[1], self.state.cache.columns))
         self.graphs.run(*shape)
         self.steps += 1
-        self.start_download(self.rows, slice(0, rows))
+        self.start_download(self.rows, slice(0, rows), self.notes.take() if self.notes else None)
 
     def decode(self, rows: int, width: int):
         """The device's part of a step: nothing here depends on values that the host would have to read."""
@@ -397,21 +423,28 @@ class RolloutEngine:
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
 
-    def start_download(self, rows: list[_Row], slots: slice):
-        """Starts copying these rows' tokens to the host, and reads what has arrived."""
+    def start_download(self, rows: list[_Row], slots: slice, routing: Tensor | None = None):
+        """Starts copying these rows' tokens to the host, and reads what has arrived.
+
+        Args:
+            routing: the experts of the tokens that the model has read for them, int16 `[rows, layers, k]`.
+        """
         for row in rows:
             row.drawn += 1
         state = self.state
         columns = [state.tokens[slots], state.log_probs[slots], *(stored[slots] for stored in state.heads)]
-        self.downloads.append((list(rows), Download(*columns)))
+        if routing is not None:
+            columns.append(routing)
+        self.downloads.append((list(rows), routing is not None, Download(*columns)))
         self.release_slots([row.drawn == row.limit for row in self.rows])
         while len(self.downloads) > self.steps_behind:
             self.finish_download()
 
     def finish_download(self):
         """Reads the tokens of the oldest pending step; rows that have ended free their slots."""
-        rows, download = self.downloads.popleft()
+        rows, with_routing, download = self.downloads.popleft()
         tokens, log_probs, *heads = download.arrays()
+        routing = heads.pop() if with_routing else None
         in_progress = []
         for i, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
             if not row.ended:
@@ -419,12 +452,16 @@ class RolloutEngine:
                 row.completion.log_probs.append(log_prob)
                 if heads:
                     row.completion.heads.append((heads[0][i].astype(np.int32), heads[1][i].copy()))
+                if routing is not None:
+                    row.routing.append(routing[i : i + 1])
                 in_progress.append(row)
         stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
             if row.request.keep_states and row.completion.finish_reason in ("eos", "stop"):
                 row.completion.states = self.states_of(row)
+            if row.ended and row.routing:
+                row.completion.routing = np.concatenate(row.routing)
             if row.ended and self.follow_ups:
                 self.ended.append((self.period, row))
             if row.ended and self.on_done:
@@ -500,7 +537,7 @@ def can_be_captured(model) -> bool:
     """Whether a step of the model is the same sequence of kernels each time: not with sharded models, expert
     routing, or rotary frequencies that depend on the length."""
     config = model.transformer.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = any(is_experts(module) for module in model.modules())
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
     return model.layout.is_plain and not experts and not kinds & {"dynamic", "longrope"}

@@ -40,7 +40,7 @@ class RemoteSampler:
         versions: the weights that can be sampled with; those of a job must be published before it is asked for.
         journal: folder of the samples, on a disk that the generators see.
         plays_episodes: whether the generators do.
-        settings: what else tells jobs apart: of their environment, and how many heads samples have.
+        settings: what else tells jobs apart: of their environment, how many heads samples have, and whether experts.
         rank, world_size: of this process among those that ask, so that they ask different generators.
     """
 

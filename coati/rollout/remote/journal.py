@@ -7,6 +7,7 @@ Each of the others is a sample as `coati.samples.Sample` has it, with the seed o
 and without the row's columns. The last is the checksum of the lines before it.
 """
 
+import base64
 import json
 import shutil
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def write_samples(path: Path, header: dict[str, Any], prompts: Sequence[Prompt],
         row = {"seed": list(prompt.seed)} | asdict(sample)
         del row["columns"]
         row["heads"] = [[ids.tolist(), log_probs.tolist()] for ids, log_probs in sample.heads]
+        if sample.routing is not None:
+            row["routing"] = [sample.routing.shape, base64.b64encode(sample.routing.tobytes()).decode()]
         lines.append(json.dumps(row))
     body = "\n".join(lines) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,9 @@ def sample_of(row: dict[str, Any], prompt: Prompt) -> Sample:
     row = {name: value for name, value in row.items() if name != "seed"}
     row["turns"] = [Turn(**turn) for turn in row["turns"]]
     row["heads"] = [(np.array(ids, np.int64), np.array(log_probs, np.float32)) for ids, log_probs in row["heads"]]
+    if row["routing"] is not None:
+        shape, numbers = row["routing"]
+        row["routing"] = np.frombuffer(base64.b64decode(numbers), np.int16).reshape(shape)
     return Sample(columns=prompt.columns, **row)
 
 

@@ -335,6 +335,10 @@ class GRPOConfig(RolloutConfig):
     def heads(self) -> int:
         return self.algorithm.correction.score_centering
 
+    @property
+    def router_replay(self) -> bool:
+        return self.algorithm.router_replay
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         a, split = self.algorithm, self.parallel.splits_models

@@ -129,6 +129,10 @@ class PPOConfig(RolloutConfig):
         return super().models + ([self.algorithm.critic_model] if self.algorithm.critic_model else [])
 
     @property
+    def router_replay(self) -> bool:
+        return self.algorithm.router_replay
+
+    @property
     def longest_row(self) -> int:
         return max(super().longest_row, self.data.max_length) if self.algorithm.ptx_data else super().longest_row
 

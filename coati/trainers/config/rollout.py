@@ -38,6 +38,10 @@ class RolloutAlgorithm(Settings):
         0.1, "stop where the log-probs of trainer and sampler differ by more than this, nats per token", ge=0
     )
 
+    router_replay: bool = option(
+        False, "tokens of a mixture of experts go to the experts that they went to at sampling, see docs/plugins.md"
+    )
+
     @property
     def needs_reference(self) -> bool:
         return self.kl_coefficient != 0
@@ -97,6 +101,11 @@ class RolloutConfig(TrainerConfig):
         return 0
 
     @property
+    def router_replay(self) -> bool:
+        """Whether samples come with the experts that their tokens went to."""
+        return False
+
+    @property
     def reward_model(self) -> str | None:
         """The first reward model of the rewards."""
         return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
@@ -116,6 +125,14 @@ class RolloutConfig(TrainerConfig):
                 "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be "
                 "ahead: leave them out, or max_staleness at 0"
             )
+        split = self.parallel.pipeline_parallel > 1 or self.parallel.splits_sequences
+        if self.router_replay and (split or self.generation.rollout_engine == "vllm" or self.environment.path):
+            yield (
+                "router_replay is for single responses of coati's rollout engine, and for whole sequences: leave out "
+                "environment, vLLM, pipeline and sequence parallelism"
+            )
+        if self.router_replay and self.generation.compile_generation:
+            yield "router_replay looks into the model while it samples: leave out compile_generation"
         if self.generation.num_beams > 1:
             yield "a policy learns from samples: leave num_beams at 1"
         if self.environment.path and self.generation.max_new_tokens >= self.environment.max_tokens:
