@@ -9,7 +9,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module is a router, which gives `(logits, weights, chosen)`: `[tokens, experts]`, `[tokens, k]` twice."""
+    """Whether a module is a router, which gives logits `[tokens, experts]`, and weights and experts `[tokens, k]`."""
     return type(module).__name__.lower().endswith("topkrouter")
 
 

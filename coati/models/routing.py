@@ -1,7 +1,7 @@
 """Which experts a mixture's tokens go to: noted while it samples, and replayed while it trains (R3, 2510.11370).
 
-Rounding lets a router choose other experts in training than in sampling, of which the log-probs differ by much more than
-by rounding. With the experts of sampling they differ by rounding alone.
+Rounding lets a router choose other experts in training than in sampling, and then log-probs differ by much more than by
+rounding. With the experts of sampling they don't.
 """
 
 from collections.abc import Iterator

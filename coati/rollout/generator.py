@@ -21,8 +21,8 @@ class Request:
             again. For the weights that it was sampled with.
         heads: of how many of the most likely tokens the log-probs are wanted too, wherever one is sampled; the same for
             all requests of a call. By coati's engine only.
-        with_routing: whether it is wanted which experts the tokens go to; the same for all requests of a call. By coati's
-            engine only, and not with states.
+        with_routing: whether it is wanted which experts the tokens go to; the same for all requests of a call. By
+            coati's engine only, and not with states.
         keep_states: whether the completion's are kept, so that another request can go on from it.
     """
 

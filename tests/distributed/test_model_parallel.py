@@ -244,6 +244,20 @@ def test_four_processes_give_the_single_process_run(layout, algorithm, one_proce
     assert_same(four_processes[f"{layout}-llama-{algorithm}"], one_process[f"one-llama-{algorithm}"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_replayed_experts_are_those_of_a_single_process(family, worlds, folder):
+    found = []
+    for processes, layouts in ((1, ("one",)), (2, ("tp2", "zero2"))):
+        ours = []
+        for layout in layouts:
+            changes = dict(router_replay=True) | LAYOUTS.get(layout, {})
+            ours.append(family_job(f"{layout}-{family}-replay", "ppo", worlds[family], folder, **changes))
+        found += run_jobs(ours, folder / f"replay-{family}-{processes}", processes).values()
+    for result in found[1:]:
+        assert_same(result, found[0])
+
+
 @pytest.fixture(scope="module")
 def four_processes_of_gpt2(worlds, folder):
     return run_jobs(jobs(worlds, folder, FOUR, ["gpt2"]), folder / "four-gpt2", 4)

@@ -47,14 +47,8 @@ def test_a_resumed_run_goes_on_with_the_shares_of_the_step_before(world, runtime
 def learn(algorithm, world, runtime, output, **changes):
     config_class, trainer_class = trainer_classes(algorithm)
     own = dict(rewards=[reward_model(world["scorer"])], model=world["policy"], model_config=None, save_every=0)
-    own |= dict(
-        steps=2,
-        minibatches=1,
-        ppo_epochs=1,
-        temperature=1.0,
-        max_new_tokens=12,
-        **(dict(group_size=2) if algorithm == "grpo" else {}),
-    )
+    own |= dict(steps=2, minibatches=1, ppo_epochs=1, temperature=1.0, max_new_tokens=12)
+    own |= dict(group_size=2) if algorithm == "grpo" else {}
     settings = settings_for(algorithm, world, output_dir=str(output), **own | changes)
     trainer_class(configure(config_class, **settings), runtime).train()
     return [row for row in read_metrics(output) if "policy_loss" in row]
@@ -71,7 +65,7 @@ def test_replayed_experts_are_those_of_training_where_nothing_rounds(algorithm, 
 
 
 def test_the_trainer_takes_the_experts_of_the_samples(world, runtime, tmp_path, monkeypatch):
-    """Planted ones, which are none that the routers would choose, are off by far; with prompts that are read once too."""
+    """Planted ones are off by far; with prompts that are read once, too."""
     changes = dict(steps=1, max_rollout_kl=100.0, micro_batch_size=4, share_prompts=True)
     [right] = learn("grpo", world, runtime, tmp_path / "right", router_replay=True, **changes)
 
