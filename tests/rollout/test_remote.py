@@ -46,6 +46,7 @@ def samples(draw) -> tuple[Prompt, Sample]:
         response_mask=draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))),
         log_probs=log_probs,
         heads=[(np.array([token, 7]), np.array([-0.1, -2.3], np.float32)) for token in tokens],
+        routing=draw(st.none() | st.just(np.arange(2 * 3 * len(tokens), dtype=np.int16).reshape(-1, 2, 3))),
         finish_reason=draw(st.sampled_from(["eos", "length", "done", "failed"])),
         weights_version=draw(st.integers(0, 9)),
         turns=[Turn(0, 1, draw(st.floats(allow_nan=False)))],
@@ -71,7 +72,8 @@ def test_samples_are_what_was_written(pairs):
 def as_lists(sample: Sample) -> dict:
     """A sample whose arrays can be compared; with their dtypes."""
     heads = [(ids.tolist(), log_probs.tolist(), ids.dtype, log_probs.dtype) for ids, log_probs in sample.heads]
-    return asdict(sample) | {"heads": heads}
+    routing = None if sample.routing is None else (sample.routing.tolist(), sample.routing.dtype)
+    return asdict(sample) | {"heads": heads, "routing": routing}
 
 
 def one_sample(prompt: Prompt, version: int = 0, response: str = "yes") -> Sample:
