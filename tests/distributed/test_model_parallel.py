@@ -63,16 +63,19 @@ def cases(layouts, pairs) -> list[tuple[str, str, str]]:
     return [(layout, family, algorithm) for layout in layouts for family, algorithm in pairs if runs(layout, family)]
 
 
-QUICK = cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS])
-QUICK += cases(("tp2", "pp2"), [(family, "ppo") for family in FAMILIES[1:]])
+# every layout, every algorithm and every architecture; the rest of the table is slow
+QUICK = cases(TWO, [("llama", "ppo")])
+QUICK += cases(("tp2, split_sequence", "pp2"), [("llama", "sft"), ("llama", "reward")])
+QUICK += [("tp2", "qwen3", "ppo"), ("pp2", "qwen3", "ppo"), ("pp2", "gpt2", "ppo"), ("tp2", "opt", "ppo")]
+REST = [case for case in cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS]) if case not in QUICK]
 # dense and shared experts beside the others; latent attention; sinks, and experts' biases; norms across heads
 OF_EXPERTS = cases(("tp2", "tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
 OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
-EVENED = ("one", "zero2", "tp2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
+EVENED = ("one", "zero2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
-ADAPTED = cases(TWO, [("llama", "ppo")]) + cases(("tp2", "pp2"), [("qwen3", "sft"), ("gpt2", "sft")])
-ADAPTED += cases(("tp2",), [("deepseek_v3", "sft")])
+ADAPTED = cases(("tp2, split_sequence", "pp2", "sp2"), [("llama", "ppo")])
+ADAPTED += cases(("tp2",), [(family, "sft") for family in ("qwen3", "gpt2", "deepseek_v3")])
 EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS + EXPERTS]
 EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
 
@@ -110,8 +113,7 @@ def evened_jobs(layouts, worlds, folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
     adapted = dict.fromkeys(("one", *case[1:]) for case in ADAPTED)
-    of_experts = dict.fromkeys(("one", *case[1:]) for case in OF_EXPERTS)
-    ours = jobs(worlds, folder, ["one"]) + jobs_of(of_experts, worlds, folder)
+    ours = jobs_of(dict.fromkeys(("one", *case[1:]) for case in QUICK), worlds, folder)
     ours += evened_jobs(EVENED[:1], worlds, folder)
     return run_jobs(ours + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
 
@@ -120,6 +122,12 @@ def one_process(worlds, folder):
 def two_processes(worlds, folder):
     ours = jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder)
     return run_jobs(ours + evened_jobs(EVENED[1:], worlds, folder), folder / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def one_process_each(worlds, folder):
+    """For the slow tests: every architecture with every algorithm."""
+    return run_jobs(jobs(worlds, folder / "each", ["one"]), folder / "each", 1)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,17 @@ def assert_same(found: dict, expected: dict):
 @pytest.mark.parametrize(("layout", "family", "algorithm"), QUICK)
 def test_two_processes_give_the_single_process_run(layout, family, algorithm, one_process, two_processes):
     assert_same(two_processes[f"{layout}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+
+
+@pytest.fixture(scope="module")
+def the_rest(worlds, folder):
+    return run_jobs(jobs_of(REST, worlds, folder), folder / "rest", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "family", "algorithm"), REST)
+def test_so_does_every_layout_with_every_algorithm(layout, family, algorithm, one_process_each, the_rest):
+    assert_same(the_rest[f"{layout}-{family}-{algorithm}"], one_process_each[f"one-{family}-{algorithm}"])
 
 
 @pytest.mark.parametrize("layout", EVENED[1:])
@@ -188,16 +207,18 @@ def whole(worlds, folder):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plugin", WHOLE)
-def test_the_plugins_that_keep_models_whole_do_for_every_architecture(plugin, family, algorithm, one_process, whole):
-    assert_same(whole[f"{plugin}-{family}-{algorithm}"], one_process[f"one-{family}-{algorithm}"])
+def test_the_plugins_that_keep_models_whole_do_for_every_architecture(
+    plugin, family, algorithm, one_process_each, whole
+):
+    assert_same(whole[f"{plugin}-{family}-{algorithm}"], one_process_each[f"one-{family}-{algorithm}"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ("sft", "reward"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gemini_in_bf16_stays_near_the_fp32_run(family, algorithm, one_process, whole):
+def test_gemini_in_bf16_stays_near_the_fp32_run(family, algorithm, one_process_each, whole):
     """bf16 has 8 bits of mantissa: losses within 2 % of the loss or of 1. (Greedy responses of PPO differ.)"""
-    expected, found = (r[f"{n}-{family}-{algorithm}"] for r, n in ((one_process, "one"), (whole, "gemini, bf16")))
+    expected, found = (r[f"{n}-{family}-{algorithm}"] for r, n in ((one_process_each, "one"), (whole, "gemini, bf16")))
     losses = [[step["loss"] for step in result["steps"]] for result in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2, abs=2e-2)
 
@@ -240,8 +261,8 @@ def test_adapters_do_for_every_architecture(layout, family, algorithm, every_ada
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("layout", FOUR)
-def test_four_processes_give_the_single_process_run(layout, algorithm, one_process, four_processes):
-    assert_same(four_processes[f"{layout}-llama-{algorithm}"], one_process[f"one-llama-{algorithm}"])
+def test_four_processes_give_the_single_process_run(layout, algorithm, one_process_each, four_processes):
+    assert_same(four_processes[f"{layout}-llama-{algorithm}"], one_process_each[f"one-llama-{algorithm}"])
 
 
 @pytest.mark.slow
@@ -266,8 +287,8 @@ def four_processes_of_gpt2(worlds, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("layout", FOUR)
-def test_four_processes_do_for_another_shape_of_layers(layout, algorithm, one_process, four_processes_of_gpt2):
-    assert_same(four_processes_of_gpt2[f"{layout}-gpt2-{algorithm}"], one_process[f"one-gpt2-{algorithm}"])
+def test_four_processes_do_for_another_shape_of_layers(layout, algorithm, one_process_each, four_processes_of_gpt2):
+    assert_same(four_processes_of_gpt2[f"{layout}-gpt2-{algorithm}"], one_process_each[f"one-gpt2-{algorithm}"])
 
 
 @pytest.mark.parametrize(("layout", "family", "algorithm"), [case for case in QUICK if case[2] != "reward"])
