@@ -101,9 +101,8 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
             if verdict.value is None:
                 failures[key] = errors
             else:
-                store.append(
-                    [{"key": key, "answer": {"text": verdict.text, "verdict": verdict.value, "errors": errors}}]
-                )
+                judgment = {"text": verdict.text, "verdict": verdict.value, "errors": errors}
+                store.append([{"key": key, "answer": judgment}])
             bar.advance()
     for key, case in zip(keys, cases, strict=True):
         record = {"id": case.question.id, "category": case.question.category, "turn": case.turn, "kind": case.kind}

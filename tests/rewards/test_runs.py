@@ -216,18 +216,20 @@ def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tm
 
 def test_the_documented_settings_parse(tmp_path):
     from coati.config import parse_config
-    from coati.trainers.ppo import PPOConfig
+    from coati.trainers.config import GRPOConfig
     from tests.conftest import ROOT
     from tests.docs.pages import blocks
 
     parsed = []
     for block in blocks(ROOT / "docs" / "rewards.md", "yaml"):
-        (tmp_path / "ppo.yaml").write_text(block.text)
-        parsed.append(parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")]).rewards)
+        (tmp_path / "grpo.yaml").write_text(block.text)
+        parsed.append(parse_config(GRPOConfig, ["--config", str(tmp_path / "grpo.yaml")]).rewards)
     assert [(reward.type, reward.weight) for reward in parsed[0]] == [("math", 1.0), ("regex", 0.2), ("model", 0.5)]
     [reward] = parsed[1]
     assert reward.type == "classifier" and reward.pad_token == "<|endoftext|>" and reward.padding_side == "right"
     assert reward.max_length == 256
+    judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[2]]
+    assert judges == [("judge", "score", None), ("judge", "pairwise", "wins"), ("rubric", None, None)]
 
 
 def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(tiny_world, runtime, tmp_path):
@@ -255,9 +257,10 @@ def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(
             rows.append([row for row in read_metrics(tmp_path / name) if "reward" in row])
             assert (len(server.heard) == asked) == (name == "b")
     assert [*(tmp_path / "c" / "verdicts").iterdir()]
+    assert any("reward/length_correlation" in row for row in rows[0]), "once lengths differ"
     for first, second in zip(*rows[:2], strict=True):
         assert first["reward"] == second["reward"] and 0 < first["reward/judge"] < 1
-        assert "reward/length_correlation" not in first, "all responses are cut at the same length"
+        assert {"reward/rubric/short", "reward/rubric/2"} <= first.keys()
         assert first["reward/rubric"] == pytest.approx((first["reward/rubric/short"] + first["reward/rubric/2"]) / 2)
         assert first["reward/wins"] == pytest.approx(0.5, abs=0.2) and first["reward/wins/failed"] == 0
 
