@@ -60,6 +60,8 @@ setup(
         ],
         # for --verifiers math, json and reasoning_gym
         "verify": ["math-verify>=0.9", "jsonschema>=4.18", "reasoning-gym>=0.1.25"],
+        # for the rewards judge and rubric
+        "judge": ["openai>=2"],
         # for the environments of coati.environments that are named after them
         "environments": ["mcp>=2.3", "gymnasium>=1.2", "bm25s>=0.3"],
         # for applications/colossal_llama

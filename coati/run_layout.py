@@ -18,6 +18,7 @@
         step-00000030.partial/          being written or removed: see `coati.files`
       weights/                          with generators: version-00000011.safetensors, those that are in use
       journal/                          with generators: their samples, see `coati.rollout.remote.journal`
+      verdicts/                         with judges: what they said, see `coati.judges.cache`
       profile/
         step-00000003/                  of a step that was profiled: a trace and a table a rank
 
@@ -32,7 +33,7 @@ from typing import Any
 from coati.files import PARTIAL, write_json
 
 FINAL_MODEL = "model"
-WEIGHTS, JOURNAL = "weights", "journal"
+WEIGHTS, JOURNAL, VERDICTS = "weights", "journal", "verdicts"
 LOCK = ".lock"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"

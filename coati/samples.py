@@ -39,7 +39,8 @@ class Sample:
             of a response), "turns" (no more are allowed) or "failed" (its environment has).
         weights_version: the iteration whose weights sampled it.
         rewards: each reward by name, unweighted; per-token rewards are summed; None where it was skipped.
-        failed: of the rewards that look at one sample at a time, whether they could not score it.
+        details: what rewards told beside their scores, by `NAME/DETAIL`.
+        failed: of the rewards that may fail for one sample, whether they could not score it.
         score: the weighted sum of the rewards of whole responses.
         token_rewards: the weighted sum of the rewards of tokens; None without any.
         turns: of an episode, what was sampled; messages: its conversation; metrics: numbers that its environment gave.
@@ -57,6 +58,7 @@ class Sample:
     heads: list[tuple[Any, Any]] = field(default_factory=list)
     routing: Any = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)
     failed: dict[str, bool] = field(default_factory=dict)
     score: float = 0.0
     token_rewards: list[float] | None = None

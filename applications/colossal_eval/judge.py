@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError, run_command
 from coati.files import replace_file
+from coati.judges import Judge, Question
 from coati.tracking.config import TrackingConfig
 from coati.tracking.progress import progress_bar
 from colossal_eval.benchmarks.prepared_folder import read_dialogues
 from colossal_eval.llm_judge.cases import Case, make_cases, read_responses
-from colossal_eval.llm_judge.endpoint import Judge
 from colossal_eval.llm_judge.judge_prompts import OURS, read_prompts
-from colossal_eval.llm_judge.verdicts import report_text, summarize
+from colossal_eval.llm_judge.verdicts import read_verdict, report_text, summarize
 from colossal_eval.run.response_store import ResponseStore, digest
 
 
@@ -68,6 +70,11 @@ def load_cases(config: JudgeConfig) -> list[Case]:
     return make_cases(read_dialogues(Path(config.questions)), responses, references, prompts)
 
 
+def question_of(case: Case) -> Question:
+    """A case as the judge's client takes it."""
+    return Question(case.messages, case.kind, partial(read_verdict, case.kind))
+
+
 def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
     """A record per case."""
     store = ResponseStore(Path(config.output))
@@ -75,23 +82,28 @@ def judge_all(config: JudgeConfig, cases: list[Case]) -> Iterator[dict]:
     waiting = [(key, case) for key, case in zip(keys, cases, strict=True) if key not in store]
     print(f"{len(cases)} judgments by {config.judge}: {len(cases) - len(waiting)} reused, {len(waiting)} to ask for")
     failures: dict[str, list[str]] = {}
-    ask = Judge(config)
+    endpoint = Judge(
+        config.judge,
+        endpoint=config.endpoint,
+        api_key_variable=config.api_key_variable,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        concurrency=config.workers,
+        attempts=config.attempts,
+        timeout=config.timeout,
+    )
     tracking = TrackingConfig(progress=config.progress)
-    with ThreadPoolExecutor(config.workers) as pool, progress_bar(len(waiting), "judging", tracking) as bar:
-        tasks = {pool.submit(ask, case): key for key, case in waiting}
-        try:
-            for task in as_completed(tasks):
-                judgment, errors = task.result()
-                key = tasks[task]
-                if judgment is None:
-                    failures[key] = errors
-                else:
-                    store.append([{"key": key, "answer": judgment | {"errors": errors}}])
-                bar.advance()
-        except BaseException:
-            ask.stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    with closing(endpoint), progress_bar(len(waiting), "judging", tracking) as bar:
+        tasks = {endpoint.submit(question_of(case)): key for key, case in waiting}
+        for task in as_completed(tasks):
+            verdict, key = task.result(), tasks[task]
+            errors = list(verdict.errors)
+            if verdict.value is None:
+                failures[key] = errors
+            else:
+                judgment = {"text": verdict.text, "verdict": verdict.value, "errors": errors}
+                store.append([{"key": key, "answer": judgment}])
+            bar.advance()
     for key, case in zip(keys, cases, strict=True):
         record = {"id": case.question.id, "category": case.question.category, "turn": case.turn, "kind": case.kind}
         record |= {"models": list(case.models), "messages": case.messages}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from coati.rewards.answers import Style
 if TYPE_CHECKING:  # settings are read before torch is loaded
     import torch
 
+    from coati.judges import Judge
     from coati.rewards.base import Reward
     from coati.rewards.scorer import Scorer
 
@@ -29,12 +31,13 @@ class RewardSettings(Settings):
     name: str | None = option(None, "in metrics, if not that of its type")
 
     package: ClassVar[str | None] = None  # that it needs beside coati's own requirements
+    extra: ClassVar[str] = "verify"  # of coati, which installs it
 
     def check_installed(self):
         """Raises a UserError for a package that this machine lacks."""
         if self.package and find_spec(self.package) is None:
             kind = self.__pydantic_fields__["type"].default
-            raise UserError(f"the reward {kind} needs the package {self.package}: pip install 'coati[verify]'")
+            raise UserError(f"the reward {kind} needs the package {self.package}: pip install 'coati[{self.extra}]'")
 
     def make(self, device: torch.device | str) -> Reward:
         """The reward; `device` is where a model of its own runs."""
@@ -249,6 +252,132 @@ class HTTPRewardSettings(RewardSettings):
         return HTTPReward(self.url, timeout=self.timeout, retries=self.retries, batch_size=self.batch_size)
 
 
+@settings
+class JudgedRewardSettings(RewardSettings):
+    """What every reward has that asks an LLM judge."""
+
+    model: str = option(..., "the judge's name at the endpoint")
+    endpoint: str | None = option(
+        None, "URL of the OpenAI-compatible API, such as http://localhost:8000/v1; else OPENAI_BASE_URL"
+    )
+    api_key_variable: str = option("OPENAI_API_KEY", "the environment variable that holds the key")
+    prompt: str | None = option(
+        None, "what the judge is asked: a file, or a text with {response} and the like; ours if not given"
+    )
+    max_tokens: int = option(1024, "longest reply of the judge, in tokens", ge=1)
+    temperature: float = option(0.0, "of the judge", ge=0)
+    concurrency: int = option(16, "requests of each process at the same time", ge=1)
+    attempts: int = option(4, "how often a verdict is asked for before it counts as failed", ge=1)
+    timeout: float = option(120.0, "seconds that one reply may take", gt=0)
+    cache: str | None = option(
+        None, "folder of the verdicts, which are never asked for again; verdicts/ in output_dir if not given"
+    )
+
+    package = "openai"
+    extra = "judge"
+
+    def make_judge(self, cache: Path | None) -> Judge:
+        """The client. Args: cache: the folder of verdicts if the settings name none; None to keep none."""
+        from coati.judges import Judge, VerdictCache
+
+        folder = cache if self.cache is None else Path(self.cache).expanduser()
+        return Judge(
+            self.model,
+            endpoint=self.endpoint,
+            api_key_variable=self.api_key_variable,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            concurrency=self.concurrency,
+            attempts=self.attempts,
+            timeout=self.timeout,
+            cache=None if folder is None else VerdictCache(folder),
+        )
+
+    def make_judged(self, cache: Path | None, group_size: int) -> Reward:
+        """The reward of a run.
+
+        Args:
+            cache: where verdicts are kept if the settings don't say; None to keep none.
+            group_size: responses per prompt.
+        """
+        raise NotImplementedError
+
+    def make(self, device):
+        return self.make_judged(None, 1)
+
+
+@settings
+class JudgeRewardSettings(JudgedRewardSettings):
+    """An LLM judge."""
+
+    type: Literal["judge"] = option("judge", "an LLM judge at an OpenAI-compatible endpoint")
+    mode: Literal["score", "pairwise"] = option(
+        "score",
+        "score: each response by itself; pairwise: its share of wins against the prompt's other responses, or against "
+        "reference_column",
+    )
+    lowest_score: float = option(1.0, "the scale's lower end, which becomes a reward of 0")
+    highest_score: float = option(10.0, "its upper end, which becomes 1")
+    reference_column: str | None = option(
+        None, "the data's column with a reference response, which the judge is told, or compares with"
+    )
+    comparisons: int | None = option(
+        None, "of pairwise, how many of a prompt's other responses each is compared with; all if not given", ge=1
+    )
+
+    @property
+    def is_tournament(self) -> bool:
+        """Whether the responses to a prompt are compared with each other."""
+        return self.mode == "pairwise" and self.reference_column is None
+
+    def problems(self):
+        if self.lowest_score >= self.highest_score:
+            yield "lowest_score must be below highest_score"
+        if self.comparisons is not None and not self.is_tournament:
+            yield "comparisons is for mode pairwise without reference_column"
+
+    def make_judged(self, cache, group_size):
+        from coati.judges.questions import pairwise_template, read_template, score_template
+        from coati.rewards.judge import JudgeReward, ReferenceComparisonReward, TournamentReward
+
+        judge = self.make_judge(cache)
+        if self.mode == "score":
+            template = score_template(self.reference_column is not None)
+            if self.prompt is not None:
+                names = ("response",) if self.reference_column is None else ("response", "reference")
+                template = read_template(self.prompt, names)
+            return JudgeReward(judge, template, self.lowest_score, self.highest_score, self.reference_column)
+        template = pairwise_template()
+        if self.prompt is not None:
+            template = read_template(self.prompt, ("response_a", "response_b"))
+        if self.reference_column is not None:
+            return ReferenceComparisonReward(judge, template, self.reference_column)
+        return TournamentReward(judge, template, group_size, self.comparisons)
+
+
+@settings
+class RubricRewardSettings(JudgedRewardSettings):
+    """Weighted criteria."""
+
+    type: Literal["rubric"] = option("rubric", "weighted criteria, which an LLM judge looks at one by one")
+    rubric: str | None = option(None, "YAML or JSON file with the criteria of all responses", path="file")
+    rubric_column: str | None = option(None, "the data's column with the criteria of each row")
+
+    def problems(self):
+        if (self.rubric is None) == (self.rubric_column is None):
+            yield "criteria are in a file or in the data: give either rubric or rubric_column"
+
+    def make_judged(self, cache, group_size):
+        from coati.judges.questions import criterion_template, read_template
+        from coati.rewards.rubric import RubricReward, read_rubric
+
+        template = criterion_template()
+        if self.prompt is not None:
+            template = read_template(self.prompt, ("criterion", "response"))
+        criteria = None if self.rubric is None else read_rubric(self.rubric)
+        return RubricReward(self.make_judge(cache), template, criteria, self.rubric_column)
+
+
 AnyReward = Annotated[
     ModelRewardSettings
     | FunctionRewardSettings
@@ -262,7 +391,9 @@ AnyReward = Annotated[
     | ReasoningGymRewardSettings
     | PythonRewardSettings
     | ClassifierRewardSettings
-    | HTTPRewardSettings,
+    | HTTPRewardSettings
+    | JudgeRewardSettings
+    | RubricRewardSettings,
     Field(discriminator="type"),
 ]
 
@@ -283,13 +414,30 @@ class ScoringConfig(Settings):
     reward_failure_score: float = option(0.0, "the score of a response that such a reward fails for")
 
 
-def reward_problems(rewards: Sequence[RewardSettings], scoring: ScoringConfig) -> Iterator[str]:
-    """What rewards and scoring contradict each other in."""
+def reward_problems(
+    rewards: Sequence[RewardSettings], scoring: ScoringConfig, group_size: int, splits_models: bool
+) -> Iterator[str]:
+    """What rewards contradict in scoring and in the rest of a run's settings.
+
+    Args:
+        group_size: responses per prompt.
+        splits_models: several processes share a model.
+    """
     for reward in rewards:
         if reward.type == "python" and scoring.reward_timeout <= reward.timeout:
             yield "reward_timeout ends whatever scores a response: it must be above the timeout of the reward python"
         if reward.type == "math" and scoring.reward_workers < 1:
             yield "the reward math can hang, and only a process of its own can be ended: reward_workers 1"
+        if isinstance(reward, JudgeRewardSettings) and reward.is_tournament and group_size < 2:
+            yield (
+                "the reward judge in mode pairwise compares the responses to a prompt, and this method draws one: give "
+                "it a reference_column to compare with, or mode score"
+            )
+        if isinstance(reward, JudgedRewardSettings) and splits_models:
+            yield (
+                f"processes that share a model would each ask the judge of the reward {reward.type}, and may hear "
+                "other verdicts: leave out tensor_parallel, pipeline_parallel and sequence_parallel"
+            )
 
 
 def load_rewards(
@@ -298,6 +446,9 @@ def load_rewards(
     load_model: Callable[[str], Reward] | None = None,
     device: torch.device | str = "cpu",
     given: Sequence[Reward] = (),
+    *,
+    verdicts: Path | None = None,
+    group_size: int = 1,
 ) -> Scorer:
     """The rewards of a run.
 
@@ -305,6 +456,8 @@ def load_rewards(
         load_model: makes a reward of the folder of a reward model.
         device: where classifiers run.
         given: further rewards, of weight 1.
+        verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.
+        group_size: responses per prompt.
 
     Raises:
         UserError: no reward at all; one can't be loaded.
@@ -316,7 +469,12 @@ def load_rewards(
     loaded = [(reward, 1.0) for reward in given]
     for entry in rewards:
         entry.check_installed()
-        reward = load_model(entry.path) if isinstance(entry, ModelRewardSettings) else entry.make(device)
+        if isinstance(entry, ModelRewardSettings):
+            reward = load_model(entry.path)
+        elif isinstance(entry, JudgedRewardSettings):
+            reward = entry.make_judged(verdicts, group_size)
+        else:
+            reward = entry.make(device)
         if entry.name is not None:
             reward.name = entry.name
         loaded.append((reward, entry.weight))

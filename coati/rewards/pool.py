@@ -17,24 +17,15 @@ import threading
 import traceback
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from coati.rewards.base import Reward
+from coati.rewards.base import Outcome, Reward
 from coati.rewards.function import load_function
 from coati.samples import Sample
 
 SECONDS_TO_START = 120.0
 PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result for one sample: a score, None if the reward skips it, or the error."""
-
-    score: float | None
-    error: str = ""
 
 
 def score_one(reward: Reward, sample: Sample) -> Outcome:

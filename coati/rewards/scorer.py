@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from coati.errors import UserError
-from coati.rewards.base import Reward
-from coati.rewards.pool import Outcome, Pool, score_one
+from coati.rewards.base import Outcome, Reward
+from coati.rewards.pool import Pool, score_one
 from coati.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class Scorer:
         specs = {name: r.worker_spec for name, (r, _) in self.rewards.items() if r.per_response and r.worker_spec}
         self.pool = Pool(specs, workers, timeout) if specs and workers else None
         self.pooled = set(specs) if self.pool else set()
-        self.have_worked: set[str] = set()  # rewards `per_response` that have scored a sample
+        self.have_worked: set[str] = set()  # rewards that may fail for a sample, and have scored one
+        self.has_details = any(reward.has_details for reward, _ in rewards)
 
     def check(self, rows: Sequence[dict[str, Any]]):
         """Has every reward check the rows that it will score, before anything is generated.
@@ -57,12 +58,17 @@ class Scorer:
             reward.check(rows)
 
     def begin(self, sample: Sample) -> "dict[str, Future[Outcome]]":
-        """Has a finished sample scored by the rewards that work in processes of their own, for `score` to collect."""
-        return {name: self.pool.submit(name, sample) for name in self.pooled}
+        """Has a finished sample scored by the rewards that work in processes of their own or wait for an endpoint, for
+        `score` to collect."""
+        begun = {name: self.pool.submit(name, sample) for name in self.pooled}
+        for name, (reward, _) in self.rewards.items():
+            if (future := reward.begin(sample)) is not None:
+                begun[name] = future
+        return begun
 
     def score(self, samples: Sequence[Sample], begun: "Sequence[dict[str, Future[Outcome]]]" = ()) -> dict[str, float]:
-        """Fills in the samples' `rewards`, `failed`, `score` and `token_rewards`. A sample that all rewards skip gets
-        0, and a line in the log.
+        """Fills in the samples' `rewards`, `details`, `failed`, `score` and `token_rewards`. A sample that all rewards
+        skip gets 0, and a line in the log.
 
         Args:
             begun: what `begin` gave for each sample; if not given, they are begun now.
@@ -76,7 +82,8 @@ class Scorer:
         """
         begun = begun or [self.begin(sample) for sample in samples]
         for sample in samples:
-            sample.rewards, sample.failed, sample.score, sample.token_rewards = {}, {}, 0.0, None
+            sample.rewards, sample.details, sample.failed = {}, {}, {}
+            sample.score, sample.token_rewards = 0.0, None
         seconds = {}
         for name, (reward, weight) in self.rewards.items():
             started = time.monotonic()
@@ -92,17 +99,24 @@ class Scorer:
         return seconds
 
     def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
-        """One reward's scores; `samples[i].failed` where it looks at each alone."""
-        if not reward.per_response:
+        """One reward's scores; `samples[i].failed` where it may fail for a sample."""
+        outcomes = self._outcomes(name, reward, samples, begun)
+        if outcomes is None:
             return _numbers(name, reward.score(samples), samples)
-        if name in self.pooled:
-            outcomes = [futures[name].result() for futures in begun]
-        else:
-            outcomes = [score_one(reward, sample) for sample in samples]
         self._report_failures(name, outcomes)
         for sample, outcome in zip(samples, outcomes, strict=True):
             sample.failed[name] = bool(outcome.error)
+            sample.details |= {f"{name}/{detail}": value for detail, value in outcome.details.items()}
         return [self.failure_score if outcome.error else outcome.score for outcome in outcomes]
+
+    def _outcomes(self, name: str, reward: Reward, samples, begun) -> list[Outcome] | None:
+        """A result per sample, of a reward that gives such."""
+        if not reward.per_response:
+            return reward.outcomes(samples)
+        return [
+            futures[name].result() if name in futures else score_one(reward, sample)
+            for sample, futures in zip(samples, begun, strict=True)
+        ]
 
     def _report_failures(self, name: str, outcomes: list[Outcome]):
         failed = [outcome for outcome in outcomes if outcome.error]

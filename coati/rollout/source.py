@@ -4,6 +4,7 @@
 has what was begun before.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -214,6 +215,9 @@ class SynchronousRollouts:
 
     def _metrics(self, samples: list[Sample]) -> dict[str, float]:
         metrics = sample_metrics(samples, self.ranks)
+        if self.generation.scorer.has_details:
+            details = [sample.details for sample in samples]
+            metrics |= {f"reward/{name}": value for name, value in means_where_told(details, self.ranks).items()}
         if self.generation.sampler.plays_episodes:
             metrics |= mean_environment_metrics(samples, self.ranks)
         return metrics
@@ -267,12 +271,15 @@ def prompt_of(data, row: int, seed: Sequence[int]) -> Prompt:
 
 
 def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
-    """Means over all ranks' samples: the total reward with its standard deviation and each reward (over the samples
-    that it scores), if there are rewards; lengths and how responses ended."""
+    """Means over all ranks' samples: the total reward with its standard deviation and its correlation with the length
+    (where both vary), and each reward (over the samples that it scores), if there are rewards; lengths and how
+    responses ended."""
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({"samples": 1, "reward": sample.total_reward, "squares": sample.total_reward**2})
         sums.update({"response_length": sample.response_length, "truncated": sample.truncated})
+        sums.update({"length_squares": sample.response_length**2})
+        sums.update({"products": sample.total_reward * sample.response_length})
         for name, value in sample.rewards.items():
             sums.update({f"reward/{name}": value or 0.0, f"scored/{name}": value is not None})
         sums.update({f"reward/{name}/failed": failed for name, failed in sample.failed.items()})
@@ -281,6 +288,8 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
     for name in [name for name in total if name.startswith("scored/")]:
         scored[name.removeprefix("scored/")] = total.pop(name)
     squares, has_rewards = total.pop("squares"), bool(scored)
+    length_squares, products = total.pop("length_squares"), total.pop("products")
+    moments = (count, total["reward"], total["response_length"], squares, length_squares, products)
     if not has_rewards:
         del total["reward"]
     metrics = {name: value / count for name, value in total.items()}
@@ -290,7 +299,18 @@ def sample_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
             metrics[f"reward/{name}/scored"] = n / count
     if has_rewards:
         metrics["reward_std"] = max(squares / count - metrics["reward"] ** 2, 0.0) ** 0.5
+        found = correlation(*moments)
+        metrics |= {} if found is None else {"reward/length_correlation": found}
     return metrics | {"finished": 1 - metrics["truncated"]}
+
+
+def correlation(n: float, x: float, y: float, xx: float, yy: float, xy: float) -> float | None:
+    """Pearson's correlation of two variables from sums: of ones, of each, of their squares and of their products. None
+    where one does not vary, but for what rounding leaves of a variance."""
+    variances = (n * xx - x * x, n * yy - y * y)
+    if any(variance <= 1e-12 * n * square for variance, square in zip(variances, (xx, yy), strict=True)):
+        return None
+    return min(max((n * xy - x * y) / math.sqrt(variances[0] * variances[1]), -1.0), 1.0)
 
 
 def environment_metrics(sample: Sample) -> dict[str, float]:
@@ -300,13 +320,21 @@ def environment_metrics(sample: Sample) -> dict[str, float]:
 
 
 def mean_environment_metrics(samples: Sequence[Sample], ranks) -> dict[str, float]:
-    """Their means over all ranks' samples that have them. Which there are may differ between samples."""
+    """Their means over all ranks' samples."""
+    return means_where_told([environment_metrics(sample) for sample in samples], ranks)
+
+
+def means_where_told(told: Sequence[dict[str, float]], ranks) -> dict[str, float]:
+    """Means over those of all ranks' samples that have a number of a name. Which there are may differ between samples.
+
+    Args:
+        told: numbers by name, of each of this rank's samples.
+    """
     sums: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for sample in samples:
-        found = environment_metrics(sample)
-        sums.update(found)
-        counts.update(found.keys())
+    for numbers in told:
+        sums.update(numbers)
+        counts.update(numbers.keys())
     everywhere = ranks.gather((dict(sums), dict(counts)))
     names = sorted({name for of_rank, _ in everywhere for name in of_rank})
     return {

@@ -34,6 +34,7 @@ from coati.rollout import (
     rendering_of,
 )
 from coati.rollout.prompts import eos_ids
+from coati.run_layout import VERDICTS
 from coati.trainers.config import TrainerConfig
 
 
@@ -219,7 +220,16 @@ class Factory:
             load_model: makes a reward of a reward model's folder.
             given: further rewards, of weight 1.
         """
-        return load_rewards(self.config.rewards, self.config.scoring, load_model, self.runtime.device, given)
+        c = self.config
+        return load_rewards(
+            c.rewards,
+            c.scoring,
+            load_model,
+            self.runtime.device,
+            given,
+            verdicts=Path(c.output_dir) / VERDICTS,
+            group_size=c.responses // c.batch_size,
+        )
 
     def check_reward_vocabulary(self, source: str):
         """Raises a UserError where a reward model's tokenizer is another one than the policy's."""

@@ -117,6 +117,9 @@ class RolloutTrainer(Trainer):
             if data is not None:
                 every = 1 + len(data) // ROWS_CHECKED
                 scorer.check([data[row].columns for row in range(0, len(data), every)])
+        for name, (reward, _) in scorer.rewards.items():
+            if reward.about:
+                self.runtime.say(f"reward {name}: {reward.about}")
         self.generation = ScoredGeneration(self.build_sampler(), scorer)
         self.rollouts = self.build_rollouts()
 
@@ -260,6 +263,7 @@ def sample_row(sample: Sample) -> dict[str, Any]:
     if sample.rewards:
         rewards = {"reward": sample.total_reward} | rewards
     failed = {f"reward/{name}/failed": float(value) for name, value in sample.failed.items()}
+    details = {f"reward/{name}": value for name, value in sample.details.items()}
     told = {"response": transcript(sample), "conversation": conversation(sample)} if sample.turns else {}
     row = {
         "prompt": sample.prompt,
@@ -267,6 +271,7 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         **told,
         **rewards,
         **failed,
+        **details,
         "response_length": sample.response_length,
         "finished": float(not sample.truncated),
     }

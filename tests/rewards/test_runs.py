@@ -1,5 +1,6 @@
 """Rewards of every kind in a PPO run."""
 
+import hashlib
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import functions, reward_model, sentence, settings_for, trainer_classes, write_rows
+from tests.rewards.judge_server import serving
 from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
 
@@ -214,15 +216,65 @@ def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tm
 
 def test_the_documented_settings_parse(tmp_path):
     from coati.config import parse_config
-    from coati.trainers.ppo import PPOConfig
+    from coati.trainers.config import GRPOConfig
     from tests.conftest import ROOT
     from tests.docs.pages import blocks
 
     parsed = []
     for block in blocks(ROOT / "docs" / "rewards.md", "yaml"):
-        (tmp_path / "ppo.yaml").write_text(block.text)
-        parsed.append(parse_config(PPOConfig, ["--config", str(tmp_path / "ppo.yaml")]).rewards)
+        (tmp_path / "grpo.yaml").write_text(block.text)
+        parsed.append(parse_config(GRPOConfig, ["--config", str(tmp_path / "grpo.yaml")]).rewards)
     assert [(reward.type, reward.weight) for reward in parsed[0]] == [("math", 1.0), ("regex", 0.2), ("model", 0.5)]
     [reward] = parsed[1]
     assert reward.type == "classifier" and reward.pad_token == "<|endoftext|>" and reward.padding_side == "right"
     assert reward.max_length == 256
+    judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[2]]
+    assert judges == [("judge", "score", None), ("judge", "pairwise", "wins"), ("rubric", None, None)]
+
+
+def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(tiny_world, runtime, tmp_path):
+    """GRPO, twice from the same checkpoint: the verdicts are in its folder."""
+    config_class, trainer_class = trainer_classes("grpo")
+    (tmp_path / "rubric.yaml").write_text("- {criterion: is short, name: short}\n- {criterion: is odd}\n")
+
+    def reply(text, count):
+        number = int(hashlib.sha256(text.encode()).hexdigest(), 16)
+        if "Criterion" in text:
+            return f"Met: {('yes', 'no')[number % 2]}"
+        return f"Better: {('A', 'B', 'tie')[number % 3]}" if "Better" in text else f"Score: {1 + number % 10}"
+
+    with serving(reply) as server:
+        common = dict(model="m", endpoint=server.url)
+        listed = [dict(type="judge", **common), dict(type="rubric", rubric=str(tmp_path / "rubric.yaml"), **common)]
+        listed.append(dict(type="judge", mode="pairwise", name="wins", comparisons=2, **common))
+        changes = dict(rewards=listed, steps=2, batch_size=4, save_every=1, samples=0)
+        shared = [dict(entry, cache=str(tmp_path / "verdicts")) for entry in listed]
+        rows = []
+        for name, entries in (("a", shared), ("b", shared), ("c", listed)):
+            run = settings_for("grpo", tiny_world, output_dir=str(tmp_path / name), **changes | dict(rewards=entries))
+            asked = len(server.heard)
+            trainer_class(configure(config_class, **run), runtime).train()
+            rows.append([row for row in read_metrics(tmp_path / name) if "reward" in row])
+            assert (len(server.heard) == asked) == (name == "b")
+    assert [*(tmp_path / "c" / "verdicts").iterdir()]
+    assert any("reward/length_correlation" in row for row in rows[0]), "once lengths differ"
+    for first, second in zip(*rows[:2], strict=True):
+        assert first["reward"] == second["reward"] and 0 < first["reward/judge"] < 1
+        assert {"reward/rubric/short", "reward/rubric/2"} <= first.keys()
+        assert first["reward/rubric"] == pytest.approx((first["reward/rubric/short"] + first["reward/rubric/2"]) / 2)
+        assert first["reward/wins"] == pytest.approx(0.5, abs=0.2) and first["reward/wins/failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(mode="pairwise"), "this method draws one: give it a reference_column"),
+        (dict(tensor_parallel=2, plugin="zero1"), "would each ask the judge of the reward judge"),
+    ],
+)
+def test_judges_that_can_not_be_are_refused_with_the_settings(tiny_world, changes, says):
+    config_class, _ = trainer_classes("ppo")
+    entry = dict(type="judge", model="m") | {name: changes[name] for name in changes if name == "mode"}
+    others = {name: value for name, value in changes.items() if name != "mode"}
+    with pytest.raises(UserError, match=says):
+        configure(config_class, **settings_for("ppo", tiny_world, rewards=[entry], **others))

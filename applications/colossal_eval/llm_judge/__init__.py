@@ -1,3 +1,3 @@
-"""Responses rated and compared by an LLM judge: its prompts, the endpoint, its verdicts and what they add up to.
+"""Responses rated and compared by an LLM judge: its prompts, its verdicts and what they add up to.
 
 Prompts and rules are those of MT-Bench."""

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from coati.judges.questions import settle
 from colossal_eval.results.tables import markdown_table, with_error
 from colossal_eval.scores.metrics import mean
 
@@ -23,21 +24,6 @@ def read_verdict(kind: str, text: str) -> float | str | None:
         return matches[-1]
     rating = float(matches[-1])
     return rating if 1 <= rating <= 10 else None
-
-
-def settle(first: str, second: str) -> float:
-    """What the first model gets of a comparison that was made in both orders: 1 if both say it is better, 0 if both
-    say the other is, 0.5 where they disagree or see no difference (MT-Bench's conservative rule).
-
-    Args:
-        first: the choice where the first model was A.
-        second: the choice where it was B.
-    """
-    if first == "A" and second == "B":
-        return 1.0
-    if first == "B" and second == "A":
-        return 0.0
-    return 0.5
 
 
 def summarize(records: Sequence[dict]) -> dict:

@@ -115,7 +115,8 @@ class RolloutConfig(TrainerConfig):
         return super().models + [r.path for r in self.rewards if isinstance(r, ModelRewardSettings)]
 
     def problems(self) -> Iterator[str]:
-        yield from reward_problems(self.rewards, self.scoring)
+        group_size = self.responses // self.batch_size
+        yield from reward_problems(self.rewards, self.scoring, group_size, self.parallel.splits_models)
         if self.generation.compile_generation and not self.parallel.holds_whole_models:
             yield "compile_generation is for models that are replicated: ddp, zero1 or zero2"
         if self.generation.rollout_engine == "vllm" and not self.parallel.holds_whole_models:
