@@ -13,7 +13,6 @@ Everything else, and everything without the token of somebody, is 401.
 import asyncio
 import hmac
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -180,7 +179,7 @@ def read_id(body: dict[str, Any]) -> str:
 def read_click(body: dict[str, Any]) -> Click:
     """A click, checked."""
     shown, choice, edited, comment = (body.get(name) for name in ("shown", "choice", "edited", "comment"))
-    if not isinstance(shown, int) or isinstance(shown, bool) or not 0 < shown < 1 << 62:
+    if type(shown) is not int or not 0 < shown < 1 << 62:  # a bool is an int, too
         raise HTTPException(400, "`shown` is no number of a pair")
     if choice not in (*CHOICES, "skip"):
         raise HTTPException(400, f"`choice` is none of {', '.join(CHOICES)} and skip")
@@ -193,10 +192,10 @@ def read_click(body: dict[str, Any]) -> Click:
     if not isinstance(comment, str) or len(comment) > MOST_COMMENT or not is_unicode(comment):
         raise HTTPException(400, f"`comment` is no text of up to {MOST_COMMENT} characters")
     ratings = [body.get("rating_a"), body.get("rating_b")]
-    if any(rating is not None and (isinstance(rating, bool) or rating not in RATINGS) for rating in ratings):
+    if any(rating is not None and (type(rating) is not int or rating not in RATINGS) for rating in ratings):
         raise HTTPException(400, "a rating is none of 1 to 5")
     seconds = body.get("seconds", 0.0)
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds) or not 0 <= seconds <= 1e6:
+    if type(seconds) not in (int, float) or not 0 <= seconds <= 1e6:
         raise HTTPException(400, "`seconds` is no number from 0 to a million")
     return Click(read_id(body), shown, choice, *ratings, edited, comment, float(seconds))
 
