@@ -173,7 +173,7 @@ def code_of(*folders: str) -> str:
 @cache
 def scripts() -> str:
     """The programs that have flags of their own, beside the methods."""
-    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner") + text_of(ROOT / "coati/cli.py")
+    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label") + text_of(ROOT / "coati/cli.py")
 
 
 @cache

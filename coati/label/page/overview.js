@@ -1,7 +1,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(0)} %`);
+const percent = (share) => (share === null ? "–" : `${Math.round(100 * share)} %`);
 const decimals = (value, digits) => (value === null ? "–" : value.toFixed(digits));
 
 function fillFigures(list, figures) {
