@@ -35,20 +35,15 @@ def next_pair(order: Iterable[int], holders: Mapping[int, int], shown: Collectio
     A pair that somebody has begun comes before new ones, until `overlap` people have it.
 
     Args:
-        order: all pairs, the most urgent first.
+        order: all pairs, the most urgent first; read only as far as needed.
         holders: by pair, how many people have labeled it or hold it now.
         shown: pairs that this person has been shown.
     """
-    new = None
+    begun = {pair for pair, held in holders.items() if 0 < held < overlap and pair not in shown}
     for pair in order:
-        if pair in shown:
-            continue
-        held = holders.get(pair, 0)
-        if 0 < held < overlap:
+        if pair in begun or not (begun or pair in shown or holders.get(pair, 0)):
             return pair
-        if held == 0 and new is None:
-            new = pair
-    return new
+    return None
 
 
 def is_swapped(seed: int, pair: int, person: str) -> bool:

@@ -47,6 +47,7 @@ CREATE TABLE labels (
     rating_a INTEGER CHECK (rating_a BETWEEN 1 AND 5), rating_b INTEGER CHECK (rating_b BETWEEN 1 AND 5),
     edited TEXT, comment TEXT NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL
 );
+CREATE INDEX pairs_in_order ON pairs (margin IS NULL, margin, id);
 CREATE INDEX labels_of ON labels (shown);
 CREATE VIEW latest AS
     SELECT shown.*, labels.id AS label, labels.choice, labels.rating_a, labels.rating_b, labels.edited,
@@ -309,7 +310,7 @@ class Store:
                     continue
                 db.execute("UPDATE shown SET held_until = ? WHERE id = ?", (now + self.hold, row["id"]))
                 return _shown(db, row["id"])
-            order = [row["id"] for row in db.execute("SELECT id FROM pairs ORDER BY margin IS NULL, margin, id")]
+            order = (row["id"] for row in db.execute("SELECT id FROM pairs ORDER BY margin IS NULL, margin, id"))
             seen = {row["pair"] for row in db.execute("SELECT pair FROM shown WHERE person = ?", (person.id,))}
             pair = next_pair(order, holders, seen, overlap)
             if pair is None:

@@ -62,6 +62,12 @@ def test_wins_are_between_two_models_and_have_an_interval():
     assert rows[2]["share"] is rows[2]["low"] is None
 
 
+def test_wilsons_interval_is_that_of_tables():
+    """Of 5 in 10 and of 0 in 10, by the closed form with z = 1.96."""
+    assert wilson_interval(0.5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
+
+
 def test_people_are_counted():
     rows = [("ana", 1, "first"), ("ana", 2, "second"), ("ana", 3, "tie"), ("ben", 1, "second")]
     ana, ben, cy = by_person(labels(*rows), {"ben": 2}, ["ana", "ben", "cy"])
