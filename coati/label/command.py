@@ -1,4 +1,4 @@
-"""The commands `coati label` and `coati label export`."""
+"""The commands `coati label`, `coati label export` and `coati label import`."""
 
 import argparse
 import socket
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coati.errors import UserError
 from coati.label.export import FORMATS, REASONS, export
+from coati.label.imports import Fields, known_values, read_export
 from coati.label.items import Item, join_items, read_items, read_scores
 from coati.label.store import OWNER, Store
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["export"]:
         options = export_parser().parse_args(argv[1:])
         return write_export(options.labels, options.format, options.output)
+    if argv[:1] == ["import"]:
+        return read_labels(import_parser().parse_args(argv[1:]))
     options = label_parser().parse_args(argv)
     check(options)
     store = Store.prepare(options.labels, options.seed, hold=60 * options.hold_minutes)
@@ -46,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
 def label_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coati label",
-        description="A web page on which people compare responses. coati label export LABELS writes training data.",
+        description="A web page on which people compare responses. coati label export writes training data, "
+        "coati label import reads labels of Argilla and Label Studio.",
     )
     parser.add_argument(
         "items", nargs="?", type=Path, metavar="ITEMS", help='rows of {"prompt", "responses": [{"text", "model"}, ...]}'
@@ -80,6 +84,21 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument("labels", type=Path, metavar="FILE.sqlite")
     parser.add_argument("--format", choices=list(FORMATS), default="preference", help="default: preference")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    return parser
+
+
+def import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coati label import", description="Labels of Argilla or Label Studio.")
+    parser.add_argument("export", type=Path, metavar="EXPORT.json")
+    parser.add_argument("--from", dest="tool", choices=["argilla", "label_studio"], required=True)
+    parser.add_argument("--labels", type=Path, required=True, metavar="FILE.sqlite")
+    parser.add_argument("--prompt", required=True, metavar="FIELD", help="the field of the prompt")
+    parser.add_argument("--responses", required=True, nargs=2, metavar="FIELD", help="the fields of both responses")
+    parser.add_argument("--models", nargs=2, default=["", ""], metavar="NAME", help="which models they are from")
+    parser.add_argument("--question", metavar="NAME", help="the question or control, if there are several")
+    parser.add_argument(
+        "--values", nargs="+", default=[], metavar="CHOICE=VALUE", help="what values mean: first, second, tie, both_bad"
+    )
     return parser
 
 
@@ -158,6 +177,19 @@ def serve(store: Store, host: str, port: int) -> None:
     settings = dict(log_level="warning", access_log=False, server_header=False, http="h11", lifespan="off")
     config = uvicorn.Config(application(store), **settings, timeout_keep_alive=15, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run([listener])
+
+
+def read_labels(options: argparse.Namespace) -> int:
+    """Adds the items and labels of another tool's export, and says how many."""
+    names = (options.responses[0], options.responses[1])
+    models = (options.models[0], options.models[1])
+    values = known_values(names, options.values)
+    fields = Fields(options.prompt, names, options.question, values, models)
+    items, labels = read_export(options.tool, options.export, fields)
+    store = Store.prepare(options.labels)
+    new_items, new_labels = store.add_items(items), store.add_labels(labels)
+    print(f"{options.labels}: {len(items)} items, {new_items} of them new; {len(labels)} labels, {new_labels} new")
+    return 0
 
 
 def write_export(labels: Path, format: str, output: Path) -> int:

@@ -45,11 +45,11 @@ def read_items(path: Path) -> list[Item]:
         UserError: a row is wrong (with its line), or two have the same id.
     """
     items: dict[str, Item] = {}
-    for place, row in _rows(path):
+    for place, row in rows_of(path):
         texts = row.get("responses")
         if not isinstance(texts, list) or len(texts) < 2:
             raise UserError(f"{place}: `responses` must be a list of two or more; add some, or remove the row")
-        item = _item(place, row.get("prompt"), [_response(place, value) for value in texts], row.get("id"))
+        item = make_item(place, row.get("prompt"), texts, row.get("id"))
         if item.key in items:
             raise UserError(f"{place}: the id {item.key!r} is there already; give every row an `id` of its own")
         items[item.key] = item
@@ -64,15 +64,16 @@ def join_items(sources: dict[str, Path]) -> tuple[list[Item], int]:
         UserError: a row is wrong (with its line).
     """
     prompts: dict[str, tuple[str, Any]] = {}
-    responses: dict[str, list[Response]] = {}
+    responses: dict[str, list[Any]] = {}
     for model, path in sources.items():
-        for place, row in _rows(path):
+        for place, row in rows_of(path):
             text = row.get("response", row.get("completion"))
             key = _canonical(row.get("prompt"))
             prompts.setdefault(key, (place, row.get("prompt")))
-            responses.setdefault(key, []).append(_response(place, {"text": text, "model": model}))
+            responses.setdefault(key, []).append({"text": text, "model": model})
+            make_item(place, row.get("prompt"), [responses[key][-1]])  # a mistake is said of its own line
     joined = [(*prompts[key], found) for key, found in responses.items() if len(found) > 1]
-    return [_item(place, prompt, found, None) for place, prompt, found in joined], len(responses) - len(joined)
+    return [make_item(place, prompt, found) for place, prompt, found in joined], len(responses) - len(joined)
 
 
 def read_scores(path: Path, items: Sequence[Item]) -> dict[str, list[float]]:
@@ -87,7 +88,7 @@ def read_scores(path: Path, items: Sequence[Item]) -> dict[str, list[float]]:
     by_key = {item.key: item for item in items}
     by_prompt = {_canonical(item.prompt): item for item in items}
     found: dict[str, list[float]] = {}
-    for place, row in _rows(path):
+    for place, row in rows_of(path):
         item = by_key.get(str(row["id"])) if "id" in row else by_prompt.get(_canonical(row.get("prompt")))
         if item is None:
             continue
@@ -131,8 +132,12 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (file and line) and row."""
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of rows, with their place (file and line, or number in a list).
+
+    Raises:
+        UserError: the file isn't there, or a row is no object.
+    """
     if not path.is_file():
         raise UserError(f"{path} is no file; name one of JSON lines")
     for number, row in load_rows(str(path)):
@@ -154,7 +159,18 @@ def _response(place: str, value: Any) -> Response:
     return Response(value["text"], model)
 
 
-def _item(place: str, prompt: Any, responses: list[Response], key: Any) -> Item:
+def make_item(place: str, prompt: Any, values: Sequence[Any], key: Any = None) -> Item:
+    """An item, checked.
+
+    Args:
+        place: where it stands, for messages.
+        values: responses as a row has them.
+        key: the row's id, if it has one.
+
+    Raises:
+        UserError: the prompt or a response is wrong.
+    """
+    responses = [_response(place, value) for value in values]
     if not isinstance(prompt, str | list):
         raise UserError(f"{place}: `prompt` is neither a text nor a list of messages")
     text = responses[0].text

@@ -294,6 +294,25 @@ class Store:
         with self.transaction() as db:
             db.execute("UPDATE settings SET value = ? WHERE name = 'overlap'", (overlap,))
 
+    def add_labels(self, labels: Sequence[Any]) -> int:
+        """Adds `coati.label.imports.Imported`s of items that are here, each person with a link of their own. Who has
+        been shown a pair keeps the label that is there. Returns how many were new."""
+        self.add_people(list(dict.fromkeys(label.person for label in labels)))
+        now, new = self.clock(), 0
+        with self.transaction() as db:
+            for label in labels:
+                cursor = db.execute(
+                    "INSERT INTO shown (person, pair, is_swapped, at, held_until) "
+                    "SELECT people.id, pairs.id, 0, ?, ? FROM people, pairs JOIN items ON items.id = item "
+                    "WHERE name = ? AND key = ? AND first = 0 AND second = 1 ON CONFLICT (person, pair) DO NOTHING",
+                    (now, now, label.person, label.key),
+                )
+                if cursor.rowcount:
+                    choice = {"first": "a", "second": "b"}.get(label.choice, label.choice)
+                    _append(db, cursor.lastrowid, choice, now)
+                    new += 1
+        return new
+
     # --- clicks
 
     def next(self, person: Person) -> Shown | None:

@@ -264,10 +264,13 @@ def check_label(words: list[str], folder: Path, monkeypatch):
     write_rows(folder / "scores.jsonl", [{"prompt": item["prompt"], "scores": [0.5, 0.25]}])
     for name, response in zip(("sft", "dpo"), item["responses"], strict=True):
         write_rows(folder / f"responses_{name}.jsonl", [{"prompt": item["prompt"], "response": response["text"]}])
+    fields = {"prompt": item["prompt"], "response_1": "Yes.", "response_2": "No."}
+    record = {"fields": fields, "responses": {"best": [{"value": ["response_2", "response_1"], "user_id": "u"}]}}
+    (folder / "export.json").write_text(json.dumps([record]), encoding="utf-8")
     monkeypatch.chdir(folder)
     served = []
     monkeypatch.setattr("coati.label.command.serve", lambda *arguments: served.append(arguments))
-    if "items.jsonl" not in words and "--from" not in words:  # it continues
+    if ("items.jsonl" not in words and "--from" not in words) or "import" in words:  # it continues
         assert coati(["label", "items.jsonl", "--labels", "labels.sqlite", "--people", "ana"]) == 0
     assert coati(words[1:]) == 0
     assert served and ("--output" not in words or Path(words[words.index("--output") + 1]).is_file())
