@@ -28,20 +28,27 @@ def main(argv: Sequence[str]) -> int:
         return read_labels(import_parser().parse_args(argv[1:]))
     options = label_parser().parse_args(argv)
     check(options)
-    store = Store.prepare(options.labels, options.seed, hold=60 * options.hold_minutes)
-    items = add_items(store, options)
+    items, left_out = items_of(options)
+    hold = 60 * options.hold_minutes
+    if items:
+        scores = read_scores(options.uncertain, items) if options.uncertain else None
+        store = Store.prepare(options.labels, options.seed, hold=hold)
+        told = f"{len(items)} items, {store.add_items(items, options.pairs, scores)} of them new"
+        print(told + (f"; {left_out} prompts with a single response left out" if left_out else ""))
+    else:
+        store = Store.open(options.labels, hold=hold)
     store.add_people(options.people)
     if options.overlap is not None:
         store.set_overlap(options.overlap)
     progress = store.progress()
     if not progress["pairs"]:
-        raise UserError(f"{options.labels} has no pairs; name a file of items, or two with --from")
+        raise UserError(f"{options.labels} has no pairs; name a file of items with different responses")
     names = [person.name for person in store.people() if person.name != OWNER]
     if not names:
         raise UserError("nobody has a link; name people with --people")
     if len(names) < progress["overlap"]:
         print(f"note: --overlap is {progress['overlap']}, but only {len(names)} have links", file=sys.stderr)
-    print(f"{items}{progress['pairs']} pairs, {progress['labels']} of {progress['wanted']} labels", flush=True)
+    print(f"{progress['pairs']} pairs, {progress['labels']} of {progress['wanted']} labels", flush=True)
     serve(store, options.host, options.port)
     return 0
 
@@ -120,24 +127,18 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--people has {name!r}; give names of up to 100 characters")
 
 
-def add_items(store: Store, options: argparse.Namespace) -> str:
-    """Adds the items that the arguments name, and returns what to say of them."""
-    left_out = 0
-    items: list[Item] = []
+def items_of(options: argparse.Namespace) -> tuple[list[Item], int]:
+    """The items that the arguments name, and how many prompts with a single response were left out; no items if they
+    name none."""
+    if not options.items and not options.sources:
+        return [], 0
     if options.items:
-        items = read_items(options.items)
-    elif options.sources:
+        items, left_out = read_items(options.items), 0
+    else:
         items, left_out = join_items(read_sources(options.sources))
     if not items:
-        if options.items or options.sources:
-            raise UserError("no prompt has two responses; correct the files of items")
-        return ""
-    scores = read_scores(options.uncertain, items) if options.uncertain else None
-    new = store.add_items(items, options.pairs, scores)
-    told = f"{len(items)} items, {new} of them new"
-    if left_out:
-        told += f" ({left_out} prompts with a single response left out)"
-    return told + "; "
+        raise UserError("no prompt has two responses; correct the files of items")
+    return items, left_out
 
 
 def read_sources(words: Sequence[str]) -> dict[str, Path]:

@@ -170,10 +170,10 @@ class Store:
         store = cls(path, **how)
         try:
             with store.connection() as db:
-                db.execute("PRAGMA journal_mode = WAL")
+                if _is_empty(db):  # of others' files nothing is changed
+                    db.execute("PRAGMA journal_mode = WAL")
             with store.transaction() as db:
-                [objects] = db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
-                if objects == 0:
+                if _is_empty(db):
                     for statement in SCHEMA.split(";"):
                         db.execute(statement)
                     db.executemany("INSERT INTO settings VALUES (?, ?)", [("seed", seed or 0), ("overlap", 1)])
@@ -430,6 +430,10 @@ class Store:
 
 def _unreadable(path: Path, error: sqlite3.Error) -> str:
     return f"{path} can't be read as labels: {error}; name a file that coati label made"
+
+
+def _is_empty(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0] == 0
 
 
 def _setting(db: sqlite3.Connection, name: str) -> int:

@@ -103,10 +103,14 @@ def test_clients_that_send_half_a_request_stall_nobody(place):
 def test_what_the_command_says(place, capsys):
     """Mistakes are one line, found before anything is served."""
     labels = str(place / "labels.sqlite")
-    items = str(place / "items.jsonl")
+    items, same = str(place / "items.jsonl"), str(place / "same.jsonl")
+    (place / "same.jsonl").write_text('{"prompt": "a", "responses": ["b", "b"]}\n')
+    (place / "empty.jsonl").write_text("")
     mistakes = {
         "nobody has a link": ["label", items, "--labels", labels],
-        "no pairs": ["label", "--labels", str(place / "empty.sqlite"), "--people", "ana"],
+        "there is no file": ["label", "--labels", str(place / "none.sqlite"), "--people", "ana"],
+        "has no pairs": ["label", same, "--labels", str(place / "same.sqlite"), "--people", "ana"],
+        "no prompt has two": ["label", str(place / "empty.jsonl"), "--labels", labels, "--people", "ana"],
         "not both": ["label", items, "--from", "A=x", "--labels", labels],
         "write MODEL=FILE.jsonl": ["label", "--from", "A", "--labels", labels],
         "names the model 'A' twice": ["label", "--from", "A=x", "A=y", "--labels", labels],
@@ -116,12 +120,13 @@ def test_what_the_command_says(place, capsys):
         "--port": ["label", items, "--labels", labels, "--port", "70000"],
         "--people has": ["label", items, "--labels", labels, "--people", " "],
         "--uncertain needs": ["label", "--labels", labels, "--uncertain", items],
-        "there is no file": ["label", "export", str(place / "none.sqlite"), "--output", "x.jsonl"],
+        "none.sqlite; coati": ["label", "export", str(place / "none.sqlite"), "--output", "x.jsonl"],
     }
     for said, arguments in mistakes.items():
         assert main(arguments) == 2, said
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1, error
+    assert not (place / "none.sqlite").exists()
 
 
 def test_a_port_in_use_is_said(place, capsys):

@@ -239,6 +239,8 @@ def test_wrong_files_are_said(tmp_path):
             action(text)
         with pytest.raises(UserError, match="was not made by this version"):
             action(other)
+    with sqlite3.connect(other) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "delete"  # as it was
     with pytest.raises(UserError, match="can't be written"):
         Store.prepare(tmp_path / "no" / "folder.sqlite")
     Store.prepare(tmp_path / "labels.sqlite", seed=4)
