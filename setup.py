@@ -19,7 +19,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={"colossal_eval.llm_judge": ["*.jsonl"]},
+    package_data={"colossal_eval.llm_judge": ["*.jsonl"], "coati.label": ["page/*"]},
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["coati", "coati.*"]), *APPLICATIONS],
     package_dir={name: f"applications/{name}" for name in APPLICATIONS if "." not in name},
@@ -64,6 +64,8 @@ setup(
         "judge": ["openai>=2"],
         # for the environments of coati.environments that are named after them
         "environments": ["mcp>=2.3", "gymnasium>=1.2", "bm25s>=0.3"],
+        # for how far people agree, on the overview of coati label
+        "label": ["krippendorff>=0.8", "scikit-learn>=1.5"],
         # for applications/colossal_llama
         "llama": ["datasketch>=2", "matplotlib>=3.9", "protobuf>=5", "regex", "sentencepiece>=0.2"],
         # for applications/colossal_eval

@@ -23,24 +23,26 @@ MAY_IMPORT = {
     "rewards": {"judges", "losses", "models", "samples"},
     "rollout": {"losses", "models", "data", "rewards", "samples"},
     "environments": {"data", "rewards", "rollout"},
+    "label": {"data", "intervals", "tracking"},
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": {"run_layout"},
     "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands", "samples"},
     "trainers": {
         *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
-        *("watch", "samples", "run_layout"),
+        *("watch", "samples", "run_layout", "intervals"),
     },
 }
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "tracking"},
+    "cli": {"commands", "config", "doctor", "errors", "initial", "label", "planner", "play", "run", "tracking"},
     "commands": {"config", "trainers"},
     "doctor": {"errors", "config", "parallel"},
     "play": {"config", "data", "errors", "models", "parallel", "rewards", "rollout"},
     "errors": set(),
     "files": set(),
     "initial": {"commands", "config", "trainers"},
+    "intervals": set(),
     "run": {"variables"},
     "run_layout": {"files"},
     "samples": set(),

@@ -8,11 +8,14 @@ def _palette(colors: tuple[str, ...]) -> str:
     return "".join(f"--c{i}:{color};" for i, color in enumerate(colors))
 
 
-STYLE = (
+COLORS = (
     ":root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--text:#1c2330;--muted:#667085;--rule:#e3e7ee;"
     f"--good:#15803d;--bad:#b91c1c;{_palette(_LIGHT)}}}"
     "@media(prefers-color-scheme:dark){:root{--page:#12151b;--card:#1a1f28;--text:#e4e8ef;--muted:#98a2b3;"
     f"--rule:#2c3340;--good:#5fd38d;--bad:#ff8a8a;{_palette(_DARK)}}}}}"
+)
+STYLE = (
+    COLORS
     + "".join(f".c{i}{{--line:var(--c{i})}}" for i in range(len(_LIGHT)))
     + """
 *{box-sizing:border-box}

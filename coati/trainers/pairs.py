@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coati.intervals import wilson_interval
 from coati.rollout.prompts import response_texts
 
 
@@ -39,10 +40,3 @@ def text_of(tokenizer, sequence) -> dict[str, str]:
     start = sequence.loss_mask.index(True)
     [response] = response_texts(tokenizer, [sequence.input_ids[start:]])
     return {"prompt": tokenizer.decode(sequence.input_ids[:start]), "response": response.strip()}
-
-
-def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share seen in n trials (Wilson 1927), which stays within 0 and 1."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return center - half, center + half

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from coati.data import DataConfig, PreferenceSample, parse_record, prepare_tokenizer, tokenize
+from coati.intervals import wilson_interval
 from coati.models import Actor
 from coati.rollout import GenerationConfig
 from coati.rollout.generate import complete
 from coati.rollout.generator import Request
 from coati.rollout.prompts import eos_ids, response_texts
-from coati.trainers.pairs import wilson_interval
 from examples.smollm2.rewards import final_answer, is_response, meets
 
 

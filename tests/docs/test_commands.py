@@ -1,5 +1,6 @@
 """Every command in the documentation runs, on tiny data, or is read by its own parser up to where it would begin."""
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from coati.commands import COMMANDS
 from coati.config import as_flags, configure
 from coati.errors import UserError
 from coati.trainers.algorithms import ALGORITHMS
-from tests.conftest import ROOT, reward_model, settings_for, trainer_classes
+from tests.conftest import ROOT, reward_model, settings_for, trainer_classes, write_rows
 from tests.docs.pages import PAGES, Piece, blocks, command_lines, explained_errors, spans, words_of
 from tests.docs.programs import check_target, job, launched, read_program
 
@@ -228,7 +229,7 @@ def test_first_training_script_runs_on_two_processes(place, own_files):
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if not is_training(line.text)], ids=short)
-def test_other_command_works(line, place, own_files, runtime, monkeypatch, capsys):
+def test_other_command_works(line, place, own_files, runtime, tmp_path, monkeypatch, capsys):
     """Cheap commands run; the others are read by their parsers, or checked as `NOT_RUN` says."""
     monkeypatch.chdir(ROOT)
     words = words_of(line.text)[1]
@@ -250,8 +251,29 @@ def test_other_command_works(line, place, own_files, runtime, monkeypatch, capsy
             assert "fits" in capsys.readouterr().out
         case ["coati", "report", folder]:
             check_report(folder, place, runtime)
+        case ["coati", "label", *_]:
+            check_label(words, tmp_path, monkeypatch)
         case _:
             check(line.text, own_files)
+
+
+def check_label(words: list[str], folder: Path, monkeypatch):
+    """The command runs beside the page's own row, up to where it would serve."""
+    [item] = [json.loads(block.text) for block in blocks(ROOT / "docs" / "labeling.md", "json")]
+    write_rows(folder / "items.jsonl", [item])
+    write_rows(folder / "scores.jsonl", [{"prompt": item["prompt"], "scores": [0.5, 0.25]}])
+    for name, response in zip(("sft", "dpo"), item["responses"], strict=True):
+        write_rows(folder / f"responses_{name}.jsonl", [{"prompt": item["prompt"], "response": response["text"]}])
+    fields = {"prompt": item["prompt"], "response_1": "Yes.", "response_2": "No."}
+    record = {"fields": fields, "responses": {"best": [{"value": ["response_2", "response_1"], "user_id": "u"}]}}
+    (folder / "export.json").write_text(json.dumps([record]), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    served = []
+    monkeypatch.setattr("coati.label.command.serve", lambda *arguments: served.append(arguments))
+    if ("items.jsonl" not in words and "--from" not in words) or "import" in words:  # it continues
+        assert coati(["label", "items.jsonl", "--labels", "labels.sqlite", "--people", "ana"]) == 0
+    assert coati(words[1:]) == 0
+    assert served and ("--output" not in words or Path(words[words.index("--output") + 1]).is_file())
 
 
 def check_report(folder: str, place, runtime):

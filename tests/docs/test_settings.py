@@ -173,7 +173,8 @@ def code_of(*folders: str) -> str:
 @cache
 def scripts() -> str:
     """The programs that have flags of their own, beside the methods."""
-    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner") + text_of(ROOT / "coati/cli.py")
+    folders = ("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label")
+    return code_of(*folders) + text_of(ROOT / "coati/cli.py")
 
 
 @cache

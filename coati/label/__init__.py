@@ -1,0 +1,1 @@
+"""`coati label`: people compare responses on a web page, and what they choose becomes preference data."""

@@ -1,0 +1,202 @@
+"""The commands `coati label`, `coati label export` and `coati label import`."""
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from coati.errors import UserError
+from coati.label.export import FORMATS, REASONS, export
+from coati.label.imports import Fields, known_values, read_export
+from coati.label.items import Item, join_items, read_items, read_scores
+from coati.label.store import OWNER, Store
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `coati label ARGUMENTS`; returns the exit status.
+
+    Raises:
+        UserError: a file, a row or an argument is wrong.
+    """
+    if argv[:1] == ["export"]:
+        options = export_parser().parse_args(argv[1:])
+        return write_export(options.labels, options.format, options.output)
+    if argv[:1] == ["import"]:
+        return read_labels(import_parser().parse_args(argv[1:]))
+    options = label_parser().parse_args(argv)
+    check(options)
+    items, left_out = items_of(options)
+    hold = 60 * options.hold_minutes
+    if items:
+        scores = read_scores(options.uncertain, items) if options.uncertain else None
+        store = Store.prepare(options.labels, options.seed, hold=hold)
+        told = f"{len(items)} items, {store.add_items(items, options.pairs, scores)} of them new"
+        print(told + (f"; {left_out} prompts with a single response left out" if left_out else ""))
+    else:
+        store = Store.open(options.labels, hold=hold)
+    store.add_people(options.people)
+    if options.overlap is not None:
+        store.set_overlap(options.overlap)
+    progress = store.progress()
+    if not progress["pairs"]:
+        raise UserError(f"{options.labels} has no pairs; name a file of items with different responses")
+    names = [person.name for person in store.people() if person.name != OWNER]
+    if not names:
+        raise UserError("nobody has a link; name people with --people")
+    if len(names) < progress["overlap"]:
+        print(f"note: --overlap is {progress['overlap']}, but only {len(names)} have links", file=sys.stderr)
+    print(f"{progress['pairs']} pairs, {progress['labels']} of {progress['wanted']} labels", flush=True)
+    serve(store, options.host, options.port)
+    return 0
+
+
+def label_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coati label",
+        description="A web page on which people compare responses. coati label export writes training data, "
+        "coati label import reads labels of Argilla and Label Studio.",
+    )
+    parser.add_argument(
+        "items", nargs="?", type=Path, metavar="ITEMS", help='rows of {"prompt", "responses": [{"text", "model"}, ...]}'
+    )
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        default=[],
+        metavar="MODEL=FILE",
+        help='files of {"prompt", "response"} rows by model, joined by prompt',
+    )
+    parser.add_argument("--labels", type=Path, required=True, metavar="FILE.sqlite", help="where labels are kept")
+    parser.add_argument("--people", nargs="+", default=[], metavar="NAME", help="who gets a link")
+    parser.add_argument("--overlap", type=int, help="how many people label each pair (default: 1, or as before)")
+    parser.add_argument("--pairs", type=int, default=1, help="how many pairs of each new item's responses (default: 1)")
+    parser.add_argument(
+        "--uncertain", type=Path, metavar="SCORES", help="scores of responses: pairs of the least margin come first"
+    )
+    parser.add_argument("--seed", type=int, help="of random pairs and places, for a new file (default: 0)")
+    parser.add_argument(
+        "--hold_minutes", type=float, default=30.0, help="how long a pair is kept for who was shown it (default: 30)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=int, default=8300, help="default: 8300; 0 for any that is free")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coati label export", description="Labels as rows of training data.")
+    parser.add_argument("labels", type=Path, metavar="FILE.sqlite")
+    parser.add_argument("--format", choices=list(FORMATS), default="preference", help="default: preference")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    return parser
+
+
+def import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coati label import", description="Labels of Argilla or Label Studio.")
+    parser.add_argument("export", type=Path, metavar="EXPORT.json")
+    parser.add_argument("--from", dest="tool", choices=["argilla", "label_studio"], required=True)
+    parser.add_argument("--labels", type=Path, required=True, metavar="FILE.sqlite")
+    parser.add_argument("--prompt", required=True, metavar="FIELD", help="the field of the prompt")
+    parser.add_argument("--responses", required=True, nargs=2, metavar="FIELD", help="the fields of both responses")
+    parser.add_argument("--models", nargs=2, default=["", ""], metavar="NAME", help="which models they are from")
+    parser.add_argument("--question", metavar="NAME", help="the question or control, if there are several")
+    parser.add_argument(
+        "--values", nargs="+", default=[], metavar="CHOICE=VALUE", help="what values mean: first, second, tie, both_bad"
+    )
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises `UserError` if arguments don't fit."""
+    if options.items and options.sources:
+        raise UserError("give a file of items or --from, not both")
+    for name, value in (("--overlap", options.overlap), ("--pairs", options.pairs)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; give 1 or more")
+    if not 0 < options.hold_minutes <= 60 * 24 * 365:
+        raise UserError(f"--hold_minutes is {options.hold_minutes}; give more than 0, and a year at most")
+    if not 0 <= options.port < 1 << 16:
+        raise UserError(f"--port is {options.port}; give 0 to 65535")
+    if options.uncertain and not (options.items or options.sources):
+        raise UserError("--uncertain needs the items that are scored; name their file too")
+    for name in options.people:
+        if not name.strip() or name == OWNER or len(name) > 100:
+            raise UserError(f"--people has {name!r}; give names of up to 100 characters")
+
+
+def items_of(options: argparse.Namespace) -> tuple[list[Item], int]:
+    """The items that the arguments name, and how many prompts with a single response were left out; no items if they
+    name none."""
+    if not options.items and not options.sources:
+        return [], 0
+    if options.items:
+        items, left_out = read_items(options.items), 0
+    else:
+        items, left_out = join_items(read_sources(options.sources))
+    if not items:
+        raise UserError("no prompt has two responses; correct the files of items")
+    return items, left_out
+
+
+def read_sources(words: Sequence[str]) -> dict[str, Path]:
+    """Files by model, from `MODEL=FILE` words."""
+    sources = {}
+    for word in words:
+        model, separator, path = word.partition("=")
+        if not (model and separator and path):
+            raise UserError(f"--from has {word!r}; write MODEL=FILE.jsonl")
+        if model in sources:
+            raise UserError(f"--from names the model {model!r} twice; give each file another name")
+        sources[model] = Path(path)
+    return sources
+
+
+def serve(store: Store, host: str, port: int) -> None:
+    """Serves the pages until Ctrl-C, after a line with each person's link."""
+    import uvicorn
+
+    from coati.label.application import application
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port} can't be served: {error.strerror}; choose another") from None
+    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    for person in store.people():
+        print(f"{person.name:<12} http://{named}:{listener.getsockname()[1]}/{person.token}/")
+    if host not in LOOPBACK:
+        print(
+            f"note: {host} is reached from other machines. Who has a link gets in, and HTTP isn't encrypted: put a "
+            "proxy with TLS in front, or use an SSH tunnel.",
+            file=sys.stderr,
+        )
+    print("Each link is a secret. Ctrl-C stops; the same command continues.", flush=True)
+    settings = dict(log_level="warning", access_log=False, server_header=False, http="h11", lifespan="off")
+    config = uvicorn.Config(application(store), **settings, timeout_keep_alive=15, timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run([listener])
+
+
+def read_labels(options: argparse.Namespace) -> int:
+    """Adds the items and labels of another tool's export, and says how many."""
+    names = (options.responses[0], options.responses[1])
+    models = (options.models[0], options.models[1])
+    values = known_values(names, options.values)
+    fields = Fields(options.prompt, names, options.question, values, models)
+    items, labels = read_export(options.tool, options.export, fields)
+    store = Store.prepare(options.labels)
+    new_items, new_labels = store.add_items(items), store.add_labels(labels)
+    print(f"{options.labels}: {len(items)} items, {new_items} of them new; {len(labels)} labels, {new_labels} new")
+    return 0
+
+
+def write_export(labels: Path, format: str, output: Path) -> int:
+    """Writes training data, and says how much and what was left out."""
+    rows, left_out = export(Store.open(labels), format, output)
+    print(f"{output}: {rows} rows")
+    for reason, count in left_out.items():
+        print(f"  left out {count}: {REASONS.get(reason, reason)}")
+    return 0
