@@ -150,7 +150,8 @@ def _question(text: str, kind: str, read) -> Question:
 
 
 def last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2].strip()
+    """Without the asterisks that make it bold, as many judges write it."""
+    return re.sub(r"^\*+|\*+$|(?<=:)\*+", "", text.strip().rpartition("\n")[2].strip())
 
 
 def read_score(text: str, lowest: float, highest: float) -> float | None:
