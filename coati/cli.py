@@ -11,6 +11,8 @@ TOOLS = {
     "run": "start a method on every GPU of this machine: coati run --nproc_per_node 8 ppo --config FILE.yaml",
     "plan": "memory of a run on every rank, before it is started",
     "play": "an episode with an environment, step by step: be the policy, or see what a model does",
+    "serve": "models behind an OpenAI-compatible HTTP API",
+    "chat": "talk to a model on the terminal, or compare two",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
 }
@@ -66,6 +68,16 @@ def run_tool(name: str, argv: list[str]) -> int:
     elif name == "play":
         add_play_arguments(parser)
         play_episode(parser.parse_args(argv))
+    elif name == "serve":
+        from coati.serve import server
+
+        server.add_arguments(parser)
+        return server.serve(parser.parse_args(argv))
+    elif name == "chat":
+        from coati.serve import chat
+
+        chat.add_arguments(parser)
+        return chat.main(parser.parse_args(argv))
     elif name == "report":
         parser.add_argument(
             "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"

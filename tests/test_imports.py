@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "rewards": {"losses", "models", "samples"},
     "rollout": {"losses", "models", "data", "rewards", "samples"},
     "environments": {"data", "rewards", "rollout"},
+    "serve": {"losses", "models", "data", "rewards", "rollout", "samples", "run_layout"},
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": {"run_layout"},
     "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands", "samples"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "tracking"},
+    "cli": {"commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "serve", "tracking"},
     "commands": {"config", "trainers"},
     "doctor": {"errors", "config", "parallel"},
     "play": {"config", "data", "errors", "models", "parallel", "rewards", "rollout"},
@@ -41,7 +42,7 @@ SINGLE_MAY_IMPORT = {
     "files": set(),
     "initial": {"commands", "config", "trainers"},
     "run": {"variables"},
-    "run_layout": {"files"},
+    "run_layout": {"errors", "files"},
     "samples": set(),
     "transfer": set(),
     "variables": set(),
