@@ -153,6 +153,8 @@ class Service:
         for name, (kind, text, value) in gauges.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             lines += [f"{name}{{model={json.dumps(model)}}} {value(worker)}" for model, worker in self.workers.items()]
+        lines += ["# HELP coati_http_requests_open requests in progress", "# TYPE coati_http_requests_open gauge"]
+        lines.append(f"coati_http_requests_open {self.open}")
         lines += [
             "# HELP coati_http_requests_total requests by their status",
             "# TYPE coati_http_requests_total counter",
