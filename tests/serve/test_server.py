@@ -27,6 +27,7 @@ from coati.serve import server
 from coati.serve.application import Service, application
 from coati.serve.worker import Worker
 from tests.conftest import ROOT
+from tests.docs.pages import blocks
 
 LONGEST = 2048
 PATIENCE = 120  # seconds for what should come at once
@@ -183,6 +184,16 @@ def test_streamed_pieces_join_to_the_whole(client):
         assert texts == [choice.message.content for choice in whole.choices] and texts[0] != texts[1]
         assert reasons == [choice.finish_reason for choice in whole.choices]
         assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+
+
+def test_the_documented_script_prints_a_response(address, capsys):
+    [script] = [block.text for block in blocks(ROOT / "docs" / "serving.md", "python")]
+    documented = {"http://127.0.0.1:8000": address, '"ppo"': '"tiny"'}
+    for text, real in documented.items():
+        assert text in script
+        script = script.replace(text, real)
+    exec(compile(script, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_a_stop_text_ends_a_response_and_is_no_part_of_it(client):
