@@ -166,7 +166,7 @@ class Service:
 
 class Job:
     """A request in progress. While it is entered, it is one of the service's open ones; when it is left, whatever of it
-    is not finished is cancelled.
+    is not finished is canceled.
 
     Args:
         prompts: of each, `wanted.n` choices are wanted.

@@ -53,7 +53,7 @@ class Stream:
     Args:
         index: of the choice in its request.
         emit: called in the worker's thread with a `Choice` for every piece, of which the last one has a finish reason,
-            or with a `Failure`. Not called after `cancelled` is set.
+            or with a `Failure`. Not called after `canceled` is set.
 
     Attributes:
         tokens: that were sampled so far, EOS included.
@@ -64,7 +64,7 @@ class Stream:
     ):
         self.index, self.prompt, self.wanted, self.emit, self.worker = index, prompt, wanted, emit, worker
         self.text = TextStream(worker.decode, wanted.stop)
-        self.tokens, self.cancelled = 0, False
+        self.tokens, self.canceled = 0, False
         self.request = LiveRequest(
             prompt,
             seed,
@@ -78,9 +78,9 @@ class Stream:
     def on_token(self, completion: Completion) -> str:
         """Emits what a token has made certain; returns the finish reason."""
         self.tokens += 1
-        if self.cancelled:
+        if self.canceled:
             self.worker.ended(self)
-            return "cancelled"
+            return "canceled"
         token, reason = completion.ids[-1], completion.finish_reason
         is_silent = token in self.worker.silent
         piece = "" if is_silent else self.text.add(token)
@@ -113,7 +113,7 @@ class Scoring:
     prompt: list[int]
     heads: int
     emit: Callable
-    cancelled: bool = False
+    canceled: bool = False
 
 
 class Worker:
@@ -241,8 +241,8 @@ class Worker:
         """Nobody waits for these any more: those in progress end at their next token."""
         with self.condition:
             for item in items:
-                item.cancelled = True
-            self.waiting = deque(item for item in self.waiting if not item.cancelled)
+                item.canceled = True
+            self.waiting = deque(item for item in self.waiting if not item.canceled)
 
     def close(self):
         """Takes no more, and ends the thread after what was submitted."""
