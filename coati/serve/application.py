@@ -30,6 +30,7 @@ from coati.serve.protocol import (
     new_head,
     read_chat,
     read_completion,
+    refused,
     usage_of,
 )
 from coati.serve.worker import Closed, Failure, QueueFull, Scoring, Stream, Worker
@@ -188,8 +189,11 @@ class Job:
 
     def submit(self):
         """Raises ApiError where the worker takes no more."""
+        items, most = [*self.scorings, *self.streams], self.worker.max_queue + self.worker.slots
+        if len(items) > most:
+            raise refused("n", f"and the prompts make {len(items)} choices: this server takes {most} at a time")
         try:
-            self.worker.submit([*self.scorings, *self.streams])
+            self.worker.submit(items)
         except QueueFull:
             raise ApiError(429, "Too many requests are waiting: try again later", code="queue_full") from None
         except Closed:

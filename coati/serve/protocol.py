@@ -151,14 +151,14 @@ class _Fields:
 
     def text(self, name: str) -> str:
         value = self.values.get(name)
-        if not isinstance(value, str):
+        if not is_text(value):
             raise refused(name, "must be a text")
         return value
 
     def stops(self) -> tuple[str, ...]:
         value = self.values.get("stop", [])
         stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
+        if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(map(is_text, stops)):
             raise refused("stop", f"must be a text or a list of at most {MOST_STOPS}")
         return tuple(stop for stop in stops if stop)
 
@@ -209,7 +209,7 @@ def read_messages(values: Any) -> Messages:
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
             content = None if None in parts else "".join(map(str, parts))
-        if not isinstance(content, str):
+        if not is_text(content):
             raise refused(place, "must have a content that is a text, or parts of type text")
         role = "system" if value["role"] == "developer" else value["role"]
         messages.append({"role": role, "content": content})
@@ -241,8 +241,16 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     return prompts
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a string that has bytes: JSON can write halves of characters, which have none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def is_prompt(value: Any) -> bool:
-    if isinstance(value, str):
+    if is_text(value):
         return True
     return isinstance(value, list) and bool(value) and all(type(x) is int for x in value)
 

@@ -79,7 +79,7 @@ def token_bytes(tokenizer) -> Callable[[int], bytes]:
         token = tokenizer.convert_ids_to_tokens(id)
         if token is None:  # a row that only pads the model's vocabulary
             return b""
-        if byte_level:
+        if byte_level and all(character in byte_of for character in token):
             return bytes(byte_of[character] for character in token)
         if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])

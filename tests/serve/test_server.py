@@ -352,6 +352,8 @@ def test_wrong_requests_get_openais_errors(worker):
         ({"json": good | {"max_tokens": LONGEST}}, 400, "context_length_exceeded"),
         ({"json": good | {"prompt": [1, 99999]}}, 400, None),
         ({"json": good | {"prompt": ""}}, 400, None),
+        ({"content": b'{"model": "tiny", "prompt": "\\ud800"}'}, 400, None),
+        ({"json": good | {"prompt": ["red"] * 4, "n": 128}}, 400, None),
         ({"json": good | {"tint": 1}}, 400, "unknown_parameter"),
     ]
     answers = ask(app, *[("POST", "/v1/completions", more) for more, _, _ in cases])
