@@ -12,6 +12,8 @@ TOOLS = {
     "plan": "memory of a run on every rank, before it is started",
     "play": "an episode with an environment, step by step: be the policy, or see what a model does",
     "label": "a web page on which people compare responses; export of what they chose as training data",
+    "serve": "models behind an OpenAI-compatible HTTP API",
+    "chat": "talk to a model on the terminal, or compare two",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
 }
@@ -71,6 +73,16 @@ def run_tool(name: str, argv: list[str]) -> int:
     elif name == "play":
         add_play_arguments(parser)
         play_episode(parser.parse_args(argv))
+    elif name == "serve":
+        from coati.serve import server
+
+        server.add_arguments(parser)
+        return server.serve(parser.parse_args(argv))
+    elif name == "chat":
+        from coati.serve import chat
+
+        chat.add_arguments(parser)
+        return chat.main(parser.parse_args(argv))
     elif name == "report":
         parser.add_argument(
             "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"

@@ -30,6 +30,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from coati.errors import UserError
 from coati.files import PARTIAL, write_json
 
 FINAL_MODEL = "model"
@@ -170,3 +171,33 @@ def find_model(place: Path) -> Path | None:
             return folder
     newest = newest_checkpoint(checkpoints_of(place))
     return None if newest is None else find_model(newest)
+
+
+def model_folder(path: str | Path, setting: str = "") -> Path:
+    """The folder that transformers opens: `path` itself, or the finished model or the newest complete checkpoint of a
+    coati run.
+
+    Args:
+        setting: that the path comes from, for errors.
+
+    Raises:
+        UserError: there is none in it.
+    """
+    named = f"{setting} {path}".strip()
+    if not Path(path).is_dir():
+        raise UserError(f"{named} is no folder; models are read from folders, nothing is downloaded")
+    folder = find_model(Path(path))
+    if folder is None:
+        names = sorted(entry.name for entry in Path(path).iterdir())
+        found = ", ".join(names[:6] + (["..."] if len(names) > 6 else [])) or "nothing"
+        raise UserError(
+            f"{named} holds neither config.json nor adapter_config.json, nor a finished coati run, "
+            f"nor coati checkpoints that are complete; in it: {found}"
+        )
+    return folder
+
+
+def names_of(paths: list[str]) -> list[str]:
+    """A short name per model: the folder's own, or the whole path where two would be the same."""
+    short = [Path(path).resolve().name for path in paths]
+    return [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]

@@ -34,6 +34,18 @@ def test_generation_is_a_contest_with_transformers():
 
 
 @pytest.mark.slow
+def test_streams_of_a_server_are_measured_beside_the_engine():
+    command = [sys.executable, "benchmarks/serve.py", "--streams", "3", "--new", "4", "--rounds", "1", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--model", json.dumps(SMALL)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    case = json.loads(done.stdout.splitlines()[-1])["cases"]["3-4"]
+    rates, first = case["tokens_per_second"], case["seconds_to_first_token"]
+    assert min(rates.values()) > 0 and case["ratio"] == rates["server"] / rates["engine"]
+    assert 0 < first["median"] <= first["p95"]
+
+
+@pytest.mark.slow
 def test_turns_that_join_others_are_a_contest_with_those_that_begin_together():
     found = run_small("waiting", "64-small", 1, "--episodes", "6")["contenders"]
     joined, together = found["turns that join"], found["turns together"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from coati.errors import UserError
 from colossal_eval.evaluate import EvaluateConfig, options
 from colossal_eval.results.summaries import main_metric, scores_of
-from colossal_eval.run.model_loading import Loaded, longest_sequence
+from colossal_eval.run.model_loading import Loaded
 from colossal_eval.run.question_records import run_benchmark
 from colossal_eval.run.response_store import ResponseStore
 from colossal_eval.run.task_yaml import subjects_of, write_tasks
@@ -45,6 +45,7 @@ class Benchmarks:
             UserError: it is no language model.
         """
         from coati.models import Actor
+        from coati.models.opened import longest_sequence
         from colossal_eval.run.harness_model import CoatiLM
 
         engine = next(iter(trainer.engines.values()))

@@ -90,6 +90,15 @@ def converts_its_input(words):
     assert done.stdout.decode() == "你好"
 
 
+def is_a_request_that_is_read(words):
+    """Its path is one of the server's, and its JSON is taken."""
+    from coati.serve.protocol import read_chat, read_completion
+
+    path = re.fullmatch(r"http://127\.0\.0\.1:8000/v1/(.+)", words[1])[1]
+    read = {"chat/completions": read_chat, "completions": read_completion}[path]
+    assert words[2] == "-d" and read(json.loads(words[3])).wanted.model
+
+
 NOT_RUN = {
     "make": ("installs, trains, tests or builds for minutes", check_target),
     "pip": ("needs the network", names_what_is_there),
@@ -104,6 +113,8 @@ NOT_RUN = {
     "scancel": ("needs SLURM: tests/slurm runs it", is_used_by_the_jobs),
     "scontrol": ("needs SLURM: tests/slurm runs it", is_used_by_the_jobs),
     "srun": ("needs SLURM: tests/slurm runs it", is_used_by_the_jobs),
+    "curl": ("needs a server: tests/serve sends such requests", is_a_request_that_is_read),
+    "lm_eval": ("needs a server and the network: tests/serve/test_server.py drives it", is_installed_or_optional),
     "iconv": ("converts a file of the reader's", converts_its_input),
 }
 READ = ("coati", "python", ".venv/bin/python", "colossalai", "torchrun", "sbatch")

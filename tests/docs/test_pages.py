@@ -129,6 +129,7 @@ def test_objects_and_changed_lines_parse(block):
 ELSEWHERE = {
     "applications/colossal_eval/README.md": "tests/applications/colossal_eval/test_callback.py",
     "docs/environments.md": "tests/trainers/test_environments.py",
+    "docs/serving.md": "tests/serve/test_server.py",
 }
 SCRIPTS = {name_of(page): b.text for page in PAGES for b in blocks(page, "python") if ">>> " not in b.text}
 

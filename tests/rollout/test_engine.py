@@ -19,6 +19,7 @@ from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
 from coati.rollout.engine.cache import SlotCache
 from coati.rollout.engine.engine import KEPT_SHARE
 from coati.rollout.engine.graphs import StepGraphs
+from coati.rollout.engine.live import HEADS, LiveRequest
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
 from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
 from tests.models.families import padded, tiny_config
@@ -549,3 +550,62 @@ def test_a_conversation_that_has_begun_comes_before_one_that_has_not(actors):
     places = [place for place, turn in order[30:] if turn == 3]
     first_begun = {place for place, turn in order[30:60] if turn == 1}
     assert set(places[: len(places) // 3]) <= first_begun and len(first_begun) < 30
+
+
+def served(actor, prompts, slots, arrive, end_early=(), heads=0, **drawn):
+    """Completions by `serve`, of requests that come `arrive` at a time, before every third step.
+
+    Args:
+        end_early: numbers of those that are ended after two tokens.
+    """
+    found = [None] * len(prompts)
+    polls = []
+
+    def request(i):
+        def on_token(completion):
+            found[i] = completion
+            return "canceled" if i in end_early and len(completion.ids) == 2 else completion.finish_reason
+
+        return LiveRequest(
+            prompts[i], i, 20, heads=heads, on_token=on_token, **{"temperature": 0.0, "top_p": 1.0} | drawn
+        )
+
+    waiting = [request(i) for i in range(len(prompts))]
+
+    def poll(free):
+        polls.append(free)
+        if not waiting:
+            return None
+        if free < slots and len(polls) % 3:
+            return []
+        taken = [waiting.pop(0) for _ in range(min(arrive, free, len(waiting)))]
+        return taken
+
+    RolloutEngine(actor, GenerationConfig(), eos_ids=[EOS], slots=slots).serve(poll, 40)
+    assert min(polls) >= 0 and max(polls) == slots
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "mistral"])
+def test_requests_that_come_while_others_run_get_what_they_get_alone(actors, family):
+    actor, prompts = actors(family), some_prompts(30)
+    alone = complete(actor, [Request(p, i) for i, p in enumerate(prompts)], temperature=0.0)
+    found = served(actor, prompts, 7, 3)
+    assert [c.ids for c in found] == [c.ids for c in alone]
+    assert [c.finish_reason for c in found] == [c.finish_reason for c in alone]
+    for one, other in zip(found, alone, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+    drawn = complete(actor, [Request(p, i) for i, p in enumerate(prompts)], temperature=1.0)
+    found = served(actor, prompts, 5, 2, heads=HEADS, temperature=1.0)
+    assert [c.ids for c in found] == [c.ids for c in drawn]
+    assert all(len(c.heads) == len(c.ids) and len(c.heads[0][0]) == HEADS for c in found)
+
+
+def test_a_request_that_is_ended_leaves_its_slot_to_others(actors):
+    actor, prompts = actors("llama"), some_prompts(12)
+    whole = served(actor, prompts, 2, 2)
+    found = served(actor, prompts, 2, 2, end_early={1, 4, 5})
+    for i, (one, other) in enumerate(zip(found, whole, strict=True)):
+        ended = i in (1, 4, 5) and len(other.ids) > 1
+        assert one.ids == (other.ids[:2] if ended else other.ids)
+        assert one.finish_reason == ("canceled" if ended else other.finish_reason)

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from coati import run_layout
 from coati.errors import UserError
-from coati.run_layout import find_model
 
 
 @dataclass
@@ -28,20 +28,8 @@ class Loaded:
 
 
 def model_folder(path: str) -> Path:
-    """The folder that transformers opens: `path` itself, the finished model or the newest checkpoint of a coati run.
-
-    Raises:
-        UserError: there is none in it.
-    """
-    if not Path(path).is_dir():
-        raise UserError(f"--models {path} is no folder; models are read from folders, nothing is downloaded")
-    folder = find_model(Path(path))
-    if folder is None:
-        raise UserError(
-            f"--models {path} holds neither config.json nor adapter_config.json, nor a finished coati run, "
-            "nor coati checkpoints that are complete"
-        )
-    return folder
+    """The folder that transformers opens, see `coati.run_layout.model_folder`."""
+    return run_layout.model_folder(path, "--models")
 
 
 def column_names(paths: list[str]) -> list[str]:
@@ -52,8 +40,7 @@ def column_names(paths: list[str]) -> list[str]:
     """
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise UserError(f"--models names {twice[0]} twice")
-    short = [Path(path).resolve().name for path in paths]
-    return [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
+    return run_layout.names_of(paths)
 
 
 def load_model(name: str, folder: Path, dtype: str, device, max_length: int | None = None) -> Loaded:
@@ -63,35 +50,17 @@ def load_model(name: str, folder: Path, dtype: str, device, max_length: int | No
         UserError: the folder can't be loaded; the tokenizer has ids that the model hasn't; max_length is too long.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    from coati.models import Actor
-    from coati.models.lora import base_of_adapter, is_adapter
+    from coati.models.opened import open_model
 
-    base = Path(base_of_adapter(folder)) if is_adapter(folder) else folder
-    actor = Actor(str(folder), dtype=getattr(torch, dtype)).eval().to(device)
-    location = folder if (folder / "tokenizer_config.json").is_file() else base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(location))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{location} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
-    rows = actor.transformer.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer in {location} has {len(tokenizer)} tokens, the model in {folder} only {rows}")
-    longest = longest_sequence(actor, tokenizer)
+    model = open_model(folder, getattr(torch, dtype), device)
+    longest = model.max_length
     if max_length is not None and max_length > longest:
         raise UserError(f"--max_length {max_length} is more than the {longest} tokens that {folder} can read")
     fingerprint = hash_files(folder)
-    if base != folder and base.is_dir():
-        fingerprint += hash_files(base)
-    return Loaded(name, actor, tokenizer, max_length or longest, fingerprint)
-
-
-def longest_sequence(actor, tokenizer) -> int:
-    """The longest sequence, in tokens, that a model and its tokenizer say they read."""
-    config = actor.transformer.config.get_text_config()
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    return min([n for n in known if n] + [int(min(tokenizer.model_max_length, 2**20))])
+    if model.base != folder and model.base.is_dir():
+        fingerprint += hash_files(model.base)
+    return Loaded(name, model.actor, model.tokenizer, max_length or longest, fingerprint)
 
 
 def hash_files(folder: Path) -> str:

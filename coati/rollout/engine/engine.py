@@ -28,6 +28,7 @@ from coati.errors import UserError
 from coati.models.experts import is_experts
 from coati.models.routing import RoutingNotes
 from coati.rollout.engine.graphs import StepGraphs, round_up
+from coati.rollout.engine.live import HEADS, LiveRequest, LiveSampler, needs_of
 from coati.rollout.engine.sampling import Sampler, key_of, most_likely
 from coati.rollout.engine.small_batch_matmul import small_batch_matmul
 from coati.rollout.generator import Completion, FollowUps, OnDone, Request
@@ -87,9 +88,10 @@ class _Slots:
         heads: ids and log-probs of the tokens that were most likely where the last one was drawn, `[slots, heads]`
             each; none where they are not asked for.
         seen: for the repetition penalty, the tokens of each row, bool `[slots, vocabulary]`; else None.
+        own_sampling: of rows that are live, their temperatures and nucleus masses, float32 `[slots]` each; else none.
     """
 
-    def __init__(self, slots: int, columns: int, device: torch.device, heads: int = 0):
+    def __init__(self, slots: int, columns: int, device: torch.device, heads: int = 0, live: bool = False):
         from coati.rollout.engine.cache import SlotCache  # imports transformers
 
         self.cache = SlotCache(slots, columns, device)
@@ -98,10 +100,11 @@ class _Slots:
         dtypes = (torch.long, torch.float32) if heads else ()
         self.heads = [torch.zeros(slots, heads, dtype=dtype, device=device) for dtype in dtypes]
         self.seen: Tensor | None = None
+        self.own_sampling = [torch.ones(slots, device=device) for _ in range(2)] if live else []
 
     def per_slot(self) -> list[Tensor]:
         seen = [] if self.seen is None else [self.seen]
-        return [self.tokens, self.drawn, self.keys, self.log_probs, *seen]
+        return [self.tokens, self.drawn, self.keys, self.log_probs, *seen, *self.own_sampling]
 
 
 class RolloutEngine:
@@ -137,6 +140,7 @@ class RolloutEngine:
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.device = next(model.parameters()).device
         self.sampler = Sampler(config, eos_ids, self.device, suppressed_ids(model))
+        self.live_sampler = LiveSampler(self.device, suppressed_ids(model))
         self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and can_be_captured(model)
         self.steps_behind = 0 if self.device.type == "cpu" else 1
         self.prompt_tokens = self.padding_tokens = 0
@@ -155,39 +159,66 @@ class RolloutEngine:
         Raises:
             UserError: an empty prompt, or a response whose KV cache exceeds the GPU's memory.
         """
-        self.on_done, self.follow_ups, self.kept = on_done, follow_ups, 0
+        self.on_done, self.follow_ups, self.poll, self.kept = on_done, follow_ups, None, 0
         self.completions: list[Completion] = []
         rows = [self.make_row(request) for request in requests]
         if not rows:
             return []
         self.notes = RoutingNotes(self.model) if requests[0].with_routing else None
-        training = self.model.training
-        self.model.eval()
-        try:
-            with small_batch_matmul(self.model), self.notes.noted() if self.notes else nullcontext():
-                self.run(rows)
-        finally:
-            self.model.train(training)
+        longest = max(len(row.request.prompt) + row.limit for row in rows)
+        self.run(rows, max(longest, follow_ups.longest if follow_ups else 0), len(rows))
         return self.completions
 
+    @torch.no_grad()
+    def serve(self, poll: Callable[[int], list[LiveRequest] | None], longest: int):
+        """Completes requests as they come, each with its own way of drawing, until there are no more. Which rows are
+        computed together depends on when they come, and so do the last bits of their log-probs.
+
+        Args:
+            poll: called before every step with the number of free slots; returns so many requests at most, or None
+                for the end. While no row is in progress it may wait.
+            longest: tokens of a prompt with its response, at most. All slots have room for that many.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        self.on_done, self.follow_ups, self.poll, self.kept = None, None, poll, 0
+        self.notes = None
+        requests: list[LiveRequest] | None = []
+        while not requests:
+            requests = poll(self.slots)
+            if requests is None:
+                return
+        self.run([self.make_row(request) for request in requests], longest, self.slots)
+
     def make_row(self, request: Request) -> _Row:
-        i = len(self.completions)
+        i = 0 if self.poll else len(self.completions)
         if not len(request.prompt):
             raise UserError(f"prompt {i} is empty: generation starts from at least one token")
         limit = self.config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         row = _Row(i, request, limit, key_of(request.seed))
-        self.completions.append(row.completion)
+        if not self.poll:
+            self.completions.append(row.completion)
         self.kept += request.states is not None
         return row
 
-    def run(self, rows: list[_Row]):
-        longest = max(len(row.request.prompt) + row.limit for row in rows)
-        columns = round_up(1, max(longest, self.follow_ups.longest if self.follow_ups else 0))[1]
+    def run(self, rows: list[_Row], longest: int, most: int):
+        """Completes rows and those that come after them, of `longest` tokens and so many at a time at most."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with small_batch_matmul(self.model), self.notes.noted() if self.notes else nullcontext():
+                self.run_steps(rows, round_up(1, longest)[1], most)
+        finally:
+            self.model.train(training)
+
+    def run_steps(self, rows: list[_Row], columns: int, most: int):
         self.first, self.following = self.prefill(rows), deque[Iterator[list[_Prefilled]]]()
         self.steps, self.ended = 0, deque[tuple[int, _Row]]()  # each with the period of steps that it ended in
         self.ready: deque[_Prefilled] = deque(next(self.first))
-        slots = self.count_slots(self.ready[0].cache, columns, len(rows))
-        self.state = _Slots(slots, columns, self.device, rows[0].request.heads)
+        slots = self.count_slots(self.ready[0].cache, columns, most)
+        heads = min(HEADS, self.ready[0].logits.shape[-1]) if self.poll else rows[0].request.heads
+        self.state = _Slots(slots, columns, self.device, heads, self.poll is not None)
         self.graphs = StepGraphs(self.decode, self.cuda_graphs)
         self.rows: list[_Row] = []
         self.downloads: deque[tuple[list[_Row], bool, Download]] = deque()
@@ -202,8 +233,10 @@ class RolloutEngine:
                     self.finish_download()
                 elif self.ended:
                     self.follow_up(self.ended[0][0])
-                elif not self.ready:
+                elif not self.ready and self.poll is None:
                     return
+                if self.poll and (self.rows or not self.downloads):
+                    self.join()
         finally:
             self.state.cache.layers.clear()  # a cache refers to itself: its memory would wait for the garbage collector
             del self.state, self.graphs
@@ -226,6 +259,14 @@ class RolloutEngine:
         return min(wanted, fits)
 
     # --- prompts
+
+    def join(self):
+        """Takes requests that have come, as many as there are free slots."""
+        requests = self.poll(self.state.cache.slots - len(self.rows))
+        if requests is None:
+            self.poll = None
+        elif requests:
+            self.following.append(self.prefill([self.make_row(request) for request in requests]))
 
     @property
     def period(self) -> int:
@@ -375,13 +416,16 @@ class RolloutEngine:
                 p.row.routing.append(p.routing[p.batch_row, : len(p.row.request.prompt)].cpu().numpy())
         state.keys[slots] = upload([p.row.key for p in new], self.device)
         state.drawn[slots] = 0
+        if state.own_sampling:
+            for stored, name in zip(state.own_sampling, ("temperature", "top_p"), strict=True):
+                stored[slots] = upload([getattr(p.row.request, name) for p in new], self.device).float()
         if self.config.repetition_penalty != 1:
             if state.seen is None:
                 state.seen = torch.zeros(state.cache.slots, logits.shape[1], dtype=torch.bool, device=self.device)
             state.seen[slots] = False
             ids = pad_right([list(p.row.request.prompt) for p in new], self.device, repeat=True)
             state.seen[slots] = state.seen[slots].scatter(1, ids, True)
-        self.draw(logits, slots)
+        self.draw(logits, slots, *self.needs([p.row for p in new]))
 
     # --- tokens
 
@@ -392,11 +436,15 @@ class RolloutEngine:
         if self.cuda_graphs:
             shape = round_up(rows, width)
             shape = (min(shape[0], self.state.cache.slots), min(shape[1], self.state.cache.columns))
-        self.graphs.run(*shape)
+        self.graphs.run(*shape, *self.needs(self.rows))
         self.steps += 1
         self.start_download(self.rows, slice(0, rows), self.notes.take() if self.notes else None)
 
-    def decode(self, rows: int, width: int):
+    def needs(self, rows: list[_Row]) -> tuple[bool, ...]:
+        """What rows that are live need of a step, see `needs_of`; of others nothing is asked."""
+        return needs_of([row.request for row in rows]) if self.state.own_sampling else ()
+
+    def decode(self, rows: int, width: int, *needs: bool):
         """The device's part of a step: nothing here depends on values that the host would have to read."""
         from coati.rollout.engine.attention import step_attention, step_mask
 
@@ -408,15 +456,23 @@ class RolloutEngine:
             logits = next_logits(state.tokens[:rows, None], cache, mask, cache.lengths[:rows, None])
         # slots beyond the rows, which fill up a graph's shape, must stay within the columns
         cache.lengths[:rows] = (cache.lengths[:rows] + 1).clamp(max=cache.columns - 1)
-        self.draw(logits, slice(0, rows))
+        self.draw(logits, slice(0, rows), *needs)
 
-    def draw(self, logits: Tensor, slots: slice):
+    def draw(self, logits: Tensor, slots: slice, *needs: bool):
         state = self.state
         seen = None if state.seen is None else state.seen[slots]
-        tokens, state.log_probs[slots] = self.sampler(logits, state.keys[slots], state.drawn[slots], seen)
+        noise = state.keys[slots], state.drawn[slots]
+        if state.own_sampling:
+            draws, has_nucleus, with_heads = needs
+            temperatures, top_p = (stored[slots] for stored in state.own_sampling)
+            nucleus = top_p if has_nucleus else None
+            drawn = self.live_sampler(logits, *noise, temperatures if draws else None, nucleus)
+        else:
+            with_heads, drawn = True, self.sampler(logits, *noise, seen)
+        tokens, state.log_probs[slots] = drawn
         state.tokens[slots] = tokens
         state.drawn[slots] += 1
-        if state.heads:
+        if state.heads and with_heads:
             found = most_likely(logits, state.heads[0].shape[1], self.config.temperature or 1.0)
             for stored, values in zip(state.heads, found, strict=True):
                 stored[slots] = values
@@ -450,7 +506,7 @@ class RolloutEngine:
             if not row.ended:
                 row.completion.ids.append(token)
                 row.completion.log_probs.append(log_prob)
-                if heads:
+                if heads and row.request.heads:
                     row.completion.heads.append((heads[0][i].astype(np.int32), heads[1][i].copy()))
                 if routing is not None:
                     row.routing.append(routing[i : i + 1])
@@ -458,6 +514,8 @@ class RolloutEngine:
         stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
+            if isinstance(row.request, LiveRequest):
+                row.completion.finish_reason = row.request.on_token(row.completion)
             if row.request.keep_states and row.completion.finish_reason in ("eos", "stop"):
                 row.completion.states = self.states_of(row)
             if row.ended and row.routing:

@@ -179,17 +179,22 @@ def application(service: Service, token: str):
 
 
 class TokenRequired:
-    """Answers 401 to requests without `Authorization: Bearer TOKEN`."""
+    """Answers 401 to requests without `Authorization: Bearer TOKEN`.
 
-    def __init__(self, app, token: str):
+    Args:
+        refusal: the JSON that it answers.
+    """
+
+    def __init__(self, app, token: str, refusal: dict[str, Any] | None = None):
         self.app, self.expected = app, f"Bearer {token}".encode()
+        self.refusal = refusal or {"error": "the token is missing or wrong"}
 
     async def __call__(self, scope, receive, send):
         from starlette.responses import JSONResponse
 
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if scope["type"] == "http" and not hmac.compare_digest(given, self.expected):
-            return await JSONResponse({"error": "the token is missing or wrong"}, 401)(scope, receive, send)
+            return await JSONResponse(self.refusal, 401)(scope, receive, send)
         await self.app(scope, receive, send)
 
 

@@ -1,0 +1,162 @@
+"""`coati serve`: models behind OpenAI's API."""
+
+import argparse
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from coati.errors import UserError
+from coati.run_layout import model_folder, names_of
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKEN = "COATI_TOKEN"
+POLL_SECONDS = 0.05  # between looks at whether a draining server is done
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="a model's folder, an adapter's, a run's or a checkpoint's"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument("--token", help=f"that clients must send as their API key (default: ${TOKEN})")
+    parser.add_argument("--slots", type=int, default=64, help="responses generated together, per model (default: 64)")
+    parser.add_argument("--max_queue", type=int, default=256, help="choices that may wait for a slot (default: 256)")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="longest prompt with its response, in tokens (default: the model's, at most 4096)",
+    )
+    parser.add_argument("--max_body", type=int, default=4 * 2**20, help="bytes of a request (default: 4 MiB)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on a CPU, else that of the files")
+
+
+def named_models(models: list[str]) -> dict[str, str]:
+    """Paths by name. `NAME=MODEL` names one; others have their folders' names.
+
+    Raises:
+        UserError: two of the same name.
+    """
+    pairs = [model.partition("=") if "=" in model and not Path(model).exists() else ("", "", model) for model in models]
+    short = names_of([path for _, _, path in pairs])
+    names = [name or default for (name, _, _), default in zip(pairs, short, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name}: name them, as in first=FOLDER second=FOLDER")
+    return {name: path for name, (_, _, path) in zip(names, pairs, strict=True)}
+
+
+def check_address(host: str, token: str | None):
+    """Raises a UserError for a server without a token that others could reach."""
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local and not token:
+        raise UserError(f"--host {host} can be reached from other machines: set {TOKEN} or give --token")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, with port 0 on a free port."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"can't listen on {host}, port {port} ({error}): choose another --port or --host") from None
+
+
+def open_worker(name: str, path: str, options: argparse.Namespace):
+    """A worker that has started, of the model that a path names.
+
+    Args:
+        options: `dtype`, `slots`, `max_queue` and `max_length`.
+
+    Raises:
+        UserError: it can't be opened.
+    """
+    folder = model_folder(path)
+    import torch
+
+    from coati.models.opened import open_model
+    from coati.serve.worker import Worker
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if options.dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    opened = open_model(folder, dtype, device)
+    worker = Worker(name, opened, options.slots, options.max_queue, options.max_length)
+    worker.start()
+    return worker
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM or Ctrl-C, finishes what was begun, and returns 0.
+
+    Raises:
+        UserError: a model that can't be opened, or an address that can't be served.
+    """
+    paths = named_models(options.models)
+    token = options.token if options.token is not None else os.environ.get(TOKEN)
+    check_address(options.host, token)
+    for name, least in (("slots", 1), ("max_queue", 0), ("max_body", 1), ("max_length", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is below {least}")
+    for path in paths.values():
+        model_folder(path)
+    listener = listen(options.host, options.port)
+    with listener:
+        from coati.serve.application import Service, application
+
+        workers = {name: open_worker(name, path, options) for name, path in paths.items()}
+        service = Service(workers, options.max_body)
+        for worker in workers.values():
+            for note in worker.notes:
+                print(f"{worker.name}: {note}", flush=True)
+        host, port = listener.getsockname()[:2]
+        place = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(workers)} at http://{place}:{port}/v1", flush=True)
+        run(application(service, token), service, listener)
+    return 0
+
+
+def run(app, service, listener: socket.socket):
+    """Runs an application until it was told to stop and has drained."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn, but the first signal lets requests end, and refuses others meanwhile; the second stops at once."""
+
+        @contextmanager
+        def capture_signals(self):
+            loop = asyncio.get_running_loop()
+            kinds = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+            for kind in kinds:
+                loop.add_signal_handler(kind, self.on_signal)
+            try:
+                yield
+            finally:
+                for kind in kinds:
+                    loop.remove_signal_handler(kind)
+
+        def on_signal(self):
+            if service.draining:
+                self.should_exit = self.force_exit = True
+                return
+            service.draining = True
+            self.drained = asyncio.ensure_future(self.drain())
+
+        async def drain(self):
+            while service.open:
+                await asyncio.sleep(POLL_SECONDS)
+            for worker in service.workers.values():
+                worker.close()
+            self.should_exit = True
+
+    Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
