@@ -11,6 +11,7 @@ TOOLS = {
     "run": "start a method on every GPU of this machine: coati run --nproc_per_node 8 ppo --config FILE.yaml",
     "plan": "memory of a run on every rank, before it is started",
     "play": "an episode with an environment, step by step: be the policy, or see what a model does",
+    "check-reward": "what a reward pays for responses that try to be paid without being right",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
 }
@@ -54,6 +55,10 @@ def run_tool(name: str, argv: list[str]) -> int:
         from coati.planner import main as plan
 
         return plan(argv)
+    if name == "check-reward":  # settings, as the methods have them
+        from coati.check_reward import main as check_reward
+
+        return check_reward(argv)
     parser = argparse.ArgumentParser(prog=f"coati {name}", description=TOOLS[name])
     if name == "init":
         from coati.commands import COMMANDS

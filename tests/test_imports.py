@@ -33,7 +33,8 @@ MAY_IMPORT = {
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "tracking"},
+    "check_reward": {"config", "data", "errors", "models", "rewards", "samples"},
+    "cli": {"check_reward", "commands", "config", "doctor", "errors", "initial", "planner", "play", "run", "tracking"},
     "commands": {"config", "trainers"},
     "doctor": {"errors", "config", "parallel"},
     "play": {"config", "data", "errors", "models", "parallel", "rewards", "rollout"},
