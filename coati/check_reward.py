@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from coati.config import ListOf, Settings, option, parse_settings, read_yaml, settings, take_config_path
+from coati.config import ListOf, Settings, option, parse, read_yaml, settings, take_config_path
 from coati.errors import UserError
 from coati.rewards import Reward
 from coati.rewards.answers import stated_answer
@@ -507,7 +507,7 @@ def main(argv: list[str]) -> int:
     path, rest = take_config_path(argv)
     # a training run's file will do: of its settings those are read that this command has
     found = {name: value for name, value in (read_yaml(path) if path else {}).items() if name in OF_FILE}
-    config = parse_settings(CheckRewardConfig, found, rest, f"--config {path}", DESCRIPTION)
+    config = parse.parse_settings(CheckRewardConfig, found, rest, f"--config {path}", DESCRIPTION)
     if not config.rewards:
         raise UserError("no reward: give `rewards`, such as --rewards math or --rewards '{type: math, weight: 1}'")
     rows = read_rows(config.data, config.rows) if config.data else []

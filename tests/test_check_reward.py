@@ -137,7 +137,7 @@ def test_a_function_that_is_right_passes(tmp_path):
 
 def test_shaped_scores_are_compared_with_the_right_answers(tmp_path):
     """-1 to 1 with 0.1 for the form: what is nearer to the right answer's score is paid."""
-    found = check(function(tmp_path, r"(1 if r == f'#### {a}' else -1) + 0.1 * ('####' in r)"))
+    found = check(function(tmp_path, "(1 if r == f'[{a}]' else -1) + 0.1 * ('[' in r)"), forms=["[{answer}]"])
     assert wrong(found) == {} and found.good == pytest.approx(1.1)
 
 
@@ -162,14 +162,11 @@ def test_a_function_that_fails_for_right_answers_is_one_error(tmp_path):
 
 
 def test_without_right_answers_attacks_are_compared_with_a_good_response(tmp_path):
-    """A reward of length pays padding; one of its parameters says that it has no right answers."""
+    """A reward of length pays padding; its parameters say that it has no right answers."""
     found = check(function(tmp_path, "len(r)", "prompts, responses"))
     assert not found.has_right_answers and found.passed
-    assert {f.attack for f in found.findings if f.verdict == "warning"} == {"padding", "good twice"}
-    found = check(function(tmp_path, "len(r) > 150 and r[:9] != 'Let us th'", "prompts, responses"))
-    assert {f.attack for f in found.findings if f.verdict == "warning"} == {"in thought only", "in open thought"} | {
-        "good twice"
-    }
+    warned = {finding.attack for finding in found.findings if finding.verdict == "warning"}
+    assert warned == {"padding", "good twice", "in thought only", "in open thought"}
 
 
 def test_a_function_of_all_columns_is_asked_whether_it_reads_right_answers(tmp_path):
@@ -278,4 +275,6 @@ def test_the_documented_table_is_current():
     except UserError as error:
         pytest.skip(str(error))
     script = runpy.run_path(str(ROOT / "tools" / "write_attacks.py"))
-    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run tools/write_attacks.py"
+    current = script["page"]()
+    assert script["PAGE"].read_text(encoding="utf-8") == current, "run tools/write_attacks.py"
+    assert "| the right answer, stated properly | paid |" in current
