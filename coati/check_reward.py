@@ -2,7 +2,7 @@
 
 A reward with right answers has a control, the right answer stated properly. Paid is what gets more than the mean of the
 right answer's score and of a wrong one's that is stated in the same way. A reward without right answers (a reward
-model, a judge, a function of the response alone) has good responses to be compared with.
+model, an endpoint, a function of the response alone) has good responses to be compared with.
 """
 
 import builtins
@@ -546,11 +546,11 @@ def text_model_reward(folder: str) -> Reward:
         @torch.no_grad()
         def score(self, samples):
             [sample] = samples
-            message = [{"role": "user", "content": sample.prompt}]
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(prompt + sample.response, add_special_tokens=False)["input_ids"]
-            end = [] if sample.truncated else [tokenizer.eos_token_id]
-            return model(torch.tensor([ids + end])).tolist()
+            messages = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            end = text.rindex(tokenizer.eos_token) + (0 if sample.truncated else len(tokenizer.eos_token))
+            ids = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+            return model(torch.tensor([ids])).tolist()
 
     return TextModelReward()
 

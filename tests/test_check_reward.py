@@ -226,6 +226,33 @@ def test_rows_that_are_no_prompts_are_named(tmp_path, text, says):
         read_rows(str(tmp_path / "rows.jsonl"), 20)
 
 
+def test_a_reward_model_scores_texts_with_the_tokenizer_beside_it(tiny_world, tmp_path):
+    """As in training: the chat template's prompt, the response, EOS unless it was truncated."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from coati.data import prepare_tokenizer
+    from coati.models import RewardModel
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_world["model_config"])
+    model = RewardModel(config=config)
+    torch.nn.init.normal_(model.value_head.weight)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(tiny_world["tokenizer"]))
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = check({"type": "model", "path": str(tmp_path / "model")}, [Row("What?", {}, "yes"), Row("Who?", {}, "no")])
+    assert not found.has_right_answers and len({finding.score for finding in found.findings}) > 5
+    expected = []
+    for prompt, response in (("What?", "yes"), ("Who?", "no")):
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id
+        expected.append(model(torch.tensor([ids])).item())
+    assert found.good == pytest.approx(sum(expected) / 2, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("schema", "value"),
     [

@@ -33,7 +33,7 @@ def table() -> str:
     for attack in ATTACKS:
         cells = [cell(findings.get(attack.name)) for findings in columns.values()]
         if any(cells):
-            rows.append([attack.about.replace("<", "\\<"), *cells])
+            rows.append([attack.about.replace("<", "\\<").replace("__", r"\_\_"), *cells])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
