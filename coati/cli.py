@@ -14,6 +14,7 @@ TOOLS = {
     "label": "a web page on which people compare responses; export of what they chose as training data",
     "serve": "models behind an OpenAI-compatible HTTP API",
     "chat": "talk to a model on the terminal, or compare two",
+    "check-reward": "what a reward pays for responses that try to be paid without being right",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
 }
@@ -61,6 +62,10 @@ def run_tool(name: str, argv: list[str]) -> int:
         from coati.label.command import main as label
 
         return label(argv)
+    if name == "check-reward":  # settings, as the methods have them
+        from coati.check_reward import main as check_reward
+
+        return check_reward(argv)
     parser = argparse.ArgumentParser(prog=f"coati {name}", description=TOOLS[name])
     if name == "init":
         from coati.commands import COMMANDS

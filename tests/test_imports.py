@@ -36,7 +36,9 @@ MAY_IMPORT = {
 # and what the modules that stand beside the parts may import, all in all
 SINGLE_MAY_IMPORT = {
     "__init__": set(),
+    "check_reward": {"config", "data", "errors", "models", "rewards", "samples"},
     "cli": {
+        "check_reward",
         "commands",
         "config",
         "doctor",

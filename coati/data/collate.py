@@ -34,7 +34,8 @@ class SFTBatch(_Batch):
 
 @dataclass(frozen=True)
 class PreferenceBatch(_Batch):
-    """Right-padded. As `SFTBatch` with `[2 * batch, seq]`, chosen rows first; `margin` float32 `[batch]`.
+    """Right-padded. As `SFTBatch` with `[2 * batch, seq]`, chosen rows first; `margin` float32 `[batch]`,
+    `tie` bool `[batch]`.
 
     `reference` `[2 * batch]`: sums of the responses' log-probs under a reference policy, if a trainer has put them in.
     """
@@ -43,6 +44,7 @@ class PreferenceBatch(_Batch):
     attention_mask: Tensor
     loss_mask: Tensor
     margin: Tensor
+    tie: Tensor
     reference: Tensor | None = None
 
 
@@ -71,7 +73,8 @@ def collate_preference(samples: Sequence[PreferenceSample], pad_id: int, multipl
     sides = [s.chosen for s in samples] + [s.rejected for s in samples]
     both = collate_sft(sides, pad_id, multiple_of)
     margin = torch.tensor([s.margin for s in samples], dtype=torch.float32)
-    return PreferenceBatch(both.input_ids, both.attention_mask, both.loss_mask, margin)
+    tie = torch.tensor([s.tie for s in samples])
+    return PreferenceBatch(both.input_ids, both.attention_mask, both.loss_mask, margin, tie)
 
 
 def collate_unpaired(samples: Sequence[UnpairedSample], pad_id: int, multiple_of: int = 1) -> UnpairedBatch:

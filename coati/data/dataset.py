@@ -30,7 +30,7 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHUNK_ROWS = 256
 
 
@@ -230,7 +230,7 @@ def _features():
     1 if it is good, else 0."""
     from datasets import Features, List, Value
 
-    numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64")}
+    numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64"), "tie": Value("bool")}
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
     texts = {name: Value("large_string") for name in ("text", "columns", "teacher")}
@@ -243,14 +243,15 @@ def _to_row(sample: TokenizedSample) -> dict[str, Any]:
         prompts = [ids for ids in (sample.input_ids, sample.teacher_ids, sample.teacher_rest) if ids is not None]
         return {"input_ids": prompts, "loss_masks": [], "text": sample.text, "columns": columns}
     margin: float | None = None
+    tie: bool | None = None
     if isinstance(sample, PreferenceSample):
-        sides, margin = [sample.chosen, sample.rejected], sample.margin
+        sides, margin, tie = [sample.chosen, sample.rejected], sample.margin, sample.tie
     elif isinstance(sample, UnpairedSample):
         sides, margin = [sample.sequence], float(sample.desirable)
     else:
         sides = [sample]
     ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
-    return {"input_ids": ids, "loss_masks": masks, "margin": margin}
+    return {"input_ids": ids, "loss_masks": masks, "margin": margin, "tie": tie}
 
 
 def _from_row(row: dict[str, Any]) -> TokenizedSample:
@@ -259,5 +260,5 @@ def _from_row(row: dict[str, Any]) -> TokenizedSample:
         return PromptSample(ids, row["text"], json.loads(row["columns"]), *of_teacher)
     sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]
     if len(sides) == 2:
-        return PreferenceSample(sides[0], sides[1], row["margin"])
+        return PreferenceSample(sides[0], sides[1], row["margin"], row["tie"])
     return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-Kind = Literal["sft", "preference", "unpaired", "prompt", "row"]
+Kind = Literal["sft", "preference", "comparison", "unpaired", "prompt", "row"]
 
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -54,7 +54,8 @@ class SFTRecord:
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """A dialogue up to a user's or a tool's message, and two ways in which it goes on (from an assistant message)."""
+    """A dialogue up to a user's or a tool's message, and two ways in which it goes on (from an assistant message). In a
+    `tie` neither is better."""
 
     prompt: Messages
     chosen: Messages
@@ -62,6 +63,7 @@ class PreferenceRecord:
     margin: float | None = None
     tools: list[dict] | None = None
     unused: tuple[str, ...] = field(default=(), compare=False)
+    tie: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         `rejected`: text, a message or messages
       - `chosen`, `rejected` alone: whole message lists or HH-RLHF texts; the prompt is what they share
       - optional `margin`, or `score_chosen` and `score_rejected` (their difference is the margin)
+      - read as `comparison`, with an optional `preference`, which is "chosen" or "tie"
     Unpaired preferences (`unpaired`):
       - any dialogue above with a `label`: true for a good last response, false for a bad one (TRL)
       - any preference above: the chosen response is a good one, the rejected response a bad one
@@ -179,6 +182,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         return [RowRecord(row)]
     if kind == "preference":
         return [_preference(_Row(row))]
+    if kind == "comparison":
+        return [_preference(_Row(row), may_tie=True)]
     if kind == "unpaired":
         return _unpaired(_Row(row))
     rows = [_Row(instance) for instance in _instances(row)]
@@ -242,7 +247,8 @@ def _prompt(row: _Row) -> PromptRecord:
     return PromptRecord(messages, columns, tools, tuple(dict.fromkeys(row.unread)), response)
 
 
-def _preference(row: _Row) -> PreferenceRecord:
+def _preference(row: _Row, may_tie: bool = False) -> PreferenceRecord:
+    tie = _is_tie(row, may_tie)
     prompt, chosen, rejected = _sides(row)
     prompt = _with_system(row, prompt)
     for side in (chosen, rejected):
@@ -254,7 +260,19 @@ def _preference(row: _Row) -> PreferenceRecord:
     if chosen == rejected:
         raise ValueError("`chosen` equals `rejected`")
     margin, tools = _margin(row), _tools(row)
-    return PreferenceRecord(prompt, chosen, rejected, margin, tools, row.unused())
+    return PreferenceRecord(prompt, chosen, rejected, margin, tools, row.unused(), tie)
+
+
+def _is_tie(row: _Row, may_tie: bool) -> bool:
+    """What `preference` says. Where there are no ties, other values than "tie" may mean anything."""
+    if not may_tie:
+        if row.values.get("preference") == "tie":
+            raise ValueError("the row is a tie, of which only a reward model with tie_theta above 1 learns")
+        return False
+    preference = row.pop("preference") if "preference" in row else "chosen"
+    if preference not in ("chosen", "tie"):
+        raise ValueError('`preference` is neither "chosen" nor "tie"')
+    return preference == "tie"
 
 
 def _unpaired(row: _Row) -> list[Record]:

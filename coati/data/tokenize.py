@@ -42,11 +42,12 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class PreferenceSample:
-    """Two responses to one prompt; only the responses' tokens are in the loss masks."""
+    """Two responses to one prompt, `tie` if neither is better; only the responses' tokens are in the loss masks."""
 
     chosen: TokenSequence
     rejected: TokenSequence
     margin: float
+    tie: bool = False
 
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
@@ -241,7 +242,7 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
         return UnpairedSample(sequences[0], record.desirable)
     if sequences[0] == sequences[1]:
         raise ValueError("`chosen` equals `rejected` once the chat template has written them")
-    return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0)
+    return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0, record.tie)
 
 
 def _mask_responses(piece: _Encoded, tokenizer) -> TokenSequence:

@@ -111,7 +111,7 @@ class LongestRows:
         sequence = TokenSequence(ids, targets)
         if self.kind == "unpaired":
             return UnpairedSample(sequence, row % 2 == 0)
-        if self.kind == "preference":  # responses that differ from the middle of the row on
+        if self.kind in ("preference", "comparison"):  # responses that differ from the middle of the row on
             half = self.length // 2
             other = TokenSequence([*ids[:half], *(id + 1 for id in ids[half:])], targets)
             return PreferenceSample(sequence, other, 0.0)

@@ -262,9 +262,10 @@ def extract_letters(text: str, labels: list[str], style: Style = "stated", trunc
     matches = [mark for mark in marked if not _doubted(text[: mark.start()])]
     if matches or truncated or style == "marked":
         return _letters(matches[-1] if matches else None, labels)
-    if at_start := re.match(opening, text):
-        return _letters(at_start, labels)
     alone = rf"^[ \t(（*]*(?:(?:option|choice)[ \t(（*]*)?{group}[ \t)）.。*]*$"
+    if at_start := re.match(opening, text):
+        in_own_lines = {line[1] for line in re.finditer(alone, text, re.IGNORECASE | re.MULTILINE)}
+        return _letters(at_start, labels) if in_own_lines <= {at_start[1]} else []
     for form in (alone, rf"[(（\[【]\s*{group}\s*[)）\]】]"):
         matches = [*re.finditer(form, text, re.IGNORECASE | re.MULTILINE)]
         if len({match[1] for match in matches}) == 1:

@@ -1,11 +1,13 @@
 """What `coati.rewards.sandbox` runs as a process of its own, with nothing but the standard library: it builds a place
 without a network or other files, starts a child there, and the child runs the program and then its tests."""
 
+import ast
 import builtins
 import ctypes
 import json
 import os
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -106,14 +108,56 @@ def run(program: str, tests: str, channel: int):
     """The program, then its tests in the same namespace. The token, which nobody has read before, is sent back after
     the last test; what the program did to builtins and to tracing is undone before the first."""
     module = sys.modules["program"] = types.ModuleType("program")
-    test = types.FunctionType(compile(tests, "tests", "exec"), vars(module))
+    equal = f"equal_{secrets.token_hex(16)}"
+    tree = ast.fix_missing_locations(EqualityOfTests(equal).visit(ast.parse(tests, "tests")))
+    test = types.FunctionType(compile(tree, "tests", "exec"), vars(module))
     originals, talk = dict(vars(builtins)), socket.socket(fileno=channel)
     types.FunctionType(compile(program, "program", "exec"), vars(module))()
     sys.settrace(None)
     sys.setprofile(None)
     vars(builtins).update(originals)
+    vars(module)[equal] = lambda left, right, negated: compare(left, right, negated, vars(module))
     test()
     talk.send(talk.recv(64))
+
+
+class EqualityOfTests(ast.NodeTransformer):
+    """Has `compare` decide what stands on both sides of == and != in the tests.
+
+    Args:
+        name: of `compare` in their namespace.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def visit_Compare(self, node: ast.Compare):
+        self.generic_visit(node)
+        if len(node.ops) > 1 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
+            return node
+        negated = ast.Constant(isinstance(node.ops[0], ast.NotEq))
+        call = ast.Call(ast.Name(self.name, ast.Load()), [node.left, *node.comparators, negated], [])
+        return ast.copy_location(call, node)
+
+
+def compare(left, right, negated: bool, namespace: dict):
+    """left == right, or if negated left != right. What the program's own `__eq__` says counts only between objects
+    that both have such a one: else one that equals everything would pass every test."""
+    if decides_itself(left, namespace) != decides_itself(right, namespace):
+        return negated
+    return left != right if negated else left == right
+
+
+def decides_itself(value, namespace: dict) -> bool:
+    """Whether a function of the program's, or a mock, decides what the value or a part of it equals."""
+    if issubclass(type(value), dict):
+        parts = [*value.keys(), *value.values()]
+    else:
+        parts = value if issubclass(type(value), list | tuple | set | frozenset) else ()
+    if any(decides_itself(part, namespace) for part in parts):
+        return True
+    places = [getattr(method, "__globals__", {}) for method in (type(value).__eq__, type(value).__ne__)]
+    return any(place is namespace or place.get("__name__") == "unittest.mock" for place in places)
 
 
 if __name__ == "__main__":

@@ -216,19 +216,19 @@ class ChoiceVerifier(Verifier):
 
 
 class ExactVerifier(Verifier):
-    """The same text once both are normalized, see `normalize`."""
+    """The same text once both are normalized, see `normalize`; a text that was cut off is another one."""
 
     name = "exact"
 
     def score_sample(self, sample):
-        text, _ = final_part(sample)
-        return normalize(text) in {normalize(text) for text in self.accepted(sample.columns)}
+        text, truncated = final_part(sample)
+        return not truncated and normalize(text) in {normalize(right) for right in self.accepted(sample.columns)}
 
 
 @dataclass
 class RegexVerifier(Verifier):
     """The pattern is found (a dot may be a newline). If it has groups, what the first group of the last find holds
-    equals the right answer once both are normalized."""
+    equals the right answer once both are normalized, and isn't where the response was cut off."""
 
     regex_pattern: str | None = None
 
@@ -249,12 +249,15 @@ class RegexVerifier(Verifier):
         *_, last = None, *re.finditer(self.regex_pattern, sample.response, re.DOTALL)
         if last is None or not last.re.groups:
             return last is not None
+        if sample.truncated and last.end(1) == len(sample.response):
+            return False
         return normalize(last[1] or "") in {normalize(text) for text in self.accepted(sample.columns)}
 
 
 @dataclass
 class FormatVerifier(Verifier):
-    """Each tag once, in order, and nothing but blanks around them. The prompt may have opened the first."""
+    """Each tag once, in order, none of them empty, and nothing but blanks around them. The prompt may have opened the
+    first."""
 
     format_tags: Sequence[str] = ("think", "answer")
 
@@ -273,7 +276,8 @@ class FormatVerifier(Verifier):
         text = opening + sample.response if opened else sample.response
         form = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in self.format_tags)
         once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.format_tags)
-        return once and re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL) is not None
+        found = re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL) if once else None
+        return found is not None and all(part.strip() for part in found.groups())
 
 
 @dataclass
@@ -313,7 +317,7 @@ class JSONVerifier(Verifier):
 
 @dataclass
 class ReasoningGymVerifier(Verifier):
-    """What the scorer of the row's reasoning-gym task gives, from 0 to 1.
+    """What the scorer of the row's reasoning-gym task gives, from 0 to 1; 0 for a text that was cut off.
 
     Args:
         allow_code_execution: allows tasks whose scorer evaluates the answer as Python.
@@ -327,7 +331,8 @@ class ReasoningGymVerifier(Verifier):
         about, answer = sample.columns.get("metadata"), sample.columns.get(self.answer_column)
         # some tasks have many answers, and give none
         entry = {"question": sample.prompt, "answer": answer, "metadata": about}
-        return self.scorer(about)(final_part(sample)[0].strip(), entry)
+        text, truncated = final_part(sample)
+        return 0.0 if truncated else self.scorer(about)(text.strip(), entry)
 
     def check(self, rows):
         for row in self.having(rows, "metadata"):

@@ -2,7 +2,8 @@
 
     loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
-Both responses of a pair go through the model in one forward pass.
+Both responses of a pair go through the model in one forward pass. Pairs of which neither response is better are learned
+with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is above 1.
 """
 
 from coati.data import collate_preference
@@ -17,9 +18,14 @@ class RewardTrainer(SupervisedTrainer):
     """Trains a `RewardModel` on pairs."""
 
     config: RewardConfig
-    algorithm, kind, model_class = "reward", "preference", RewardModel
+    algorithm, model_class = "reward", RewardModel
     best_metric = ("accuracy", True)
     rows_per_sample = 2
+
+    @property
+    def kind(self) -> str:
+        """Ties are a mistake in the data unless they have a probability."""
+        return "comparison" if self.config.algorithm.tie_theta > 1 else "preference"
 
     def collate(self, samples):
         return collate_preference(samples, self.factory.pad_id)
@@ -31,11 +37,13 @@ class RewardTrainer(SupervisedTrainer):
         a, (chosen, rejected) = self.config.algorithm, rewards.chunk(2)
         margin = batch.margin if a.use_margin else None
         options = dict(margin=margin, label_smoothing=a.label_smoothing, centering=a.centering)
+        options |= dict(tie=batch.tie, tie_theta=a.tie_theta)
         return pairwise_reward_loss(chosen, rejected, denominator, **options)
 
     def accumulate(self, rewards, batch, rows):
         chosen, rejected = rewards.chunk(2)
-        return {**pairwise_reward_loss(chosen[rows], rejected[rows], 1.0)[1], "pairs": rows.sum()}
+        ties = dict(tie=batch.tie[rows], tie_theta=self.config.algorithm.tie_theta)
+        return {**pairwise_reward_loss(chosen[rows], rejected[rows], 1.0, **ties)[1], "pairs": rows.sum()}
 
     def finalize(self, sums):
         return finalize_pairs(sums)

@@ -43,7 +43,8 @@ def test_width_is_that_of_the_longest_row_if_nothing_else_is_said():
 
 
 def test_preference_rows_are_all_chosen_then_all_rejected():
-    samples = [PreferenceSample(SHORT, LONG, 1.5), PreferenceSample(SHORT, SHORT, 0.0)]
+    samples = [PreferenceSample(SHORT, LONG, 1.5), PreferenceSample(SHORT, SHORT, 0.0, tie=True)]
+    assert collate_preference(samples, PAD).tie.tolist() == [False, True]
     batch = collate_preference(samples, pad_id=9)
     lengths = batch.attention_mask.sum(dim=1).tolist()
     assert lengths == [4, 4, 6, 4] and batch.input_ids.shape == (4, 6)
@@ -55,4 +56,4 @@ def test_preference_rows_are_all_chosen_then_all_rejected():
 def test_to_moves_every_tensor():
     moved = collate_preference([PreferenceSample(SHORT, LONG, 1.5)], PAD).to("meta")
     tensors = [x for x in vars(moved).values() if x is not None]  # no trainer has put a reference in
-    assert len(tensors) == 4 and {x.device.type for x in tensors} == {"meta"}
+    assert len(tensors) == 5 and {x.device.type for x in tensors} == {"meta"}

@@ -1,6 +1,7 @@
 """Every supported format becomes the same records, and every fault has its reason."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -152,6 +153,19 @@ PREFERENCE_ROWS = {
 def test_every_preference_format_gives_the_same_record(name):
     """REPORT 25: LLaMA-Factory's and orca_dpo's too."""
     assert parse_record(PREFERENCE_ROWS[name], "preference") == [PAIR]
+
+
+@pytest.mark.parametrize("name", PREFERENCE_ROWS)
+def test_ties_are_told_from_preferences_where_they_are_learned(name):
+    row = PREFERENCE_ROWS[name]
+    assert parse_record(row, "comparison") == parse_record({**row, "preference": "chosen"}, "comparison") == [PAIR]
+    assert parse_record({**row, "preference": "tie"}, "comparison") == [replace(PAIR, tie=True)]
+    for kind in ("preference", "unpaired"):
+        with pytest.raises(ValueError, match="tie_theta above 1"):
+            parse_record({**row, "preference": "tie"}, kind)
+    with pytest.raises(ValueError, match='neither "chosen" nor "tie"'):
+        parse_record({**row, "preference": 0}, "comparison")
+    assert parse_record({**row, "preference": 0}, "preference") == [PAIR]
 
 
 def test_whole_dialogues_need_no_prompt_and_one_that_differs_is_named():

@@ -173,8 +173,8 @@ def code_of(*folders: str) -> str:
 @cache
 def scripts() -> str:
     """The programs that have flags of their own, beside the methods."""
-    folders = ("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label")
-    return code_of(*folders) + text_of(ROOT / "coati/cli.py")
+    modules = "\n".join(text_of(ROOT / "coati" / name) for name in ("cli.py", "check_reward.py"))
+    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label") + modules
 
 
 @cache

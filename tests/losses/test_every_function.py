@@ -55,7 +55,10 @@ PER_TOKEN = {
     "kto_loss": (2, lambda x, mask: kto_loss(responses(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
     "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
     "observation_loss": (1, lambda x, mask: observation_loss(x[0], mask, 7)[0]),
-    "pairwise_reward_loss": (3, lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01)),
+    "pairwise_reward_loss": (
+        3,
+        lambda x, mask: pair(x, label_smoothing=0.1, centering=0.01, tie=x[2][:, 0] > 0, tie_theta=2.0),
+    ),
     "penalize_missing_eos": (1, lambda x, mask: penalize_missing_eos(x[0][:, 0], mask[:, 0], 1.5)),
     "policy_loss": (3, lambda x, mask: policy_loss(*x, mask, 7, dual_clip=3.0)[0]),
     "punish_overlong": (1, lambda x, mask: punish_overlong(x[0][:, 0], mask.sum(1), mask.shape[1], 3)),

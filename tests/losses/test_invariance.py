@@ -100,9 +100,10 @@ def test_micro_batches_add_up_to_the_whole(name, mask, parts):
 def test_micro_batches_of_pairs_add_up_to_the_whole(pairs, parts):
     """PITFALL 9, for the reward model."""
     chosen, rejected = torch.randn(2, pairs, generator=torch.Generator().manual_seed(pairs), dtype=torch.float64)
-    splits = zip(chosen.tensor_split(parts), rejected.tensor_split(parts), strict=True)
-    shares = [pairwise_reward_loss(a, b, pairs, centering=0.01) for a, b in splits]
-    assert_same(added(shares), pairwise_reward_loss(chosen, rejected, pairs, centering=0.01))
+    tie, options = torch.arange(pairs) % 3 == 1, dict(centering=0.01, tie_theta=2.0)
+    splits = zip(*(x.tensor_split(parts) for x in (chosen, rejected, tie)), strict=True)
+    shares = [pairwise_reward_loss(a, b, pairs, tie=c, **options) for a, b, c in splits]
+    assert_same(added(shares), pairwise_reward_loss(chosen, rejected, pairs, tie=tie, **options))
 
 
 def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch():

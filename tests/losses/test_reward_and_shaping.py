@@ -33,6 +33,44 @@ def test_pairwise_loss_equals_the_oracle(batch, data, dtype, with_margin, smooth
     assert leaf.grad.isfinite().all()
 
 
+@quick
+@given(st.integers(1, 6), st.data(), dtypes, st.floats(1.01, 20.0), st.sampled_from([0.0, 0.1]))
+def test_pairwise_loss_with_ties_equals_the_oracle(batch, data, dtype, theta, smoothing):
+    chosen, rejected = (data.draw(numbers((batch,), 100.0, dtype)) for _ in range(2))
+    margin = data.draw(numbers((batch,), 3.0, dtype)).abs()
+    tie = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+    leaf, options = chosen.clone().requires_grad_(), dict(label_smoothing=smoothing, tie_theta=theta)
+    loss, metrics = pairwise_reward_loss(leaf, rejected, 3.0, margin=margin, tie=tie, **options)
+    given = [x.tolist() for x in (chosen, rejected)]
+    expected, expected_metrics = oracle.pairwise_reward_loss(
+        *given, 3.0, margin=margin.tolist(), tie=tie.tolist(), **options
+    )
+    scale = (chosen.abs() + rejected.abs() + 10).sum().item() * (1 + margin.sum().item())
+    assert_close(loss, expected, scale)
+    assert_metrics(metrics, expected_metrics, scale)
+    loss.backward()
+    assert leaf.grad.isfinite().all()
+
+
+@given(st.floats(-30, 30), st.floats(1.01, 20.0))
+def test_a_win_a_loss_and_a_tie_have_all_the_probability(difference, theta):
+    """Rao and Kupper (1967); between equal rewards a tie has (theta - 1) / (theta + 1)."""
+    good, bad = torch.tensor([difference, 0.0, difference]).double(), torch.tensor([0.0, difference, 0.0]).double()
+    tie = torch.tensor([False, False, True])
+    parts = [slice(i, i + 1) for i in range(3)]
+    losses = [pairwise_reward_loss(good[i], bad[i], 1, tie=tie[i], tie_theta=theta)[0].item() for i in parts]
+    assert math.fsum(math.exp(-loss) for loss in losses) == pytest.approx(1.0, abs=1e-12)
+    equal = pairwise_reward_loss(torch.zeros(1).double(), torch.zeros(1), 1, tie=tie[2:], tie_theta=theta)[0].item()
+    assert math.exp(-equal) == pytest.approx((theta - 1) / (theta + 1))
+
+
+def test_the_best_difference_of_a_tie_is_none():
+    chosen = torch.tensor([2.0, -0.5], requires_grad=True)
+    loss, metrics = pairwise_reward_loss(chosen, torch.zeros(2), 2, tie=torch.tensor([True, True]), tie_theta=3.0)
+    loss.backward()
+    assert chosen.grad[0] > 0 > chosen.grad[1] and float(metrics["accuracy"]) == 0.5
+
+
 def test_a_hopeless_pair_costs_its_margin_and_not_infinity():
     """PITFALL 10: log(1 + exp(-x)) written out is inf at x = -100."""
     rejected = torch.tensor([200.0], requires_grad=True)
@@ -41,7 +79,11 @@ def test_a_hopeless_pair_costs_its_margin_and_not_infinity():
     assert (loss.item(), rejected.grad.item()) == (400.0, 1.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"centering": 0.1}])
+OPTIONS = [{}, {"label_smoothing": 0.2}, {"centering": 0.1}]
+OPTIONS += [{"tie": torch.tensor([True, False, True, False, False]), "tie_theta": 3.0, "label_smoothing": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pairwise_gradient_is_that_of_finite_differences(options):
     torch.manual_seed(0)
     chosen, rejected, margin = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3))

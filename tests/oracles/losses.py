@@ -70,14 +70,25 @@ def z_loss(log_partition, mask, denominator):
     return math.fsum(log_partition[b][t] ** 2 for b, t in _tokens(mask)) / denominator
 
 
-def pairwise_reward_loss(chosen, rejected, denominator, margin=None, label_smoothing=0.0, centering=0.0):
-    """InstructGPT eq. 1 with Llama 2's margin; a share of the labels taken to be wrong; Eisenstein's centring."""
+def pairwise_reward_loss(
+    chosen, rejected, denominator, margin=None, label_smoothing=0.0, centering=0.0, tie=None, tie_theta=1.0
+):
+    """InstructGPT eq. 1 with Llama 2's margin; a share of the labels taken to be wrong; Eisenstein's centring; Rao and
+    Kupper's probability of ties, with log(l / (l + theta m)) as -log(1 + theta m / l)."""
     losses, right = [], []
+
+    def log_wins(x):
+        return _log_sigmoid(x - math.log(tie_theta))
+
     for i, (good, bad) in enumerate(zip(chosen, rejected, strict=True)):
         x = good - bad - (0.0 if margin is None else margin[i])
-        loss = -(1 - label_smoothing) * _log_sigmoid(x) - label_smoothing * _log_sigmoid(-x)
+        is_tie = tie is not None and tie[i]
+        if is_tie:
+            loss = -math.log((tie_theta + 1) * (tie_theta - 1)) - log_wins(good - bad) - log_wins(bad - good)
+        else:
+            loss = -(1 - label_smoothing) * log_wins(x) - label_smoothing * log_wins(-x)
         losses.append(loss + centering * (good + bad) ** 2)
-        right.append(1.0 if good > bad else 0.5 if good == bad else 0.0)
+        right.append(0.5 if is_tie or good == bad else 1.0 if good > bad else 0.0)
     metrics = {
         "loss": math.fsum(losses) / denominator,
         "accuracy": math.fsum(right) / denominator,

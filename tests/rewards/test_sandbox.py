@@ -103,6 +103,42 @@ def test_a_verdict_is_not_to_be_had_without_the_tests(program):
     assert not run_tests(program, tests, QUICK).passed
 
 
+EQUAL = "class Equal:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (EQUAL + "def f(x): return Equal()", "assert f(1) == 3"),
+        (EQUAL + "def f(x): return [Equal()]", "assert f(1) == [3]"),
+        (EQUAL + "def f(x): return {'a': (Equal(),)}", "assert 'b' in {'b'} and f(1) == {'a': (3,)}"),
+        (EQUAL + "def f(x): return Equal()", "def check(g):\n    assert not g(1) != 3\ncheck(f)"),
+        ("class f(int):\n    def __eq__(self, other): return True", "assert f(1) == 3"),
+        ("class f:\n    def __init__(self, x): pass\n    def __eq__(self, other): return True", "assert f(1) == 3"),
+        ("from unittest.mock import ANY\ndef f(x): return ANY", "assert f(1) == 3"),
+    ],
+)
+def test_what_equals_everything_equals_no_plain_value(program, tests):
+    assert not run_tests(program, tests, QUICK).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (EQUAL + "x, y = Equal(), [Equal()]", "assert x == x and y == [Equal()] and not y != [x]"),
+        (EQUAL + "x = Equal()", "assert x != 3 and not x == 3"),
+        ("from fractions import Fraction\nx = Fraction(4, 2)", "assert x == 2 and 2 == x and x != 3"),
+        ("from collections import Counter, namedtuple\nP = namedtuple('P', 'a')", "assert P(1) == (1,)"),
+        ("from collections import Counter\nx = Counter('aab')", "assert x == {'a': 2, 'b': 1}"),
+        ("from dataclasses import dataclass\n@dataclass\nclass P:\n    a: int", "assert P(1) == P(1) != P(2)"),
+        ("from enum import IntEnum\nclass E(IntEnum):\n    A = 1", "assert E.A == 1"),
+        ("x = float('nan')", "assert x != x and not x == x and 1 < 2 == 2"),
+    ],
+)
+def test_equality_is_as_ever_elsewhere(program, tests):
+    assert run_tests(program, tests, QUICK).passed, run_tests(program, tests, QUICK).output
+
+
 def test_what_is_left_behind_would_be_seen():
     started = subprocess.Popen(["sleep", "60"], env=sandbox.ENVIRONMENT)
     try:

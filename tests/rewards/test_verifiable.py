@@ -178,6 +178,8 @@ def test_formats():
             ("<think>well</think>", "", 0),
             ("<think>a<think>b</think></think><answer></answer>", "", 0),
             ("<think><answer>4</answer></think>", "", 0),
+            ("<think></think>\n<answer>4</answer>", "", 0),
+            ("<think>well</think>\n<answer> \n</answer>", "", 0),
             (good.replace("\n<answer>", " 4 <answer>"), "", 0),
             ("", "", 0),
         ],
@@ -186,6 +188,26 @@ def test_formats():
     assert verdict("format", opened, prompt="User: 2+2?\n<think>\n") == 1
     assert verdict("format", opened, prompt="User: 2+2?") == 0
     assert verdict("format", "<a.b>x</a.b>", settings={"tags": ["a.b"]}) == 1
+
+
+def test_what_was_cut_off_might_have_gone_on():
+    """ "Paris" might have become "Paris, Texas"; what stands in closed tags, or before the end, is finished."""
+    pattern = {"pattern": "Answer: ([^\n]*)"}
+    assert verdict("exact", "Paris", "Paris") == 1 and verdict("exact", "Paris", "Paris", cut=True) == 0
+    assert verdict("exact", "<answer>Paris</answer> and", "Paris", cut=True) == 1
+    assert verdict("regex", "Answer: 18", "18", settings=pattern) == 1
+    assert verdict("regex", "Answer: 18", "18", settings=pattern, cut=True) == 0
+    assert verdict("regex", "Answer: 18\nSo", "18", settings=pattern, cut=True) == 1
+    assert verdict("regex", "x=1", settings={"pattern": "x="}, cut=True) == 1
+
+
+def test_reasoning_gym_reads_no_text_that_was_cut_off(monkeypatch):
+    """Whatever the task's scorer would give it."""
+    monkeypatch.setattr("coati.rewards.verifiable.scorer_of", lambda task: (lambda answer, entry: 1.0, False))
+    row = dict(answer="18", metadata={"source_dataset": "chain_sum"})
+    assert verdict("reasoning_gym", "18", **row) == 1
+    assert verdict("reasoning_gym", "18", cut=True, **row) == 0
+    assert verdict("reasoning_gym", "<answer>18</answer> so", cut=True, **row) == 1
 
 
 @pytest.fixture

@@ -48,6 +48,22 @@ def test_a_run_learns_and_leaves_a_model_logs_and_samples(algorithm, tiny_world,
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+def test_a_reward_model_learns_of_ties_and_dpo_refuses_them(tiny_world, runtime, tmp_path):
+    """Before the first step rewards are nearly equal: a win has the probability 1 / (1 + theta), a tie
+    (theta - 1) / (theta + 1)."""
+    rows = [json.loads(line) for line in Path(tiny_world["pairs"]).read_text().splitlines()]
+    ties = write_rows(
+        tmp_path / "ties.jsonl", [row | ({"preference": "tie"} if i % 4 else {}) for i, row in enumerate(rows)]
+    )
+    data = dict(train_data=[ties], eval_data=[ties], steps=8)
+    make("reward", tiny_world, runtime, tmp_path / "run", tie_theta=3.0, **data).train()
+    first, *_, last = [row["eval/loss"] for row in read_metrics(tmp_path / "run") if "eval/loss" in row]
+    assert first == pytest.approx(math.log(4) / 4 + 3 * math.log(2) / 4, abs=0.1) and last < first
+    for algorithm in ("reward", "preference"):
+        with pytest.raises(UserError, match=r"ties\.jsonl.*2.*the row is a tie"):
+            make(algorithm, tiny_world, runtime, tmp_path / algorithm, **data).train()
+
+
 def test_the_final_model_opens_in_plain_transformers(tiny_world, runtime, tmp_path):
     """PITFALL 23: config and tokenizer lie beside the weights."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer

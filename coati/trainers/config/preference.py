@@ -17,6 +17,9 @@ class RewardModeling(Settings):
     use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
     label_smoothing: float = option(0.0, "share of the pairs taken to be labeled the wrong way round", ge=0, lt=1)
     centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps rewards near zero", ge=0)
+    tie_theta: float = option(
+        1.0, "theta of Rao and Kupper (1967), for data with ties: above 1, and they have a probability", ge=1
+    )
 
 
 @settings
