@@ -48,21 +48,21 @@ def function(tmp_path, body: str, arguments: str = "prompts, responses, answer")
 @pytest.mark.parametrize(
     ("entry", "forms", "choices"),
     [
-        ({"type": "gsm8k"}, STATED, set()),
-        ({"type": "gsm8k", "answer_style": "boxed"}, [BOX], set()),
-        ({"type": "gsm8k", "answer_style": "marked"}, MARKED, set()),
+        ({"type": "gsm8k"}, STATED, []),
+        ({"type": "gsm8k", "answer_style": "boxed"}, [BOX], []),
+        ({"type": "gsm8k", "answer_style": "marked"}, MARKED, []),
         (
             {"type": "gsm8k", "answer_style": "anywhere"},
             STATED,
-            {"wrong or right", "cut off", "in passing", "negated", "asked"},
+            ["wrong or right", "cut off", "in passing", "negated", "asked"],
         ),
-        ({"type": "choice"}, STATED, set()),
-        ({"type": "choice", "answer_style": "anywhere"}, STATED, {"cut off"}),
-        ({"type": "exact"}, [PLAIN, TAGS], set()),
-        ({"type": "regex", "pattern": "Answer: ([^\n]*)"}, [LABEL], {"in thought only", "in open thought"}),
-        ({"type": "regex", "pattern": "^The answer is"}, [SENTENCE], set()),
-        ({"type": "format"}, [PLAIN], set()),
-        ({"type": "format", "tags": ["plan", "code", "test"]}, [PLAIN], set()),
+        ({"type": "choice"}, STATED, []),
+        ({"type": "choice", "answer_style": "anywhere"}, STATED, ["cut off"]),
+        ({"type": "exact"}, [PLAIN, TAGS], []),
+        ({"type": "regex", "pattern": "Answer: ([^\n]*)"}, [LABEL], ["in thought only", "in open thought"]),
+        ({"type": "regex", "pattern": "^The answer is"}, [SENTENCE], []),
+        ({"type": "format"}, [PLAIN], []),
+        ({"type": "format", "tags": ["plan", "code", "test"]}, [PLAIN], []),
     ],
     ids=str,
 )
@@ -71,7 +71,7 @@ def test_verifiers_pay_right_answers_and_nothing_else(entry, forms, choices):
     found = check(entry)
     assert wrong(found) == {} and found.passed
     assert found.has_right_answers and found.forms == forms and found.good == 1
-    assert by_choice(found) == choices
+    assert by_choice(found) == set(choices)
     assert len(found.findings) >= 8
 
 
