@@ -526,7 +526,7 @@ def main(argv: list[str]) -> int:
 
 def load(entry: RewardSettings) -> Reward:
     """The reward of an entry, on the CPU."""
-    return text_model_reward(entry.path) if entry.type == "model" else entry.make("cpu")
+    return entry.make_of(text_model_reward) if entry.model_paths else entry.make("cpu")
 
 
 def text_model_reward(folder: str) -> Reward:

@@ -14,6 +14,7 @@ TOOLS = {
     "label": "a web page on which people compare responses; export of what they chose as training data",
     "serve": "models behind an OpenAI-compatible HTTP API",
     "chat": "talk to a model on the terminal, or compare two",
+    "serve-reward": "rewards behind HTTP, for runs elsewhere",
     "check-reward": "what a reward pays for responses that try to be paid without being right",
     "report": "one HTML page of curves, samples and settings",
     "doctor": "versions, devices, and which plugins can run here",
@@ -62,6 +63,10 @@ def run_tool(name: str, argv: list[str]) -> int:
         from coati.label.command import main as label
 
         return label(argv)
+    if name == "serve-reward":
+        from coati.serve.rewards import main as serve_reward
+
+        return serve_reward(argv)
     if name == "check-reward":  # settings, as the methods have them
         from coati.check_reward import main as check_reward
 

@@ -459,7 +459,7 @@ def test_numbers_without_sense_are_refused_by_name_and_range(config_class, name,
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
 def test_every_number_has_a_range_unless_any_will_do(config_class):
     """REPORT 27."""
-    free = {"reward_failure_score", "entropy_coefficient", "weight"}
+    free = {"reward_failure_score", "entropy_coefficient", "weight", "lowest_score", "highest_score"}
     found = [*leaves(config_class).values(), *(ALL_REWARDS if config_class is PPOConfig else [])]
     numbers = {leaf.path.rpartition(".")[2]: leaf for leaf in found if {int, float} & {*leaf.kinds}}
     assert {name for name, leaf in numbers.items() if not range_of(leaf.field)} <= free

@@ -20,7 +20,7 @@ from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
 from coati.planner.rollouts import PlannedClassifier, PlannedEpisodes, PlannedGenerator, PlannedReward
 from coati.rewards import Scorer
-from coati.rewards.config import ClassifierRewardSettings, ModelRewardSettings
+from coati.rewards.config import ClassifierRewardSettings
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
@@ -213,9 +213,8 @@ class PlannedFactory(Factory):
     def scorer(self, load_model, given):
         rewards = [(PlannedReward(), 1.0)]
         for entry in self.config.rewards:
-            if isinstance(entry, ModelRewardSettings):
-                rewards.append((load_model(entry.path), 1.0))
-            elif isinstance(entry, ClassifierRewardSettings):
+            rewards += [(load_model(path), 1.0) for path in entry.model_paths]
+            if isinstance(entry, ClassifierRewardSettings):
                 model_config = self.model_config_of(entry.path)
                 rewards.append((PlannedClassifier(self.live, model_config, entry.batch_size, entry.max_length), 1.0))
         return Scorer(rewards)

@@ -13,7 +13,13 @@ from coati.trainers.config import SELF, RolloutConfig
 from coati.trainers.paths import named_paths
 
 KINDS = ("parameters", "gradients", "optimizer states", "activations", "logits", "KV cache", "communication")
-MODELS = ("critic_model", ".teacher", ".teachers", ".path")  # settings that name one, beside the trained model
+MODELS = (
+    "critic_model",
+    ".teacher",
+    ".teachers",
+    ".path",
+    ".paths",
+)  # settings that name one, beside the trained model
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
 MIB, GIB = 2**20, 2**30
 

@@ -109,9 +109,9 @@ class FirstAndLastToken(RolloutEngine):
         self.draw_from(logits, keys, counts, seen)
         return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
 
-    def run(self, rows):
+    def run(self, rows, longest, most):
         self.slots_held, self.waiting_rows = False, None
-        super().run(rows)
+        super().run(rows, longest, most)
         self.waiting_rows = None
 
     def prefill_batch(self, *arguments, **options):

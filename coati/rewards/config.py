@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,11 @@ class RewardSettings(Settings):
     weight: float = option(1.0, "in the sum of rewards")
     name: str | None = option(None, "in metrics, if not that of its type")
 
+    @property
+    def model_paths(self) -> Sequence[str]:
+        """Reward models of its own that use the policy's tokenizer."""
+        return ()
+
     package: ClassVar[str | None] = None  # that it needs beside coati's own requirements
     extra: ClassVar[str] = "verify"  # of coati, which installs it
 
@@ -50,6 +56,37 @@ class ModelRewardSettings(RewardSettings):
 
     type: Literal["model"] = option("model", "a reward model that uses the policy's tokenizer")
     path: str = option(..., "its folder, or its name on the hub", path="model")
+
+    @property
+    def model_paths(self):
+        return (self.path,)
+
+    def make_of(self, load_model: Callable[[str], Reward]) -> Reward:
+        """The reward, given what makes one of a reward model's folder."""
+        return load_model(self.path)
+
+
+@settings
+class EnsembleRewardSettings(RewardSettings):
+    """Several reward models."""
+
+    type: Literal["ensemble"] = option("ensemble", "several reward models that use the policy's tokenizer")
+    paths: ListOf[str] = option(..., "their folders, or names on the hub", path="model")
+    pessimism: float = option(
+        1.0, "standard deviations of the models' scores that are taken off their mean, where they differ", ge=0
+    )
+
+    @property
+    def model_paths(self):
+        return self.paths
+
+    def make_of(self, load_model: Callable[[str], Reward]) -> Reward:
+        from coati.rewards.ensemble import EnsembleReward
+
+        if twice := [path for path in self.paths if self.paths.count(path) > 1]:
+            raise UserError(f"the ensemble has {twice[0]} twice: name each reward model once")
+        members = {f"model_{number}": load_model(path) for number, path in enumerate(self.paths, 1)}
+        return EnsembleReward(members, self.pessimism)
 
 
 @settings
@@ -242,6 +279,11 @@ class HTTPRewardSettings(RewardSettings):
 
     type: Literal["http"] = option("http", "an HTTP endpoint that scores responses")
     url: str = option(..., "where it is")
+    more_urls: ListOf[str] = option(
+        (), "others that give the same: requests go to all in turn, and past one that fails"
+    )
+    token_variable: str = option("COATI_TOKEN", "the environment variable with the token that is sent, if there is one")
+    send_ids: bool = option(False, "requests have token ids too, as `coati serve-reward` wants them for reward models")
     timeout: float = option(60.0, "seconds that it may take for a batch", gt=0)
     retries: int = option(3, "further tries where it fails, after 1, 2, 4, ... seconds", ge=0)
     batch_size: int = option(16, "responses per request", ge=1)
@@ -249,7 +291,15 @@ class HTTPRewardSettings(RewardSettings):
     def make(self, device):
         from coati.rewards.http import HTTPReward
 
-        return HTTPReward(self.url, timeout=self.timeout, retries=self.retries, batch_size=self.batch_size)
+        token = os.environ.get(self.token_variable)
+        return HTTPReward(
+            [self.url, *self.more_urls],
+            timeout=self.timeout,
+            retries=self.retries,
+            batch_size=self.batch_size,
+            headers={"Authorization": f"Bearer {token}"} if token else None,
+            send_ids=self.send_ids,
+        )
 
 
 @settings
@@ -380,6 +430,7 @@ class RubricRewardSettings(JudgedRewardSettings):
 
 AnyReward = Annotated[
     ModelRewardSettings
+    | EnsembleRewardSettings
     | FunctionRewardSettings
     | MathRewardSettings
     | GSM8KRewardSettings
@@ -469,8 +520,8 @@ def load_rewards(
     loaded = [(reward, 1.0) for reward in given]
     for entry in rewards:
         entry.check_installed()
-        if isinstance(entry, ModelRewardSettings):
-            reward = load_model(entry.path)
+        if isinstance(entry, ModelRewardSettings | EnsembleRewardSettings):
+            reward = entry.make_of(load_model)
         elif isinstance(entry, JudgedRewardSettings):
             reward = entry.make_judged(verdicts, group_size)
         else:

@@ -55,6 +55,11 @@ class Service:
         self.open, self.draining = 0, False
         self.counts: dict[tuple[str, int], int] = {}
 
+    def close(self):
+        """Ends the workers' threads after what was submitted."""
+        for worker in self.workers.values():
+            worker.close()
+
     # --- routes
 
     async def models(self, request: Request) -> Response:

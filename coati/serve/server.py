@@ -127,7 +127,11 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def run(app, service, listener: socket.socket):
-    """Runs an application until it was told to stop and has drained."""
+    """Runs an application until it was told to stop and has drained.
+
+    Args:
+        service: has `draining`, `open` requests and `close`.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -155,8 +159,7 @@ def run(app, service, listener: socket.socket):
         async def drain(self):
             while service.open:
                 await asyncio.sleep(POLL_SECONDS)
-            for worker in service.workers.values():
-                worker.close()
+            service.close()
             self.should_exit = True
 
     Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])

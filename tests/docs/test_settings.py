@@ -174,7 +174,8 @@ def code_of(*folders: str) -> str:
 def scripts() -> str:
     """The programs that have flags of their own, beside the methods."""
     modules = "\n".join(text_of(ROOT / "coati" / name) for name in ("cli.py", "check_reward.py"))
-    return code_of("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label") + modules
+    folders = ("applications", "examples", "tools", "benchmarks", "coati/planner", "coati/label", "coati/serve")
+    return code_of(*folders) + modules
 
 
 @cache

@@ -5,9 +5,11 @@ import threading
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from coati.config import configure
 from coati.errors import UserError
+from coati.models import RewardModel
 from coati.tracking import read_metrics
 from tests.conftest import functions, reward_model, sentence, settings_for, trainer_classes, write_rows
 from tests.rewards.judge_server import serving
@@ -56,6 +58,21 @@ def test_a_run_mixes_rewards_of_every_kind(tiny_world, runtime, tmp_path):
         assert row[f"{prefix}reward"] == pytest.approx(total, rel=1e-5)
     assert all(trained[0][f"seconds/reward/{name}"] > 0 for name in weights)
     assert sum(trained[0][f"seconds/reward/{name}"] for name in weights) <= trained[0]["seconds/score"]
+
+
+def test_a_run_with_an_ensemble_tells_its_models(tiny_world, runtime, tmp_path):
+    paths = [str(tmp_path / name) for name in ("first", "second")]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        RewardModel(config=AutoConfig.from_pretrained(tiny_world["policy"])).save_pretrained(path)
+        AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(path)
+    entry = dict(type="ensemble", paths=paths, pessimism=2.0)
+    make(tiny_world, runtime, tmp_path / "run", rewards=[entry], steps=1).train()
+    [row] = [row for row in read_metrics(tmp_path / "run") if "policy_loss" in row]
+    members = [row[f"reward/ensemble/model_{i}"] for i in (1, 2)]
+    assert members[0] != members[1] and row["reward/ensemble/std"] > 0
+    expected = sum(members) / 2 - 2.0 * row["reward/ensemble/std"]
+    assert row["reward"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reward_of_tokens_ends_up_at_its_tokens(tiny_world, runtime, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ class RolloutConfig(TrainerConfig):
 
     @property
     def models(self) -> list[str]:
-        return super().models + [r.path for r in self.rewards if isinstance(r, ModelRewardSettings)]
+        return super().models + [path for reward in self.rewards for path in reward.model_paths]
 
     def problems(self) -> Iterator[str]:
         group_size = self.responses // self.batch_size
