@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from coati.config import ListOf, Settings, option, parse, read_yaml, settings, take_config_path
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError
 from coati.rewards import Reward
 from coati.rewards.answers import stated_answer
@@ -26,7 +26,6 @@ from coati.rewards.pool import Outcome, score_one
 from coati.samples import Sample
 
 Cases = list[tuple[Case, dict[str, Any]]]
-OF_FILE = ("rewards",)
 DESCRIPTION = "what a reward pays for responses that try to be paid without being right"
 # how responses state an answer, by the kind of the answer
 STATEMENTS = (
@@ -504,10 +503,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: the settings, the rewards or the data don't fit.
     """
-    path, rest = take_config_path(argv)
-    # a training run's file will do: of its settings those are read that this command has
-    found = {name: value for name, value in (read_yaml(path) if path else {}).items() if name in OF_FILE}
-    config = parse.parse_settings(CheckRewardConfig, found, rest, f"--config {path}", DESCRIPTION)
+    config = parse_config(CheckRewardConfig, argv, DESCRIPTION, of_file=("rewards",))  # a training run's file will do
     if not config.rewards:
         raise UserError("no reward: give `rewards`, such as --rewards math or --rewards '{type: math, weight: 1}'")
     rows = read_rows(config.data, config.rows) if config.data else []

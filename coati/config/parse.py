@@ -1,7 +1,7 @@
 """Settings from a YAML file and flags."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -21,12 +21,14 @@ def parse_config(
     argv: list[str] | None = None,
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
+    of_file: Collection[str] | None = None,
 ) -> Config:
     """Reads `--config FILE.yaml` and the flags; a flag wins over the file.
 
     Args:
         argv: the command line, `sys.argv[1:]` if None.
         defaults: settings, nested as in a file, that win over those of the class, and no others.
+        of_file: the settings that are read of the file, which may be one of another command; None for all.
 
     Raises:
         UserError: the file is missing or isn't a mapping; a flag is unknown; or one line that names all unknown
@@ -35,6 +37,8 @@ def parse_config(
     """
     path, rest = take_config_path(sys.argv[1:] if argv is None else list(argv))
     found = read_yaml(path) if path else {}
+    if of_file is not None:
+        found = {name: value for name, value in found.items() if name in of_file}
     return parse_settings(config_class, found, rest, f"--config {path}", description, defaults)
 
 

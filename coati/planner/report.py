@@ -13,13 +13,8 @@ from coati.trainers.config import SELF, RolloutConfig
 from coati.trainers.paths import named_paths
 
 KINDS = ("parameters", "gradients", "optimizer states", "activations", "logits", "KV cache", "communication")
-MODELS = (
-    "critic_model",
-    ".teacher",
-    ".teachers",
-    ".path",
-    ".paths",
-)  # settings that name one, beside the trained model
+# settings that name a model, beside the trained one
+MODELS = ("critic_model", ".teacher", ".teachers", ".path", ".paths")
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the libraries' workspaces, and gaps between tensors
 MIB, GIB = 2**20, 2**30
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from coati.config import ListOf, Settings, option, parse, read_yaml, settings, take_config_path
+from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError
 from coati.rewards import Reward, Scorer, ScoringConfig
 from coati.rewards.config import AnyReward, load_rewards
@@ -36,7 +37,6 @@ from coati.serve.server import TOKEN, check_address, listen, run
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "rewards behind HTTP, for runs elsewhere: a reward of type http reads them"
-OF_FILE = ("rewards",)
 TOKENS_AT_A_TIME = 2**14  # of a reward model's forward pass, padding included
 
 
@@ -266,7 +266,7 @@ def application(service: RewardService, token: str | None) -> Starlette:
 # --- reward models
 
 
-def load_model_reward(folder: str) -> Reward:
+def load_model_reward(folder: str, device: str = "cpu") -> Reward:
     """A reward model in this process. It reads the ids of a request; without them, those that its tokenizer has for the
     prompt and for the response, with EOS after one that ended.
 
@@ -281,7 +281,6 @@ def load_model_reward(folder: str) -> Reward:
     from coati.rewards.model import ModelReward
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder), learns_responses=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = RewardModel(folder).eval().to(device)
 
     class ServedModelReward(ModelReward):
@@ -290,19 +289,17 @@ def load_model_reward(folder: str) -> Reward:
         def score(self, samples):
             for sample in samples:
                 if not sample.tokens:
-                    asked, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts(sample))
+                    texts = (sample.prompt, sample.response)
+                    asked, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
                     ids += [] if sample.truncated else [tokenizer.eos_token_id]
                     sample.tokens = asked + ids
                     sample.response_mask = [False] * len(asked) + [True] * len(ids)
             return super().score(samples)
 
-    def texts(sample: Sample) -> tuple[str, str]:
-        return sample.prompt, sample.response
-
     def forward_all(batches):
         return [model(**batch) for batch in batches]
 
-    return ServedModelReward(forward_all, tokenizer.pad_token_id, device, split_by_length)
+    return ServedModelReward(forward_all, tokenizer.pad_token_id, torch.device(device), split_by_length)
 
 
 def split_by_length(lengths: list[int]) -> list[list[int]]:
@@ -326,21 +323,21 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: settings, a reward or an address that can't be served.
     """
-    path, rest = take_config_path(argv)
-    # a training run's file will do: of its settings those are read that this command has
-    found = {name: value for name, value in (read_yaml(path) if path else {}).items() if name in OF_FILE}
-    config = parse.parse_settings(ServeRewardConfig, found, rest, f"--config {path}", DESCRIPTION)
+    config = parse_config(ServeRewardConfig, argv, DESCRIPTION, of_file=("rewards",))  # a training run's file will do
     token = config.token if config.token is not None else os.environ.get(TOKEN)
     check_address(config.host, token)
     if not config.rewards:
         raise UserError("no reward: give `rewards`, such as --rewards math or --rewards '{type: model, path: FOLDER}'")
+    import torch
+
     with listen(config.host, config.port) as listener:
         scoring = ScoringConfig(
             reward_workers=config.reward_workers,
             reward_timeout=config.reward_timeout,
             reward_failure_score=config.reward_failure_score,
         )
-        scorer = load_rewards(config.rewards, scoring, load_model_reward, device_of_classifiers())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        scorer = load_rewards(config.rewards, scoring, partial(load_model_reward, device=device), device)
         if on_tokens := [name for name, (reward, _) in scorer.rewards.items() if reward.on_tokens]:
             raise UserError(f"the reward {on_tokens[0]} is one of tokens, which this protocol has no place for")
         service = RewardService(scorer, config.max_batch, config.max_queue, config.max_body)
@@ -349,9 +346,3 @@ def main(argv: list[str]) -> int:
         print(f"serving {', '.join(scorer.rewards)} at http://{place}:{port}/score", flush=True)
         run(application(service, token), service, listener)
     return 0
-
-
-def device_of_classifiers() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
