@@ -19,7 +19,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={"colossal_eval.llm_judge": ["*.jsonl"], "coati.label": ["page/*"]},
+    package_data={"colossal_eval.llm_judge": ["*.jsonl"], "coati.label": ["page/*"], "coati.tracking": ["page/*"]},
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["coati", "coati.*"]), *APPLICATIONS],
     package_dir={name: f"applications/{name}" for name in APPLICATIONS if "." not in name},

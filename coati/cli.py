@@ -98,10 +98,14 @@ def run_tool(name: str, argv: list[str]) -> int:
             "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, or one that holds several"
         )
         parser.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
+        parser.add_argument("--watch", action="store_true", help="write it again whenever a run has logged something")
         options = parser.parse_args(argv)
-        from coati.tracking import write_report
+        from coati.tracking import watch_report, write_report
 
-        print(write_report(options.runs, options.output or options.runs[0] / "report.html"))
+        output = options.output or options.runs[0] / "report.html"
+        print(output, flush=True)
+        write = watch_report if options.watch else write_report
+        write(options.runs, output)
     elif name == "run":
         parser.add_argument("--nproc_per_node", type=int, required=True, metavar="N", help="how many processes")
         parser.add_argument(

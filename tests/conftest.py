@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,16 @@ def runtime():
 
     yield launch(0)
     shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Playwright's Chromium, or the system's; tests that need it are skipped where it is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright isn't installed: pip install playwright")
+    with playwright.sync_playwright() as started:
+        path = shutil.which("chromium") or shutil.which("google-chrome")
+        if path is None and not os.path.exists(started.chromium.executable_path):
+            pytest.skip("there is no Chromium: apt-get install chromium, or playwright install chromium")
+        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()

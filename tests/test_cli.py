@@ -25,6 +25,14 @@ def test_report_writes_one_page(tmp_path, capsys):
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
 
 
+def test_report_of_a_finished_run_is_watched_no_longer(tmp_path, capsys):
+    tracker = Tracker(tmp_path / "run", TrackingConfig(), algorithm="sft", settings={})
+    tracker.finish("finished")
+    assert main(["report", str(tmp_path / "run"), "--watch", "--output", str(tmp_path / "page.html")]) == 0
+    assert "data-seconds" not in (tmp_path / "page.html").read_text()
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
+
+
 def test_report_of_nothing_is_one_clear_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -2,6 +2,7 @@
 
 from coati.tracking.config import TrackingConfig
 from coati.tracking.files import read_metrics, read_run, read_samples
+from coati.tracking.live import watch_report
 from coati.tracking.progress import Progress, progress_bar
 from coati.tracking.report import write_report
 from coati.tracking.sinks import check_installed
@@ -19,5 +20,6 @@ __all__ = [
     "read_metrics",
     "read_run",
     "read_samples",
+    "watch_report",
     "write_report",
 ]

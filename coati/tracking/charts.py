@@ -35,8 +35,9 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def line_chart(lines: list[Line]) -> str:
-    """The lines on one pair of axes as an `<svg>` element. Points that are not finite leave a gap."""
+def line_chart(lines: list[Line], name: str = "") -> str:
+    """The lines on one pair of axes as an `<svg>` element, whose name is read aloud. Points that are not finite leave
+    a gap."""
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not finite:
         finite = [(0, 0.0), (1, 1.0)]
@@ -51,7 +52,8 @@ def line_chart(lines: list[Line]) -> str:
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
+    label = f' aria-label="{escape(name)}"' if name else ""
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"{label}>']
     for tick, text in zip(y_ticks, _tick_labels(y_ticks), strict=True):
         y = place(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -68,7 +70,7 @@ def line_chart(lines: list[Line]) -> str:
 
 def _draw(line: Line, place: Place) -> list[str]:
     """A line's curve (thin where a running mean is drawn over it), and dots with hover titles."""
-    style = f"c{line.color % COLORS}" + (" dashed" if line.dashed else "")
+    style = f"c{line.color % COLORS} of-{line.color}" + (" dashed" if line.dashed else "")
     smooth = running_mean(line.points)
     parts = [_path(_thin(line.points, _DRAWN), place, f"curve {style}" + (" raw" if smooth else ""))]
     if smooth:

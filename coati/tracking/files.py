@@ -13,7 +13,14 @@ from coati.errors import UserError
 from coati.files import atomic_write
 
 METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
+SUMMARY = "summary.json"  # figures of an example, beside its runs
 _NON_FINITE = ("nan", "inf", "-inf")
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run folders anywhere below a folder, or the folder itself, sorted; folders that vanish meanwhile (a running
+    run's old checkpoints) are no error."""
+    return sorted(Path(found) for found, _, names in os.walk(folder) if RUN in names)
 
 
 def to_json(value: Any) -> str:

@@ -1,16 +1,19 @@
 """`write_report`: one self-contained HTML page about runs: curves, samples, settings, versions.
 
-Everything that a run wrote is untrusted (a model's output may hold HTML): all of it is escaped, and the
-page's content security policy allows neither scripts nor anything from outside.
+Everything that a run wrote is untrusted (a model's output may hold HTML): all of it is escaped, and the page's content
+security policy allows no script but the report's own, by its hash, and nothing from outside. Without scripts the page
+shows everything but the part for comparing samples.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,7 +23,8 @@ from coati.errors import UserError
 from coati.files import replace_file
 from coati.run_layout import JOURNAL
 from coati.tracking.charts import COLORS, Line, Points, line_chart, number
-from coati.tracking.files import RUN, read_metrics, read_object, read_run, read_samples
+from coati.tracking.explorer import PAGE, explorer
+from coati.tracking.files import RUN, SUMMARY, read_metrics, read_object, read_run, read_samples, run_folders
 from coati.tracking.style import STYLE
 from coati.tracking.timeline import timeline
 
@@ -47,6 +51,8 @@ _REINFORCEMENT = (
 HEADLINES = {"sft": (r"loss$", r"perplexity", r"accuracy", *_SPEED), "ppo": _REINFORCEMENT, "grpo": _REINFORCEMENT}
 HEADLINES["distill"] = (r"divergence", r"loss$", r"^(reward|score)s?(/mean)?$", r"length", *_SPEED)
 _OTHER_HEADLINES = (r"accuracy", r"loss$", r"margin", *_SPEED)
+# Their runs are also drawn in charts that they share.
+LEARN_FROM_REWARDS = ("ppo", "grpo")
 UNITS = {
     r"tokens_per_second": "tokens/s",
     r"length|tokens$": "tokens",
@@ -56,7 +62,6 @@ UNITS = {
 }
 SAMPLES_EACH_END = 8
 _TEXT_LIMIT = 2000
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass
@@ -75,49 +80,65 @@ class Run:
         return TITLES.get(self.info["algorithm"], self.info["algorithm"])
 
 
-def write_report(run_dirs: list[Path], output: Path) -> Path:
+def write_report(run_dirs: list[Path], output: Path, seconds: float | None = None) -> Path:
     """Write the page about `run_dirs`, and give back its path.
 
     Args:
         run_dirs: run folders, or folders with run folders anywhere below them. Runs of one algorithm (seeds,
             say) share their charts. A `summary.json` in one of them is shown as a table of figures.
-        output: the HTML file, replaced if it exists.
+        output: the HTML file, replaced atomically if it exists.
+        seconds: after so long a browser loads the page again; None: never.
 
     Raises:
         UserError: a folder holds no run, or a file in it is broken.
     """
     folders, output = [Path(folder) for folder in run_dirs], Path(output)
+    runs = _read_runs(folders)
     stages: dict[str, list[Run]] = defaultdict(list)
-    for run in _read_runs(folders):
+    for run in runs:
         stages[run.info["algorithm"]].append(run)
     title = escape(", ".join(folder.resolve().name for folder in folders))
-    summaries = [folder / "summary.json" for folder in folders]
-    figures = [_figures(read_object(path)) for path in summaries if path.exists()]
-    body = [_overview(title, [run for runs in stages.values() for run in runs]), *figures]
-    body += [_stage(algorithm, runs) for algorithm, runs in stages.items()]
+    body = [_overview(title, runs, seconds)]
+    for folder in folders:
+        if (folder / SUMMARY).exists():
+            heading = f"Figures of {folder.resolve().name}" if len(folders) > 1 else "Figures"
+            body.append(_figures(heading, read_object(folder / SUMMARY)))
+    body.append(_together(runs))
+    body += [_stage(algorithm, of_stage) for algorithm, of_stage in stages.items()]
+    body.append(explorer([(run.label, run.samples) for run in runs]))
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        output,
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title} · coati report</title><style>{STYLE}</style></head><body>{''.join(body)}"
-        "<footer>Where a curve is thin and thick, thin shows the logged values and thick their running mean. "
-        f"Written {_when(time.time())}.</footer></body></html>\n",
-    )
+    replace_file(output, _page(title, "".join(body), seconds))
     return output
+
+
+def _page(title: str, body: str, seconds: float | None) -> str:
+    script, style = ((PAGE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    again = "" if seconds is None else f" data-seconds='{seconds:g}'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title} · coati report</title><style>{STYLE}{style}</style></head><body{again}><main>{body}</main>"
+        "<footer>Where a curve is thin and thick, thin shows the logged values and thick their running mean. "
+        f"Written {_when(time.time())}.</footer><script>{script}</script></body></html>\n"
+    )
 
 
 def _read_runs(folders: list[Path]) -> list[Run]:
     """The runs below `folders`, each once, by the time they started."""
     labels: dict[Path, str] = {}
     for folder in folders:
-        run_dirs = sorted(path.parent for path in folder.rglob(RUN))
+        run_dirs = run_folders(folder)
         if not run_dirs:
             raise UserError(f"{folder} holds no run (no {RUN}); name a folder that a coati run has written.")
         for run_dir in run_dirs:
             relative = run_dir.relative_to(folder)
             labels.setdefault(run_dir.resolve(), str(relative) if relative.parts else run_dir.resolve().name)
+    common = [label for label, count in Counter(labels.values()).items() if count > 1]
+    labels |= {path: str(path) for path, label in labels.items() if label in common}
     runs = [Run(label, path, read_run(path), read_metrics(path), read_samples(path)) for path, label in labels.items()]
     return sorted(runs, key=lambda run: run.info["start"])
 
@@ -125,12 +146,16 @@ def _read_runs(folders: list[Path]) -> list[Run]:
 # ---- the top of the page
 
 
-def _overview(title: str, runs: list[Run]) -> str:
+def _overview(title: str, runs: list[Run], seconds: float | None) -> str:
     names = ("Stage", "Run", "Steps", "Ranks", "Plugin", "Time", "Result", "")
-    header = "".join(f"<th>{name}</th>" for name in names)
+    header = "".join(f"<th>{name}</th>" if name else "<td></td>" for name in names)
     rows = "".join(map(_overview_row, runs))
     table = f"<table class='overview'><tr>{header}</tr>{rows}</table>"
-    return f"<header><p>coati report</p><h1>{title}</h1>{table}</header>"
+    live = ""
+    if seconds is not None:
+        live = f"<p class='live'>Updated at {_clock(time.time())} <button type='button' id='pause' hidden></button></p>"
+    link = "<p id='to-samples' hidden><a href='#compare'>Samples side by side</a></p>"
+    return f"<header><p>coati report</p><h1>{title}</h1>{live}{table}{link}</header>"
 
 
 def _overview_row(run: Run) -> str:
@@ -162,30 +187,47 @@ def _duration(run: Run) -> str:
     return (f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h") + resumed
 
 
-def _figures(summary: dict[str, Any]) -> str:
+def _figures(heading: str, summary: dict[str, Any]) -> str:
     tiles = "".join(
         f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_show(value))}</dd></div>"
         for name, value in summary.items()
     )
-    return f"<section><h2>Figures</h2><dl class='figures'>{tiles}</dl></section>"
+    return f"<section><h2>{escape(heading)}</h2><dl class='figures'>{tiles}</dl></section>"
 
 
 # ---- a stage: charts, samples, settings
+
+
+def _together(runs: list[Run]) -> str:
+    """Charts that algorithms which learn from rewards share, of the main metrics that all of them log; "" if there is
+    one such algorithm."""
+    compared = [run for run in runs if run.info["algorithm"] in LEARN_FROM_REWARDS]
+    algorithms = {run.info["algorithm"] for run in compared}
+    if len(algorithms) < 2:
+        return ""
+    names = [set(_curves([run for run in compared if run.info["algorithm"] == one])) for one in algorithms]
+    curves = _curves(compared)
+    shared = [name for name in _headlines("ppo", list(curves)) if all(name in found for found in names)]
+    legend = _legend(compared, curves)
+    return f"<section id='together'><h2>All that learn from rewards</h2>{legend}{_charts(shared, curves)}</section>"
 
 
 def _stage(algorithm: str, runs: list[Run]) -> str:
     curves = _curves(runs)
     first = _headlines(algorithm, list(curves))
     rest = sorted(curves.keys() - set(first))
-    parts = [f"<section><h2>{escape(runs[0].title)}</h2>", _legend(runs, curves), _charts(first, curves)]
+    name = escape(algorithm)
+    parts = [f"<section id='stage-{name}'><h2>{escape(runs[0].title)}</h2>"]
+    parts += [_legend(runs, curves), _charts(first, curves)]
     if rest:
-        parts.append(f"<details><summary>{len(rest)} more metrics</summary>{_charts(rest, curves)}</details>")
+        summary = f"<summary>{len(rest)} more metrics</summary>"
+        parts.append(f"<details id='more-{name}'>{summary}{_charts(rest, curves)}</details>")
     for run in runs:
         label = f" ({run.label})" if len(runs) > 1 else ""
         if drawing := timeline(run.metrics, run.folder / JOURNAL):
             parts.append(f"<h3>Timeline of the last iterations{escape(label)}</h3>{drawing}")
         parts.append(_samples(run, label, opened=run is runs[0]))
-    return "".join([*parts, _settings(runs), "</section>"])
+    return "".join([*parts, _settings(runs, f"settings-{name}"), "</section>"])
 
 
 def _curves(runs: list[Run]) -> dict[str, list[Line]]:
@@ -213,10 +255,12 @@ def _headlines(algorithm: str, names: list[str]) -> list[str]:
 
 
 def _legend(runs: list[Run], curves: dict[str, list[Line]]) -> str:
-    keys = [(f"c{color % COLORS}", run.label) for color, run in enumerate(runs) if len(runs) > 1]
+    keys = []
+    if len(runs) > 1:
+        keys = [(f" data-run='{i}'", f"c{i % COLORS}", run.label) for i, run in enumerate(runs)]
     if any(line.dashed for lines in curves.values() for line in lines):
-        keys += [("", "training"), ("dashed", "evaluation")]
-    spans = "".join(f"<span><i class='key {style}'></i>{escape(label)}</span>" for style, label in keys)
+        keys += [("", "", "training"), ("", "dashed", "evaluation")]
+    spans = "".join(f"<span{of}><i class='key {style}'></i>{escape(label)}</span>" for of, style, label in keys)
     return f"<p class='legend'>{spans}</p>" if keys else ""
 
 
@@ -232,7 +276,7 @@ def _chart(name: str, lines: list[Line]) -> str:
     warning = f"<p class='warning'>{lost} not finite: gaps in the curve</p>" if lost else ""
     return (
         f"<figure><figcaption><b>{escape(name)}</b><small>{unit}</small><span title='last'>{last}</span>"
-        f"</figcaption>{line_chart(lines)}{warning}</figure>"
+        f"</figcaption>{line_chart(lines, name)}{warning}</figure>"
     )
 
 
@@ -245,7 +289,8 @@ def _samples(run: Run, label: str, opened: bool) -> str:
         sides = [[row for row in rows if row["step"] == step] for step in steps]
         title = name.capitalize() + ", " + " against ".join(f"step {step:,}" for step in steps) + label
         table = _sample_table(_pairs(sides[0], sides[-1]), steps)
-        parts.append(f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{table}</details>")
+        key = f"id='{escape(f'samples-{run.label}-{name}')}'"
+        parts.append(f"<details {key}{' open' if opened else ''}><summary>{escape(title)}</summary>{table}</details>")
     return "".join(parts)
 
 
@@ -324,21 +369,21 @@ def _reward(row: dict) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def _settings(runs: list[Run]) -> str:
+def _settings(runs: list[Run], key: str) -> str:
     """The runs' settings, versions and circumstances side by side; rows in which they differ are marked."""
     columns = []
     for run in runs:
         about = {name: run.info[name] for name in ("versions", "host", "command")}
         about["started"] = _when(run.info["start"])
         columns.append(_flatten({"settings": run.info["settings"], **about}))
-    rows = ["<tr><th></th>" + "".join(f"<th>{escape(run.label)}</th>" for run in runs) + "</tr>"]
+    rows = ["<tr><td></td>" + "".join(f"<th>{escape(run.label)}</th>" for run in runs) + "</tr>"]
     for name in dict.fromkeys(name for column in columns for name in column):
         values = [column.get(name, "–") for column in columns]
         style = "differs" if len(set(values)) > 1 else ""
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         rows.append(f"<tr class='{style}'><th>{escape(name.removeprefix('settings.'))}</th>{cells}</tr>")
     table = f"<table class='settings'>{''.join(rows)}</table>"
-    return f"<details><summary>Settings and versions</summary>{table}</details>"
+    return f"<details id='{key}'><summary>Settings and versions</summary>{table}</details>"
 
 
 # ---- values as text
@@ -360,3 +405,7 @@ def _show(value: Any) -> str:
 
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))

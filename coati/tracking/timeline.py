@@ -101,7 +101,7 @@ def _drawing(lanes: dict[str, list[Bar]], start: float, end: float) -> str:
     """The bars of a time as an `<svg>`; what waits is left blank."""
     height = LANE * len(lanes) + 20
     scale = (WIDTH - LEFT - RIGHT) / (end - start)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Timeline">']
     for lane, (name, bars) in enumerate(lanes.items()):
         top = lane * LANE
         parts.append(f'<text x="0" y="{top + 10}">{name}</text>')

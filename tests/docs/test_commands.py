@@ -260,8 +260,8 @@ def test_other_command_works(line, place, own_files, runtime, tmp_path, monkeypa
             small = ["--model_config", place["model_config"], "--max_prompt_length", "8", "--max_new_tokens", "4"]
             assert coati([*arguments, *small]) == 0
             assert "fits" in capsys.readouterr().out
-        case ["coati", "report", folder]:
-            check_report(folder, place, runtime)
+        case ["coati", "report", *flags, folder]:
+            check_report(flags, folder, place, runtime)
         case ["coati", "label", *_]:
             check_label(words, tmp_path, monkeypatch)
         case _:
@@ -287,12 +287,12 @@ def check_label(words: list[str], folder: Path, monkeypatch):
     assert served and ("--output" not in words or Path(words[words.index("--output") + 1]).is_file())
 
 
-def check_report(folder: str, place, runtime):
+def check_report(flags: list[str], folder: str, place, runtime):
     target = Path(place["root"]) / folder
     config_class, trainer_class = trainer_classes("sft")
     settings = settings_for("sft", place, steps=1, output_dir=str(target / "for-the-report"))
     trainer_class(configure(config_class, **settings), runtime).train()
-    assert coati(["report", str(target)]) == 0
+    assert coati(["report", *flags, str(target)]) == 0
     assert "for-the-report" in (target / "report.html").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ pictures of docs/labeling.md are taken here: COATI_WRITE_PICTURES=1.
 
 import json
 import os
-import shutil
 
 import pytest
 
@@ -16,22 +15,9 @@ from coati.label.store import Store
 from tests.conftest import ROOT
 from tests.label.serving import served
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright isn't installed: pip install playwright")
-
 pytestmark = pytest.mark.slow
 SCRIPT = "<img src=x onerror=\"document.body.dataset.hacked = 'yes'\"><script>document.title = 'hacked'</script>"
 DESKTOP, PHONE = {"width": 1200, "height": 860}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        if path is None and not os.path.exists(started.chromium.executable_path):
-            pytest.skip("there is no Chromium: apt-get install chromium, or playwright install chromium")
-        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

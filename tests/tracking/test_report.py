@@ -1,5 +1,7 @@
 """The HTML report: complete, sorted, escaped, self-contained."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -10,6 +12,7 @@ import pytest
 from coati.errors import UserError
 from coati.tracking import Tracker, TrackingConfig, write_report
 from coati.tracking.charts import Line, line_chart, number, running_mean
+from coati.tracking.explorer import PAGE
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
 SETTINGS = {"parallel": {"plugin": "gemini"}, "learning_rate": 0.00012345, "secret": EVIL}
@@ -20,7 +23,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.rows, self.open, self.text = [], [], [], ""
+        self.tags, self.rows, self.open, self.text, self.scripts = [], [], [], "", []
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -29,7 +32,7 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag not in ("meta", "line", "circle", "path"):
+        if tag not in ("meta", "line", "circle", "path", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -38,6 +41,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open[-1:] == ["style"]:
+            return
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
             return
         self.text += data
         if "td" in self.open or "th" in self.open:
@@ -96,15 +102,28 @@ def test_report_is_well_formed_and_draws_a_chart_for_each_metric(page):
 def test_report_escapes_what_a_model_wrote(page):
     html, parsed = page
     names = {tag for tag, _ in parsed.tags}
-    assert not names & {"script", "img", "iframe", "object", "embed", "a", "link", "form"}
+    assert not names & {"img", "iframe", "object", "embed", "link"}
     assert EVIL not in html and EVIL in parsed.text
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+
+
+def test_no_script_may_run_but_the_reports_own(page):
+    """The samples are data beside it; the policy names the one script by its hash."""
+    html, parsed = page
+    kinds = [attributes.get("type") for tag, attributes in parsed.tags if tag == "script"]
+    assert kinds == ["application/json", None]
+    data, script = parsed.scripts
+    assert script == (PAGE / "report.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in html
+    assert json.loads(data)["samples"][0]["response"] == f"said {EVIL} at 1"
 
 
 def test_report_loads_nothing_from_outside(page):
     html, parsed = page
     loading = {"src", "href", "srcset", "data", "action", "xlink:href"}
-    assert not [attributes for _, attributes in parsed.tags if loading & attributes.keys()]
+    found = [attributes for _, attributes in parsed.tags if loading & attributes.keys()]
+    assert found == [{"href": "#compare"}]
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in html
@@ -174,6 +193,27 @@ def test_an_episode_is_shown_message_by_message(tmp_path):
     ]
     assert "<b>0.5</b>find(&#x27;&lt;tea&gt;&#x27;)\n(no call: no quotes)" in turns[0][2]
     assert turns[1][2].endswith("found &amp; brewed") and "<b>" not in turns[2][2]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    for folder in ("a", "b"):
+        record(tmp_path / folder / "ppo", "ppo", steps=1)
+    html = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html").read_text()
+    assert [row[1] for row in Page(html).rows[1:3]] == [str(tmp_path / name / "ppo") for name in ("a", "b")]
+
+
+def test_algorithms_that_learn_from_rewards_share_charts(tmp_path):
+    """Of what all of them log; beside the charts of each."""
+    for name, more in (("ppo", {"value_loss": 1.0}), ("grpo", {"entropy": 2.0})):
+        tracker = Tracker(tmp_path / name, TrackingConfig(), algorithm=name, settings={})
+        tracker.log({"reward": 0.5} | more, 1)
+        tracker.finish("finished")
+    html = write_report([tmp_path], tmp_path / "report.html").read_text()
+    [together] = re.findall("<section id='together'>.*?</section>", html)
+    assert re.findall("<figcaption><b>(.*?)</b>", together) == ["reward"]
+    assert "ppo reward, step 1: 0.5" in together and "grpo reward, step 1: 0.5" in together
+    assert html.count("<svg ") == 5
+    assert "id='together'" not in write_report([tmp_path / "ppo"], tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("made", [True, False])
