@@ -201,3 +201,18 @@ def names_of(paths: list[str]) -> list[str]:
     """A short name per model: the folder's own, or the whole path where two would be the same."""
     short = [Path(path).resolve().name for path in paths]
     return [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
+
+
+def named_models(models: list[str]) -> dict[str, str]:
+    """Paths by name. `NAME=MODEL` names one; others have their folders' names.
+
+    Raises:
+        UserError: two of the same name.
+    """
+    pairs = [model.partition("=") if "=" in model and not Path(model).exists() else ("", "", model) for model in models]
+    short = names_of([path for _, _, path in pairs])
+    names = [name or default for (name, _, _), default in zip(pairs, short, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name}: name them, as in first=FOLDER second=FOLDER")
+    return {name: path for name, (_, _, path) in zip(names, pairs, strict=True)}

@@ -6,11 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from coati.config import configure
+from coati.config.generation import GenerationConfig
 from coati.errors import UserError
+from coati.label.drawing import draw_items, score_items
 from coati.label.export import FORMATS, REASONS, export
 from coati.label.imports import Fields, known_values, read_export
-from coati.label.items import Item, join_items, read_items, read_scores
+from coati.label.items import Item, join_items, read_items, read_prompts, read_scores
 from coati.label.store import OWNER, Store
+from coati.run_layout import model_folder, named_models
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -23,20 +27,23 @@ def main(argv: Sequence[str]) -> int:
     """
     if argv[:1] == ["export"]:
         options = export_parser().parse_args(argv[1:])
-        return write_export(options.labels, options.format, options.output)
+        return write_export(options.labels, options.format, options.output, options.with_models)
     if argv[:1] == ["import"]:
         return read_labels(import_parser().parse_args(argv[1:]))
     options = label_parser().parse_args(argv)
     check(options)
-    items, left_out = items_of(options)
     hold = 60 * options.hold_minutes
-    if items:
-        scores = read_scores(options.uncertain, items) if options.uncertain else None
-        store = Store.prepare(options.labels, options.seed, hold=hold)
-        told = f"{len(items)} items, {store.add_items(items, options.pairs, scores)} of them new"
-        print(told + (f"; {left_out} prompts with a single response left out" if left_out else ""))
+    if options.models:
+        store, items, note = with_drawn_items(options, hold)
+        scores = None
     else:
-        store = Store.open(options.labels, hold=hold)
+        store, items, scores, note = with_items_of_files(options, hold)
+    if options.reward_model:
+        every = {item.key: item for item in [*store.items(), *items]}
+        scores = score_items(list(every.values()), options.reward_model)
+    new = store.add_items(items, options.pairs, scores)
+    if options.items or options.sources:
+        print(f"{len(items)} items, {new} of them new{note}")
     store.add_people(options.people)
     if options.overlap is not None:
         store.set_overlap(options.overlap)
@@ -60,8 +67,26 @@ def label_parser() -> argparse.ArgumentParser:
         "coati label import reads labels of Argilla and Label Studio.",
     )
     parser.add_argument(
-        "items", nargs="?", type=Path, metavar="ITEMS", help='rows of {"prompt", "responses": [{"text", "model"}, ...]}'
+        "items",
+        nargs="?",
+        type=Path,
+        metavar="ITEMS",
+        help='rows of {"prompt", "responses": [{"text", "model"}, ...]}; with --model, of {"prompt"}',
     )
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="draws the responses: a model's folder, an adapter's, a run's or a checkpoint's; may be given again",
+    )
+    parser.add_argument(
+        "--responses", type=int, metavar="N", help="of each model to a prompt (default: 2 of one model, 1 of several)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest of them (default: 512)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 for greedy (default: 1)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: 1)")
     parser.add_argument(
         "--from",
         dest="sources",
@@ -77,7 +102,10 @@ def label_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--uncertain", type=Path, metavar="SCORES", help="scores of responses: pairs of the least margin come first"
     )
-    parser.add_argument("--seed", type=int, help="of random pairs and places, for a new file (default: 0)")
+    parser.add_argument(
+        "--reward_model", metavar="MODEL", help="scores all responses: pairs of the least margin come first"
+    )
+    parser.add_argument("--seed", type=int, help="of all that is random, for a new file (default: 0)")
     parser.add_argument(
         "--hold_minutes", type=float, default=30.0, help="how long a pair is kept for who was shown it (default: 30)"
     )
@@ -91,6 +119,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument("labels", type=Path, metavar="FILE.sqlite")
     parser.add_argument("--format", choices=list(FORMATS), default="preference", help="default: preference")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--with_models", action="store_true", help="also write which models the responses are from")
     return parser
 
 
@@ -113,18 +142,54 @@ def check(options: argparse.Namespace) -> None:
     """Raises `UserError` if arguments don't fit."""
     if options.items and options.sources:
         raise UserError("give a file of items or --from, not both")
-    for name, value in (("--overlap", options.overlap), ("--pairs", options.pairs)):
+    counts = {"--overlap": options.overlap, "--pairs": options.pairs, "--responses": options.responses}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
     if not 0 < options.hold_minutes <= 60 * 24 * 365:
         raise UserError(f"--hold_minutes is {options.hold_minutes}; give more than 0, and a year at most")
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"--port is {options.port}; give 0 to 65535")
+    if options.models and not options.items:
+        raise UserError("--model draws responses to prompts; name their file too")
+    if options.responses and not options.models:
+        raise UserError("--responses is of models that draw; name them with --model")
+    if options.responses == 1 and len(options.models) == 1:
+        raise UserError("--responses 1 of one model leaves nothing to compare; give 2 or more, or another --model")
+    if options.uncertain and (options.models or options.reward_model):
+        raise UserError("--uncertain reads scores of responses that are there; leave out --model and --reward_model")
     if options.uncertain and not (options.items or options.sources):
         raise UserError("--uncertain needs the items that are scored; name their file too")
     for name in options.people:
         if not name.strip() or name == OWNER or len(name) > 100:
             raise UserError(f"--people has {name!r}; give names of up to 100 characters")
+
+
+def with_drawn_items(options: argparse.Namespace, hold: float) -> tuple[Store, list[Item], str]:
+    """The file of labels, items of new prompts with responses that `--model` has drawn, and a note on prompts that were
+    left out."""
+    models, prompts = named_models(options.models), read_prompts(options.items)
+    for path in models.values():
+        model_folder(path, "--model")
+    limits = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    sampling = configure(GenerationConfig, **limits)
+    store = Store.prepare(options.labels, options.seed, hold=hold)
+    count = options.responses or (2 if len(models) == 1 else 1)
+    items, left_out = draw_items(store, prompts, models, count, sampling)
+    return store, items, f"; {left_out} left out whose responses are the same or empty" if left_out else ""
+
+
+def with_items_of_files(
+    options: argparse.Namespace, hold: float
+) -> tuple[Store, list[Item], dict[str, list[float]] | None, str]:
+    """The file of labels, the items that the arguments name, their scores if a file has some, and a note on prompts
+    that were left out."""
+    items, left_out = items_of(options)
+    if not items:
+        return Store.open(options.labels, hold=hold), [], None, ""
+    scores = read_scores(options.uncertain, items) if options.uncertain else None
+    store = Store.prepare(options.labels, options.seed, hold=hold)
+    return store, items, scores, f"; {left_out} prompts with a single response left out" if left_out else ""
 
 
 def items_of(options: argparse.Namespace) -> tuple[list[Item], int]:
@@ -193,9 +258,9 @@ def read_labels(options: argparse.Namespace) -> int:
     return 0
 
 
-def write_export(labels: Path, format: str, output: Path) -> int:
+def write_export(labels: Path, format: str, output: Path, with_models: bool) -> int:
     """Writes training data, and says how much and what was left out."""
-    rows, left_out = export(Store.open(labels), format, output)
+    rows, left_out = export(Store.open(labels), format, output, with_models)
     print(f"{output}: {rows} rows")
     for reason, count in left_out.items():
         print(f"  left out {count}: {REASONS.get(reason, reason)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coati.data import load_rows, parse_record
+from coati.data.messages import Messages
 from coati.errors import UserError
 
 MOST_CHARACTERS = 200_000  # of a prompt or a response: a page shows it whole
@@ -36,6 +37,40 @@ class Item:
     prompt: Any
     messages: list[dict[str, Any]]
     responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt to which models draw responses.
+
+    Attributes:
+        place: where it stands, for messages.
+        key: the row's `id`, or a hash of the prompt.
+        prompt: as the row has it, text or messages; dialogue: the same as messages.
+    """
+
+    place: str
+    key: str
+    prompt: Any
+    dialogue: Messages
+
+
+def read_prompts(path: Path) -> list[AskedPrompt]:
+    """The prompts of a file of `{"prompt", "id"}` rows; one that is there twice without an id is one.
+
+    Raises:
+        UserError: a row is wrong (with its line), two have the same id, or there is none.
+    """
+    prompts: dict[str, AskedPrompt] = {}
+    for place, row in rows_of(path):
+        prompt, key = row.get("prompt"), row.get("id")
+        key = make_item(place, prompt, ["to be drawn"], _hash(prompt) if key is None else key).key
+        if key in prompts and "id" in row:
+            raise UserError(f"{place}: the id {key!r} is there already; give every row an `id` of its own")
+        prompts.setdefault(key, AskedPrompt(place, key, prompt, dialogue(place, prompt)))
+    if not prompts:
+        raise UserError(f'{path} has no prompts; write rows of {{"prompt": ...}}')
+    return list(prompts.values())
 
 
 def read_items(path: Path) -> list[Item]:
@@ -173,13 +208,7 @@ def make_item(place: str, prompt: Any, values: Sequence[Any], key: Any = None) -
     responses = [_response(place, value) for value in values]
     if not isinstance(prompt, str | list):
         raise UserError(f"{place}: `prompt` is neither a text nor a list of messages")
-    text = responses[0].text
-    row = {"prompt": prompt, "chosen": completion(prompt, text), "rejected": completion(prompt, text + ".")}
-    try:
-        [record] = parse_record(row, "preference")
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
-    messages = [_shown(message) for message in record.prompt]
+    messages = [_shown(message) for message in dialogue(place, prompt, responses[0].text)]
     if not all(is_unicode(message["content"]) for message in messages):
         raise UserError(f"{place}: the prompt has half a surrogate pair; write the file as UTF-8")
     if sum(len(message["content"]) for message in messages) > MOST_CHARACTERS:
@@ -187,9 +216,22 @@ def make_item(place: str, prompt: Any, values: Sequence[Any], key: Any = None) -
     if key is not None and not (isinstance(key, str | int) and is_unicode(str(key))):
         raise UserError(f"{place}: `id` is neither a text nor an integer")
     if key is None:
-        whole = _canonical([prompt, [[response.text, response.model] for response in responses]])
-        key = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        key = _hash([prompt, [[response.text, response.model] for response in responses]])
     return Item(str(key), prompt, messages, tuple(responses))
+
+
+def dialogue(place: str, prompt: Any, text: str = "a response") -> Messages:
+    """A prompt as messages, checked as that of a row of training data in which the text is a response to it.
+
+    Raises:
+        UserError: it can't be one.
+    """
+    row = {"prompt": prompt, "chosen": completion(prompt, text), "rejected": completion(prompt, text + ".")}
+    try:
+        [record] = parse_record(row, "preference")
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    return record.prompt
 
 
 def _shown(message: dict[str, Any]) -> dict[str, str]:
@@ -201,6 +243,10 @@ def _shown(message: dict[str, Any]) -> dict[str, str]:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:16]
 
 
 def _is_number(value: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from coati.errors import UserError
 from coati.label.assignment import choose_pairs, is_swapped, margin, next_pair
+from coati.label.items import Item, Response
 
 CHOICES = ("a", "b", "tie", "both_bad")
 RATINGS = (1, 2, 3, 4, 5)
@@ -53,6 +54,13 @@ CREATE VIEW latest AS
     SELECT shown.*, labels.id AS label, labels.choice, labels.rating_a, labels.rating_b, labels.edited,
         labels.comment, labels.seconds
     FROM shown LEFT JOIN labels ON labels.id = (SELECT MAX(id) FROM labels WHERE shown = shown.id);
+"""
+# Not in the first version's files, which are read as well.
+DRAWN = """
+CREATE TABLE IF NOT EXISTS drawn (
+    prompt TEXT NOT NULL, model TEXT NOT NULL, place INTEGER NOT NULL, text TEXT NOT NULL,
+    PRIMARY KEY (prompt, model, place)
+)
 """
 IS_LABELED = "choice IN ('a', 'b', 'tie', 'both_bad')"
 IS_OPEN = "(choice IS NULL OR choice = 'undo')"
@@ -179,11 +187,12 @@ class Store:
                     db.executemany("INSERT INTO settings VALUES (?, ?)", [("seed", seed or 0), ("overlap", 1)])
                     db.execute(f"PRAGMA application_id = {APPLICATION}")
                     db.execute(f"PRAGMA user_version = {VERSION}")
+            store = cls.open(path, **how)
+            with store.transaction() as db:
+                db.execute(DRAWN)
         except sqlite3.DatabaseError as error:
             raise UserError(_unreadable(path, error)) from None
-        store = cls.open(path, **how)
-        with store.connection() as db:
-            there = _setting(db, "seed")
+        there = store.seed()
         if seed not in (None, there):
             raise UserError(f"{path} was made with --seed {there}; leave --seed out, or name another file")
         return store
@@ -234,10 +243,41 @@ class Store:
 
     # --- what there is to label, and who does it
 
+    def seed(self) -> int:
+        """What is random follows from it."""
+        with self.connection() as db:
+            return _setting(db, "seed")
+
+    def drawn(self) -> dict[tuple[str, str, int], str]:
+        """Responses that models have drawn, by the key of the prompt, the model's name and the place among its own."""
+        with self.connection() as db:
+            rows = db.execute("SELECT prompt, model, place, text FROM drawn").fetchall()
+        return {(row["prompt"], row["model"], row["place"]): row["text"] for row in rows}
+
+    def add_drawn(self, rows: Sequence[tuple[str, str, int, str]]) -> None:
+        """Keeps responses, as `drawn` gives them; one that is there stays."""
+        with self.transaction() as db:
+            db.executemany("INSERT INTO drawn VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows)
+
+    def keys(self) -> set[str]:
+        """Of all items."""
+        with self.connection() as db:
+            return {row["key"] for row in db.execute("SELECT key FROM items")}
+
+    def items(self) -> list[Item]:
+        """All of them, in the order in which they came."""
+        with self.connection() as db:
+            rows = db.execute("SELECT * FROM items ORDER BY id").fetchall()
+        found = []
+        for row in rows:
+            responses = tuple(Response(text, model) for text, model in json.loads(row["responses"]))
+            found.append(Item(row["key"], json.loads(row["prompt"]), json.loads(row["messages"]), responses))
+        return found
+
     def add_items(
-        self, items: Sequence[Any], pairs_per_item: int = 1, scores: Mapping[str, Sequence[float]] | None = None
+        self, items: Sequence[Item], pairs_per_item: int = 1, scores: Mapping[str, Sequence[float]] | None = None
     ) -> int:
-        """Adds `coati.label.items.Item`s that aren't there yet; returns how many were new.
+        """Adds items that aren't there yet; returns how many were new.
 
         Args:
             pairs_per_item: how many pairs of each item's responses are compared.

@@ -14,9 +14,9 @@ from typing import Any
 
 from coati.data.messages import Messages
 from coati.errors import UserError
-from coati.run_layout import model_folder
+from coati.run_layout import model_folder, named_models
 from coati.serve.protocol import ApiError, Wanted
-from coati.serve.server import DTYPES, named_models, open_worker
+from coati.serve.server import DTYPES, open_worker
 
 HELP = """\
 /undo           take back the last message and its response

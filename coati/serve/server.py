@@ -8,10 +8,9 @@ import signal
 import socket
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 from coati.errors import UserError
-from coati.run_layout import model_folder, names_of
+from coati.run_layout import model_folder, named_models
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN = "COATI_TOKEN"
@@ -34,21 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--max_body", type=int, default=4 * 2**20, help="bytes of a request (default: 4 MiB)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on a CPU, else that of the files")
-
-
-def named_models(models: list[str]) -> dict[str, str]:
-    """Paths by name. `NAME=MODEL` names one; others have their folders' names.
-
-    Raises:
-        UserError: two of the same name.
-    """
-    pairs = [model.partition("=") if "=" in model and not Path(model).exists() else ("", "", model) for model in models]
-    short = names_of([path for _, _, path in pairs])
-    names = [name or default for (name, _, _), default in zip(pairs, short, strict=True)]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two models are called {name}: name them, as in first=FOLDER second=FOLDER")
-    return {name: path for name, (_, _, path) in zip(names, pairs, strict=True)}
 
 
 def check_address(host: str, token: str | None):

@@ -263,15 +263,19 @@ def test_other_command_works(line, place, own_files, runtime, tmp_path, monkeypa
         case ["coati", "report", *flags, folder]:
             check_report(flags, folder, place, runtime)
         case ["coati", "label", *_]:
-            check_label(words, tmp_path, monkeypatch)
+            check_label(words, tmp_path, place, monkeypatch)
         case _:
             check(line.text, own_files)
 
 
-def check_label(words: list[str], folder: Path, monkeypatch):
-    """The command runs beside the page's own row, up to where it would serve."""
+def check_label(words: list[str], folder: Path, place, monkeypatch):
+    """The command runs beside the page's own row and small models, up to where it would serve."""
     [item] = [json.loads(block.text) for block in blocks(ROOT / "docs" / "labeling.md", "json")]
     write_rows(folder / "items.jsonl", [item])
+    write_rows(folder / "prompts.jsonl", [{"prompt": item["prompt"]}])
+    (folder / "runs").mkdir()
+    for name in ("sft", "dpo", "reward"):
+        (folder / "runs" / name).symlink_to(place["teacher" if name == "dpo" else "policy"])
     write_rows(folder / "scores.jsonl", [{"prompt": item["prompt"], "scores": [0.5, 0.25]}])
     for name, response in zip(("sft", "dpo"), item["responses"], strict=True):
         write_rows(folder / f"responses_{name}.jsonl", [{"prompt": item["prompt"], "response": response["text"]}])
@@ -281,9 +285,9 @@ def check_label(words: list[str], folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
     served = []
     monkeypatch.setattr("coati.label.command.serve", lambda *arguments: served.append(arguments))
-    if ("items.jsonl" not in words and "--from" not in words) or "import" in words:  # it continues
+    if not {"items.jsonl", "prompts.jsonl", "--from"} & set(words) or "import" in words:  # it continues
         assert coati(["label", "items.jsonl", "--labels", "labels.sqlite", "--people", "ana"]) == 0
-    assert coati(words[1:]) == 0
+    assert coati([*words[1:], *(["--max_new_tokens", "8"] if "--model" in words else [])]) == 0
     assert served and ("--output" not in words or Path(words[words.index("--output") + 1]).is_file())
 
 

@@ -74,6 +74,16 @@ def test_sft_rows():
     assert left_out == {"tie": 1, "both_bad": 1, "split": 1}
 
 
+def test_rows_say_which_models_responses_are_from_where_that_is_wanted():
+    """Of an edited response, the model whose response was edited."""
+    rows, _ = preference_rows(DECIDED, PAIRS, with_models=True)
+    assert [(row["chosen_model"], row["rejected_model"]) for row in rows] == [("A", "B"), ("B", "A"), ("A", "B")]
+    rows, _ = kto_rows(DECIDED, PAIRS, with_models=True)
+    assert [row["model"] for row in rows] == ["A", "B", "B", "A", "A", "B", "A", "B"]
+    rows, _ = sft_rows(DECIDED, PAIRS, with_models=True)
+    assert [row["model"] for row in rows] == ["A", "B", "A", "A"]
+
+
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
     st.sampled_from(["\n\nHuman: hi", "\n\nHuman: hi\n\nAssistant: ho", "\n\nAssistant: x", "Human:", '{"a": 1}']),

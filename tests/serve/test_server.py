@@ -22,7 +22,7 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.models.opened import open_model
 from coati.rollout.engine.live import LiveSampler, nucleus_of
-from coati.run_layout import model_folder
+from coati.run_layout import model_folder, named_models
 from coati.serve import server
 from coati.serve.application import Service, application
 from coati.serve.worker import Worker
@@ -440,10 +440,10 @@ def test_a_mistake_is_one_sentence(arguments, message, folder, tmp_path, capsys)
 
 
 def test_models_have_the_names_of_their_folders_or_ones_that_are_given(tmp_path):
-    assert server.named_models(["runs/dpo", "base=models/b"]) == {"dpo": "runs/dpo", "base": "models/b"}
-    assert server.named_models(["runs/a/model", "runs/b/model"]) == {n: n for n in ("runs/a/model", "runs/b/model")}
+    assert named_models(["runs/dpo", "base=models/b"]) == {"dpo": "runs/dpo", "base": "models/b"}
+    assert named_models(["runs/a/model", "runs/b/model"]) == {n: n for n in ("runs/a/model", "runs/b/model")}
     (tmp_path / "lr=1").mkdir()
-    assert server.named_models([str(tmp_path / "lr=1")]) == {"lr=1": str(tmp_path / "lr=1")}
+    assert named_models([str(tmp_path / "lr=1")]) == {"lr=1": str(tmp_path / "lr=1")}
 
 
 def test_an_adapter_and_a_runs_checkpoint_are_opened(folder, tmp_path):
