@@ -295,22 +295,25 @@ def stream_plain(labels: list[str], texts: Iterator[list[str]], write: Callable[
 def stream_columns(labels: list[str], texts: Iterator[list[str]], console) -> list[str]:
     """Shows two responses side by side as they come."""
     from rich.live import Live
+
+    whole = [""] * len(labels)
+    with Live(columns(labels, whole), console=console, vertical_overflow="visible") as live:
+        for sides in texts:
+            whole = sides
+            live.update(columns(labels, whole))
+    return whole
+
+
+def columns(labels: list[str], sides: list[str]):
+    """Two responses side by side, as a table of rich."""
     from rich.table import Table
     from rich.text import Text
 
-    def table(sides: list[str]) -> Table:
-        grid = Table(expand=True)
-        for label in labels:
-            grid.add_column(label, ratio=1)
-        grid.add_row(*(Text(visible(side)) for side in sides))
-        return grid
-
-    whole = [""] * len(labels)
-    with Live(table(whole), console=console, vertical_overflow="visible") as live:
-        for sides in texts:
-            whole = sides
-            live.update(table(whole))
-    return whole
+    grid = Table(expand=True)
+    for label in labels:
+        grid.add_column(label, ratio=1)
+    grid.add_row(*(Text(visible(side)) for side in sides))
+    return grid
 
 
 def lines_of_terminal(console) -> Iterator[str]:

@@ -1,16 +1,21 @@
-"""`coati chat` through a pipe."""
+"""`coati chat` through a pipe. The picture of docs/serving.md is drawn here: COATI_WRITE_PICTURES=1."""
 
 import io
 import json
+import os
+import re
+from html import unescape
 
 import pytest
+from rich.console import CONSOLE_SVG_FORMAT, Console
 
 from coati.cli import main
 from coati.data import parse_record
 from coati.errors import UserError
-from coati.serve.chat import Chat, check_sampling, visible
+from coati.serve.chat import Chat, check_sampling, columns, visible
 from coati.serve.protocol import Choice, Wanted
 from coati.serve.worker import Failure
+from tests.conftest import ROOT
 
 
 class Repeating:
@@ -136,6 +141,57 @@ def test_through_a_pipe(tiny_world, capsys, monkeypatch, tmp_path):
     shown = capsys.readouterr().out
     assert "A (policy): " in shown and "B (other): " in shown and "votes: policy 0, other 1, ties 0" in shown
     assert json.loads(saved.read_text().splitlines()[1])["chosen_model"] == "other"
+
+
+REPLIES = {
+    "Is the red lamp in stock?": (
+        "Yes, ten of them are left, and they ship today. Shall I set one aside for you?",
+        "There should be some. Please look at the page of the lamp.",
+    ),
+    "Until Friday, please.": (
+        "It is yours until Friday at six. You find it under your name at the counter.",
+        "Thank you for your message! Is there anything else?",
+    ),
+}
+
+
+class Replying(Repeating):
+    """Says what `REPLIES` has for the last message."""
+
+    def streams(self, messages, wanted, emit):
+        self.emit, self.said = emit, REPLIES[messages[-1]["content"]][self.name == "sft"]
+        return ["stream"]
+
+
+def test_the_picture_in_the_docs_shows_the_current_chat():
+    """Its texts: what rich makes of them is rich's."""
+    terminal = Console(record=True, width=88, file=io.StringIO(), highlight=False, force_terminal=True)
+
+    def display(labels, texts):
+        *_, whole = texts
+        terminal.print(columns(labels, whole))
+        return whole
+
+    talk = Chat([Replying("ppo"), Replying("sft")], Wanted("", seed=2), terminal.out, display, blind=True)
+
+    def typed():
+        first, second = REPLIES
+        for line in (first, "/b", second, "/b", "/exit"):
+            terminal.out(f"> {line}")
+            yield line
+
+    talk.run(typed())
+    without_fonts = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # they'd be downloaded
+    picture = terminal.export_svg(title="coati chat ppo sft --blind", code_format=without_fonts)
+    path = ROOT / "docs" / "chat.svg"
+    if "COATI_WRITE_PICTURES" in os.environ:
+        path.write_text(picture, encoding="utf-8")
+    assert words_in(path.read_text(encoding="utf-8")) == words_in(picture), "COATI_WRITE_PICTURES=1 draws it again"
+    assert "was ppo" in words_in(picture) and not re.search(r"url\((?!#)", picture)
+
+
+def words_in(svg: str) -> str:
+    return " ".join(unescape(" ".join(re.findall(r"<text[^>]*>(.*?)</text>", svg))).split())
 
 
 @pytest.mark.parametrize(
