@@ -10,7 +10,8 @@ from coati.tracking.files import METRICS, RUN, SAMPLES, SUMMARY, read_run, run_f
 from coati.tracking.report import write_report
 
 SECONDS = 5.0  # after which a browser loads the page again
-POLL = 2.0  # seconds between two looks at the files
+POLL = 2.0  # seconds between two looks at the files, at the least
+SHARE = 0.1  # of the time that writing may take: the machine is for training
 RUNNING = "running"
 
 State = dict[Path, tuple[int, int]]
@@ -31,11 +32,11 @@ def watch_report(run_dirs: list[Path], output: Path, sleep: Callable[[float], No
     written: State | None = None
     try:
         while is_running(folders):
-            state = state_of(folders)
+            start, state = time.monotonic(), state_of(folders)
             if state != written:
                 write_report(folders, output, SECONDS)
                 written = state
-            sleep(POLL)
+            sleep(max(POLL, (time.monotonic() - start) / SHARE))
     except KeyboardInterrupt:
         print("stopped; the page stays as it is")
     return write_report(folders, output)

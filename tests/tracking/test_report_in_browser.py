@@ -19,6 +19,10 @@ REPLIES = (
     "It is late.",
     "Who knows?",
 )
+CALL = [
+    {"role": "assistant", "content": "find(order=5)", "reward": 0.25, "tokens": 4},
+    {"role": "tool", "content": f"on its way {SCRIPT}"},
+]
 
 
 def log_run(folder, worst: int) -> Tracker:
@@ -32,6 +36,8 @@ def log_run(folder, worst: int) -> Tracker:
                 reply = (i + worst) % 4 if step == 1 else (i % 2) * (worst - 1)
                 text = REPLIES[reply] + (SCRIPT if i == 5 else "")
                 row = {"prompt": f"Where is order number {i + 1}?{SCRIPT * (i == 5)}", "response": text}
+                if i == 4:
+                    row["conversation"] = CALL + [{"role": "assistant", "content": text, "reward": 0.0, "tokens": 9}]
                 rows.append(row | {"reward": 1 - reply / 4, "response_length": len(text.split())})
             tracker.log({"eval/reward": sum(row["reward"] for row in rows) / 6}, step)
             tracker.log_samples(rows, step)
@@ -123,6 +129,9 @@ def test_a_row_opens_whole_and_arrows_go_through_the_rows(browser, folder):
     found.press("Enter")
     assert page.inner_text("#sample-title") == "5 of 6"
     assert REPLIES[0] in page.inner_text("#sample-body") and "second, step 40" in page.inner_text("#sample-body")
+    turns = page.locator("#sample-body section").first.locator(".turn").all_inner_texts()
+    assert [turn.split()[0] for turn in turns] == ["assistant", "tool", "assistant"]
+    assert "0.25" in turns[0] and "find(order=5)" in turns[0] and SCRIPT in turns[1]
     found.press("ArrowRight")
     assert page.inner_text("#sample-title") == "6 of 6" and SCRIPT in page.inner_text("#sample-body")
     found.press("ArrowRight")  # there is none
