@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-Kind = Literal["sft", "preference", "comparison", "unpaired", "prompt", "row"]
+Kind = Literal["sft", "preference", "comparison", "unpaired", "stepwise", "prompt", "row"]
 
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -78,6 +78,18 @@ class UnpairedRecord:
 
 
 @dataclass(frozen=True)
+class StepwiseRecord:
+    """A dialogue up to a user's or a tool's message, and a response in steps. A step's label says how likely it is
+    right, from 0 to 1; None if nobody knows."""
+
+    prompt: Messages
+    steps: list[str]
+    labels: list[float | None]
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
 class PromptRecord:
     """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions).
 
@@ -101,7 +113,7 @@ class RowRecord:
     unused: tuple[str, ...] = field(default=(), compare=False)
 
 
-Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord | RowRecord
+Record = SFTRecord | PreferenceRecord | UnpairedRecord | StepwiseRecord | PromptRecord | RowRecord
 
 
 class _Row:
@@ -164,6 +176,9 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     Unpaired preferences (`unpaired`):
       - any dialogue above with a `label`: true for a good last response, false for a bad one (TRL)
       - any preference above: the chosen response is a good one, the rejected response a bad one
+    Responses in steps (`stepwise`):
+      - a prompt as above, `steps` or `completions` (TRL): a list of texts, and `labels`: for each of them true or
+        false, a number from 0 to 1, or null where nothing is known
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns. A `row` is taken as it is.
 
@@ -186,6 +201,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         return [_preference(_Row(row), may_tie=True)]
     if kind == "unpaired":
         return _unpaired(_Row(row))
+    if kind == "stepwise":
+        return [_stepwise(_Row(row))]
     rows = [_Row(instance) for instance in _instances(row)]
     return [_prompt(one) if kind == "prompt" else _demonstration(one) for one in rows]
 
@@ -290,6 +307,28 @@ def _unpaired(row: _Row) -> list[Record]:
             raise ValueError("the labeled response has weight 0")
         records.append(UnpairedRecord(messages[:-1], messages[-1:], desirable, tools, one.unused()))
     return records
+
+
+def _stepwise(row: _Row) -> StepwiseRecord:
+    steps_name, prompt_name = row.first(("steps", "completions")), row.first(PROMPTS)
+    if steps_name is None or prompt_name is None or "labels" not in row:
+        raise _unknown(row, "stepwise")
+    prompt = check_turns(_with_system(row, _asked(row, prompt_name)), last="user")
+    steps, labels = row.pop(steps_name), row.pop("labels")
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise ValueError(f"`{steps_name}` is not a list of texts that say something")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise ValueError(f"`labels` has no label for each of `{steps_name}`")
+    tools = _tools(row)
+    return StepwiseRecord(prompt, steps, [_step_label(label) for label in labels], tools, row.unused())
+
+
+def _step_label(label: Any) -> float | None:
+    if label is None or isinstance(label, bool):
+        return label if label is None else float(label)
+    if not _is_number(label) or not 0 <= label <= 1:
+        raise ValueError("a step's label is neither true, false, null nor a number from 0 to 1")
+    return float(label)
 
 
 def _dialogue(row: _Row, kind: Kind) -> Messages:
