@@ -7,6 +7,7 @@ One row (a dict from a JSON line or a table) becomes one or more records; what e
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
@@ -31,6 +32,7 @@ PAIRS = [
     ("problem", "answer"),
     ("input", "output"),
 ]
+STEP_TAG = "ки"  # of Math-Shepherd, behind each step
 SYSTEMS = ("system", "system_prompt")
 # Of a dialogue whose prompt is all that is read.
 LAST_RESPONSE = "the last response (a prompt ends in front of it)"
@@ -179,6 +181,9 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     Responses in steps (`stepwise`):
       - a prompt as above, `steps` or `completions` (TRL): a list of texts, and `labels`: for each of them true or
         false, a number from 0 to 1, or null where nothing is known
+      - PRM800K: `question.problem`, and of `label.steps` the chosen completions up to the first that is rated -1; 0
+        and 1 are right. Where none was chosen, the step that a person wrote, or the first completion if it is wrong
+      - Math-Shepherd: `input`, whose steps end in the tag `ки`, and `label`, which has + or - there
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns. A `row` is taken as it is.
 
@@ -310,6 +315,10 @@ def _unpaired(row: _Row) -> list[Record]:
 
 
 def _stepwise(row: _Row) -> StepwiseRecord:
+    if isinstance(row.values.get("question"), dict) and isinstance(row.values.get("label"), dict):
+        return _prm800k(row)
+    if STEP_TAG in str(row.values.get("input", "")) and isinstance(row.values.get("label"), str):
+        return _math_shepherd(row)
     steps_name, prompt_name = row.first(("steps", "completions")), row.first(PROMPTS)
     if steps_name is None or prompt_name is None or "labels" not in row:
         raise _unknown(row, "stepwise")
@@ -321,6 +330,67 @@ def _stepwise(row: _Row) -> StepwiseRecord:
         raise ValueError(f"`labels` has no label for each of `{steps_name}`")
     tools = _tools(row)
     return StepwiseRecord(prompt, steps, [_step_label(label) for label in labels], tools, row.unused())
+
+
+def _prm800k(row: _Row) -> StepwiseRecord:
+    """As its README describes it, https://github.com/openai/prm800k."""
+    question, listed = row.pop("question"), row.pop("label").get("steps")
+    problem = question.get("problem")
+    if not isinstance(problem, str) or not isinstance(listed, list):
+        raise ValueError("no `question.problem` and `label.steps` as PRM800K has them")
+    steps: list[str] = []
+    labels: list[float | None] = []
+    for one in listed:
+        text, rating = _rated_step(one)
+        if text is None:
+            break
+        steps.append(_on_one_line(text))
+        labels.append(None if rating is None else float(rating >= 0))
+        if rating == -1:
+            break
+    return StepwiseRecord([{"role": "user", "content": problem}], steps, labels, unused=row.unused())
+
+
+def _rated_step(step: Any) -> tuple[str | None, int | None]:
+    """The text and the rating of a step of PRM800K's; no text where the solution doesn't go on."""
+    if not isinstance(step, dict) or not isinstance(step.get("completions"), list):
+        raise ValueError("a step of `label.steps` has no list of `completions`")
+    completions, chosen, written = step["completions"], step.get("chosen_completion"), step.get("human_completion")
+    try:
+        if chosen is not None:
+            return completions[chosen]["text"], completions[chosen].get("rating")
+        if written is not None:
+            return (written["text"] if isinstance(written, dict) else written), 1
+        if completions and completions[0].get("rating") == -1:
+            return completions[0]["text"], -1
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("a completion of `label.steps` has no text and rating") from None
+    return None, None
+
+
+def _math_shepherd(row: _Row) -> StepwiseRecord:
+    """As its card describes it, https://huggingface.co/datasets/peiyi9979/Math-Shepherd."""
+    tagged, labeled = row.pop("input"), row.pop("label")
+    pieces = [piece.strip().removeprefix("?").strip() for piece in tagged.split(STEP_TAG)[:-1]]
+    signs = []
+    for piece in pieces:
+        labeled = labeled.lstrip()
+        if not labeled.startswith(piece):
+            raise ValueError("`label` has other steps than `input`")
+        labeled = labeled[len(piece) :].lstrip().removeprefix(STEP_TAG).lstrip()
+        signs.append(labeled[:1])
+        labeled = labeled[1:]
+    problem, first, rest = pieces[0].partition("Step 1:")
+    if not problem.strip() or not first or not {*signs} <= {"+", "-"}:
+        raise ValueError("no problem, `Step 1:` and + or - after each step, as Math-Shepherd has them")
+    steps = [_on_one_line(step) for step in (first + rest, *pieces[1:])]
+    prompt = [{"role": "user", "content": problem.strip()}]
+    return StepwiseRecord(prompt, steps, [float(sign == "+") for sign in signs], unused=row.unused())
+
+
+def _on_one_line(text: str) -> str:
+    """Lines within a step would be steps of their own."""
+    return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 def _step_label(label: Any) -> float | None:

@@ -1,6 +1,8 @@
 """Where the steps of a response end among its tokens."""
 
+import copy
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -132,3 +134,84 @@ def test_two_steps_that_end_within_one_token_are_refused(tokenizer):
             tokenize(record, tokenizer, DataConfig(step_separator=";"))
     else:
         assert len(tokenize(record, tokenizer, DataConfig(step_separator=";"))) > 3
+
+
+# As the data set's README shows a row, shortened.
+PRM800K = {
+    "labeler": "340d89bc",
+    "question": {"problem": "What is the gcd?", "ground_truth_answer": "4"},
+    "label": {
+        "steps": [
+            {
+                "completions": [{"text": "I factor.", "rating": 0, "flagged": None}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+            {
+                "completions": [{"text": "No.", "rating": -1}, {"text": "So\n\n it is.", "rating": 1}],
+                "human_completion": None,
+                "chosen_completion": 1,
+            },
+            {
+                "completions": [{"text": "I know.", "rating": -1}, {"text": "Or not.", "rating": 0}],
+                "human_completion": None,
+                "chosen_completion": None,
+            },
+            {"completions": [{"text": "After.", "rating": 1}], "human_completion": None, "chosen_completion": 0},
+        ],
+        "finish_reason": "found_error",
+    },
+}
+
+
+def test_prm800k_is_read_up_to_the_first_wrong_step():
+    [record] = parse_record(PRM800K, "stepwise")
+    assert record.prompt == [{"role": "user", "content": "What is the gcd?"}]
+    assert record.steps == ["I factor.", "So it is.", "I know."] and record.labels == [1.0, 1.0, 0.0]
+    assert record.unused == ("`labeler`",)
+
+
+@pytest.mark.parametrize("written", ["I write.", {"text": "I write."}])
+def test_prm800k_goes_on_with_what_a_person_wrote_and_ends_where_nothing_was_chosen(written):
+    row = copy.deepcopy(PRM800K)
+    wrong, *_, last = row["label"]["steps"][1:]
+    wrong |= {"chosen_completion": None, "human_completion": written}
+    row["label"]["steps"][2]["completions"][0]["rating"] = 0
+    [record] = parse_record(row, "stepwise")
+    assert record.steps == ["I factor.", "I write."] and record.labels == [1.0, 1.0]
+    row["label"]["steps"] = [last | {"completions": [{"text": "After.", "rating": None}]}]
+    assert parse_record(row, "stepwise")[0].labels == [None]
+
+
+@pytest.mark.parametrize("steps", [None, [1], [{"completions": [], "chosen_completion": 0}]])
+def test_what_is_not_as_prm800k_has_it_is_refused(steps):
+    with pytest.raises(ValueError, match=r"label\.steps"):
+        parse_record(PRM800K | {"label": {"steps": steps}}, "stepwise")
+
+
+SHEPHERD = {
+    "input": "What is it? Step 1: 5+8 = 13. ки\nStep 2: 13 * 6\n= 78. ки\nStep 3: It is 7. #### 7 ки",
+    "label": "What is it? Step 1: 5+8 = 13. +\nStep 2: 13 * 6\n= 78. +\nStep 3: It is 7. #### 7 -",
+    "task": "GSM8K",
+}
+
+
+@pytest.mark.parametrize("layout", ["rows", "card"])
+def test_math_shepherd_is_read_by_its_tags(layout):
+    row = dict(SHEPHERD)
+    if layout == "card":  # "ки ?" in the input and "ки +" in the labels
+        row["input"] = row["input"].replace("ки", "ки ? \n")
+        row["label"] = re.sub(r"([+-])(\n|$)", r"ки \1 \n\2", row["label"].replace("5+8", "5 + 8"))
+        row["input"] = row["input"].replace("5+8", "5 + 8")
+    [record] = parse_record(row, "stepwise")
+    assert record.prompt[0]["content"] == "What is it?" and record.labels == [1.0, 1.0, 0.0]
+    assert record.steps[1:] == ["Step 2: 13 * 6 = 78.", "Step 3: It is 7. #### 7"]
+    assert record.steps[0].startswith("Step 1: 5") and record.unused == ("`task`",)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"label": "no"}, {"label": SHEPHERD["label"][:-1]}, {"input": "Why? ки", "label": "Why? +"}]
+)
+def test_what_is_not_as_math_shepherd_has_it_is_refused(changes):
+    with pytest.raises(ValueError, match=r"`label` has other steps|as Math-Shepherd has them"):
+        parse_record(SHEPHERD | changes, "stepwise")
