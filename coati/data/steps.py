@@ -9,19 +9,24 @@ from typing import Any
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
 
 
-def step_ends(text: str, separator: str) -> list[int]:
-    """After which character each step ends, spaces behind it left out; steps of nothing but spaces are none.
+def step_spans(text: str, separator: str) -> list[tuple[int, int]]:
+    """The characters of each step, without the spaces around it; steps of nothing but spaces are none.
 
     Examples:
-        >>> step_ends("1 + 2 = 3 \\n\\n3 + 4 = 7\\n", "\\n")
-        [9, 21]
+        >>> step_spans("1 + 2 = 3 \\n\\n3 + 4 = 7\\n", "\\n")
+        [(0, 9), (12, 21)]
     """
-    ends, start = [], 0
+    spans, start = [], 0
     for piece in text.split(separator):
         if piece.strip():
-            ends.append(start + len(piece.rstrip()))
+            spans.append((start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())))
         start += len(piece) + len(separator)
-    return ends
+    return spans
+
+
+def step_ends(text: str, separator: str) -> list[int]:
+    """After which character each step ends, see `step_spans`."""
+    return [end for _, end in step_spans(text, separator)]
 
 
 def last_tokens(starts: Sequence[int], ends: Sequence[int]) -> list[int]:
