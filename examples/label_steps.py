@@ -56,8 +56,9 @@ def steps_of_response(ids: Sequence[int], tokenizer, separator: str) -> list[Ste
     that it is sampled again."""
     text, starts = decode_with_starts(ids, tokenizer)
     spans, starts = step_spans(text, separator), [*starts, len(text)]
+    next_starts = [start for start, _ in spans[1:]] + [len(text)]
     steps = []
-    for (first, end), (following, _) in zip(spans, [*spans[1:], (len(text), 0)], strict=True):
+    for (first, end), following in zip(spans, next_starts, strict=False):
         count = bisect_left(starts, following)  # tokens that start before the next step
         if starts[count] > following:  # the last of them goes on into it
             count -= 1
