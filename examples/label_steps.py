@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.config import ListOf, Settings, option, parse_config, section, settings
 from coati.config.generation import GenerationConfig
-from coati.data.steps import decode_with_starts, step_spans
 from coati.rewards.config import AnyReward, ScoringConfig, load_rewards
 from coati.samples import Sample
+from coati.steps import decode_with_starts, step_spans
 
 
 @settings

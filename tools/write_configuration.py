@@ -55,7 +55,6 @@ def page() -> str:
     text += table("Supervised fine-tuning", config.SFTConfig, ["loss"], note="Beside the run's settings.")
     text += "\n## algorithm\n\n`type` is the name of the command, which sets it.\n"
     text += table("Reward models", config.RewardModeling, level=3)
-    text += table("Process reward models", config.ProcessRewardModeling, level=3)
     text += "\n### Preference methods\n\n" + methods(config.PreferenceConfig)
     text += table("PPO", config.PPO, level=3)
     text += "\n### Relatives of PPO\n\nThey have PPO's settings, with other defaults.\n\n" + presets(config.PPOConfig)

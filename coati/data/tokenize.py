@@ -18,9 +18,9 @@ from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
 from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, StepwiseRecord, UnpairedRecord
-from coati.data.steps import last_tokens, step_ends
 from coati.data.teaching import PLACE
 from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
+from coati.steps import last_tokens, step_ends
 
 
 class SkippedRow(ValueError):

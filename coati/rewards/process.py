@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coati.data.steps import decode_with_starts, last_tokens, step_ends
 from coati.models import ProcessRewardModel, RewardModel
 from coati.models.process_reward_model import stored_separator
 from coati.rewards.base import Reward
 from coati.rewards.config import ProcessRewardSettings
 from coati.rewards.model import ModelReward, pad_right
 from coati.samples import Sample
+from coati.steps import decode_with_starts, last_tokens, step_ends
 from coati.transfer import upload
 
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {

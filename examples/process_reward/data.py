@@ -1,6 +1,6 @@
-"""Sums that are worked out step by step, and solutions in which one step is wrong.
+"""Sums modulo 10 that are worked out step by step, and solutions in which one step is wrong.
 
-A prompt is `7+5+9=`, its solution a line for each step: `7+5=12` and `12+9=21`. Tokens are single characters.
+A prompt is `7+5+9=`, its solution a line for each step: `7+5=2` and `2+9=1`. Tokens are single characters.
 """
 
 import json
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"sft": 6000, "labeled": 12000, "labeled_eval": 300, "prompts": 400}
-TERMS, LARGEST = (4, 5), 9  # numbers of a sum, and the largest of them
-MISTAKES = (-10, -2, -1, 1, 2, 10)  # what a wrong step is off by
+TERMS, LARGEST = (4, 5, 6), 9  # numbers of a sum, and the largest of them
 CHARACTERS = "0123456789+=\n"
 SPECIAL = ("<pad>", "<eos>")
 TEMPLATE = """\
@@ -23,12 +22,12 @@ TEMPLATE = """\
 def solution(numbers: list[int], wrong: int | None = None, off: int = 0) -> list[str]:
     """The steps; step `wrong` is off by so much, and later ones go on from it.
 
-    >>> solution([7, 5, 9]), solution([7, 5, 9], 0, -1)
-    (['7+5=12', '12+9=21'], ['7+5=11', '11+9=20'])
+    >>> solution([7, 5, 9]), solution([7, 5, 9], 0, 4)
+    (['7+5=2', '2+9=1'], ['7+5=6', '6+9=5'])
     """
     steps, total = [], numbers[0]
     for i, number in enumerate(numbers[1:]):
-        before, total = total, total + number + (off if i == wrong else 0)
+        before, total = total, (total + number + (off if i == wrong else 0)) % 10
         steps.append(f"{before}+{number}={total}")
     return steps
 
@@ -38,8 +37,7 @@ def labeled_rows(numbers: list[int], draw: random.Random) -> tuple[list[dict[str
     step has no label, as in PRM800K."""
     prompt, right = "+".join(map(str, numbers)) + "=", solution(numbers)
     wrong = draw.randrange(len(right))
-    value = sum(numbers[: wrong + 2])
-    mistaken = solution(numbers, wrong, draw.choice([off for off in MISTAKES if value + off > 0]))
+    mistaken = solution(numbers, wrong, draw.randint(1, 9))
     labels = [1] * wrong + [0] + [None] * (len(right) - wrong - 1)
     rows = [
         {"prompt": prompt, "steps": right, "labels": [1] * len(right)},
@@ -60,7 +58,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     for name, count in SIZES.items():
         parts[name], left = left[:count], left[count:]
     rows = {"sft": [{"prompt": p, "completion": "\n".join(solution(n))} for p, n in parts["sft"]]}
-    rows["prompts"] = [{"prompt": prompt, "answer": str(sum(numbers))} for prompt, numbers in parts["prompts"]]
+    rows["prompts"] = [{"prompt": prompt, "answer": str(sum(numbers) % 10)} for prompt, numbers in parts["prompts"]]
     for suffix in ("", "_eval"):
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
         rows["steps" + suffix] = [row for of_sum, _ in both for row in of_sum]

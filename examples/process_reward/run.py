@@ -35,9 +35,13 @@ def main():
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     data = make_data(output / "data", arguments.seed)
-    common = {"seed": arguments.seed, "cache_dir": output / "cache", "tokenizer": data["tokenizer"]}
+    common = {"seed": arguments.seed, "cache_dir": output / "cache"}
     for stage, rows in (("sft", "sft"), ("prm", "steps"), ("reward", "pairs")):
-        own = {"train_data": data[rows]} | ({} if stage == "sft" else {"eval_data": data[f"{rows}_eval"]})
+        own = {"train_data": data[rows]}
+        if stage == "sft":
+            own |= {"tokenizer": data["tokenizer"]}
+        else:
+            own |= {"eval_data": data[f"{rows}_eval"], "model": output / "sft" / "model"}
         train(stage, HERE / f"{stage}.yaml", output / stage, common | own, arguments.processes)
     figures = trained_figures(output)
     samples = scored_samples(output, data["prompts"], arguments.seed)
@@ -105,7 +109,7 @@ def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]
         for i, row in enumerate(rows)
         for k in range(N)
     ]
-    samples = generation.sample(requests, GenerationConfig(max_new_tokens=48)).samples
+    samples = generation.sample(requests, GenerationConfig(max_new_tokens=32)).samples
     return [samples[i : i + N] for i in range(0, len(samples), N)]
 
 

@@ -11,10 +11,10 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from coati.data import DataConfig, parse_record, prepare_tokenizer, tokenize
-from coati.data.steps import decode_with_starts, last_tokens, step_ends
 from coati.data.tokenize import SkippedRow
 from coati.rewards.process import steps_of
 from coati.samples import Sample
+from coati.steps import decode_with_starts, last_tokens, step_ends
 from examples.tokenizer import byte_level_tokenizer
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
