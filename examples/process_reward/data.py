@@ -1,6 +1,6 @@
-"""Sums modulo 10 that are worked out step by step, and solutions in which one step is wrong.
+"""Sums that are worked out step by step, and solutions in which one step is wrong.
 
-A prompt is `7+5+9=`, its solution a line for each step: `7+5=2` and `2+9=1`. Tokens are single characters.
+A prompt is `6+5+4=`, its solution a line for each step: `06+5=11` and `11+4=15`. Tokens are single characters.
 """
 
 import json
@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-SIZES = {"sft": 6000, "labeled": 12000, "labeled_eval": 300, "prompts": 400}
-TERMS, LARGEST = (4, 5, 6), 9  # numbers of a sum, and the largest of them
+SIZES = {"sft": 3000, "labeled": 5000, "labeled_eval": 300, "prompts": 400}
+TERMS, LARGEST = (4, 5), 6  # numbers of a sum, and the largest of them
+MISTAKES = (-10, -2, -1, 1, 2, 10)  # what a wrong step is off by
 CHARACTERS = "0123456789+=\n"
 SPECIAL = ("<pad>", "<eos>")
 TEMPLATE = """\
@@ -22,13 +23,13 @@ TEMPLATE = """\
 def solution(numbers: list[int], wrong: int | None = None, off: int = 0) -> list[str]:
     """The steps; step `wrong` is off by so much, and later ones go on from it.
 
-    >>> solution([7, 5, 9]), solution([7, 5, 9], 0, 4)
-    (['7+5=2', '2+9=1'], ['7+5=6', '6+9=5'])
+    >>> solution([6, 5, 4]), solution([6, 5, 4], 0, -1)
+    (['06+5=11', '11+4=15'], ['06+5=10', '10+4=14'])
     """
     steps, total = [], numbers[0]
     for i, number in enumerate(numbers[1:]):
-        before, total = total, (total + number + (off if i == wrong else 0)) % 10
-        steps.append(f"{before}+{number}={total}")
+        before, total = total, total + number + (off if i == wrong else 0)
+        steps.append(f"{before:02d}+{number}={total:02d}")
     return steps
 
 
@@ -37,7 +38,8 @@ def labeled_rows(numbers: list[int], draw: random.Random) -> tuple[list[dict[str
     step has no label, as in PRM800K."""
     prompt, right = "+".join(map(str, numbers)) + "=", solution(numbers)
     wrong = draw.randrange(len(right))
-    mistaken = solution(numbers, wrong, draw.randint(1, 9))
+    value = sum(numbers[: wrong + 2])
+    mistaken = solution(numbers, wrong, draw.choice([off for off in MISTAKES if value + off > 0]))
     labels = [1] * wrong + [0] + [None] * (len(right) - wrong - 1)
     rows = [
         {"prompt": prompt, "steps": right, "labels": [1] * len(right)},
@@ -58,7 +60,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     for name, count in SIZES.items():
         parts[name], left = left[:count], left[count:]
     rows = {"sft": [{"prompt": p, "completion": "\n".join(solution(n))} for p, n in parts["sft"]]}
-    rows["prompts"] = [{"prompt": prompt, "answer": str(sum(numbers) % 10)} for prompt, numbers in parts["prompts"]]
+    rows["prompts"] = [{"prompt": prompt, "answer": f"{sum(numbers):02d}"} for prompt, numbers in parts["prompts"]]
     for suffix in ("", "_eval"):
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
         rows["steps" + suffix] = [row for of_sum, _ in both for row in of_sum]

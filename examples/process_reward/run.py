@@ -109,7 +109,7 @@ def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]
         for i, row in enumerate(rows)
         for k in range(N)
     ]
-    samples = generation.sample(requests, GenerationConfig(max_new_tokens=32)).samples
+    samples = generation.sample(requests, GenerationConfig(max_new_tokens=40)).samples
     return [samples[i : i + N] for i in range(0, len(samples), N)]
 
 
