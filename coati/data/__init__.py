@@ -43,8 +43,16 @@ if TYPE_CHECKING:
         collate_unpaired,
     )
 
-BATCHES = ("PreferenceBatch", "SFTBatch", "StepwiseBatch", "UnpairedBatch")
-BATCHES += ("collate_preference", "collate_sft", "collate_stepwise", "collate_unpaired")
+BATCHES = (
+    "PreferenceBatch",
+    "SFTBatch",
+    "StepwiseBatch",
+    "UnpairedBatch",
+    "collate_preference",
+    "collate_sft",
+    "collate_stepwise",
+    "collate_unpaired",
+)
 __all__ = [
     "BatchSampler",
     "DataConfig",

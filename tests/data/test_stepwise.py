@@ -38,7 +38,7 @@ def tokenizer(request):
     return prepare_tokenizer(tokenizer)[0]
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     st.lists(words.filter(str.strip), min_size=1, max_size=5), st.sampled_from(["\n", "\n\n", " / ", ";"]), st.data()
 )
@@ -67,7 +67,7 @@ def test_a_label_stands_on_the_token_that_holds_the_last_character_of_its_step(t
     assert steps_of(row, tokenizer, separator) == places
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.text(alphabet, max_size=20), st.data())
 def test_decoded_tokens_start_where_their_characters_do(tokenizer, text, data):
     """Whatever tokens a text was sampled as: here it is split into single bytes at some places."""

@@ -58,6 +58,7 @@ def test_other_models_are_no_process_reward_models(model_class, tiny_world, tmp_
         stored_separator(tmp_path)
 
 
+@pytest.mark.slow
 def test_resuming_is_bitwise_the_same_as_never_stopping(tiny_world, runtime, tmp_path):
     """PITFALL 25."""
     changes = dict(steps=7, save_every=3, keep_checkpoints=9)
