@@ -212,6 +212,7 @@ MORE = {
         dict(ptx_data=["texts"], ptx_coefficient=0.1),
         dict(kl_target=1.0, normalize_reward=True),
         dict(rewards=[dict(type="classifier", path="classifier")]),
+        dict(rewards=[dict(type="process", path="prm", reduce="none")]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
     "grpo": [

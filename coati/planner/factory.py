@@ -63,6 +63,7 @@ class PlannedTokenizer:
     """Tokens have no texts."""
 
     bos_token_id, eos_token_id, pad_token_id = None, 1, 2
+    all_special_ids = (1, 2)
 
     def __len__(self) -> int:
         return 1000
@@ -227,6 +228,10 @@ class PlannedFactory(Factory):
         """A plan needs no tokenizer."""
 
     check_teacher_vocabulary = check_reward_vocabulary
+
+    def step_separator(self, source):
+        """Texts of a plan have no steps."""
+        return "\n"
 
 
 def truncate_layers(model_config, layers: int) -> int:

@@ -9,7 +9,6 @@ from coati.config.generation import GenerationConfig
 from coati.data import TokenizedDataset, TokenSequence
 from coati.errors import UserError
 from coati.models import ProcessRewardModel, RewardModel
-from coati.models.process_reward_model import stored_separator
 from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.engine import DTYPES
 from coati.rewards import EnvironmentReward, ModelReward, ProcessReward, Reward, Scorer
@@ -203,7 +202,7 @@ class RolloutTrainer(Trainer):
         if process is None:
             engine = self.factory.frozen(self.factory.model(RewardModel, source))
             return ModelReward(engine.forward_all, pad_id, device, split)
-        separator = stored_separator(source)
+        separator = self.factory.step_separator(source)
         engine = self.factory.frozen(self.factory.model(ProcessRewardModel, source))
         how = dict(tokenizer=self.tokenizer, separator=separator, reduce=process.reduce)
         return ProcessReward(engine.forward_all, pad_id, device, split, **how)

@@ -1,5 +1,5 @@
-"""Sums worked out step by step: a process reward model and an outcome reward model, each a small model from random
-weights, learn from the same solutions, and choose the best of eight responses of a policy that makes mistakes.
+"""Sums worked out step by step: a small policy, from random weights, learns until it still makes mistakes; a process
+and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses.
 
 python examples/process_reward/run.py                  # on one CPU process, in minutes
 python examples/process_reward/run.py --seed 1 --output runs/process_reward_1
