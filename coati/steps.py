@@ -10,14 +10,15 @@ REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole char
 
 
 def step_spans(text: str, separator: str) -> list[tuple[int, int]]:
-    """The characters of each step, without the spaces around it; steps of nothing but spaces are none.
+    """The characters of each step, without the spaces around it; steps of nothing but spaces are none. Spaces around
+    the whole text, such as a chat template's, are no part of a separator.
 
     Examples:
         >>> step_spans("1 + 2 = 3 \\n\\n3 + 4 = 7\\n", "\\n")
         [(0, 9), (12, 21)]
     """
-    spans, start = [], 0
-    for piece in text.split(separator):
+    spans, start = [], len(text) - len(text.lstrip())
+    for piece in text.strip().split(separator):
         if piece.strip():
             spans.append((start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())))
         start += len(piece) + len(separator)

@@ -93,6 +93,7 @@ def test_a_character_of_several_tokens_ends_with_the_last_of_them(tokenizer):
 
 def test_spaces_behind_a_step_and_empty_steps_are_no_steps():
     assert step_ends("a \n\n b\n \n", "\n") == [1, 6]
+    assert step_ends(" / / 1 / ", " / ") == [2, 8]  # "/", and "1 /", whose separator is not one
     assert step_ends("", "\n") == step_ends("\n \n", "\n") == []
 
 
