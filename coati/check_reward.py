@@ -21,7 +21,7 @@ from coati.errors import UserError
 from coati.rewards import Reward
 from coati.rewards.answers import stated_answer
 from coati.rewards.attacks import ATTACKS, CHOICES, Attack, Case, in_digits, right_answer
-from coati.rewards.config import AnyReward, RewardSettings
+from coati.rewards.config import AnyReward, ProcessRewardSettings, RewardSettings
 from coati.rewards.pool import Outcome, score_one
 from coati.samples import Sample
 
@@ -521,32 +521,42 @@ def main(argv: list[str]) -> int:
 
 
 def load(entry: RewardSettings) -> Reward:
-    """The reward of an entry, on the CPU."""
+    """The reward of an entry, on the CPU.
+
+    Raises:
+        UserError: it gives rewards of steps.
+    """
+    if isinstance(entry, ProcessRewardSettings) and entry.reduce == "none":
+        raise UserError("the reward process with reduce none rewards steps: check it with reduce min")
     return entry.make_of(text_model_reward) if entry.model_paths else entry.make("cpu")
 
 
-def text_model_reward(folder: str) -> Reward:
-    """A reward model that reads texts with the tokenizer in its folder, as the policy's chat template writes them."""
+def text_model_reward(folder: str, process: ProcessRewardSettings | None = None) -> Reward:
+    """A reward model, or with settings a process reward model, that reads texts with the tokenizer in its folder, as
+    the policy's chat template writes them."""
     import torch
     from transformers import AutoTokenizer
 
     from coati.data import prepare_tokenizer
-    from coati.models import RewardModel
+    from coati.data.templates import common_prefix
+    from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    model = RewardModel(folder).eval()
+    reward = load_here(folder, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
 
     class TextModelReward(Reward):
-        name = "reward_model"
+        name = reward.name
 
-        @torch.no_grad()
         def score(self, samples):
             [sample] = samples
             messages = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
+            prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+            start = len(common_prefix([prompt, text]))
             end = text.rindex(tokenizer.eos_token) + (0 if sample.truncated else len(tokenizer.eos_token))
-            ids = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
-            return model(torch.tensor([ids])).tolist()
+            encoded = tokenizer(text[:end], add_special_tokens=False, return_offsets_mapping=True)
+            mask = [last > start for _, last in encoded["offset_mapping"]]
+            return list(reward.score([replace(sample, tokens=encoded["input_ids"], response_mask=mask)]))
 
     return TextModelReward()
 

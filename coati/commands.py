@@ -44,6 +44,7 @@ def methods_of(algorithm: str) -> list[Command]:
 GROUPS: dict[str, list[Command]] = {
     "from demonstrations": [Command("sft", "sft", "Supervised fine-tuning")],
     "from preferences": [*methods_of("reward"), *methods_of("preference")],
+    "from labeled steps": methods_of("prm"),
     "from rewards": [*methods_of("ppo"), *methods_of("grpo")],
     "from a teacher": methods_of("distill"),
 }

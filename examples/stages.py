@@ -13,7 +13,7 @@ from coati.config import as_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sft": "train_sft.py", "reward": "train_rm.py", "preference": "train_preference.py"}
-SCRIPTS |= {"ppo": "train_ppo.py", "grpo": "train_grpo.py", "distill": "train_distill.py"}
+SCRIPTS |= {"prm": "train_prm.py", "ppo": "train_ppo.py", "grpo": "train_grpo.py", "distill": "train_distill.py"}
 
 
 def train(algorithm: str, config: Path, output: Path, flags: dict[str, object], processes: int):

@@ -36,14 +36,22 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def stepwise(seed: int, prompt: str) -> dict:
+    """A row of labeled steps, one to four, of which those that end in `never` are wrong; one in five has no label."""
+    is_wrong = [(seed + step) % 3 == 0 for step in range(1 + seed % 4)]
+    steps = [sentence(seed + i, 1 + i) + (" never" if wrong else " thank") for i, wrong in enumerate(is_wrong)]
+    labels = [None if i and (seed + i) % 5 == 0 else not wrong or 0.1 * i for i, wrong in enumerate(is_wrong)]
+    return {"prompt": prompt, "steps": steps, "labels": labels}
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> dict[str, str]:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
 def make_world(root: Path) -> dict[str, str]:
-    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, prompts, prompts_eval,
-    cache.
+    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, steps, steps_eval,
+    prompts, prompts_eval, cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
     """
@@ -95,6 +103,7 @@ def make_world(root: Path) -> dict[str, str]:
                 for i in numbers
             ],
         )
+        world["steps" + name] = write_rows(root / f"steps{name}.jsonl", [stepwise(i, asks[i]) for i in numbers])
         world["prompts" + name] = write_rows(root / f"prompts{name}.jsonl", [{"prompt": asks[i]} for i in numbers])
     (root / "rewards.py").write_text(
         "def length(prompts, responses, **columns):\n    return [len(r) / 10 - 1 for r in responses]\n\n\n"
@@ -136,6 +145,7 @@ def reward_model(path, **settings) -> dict:
 def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     """Settings of a tiny run of an algorithm, or of `sdpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}
+    data["prm"] = "steps"
     data = (data | {"distill": "sft", "sdpo": "prompts"})[algorithm]
     settings = dict(
         model_config=world["model_config"],
@@ -153,7 +163,7 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     )
     if algorithm == "preference":
         settings |= dict(learning_rate=3e-3, model=world["policy"], model_config=None)
-    elif algorithm != "reward":
+    elif algorithm not in ("reward", "prm"):
         settings |= dict(max_new_tokens=8)
     if algorithm == "ppo":
         # greedy responses don't depend on which process draws them, so curves can be compared
@@ -196,6 +206,10 @@ def trainer_classes(algorithm: str):
         from coati.trainers.reward import RewardConfig, RewardTrainer
 
         return RewardConfig, RewardTrainer
+    if algorithm == "prm":
+        from coati.trainers.prm import PRMConfig, PRMTrainer
+
+        return PRMConfig, PRMTrainer
     if algorithm == "preference":
         from coati.trainers.preference import PreferenceConfig, preference_trainer
 

@@ -194,6 +194,7 @@ ROLLOUTS = dict(max_prompt_length=8, max_new_tokens=4, rewards=["math"])
 SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
     "sft": dict(max_new_tokens=4),
     "reward": {},
+    "prm": {},
     "preference": {},
     "ppo": ROLLOUTS,
     "grpo": ROLLOUTS | dict(group_size=2),
@@ -202,6 +203,7 @@ SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
 MORE = {
     "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],
     "reward": [dict(use_margin=True), dict(gradient_checkpointing=True)],
+    "prm": [dict(lora_rank=2)],
     "preference": [dict(share_prompts=True), dict(cache_reference=True), dict(lora_rank=2)],
     "ppo": [
         dict(shared_trunk=True),
@@ -210,6 +212,7 @@ MORE = {
         dict(ptx_data=["texts"], ptx_coefficient=0.1),
         dict(kl_target=1.0, normalize_reward=True),
         dict(rewards=[dict(type="classifier", path="classifier")]),
+        dict(rewards=[dict(type="process", path="prm", reduce="none")]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
     "grpo": [

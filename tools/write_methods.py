@@ -47,6 +47,9 @@ INSTRUCT_GPT = {"2203.02155": "InstructGPT"}
 METHODS = {
     "sft": Method(INSTRUCT_GPT, PUBLIC_DATA, "`coati sft`"),
     "reward": Method({"1706.03741": "Christiano et al. 2017"} | INSTRUCT_GPT, PUBLIC_DATA),
+    "prm": Method(
+        {"2305.20050": "Let's Verify Step by Step", "2312.08935": "Math-Shepherd"}, "[sums](reward-model.md#steps)"
+    ),
     "dpo": Method({"2305.18290": "DPO"}, f"{ON_PAIRS}, [theory](preference.md#what-theory-says)"),
     "robust-dpo": Method({"2403.00409": "Robust DPO"}, ON_PAIRS),
     "ipo": Method({"2310.12036": "IPO"}, ON_PAIRS),
@@ -170,6 +173,8 @@ def functions_of(algorithm: str, a: dict) -> str:
             names = ["cross_entropy"]
         case "reward":
             names = ["pairwise_reward_loss"]
+        case "prm":
+            names = ["step_reward_loss", "first_wrong"]
         case "preference":
             names = ["kto_loss" if a["type"] == "kto" else "preference_loss"]
         case "ppo":

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from coati.data.config import DataConfig
 from coati.data.dataset import TokenizedDataset, build_dataset
-from coati.data.records import PreferenceRecord, PromptRecord, SFTRecord, UnpairedRecord, parse_record
+from coati.data.records import (
+    PreferenceRecord,
+    PromptRecord,
+    SFTRecord,
+    StepwiseRecord,
+    UnpairedRecord,
+    parse_record,
+)
 from coati.data.report import ValidationReport
 from coati.data.sampling import BatchSampler, shard_batch, split_micro_batches
 from coati.data.sources import load_rows
@@ -16,6 +23,7 @@ from coati.data.templates import prepare_tokenizer
 from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
+    StepwiseSample,
     TokenSequence,
     TooLong,
     UnpairedSample,
@@ -27,13 +35,24 @@ if TYPE_CHECKING:
     from coati.data.collate import (
         PreferenceBatch,
         SFTBatch,
+        StepwiseBatch,
         UnpairedBatch,
         collate_preference,
         collate_sft,
+        collate_stepwise,
         collate_unpaired,
     )
 
-BATCHES = ("PreferenceBatch", "SFTBatch", "UnpairedBatch", "collate_preference", "collate_sft", "collate_unpaired")
+BATCHES = (
+    "PreferenceBatch",
+    "SFTBatch",
+    "StepwiseBatch",
+    "UnpairedBatch",
+    "collate_preference",
+    "collate_sft",
+    "collate_stepwise",
+    "collate_unpaired",
+)
 __all__ = [
     "BatchSampler",
     "DataConfig",
@@ -44,6 +63,9 @@ __all__ = [
     "PromptSample",
     "SFTBatch",
     "SFTRecord",
+    "StepwiseBatch",
+    "StepwiseRecord",
+    "StepwiseSample",
     "TokenSequence",
     "TokenizedDataset",
     "TooLong",
@@ -54,6 +76,7 @@ __all__ = [
     "build_dataset",
     "collate_preference",
     "collate_sft",
+    "collate_stepwise",
     "collate_unpaired",
     "mismatched_sequence",
     "load_rows",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from coati.data.tokenize import PreferenceSample, TokenSequence, UnpairedSample
+from coati.data.tokenize import PreferenceSample, StepwiseSample, TokenSequence, UnpairedSample
 from coati.transfer import to_device
 
 
@@ -61,6 +61,18 @@ class UnpairedBatch(_Batch):
     kl: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepwiseBatch(_Batch):
+    """Right-padded, as `SFTBatch`; `labels` float32 `[batch, seq]` of steps at their last tokens, NaN at others;
+    `step_mask` bool `[batch, seq]`, True on the last token of each labeled step."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    labels: Tensor
+    step_mask: Tensor
+
+
 def collate_sft(samples: Sequence[TokenSequence], pad_id: int, multiple_of: int = 1) -> SFTBatch:
     """`[batch, seq]`, where seq is the longest row's length rounded up to a multiple of `multiple_of`."""
     input_ids, attention_mask = _pad([s.input_ids for s in samples], pad_id, multiple_of)
@@ -82,6 +94,15 @@ def collate_unpaired(samples: Sequence[UnpairedSample], pad_id: int, multiple_of
     rows = collate_sft([s.sequence for s in samples], pad_id, multiple_of)
     desirable = torch.tensor([s.desirable for s in samples])
     return UnpairedBatch(rows.input_ids, rows.attention_mask, rows.loss_mask, desirable)
+
+
+def collate_stepwise(samples: Sequence[StepwiseSample], pad_id: int, multiple_of: int = 1) -> StepwiseBatch:
+    """`[batch, seq]`, as `collate_sft`."""
+    rows = collate_sft([s.sequence for s in samples], pad_id, multiple_of)
+    labels = torch.full(rows.input_ids.shape, torch.nan)
+    for i, sample in enumerate(samples):
+        labels[i, : len(sample)] = torch.tensor(sample.labels)
+    return StepwiseBatch(rows.input_ids, rows.attention_mask, rows.loss_mask, labels, ~labels.isnan())
 
 
 def _pad(rows: list[list], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ class DataConfig(Settings):
     train_on: Literal["all", "last", "each"] = option(
         "all", "SFT learns every assistant turn of a dialogue, the last only, or each in a row of its own"
     )
+    step_separator: str = option("\n", "what stands between the steps of a response, of process reward models")
     chat_template: str | None = option(
         None, "a jinja file to use instead of the tokenizer's own chat template", path="file"
     )
@@ -43,6 +44,8 @@ class DataConfig(Settings):
     cache_dir: str | None = option(None, "where tokenized data is kept (default ~/.cache/coati)", path="output")
 
     def problems(self) -> Iterator[str]:
+        if not self.step_separator:
+            yield "step_separator is empty: give the text between two steps"
         yield from weight_problems(self.train_weights, self.train_data, "train_weights")
 
     @property

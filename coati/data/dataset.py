@@ -21,6 +21,7 @@ from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
     SkippedRow,
+    StepwiseSample,
     TokenizedSample,
     TokenSequence,
     UnpairedSample,
@@ -30,7 +31,7 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CHUNK_ROWS = 256
 
 
@@ -136,7 +137,8 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
     for state in ("padding", "truncation"):
         backend.pop(state, None)
-    settings = {k: getattr(config, k) for k in ("max_length", "max_prompt_length", "too_long", "train_on")}
+    names = ("max_length", "max_prompt_length", "too_long", "train_on", "step_separator")
+    settings = {name: getattr(config, name) for name in names}
     settings["chat_template_kwargs"] = config.template_arguments
     parts = [
         FORMAT_VERSION,
@@ -227,10 +229,11 @@ def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, re
 def _features():
     """One table format for every kind: a list of token sequences (two for a pair, and for a prompt that a teacher reads
     in another way; three if it has a place for a response), and what a kind adds. The margin of an unpaired response is
-    1 if it is good, else 0."""
+    1 if it is good, else 0. Labels of steps stand at their tokens, NaN at others."""
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64"), "tie": Value("bool")}
+    numbers["step_labels"] = List(Value("float64"))
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
     texts = {name: Value("large_string") for name in ("text", "columns", "teacher")}
@@ -244,14 +247,17 @@ def _to_row(sample: TokenizedSample) -> dict[str, Any]:
         return {"input_ids": prompts, "loss_masks": [], "text": sample.text, "columns": columns}
     margin: float | None = None
     tie: bool | None = None
+    step_labels: list[float] | None = None
     if isinstance(sample, PreferenceSample):
         sides, margin, tie = [sample.chosen, sample.rejected], sample.margin, sample.tie
     elif isinstance(sample, UnpairedSample):
         sides, margin = [sample.sequence], float(sample.desirable)
+    elif isinstance(sample, StepwiseSample):
+        sides, step_labels = [sample.sequence], sample.labels
     else:
         sides = [sample]
     ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
-    return {"input_ids": ids, "loss_masks": masks, "margin": margin, "tie": tie}
+    return {"input_ids": ids, "loss_masks": masks, "margin": margin, "tie": tie, "step_labels": step_labels}
 
 
 def _from_row(row: dict[str, Any]) -> TokenizedSample:
@@ -261,4 +267,6 @@ def _from_row(row: dict[str, Any]) -> TokenizedSample:
     sides = [TokenSequence(ids, mask) for ids, mask in zip(row["input_ids"], row["loss_masks"], strict=True)]
     if len(sides) == 2:
         return PreferenceSample(sides[0], sides[1], row["margin"], row["tie"])
+    if row["step_labels"] is not None:
+        return StepwiseSample(sides[0], row["step_labels"])
     return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

@@ -7,13 +7,14 @@ One row (a dict from a JSON line or a table) becomes one or more records; what e
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-Kind = Literal["sft", "preference", "comparison", "unpaired", "prompt", "row"]
+Kind = Literal["sft", "preference", "comparison", "unpaired", "stepwise", "prompt", "row"]
 
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -31,6 +32,7 @@ PAIRS = [
     ("problem", "answer"),
     ("input", "output"),
 ]
+STEP_TAG = "ки"  # of Math-Shepherd, behind each step
 SYSTEMS = ("system", "system_prompt")
 # Of a dialogue whose prompt is all that is read.
 LAST_RESPONSE = "the last response (a prompt ends in front of it)"
@@ -78,6 +80,18 @@ class UnpairedRecord:
 
 
 @dataclass(frozen=True)
+class StepwiseRecord:
+    """A dialogue up to a user's or a tool's message, and a response in steps. A step's label says how likely it is
+    right, from 0 to 1; None if nobody knows."""
+
+    prompt: Messages
+    steps: list[str]
+    labels: list[float | None]
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
 class PromptRecord:
     """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions).
 
@@ -101,7 +115,7 @@ class RowRecord:
     unused: tuple[str, ...] = field(default=(), compare=False)
 
 
-Record = SFTRecord | PreferenceRecord | UnpairedRecord | PromptRecord | RowRecord
+Record = SFTRecord | PreferenceRecord | UnpairedRecord | StepwiseRecord | PromptRecord | RowRecord
 
 
 class _Row:
@@ -164,6 +178,12 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
     Unpaired preferences (`unpaired`):
       - any dialogue above with a `label`: true for a good last response, false for a bad one (TRL)
       - any preference above: the chosen response is a good one, the rejected response a bad one
+    Responses in steps (`stepwise`):
+      - a prompt as above, `steps` or `completions` (TRL): a list of texts, and `labels`: for each of them true or
+        false, a number from 0 to 1, or null where nothing is known
+      - PRM800K: `question.problem`, and of `label.steps` the chosen completions up to the first that is rated -1; 0
+        and 1 are right. Where none was chosen, the step that a person wrote, or the first completion if it is wrong
+      - Math-Shepherd: `input`, whose steps end in the tag `ки`, and `label`, which has + or - there
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns. A `row` is taken as it is.
 
@@ -186,6 +206,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         return [_preference(_Row(row), may_tie=True)]
     if kind == "unpaired":
         return _unpaired(_Row(row))
+    if kind == "stepwise":
+        return [_stepwise(_Row(row))]
     rows = [_Row(instance) for instance in _instances(row)]
     return [_prompt(one) if kind == "prompt" else _demonstration(one) for one in rows]
 
@@ -290,6 +312,93 @@ def _unpaired(row: _Row) -> list[Record]:
             raise ValueError("the labeled response has weight 0")
         records.append(UnpairedRecord(messages[:-1], messages[-1:], desirable, tools, one.unused()))
     return records
+
+
+def _stepwise(row: _Row) -> StepwiseRecord:
+    if isinstance(row.values.get("question"), dict) and isinstance(row.values.get("label"), dict):
+        return _prm800k(row)
+    if STEP_TAG in str(row.values.get("input", "")) and isinstance(row.values.get("label"), str):
+        return _math_shepherd(row)
+    steps_name, prompt_name = row.first(("steps", "completions")), row.first(PROMPTS)
+    if steps_name is None or prompt_name is None or "labels" not in row:
+        raise _unknown(row, "stepwise")
+    prompt = check_turns(_with_system(row, _asked(row, prompt_name)), last="user")
+    steps, labels = row.pop(steps_name), row.pop("labels")
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise ValueError(f"`{steps_name}` is not a list of texts that say something")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise ValueError(f"`labels` has no label for each of `{steps_name}`")
+    tools = _tools(row)
+    return StepwiseRecord(prompt, steps, [_step_label(label) for label in labels], tools, row.unused())
+
+
+def _prm800k(row: _Row) -> StepwiseRecord:
+    """As its README describes it, https://github.com/openai/prm800k."""
+    question, listed = row.pop("question"), row.pop("label").get("steps")
+    problem = question.get("problem")
+    if not isinstance(problem, str) or not isinstance(listed, list):
+        raise ValueError("no `question.problem` and `label.steps` as PRM800K has them")
+    steps: list[str] = []
+    labels: list[float | None] = []
+    for one in listed:
+        text, rating = _rated_step(one)
+        if text is None:
+            break
+        steps.append(_on_one_line(text))
+        labels.append(None if rating is None else float(rating >= 0))
+        if rating == -1:
+            break
+    return StepwiseRecord([{"role": "user", "content": problem}], steps, labels, unused=row.unused())
+
+
+def _rated_step(step: Any) -> tuple[str | None, int | None]:
+    """The text and the rating of a step of PRM800K's; no text where the solution doesn't go on."""
+    if not isinstance(step, dict) or not isinstance(step.get("completions"), list):
+        raise ValueError("a step of `label.steps` has no list of `completions`")
+    completions, chosen, written = step["completions"], step.get("chosen_completion"), step.get("human_completion")
+    try:
+        if chosen is not None:
+            return completions[chosen]["text"], completions[chosen].get("rating")
+        if written is not None:
+            return (written["text"] if isinstance(written, dict) else written), 1
+        if completions and completions[0].get("rating") == -1:
+            return completions[0]["text"], -1
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("a completion of `label.steps` has no text and rating") from None
+    return None, None
+
+
+def _math_shepherd(row: _Row) -> StepwiseRecord:
+    """As its card describes it, https://huggingface.co/datasets/peiyi9979/Math-Shepherd."""
+    tagged, labeled = row.pop("input"), row.pop("label")
+    pieces = [piece.strip().removeprefix("?").strip() for piece in tagged.split(STEP_TAG)[:-1]]
+    signs = []
+    for piece in pieces:
+        labeled = labeled.lstrip()
+        if not labeled.startswith(piece):
+            raise ValueError("`label` has other steps than `input`")
+        labeled = labeled[len(piece) :].lstrip().removeprefix(STEP_TAG).lstrip()
+        signs.append(labeled[:1])
+        labeled = labeled[1:]
+    problem, first, rest = pieces[0].partition("Step 1:")
+    if not problem.strip() or not first or not {*signs} <= {"+", "-"}:
+        raise ValueError("no problem, `Step 1:` and + or - after each step, as Math-Shepherd has them")
+    steps = [_on_one_line(step) for step in (first + rest, *pieces[1:])]
+    prompt = [{"role": "user", "content": problem.strip()}]
+    return StepwiseRecord(prompt, steps, [float(sign == "+") for sign in signs], unused=row.unused())
+
+
+def _on_one_line(text: str) -> str:
+    """Lines within a step would be steps of their own."""
+    return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+def _step_label(label: Any) -> float | None:
+    if label is None or isinstance(label, bool):
+        return label if label is None else float(label)
+    if not _is_number(label) or not 0 <= label <= 1:
+        raise ValueError("a step's label is neither true, false, null nor a number from 0 to 1")
+    return float(label)
 
 
 def _dialogue(row: _Row, kind: Kind) -> Messages:

@@ -201,7 +201,7 @@ def _compare_with_prompt(template: ChatTemplate, name: str, prompt: str) -> list
     """A note if a prompt that is sampled from is not what training sees before a response."""
     text = template.render(PROBE)
     if not text.startswith(prompt):
-        opened = prompt[len(_common_prefix([prompt, text])) :]
+        opened = prompt[len(common_prefix([prompt, text])) :]
         return [
             f"The chat template {name} ends a prompt with {opened!r}, which it does not write in front of a response "
             "that it is given: sampling starts from other text than training sees."
@@ -268,7 +268,7 @@ def _header(template: ChatTemplate, before: Messages, prompt: str, through: str)
     The response itself may begin like that, so another one says where it begins.
     """
     other = template.render([*before, {"role": "assistant", "content": "\ue000"}])
-    shared = _common_prefix([prompt, through, other])
+    shared = common_prefix([prompt, through, other])
     if not shared.startswith(template.render(before)):
         raise ValueError(
             "the chat template does not write a response after its own prompt (mark responses in it with "
@@ -277,7 +277,7 @@ def _header(template: ChatTemplate, before: Messages, prompt: str, through: str)
     return shared
 
 
-def _common_prefix(texts: Sequence[str]) -> str:
+def common_prefix(texts: Sequence[str]) -> str:
     """What all begin with, up to a tag that differs: `<think>` and `</think>` have no common token."""
     equal = takewhile(lambda characters: len({*characters}) == 1, zip(*texts, strict=False))
     return re.sub(r"<[^<>]*$", "", "".join(first for first, *_ in equal))

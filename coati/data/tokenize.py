@@ -7,6 +7,7 @@ tokens are those of the whole dialogue, and nothing that a user writes can move 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
-from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, UnpairedRecord
+from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, StepwiseRecord, UnpairedRecord
 from coati.data.teaching import PLACE
 from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
+from coati.steps import last_tokens, step_ends
 
 
 class SkippedRow(ValueError):
@@ -65,6 +67,18 @@ class UnpairedSample:
 
 
 @dataclass(frozen=True)
+class StepwiseSample:
+    """A response in steps: `labels` `[seq]` has the label of a step on the step's last token, and NaN elsewhere. Only
+    the response's tokens are in the loss mask."""
+
+    sequence: TokenSequence
+    labels: list[float]
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
 class PromptSample:
     """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields. Of a row for an
     environment the fields alone. `teacher_ids` is the prompt as a teacher reads it, where that differs; if that has a
@@ -81,7 +95,7 @@ class PromptSample:
         return max(len(self.input_ids), len(self.teacher_ids or ()) + len(self.teacher_rest or ()))
 
 
-TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | PromptSample
+TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | StepwiseSample | PromptSample
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,8 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
         if isinstance(record, SFTRecord):
             first = record.start if config.train_on == "all" else len(record.messages) - 1
             return [_with_responses(template, record.messages, first, record.start)]
+        if isinstance(record, StepwiseRecord):
+            return [_with_responses(template, record.prompt + _response_of(record, config), len(record.prompt))]
         sides = [record.response] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
         return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
     except TurnRewritten as error:
@@ -184,6 +200,16 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
         raise
     except template_errors() as error:
         raise ValueError(f"the chat template refuses the row ({error})") from None
+
+
+def _response_of(record: StepwiseRecord, config: DataConfig) -> Messages:
+    """The steps as one message."""
+    if all(label is None for label in record.labels):
+        raise SkippedRow("no step has a label")
+    separator = config.step_separator
+    if any(separator in step for step in record.steps):
+        raise ValueError(f"a step contains {separator!r}, which separates steps (another one: --step_separator)")
+    return [{"role": "assistant", "content": separator.join(record.steps)}]
 
 
 def _rendered_prompt(template: ChatTemplate, messages: Messages) -> _Rendered:
@@ -235,6 +261,8 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
         return PromptSample([], "", record.columns)
     if isinstance(record, PromptRecord):
         return _prompt_sample(record, pieces, tokenizer, config)
+    if isinstance(record, StepwiseRecord):
+        return _stepwise_sample(record, pieces[0], tokenizer, config)
     sequences = _fit([_mask_responses(piece, tokenizer) for piece in pieces], tokenizer, config)
     if isinstance(record, SFTRecord):
         return sequences[0]
@@ -243,6 +271,27 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
     if sequences[0] == sequences[1]:
         raise ValueError("`chosen` equals `rejected` once the chat template has written them")
     return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0, record.tie)
+
+
+def _stepwise_sample(record: StepwiseRecord, piece: _Encoded, tokenizer, config: DataConfig) -> StepwiseSample:
+    content = config.step_separator.join(record.steps).strip()
+    [spans] = piece.responses
+    start = piece.text.find(content, spans[0][0], spans[-1][1])
+    if start < 0:
+        raise ValueError("the chat template does not write the steps of a response as they are")
+    ends = [start + end for end in step_ends(content, config.step_separator)]
+    if len(ends) != len(record.steps):
+        raise ValueError(f"steps can't be told apart once {config.step_separator!r} stands between them")
+    last = last_tokens(_token_starts(piece.offsets).tolist(), ends)
+    if len({*last}) < len(last):
+        raise ValueError("two steps end within one token (another text between them: --step_separator)")
+    labels = [math.nan] * len(piece.input_ids)
+    for token, label in zip(last, record.labels, strict=True):
+        labels[token] = math.nan if label is None else label
+    whole = _mask_responses(piece, tokenizer)
+    [sequence] = _fit([whole], tokenizer, config)
+    # what was truncated stood in the prompt, where nothing is labeled
+    return StepwiseSample(sequence, labels[len(whole) - len(sequence) : len(whole)])
 
 
 def _mask_responses(piece: _Encoded, tokenizer) -> TokenSequence:

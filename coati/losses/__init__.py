@@ -46,7 +46,7 @@ from coati.losses.language import (
 )
 from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
-from coati.losses.reward import pairwise_reward_loss
+from coati.losses.reward import first_wrong, pairwise_reward_loss, step_reward_loss
 from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
 from coati.losses.turns import turn_advantages, turn_gae
 from coati.losses.value import bounded_values, value_loss
@@ -60,6 +60,7 @@ __all__ = [
     "decoupled_advantages",
     "distillation_loss",
     "expected_scores",
+    "first_wrong",
     "gae",
     "group_advantages",
     "importance_weights",
@@ -81,6 +82,7 @@ __all__ = [
     "response_targets",
     "returns_to_go",
     "shape_rewards",
+    "step_reward_loss",
     "token_entropy",
     "token_log_probs",
     "turn_advantages",

@@ -1,10 +1,12 @@
-"""Reward-model loss."""
+"""Losses of reward models: of pairs, and of the steps of a response."""
 
 import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from coati.losses.masking import masked
 
 
 def pairwise_reward_loss(
@@ -58,3 +60,45 @@ def pairwise_reward_loss(
         "reward_rejected": rejected.sum() / denominator,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def step_reward_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor, denominator: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of p = sigmoid(logit), how likely steps are right (Math-Shepherd, 2312.08935, section 3.2):
+
+        loss = - sum over steps of label log p + (1 - label) log(1 - p)
+
+    A label is 0 or 1, or an estimate between them, such as the share of continuations that arrive at the right answer
+    (its section 3.3, soft estimation).
+
+    Args:
+        logits, labels: `[batch, seq]`, of each token what it says of the step that ends with it.
+        mask: bool `[batch, seq]`, True on the last token of each labeled step.
+        denominator: labeled steps of the whole update, over all ranks and micro-batches.
+
+    Metrics: loss; accuracy, where a probability and a label of 0.5 or more say that the step is right; right, the share
+    of steps whose labels say so; probability, its mean.
+    """
+    logits, labels = masked(logits, mask), masked(labels, mask)
+    labels = labels.to(logits.dtype)
+    per_step = masked(binary_cross_entropy_with_logits(logits, labels, reduction="none"), mask)
+    loss = per_step.sum() / denominator
+    said, true = logits >= 0, labels >= 0.5
+    metrics = {
+        "loss": loss,
+        "accuracy": masked(said == true, mask).sum() / denominator,
+        "right": masked(true, mask).sum() / denominator,
+        "probability": masked(logits.sigmoid(), mask).sum() / denominator,
+    }
+    return loss, {name: value.detach().to(loss.dtype) for name, value in metrics.items()}
+
+
+def first_wrong(is_right: Tensor, mask: Tensor) -> Tensor:
+    """The column of each row's first step that is wrong, int64 `[batch]`; the number of columns where none is.
+
+    Args:
+        is_right: bool `[batch, seq]`; mask: bool `[batch, seq]`, True on the last token of each step.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask & ~is_right, columns, mask.shape[1]).amin(1)

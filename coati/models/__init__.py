@@ -11,6 +11,7 @@ from coati.models.compat import (
 )
 from coati.models.critic import Critic
 from coati.models.lora import LoraSettings
+from coati.models.process_reward_model import ProcessRewardModel
 from coati.models.reward_model import RewardModel
 from coati.models.value_head import ValueHead
 
@@ -23,6 +24,7 @@ __all__ = [
     "Critic",
     "LoraSettings",
     "PreTrainedModelWrapper",
+    "ProcessRewardModel",
     "RewardModel",
     "ValueHead",
     "create_reference_model",

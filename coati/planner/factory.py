@@ -1,15 +1,16 @@
 """Substitutes for a trainer's data, models and generators, so that its own code shows what it needs."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from coati.config.plugin import PLUGINS
-from coati.data import PreferenceSample, PromptSample, TokenSequence, UnpairedSample
+from coati.data import PreferenceSample, PromptSample, StepwiseSample, TokenSequence, UnpairedSample
 from coati.data.teaching import Teaching
-from coati.models import Actor, ActorCritic, Critic, RewardModel
+from coati.models import Actor, ActorCritic, Critic, ProcessRewardModel, RewardModel
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
@@ -20,11 +21,11 @@ from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
 from coati.planner.rollouts import PlannedClassifier, PlannedEpisodes, PlannedGenerator, PlannedReward
 from coati.rewards import Scorer
-from coati.rewards.config import ClassifierRewardSettings
+from coati.rewards.config import ClassifierRewardSettings, ProcessRewardSettings
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
-NAMES |= {Student: "actor", Teacher: "teacher"}
+NAMES |= {ProcessRewardModel: "process reward model", Student: "actor", Teacher: "teacher"}
 
 
 class RanksAlike(Communicator):
@@ -62,6 +63,7 @@ class PlannedTokenizer:
     """Tokens have no texts."""
 
     bos_token_id, eos_token_id, pad_token_id = None, 1, 2
+    all_special_ids = (1, 2)
 
     def __len__(self) -> int:
         return 1000
@@ -111,6 +113,8 @@ class LongestRows:
         sequence = TokenSequence(ids, targets)
         if self.kind == "unpaired":
             return UnpairedSample(sequence, row % 2 == 0)
+        if self.kind == "stepwise":
+            return StepwiseSample(sequence, [1.0 if target else math.nan for target in targets])
         if self.kind in ("preference", "comparison"):  # responses that differ from the middle of the row on
             half = self.length // 2
             other = TokenSequence([*ids[:half], *(id + 1 for id in ids[half:])], targets)
@@ -213,7 +217,8 @@ class PlannedFactory(Factory):
     def scorer(self, load_model, given):
         rewards = [(PlannedReward(), 1.0)]
         for entry in self.config.rewards:
-            rewards += [(load_model(path), 1.0) for path in entry.model_paths]
+            how = (entry,) if isinstance(entry, ProcessRewardSettings) else ()
+            rewards += [(load_model(path, *how), 1.0) for path in entry.model_paths]
             if isinstance(entry, ClassifierRewardSettings):
                 model_config = self.model_config_of(entry.path)
                 rewards.append((PlannedClassifier(self.live, model_config, entry.batch_size, entry.max_length), 1.0))
@@ -223,6 +228,10 @@ class PlannedFactory(Factory):
         """A plan needs no tokenizer."""
 
     check_teacher_vocabulary = check_reward_vocabulary
+
+    def step_separator(self, source):
+        """Texts of a plan have no steps."""
+        return "\n"
 
 
 def truncate_layers(model_config, layers: int) -> int:

@@ -13,6 +13,7 @@ HOME = {
     "JudgeReward": "judge",
     "ModelReward": "model",
     "Outcome": "base",
+    "ProcessReward": "process",
     "ReferenceComparisonReward": "judge",
     "Reward": "base",
     "RubricReward": "rubric",

@@ -61,8 +61,8 @@ class ModelRewardSettings(RewardSettings):
     def model_paths(self):
         return (self.path,)
 
-    def make_of(self, load_model: Callable[[str], Reward]) -> Reward:
-        """The reward, given what makes one of a reward model's folder."""
+    def make_of(self, load_model: Callable[..., Reward]) -> Reward:
+        """The reward, given what makes one of a reward model's folder, and of the settings of a process reward."""
         return load_model(self.path)
 
 
@@ -80,13 +80,31 @@ class EnsembleRewardSettings(RewardSettings):
     def model_paths(self):
         return self.paths
 
-    def make_of(self, load_model: Callable[[str], Reward]) -> Reward:
+    def make_of(self, load_model: Callable[..., Reward]) -> Reward:
         from coati.rewards.ensemble import EnsembleReward
 
         if twice := [path for path in self.paths if self.paths.count(path) > 1]:
             raise UserError(f"the ensemble has {twice[0]} twice: name each reward model once")
         members = {f"model_{number}": load_model(path) for number, path in enumerate(self.paths, 1)}
         return EnsembleReward(members, self.pessimism)
+
+
+@settings
+class ProcessRewardSettings(RewardSettings):
+    """A process reward model that uses the policy's tokenizer."""
+
+    type: Literal["process"] = option("process", "a process reward model, which scores each step of a response")
+    path: str = option(..., "its folder, or its name on the hub", path="model")
+    reduce: Literal["min", "product", "last", "mean", "none"] = option(
+        "min", "of the steps' probabilities, the response's score; none: each step's is the reward of its last token"
+    )
+
+    @property
+    def model_paths(self):
+        return (self.path,)
+
+    def make_of(self, load_model: Callable[..., Reward]) -> Reward:
+        return load_model(self.path, self)
 
 
 @settings
@@ -431,6 +449,7 @@ class RubricRewardSettings(JudgedRewardSettings):
 AnyReward = Annotated[
     ModelRewardSettings
     | EnsembleRewardSettings
+    | ProcessRewardSettings
     | FunctionRewardSettings
     | MathRewardSettings
     | GSM8KRewardSettings
@@ -466,15 +485,25 @@ class ScoringConfig(Settings):
 
 
 def reward_problems(
-    rewards: Sequence[RewardSettings], scoring: ScoringConfig, group_size: int, splits_models: bool
+    rewards: Sequence[RewardSettings],
+    scoring: ScoringConfig,
+    group_size: int,
+    splits_models: bool,
+    learns_token_rewards: bool = True,
 ) -> Iterator[str]:
     """What rewards contradict in scoring and in the rest of a run's settings.
 
     Args:
         group_size: responses per prompt.
         splits_models: several processes share a model.
+        learns_token_rewards: where in a response a reward falls matters to what is learned.
     """
     for reward in rewards:
+        if isinstance(reward, ProcessRewardSettings) and reward.reduce == "none" and not learns_token_rewards:
+            yield (
+                "the reward process with reduce none rewards steps, and this method learns of whole responses: give it "
+                "reduce min, or choose ppo or reinforce++"
+            )
         if reward.type == "python" and scoring.reward_timeout <= reward.timeout:
             yield "reward_timeout ends whatever scores a response: it must be above the timeout of the reward python"
         if reward.type == "math" and scoring.reward_workers < 1:
@@ -494,7 +523,7 @@ def reward_problems(
 def load_rewards(
     rewards: Sequence[RewardSettings],
     scoring: ScoringConfig,
-    load_model: Callable[[str], Reward] | None = None,
+    load_model: Callable[..., Reward] | None = None,
     device: torch.device | str = "cpu",
     given: Sequence[Reward] = (),
     *,
@@ -504,7 +533,7 @@ def load_rewards(
     """The rewards of a run.
 
     Args:
-        load_model: makes a reward of the folder of a reward model.
+        load_model: makes a reward of the folder of a reward model; of a process reward it is also given the settings.
         device: where classifiers run.
         given: further rewards, of weight 1.
         verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.
@@ -520,7 +549,7 @@ def load_rewards(
     loaded = [(reward, 1.0) for reward in given]
     for entry in rewards:
         entry.check_installed()
-        if isinstance(entry, ModelRewardSettings | EnsembleRewardSettings):
+        if isinstance(entry, ModelRewardSettings | EnsembleRewardSettings | ProcessRewardSettings):
             reward = entry.make_of(load_model)
         elif isinstance(entry, JudgedRewardSettings):
             reward = entry.make_judged(verdicts, group_size)

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError
 from coati.rewards import Reward, Scorer, ScoringConfig
-from coati.rewards.config import AnyReward, load_rewards
+from coati.rewards.config import AnyReward, ProcessRewardSettings, load_rewards
 from coati.rollout.remote.server import TokenRequired
 from coati.samples import Sample
 from coati.serve.application import read_json
@@ -266,9 +266,31 @@ def application(service: RewardService, token: str | None) -> Starlette:
 # --- reward models
 
 
-def load_model_reward(folder: str, device: str = "cpu") -> Reward:
-    """A reward model in this process. It reads the ids of a request; without them, those that its tokenizer has for the
-    prompt and for the response, with EOS after one that ended.
+class ServedModelReward(Reward):
+    """A reward that reads tokens, with those of its tokenizer where a request has none.
+
+    Args:
+        reward: of a model.
+    """
+
+    def __init__(self, reward: Reward, tokenizer):
+        self.reward, self.tokenizer = reward, tokenizer
+        self.name, self.on_tokens = reward.name, reward.on_tokens
+
+    def score(self, samples):
+        for sample in samples:
+            if not sample.tokens:
+                texts = (sample.prompt, sample.response)
+                asked, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+                ids += [] if sample.truncated else [self.tokenizer.eos_token_id]
+                sample.tokens = asked + ids
+                sample.response_mask = [False] * len(asked) + [True] * len(ids)
+        return self.reward.score(samples)
+
+
+def load_model_reward(folder: str, process: ProcessRewardSettings | None = None, device: str = "cpu") -> Reward:
+    """A reward model in this process, or with settings a process reward model. It reads the ids of a request; without
+    them, those that its tokenizer has for the prompt and for the response, with EOS after one that ended.
 
     Raises:
         UserError: the folder can't be loaded.
@@ -277,29 +299,11 @@ def load_model_reward(folder: str, device: str = "cpu") -> Reward:
     from transformers import AutoTokenizer
 
     from coati.data import prepare_tokenizer
-    from coati.models import RewardModel
-    from coati.rewards.model import ModelReward
+    from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder), learns_responses=False)
-    model = RewardModel(folder).eval().to(device)
-
-    class ServedModelReward(ModelReward):
-        """Fills in tokens where a request has none."""
-
-        def score(self, samples):
-            for sample in samples:
-                if not sample.tokens:
-                    texts = (sample.prompt, sample.response)
-                    asked, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-                    ids += [] if sample.truncated else [tokenizer.eos_token_id]
-                    sample.tokens = asked + ids
-                    sample.response_mask = [False] * len(asked) + [True] * len(ids)
-            return super().score(samples)
-
-    def forward_all(batches):
-        return [model(**batch) for batch in batches]
-
-    return ServedModelReward(forward_all, tokenizer.pad_token_id, torch.device(device), split_by_length)
+    reward = load_here(folder, process, tokenizer, torch.device(device), split_by_length)
+    return ServedModelReward(reward, tokenizer)
 
 
 def split_by_length(lengths: list[int]) -> list[list[int]]:

@@ -31,6 +31,7 @@ from coati.tracking.timeline import timeline
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
+    "prm": "Process reward model",
     "preference": "Preference optimization",
     "ppo": "Reinforcement learning with PPO",
     "grpo": "Reinforcement learning with GRPO",

@@ -9,6 +9,7 @@ from coati.trainers.config import (
     GRPOConfig,
     PPOConfig,
     PreferenceConfig,
+    PRMConfig,
     RewardConfig,
     SFTConfig,
     TrainerConfig,
@@ -36,6 +37,7 @@ class Algorithm:
 ALGORITHMS = {
     "sft": Algorithm(SFTConfig, "coati.trainers.sft:SFTTrainer"),
     "reward": Algorithm(RewardConfig, "coati.trainers.reward:RewardTrainer"),
+    "prm": Algorithm(PRMConfig, "coati.trainers.prm:PRMTrainer"),
     "preference": Algorithm(PreferenceConfig, "coati.trainers.preference:preference_trainer"),
     "ppo": Algorithm(PPOConfig, "coati.trainers.ppo:PPOTrainer"),
     "grpo": Algorithm(GRPOConfig, "coati.trainers.grpo:GRPOTrainer"),

@@ -18,6 +18,7 @@ from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
 from coati.models.lora import is_adapter
 from coati.models.positions import row_limit
+from coati.models.process_reward_model import stored_separator
 from coati.models.quantized import is_quantized
 from coati.parallel import Engine, Runtime, make_engine, resolve_precision
 from coati.parallel.engine import DTYPES
@@ -235,6 +236,10 @@ class Factory:
         """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
         way_out = "give it as a reward of type classifier with a tokenizer, which reads texts by its own"
         self._check_vocabulary(source, ("reward model", "policy"), way_out)
+
+    def step_separator(self, source: str) -> str:
+        """What separates the steps that a process reward model scores. Raises a UserError for any other model."""
+        return stored_separator(source)
 
     def check_teacher_vocabulary(self, source: str):
         """Raises a UserError where a teacher's tokenizer is another one than the student's."""

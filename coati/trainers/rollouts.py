@@ -8,10 +8,11 @@ from typing import Any
 from coati.config.generation import GenerationConfig
 from coati.data import TokenizedDataset, TokenSequence
 from coati.errors import UserError
-from coati.models import RewardModel
+from coati.models import ProcessRewardModel, RewardModel
 from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.engine import DTYPES
-from coati.rewards import EnvironmentReward, ModelReward, Reward, Scorer
+from coati.rewards import EnvironmentReward, ModelReward, ProcessReward, Reward, Scorer
+from coati.rewards.config import ProcessRewardSettings
 from coati.rollout import (
     RolloutShape,
     RolloutSource,
@@ -190,15 +191,21 @@ class RolloutTrainer(Trainer):
             staleness=c.generators.max_staleness,
         )
 
-    def load_reward_model(self, source: str) -> ModelReward:
-        """A reward model, which reads the policy's tokens.
+    def load_reward_model(self, source: str, process: ProcessRewardSettings | None = None) -> Reward:
+        """A reward model, or with settings of its own a process reward model, which reads the policy's tokens.
 
         Raises:
-            UserError: its tokenizer is another one.
+            UserError: its tokenizer is another one; it is no such model.
         """
         self.factory.check_reward_vocabulary(source)
-        engine = self.factory.frozen(self.factory.model(RewardModel, source))
-        return ModelReward(engine.forward_all, self.factory.pad_id, self.runtime.device, self.batching.split)
+        pad_id, device, split = self.factory.pad_id, self.runtime.device, self.batching.split
+        if process is None:
+            engine = self.factory.frozen(self.factory.model(RewardModel, source))
+            return ModelReward(engine.forward_all, pad_id, device, split)
+        separator = self.factory.step_separator(source)
+        engine = self.factory.frozen(self.factory.model(ProcessRewardModel, source))
+        how = dict(tokenizer=self.tokenizer, separator=separator, reduce=process.reduce)
+        return ProcessReward(engine.forward_all, pad_id, device, split, **how)
 
     def accumulates(self) -> bool:
         """Whether a minibatch may take several micro-batches."""

@@ -35,6 +35,7 @@ SMALL += " --eval_every 0 --save_every 0 --samples 2 --progress off --eos_token 
 SMALL_OF = {
     "sft": "--max_new_tokens 4",
     "reward": "",
+    "prm": "",
     "preference": "",
     "ppo": "--max_new_tokens 4 --ppo_epochs 1 --critic_warmup 1 --max_rollout_kl 9",  # untrained weights round coarsely
     "grpo": "--max_new_tokens 4 --group_size 2 --max_rollout_kl 9",

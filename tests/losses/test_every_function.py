@@ -27,6 +27,7 @@ from coati.losses import (
     punish_overlong,
     returns_to_go,
     shape_rewards,
+    step_reward_loss,
     token_entropy,
     token_log_probs,
     turn_gae,
@@ -65,6 +66,7 @@ PER_TOKEN = {
     "preference_loss": (4, lambda x, mask: torch.stack([of_pairs(name, x) for name in sorted(PREFERENCE_LOSSES)])),
     "returns_to_go": (1, lambda x, mask: returns_to_go(x[0], mask, 0.9)),
     "shape_rewards": (2, lambda x, mask: shape_rewards(x[0][:, 0], x[1], mask, 0.1)),
+    "step_reward_loss": (2, lambda x, mask: step_reward_loss(*x, mask, 7)[0]),
     "turn_gae": (2, lambda x, mask: torch.stack(turn_gae(*x, mask, 0.9, 0.95))),
     "value_loss": (3, lambda x, mask: value_loss(*x, mask, 7)[0]),
     "whiten": (1, lambda x, mask: whitened(x[0], mask)),
@@ -81,7 +83,7 @@ OF_LOGITS = {
 NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets", "without_first"}
 NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages", "turn_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
-NO_GRADIENT |= {"expected_scores"}
+NO_GRADIENT |= {"expected_scores", "first_wrong"}
 # The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.
 UNMASKED = {
     "bounded_values",

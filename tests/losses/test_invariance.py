@@ -16,6 +16,7 @@ from coati.losses import (
     pairwise_reward_loss,
     policy_loss,
     shape_rewards,
+    step_reward_loss,
     value_loss,
 )
 from tests.losses.draw import masks, quick
@@ -34,6 +35,7 @@ LOSSES = {
     "dis": (3, lambda x, mask, n: policy_loss(x[0], x[1], x[2], mask, n, kind="dis", weights=lengths(mask, n))),
     "dft": (1, lambda x, mask, n: cross_entropy(x[0], mask, n, kind="dft")),
     "observation": (1, lambda x, mask, n: observation_loss(x[0], mask, n)),
+    "steps": (2, lambda x, mask, n: step_reward_loss(x[0], x[1] > 0, mask, n)),
     "value": (3, lambda x, mask, n: value_loss(x[0], x[1], x[2], mask, n)),
 }
 names = st.sampled_from(sorted(LOSSES))

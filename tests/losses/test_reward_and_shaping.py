@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coati.losses import clip_scores, pairwise_reward_loss, penalize_missing_eos, shape_rewards
+from coati.losses import (
+    clip_scores,
+    first_wrong,
+    pairwise_reward_loss,
+    penalize_missing_eos,
+    shape_rewards,
+    step_reward_loss,
+)
 from tests.losses.draw import assert_close, assert_metrics, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -136,3 +143,34 @@ def test_scores_are_clipped_on_both_sides():
     scores = torch.tensor([-100.0, -0.5, 0.0, 100.0])
     assert clip_scores(scores, 2.0).tolist() == [-2.0, -0.5, 0.0, 2.0]
     assert clip_scores(scores, None) is scores
+
+
+@quick
+@given(masks(), st.data(), dtypes, st.booleans())
+def test_step_loss_equals_the_oracle(mask, data, dtype, hard):
+    """PITFALL 10: logits of +-100 give a finite loss and gradient; what stands at other tokens counts for nothing."""
+    logits, labels = data.draw(numbers(mask.shape, 100.0, dtype)), data.draw(numbers(mask.shape, 1.0, dtype)).abs()
+    labels = labels.round() if hard else labels
+    leaf = poison(logits, mask).requires_grad_()
+    loss, metrics = step_reward_loss(leaf, poison(labels, mask), mask, 3.0)
+    expected, expected_metrics = oracle.step_reward_loss(logits.tolist(), labels.tolist(), mask.tolist(), 3.0)
+    scale = 100.0 * float(mask.sum())
+    assert_close(loss, expected, scale)
+    assert_metrics(metrics, expected_metrics, scale)
+    loss.backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad[~mask] == 0).all()
+
+
+def test_the_gradient_of_a_step_is_the_probability_less_the_label():
+    logits = torch.tensor([[0.3, -2.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1.0, 0.25, 0.0]], dtype=torch.float64)
+    step_reward_loss(logits, labels, torch.tensor([[True, True, False]]), 2)[0].backward()
+    expected = (logits.detach().sigmoid() - labels) / 2
+    torch.testing.assert_close(logits.grad[0, :2], expected[0, :2])
+
+
+@quick
+@given(masks(), st.data())
+def test_the_first_wrong_step_is_the_oracles(mask, data):
+    is_right = data.draw(numbers(mask.shape, 1.0, torch.float64)) > 0
+    assert first_wrong(is_right, mask).tolist() == oracle.first_wrong(is_right.tolist(), mask.tolist())

@@ -70,6 +70,29 @@ def z_loss(log_partition, mask, denominator):
     return math.fsum(log_partition[b][t] ** 2 for b, t in _tokens(mask)) / denominator
 
 
+def step_reward_loss(logits, labels, mask, denominator):
+    """Math-Shepherd's cross-entropy of the steps' probabilities."""
+    losses = []
+    sums = {"accuracy": 0, "right": 0, "probability": 0.0}
+    for b, t in _tokens(mask):
+        x, label = logits[b][t], labels[b][t]
+        losses += [-label * _log_sigmoid(x), -(1 - label) * _log_sigmoid(-x)]
+        probability = math.exp(_log_sigmoid(x))
+        sums["right"] += label >= 0.5
+        sums["accuracy"] += (x >= 0) == (label >= 0.5)
+        sums["probability"] += probability
+    loss = math.fsum(losses) / denominator
+    return loss, {"loss": loss} | {name: value / denominator for name, value in sums.items()}
+
+
+def first_wrong(is_right, mask):
+    """By row, the first column in the mask that is not right; how many columns there are if all are."""
+    found = []
+    for row, counts in zip(is_right, mask, strict=True):
+        found.append(next((t for t in range(len(row)) if counts[t] and not row[t]), len(row)))
+    return found
+
+
 def pairwise_reward_loss(
     chosen, rejected, denominator, margin=None, label_smoothing=0.0, centering=0.0, tie=None, tie_theta=1.0
 ):

@@ -35,6 +35,7 @@ WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{respo
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
+    "prm": ("prm", "gpt2", {}),
     "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
     "preference, kto": ("preference", "gpt2", dict(algorithm="kto", undesirable_weight=1.5)),
     "ppo": ("ppo", "gpt2", dict(missing_eos_penalty=0.5)),
@@ -261,7 +262,7 @@ def _permute(trainer, variation: Variation, patch):
 
 def _repad_and_split(trainer, variation: Variation, patch):
     """Wraps what makes batches of rows, and of samples, and what splits them."""
-    for name in ("collate_sft", "collate_preference", "collate_unpaired"):
+    for name in ("collate_sft", "collate_preference", "collate_unpaired", "collate_stepwise"):
         _wrap(patch, name, lambda f, *a: padded(f(*a), variation))
     if not variation.bucketed:
         shard, size = trainer.batching.shard, variation.micro_batch_size

@@ -306,6 +306,10 @@ class GRPOConfig(RolloutConfig):
     ] = section(GRPO, "how the policy learns from what responses earn, see docs/grpo.md")
 
     @property
+    def learns_token_rewards(self) -> bool:
+        return self.algorithm.advantage == "reinforce++"
+
+    @property
     def responses(self) -> int:
         return self.batch_size * self.algorithm.group_size
 

@@ -125,6 +125,10 @@ class PPOConfig(RolloutConfig):
     )
 
     @property
+    def learns_token_rewards(self) -> bool:
+        return True
+
+    @property
     def models(self) -> list[str]:
         return super().models + ([self.algorithm.critic_model] if self.algorithm.critic_model else [])
 

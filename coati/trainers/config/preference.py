@@ -34,6 +34,20 @@ class RewardConfig(TrainerConfig):
 
 
 @settings
+class ProcessRewardModeling(Settings):
+    """Rewards of steps (Let's Verify Step by Step, 2305.20050; Math-Shepherd, 2312.08935)."""
+
+    type: Literal["prm"] = option("prm", "the method")
+
+
+@settings
+class PRMConfig(TrainerConfig):
+    """Settings of a process-reward-model run."""
+
+    algorithm: ProcessRewardModeling = section(ProcessRewardModeling, "what is learned from the steps")
+
+
+@settings
 class PreferenceAlgorithm(Settings):
     """A loss on responses that are better or worse.
 

@@ -106,6 +106,11 @@ class RolloutConfig(TrainerConfig):
         return False
 
     @property
+    def learns_token_rewards(self) -> bool:
+        """Whether it matters to what is learned at which of a response's tokens a reward falls."""
+        return False
+
+    @property
     def reward_model(self) -> str | None:
         """The first reward model of the rewards."""
         return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
@@ -116,7 +121,8 @@ class RolloutConfig(TrainerConfig):
 
     def problems(self) -> Iterator[str]:
         group_size = self.responses // self.batch_size
-        yield from reward_problems(self.rewards, self.scoring, group_size, self.parallel.splits_models)
+        splits, on_tokens = self.parallel.splits_models, self.learns_token_rewards
+        yield from reward_problems(self.rewards, self.scoring, group_size, splits, on_tokens)
         if self.generation.compile_generation and not self.parallel.holds_whole_models:
             yield "compile_generation is for models that are replicated: ddp, zero1 or zero2"
         if self.generation.rollout_engine == "vllm" and not self.parallel.holds_whole_models:

@@ -1,0 +1,92 @@
+"""Sums that are worked out step by step, and solutions in which one step is wrong.
+
+A prompt is `6+5+4=`, its solution a line for each step: `06+5=11` and `11+4=15`. Tokens are single characters.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+SIZES = {"sft": 3000, "labeled": 5000, "labeled_eval": 300, "prompts": 400}
+TERMS, LARGEST = (4, 5), 6  # numbers of a sum, and the largest of them
+MISTAKES = (-10, -2, -1, 1, 2, 10)  # what a wrong step is off by
+CHARACTERS = "0123456789+=\n"
+SPECIAL = ("<pad>", "<eos>")
+TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}{{- message.content }}{% endif %}
+{%- endfor %}"""
+
+
+def solution(numbers: list[int], wrong: int | None = None, off: int = 0) -> list[str]:
+    """The steps; step `wrong` is off by so much, and later ones go on from it.
+
+    >>> solution([6, 5, 4]), solution([6, 5, 4], 0, -1)
+    (['06+5=11', '11+4=15'], ['06+5=10', '10+4=14'])
+    """
+    steps, total = [], numbers[0]
+    for i, number in enumerate(numbers[1:]):
+        before, total = total, total + number + (off if i == wrong else 0)
+        steps.append(f"{before:02d}+{number}={total:02d}")
+    return steps
+
+
+def labeled_rows(numbers: list[int], draw: random.Random) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A right solution and one with a wrong step: two rows of labeled steps, and the pair. What comes after the wrong
+    step has no label, as in PRM800K."""
+    prompt, right = "+".join(map(str, numbers)) + "=", solution(numbers)
+    wrong = draw.randrange(len(right))
+    value = sum(numbers[: wrong + 2])
+    mistaken = solution(numbers, wrong, draw.choice([off for off in MISTAKES if value + off > 0]))
+    labels = [1] * wrong + [0] + [None] * (len(right) - wrong - 1)
+    rows = [
+        {"prompt": prompt, "steps": right, "labels": [1] * len(right)},
+        {"prompt": prompt, "steps": mistaken, "labels": labels},
+    ]
+    return rows, {"prompt": prompt, "chosen": "\n".join(right), "rejected": "\n".join(mistaken)}
+
+
+def make_data(folder: Path, seed: int) -> dict[str, Path]:
+    """Files by name, and the tokenizer's folder. No prompt stands in two files; the same seed gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, sums = random.Random(seed), {}
+    while len(sums) < sum(SIZES.values()):
+        numbers = [draw.randint(1, LARGEST) for _ in range(draw.choice(TERMS))]
+        sums["+".join(map(str, numbers)) + "="] = numbers
+    left = draw.sample(list(sums.items()), len(sums))
+    parts = {}
+    for name, count in SIZES.items():
+        parts[name], left = left[:count], left[count:]
+    rows = {"sft": [{"prompt": p, "completion": "\n".join(solution(n))} for p, n in parts["sft"]]}
+    rows["prompts"] = [{"prompt": prompt, "answer": f"{sum(numbers):02d}"} for prompt, numbers in parts["prompts"]]
+    for suffix in ("", "_eval"):
+        both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
+        rows["steps" + suffix] = [row for of_sum, _ in both for row in of_sum]
+        rows["pairs" + suffix] = [pair for _, pair in both]
+    files = {"tokenizer": folder / "tokenizer"}
+    for name, some in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in some))
+    tokenizer().save_pretrained(files["tokenizer"])
+    return files
+
+
+def tokenizer():
+    """A token a character, as a `PreTrainedTokenizerFast`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def correct(prompts: list[str], responses: list[str], answer: list[str], **columns) -> list[float]:
+    """1 for a response whose last `=` is followed by `answer`, else 0."""
+    return [float(response.rpartition("=")[2] == right) for response, right in zip(responses, answer, strict=True)]
