@@ -58,11 +58,11 @@ def trained_figures(output: Path) -> dict[str, tuple[float, float, float]]:
     for stage, what in (("prm", "steps told right from wrong"), ("reward", "pairs told right from wrong")):
         [*_, last] = [row for row in read_metrics(output / stage) if names[0] in row]
         found[what] = tuple(last[name] for name in names)
-    share, number = last_error_f1(output)
+    share, number = first_errors_found(output)
     return found | {"first wrong step found (of solutions with one)": (share, *wilson_interval(share, number))}
 
 
-def last_error_f1(output: Path) -> tuple[float, int]:
+def first_errors_found(output: Path) -> tuple[float, int]:
     """In how many of the solutions with a wrong step the first is found, and how many there are."""
     [*_, last] = [row for row in read_metrics(output / "prm") if "eval/erroneous_accuracy" in row]
     rows = (output / "data" / "steps_eval.jsonl").read_text().splitlines()
