@@ -14,9 +14,8 @@ from coati.label.export import FORMATS, REASONS, export
 from coati.label.imports import Fields, known_values, read_export
 from coati.label.items import Item, join_items, read_items, read_prompts, read_scores
 from coati.label.store import OWNER, Store
+from coati.listening import is_loopback, listen
 from coati.run_layout import model_folder, named_models
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -225,15 +224,11 @@ def serve(store: Store, host: str, port: int) -> None:
 
     from coati.label.application import application
 
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port} can't be served: {error.strerror}; choose another") from None
+    listener = listen(host, port)
     named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     for person in store.people():
         print(f"{person.name:<12} http://{named}:{listener.getsockname()[1]}/{person.token}/")
-    if host not in LOOPBACK:
+    if not is_loopback(host):
         print(
             f"note: {host} is reached from other machines. Who has a link gets in, and HTTP isn't encrypted: put a "
             "proxy with TLS in front, or use an SSH tunnel.",

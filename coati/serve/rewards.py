@@ -27,13 +27,14 @@ from starlette.routing import Route
 
 from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError
+from coati.listening import listen
 from coati.rewards import Reward, Scorer, ScoringConfig
 from coati.rewards.config import AnyReward, ProcessRewardSettings, load_rewards
 from coati.rollout.remote.server import TokenRequired
 from coati.samples import Sample
 from coati.serve.application import read_json
 from coati.serve.protocol import ApiError
-from coati.serve.server import TOKEN, check_address, listen, run
+from coati.serve.server import TOKEN, check_address, run
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "rewards behind HTTP, for runs elsewhere: a reward of type http reads them"

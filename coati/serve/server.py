@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import ipaddress
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import threading
 from contextlib import contextmanager
 
 from coati.errors import UserError
+from coati.listening import is_loopback, listen
 from coati.run_layout import model_folder, named_models
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,21 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def check_address(host: str, token: str | None):
     """Raises a UserError for a server without a token that others could reach."""
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local and not token:
+    if not token and not is_loopback(host):
         raise UserError(f"--host {host} can be reached from other machines: set {TOKEN} or give --token")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, with port 0 on a free port."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"can't listen on {host}, port {port} ({error}): choose another --port or --host") from None
 
 
 def open_worker(name: str, path: str, options: argparse.Namespace):

@@ -134,7 +134,7 @@ def test_a_port_in_use_is_said(place, capsys):
         port = str(taken.getsockname()[1])
         words = [str(place / "items.jsonl"), "--labels", str(place / "labels.sqlite"), "--people", "ana"]
         assert main(["label", *words, "--port", port]) == 2
-    assert f"--port {port} can't be served" in capsys.readouterr().err
+    assert f"can't listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
 def test_responses_of_two_models_are_joined_and_the_file_continued(place):

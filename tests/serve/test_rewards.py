@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from coati.errors import UserError
+from coati.listening import listen
 from coati.models import RewardModel
 from coati.rewards import FunctionReward, HTTPReward, Reward, Scorer, ScoringConfig, load_rewards
 from coati.rewards.model import ModelReward
@@ -30,7 +31,7 @@ class Served:
 
     def __init__(self, *rewards: Reward, token: str | None = None, **limits):
         self.service = RewardService(Scorer([(reward, 1.0) for reward in rewards]), **limits)
-        listener = server.listen("127.0.0.1", 0)
+        listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         arguments = (application(self.service, token), self.service, listener)
         threading.Thread(target=server.run, args=arguments, daemon=True).start()
@@ -219,7 +220,7 @@ def test_without_the_token_nobody_gets_in(monkeypatch):
 def test_several_servers_share_the_requests_and_one_that_dies_is_passed_by(plain_server, caplog):
     """A closed port stands for the server that was killed: it is asked once, and then last."""
     other = Served(FunctionReward(length))
-    with server.listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         dead = f"http://127.0.0.1:{listener.getsockname()[1]}/score"
     reward = HTTPReward([dead, f"{plain_server.url}/score", f"{other.url}/score"], batch_size=2, timeout=PATIENCE)
     before = plain_server.service.scored

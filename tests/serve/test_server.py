@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, TopPLogitsWarper
 
 from coati.cli import main
 from coati.errors import UserError
+from coati.listening import listen
 from coati.models import Actor
 from coati.models.opened import open_model
 from coati.rollout.engine.live import LiveSampler, nucleus_of
@@ -62,7 +63,7 @@ def worker(opened):
 
 @pytest.fixture(scope="module")
 def address(worker):
-    listener = server.listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     service = Service({"tiny": worker}, 2**20)
     thread = threading.Thread(target=server.run, args=(application(service, None), service, listener), daemon=True)
     thread.start()
