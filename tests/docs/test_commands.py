@@ -295,10 +295,11 @@ def check_label(words: list[str], folder: Path, place, monkeypatch):
 def check_report(flags: list[str], folder: str, place, runtime):
     target = Path(place["root"]) / folder
     config_class, trainer_class = trainer_classes("sft")
-    settings = settings_for("sft", place, steps=1, output_dir=str(target / "for-the-report"))
+    name = "".join(["for-the-report", *flags])
+    settings = settings_for("sft", place, steps=1, output_dir=str(target / name))
     trainer_class(configure(config_class, **settings), runtime).train()
     assert coati(["report", *flags, str(target)]) == 0
-    assert "for-the-report" in (target / "report.html").read_text(encoding="utf-8")
+    assert name in (target / "report.html").read_text(encoding="utf-8")
 
 
 def check(command: str, own_files: dict[str, str]):
