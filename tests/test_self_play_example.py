@@ -15,7 +15,7 @@ def test_games_for_sft_are_legal_and_end():
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
         left = int(messages[0]["content"].removeprefix("Nim: ").split()[0])
         for said, move in zip(messages[::2], messages[1::2], strict=True):
-            assert said["content"].removeprefix("Nim: ").startswith(f"{left} left")
+            assert said["content"].startswith(f"Nim: {left} left")
             assert 1 <= int(move["content"]) <= min(MOST, left)
             left -= int(move["content"])
         assert left == 0
@@ -30,4 +30,4 @@ def test_the_same_seed_gives_the_same_bytes_and_rows_can_be_played(tmp_path):
     for row in rows:
         Nim().reset(row)
     won = statistics.mean(games_of_a_perfect_player(first["measured"]))
-    assert 0.9 < won < 1.0
+    assert won > 0.9

@@ -27,10 +27,10 @@ class Nim:
             raise ValueError(f"a game of {self.stones} stones")
         if self.opponent and row.get("second") and self.stones > MOST:
             self.stones -= self.opponent.randint(1, MOST)
-        return [{"role": "user", "content": f"Nim: {self.state()}"}]
+        return [{"role": "user", "content": self.state()}]
 
     def state(self) -> str:
-        return f"{self.stones} left. Take 1 to {MOST}."
+        return f"Nim: {self.stones} left. Take 1 to {MOST}."
 
     def step(self, message: dict[str, Any]) -> Observation:
         self.moves += 1

@@ -18,7 +18,7 @@ def play(row, *moves):
 
 def test_both_players_moves_are_rewarded_when_the_game_is_over():
     *before, last = play({"stones": 7}, "3", " 1\n", "3")
-    assert [found.messages[0]["content"][:6] for found in before] == ["4 left", "3 left"]
+    assert [found.messages[0]["content"][:11] for found in before] == ["Nim: 4 left", "Nim: 3 left"]
     assert all(found.reward == 0 and not found.done for found in before)
     assert (last.reward, last.earlier_rewards, last.done) == (1.0, [1.0, -1.0], True)
 
@@ -41,7 +41,7 @@ def test_a_perfect_player_beats_a_random_one(second):
         while not found.done:
             left = int(found.messages[0]["content"].removeprefix("Nim: ").split()[0])
             found = game.step({"content": str(left % 4 or 1)})
-            assert found.done or found.messages[0]["content"].startswith(f"{game.stones} left")
+            assert found.done or found.messages[0]["content"].startswith(f"Nim: {game.stones} left")
         wins.append(found.metrics["won"])
         assert found.earlier_rewards == [found.reward] * len(found.earlier_rewards)
     assert sum(wins) > 25
