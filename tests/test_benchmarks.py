@@ -46,6 +46,17 @@ def test_streams_of_a_server_are_measured_beside_the_engine():
 
 
 @pytest.mark.slow
+def test_requests_for_rewards_are_all_answered_and_their_waits_told():
+    command = [sys.executable, "benchmarks/serve_rewards.py", "--clients", "2", "--requests", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    cases = json.loads(done.stdout.splitlines()[-1])["cases"]
+    assert set(cases) == {"exact", "model"}
+    for case in cases.values():
+        assert case["requests"] == 6 and case["requests_per_second"] > 0
+        assert 0 < case["seconds"]["median"] <= case["seconds"]["p99"]
+
+
+@pytest.mark.slow
 def test_turns_that_join_others_are_a_contest_with_those_that_begin_together():
     found = run_small("waiting", "64-small", 1, "--episodes", "6")["contenders"]
     joined, together = found["turns that join"], found["turns together"]

@@ -136,7 +136,7 @@ def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
 
 
 def test_delays_and_kills_change_nothing_and_lose_no_sample(tiny_world, tmp_path):
-    assert sum(check_kills(tiny_world, tmp_path, kills=3, seed=0).values()) > 0
+    assert sum(check_kills(tiny_world, tmp_path, kills=1, seed=0).values()) > 0
 
 
 @pytest.mark.slow

@@ -188,3 +188,13 @@ def test_a_score_is_that_of_the_tokens_up_to_eos(tiny_world, tmp_path):
     assert ids[-1] == tokenizer.eos_token_id
     with torch.no_grad():
         assert found == pytest.approx(RewardModel(str(folder)).eval()(torch.tensor([ids])).item())
+
+
+def test_a_file_from_before_models_could_draw_takes_what_they_draw(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    with Store.prepare(path).transaction() as db:
+        db.execute("DROP TABLE drawn")
+    store = Store.prepare(path)
+    assert store.drawn() == {}
+    store.add_drawn([("a prompt", "first", 0, "a response")])
+    assert Store.prepare(path).drawn() == {("a prompt", "first", 0): "a response"}

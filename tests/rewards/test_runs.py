@@ -245,10 +245,11 @@ def test_the_documented_settings_parse(tmp_path):
     [reward] = parsed[1]
     assert reward.type == "classifier" and reward.pad_token == "<|endoftext|>" and reward.padding_side == "right"
     assert reward.max_length == 256
-    [ensemble], [http] = parsed[2:4]
+    [ensemble], [process], [http] = parsed[2:5]
     assert ensemble.type == "ensemble" and len(ensemble.paths) == 3 and ensemble.pessimism == 1
+    assert (process.type, process.path, process.reduce) == ("process", "runs/prm/model", "min")
     assert http.type == "http" and http.more_urls and http.send_ids
-    judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[4]]
+    judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[5]]
     assert judges == [("judge", "score", None), ("judge", "pairwise", "wins"), ("rubric", None, None)]
 
 

@@ -351,7 +351,7 @@ def test_what_is_read_of_a_response():
 @pytest.mark.parametrize(
     ("name", "settings", "scoring", "says"),
     [
-        ("maths", {}, {}, "there is no type 'maths'; it is one of model, ensemble, function, math, gsm8k"),
+        ("maths", {}, {}, "there is no type 'maths'; it is one of model, ensemble, process, function, math"),
         ("python", {}, {}, "allow_code_execution: true"),
         ("math", {}, {"reward_workers": 0}, "reward_workers 1"),
         ("python", {"allow_code_execution": True}, {"reward_timeout": 5.0}, "must be above the timeout of the reward"),
