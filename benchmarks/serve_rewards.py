@@ -4,8 +4,8 @@
     python benchmarks/serve_rewards.py --save        # and writes benchmarks/results/serve_rewards.json
 
 The server is a process of its own, the clients run on the same machine; each sends its next request when it has the
-reply to the one before. `exact` compares texts, so that what is measured is the server; `model` is a random reward model of
-5.8 M parameters (`generation.py`) that reads responses of 100 to 200 tokens.
+reply to the one before. `exact` compares texts, so that what is measured is the server; `model` is a random reward
+model of 5.8 M parameters (`generation.py`) that reads responses of 100 to 200 tokens.
 """
 
 import argparse
