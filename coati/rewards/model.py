@@ -34,14 +34,17 @@ class ModelReward(Reward):
     def score(self, samples):
         """Rewards of whole sequences (prompt and response), `[batch]`."""
         parts = self.split([len(sample.tokens) for sample in samples])
-        batches = []
-        for part in parts:
-            ids, mask = pad_right([samples[i] for i in part], self.pad_id, self.device)
-            batches.append({"input_ids": ids, "attention_mask": mask, "right_padded": True})
+        batches = [right_padded([samples[i] for i in part], self.pad_id, self.device) for part in parts]
         scores = torch.empty(len(samples))
         # one copy to the host, for which it waits
         scores[[i for part in parts for i in part]] = torch.cat(self.forward_all(batches)).float().cpu()
         return scores
+
+
+def right_padded(samples: Sequence[Sample], pad_id: int, device: torch.device) -> dict:
+    """A micro-batch of them, as keywords of a model's forward."""
+    ids, mask = pad_right(samples, pad_id, device)
+    return {"input_ids": ids, "attention_mask": mask, "right_padded": True}
 
 
 def pad_right(samples: Sequence[Sample], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from coati.models import ProcessRewardModel, RewardModel
 from coati.models.process_reward_model import stored_separator
 from coati.rewards.base import Reward
 from coati.rewards.config import ProcessRewardSettings
-from coati.rewards.model import ModelReward, pad_right
+from coati.rewards.model import ModelReward, right_padded
 from coati.samples import Sample
 from coati.steps import decode_with_starts, last_tokens, step_ends
 from coati.transfer import upload
@@ -66,10 +66,7 @@ class ProcessReward(Reward):
     def probabilities(self, samples: Sequence[Sample], ends: Sequence[Sequence[int]]) -> list[list[float]]:
         """Of each step how likely it is right, where steps end with these tokens of their samples."""
         parts = self.split([len(sample.tokens) for sample in samples])
-        batches = []
-        for part in parts:
-            ids, mask = pad_right([samples[i] for i in part], self.pad_id, self.device)
-            batches.append({"input_ids": ids, "attention_mask": mask, "right_padded": True})
+        batches = [right_padded([samples[i] for i in part], self.pad_id, self.device) for part in parts]
         found = []
         for part, logits in zip(parts, self.forward_all(batches), strict=True):
             rows = [row for row, i in enumerate(part) for _ in ends[i]]
