@@ -9,17 +9,16 @@ counts. Tokens are single characters. No prompt stands in two files. The same se
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.tokenizer import character_tokenizer
 
 SIZES = {"sft": 12000, "sft_eval": 400, "prompts_train": 8000, "prompts_eval": 500}
 TERMS, LARGEST = (3, 4, 5), 9  # numbers of a sum, and the largest of them
-SPECIAL = ("<pad>", "<eos>")
 CHARACTERS = "0123456789+-="
-TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
-    {%- else %}{{- message.content }}{% endif %}
-{%- endfor %}"""
 
 
 def expression(numbers: list[int]) -> str:
@@ -54,17 +53,8 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def tokenizer():
-    """A token a character, as a `PreTrainedTokenizerFast`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    return fast
+    """A token a character."""
+    return character_tokenizer(CHARACTERS)
 
 
 def main():

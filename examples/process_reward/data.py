@@ -8,16 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from examples.tokenizer import character_tokenizer
+
 SIZES = {"sft": 3000, "labeled": 5000, "labeled_eval": 300, "prompts": 400}
 TERMS, LARGEST = (4, 5), 6  # numbers of a sum, and the largest of them
 MISTAKES = (-10, -2, -1, 1, 2, 10)  # what a wrong step is off by
 CHARACTERS = "0123456789+=\n"
-SPECIAL = ("<pad>", "<eos>")
-TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
-    {%- else %}{{- message.content }}{% endif %}
-{%- endfor %}"""
 
 
 def solution(numbers: list[int], wrong: int | None = None, off: int = 0) -> list[str]:
@@ -74,17 +70,8 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def tokenizer():
-    """A token a character, as a `PreTrainedTokenizerFast`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    return fast
+    """A token a character."""
+    return character_tokenizer(CHARACTERS, r"[\s\S]")
 
 
 def correct(prompts: list[str], responses: list[str], answer: list[str], **columns) -> list[float]:
