@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "losses": set(),
     "models": {"losses"},
     "data": {"losses", "models", "steps"},
-    "judges": set(),
+    "judges": {"models", "run_layout"},
     "rewards": {"judges", "losses", "models", "samples", "steps"},
     "rollout": {"losses", "models", "data", "rewards", "samples"},
     "environments": {"data", "rewards", "rollout"},

@@ -213,6 +213,7 @@ MORE = {
         dict(kl_target=1.0, normalize_reward=True),
         dict(rewards=[dict(type="classifier", path="classifier")]),
         dict(rewards=[dict(type="process", path="prm", reduce="none")]),
+        dict(rewards=[dict(type="judge", path="judge", mode="pairwise", reference_column="gold")]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
     "grpo": [
@@ -324,6 +325,8 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("ppo", shared_trunk=True, kl_coefficient=0.0)) == {"actor"}
     classifier = dict(type="classifier", path="c")
     assert models(plan_of("ppo", rewards=[classifier])) == {"actor", "critic", "reference", "classifier"}
+    judge = dict(type="judge", path="j")
+    assert models(plan_of("ppo", rewards=[judge])) == {"actor", "critic", "reference", "judge"}
 
 
 def test_teachers_are_counted_with_their_rows():

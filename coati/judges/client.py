@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -38,11 +38,15 @@ class Question:
         messages: the conversation, `{"role": ..., "content": ...}` each.
         kind: names how the verdict is read; questions of other kinds are other questions.
         read: the verdict in a reply, a value of JSON; None if the reply has none.
+        opening: how the line of the verdict begins.
+        choices: what may follow it, with the number that each is worth; none if it can't be listed.
     """
 
     messages: Sequence[Mapping[str, str]]
     kind: str
     read: Callable[[str], Any]
+    opening: str = ""
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class Verdict:
         value: the verdict, None if all attempts have failed.
         text: the reply that it was read of; "" of one that was kept from before.
         errors: what went wrong in each attempt that failed.
+        mass: of a judge in this process, how probable it found all choices together.
     """
 
     value: Any
     text: str = ""
     errors: tuple[str, ...] = ()
+    mass: float | None = None
 
 
 def check_openai():
@@ -122,6 +128,18 @@ class Judge:
         """Has a question asked. The future raises a UserError if the endpoint refuses the key or doesn't know the
         judge, and so do all later ones."""
         return self.submit_all([question], lambda verdicts: verdicts[0])
+
+    @property
+    def place(self) -> str:
+        """Where it is asked, for messages."""
+        return f"the judge {self.model} at {self.endpoint}"
+
+    def check(self, question: Question):
+        """An endpoint can be asked anything."""
+
+    def answer(self, questions: Sequence[Question]) -> list[Verdict]:
+        """Has questions asked, and waits for the verdicts. Raises a UserError as those of `submit`."""
+        return self.submit_all(questions, list).result()
 
     def submit_all(self, questions: Sequence[Question], conclude: Callable[[list[Verdict]], T]) -> Future[T]:
         """Has several questions asked at once; the future is what `conclude` makes of their verdicts."""

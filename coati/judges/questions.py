@@ -6,6 +6,7 @@ is taken for a placeholder. A verdict is the last line of a reply, in one form, 
 """
 
 import hashlib
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,10 @@ Say shortly what is right and what is wrong in the response. Then end with a lin
 number from {lowest} to {highest}, and write nothing after it:
 Score: N
 """
+SCORE_LINE = """
+Reply with one line of exactly this form, where N is a whole number from {lowest} to {highest}:
+Score: N
+"""
 COMPARE = """\
 Say which of two responses to a prompt is better: more correct, more helpful, more complete. Neither their order nor
 their length is a merit by itself.
@@ -60,6 +65,11 @@ Say shortly what is right and what is wrong in each. Then end with one of these 
 Better: A
 Better: B
 Better: tie
+"""
+COMPARE_LINE = """
+Reply with one of these two lines:
+Better: A
+Better: B
 """
 CRITERION = """\
 Say whether the response to a prompt meets one criterion. Other merits and faults don't count.
@@ -73,21 +83,26 @@ after it:
 Met: yes
 Met: no
 """
+CRITERION_LINE = """
+Reply with one of these two lines:
+Met: yes
+Met: no
+"""
 
 
-def score_template(with_reference: bool) -> str:
-    """Ours for a score of one response."""
-    return SCORE + DATA + (REFERENCE if with_reference else "") + RESPONSE + SCORE_FORM
+def score_template(with_reference: bool, reasons: bool = True) -> str:
+    """Ours for a score of one response, after the judge's reasons or without any."""
+    return SCORE + DATA + (REFERENCE if with_reference else "") + RESPONSE + (SCORE_FORM if reasons else SCORE_LINE)
 
 
-def pairwise_template() -> str:
+def pairwise_template(reasons: bool = True) -> str:
     """Ours for which of two responses is better."""
-    return COMPARE + DATA + TWO_RESPONSES + COMPARE_FORM
+    return COMPARE + DATA + TWO_RESPONSES + (COMPARE_FORM if reasons else COMPARE_LINE)
 
 
-def criterion_template() -> str:
+def criterion_template(reasons: bool = True) -> str:
     """Ours for whether a response meets a criterion."""
-    return CRITERION + DATA + RESPONSE + CRITERION_FORM
+    return CRITERION + DATA + RESPONSE + (CRITERION_FORM if reasons else CRITERION_LINE)
 
 
 def read_template(setting: str, names: tuple[str, ...]) -> str:
@@ -129,24 +144,28 @@ def boundary(*texts: str) -> str:
 
 
 def ask_score(template: str, lowest: float, highest: float, **texts: str) -> Question:
-    """The verdict is a number from `lowest` to `highest`."""
+    """The verdict is a number from `lowest` to `highest`; the choices are the whole ones, of a scale up to 100 wide."""
     scale = {"lowest": f"{lowest:g}", "highest": f"{highest:g}"}
     kind = f"score {scale['lowest']} to {scale['highest']}"
-    return _question(fill(template, **texts, **scale), kind, partial(read_score, lowest=lowest, highest=highest))
+    numbers = range(math.ceil(lowest), math.floor(highest) + 1) if highest - lowest <= 100 else range(0)
+    choices = {str(number): float(number) for number in numbers}
+    read = partial(read_score, lowest=lowest, highest=highest)
+    return Question(_asked(fill(template, **texts, **scale)), kind, read, "Score:", choices)
 
 
 def ask_better(template: str, first: str, second: str, **texts: str) -> Question:
-    """The verdict is A for the first response, B for the second, or tie."""
-    return _question(fill(template, response_a=first, response_b=second, **texts), "better", read_better)
+    """The verdict is A for the first response, B for the second, or tie; A is worth 1."""
+    text = fill(template, response_a=first, response_b=second, **texts)
+    return Question(_asked(text), "better", read_better, "Better:", {"A": 1.0, "B": 0.0})
 
 
 def ask_criterion(template: str, **texts: str) -> Question:
     """The verdict is whether the criterion is met."""
-    return _question(fill(template, **texts), "criterion", read_met)
+    return Question(_asked(fill(template, **texts)), "criterion", read_met, "Met:", {"yes": 1.0, "no": 0.0})
 
 
-def _question(text: str, kind: str, read) -> Question:
-    return Question(({"role": "user", "content": text},), kind, read)
+def _asked(text: str) -> tuple[dict[str, str]]:
+    return ({"role": "user", "content": text},)
 
 
 def last_line(text: str) -> str:

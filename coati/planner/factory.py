@@ -19,13 +19,19 @@ from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
-from coati.planner.rollouts import PlannedClassifier, PlannedEpisodes, PlannedGenerator, PlannedReward
+from coati.planner.rollouts import PlannedEpisodes, PlannedGenerator, PlannedReader, PlannedReward
 from coati.rewards import Scorer
-from coati.rewards.config import ClassifierRewardSettings, ProcessRewardSettings
+from coati.rewards.config import (
+    ClassifierRewardSettings,
+    JudgedRewardSettings,
+    JudgeRewardSettings,
+    ProcessRewardSettings,
+)
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
 NAMES |= {ProcessRewardModel: "process reward model", Student: "actor", Teacher: "teacher"}
+QUESTION = 256  # tokens that a judge reads beside a prompt and its responses
 
 
 class RanksAlike(Communicator):
@@ -220,9 +226,21 @@ class PlannedFactory(Factory):
             how = (entry,) if isinstance(entry, ProcessRewardSettings) else ()
             rewards += [(load_model(path, *how), 1.0) for path in entry.model_paths]
             if isinstance(entry, ClassifierRewardSettings):
-                model_config = self.model_config_of(entry.path)
-                rewards.append((PlannedClassifier(self.live, model_config, entry.batch_size, entry.max_length), 1.0))
+                rewards.append((self.reader("classifier", "AutoModelForSequenceClassification", entry), 1.0))
+            if isinstance(entry, JudgedRewardSettings) and entry.path is not None:
+                rewards.append((self.reader("judge", "AutoModelForCausalLM", entry), 1.0))
         return Scorer(rewards)
+
+    def reader(self, name: str, auto_class: str, entry: ClassifierRewardSettings | JudgedRewardSettings):
+        """The model that a reward loads itself."""
+
+        def length(tokens: int) -> int:
+            if isinstance(entry, ClassifierRewardSettings):
+                return min(tokens, entry.max_length or tokens)
+            two_responses = isinstance(entry, JudgeRewardSettings) and entry.mode == "pairwise"
+            return QUESTION + (2 if two_responses else 1) * tokens
+
+        return PlannedReader(self.live, name, auto_class, self.model_config_of(entry.path), entry.batch_size, length)
 
     def check_reward_vocabulary(self, source):
         """A plan needs no tokenizer."""

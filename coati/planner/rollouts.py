@@ -1,6 +1,6 @@
 """Generation, episodes and rewards of a plan: the real engine on a model without weights, scores that need no texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -198,31 +198,37 @@ class PlannedReward(Reward):
         return [float(i % 2) for i in range(len(samples))]
 
 
-class PlannedClassifier(Reward):
-    """A sequence classifier, which reads as many tokens as the policy's samples have.
+class PlannedReader(Reward):
+    """A model of a reward's own: a sequence classifier, or a judge in this process.
 
     Args:
+        name: of the model in the plan; auto_class: transformers' class of it.
         model_config: of transformers.
         batch_size: texts that it reads together.
-        max_length: of them, in tokens.
+        length: from the tokens of the policy's longest sample to those of a text.
     """
 
-    name = "classifier"
-
-    def __init__(self, live: LiveMemory, model_config, batch_size: int, max_length: int | None):
-        self.live, self.batch_size, self.max_length = live, batch_size, max_length
+    def __init__(
+        self,
+        live: LiveMemory,
+        name: str,
+        auto_class: str,
+        model_config,
+        batch_size: int,
+        length: Callable[[int], int],
+    ):
+        self.live, self.name, self.batch_size, self.length = live, name, batch_size, length
         with torch.device("meta"):
-            self.model = load_transformer("AutoModelForSequenceClassification", None, model_config, {})
+            self.model = load_transformer(auto_class, None, model_config, {})
         self.model.requires_grad_(False).eval()
         give_shapes(self.model, live.fake)
-        live.hold([*self.model.parameters(), *self.model.buffers()], ("classifier", "parameters"))
+        live.hold([*self.model.parameters(), *self.model.buffers()], (name, "parameters"))
 
     @torch.no_grad()
     def score(self, samples):
         self.live.begin_phase("score")
-        tokens = max(len(sample.tokens) for sample in samples)
         rows = min(self.batch_size, len(samples))
-        ids = torch.zeros(rows, min(tokens, self.max_length or tokens), dtype=torch.long)
-        with self.live.attributed_to("classifier", 0):
+        ids = torch.zeros(rows, self.length(max(len(sample.tokens) for sample in samples)), dtype=torch.long)
+        with self.live.attributed_to(self.name, 0):
             self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
         return [0.0] * len(samples)

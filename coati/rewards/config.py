@@ -18,10 +18,14 @@ if TYPE_CHECKING:  # settings are read before torch is loaded
     import torch
 
     from coati.judges import Judge
+    from coati.judges.local import LocalJudge
     from coati.rewards.base import Reward
     from coati.rewards.scorer import Scorer
 
 PLAIN = "{prompt}{response}"
+# settings of a judge at an endpoint
+OF_ENDPOINT = ("endpoint", "api_key_variable", "max_tokens", "temperature")
+OF_ENDPOINT += ("concurrency", "attempts", "timeout", "cache")
 
 
 @settings
@@ -324,7 +328,13 @@ class HTTPRewardSettings(RewardSettings):
 class JudgedRewardSettings(RewardSettings):
     """What every reward has that asks an LLM judge."""
 
-    model: str = option(..., "the judge's name at the endpoint")
+    model: str | None = option(None, "the judge's name at the endpoint")
+    path: str | None = option(
+        None,
+        "instead of model, the folder of one that judges in this process, in one forward pass per question",
+        path="model",
+    )
+    batch_size: int = option(16, "of such a one, questions per forward pass", ge=1)
     endpoint: str | None = option(
         None, "URL of the OpenAI-compatible API, such as http://localhost:8000/v1; else OPENAI_BASE_URL"
     )
@@ -344,10 +354,30 @@ class JudgedRewardSettings(RewardSettings):
     package = "openai"
     extra = "judge"
 
-    def make_judge(self, cache: Path | None) -> Judge:
-        """The client. Args: cache: the folder of verdicts if the settings name none; None to keep none."""
-        from coati.judges import Judge, VerdictCache
+    def check_installed(self):
+        if self.path is None:
+            super().check_installed()
 
+    def problems(self):
+        if (self.model is None) == (self.path is None):
+            yield "give either model, a judge at an endpoint, or path, the folder of one"
+        if self.path is not None:
+            fields = self.__pydantic_fields__
+            for name in (name for name in OF_ENDPOINT if getattr(self, name) != fields[name].default):
+                yield f"{name} is for a judge at an endpoint: leave it out, or path"
+
+    def make_judge(self, cache: Path | None, device: torch.device | str) -> Judge | LocalJudge:
+        """Who is asked.
+
+        Args:
+            cache: the folder of an endpoint's verdicts if the settings name none; None to keep none.
+            device: where a judge in this process runs.
+        """
+        from coati.judges import Judge, VerdictCache
+        from coati.judges.local import LocalJudge
+
+        if self.path is not None:
+            return LocalJudge(self.path, device, self.batch_size)
         folder = cache if self.cache is None else Path(self.cache).expanduser()
         return Judge(
             self.model,
@@ -361,17 +391,17 @@ class JudgedRewardSettings(RewardSettings):
             cache=None if folder is None else VerdictCache(folder),
         )
 
-    def make_judged(self, cache: Path | None, group_size: int) -> Reward:
+    def make_judged(self, judge: Judge | LocalJudge, group_size: int) -> Reward:
         """The reward of a run.
 
         Args:
-            cache: where verdicts are kept if the settings don't say; None to keep none.
+            judge: of `make_judge`.
             group_size: responses per prompt.
         """
         raise NotImplementedError
 
     def make(self, device):
-        return self.make_judged(None, 1)
+        return self.make_judged(self.make_judge(None, device), 1)
 
 
 @settings
@@ -385,7 +415,9 @@ class JudgeRewardSettings(JudgedRewardSettings):
         "reference_column",
     )
     lowest_score: float = option(1.0, "the scale's lower end, which becomes a reward of 0")
-    highest_score: float = option(10.0, "its upper end, which becomes 1")
+    highest_score: float | None = option(
+        None, "its upper end, which becomes 1; if not given 10, or 9 with path, where a score is one token"
+    )
     reference_column: str | None = option(
         None, "the data's column with a reference response, which the judge is told, or compares with"
     )
@@ -398,24 +430,32 @@ class JudgeRewardSettings(JudgedRewardSettings):
         """Whether the responses to a prompt are compared with each other."""
         return self.mode == "pairwise" and self.reference_column is None
 
+    @property
+    def highest(self) -> float:
+        """The scale's upper end."""
+        if self.highest_score is not None:
+            return self.highest_score
+        return 10.0 if self.path is None else 9.0
+
     def problems(self):
-        if self.lowest_score >= self.highest_score:
+        yield from super().problems()
+        if self.lowest_score >= self.highest:
             yield "lowest_score must be below highest_score"
         if self.comparisons is not None and not self.is_tournament:
             yield "comparisons is for mode pairwise without reference_column"
 
-    def make_judged(self, cache, group_size):
+    def make_judged(self, judge, group_size):
         from coati.judges.questions import pairwise_template, read_template, score_template
         from coati.rewards.judge import JudgeReward, ReferenceComparisonReward, TournamentReward
 
-        judge = self.make_judge(cache)
+        reasons = self.path is None
         if self.mode == "score":
-            template = score_template(self.reference_column is not None)
+            template = score_template(self.reference_column is not None, reasons)
             if self.prompt is not None:
                 names = ("response",) if self.reference_column is None else ("response", "reference")
                 template = read_template(self.prompt, names)
-            return JudgeReward(judge, template, self.lowest_score, self.highest_score, self.reference_column)
-        template = pairwise_template()
+            return JudgeReward(judge, template, self.lowest_score, self.highest, self.reference_column)
+        template = pairwise_template(reasons)
         if self.prompt is not None:
             template = read_template(self.prompt, ("response_a", "response_b"))
         if self.reference_column is not None:
@@ -432,18 +472,19 @@ class RubricRewardSettings(JudgedRewardSettings):
     rubric_column: str | None = option(None, "the data's column with the criteria of each row")
 
     def problems(self):
+        yield from super().problems()
         if (self.rubric is None) == (self.rubric_column is None):
             yield "criteria are in a file or in the data: give either rubric or rubric_column"
 
-    def make_judged(self, cache, group_size):
+    def make_judged(self, judge, group_size):
         from coati.judges.questions import criterion_template, read_template
         from coati.rewards.rubric import RubricReward, read_rubric
 
-        template = criterion_template()
+        template = criterion_template(reasons=self.path is None)
         if self.prompt is not None:
             template = read_template(self.prompt, ("criterion", "response"))
         criteria = None if self.rubric is None else read_rubric(self.rubric)
-        return RubricReward(self.make_judge(cache), template, criteria, self.rubric_column)
+        return RubricReward(judge, template, criteria, self.rubric_column)
 
 
 AnyReward = Annotated[
@@ -513,10 +554,10 @@ def reward_problems(
                 "the reward judge in mode pairwise compares the responses to a prompt, and this method draws one: give "
                 "it a reference_column to compare with, or mode score"
             )
-        if isinstance(reward, JudgedRewardSettings) and splits_models:
+        if isinstance(reward, JudgedRewardSettings) and reward.path is None and splits_models:
             yield (
                 f"processes that share a model would each ask the judge of the reward {reward.type}, and may hear "
-                "other verdicts: leave out tensor_parallel, pipeline_parallel and sequence_parallel"
+                "other verdicts: leave out tensor_parallel, pipeline_parallel and sequence_parallel, or give it a path"
             )
 
 
@@ -534,7 +575,7 @@ def load_rewards(
 
     Args:
         load_model: makes a reward of the folder of a reward model; of a process reward it is also given the settings.
-        device: where classifiers run.
+        device: where classifiers and judges of one's own run.
         given: further rewards, of weight 1.
         verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.
         group_size: responses per prompt.
@@ -552,7 +593,7 @@ def load_rewards(
         if isinstance(entry, ModelRewardSettings | EnsembleRewardSettings | ProcessRewardSettings):
             reward = entry.make_of(load_model)
         elif isinstance(entry, JudgedRewardSettings):
-            reward = entry.make_judged(verdicts, group_size)
+            reward = entry.make_judged(entry.make_judge(verdicts, device), group_size)
         else:
             reward = entry.make(device)
         if entry.name is not None:

@@ -4,10 +4,12 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import combinations, groupby
+from dataclasses import replace
+from itertools import combinations, groupby, islice
 
 from coati.errors import UserError
 from coati.judges import Judge, Question, Verdict
+from coati.judges.local import LocalJudge
 from coati.judges.questions import ask_better, ask_score, settle
 from coati.rewards.base import Outcome, Reward
 from coati.rewards.verifiable import as_text, has, look_up, refuse_objects
@@ -15,14 +17,37 @@ from coati.samples import Sample
 
 
 class JudgedReward(Reward):
-    """A reward that has each response judged as soon as it is finished. A derived one fills in `begin`.
+    """A reward that asks about each response by itself. Of an endpoint it is asked as soon as a response is finished,
+    of a judge in this process once all are. A derived one fills in `questions` and `outcome`.
 
-    Attributes:
-        judge: what is asked.
+    Args:
+        judge: who is asked.
+        asks: how many questions there are, for the start of a run.
     """
 
-    per_response = True
-    judge: Judge
+    def __init__(self, judge: Judge | LocalJudge, asks: str):
+        self.judge, self.about = judge, f"{asks} to {judge.place}"
+        self.per_response = isinstance(judge, Judge)
+        self.has_details = not self.per_response
+
+    def questions(self, sample: Sample) -> list[Question]:
+        """What the judge is asked about a response; none to skip it."""
+        raise NotImplementedError
+
+    def outcome(self, sample: Sample, verdicts: list[Verdict]) -> Outcome:
+        """What the verdicts on its questions make of a response; all of them have a value."""
+        raise NotImplementedError
+
+    def begin(self, sample: Sample) -> "Future[Outcome] | None":
+        if not isinstance(self.judge, Judge):
+            return None
+        return self.judge.submit_all(self.questions(sample), lambda verdicts: self._outcome(sample, verdicts))
+
+    def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        asked = [self.questions(sample) for sample in samples]
+        verdicts = iter(self.judge.answer([question for questions in asked for question in questions]))
+        answered = [list(islice(verdicts, len(questions))) for questions in asked]
+        return [self._outcome(sample, found) for sample, found in zip(samples, answered, strict=True)]
 
     def score(self, samples: Sequence[Sample]) -> list[float | None]:
         """Waits for the verdicts.
@@ -31,14 +56,19 @@ class JudgedReward(Reward):
             ValueError: there is none for a sample.
             UserError: the endpoint refuses.
         """
-        outcomes = [future.result() for future in [self.begin(sample) for sample in samples]]
+        outcomes = self.outcomes(samples)
         for outcome in outcomes:
             if outcome.error:
                 raise ValueError(outcome.error)
         return [outcome.score for outcome in outcomes]
 
-    def begin(self, sample: Sample) -> "Future[Outcome]":
-        raise NotImplementedError
+    def _outcome(self, sample: Sample, verdicts: list[Verdict]) -> Outcome:
+        if not verdicts:
+            return Outcome(None)
+        if any(verdict.value is None for verdict in verdicts):
+            return Outcome(None, failure(verdicts))
+        found = self.outcome(sample, verdicts)
+        return replace(found, details=found.details | mass_of(verdicts))
 
 
 class JudgeReward(JudgedReward):
@@ -53,39 +83,37 @@ class JudgeReward(JudgedReward):
 
     def __init__(
         self,
-        judge: Judge,
+        judge: Judge | LocalJudge,
         template: str,
         lowest: float = 1.0,
         highest: float = 10.0,
         reference_column: str | None = None,
     ):
-        self.judge, self.template, self.lowest, self.highest = judge, template, lowest, highest
+        super().__init__(judge, "one question per response")
+        self.template, self.lowest, self.highest = template, lowest, highest
         self.reference_column = reference_column
-        self.about = f"one request per response to the judge {judge.model} at {judge.endpoint}"
+        judge.check(ask_score(template, lowest, highest))
 
     def check(self, rows):
         check_references(rows, self.reference_column, self.name)
 
-    def begin(self, sample):
+    def questions(self, sample):
         texts = {"prompt": sample.prompt, "response": sample.response}
         if self.reference_column is not None:
             reference = reference_of(sample, self.reference_column)
             if reference is None:
-                return skipped()
+                return []
             texts["reference"] = reference
-        question = ask_score(self.template, self.lowest, self.highest, **texts)
-        return self.judge.submit_all([question], self.outcome)
+        return [ask_score(self.template, self.lowest, self.highest, **texts)]
 
-    def outcome(self, verdicts: list[Verdict]) -> Outcome:
+    def outcome(self, sample, verdicts):
         [verdict] = verdicts
-        if verdict.value is None:
-            return Outcome(None, failure(verdicts))
         return Outcome((verdict.value - self.lowest) / (self.highest - self.lowest))
 
 
 class ReferenceComparisonReward(JudgedReward):
-    """Whether a judge finds a response better than the row's reference response: 1, 0, or 0.5 for a tie. Both orders
-    are asked; where they disagree, it is a tie. A row without a reference is skipped.
+    """Whether a judge finds a response better than the row's reference response, see `share_of_first`. A row without a
+    reference is skipped.
 
     Args:
         template: with `{prompt}`, `{response_a}`, `{response_b}` and maybe `{boundary}`.
@@ -93,23 +121,22 @@ class ReferenceComparisonReward(JudgedReward):
 
     name = "judge"
 
-    def __init__(self, judge: Judge, template: str, reference_column: str):
-        self.judge, self.template, self.reference_column = judge, template, reference_column
-        self.about = f"two requests per response to the judge {judge.model} at {judge.endpoint}"
+    def __init__(self, judge: Judge | LocalJudge, template: str, reference_column: str):
+        super().__init__(judge, "two questions per response")
+        self.template, self.reference_column = template, reference_column
+        judge.check(ask_better(template, "", ""))
 
     def check(self, rows):
         check_references(rows, self.reference_column, self.name)
 
-    def begin(self, sample):
+    def questions(self, sample):
         reference = reference_of(sample, self.reference_column)
         if reference is None:
-            return skipped()
-        questions = both_orders(self.template, sample.prompt, sample.response, reference)
-        return self.judge.submit_all(questions, self.outcome)
+            return []
+        return both_orders(self.template, sample.prompt, sample.response, reference)
 
-    def outcome(self, verdicts: list[Verdict]) -> Outcome:
-        share = share_of_first(verdicts)
-        return Outcome(None, failure(verdicts)) if share is None else Outcome(share)
+    def outcome(self, sample, verdicts):
+        return Outcome(share_of_first(verdicts))
 
 
 class TournamentReward(Reward):
@@ -117,9 +144,9 @@ class TournamentReward(Reward):
 
     Every pair is compared, n (n - 1) / 2 of n responses; with `comparisons` each response draws that many partners, and
     the pairs of all are compared, so a response takes part in at least that many. Draws depend on the row and the
-    response's place among those of its prompt alone. A pair is asked about in both orders: two requests. A tie counts
-    0.5, and so do orders that disagree and, without a request, equal responses. A comparison that fails is left out; a
-    response without any has failed. A prompt's only response, as in evaluation, is skipped.
+    response's place among those of its prompt alone. A pair is asked about in both orders, see `share_of_first`; equal
+    responses are a tie without a question. A comparison that fails is left out; a response without any has failed. A
+    prompt's only response, as in evaluation, is skipped.
 
     Args:
         template: with `{prompt}`, `{response_a}`, `{response_b}` and maybe `{boundary}`.
@@ -129,34 +156,44 @@ class TournamentReward(Reward):
 
     name = "judge"
 
-    def __init__(self, judge: Judge, template: str, group_size: int, comparisons: int | None = None):
+    def __init__(self, judge: Judge | LocalJudge, template: str, group_size: int, comparisons: int | None = None):
         self.judge, self.template, self.group_size, self.comparisons = judge, template, group_size, comparisons
-        most = 2 * most_pairs(group_size, comparisons)
-        self.about = f"up to {most} requests per prompt to the judge {judge.model} at {judge.endpoint}"
+        self.has_details = not isinstance(judge, Judge)
+        self.about = f"up to {2 * most_pairs(group_size, comparisons)} questions per prompt to {judge.place}"
+        judge.check(ask_better(template, "", ""))
 
     def score(self, samples):
         """Win shares; None for a sample that has none."""
         return [outcome.score for outcome in self.outcomes(samples)]
 
     def outcomes(self, samples):
-        asked = {}
-        for group in groups_of(samples, self.group_size):
-            for i, j in pairs_of(samples[group[0]].row, len(group), self.comparisons):
-                first, second = samples[group[i]], samples[group[j]]
-                questions = both_orders(self.template, first.prompt, first.response, second.response)
-                is_equal = first.response == second.response
-                asked[group[i], group[j]] = None if is_equal else self.judge.submit_all(questions, list)
-        shares, errors = defaultdict(list), defaultdict(str)
-        for (i, j), future in asked.items():
-            verdicts = [] if future is None else future.result()
-            share = 0.5 if future is None else share_of_first(verdicts)
-            if share is None:
-                errors[i] = errors[j] = failure(verdicts)
-            else:
-                shares[i].append(share)
-                shares[j].append(1 - share)
+        pairs = [
+            (group[i], group[j])
+            for group in groups_of(samples, self.group_size)
+            for i, j in pairs_of(samples[group[0]].row, len(group), self.comparisons)
+        ]
+        texts = [(samples[i].response, samples[j].response) for i, j in pairs]
+        differ = [pair for pair, (first, second) in zip(pairs, texts, strict=True) if first != second]
+        questions = [
+            both_orders(self.template, samples[i].prompt, samples[i].response, samples[j].response) for i, j in differ
+        ]
+        verdicts = self.judge.answer([question for both in questions for question in both])
+        answered = dict(zip(differ, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True))
+        shares, heard, errors = defaultdict(list), defaultdict(list), defaultdict(str)
+        for i, j in pairs:
+            found = answered.get((i, j), ())
+            if any(verdict.value is None for verdict in found):
+                errors[i] = errors[j] = failure(found)
+                continue
+            share = share_of_first(found) if found else 0.5
+            shares[i].append(share)
+            shares[j].append(1 - share)
+            heard[i] += found
+            heard[j] += found
         return [
-            Outcome(sum(shares[i]) / len(shares[i]) if shares[i] else None, "" if shares[i] else errors[i])
+            Outcome(sum(shares[i]) / len(shares[i]), details=mass_of(heard[i]))
+            if shares[i]
+            else Outcome(None, errors[i])
             for i in range(len(samples))
         ]
 
@@ -172,10 +209,20 @@ def both_orders(template: str, prompt: str, first: str, second: str) -> list[Que
     ]
 
 
-def share_of_first(verdicts: list[Verdict]) -> float | None:
-    """What the first of `both_orders` gets; None if one of the verdicts is missing."""
+def share_of_first(verdicts: Sequence[Verdict]) -> float:
+    """What the first of two responses gets for the verdicts on `both_orders`. Of choices it is 1, 0, or 0.5 for a tie
+    and for orders that disagree; of probabilities that the response which stands first is better, their mean over the
+    orders."""
     first, second = (verdict.value for verdict in verdicts)
-    return None if first is None or second is None else settle(first, second)
+    if isinstance(first, float):
+        return (first + 1 - second) / 2
+    return settle(first, second)
+
+
+def mass_of(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """How probable a judge in this process found its choices, a mean."""
+    masses = [verdict.mass for verdict in verdicts if verdict.mass is not None]
+    return {"choice_mass": sum(masses) / len(masses)} if masses else {}
 
 
 def groups_of(samples: Sequence[Sample], group_size: int) -> list[list[int]]:
@@ -233,14 +280,8 @@ def reference_of(sample: Sample, column: str) -> str | None:
     return as_text(value)
 
 
-def skipped() -> "Future[Outcome]":
-    """The outcome of a sample that a reward does not apply to."""
-    future: Future[Outcome] = Future()
-    future.set_result(Outcome(None))
-    return future
-
-
 def failure(verdicts: Sequence[Verdict]) -> str:
     """Why one of the verdicts is missing."""
     failed = next(verdict for verdict in verdicts if verdict.value is None)
-    return f"{len(failed.errors)} attempts without a verdict: {failed.errors[-1]}"
+    attempts = "an attempt" if len(failed.errors) == 1 else f"{len(failed.errors)} attempts"
+    return f"{attempts} without a verdict: {failed.errors[-1]}"

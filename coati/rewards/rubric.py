@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from coati.errors import UserError
-from coati.judges import Judge, Verdict
+from coati.judges import Judge
+from coati.judges.local import LocalJudge
 from coati.judges.questions import ask_criterion
 from coati.rewards.base import Outcome
-from coati.rewards.judge import JudgedReward, failure, skipped
+from coati.rewards.judge import JudgedReward
 from coati.rewards.verifiable import has, look_up
 
 
@@ -35,7 +36,7 @@ class Criterion:
 
 class RubricReward(JudgedReward):
     """The weights of the criteria that a response meets, divided by the sum of those above 0, clipped to 0 and 1; 0 if
-    one with a veto is unmet.
+    one with a veto is unmet. Of a judge that gives probabilities, a criterion counts by its own.
 
     Args:
         template: what the judge is asked about each criterion, with `{criterion}`, `{prompt}`, `{response}` and maybe
@@ -47,13 +48,17 @@ class RubricReward(JudgedReward):
     name = "rubric"
 
     def __init__(
-        self, judge: Judge, template: str, criteria: Sequence[Criterion] | None = None, column: str | None = None
+        self,
+        judge: Judge | LocalJudge,
+        template: str,
+        criteria: Sequence[Criterion] | None = None,
+        column: str | None = None,
     ):
-        self.judge, self.template, self.criteria, self.column = judge, template, criteria, column
-        self.has_details = criteria is not None
-        number = "a request" if criteria is None else f"{len(criteria)} requests"
-        per = "per response and criterion" if criteria is None else "per response"
-        self.about = f"{number} {per} to the judge {judge.model} at {judge.endpoint}"
+        number = "a question" if criteria is None else f"{len(criteria)} questions"
+        super().__init__(judge, f"{number} per response{' and criterion' if criteria is None else ''}")
+        self.template, self.criteria, self.column = template, criteria, column
+        self.has_details = self.has_details or criteria is not None
+        judge.check(ask_criterion(template))
 
     def check(self, rows):
         """Raises a UserError for a row whose criteria can't be read, or if none has any."""
@@ -75,27 +80,26 @@ class RubricReward(JudgedReward):
         value = look_up(row, self.column) if has(row, self.column) else None
         return [] if value is None else parse_criteria(value, f"column {self.column!r}")
 
-    def begin(self, sample):
-        criteria = self.criteria_of(sample.columns)
-        if not criteria:
-            return skipped()
+    def questions(self, sample):
         texts = {"prompt": sample.prompt, "response": sample.response}
-        questions = [ask_criterion(self.template, criterion=criterion.text, **texts) for criterion in criteria]
-        return self.judge.submit_all(questions, lambda verdicts: self.outcome(criteria, verdicts))
+        criteria = self.criteria_of(sample.columns)
+        return [ask_criterion(self.template, criterion=criterion.text, **texts) for criterion in criteria]
 
-    def outcome(self, criteria: Sequence[Criterion], verdicts: list[Verdict]) -> Outcome:
-        met = [verdict.value for verdict in verdicts]
-        if None in met:
-            return Outcome(None, failure(verdicts))
-        details = {c.name: float(is_met) for c, is_met in zip(criteria, met, strict=True)} if self.has_details else {}
+    def outcome(self, sample, verdicts):
+        criteria, met = self.criteria_of(sample.columns), [float(verdict.value) for verdict in verdicts]
+        details = {} if self.criteria is None else {c.name: share for c, share in zip(criteria, met, strict=True)}
         return Outcome(rubric_score(criteria, met), details=details)
 
 
-def rubric_score(criteria: Sequence[Criterion], met: Sequence[bool]) -> float:
-    """From 0 to 1."""
-    if any(criterion.veto and not is_met for criterion, is_met in zip(criteria, met, strict=True)):
+def rubric_score(criteria: Sequence[Criterion], met: Sequence[float]) -> float:
+    """From 0 to 1.
+
+    Args:
+        met: how probable it is that each criterion is met, 1 or 0 where that is known.
+    """
+    if any(criterion.veto and share < 0.5 for criterion, share in zip(criteria, met, strict=True)):
         return 0.0
-    reached = sum(criterion.weight for criterion, is_met in zip(criteria, met, strict=True) if is_met)
+    reached = sum(criterion.weight * share for criterion, share in zip(criteria, met, strict=True))
     best = sum(criterion.weight for criterion in criteria if criterion.weight > 0)
     return min(max(reached / best, 0.0), 1.0)
 

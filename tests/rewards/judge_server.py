@@ -17,6 +17,7 @@ class JudgeServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait, of a machine that is busy
 
     def __init__(self, reply: Callable):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -497,7 +497,7 @@ def test_the_reward_by_itself_gives_numbers_or_an_error(judge):
     with serving(lambda text, count: by_length(text) if "x" in response_in(text) else "hm") as server:
         reward = JudgeReward(judge(server, attempts=1), score_template(False))
         assert reward.score(samples([""], ["xxx"])) == [pytest.approx(3 / 9)]
-        with pytest.raises(ValueError, match=r"1 attempts without a verdict: .*no verdict in 'hm'"):
+        with pytest.raises(ValueError, match=r"an attempt without a verdict: .*no verdict in 'hm'"):
             reward.score(samples([""], ["y"]))
 
 
@@ -526,7 +526,7 @@ def test_a_tournament_of_all_pairs(judge):
     """Wins count 1, ties 0.5; the mean is over the other responses. Equal ones are a tie that nobody is asked about."""
     with serving(longer) as server:
         reward = TournamentReward(judge(server), pairwise_template(), group_size=4)
-        assert "up to 12 requests per prompt" in reward.about
+        assert "up to 12 questions per prompt" in reward.about
         found = reward.score(group(["a", "bbb", "cc", "bbb"]) + group(["dd", "e", "ff", "gggg"], row=1))
     assert found == [0.0, 2.5 / 3, 1 / 3, 2.5 / 3] + [pytest.approx(x) for x in (1.5 / 3, 0.0, 1.5 / 3, 1.0)]
     pairs = [("a", "bbb"), ("a", "cc"), ("bbb", "cc"), *combinations(("dd", "e", "ff", "gggg"), 2)]

@@ -55,7 +55,7 @@ def test_criteria_of_a_file_are_judged_one_by_one(tmp_path):
     assert of_reward("rubric", found) == [2 / 3, 1.0, 0.5, 0.0, 0.0]
     assert found[0].details == {"rubric/red": 1.0, "rubric/2": 0.0, "rubric/rude": 0.0, "rubric/4": 1.0}
     assert len(server.heard) == 20 and scorer.has_details
-    assert "4 requests per response" in scorer.rewards["rubric"][0].about
+    assert "4 questions per response" in scorer.rewards["rubric"][0].about
 
 
 def test_criteria_of_the_data_are_those_of_the_row():

@@ -15,6 +15,7 @@ from tests.conftest import functions, reward_model, sentence, settings_for, trai
 from tests.rewards.judge_server import serving
 from tests.rewards.test_classifier import decoder, gpt2_tokenizer
 from tests.rewards.test_http import Server
+from tests.rewards.test_local_judge import make_judge
 
 RULES = """
 from coati.rewards import Reward
@@ -251,6 +252,7 @@ def test_the_documented_settings_parse(tmp_path):
     assert http.type == "http" and http.more_urls and http.send_ids
     judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[5]]
     assert judges == [("judge", "score", None), ("judge", "pairwise", "wins"), ("rubric", None, None)]
+    assert [(reward.type, reward.path) for reward in parsed[6]] == [("judge", "runs/sft/model")]
 
 
 def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(tiny_world, runtime, tmp_path):
@@ -284,6 +286,29 @@ def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(
         assert {"reward/rubric/short", "reward/rubric/2"} <= first.keys()
         assert first["reward/rubric"] == pytest.approx((first["reward/rubric/short"] + first["reward/rubric/2"]) / 2)
         assert first["reward/wins"] == pytest.approx(0.5, abs=0.2) and first["reward/wins/failed"] == 0
+
+
+def test_a_run_with_a_judge_of_its_own(tiny_world, runtime, tmp_path):
+    """Alone, within the group and by criteria, and evaluated with one response per prompt."""
+    config_class, trainer_class = trainer_classes("grpo")
+    folder = make_judge(tmp_path)
+    criteria = '- {criterion: "is short", name: short}\n- {criterion: "is odd"}\n'
+    (tmp_path / "rubric.yaml").write_text(criteria)
+    listed = [dict(type="judge", path=folder), dict(type="judge", path=folder, mode="pairwise", name="wins")]
+    listed.append(dict(type="rubric", path=folder, rubric=str(tmp_path / "rubric.yaml")))
+    changes = dict(rewards=listed, steps=1, batch_size=4, samples=0, output_dir=str(tmp_path / "run"))
+    trainer_class(configure(config_class, **settings_for("grpo", tiny_world, **changes)), runtime).train()
+    [row] = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
+    assert 0 < row["reward/judge"] < 1 and row["reward/wins"] == pytest.approx(0.5)
+    assert row["reward/rubric"] == pytest.approx((row["reward/rubric/short"] + row["reward/rubric/2"]) / 2)
+    assert all(0 < row[f"reward/{name}/choice_mass"] < 1 for name in ("judge", "wins", "rubric"))
+    assert all(row[f"reward/{name}/failed"] == 0 for name in ("judge", "wins", "rubric"))
+
+
+def test_a_judge_of_its_own_may_stand_in_a_split_run(tiny_world):
+    config_class, _ = trainer_classes("ppo")
+    changes = dict(rewards=[dict(type="judge", path="folder")], tensor_parallel=2, plugin="zero1")
+    configure(config_class, **settings_for("ppo", tiny_world, **changes))
 
 
 @pytest.mark.parametrize(
