@@ -1,5 +1,6 @@
 """What the arithmetic example's algorithms came to: a table and a plot."""
 
+import itertools
 import json
 import math
 import statistics
@@ -21,27 +22,70 @@ def summarize(output: Path, scripts: dict[str, str], *, write_docs: str | None =
         write_docs: the name under which they go into docs/ too.
     """
     found = {name: sorted(output.glob(f"seed*/{name}/summary.json")) for name in scripts}
-    found = {name: paths for name, paths in found.items() if paths}
-    lines = ["| algorithm | right before | right after | gained, 95 % interval | pairs told apart | minutes |"]
-    lines.append("|---|---|---|---|---|---|")
-    lines += [row(name, paths) for name, paths in found.items()]
+    found = {name: [path.parent for path in paths] for name, paths in found.items() if paths}
+    columns = OF_PAIRS if any(scripts[name] == "preference" for name in found) else OF_SAMPLES
+    lines = [f"| algorithm | right before | right after | gained, 95 % interval | {' | '.join(columns)} |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
+    for name, folders in found.items():
+        cells = [*accuracies(folders), *(column(folders) for column in columns.values())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     (output / "figures.md").write_text(table + "\n")
-    (output / "curves.svg").write_text(curves({n: [p.parent for p in paths] for n, paths in found.items()}, scripts))
+    (output / "curves.svg").write_text(curves(found, scripts))
     print(f"{table}\n\nfigures in {output / 'figures.md'}, curves in {output / 'curves.svg'}")
     if write_docs:
         fill_figures(ROOT / "docs" / "grpo.md", table, write_docs)
         (ROOT / "docs" / f"{write_docs}.svg").write_text((output / "curves.svg").read_text())
 
 
-def row(name: str, paths: list[Path]) -> str:
-    runs = [json.loads(path.read_text()) for path in paths]
-    cells = [", ".join(f"{run[when]:.1%}" for run in runs) for when in ("before", "after")]
-    told = [value for path in paths for _, value in evaluations(path.parent, "eval/accuracy")[-1:]]  # KTO has no pairs
-    minutes = statistics.mean(run["seconds"] for run in runs) / 60
-    gains = [run["after"] - run["before"] for run in runs]
-    cells += [interval(gains), ", ".join(f"{share:.1%}" for share in told), f"{minutes:.1f}"]
-    return f"| {name} | " + " | ".join(cells) + " |"
+# --- cells of an algorithm's row, from the folders of its seeds
+
+
+def accuracies(folders: list[Path]) -> list[str]:
+    """Right before, right after, and the gain."""
+    runs = [summary(folder) for folder in folders]
+    before, after = (", ".join(f"{run[when]:.1%}" for run in runs) for when in ("before", "after"))
+    return [before, after, interval([run["after"] - run["before"] for run in runs])]
+
+
+def told_apart(folders: list[Path]) -> str:
+    last = [value for folder in folders for _, value in logged(folder, "eval/accuracy")[-1:]]  # KTO has no pairs
+    return ", ".join(f"{share:.1%}" for share in last)
+
+
+def minutes(folders: list[Path]) -> str:
+    return f"{statistics.mean(summary(folder)['seconds'] for folder in folders) / 60:.1f}"
+
+
+def iterations(folders: list[Path]) -> str:
+    """Until nine tenths of what GRPO gains with the same seed, if that was run, on a line from evaluation to
+    evaluation."""
+    cells = []
+    for folder in folders:
+        if not (folder.parent / "grpo" / "summary.json").exists():
+            return ""
+        of_grpo = logged(folder.parent / "grpo", "eval/reward")
+        target = of_grpo[0][1] + 0.9 * (of_grpo[-1][1] - of_grpo[0][1])
+        cells.append(first_crossing(logged(folder, "eval/reward"), target))
+    return ", ".join("never" if cell is None else f"{cell:.0f}" for cell in cells)
+
+
+def first_crossing(points: list[tuple[float, float]], target: float) -> float | None:
+    """Where a line through points first reaches a value, from below; None if it doesn't."""
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if next_y >= target:
+            return x + (next_x - x) * max(target - y, 0) / (next_y - y) if next_y > y else x
+    return None
+
+
+def explained(folders: list[Path]) -> str:
+    """The share of the returns' variance that the critic explains, a mean over the last ten iterations."""
+    last = [[value for _, value in logged(folder, "explained_variance")[-10:]] for folder in folders]
+    return ", ".join(f"{statistics.mean(values):.2f}" for values in last if values)
+
+
+OF_PAIRS = {"pairs told apart": told_apart, "minutes": minutes}
+OF_SAMPLES = {"iterations to nine tenths of GRPO's gain": iterations, "variance that the critic explains": explained}
 
 
 def interval(values: list[float]) -> str:
@@ -53,8 +97,12 @@ def interval(values: list[float]) -> str:
     return f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
 
 
-def evaluations(folder: Path, name: str) -> list[tuple[float, float]]:
-    """Values of an evaluated metric, by step."""
+def summary(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def logged(folder: Path, name: str) -> list[tuple[float, float]]:
+    """Values of a metric, by step."""
     return [(row["step"], row[name]) for row in read_metrics(folder) if name in row]
 
 
@@ -66,7 +114,7 @@ def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
         title = "held-out pairs told apart, by step" if paired else "right answers to held-out sums, by iteration"
         values: dict[float, list[float]] = {}
         for folder in runs:
-            for step, value in evaluations(folder, "eval/accuracy" if paired else "eval/reward"):
+            for step, value in logged(folder, "eval/accuracy" if paired else "eval/reward"):
                 values.setdefault(step, []).append(value)
         points = [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
         if points:  # KTO has no pairs to tell apart

@@ -14,7 +14,7 @@ import results
 
 def run(folder, metric: str, values: list[float], **summary):
     folder.mkdir(parents=True)
-    rows = [{"step": 25 * i, f"eval/{metric}": value} for i, value in enumerate(values)]
+    rows = [{"step": 20 * i, f"eval/{metric}": value} for i, value in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -60,3 +60,27 @@ def test_runs_without_pairs_have_neither_a_share_nor_a_line(runs):
     run(runs / "seed0" / "kto", "loss", [0.5, 0.4], before=0.4, after=0.5, seconds=30)
     results.summarize(runs, {"dpo": "preference", "kto": "preference"})
     assert (runs / "figures.md").read_text().splitlines()[-1].endswith("|  | 0.5 |")
+
+
+def test_runs_that_sample_are_compared_with_grpos_gain_and_by_their_critic(runs):
+    for seed, values in enumerate(([0.4, 0.6701], [0.4, 0.58], [0.4, 0.9])):
+        run(runs / f"seed{seed}" / "ppo", "reward", values, before=0.4, after=values[-1], seconds=30)
+        with open(runs / f"seed{seed}" / "ppo" / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": k, "explained_variance": k / 100}) + "\n" for k in range(50))
+    results.summarize(runs, {"grpo": "grpo", "ppo": "ppo"})
+    grpo, ppo = (runs / "figures.md").read_text().splitlines()[-2:]
+    # GRPO's nine tenths are 0.67, 0.76, 0.85
+    assert grpo.endswith("| 18, 18, 18 |  |") and ppo.endswith("| 20, never, 18 | 0.45, 0.45, 0.45 |")
+    results.summarize(runs, {"ppo": "ppo"})
+    for seed in range(3):
+        (runs / f"seed{seed}" / "grpo" / "summary.json").unlink()
+    results.summarize(runs, {"ppo": "ppo"})
+    assert (runs / "figures.md").read_text().splitlines()[-1].endswith("|  | 0.45, 0.45, 0.45 |")
+
+
+def test_a_value_is_first_reached_where_the_line_crosses_it():
+    points = [(0, 0.5), (10, 0.4), (20, 0.6), (30, 0.6), (40, 0.7)]
+    assert results.first_crossing(points, 0.45) == pytest.approx(12.5)
+    assert results.first_crossing(points, 0.65) == pytest.approx(35)
+    assert results.first_crossing(points, 0.71) is None
+    assert results.first_crossing([(0, 0.5), (10, 0.6)], 0.4) == 0, "it was above from the beginning"
