@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +31,41 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CHUNK_ROWS = 256
 
 
 class TokenizedDataset:
-    """A list of samples, with `lengths` and `source_of_row` (int arrays `[rows]`) and the `report`.
+    """A list of samples, with `lengths` (int array `[rows]`) and the `report`.
 
-    `source_names` are the sources' file names without folder and ending, or complete where two are alike.
+    `part_names` and `part_of_row` (int array `[rows]`) are the values of `part_column`, -1 for a row without one; if no
+    column is given the sources' file names without folder and ending, or complete where two are alike.
 
     `key` tells the rows from any others: a hash of the sources' content, the tokenizer and the settings.
 
     `weights_per_row` (float `[rows]`, or None) is what `BatchSampler` takes.
     """
 
-    def __init__(self, folder: Path, sources: list[str], weights: list[float] | None) -> None:
+    def __init__(
+        self, folder: Path, sources: list[str], weights: list[float] | None = None, has_parts: bool = False
+    ) -> None:
         import datasets
 
-        stems = [Path(source).stem for source in sources]
-        self.source_names = stems if len({*stems}) == len(stems) else sources
         self.key = folder.name
         self._table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         self.report = ValidationReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
         self.lengths = np.asarray(self._table.data.column("length"), dtype=np.int64)
-        self.source_of_row = np.asarray(self._table.data.column("source"), dtype=np.int64)
-        self.weights_per_row = None if weights is None else np.asarray(weights, dtype=float)[self.source_of_row]
+        source_of_row = np.asarray(self._table.data.column("source"), dtype=np.int64)
+        self.weights_per_row = None if weights is None else np.asarray(weights, dtype=float)[source_of_row]
+        if has_parts:
+            values = self._table.data.column("part").to_pylist()
+            self.part_names = sorted({value for value in values if value is not None})
+            numbers = {name: number for number, name in enumerate(self.part_names)}
+            self.part_of_row = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
+        else:
+            stems = [Path(source).stem for source in sources]
+            self.part_names = stems if len({*stems}) == len(stems) else sources
+            self.part_of_row = source_of_row
 
     def __len__(self) -> int:
         return len(self._table)
@@ -78,15 +88,16 @@ def build_dataset(
     config: DataConfig,
     weights: list[float] | None = None,
     teaching: Teaching | None = None,
+    part_column: str | None = None,
 ) -> TokenizedDataset:
     """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
     `tokenizer` went through `prepare_tokenizer`; `weights` are one per source; `teaching` is of rows that are read by a
-    teacher too. Processes that build the same
-    data at the same time wait for the first.
+    teacher too; `part_column` is the field whose values name the rows' parts. Processes that build the same data at the
+    same time wait for the first.
 
-    Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", and when no
-    sample is left.
+    Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", when no sample is left,
+    and when no row has the `part_column`.
     """
     from filelock import FileLock
 
@@ -98,13 +109,15 @@ def build_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
-    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching)}"
+    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching, part_column)}"
     if not folder.exists():
         with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
-                _build(folder, sources, kind, tokenizer, config, teaching)
-    data = TokenizedDataset(folder, sources, weights)
+                _build(folder, sources, kind, tokenizer, config, teaching, part_column)
+    data = TokenizedDataset(folder, sources, weights, part_column is not None)
     _raise_on_problems(data, config)
+    if not data.part_names:
+        raise UserError(f"no row of {', '.join(sources)} has the field {part_column!r}: correct --eval_column")
     return data
 
 
@@ -131,7 +144,9 @@ def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
         raise UserError(f"No usable rows in {sources}{first_problem}; check the data's format and length limits.")
 
 
-def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None) -> str:
+def _key(
+    sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None, part_column: str | None
+) -> str:
     """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
@@ -149,11 +164,19 @@ def _key(sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching
     ]
     if teaching is not None:
         parts.append(asdict(teaching))
+    if part_column is not None:
+        parts.append({"part_column": part_column})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _build(
-    folder: Path, sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None
+    folder: Path,
+    sources: list[str],
+    kind: Kind,
+    tokenizer,
+    config: DataConfig,
+    teaching: Teaching | None,
+    part_column: str | None,
 ) -> None:
     """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
@@ -162,14 +185,20 @@ def _build(
     with atomic_write(folder) as partial:
         partial.mkdir()
         with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
-            for row in _samples(sources, kind, tokenizer, config, teaching, report):
+            for row in _samples(sources, kind, tokenizer, config, teaching, part_column, report):
                 writer.write(row)
             writer.finalize()
         (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _samples(
-    sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None, report: ValidationReport
+    sources: list[str],
+    kind: Kind,
+    tokenizer,
+    config: DataConfig,
+    teaching: Teaching | None,
+    part_column: str | None,
+    report: ValidationReport,
 ) -> Iterator[dict[str, Any]]:
     """The kept samples as table rows; every other row is counted in `report`."""
     from rich.console import Console
@@ -182,8 +211,8 @@ def _samples(
             report.rows.setdefault(source, 0)
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenizing {source}", total=None)
-            chunk: list[tuple[int, Record, str | None]] = []
-            for read in _records(source, kind, config, teaching, report):
+            chunk: list[_Read] = []
+            for read in _records(source, kind, config, teaching, part_column, report):
                 chunk.append(read)
                 if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
@@ -192,10 +221,25 @@ def _samples(
             yield from _tokenized(chunk, source, index, tokenizer, config, report)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A record, its line in its source, and what the row says of it besides."""
+
+    line: int
+    record: Record
+    teacher: str | None
+    part: str | None
+
+
 def _records(
-    source: str, kind: Kind, config: DataConfig, teaching: Teaching | None, report: ValidationReport
-) -> Iterator[tuple[int, Record, str | None]]:
-    """Line, record and teacher."""
+    source: str,
+    kind: Kind,
+    config: DataConfig,
+    teaching: Teaching | None,
+    part_column: str | None,
+    report: ValidationReport,
+) -> Iterator[_Read]:
+    """The records of a source; what is none is counted in the report."""
     for line, row in load_rows(source):
         report.rows[source] += 1
         try:
@@ -209,21 +253,23 @@ def _records(
             continue
         if config.train_on == "each":
             records = [one for record in records for one in one_record_per_response(record)]
-        yield from ((line, record, teacher) for record in records)
+        part = None if part_column is None else row.get(part_column)
+        yield from (_Read(line, record, teacher, None if part is None else str(part)) for record in records)
 
 
 def _tokenized(chunk, source: str, index: int, tokenizer, config: DataConfig, report) -> Iterator[dict[str, Any]]:
     empty = dict.fromkeys(_features())
-    results = tokenize_many([record for _, record, _ in chunk], tokenizer, config)
-    for (line, _, teacher), tokenized in zip(chunk, results, strict=True):
+    results = tokenize_many([read.record for read in chunk], tokenizer, config)
+    for read, tokenized in zip(chunk, results, strict=True):
         sample = tokenized.sample
         if isinstance(sample, ValueError):
-            report.drop(source, line, str(sample), bad=not isinstance(sample, SkippedRow))
+            report.drop(source, read.line, str(sample), bad=not isinstance(sample, SkippedRow))
         else:
             report.samples[source] += 1
             for note in tokenized.notes:
-                report.note(source, line, note)
-            yield {**empty, "length": len(sample), "source": index, "teacher": teacher, **_to_row(sample)}
+                report.note(source, read.line, note)
+            told = {"source": index, "teacher": read.teacher, "part": read.part}
+            yield {**empty, "length": len(sample), **told, **_to_row(sample)}
 
 
 def _features():
@@ -236,7 +282,7 @@ def _features():
     numbers["step_labels"] = List(Value("float64"))
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
-    texts = {name: Value("large_string") for name in ("text", "columns", "teacher")}
+    texts = {name: Value("large_string") for name in ("text", "columns", "teacher", "part")}
     return Features({**numbers, **sequences, **texts})
 
 

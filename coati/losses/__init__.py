@@ -46,7 +46,12 @@ from coati.losses.language import (
 )
 from coati.losses.policy import policy_loss
 from coati.losses.preference import kto_loss, preference_loss
-from coati.losses.reward import first_wrong, pairwise_reward_loss, step_reward_loss
+from coati.losses.reward import (
+    confidence_gaps,
+    first_wrong,
+    pairwise_reward_loss,
+    step_reward_loss,
+)
 from coati.losses.shaping import clip_scores, penalize_missing_eos, punish_overlong, shape_rewards
 from coati.losses.turns import turn_advantages, turn_gae
 from coati.losses.value import bounded_values, value_loss
@@ -56,6 +61,7 @@ __all__ = [
     "aggregation_weights",
     "bounded_values",
     "clip_scores",
+    "confidence_gaps",
     "cross_entropy",
     "decoupled_advantages",
     "distillation_loss",

@@ -62,6 +62,31 @@ def pairwise_reward_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
+CONFIDENCE_GAPS = [f"confidence_gap_{bin}" for bin in range(10)]
+
+
+def confidence_gaps(differences: Tensor, tie_theta: float = 1.0) -> dict[str, Tensor]:
+    """What the expected calibration error is made of (Guo et al., 1706.04599, eq. 3): by bins of the confidence in the
+    response with the higher reward, the sum of this confidence less the number of pairs where that response was chosen.
+    The error is the sum of the bins' absolute values, divided by the number of pairs.
+
+    Args:
+        differences: `[pairs]`, the reward of the chosen response less that of the rejected one; no ties.
+        tie_theta: as `pairwise_reward_loss`; the confidence is that of a pair which is no tie.
+
+    Returns:
+        A number for each of ten bins of equal width from 0.5 to 1.
+    """
+    distance, threshold = differences.abs(), math.log(tie_theta)
+    wins, loses = (distance - threshold).sigmoid(), (-distance - threshold).sigmoid()
+    confidence = wins / (wins + loses)
+    right = (differences > 0).to(confidence.dtype) + 0.5 * (differences == 0).to(confidence.dtype)
+    count = len(CONFIDENCE_GAPS)
+    bins = ((confidence - 0.5) * 2 * count).long().clamp(max=count - 1)
+    gaps = torch.zeros(count, dtype=confidence.dtype, device=confidence.device).index_add(0, bins, confidence - right)
+    return dict(zip(CONFIDENCE_GAPS, gaps.detach(), strict=True))
+
+
 def step_reward_loss(
     logits: Tensor, labels: Tensor, mask: Tensor, denominator: Tensor | float
 ) -> tuple[Tensor, dict[str, Tensor]]:

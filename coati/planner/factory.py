@@ -91,7 +91,7 @@ class LongestRows:
         teaching: how teachers read them.
     """
 
-    key, source_names, weights_per_row = "planned", ["planned"], None
+    key, part_names, weights_per_row = "planned", ["planned"], None
 
     def __init__(self, kind: str, rows: int, config, *, learned: bool, teaching: Teaching):
         self.kind, self.config, self.learned = kind, config, learned
@@ -99,7 +99,7 @@ class LongestRows:
         self.teaching = teaching
         self.teacher_length = None if teaching.prompt is None or kind != "prompt" else config.data.max_length
         self.lengths = np.full(rows, max(self.length, self.teacher_length or 0))
-        self.source_of_row = np.zeros(rows, dtype=np.int64)
+        self.part_of_row = np.zeros(rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -158,7 +158,7 @@ class PlannedFactory(Factory):
         self.depths: dict[str, int] = {}
         self.kept: list[Any] = []
 
-    def dataset(self, sources, kind, weights=None, teaching=None):
+    def dataset(self, sources, kind, weights=None, teaching=None, part_column=None):
         if not sources:
             return None
         c, learned = self.config, sources != self.config.data.eval_data

@@ -65,13 +65,18 @@ class Factory:
     # --- data
 
     def dataset(
-        self, sources: list[str], kind: str, weights: list[float] | None = None, teaching: Teaching | None = None
+        self,
+        sources: list[str],
+        kind: str,
+        weights: list[float] | None = None,
+        teaching: Teaching | None = None,
+        part_column: str | None = None,
     ) -> TokenizedDataset | None:
-        """Tokenized rows, built on rank 0 first; None for no sources."""
+        """Tokenized rows, built on rank 0 first; None for no sources. See `build_dataset`."""
         if not sources:
             return None
         with self.runtime.main_first():
-            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights, teaching)
+            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights, teaching, part_column)
         self.runtime.say(str(data.report))
         return data
 

@@ -7,11 +7,14 @@ with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is 
 """
 
 from coati.data import collate_preference
-from coati.losses import pairwise_reward_loss
+from coati.losses import confidence_gaps, pairwise_reward_loss
+from coati.losses.reward import CONFIDENCE_GAPS
 from coati.models import RewardModel
 from coati.trainers.config import RewardConfig
 from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
 from coati.trainers.supervised import SupervisedTrainer
+
+OF_CALIBRATION = {*CONFIDENCE_GAPS, "decided"}
 
 
 class RewardTrainer(SupervisedTrainer):
@@ -42,11 +45,16 @@ class RewardTrainer(SupervisedTrainer):
 
     def accumulate(self, rewards, batch, rows):
         chosen, rejected = rewards.chunk(2)
-        ties = dict(tie=batch.tie[rows], tie_theta=self.config.algorithm.tie_theta)
-        return {**pairwise_reward_loss(chosen[rows], rejected[rows], 1.0, **ties)[1], "pairs": rows.sum()}
+        theta = self.config.algorithm.tie_theta
+        measured = pairwise_reward_loss(chosen[rows], rejected[rows], 1.0, tie=batch.tie[rows], tie_theta=theta)[1]
+        decided = rows & ~batch.tie
+        gaps = confidence_gaps((chosen - rejected)[decided].float(), theta)
+        return measured | gaps | {"pairs": rows.sum(), "decided": decided.sum()}
 
     def finalize(self, sums):
-        return finalize_pairs(sums)
+        gap = sum(abs(sums[name]) for name in CONFIDENCE_GAPS)
+        metrics = finalize_pairs({name: total for name, total in sums.items() if name not in OF_CALIBRATION})
+        return metrics | {"calibration_error": gap / sums["decided"] if sums["decided"] else float("nan")}
 
     def row_scores(self, rewards, batch, rows):
         chosen, rejected = rewards.chunk(2)

@@ -233,8 +233,13 @@ class RolloutTrainer(Trainer):
     # --- evaluation
 
     def evaluate(self):
-        """Mean reward, length and share of finished responses on the evaluation prompts, and the texts."""
-        data, ranks = self.eval_data, self.ranks
+        """Mean reward, length and share of finished responses on the evaluation prompts, and as `METRIC/VALUE` on those
+        with each value of `eval_column`; the texts.
+
+        Raises:
+            UserError: no prompt has the column, or a value has a reward's name.
+        """
+        data, ranks, column = self.eval_data, self.ranks, self.config.evaluation.eval_column
         if data is None:
             return {}, []
         # every rank completes equally many prompts; the copies that fill up are left out
@@ -242,19 +247,34 @@ class RolloutTrainer(Trainer):
         mine = list(enumerate(filled))[ranks.rank :: ranks.world_size]
         prompts = [prompt_of(data, row, [self.config.seed, place]) for place, row in mine]
         samples = self.generation.sample(prompts, self.config.generation).samples
-        found = [(place, row) for (place, _), row in zip(mine, self.sample_rows(samples), strict=True)]
+        told = zip(self.sample_rows(samples), [sample.columns.get(column) for sample in samples], strict=True)
+        found = [(place, of_sample) for (place, _), of_sample in zip(mine, told, strict=True)]
         of_places = dict(pair for of_rank in ranks.gather(found) for pair in of_rank)
-        rows = [of_places[place] for place in range(len(data))]
-        names = dict.fromkeys(name for row in rows for name in row if name not in TEXTS)
-        metrics = {}
-        for name in names:
-            values = [row[name] for row in rows if row.get(name) is not None]
-            metrics[name] = sum(values) / len(values) if values else float("nan")
-        return metrics, rows[: self.config.evaluation.samples]
+        rows, values = zip(*(of_places[place] for place in range(len(data))), strict=True)
+        metrics = mean_row(rows)
+        parts = sorted({str(value) for value in values if value is not None})
+        if column is not None and not parts:
+            raise UserError(f"no row of eval_data has the field {column!r}: correct --eval_column")
+        for part in parts:
+            of_part = mean_row([row for row, value in zip(rows, values, strict=True) if str(value) == part])
+            of_part = {f"{name}/{part}": mean for name, mean in of_part.items()}
+            if twice := of_part.keys() & metrics.keys():
+                raise UserError(f"{min(twice)} would be two metrics: give the reward another `name` than {part!r}")
+            metrics |= of_part
+        return metrics, list(rows[: self.config.evaluation.samples])
 
     def sample_rows(self, samples: list[Sample]) -> list[dict[str, Any]]:
         """What the report tells of each of this rank's samples; numbers are averaged over all samples."""
         return [sample_row(sample) for sample in samples]
+
+
+def mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each number over the rows that have it, NaN if none has."""
+    means = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in TEXTS):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        means[name] = sum(values) / len(values) if values else float("nan")
+    return means
 
 
 def after_prompt(prompt: list[int], sample: Sample) -> TokenSequence:

@@ -34,7 +34,7 @@ class SupervisedTrainer(Trainer):
     def build(self):
         c = self.config
         self.data = self.load_data(c.data.train_data, c.data.train_weights)
-        self.eval_data = self.load_data(c.data.eval_data)
+        self.eval_data = self.load_data(c.data.eval_data, part_column=c.evaluation.eval_column)
         self.order, self.total_steps = self.make_order()
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
         self.batching = Batching(self.ranks, c.micro_batch_size, budget)
@@ -44,9 +44,13 @@ class SupervisedTrainer(Trainer):
         self.model = self.factory.trained(self.make_model(start), accumulates=accumulates, generates=self.generates)
         self.engines = {ONLY_MODEL: self.model}
 
-    def load_data(self, sources: list[str], weights: list[float] | None = None):
-        """The rows of some sources, with `lengths`, `source_names`, `source_of_row` and `key`; None for no sources."""
-        return self.factory.dataset(sources, self.kind, weights)
+    def load_data(self, sources: list[str], weights: list[float] | None = None, part_column: str | None = None):
+        """The rows of some sources, with `lengths`, `part_names`, `part_of_row` and `key`; None for no sources.
+
+        Args:
+            part_column: the field of the rows that names their parts, if that isn't their source.
+        """
+        return self.factory.dataset(sources, self.kind, weights, part_column=part_column)
 
     def make_order(self):
         """The order of the training data (its `batch(k)` and `epoch(k)`), and how many steps the run has."""
@@ -119,8 +123,9 @@ class SupervisedTrainer(Trainer):
     # --- evaluation
 
     def parts_of(self, data) -> tuple[Sequence[str], Any]:
-        """Names of the parts of evaluation data that are also measured alone, and of which each row is (`[rows]`)."""
-        return data.source_names, data.source_of_row
+        """Names of the parts of evaluation data that are also measured alone, and of which each row is (`[rows]`), -1
+        for none."""
+        return data.part_names, data.part_of_row
 
     @torch.no_grad()
     def evaluate(self):
@@ -128,21 +133,20 @@ class SupervisedTrainer(Trainer):
         if self.eval_data is None:
             return {}, []
         names, part_of_row = self.parts_of(self.eval_data)
-        sums: list[list[dict[str, Tensor]]] = [[] for _ in names]
+        sums: dict[int, list[dict[str, Tensor]]] = {part: [] for part in sorted(set(part_of_row.tolist()))}
         row_scores: dict[int, Any] = {}
         for output, batch, real, rows in self.eval_outputs():
             parts = upload(part_of_row[rows], real.device)
-            for part in range(len(names)):
+            for part in sums:
                 sums[part].append(self.accumulate(output, batch, real & (parts == part)))
             numbers = [row for row, is_real in zip(rows, real.tolist(), strict=True) if is_real]
             row_scores |= zip(numbers, self.row_scores(output, batch, real), strict=False)
-        found = [self.ranks.sum_metrics(of_part) for of_part in sums]
-        metrics = self.finalize({name: sum(of_part[name] for of_part in found) for name in found[0]})
-        if len(names) > 1:
-            for part, name in enumerate(names):
-                if (part_of_row == part).any():
-                    of_part = self.finalize(found[part])
-                    metrics |= {f"{metric}/{name}": value for metric, value in of_part.items()}
+        found = {part: self.ranks.sum_metrics(of_part) for part, of_part in sums.items()}
+        measured = next(iter(found.values()))
+        metrics = self.finalize({name: sum(of_part[name] for of_part in found.values()) for name in measured})
+        if len(found) > 1:
+            for part in found.keys() - {-1}:
+                metrics |= {f"{metric}/{names[part]}": value for metric, value in self.finalize(found[part]).items()}
         return metrics, self.first_samples(row_scores)
 
     def first_samples(self, row_scores: dict[int, Any]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def test_samples_are_those_of_tokenize_in_order(kind, rows, tokenizer, config, w
 def test_sources_keep_their_order_and_weights(tokenizer, config, write_jsonl):
     sources = [write_jsonl(GOOD[:3], "a.jsonl"), write_jsonl(GOOD[3:5], "b.jsonl")]
     data = build_dataset(sources, "sft", tokenizer, config, weights=[1.0, 0.5])
-    assert data.source_of_row.tolist() == [0, 0, 0, 1, 1]
+    assert data.part_of_row.tolist() == [0, 0, 0, 1, 1]
     assert data.weights_per_row.tolist() == [1, 1, 1, 0.5, 0.5]
     assert data.report.samples == dict(zip(sources, [3, 2], strict=True))
     assert build_dataset(sources, "sft", tokenizer, config).weights_per_row is None

@@ -83,7 +83,7 @@ OF_LOGITS = {
 NO_GRADIENT = {"adapt_kl_coefficient", "length_adaptive_lambda", "moments", "response_targets", "without_first"}
 NO_GRADIENT |= {"aggregation_weights", "decoupled_advantages", "group_advantages", "turn_advantages"}
 NO_GRADIENT |= {"importance_weights", "is_accepted", "is_near_policy", "mismatch_metrics", "mismatch_sums"}
-NO_GRADIENT |= {"expected_scores", "first_wrong"}
+NO_GRADIENT |= {"confidence_gaps", "expected_scores", "first_wrong"}
 # The scores of whole responses have no mask, nor have a critic's outputs: what stands in them counts.
 UNMASKED = {
     "bounded_values",

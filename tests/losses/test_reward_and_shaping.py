@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coati.losses import (
     clip_scores,
+    confidence_gaps,
     first_wrong,
     pairwise_reward_loss,
     penalize_missing_eos,
@@ -174,3 +175,31 @@ def test_the_gradient_of_a_step_is_the_probability_less_the_label():
 def test_the_first_wrong_step_is_the_oracles(mask, data):
     is_right = data.draw(numbers(mask.shape, 1.0, torch.float64)) > 0
     assert first_wrong(is_right, mask).tolist() == oracle.first_wrong(is_right.tolist(), mask.tolist())
+
+
+@quick
+@given(st.lists(st.floats(-30, 30), max_size=12), st.sampled_from([1.0, 1.5, 4.0]))
+def test_confidence_gaps_are_the_oracles(differences, tie_theta):
+    found = confidence_gaps(torch.tensor(differences, dtype=torch.float64), tie_theta)
+    expected = oracle.confidence_gaps(differences, tie_theta)
+    # a confidence on the edge of two bins may fall into either
+    at_edges = any(abs(20 * (c - 0.5) - round(20 * (c - 0.5))) < 1e-9 for c in confidences(differences, tie_theta))
+    if not at_edges:
+        assert [gap.item() for gap in found.values()] == pytest.approx(expected, abs=1e-9)
+    assert sum(gap.item() for gap in found.values()) == pytest.approx(sum(expected), abs=1e-9)
+
+
+def confidences(differences, tie_theta) -> list[float]:
+    """Of each difference but 0, whose confidence is one half in both."""
+    ends = [abs(difference) for difference in differences if difference]
+    wins = [1 / (1 + tie_theta * math.exp(-end)) for end in ends]
+    loses = [math.exp(-end) / (math.exp(-end) + tie_theta) for end in ends]
+    return [w / (w + lost) for w, lost in zip(wins, loses, strict=True)]
+
+
+def test_rewards_that_are_right_as_often_as_they_say_have_no_gap():
+    """sigmoid(log 3) is 0.75; three of four such pairs are right."""
+    differences = torch.tensor([3.0, 3.0, 3.0, 1 / 3], dtype=torch.float64).log()
+    assert sum(gap.abs().item() for gap in confidence_gaps(differences).values()) == pytest.approx(0, abs=1e-12)
+    overconfident = torch.full((4,), 9.0) * torch.tensor([1, -1, 1, -1])
+    assert sum(gap.abs().item() for gap in confidence_gaps(overconfident).values()) / 4 == pytest.approx(0.5, abs=1e-3)

@@ -122,6 +122,19 @@ def pairwise_reward_loss(
     return metrics["loss"], metrics
 
 
+def confidence_gaps(differences, tie_theta=1.0):
+    """Ten bins of the confidence in the response with the higher reward."""
+    bins = [0.0] * 10
+    for difference in differences:
+        higher, lower = math.exp(0.0), math.exp(-min(abs(difference), 500.0))
+        wins, loses = higher / (higher + tie_theta * lower), lower / (lower + tie_theta * higher)
+        confidence = wins / (wins + loses)
+        right = 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+        number = min(int((confidence - 0.5) * 20), 9)
+        bins[number] += confidence - right
+    return bins
+
+
 def policy_loss(
     log_probs,
     old,

@@ -24,7 +24,8 @@ class PretrainTrainer(SFTTrainer):
     algorithm = "pretrain"
     generates = False
 
-    def load_data(self, sources, weights=None):
+    def load_data(self, sources, weights=None, part_column=None):
+        """Parts are the packed data's categories."""
         if not sources:
             return None
         data, limit = PackedDataset(sources), self.config.data.max_length

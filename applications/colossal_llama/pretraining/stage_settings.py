@@ -28,6 +28,8 @@ class PretrainConfig(TrainerConfig):
 
     def problems(self) -> Iterator[str]:
         p = self.parallel
+        if self.evaluation.eval_column is not None:
+            yield "packed rows are told apart by their category: leave out eval_column"
         if self.document_mask and p.splits_sequences:
             yield "a split sequence attends to whole rows: --document_mask False, or sequence_parallel 1"
         one_row = self.model.attn_implementation == "flash_attention_2"

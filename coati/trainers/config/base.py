@@ -120,6 +120,10 @@ class EvaluationConfig(Settings):
         (), "functions of the trainer, FILE.py:name, that give more metrics to evaluations", path="function"
     )
     samples: int = option(16, "evaluation rows whose texts are kept for the report", ge=0)
+    eval_column: str | None = option(
+        None,
+        "field of the evaluation rows, such as subset, for whose values metrics are told too; their file if not given",
+    )
 
 
 @settings

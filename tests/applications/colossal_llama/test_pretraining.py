@@ -133,6 +133,7 @@ def test_neftune_adds_noise_in_training_only(make):
         (dict(mix=["zh"]), "mix is a list; it takes a mapping"),
         (dict(freeze="all-but-embeddings", plugin="gemini"), "plugin zero2"),
         (dict(train_data=["nowhere"]), "run prepare_pretrain"),
+        (dict(eval_column="subset"), "told apart by their category: leave out eval_column"),
     ],
 )
 def test_what_cannot_be_is_one_error(changes, words, make):
