@@ -361,10 +361,10 @@ class JudgedRewardSettings(RewardSettings):
     def problems(self):
         if (self.model is None) == (self.path is None):
             yield "give either model, a judge at an endpoint, or path, the folder of one"
-        if self.path is not None:
-            fields = self.__pydantic_fields__
-            for name in (name for name in OF_ENDPOINT if getattr(self, name) != fields[name].default):
-                yield f"{name} is for a judge at an endpoint: leave it out, or path"
+        fields = self.__pydantic_fields__
+        names, whose = (("batch_size",), "of a path") if self.path is None else (OF_ENDPOINT, "at an endpoint")
+        for name in (name for name in names if getattr(self, name) != fields[name].default):
+            yield f"{name} is for a judge {whose}: leave it out"
 
     def make_judge(self, cache: Path | None, device: torch.device | str) -> Judge | LocalJudge:
         """Who is asked.

@@ -253,6 +253,7 @@ def test_the_documented_settings_parse(tmp_path):
     judges = [(reward.type, getattr(reward, "mode", None), reward.name) for reward in parsed[5]]
     assert judges == [("judge", "score", None), ("judge", "pairwise", "wins"), ("rubric", None, None)]
     assert [(reward.type, reward.path) for reward in parsed[6]] == [("judge", "runs/sft/model")]
+    assert [(reward.type, reward.answer_column) for reward in parsed[7]] == [("regex", "answer")]
 
 
 def test_a_run_with_a_judge_and_a_rubric_asks_nothing_again_when_it_is_repeated(tiny_world, runtime, tmp_path):
