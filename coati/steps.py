@@ -40,11 +40,20 @@ def last_tokens(starts: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 
 def decode_with_starts(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
-    """The text of some ids, and the character where each of them starts.
+    """The text of some ids, and the character where each of them starts. Tokens of a character that isn't complete yet
+    start where it does."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if again["input_ids"] != list(ids):  # sampled, but not how the tokenizer would write it
+        return decode_one_by_one(ids, tokenizer)
+    offsets = again["offset_mapping"]
+    ends = [0, *(end for _, end in offsets)]
+    # some tokenizers leave a token's space out of its offsets
+    return text, [min(start, before) for (start, _), before in zip(offsets, ends, strict=False)]
 
-    Each token is decoded after those before it, as it may be written otherwise alone; tokens of a character that isn't
-    complete yet start where it does.
-    """
+
+def decode_one_by_one(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """As `decode_with_starts`: each token after those before it, as it may be written otherwise alone."""
     pieces: list[str] = []
     starts: list[int] = []
     length = first = shown = 0  # ids before `first` are not needed to decode what comes after `shown`

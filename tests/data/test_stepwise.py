@@ -14,7 +14,7 @@ from coati.data import DataConfig, parse_record, prepare_tokenizer, tokenize
 from coati.data.tokenize import SkippedRow
 from coati.rewards.process import steps_of
 from coati.samples import Sample
-from coati.steps import decode_with_starts, last_tokens, step_ends
+from coati.steps import decode_one_by_one, decode_with_starts, last_tokens, step_ends
 from examples.tokenizer import byte_level_tokenizer
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
@@ -81,6 +81,13 @@ def test_decoded_tokens_start_where_their_characters_do(tokenizer, text, data):
     assert starts == sorted(starts) and len(starts) == len(ids)
     for i, start in enumerate(starts):
         assert tokenizer.decode(ids[:i]).startswith(decoded[:start])
+
+
+@settings(max_examples=60)
+@given(st.text(alphabet, max_size=20))
+def test_tokens_as_the_tokenizer_writes_them_start_where_those_decoded_one_by_one_do(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert decode_with_starts(ids, tokenizer) == decode_one_by_one(ids, tokenizer)
 
 
 def test_a_character_of_several_tokens_ends_with_the_last_of_them(tokenizer):
