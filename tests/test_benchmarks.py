@@ -57,6 +57,16 @@ def test_requests_for_rewards_are_all_answered_and_their_waits_told():
 
 
 @pytest.mark.slow
+def test_a_judges_time_is_compared_with_that_of_a_function():
+    command = [sys.executable, "benchmarks/judging.py", "--medians", "0.05", "--responses", "6", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    case = json.loads(done.stdout.splitlines()[-1])["cases"]["0.05"]
+    seconds = case["seconds"]
+    assert min(seconds.values()) > 0
+    assert case["hidden"] == pytest.approx(1 - (seconds["judge"] - seconds["function"]) / seconds["alone"])
+
+
+@pytest.mark.slow
 def test_turns_that_join_others_are_a_contest_with_those_that_begin_together():
     found = run_small("waiting", "64-small", 1, "--episodes", "6")["contenders"]
     joined, together = found["turns that join"], found["turns together"]
