@@ -1,5 +1,6 @@
 """Sums worked out step by step: a small policy, from random weights, learns until it still makes mistakes; a process
 and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses.
+By PPO the policy then learns from the process reward model.
 
 python examples/process_reward/run.py                  # on one CPU process, in minutes
 python examples/process_reward/run.py --seed 1 --output runs/process_reward_1
@@ -17,6 +18,14 @@ sys.path.insert(0, str(ROOT))
 
 from coati.config.generation import GenerationConfig  # noqa: E402
 from coati.intervals import wilson_interval  # noqa: E402
+from coati.rewards.config import (  # noqa: E402
+    FunctionRewardSettings,
+    ModelRewardSettings,
+    ProcessRewardSettings,
+    RewardSettings,
+    ScoringConfig,
+    load_rewards,
+)
 from coati.samples import Sample  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
 from examples.process_reward.data import make_data  # noqa: E402
@@ -24,6 +33,7 @@ from examples.stages import table_of, train  # noqa: E402
 
 REDUCTIONS = ("min", "product", "last")  # of the steps' probabilities
 BY_OUTCOME = "outcome"
+CORRECT = FunctionRewardSettings(path=f"{HERE}/data.py:correct")
 N = 8
 
 
@@ -44,8 +54,17 @@ def main():
             own |= {"eval_data": data[f"{rows}_eval"], "model": output / "sft" / "model"}
         train(stage, HERE / f"{stage}.yaml", output / stage, common | own, arguments.processes)
     figures = trained_figures(output)
-    samples = scored_samples(output, data["prompts"], arguments.seed)
-    figures |= best_of(samples)
+    groups = scored_samples(output / "sft" / "model", data["prompts"], N, arguments.seed, choosers(output))
+    figures |= best_of(groups)
+    own = {"train_data": data["prompts_train"], "model": output / "sft" / "model"}
+    own |= {"critic_model": output / "sft" / "model"}
+    own["rewards"] = [
+        {"type": "process", "path": str(output / "prm" / "model"), "reduce": "min"},
+        {"type": "function", "path": f"{HERE}/data.py:complete"},
+    ]
+    train("ppo", HERE / "ppo.yaml", output / "ppo", common | own, arguments.processes)
+    learned = scored_samples(output / "ppo" / "model", data["prompts"], 1, arguments.seed, [CORRECT])
+    figures["one response, after PPO by steps"] = share_right([group[0] for group in learned])
     (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     rows = [(name, f"{share:.3f}", f"{low:.3f} to {high:.3f}") for name, (share, low, high) in figures.items()]
     print(table_of(["", "share", "95 % interval"], rows))
@@ -69,36 +88,29 @@ def first_errors_found(output: Path) -> tuple[float, int]:
     return last["eval/erroneous_accuracy"], sum(0 in json.loads(row)["labels"] for row in rows)
 
 
-def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]:
-    """N responses to each prompt, scored by the models and by the right answer."""
+def choosers(output: Path) -> list[RewardSettings]:
+    """The rewards by which the best of several responses is chosen."""
+    prm, reward = str(output / "prm" / "model"), str(output / "reward" / "model")
+    by_steps = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
+    return [*by_steps, ModelRewardSettings(path=reward, name=BY_OUTCOME), CORRECT]
+
+
+def scored_samples(model: Path, prompts: Path, n: int, seed: int, rewards: list[RewardSettings]) -> list[list[Sample]]:
+    """n responses to each prompt, with their rewards."""
     import torch
     from transformers import AutoTokenizer
 
     from coati.models import Actor
-    from coati.rewards.config import (
-        FunctionRewardSettings,
-        ModelRewardSettings,
-        ProcessRewardSettings,
-        ScoringConfig,
-        load_rewards,
-    )
     from coati.rewards.process import load_here
     from coati.rollout import PolicyGenerator, Prompt, ResponseSampler, ScoredGeneration
     from coati.rollout.prompts import eos_ids
 
     torch.manual_seed(seed)
-    actor, tokenizer = (
-        Actor(str(output / "sft" / "model")).eval(),
-        AutoTokenizer.from_pretrained(output / "sft" / "model"),
-    )
+    actor, tokenizer = Actor(str(model)).eval(), AutoTokenizer.from_pretrained(model)
 
     def load_model(path: str, process=None):
         return load_here(path, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
 
-    prm = str(output / "prm" / "model")
-    rewards = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
-    rewards += [ModelRewardSettings(path=str(output / "reward" / "model"), name=BY_OUTCOME)]
-    rewards += [FunctionRewardSettings(path=f"{HERE}/data.py:correct")]
     scorer = load_rewards(rewards, ScoringConfig(reward_workers=0), load_model)
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id, 256)
     generation = ScoredGeneration(ResponseSampler(generator, tokenizer, eos_ids(tokenizer, actor)), scorer)
@@ -107,22 +119,28 @@ def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]
     requests = [
         Prompt(i, [seed, i, k], ids[i], row["prompt"], {"answer": row["answer"]})
         for i, row in enumerate(rows)
-        for k in range(N)
+        for k in range(n)
     ]
     samples = generation.sample(requests, GenerationConfig(max_new_tokens=40)).samples
-    return [samples[i : i + N] for i in range(0, len(samples), N)]
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
 def best_of(groups: list[list[Sample]]) -> dict[str, tuple[float, float, float]]:
     """The share of prompts whose chosen response is right, with its interval: drawn at random, chosen by each model,
     and chosen by the right answer."""
-    right = {"one response": [group[0].rewards["correct"] for group in groups]}
+    chosen = {"one response": [group[0] for group in groups]}
     for name in (*REDUCTIONS, BY_OUTCOME, "correct"):
-        best = [max(group, key=lambda sample: sample.rewards[name]) for group in groups]
         what = {BY_OUTCOME: "the outcome reward model", "correct": "the right answer"}.get(name, f"steps, {name}")
-        right[f"best of {N} by {what}"] = [sample.rewards["correct"] for sample in best]
-    shares = {name: sum(values) / len(values) for name, values in right.items()}
-    return {name: (share, *wilson_interval(share, len(groups))) for name, share in shares.items()}
+        best = [max(group, key=lambda sample: sample.rewards[name]) for group in groups]
+        chosen[f"best of {N} by {what}"] = best
+    return {name: share_right(samples) for name, samples in chosen.items()}
+
+
+def share_right(samples: list[Sample]) -> tuple[float, float, float]:
+    """How many of some responses are right, with its interval."""
+    right = [sample.rewards["correct"] for sample in samples]
+    share = sum(right) / len(right)
+    return share, *wilson_interval(share, len(right))
 
 
 if __name__ == "__main__":
