@@ -17,7 +17,7 @@ ALLOWED_FILES = (
 )
 
 PER = (
-    "answer|batch|character|epoch|GPU|group|iteration|layer|pass|process|prompt|question|rank|response|row|sample|token"
+    "answer|batch|character|epoch|gpu|group|iteration|layer|pass|process|prompt|question|rank|response|row|sample|token"
 )
 WORDS = [
     # US spelling
@@ -71,13 +71,12 @@ def checked_files() -> list[Path]:
 
 
 def findings(text: str, words: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
-    """Line, what is there and what to use, for each forbidden word."""
-    found = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = ALLOWED.sub("", line)
-        for pattern, instead in words:
-            found += [(number, match[0], instead) for match in re.finditer(pattern, line, re.IGNORECASE)]
-    return found
+    """Line, what is there in lower case and what to use, for each forbidden word."""
+    found, text = [], ALLOWED.sub("", text.lower())
+    for pattern, instead in words:
+        for match in re.finditer(pattern, text):
+            found.append((text.count("\n", 0, match.start()) + 1, match[0], instead))
+    return sorted(found)
 
 
 def test_words_are_those_of_the_field():
