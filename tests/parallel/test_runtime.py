@@ -255,14 +255,11 @@ import sys
 from coati.trainers.config import SFTConfig
 from coati.trainers.main import main
 
-class Trainer:
-    def __init__(self, config, runtime):
-        print("hidden:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+def load_trainer():
+    print("hidden:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")), "torch:", "torch" in sys.modules, flush=True)
+    os._exit(0)
 
-    def train(self):
-        pass
-
-main(SFTConfig, lambda: Trainer, "sft", argv=sys.argv[1:])
+main(SFTConfig, load_trainer, "sft", argv=sys.argv[1:])
 """
 
 
@@ -270,7 +267,7 @@ def test_device_cpu_hides_gpus_before_torch_looks_for_them(tiny_world, tmp_path)
     removed = ("CUDA_VISIBLE_DEVICES", *runtime_module.RANK_VARIABLES)
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     arguments = ["--model", tiny_world["policy"], "--train_data", tiny_world["sft"], "--output_dir", str(tmp_path)]
-    for device, expected in (("cpu", "hidden: ''"), ("auto", "hidden: None")):
+    for device, expected in (("cpu", "hidden: '' torch: False"), ("auto", "hidden: None torch: False")):
         command = [sys.executable, "-c", TRAINS, *arguments, "--device", device]
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert expected in found.stdout, found.stderr[-2000:]
