@@ -57,7 +57,9 @@ def test_settings_win_over_a_methods_defaults():
     assert parse_config(config_class, ["--clip_high", "0.3"], defaults=defaults).algorithm.clip_high == 0.3
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("kto", marks=pytest.mark.slow), "dr-grpo"])
+@pytest.mark.parametrize(
+    "method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "dr-grpo"))]
+)
 def test_a_method_trains_in_an_empty_folder(method, tiny_world, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(filled_in(method, tiny_world)))
     ended = start([method, "--config", "run.yaml"], tmp_path)
