@@ -11,6 +11,7 @@ from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, FollowUps, Generator, Request
 from coati.rollout.sampler import Prompt, ResponseSampler, Sampler
 from coati.rollout.source import RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
+from coati.rollout.step_beam import step_beam_search
 from coati.rollout.tools import describe_tools, has_tools
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "padded_routing",
     "prompt_of",
     "rendering_of",
+    "step_beam_search",
 ]

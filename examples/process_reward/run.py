@@ -28,13 +28,14 @@ from coati.rewards.config import (  # noqa: E402
 )
 from coati.samples import Sample  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
-from examples.process_reward.data import make_data  # noqa: E402
+from examples.process_reward.data import correct, make_data  # noqa: E402
 from examples.stages import table_of, train  # noqa: E402
 
 REDUCTIONS = ("min", "product", "last")  # of the steps' probabilities
 BY_OUTCOME = "outcome"
 CORRECT = FunctionRewardSettings(path=f"{HERE}/data.py:correct")
 N = 8
+BEAMS, EXPANSIONS = 4, 2  # as many first steps as responses of best-of-n
 
 
 def main():
@@ -56,6 +57,7 @@ def main():
     figures = trained_figures(output)
     groups = scored_samples(output / "sft" / "model", data["prompts"], N, arguments.seed, choosers(output))
     figures |= best_of(groups)
+    figures[f"search of {BEAMS} x {EXPANSIONS} by steps, min"] = searched(output, data["prompts"], arguments.seed)
     own = {"train_data": data["prompts_train"], "model": output / "sft" / "model"}
     own |= {"critic_model": output / "sft" / "model"}
     own["rewards"] = [
@@ -125,6 +127,28 @@ def scored_samples(model: Path, prompts: Path, n: int, seed: int, rewards: list[
     return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
+def searched(output: Path, prompts: Path, seed: int) -> tuple[float, float, float]:
+    """The share of prompts for which the search over steps ends right, with its interval."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from coati.models import Actor
+    from coati.rewards.process import load_here
+    from coati.rollout import step_beam_search
+
+    actor = Actor(str(output / "sft" / "model")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "sft" / "model")
+    prm = str(output / "prm" / "model")
+    by_steps = ProcessRewardSettings(path=prm)
+    reward = load_here(prm, by_steps, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    texts, answers = ([row[name] for row in rows] for name in ("prompt", "answer"))
+    how = dict(beams=BEAMS, expansions=EXPANSIONS, seed=seed, batch_size=256)
+    sampling = GenerationConfig(max_new_tokens=40)
+    found = step_beam_search(actor, reward, texts, tokenizer=tokenizer, config=sampling, **how)
+    return share_of(correct(texts, [one.response for one in found], answers))
+
+
 def best_of(groups: list[list[Sample]]) -> dict[str, tuple[float, float, float]]:
     """The share of prompts whose chosen response is right, with its interval: drawn at random, chosen by each model,
     and chosen by the right answer."""
@@ -138,7 +162,10 @@ def best_of(groups: list[list[Sample]]) -> dict[str, tuple[float, float, float]]
 
 def share_right(samples: list[Sample]) -> tuple[float, float, float]:
     """How many of some responses are right, with its interval."""
-    right = [sample.rewards["correct"] for sample in samples]
+    return share_of([sample.rewards["correct"] for sample in samples])
+
+
+def share_of(right: list[float]) -> tuple[float, float, float]:
     share = sum(right) / len(right)
     return share, *wilson_interval(share, len(right))
 
