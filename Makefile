@@ -13,6 +13,9 @@ READY := $(VENV)/.ready
 DOCS := .venv-docs
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 QUICK := not slow and not gpu and not slurm
+# files are shared out to so many processes in their order: the longest aren't last. On two cores a third one works while
+# the runs of the other two wait for each other
+SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install quickstart test test-slurm trl test-vllm test-newest test-all docs mutation bench bench-gpu lint format typecheck clean
 .DEFAULT_GOAL := help
@@ -26,7 +29,7 @@ quickstart: $(READY)  ## Train a small model by SFT, reward model and PPO on two
 	OMP_NUM_THREADS=1 $(PY) examples/quickstart/run.py
 
 test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or SLURM
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"  # files shared out to two processes in their order: the longest aren't last
+	$(PYTEST) $(SHARED_OUT) -m "$(QUICK)"
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh
@@ -41,7 +44,7 @@ test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engi
 
 test-newest: $(READY)  ## Make .venv-newest with the newest packages that setup.py allows, and run the tests of `make test` there
 	tools/install_newest.sh $(PY) $(TORCH_NEWEST)
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(SHARED_OUT) -m "$(QUICK)"
 
 test-all: $(READY)  ## Run all tests; those for a GPU skip themselves where there is none
 	$(PYTEST)
