@@ -5,7 +5,6 @@ A prompt is `6+5+4=`, its solution a line for each step: `06+5=11` and `11+4=15`
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     for name, count in SIZES.items():
         parts[name], left = left[:count], left[count:]
     rows = {"sft": [{"prompt": p, "completion": "\n".join(solution(n))} for p, n in parts["sft"]]}
-    rows["prompts_train"] = [{"prompt": prompt} for prompt, _ in parts["sft"]]
     rows["prompts"] = [{"prompt": prompt, "answer": f"{sum(numbers):02d}"} for prompt, numbers in parts["prompts"]]
     for suffix in ("", "_eval"):
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
@@ -74,15 +72,6 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 def tokenizer():
     """A token a character."""
     return character_tokenizer(CHARACTERS, r"[\s\S]")
-
-
-def complete(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    """-1 for a response that doesn't add the numbers of its prompt, one with each step, else 0. Its results are not
-    looked at."""
-    return [
-        0.0 if re.findall(r"^\d\d\+(\d)=\d\d$", response, re.MULTILINE) == prompt.rstrip("=").split("+")[1:] else -1.0
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
 
 
 def correct(prompts: list[str], responses: list[str], answer: list[str], **columns) -> list[float]:

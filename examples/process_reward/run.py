@@ -1,6 +1,5 @@
 """Sums worked out step by step: a small policy, from random weights, learns until it still makes mistakes; a process
 and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses.
-By PPO the policy then learns from the process reward model.
 
 python examples/process_reward/run.py                  # on one CPU process, in minutes
 python examples/process_reward/run.py --seed 1 --output runs/process_reward_1
@@ -58,15 +57,6 @@ def main():
     groups = scored_samples(output / "sft" / "model", data["prompts"], N, arguments.seed, choosers(output))
     figures |= best_of(groups)
     figures[f"search of {BEAMS} x {EXPANSIONS} by steps, min"] = searched(output, data["prompts"], arguments.seed)
-    own = {"train_data": data["prompts_train"], "model": output / "sft" / "model"}
-    own |= {"critic_model": output / "sft" / "model"}
-    own["rewards"] = [
-        {"type": "process", "path": str(output / "prm" / "model"), "reduce": "min"},
-        {"type": "function", "path": f"{HERE}/data.py:complete"},
-    ]
-    train("ppo", HERE / "ppo.yaml", output / "ppo", common | own, arguments.processes)
-    learned = scored_samples(output / "ppo" / "model", data["prompts"], 1, arguments.seed, [CORRECT])
-    figures["one response, after PPO by steps"] = share_right([group[0] for group in learned])
     (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     rows = [(name, f"{share:.3f}", f"{low:.3f} to {high:.3f}") for name, (share, low, high) in figures.items()]
     print(table_of(["", "share", "95 % interval"], rows))
