@@ -68,15 +68,15 @@ class LocalJudge:
     def answer(self, questions: Sequence[Question]) -> list[Verdict]:
         """Verdicts with what their choices were worth; a question that is too long for the model has none."""
         rows = [self._tokens(question) for question in questions]
-        verdicts = [Verdict(None, errors=(self._too_long(row),)) for row in rows]
-        fitting = [i for i in range(len(rows)) if len(rows[i]) <= self.max_length]
-        fitting.sort(key=lambda i: -len(rows[i]))
+        fits = [len(row) <= self.max_length for row in rows]
+        verdicts = {i: Verdict(None, errors=(self._too_long(row),)) for i, row in enumerate(rows) if not fits[i]}
+        fitting = sorted((i for i in range(len(rows)) if fits[i]), key=lambda i: -len(rows[i]))
         for start in range(0, len(fitting), self.batch_size):
             part = fitting[start : start + self.batch_size]
             found = self._read([rows[i] for i in part], [self._form(questions[i]) for i in part])
             for i, (value, mass) in zip(part, found, strict=True):
                 verdicts[i] = Verdict(value, mass=mass)
-        return verdicts
+        return [verdicts[i] for i in range(len(rows))]
 
     def _read(self, rows: Sequence[list[int]], forms: Sequence[Form]) -> list[tuple[float, float]]:
         """Of each row its verdict, and the probability that it goes on with a choice at all."""

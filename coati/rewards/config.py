@@ -373,11 +373,12 @@ class JudgedRewardSettings(RewardSettings):
             cache: the folder of an endpoint's verdicts if the settings name none; None to keep none.
             device: where a judge in this process runs.
         """
-        from coati.judges import Judge, VerdictCache
-        from coati.judges.local import LocalJudge
-
         if self.path is not None:
+            from coati.judges.local import LocalJudge
+
             return LocalJudge(self.path, device, self.batch_size)
+        from coati.judges import Judge, VerdictCache
+
         folder = cache if self.cache is None else Path(self.cache).expanduser()
         return Judge(
             self.model,

@@ -39,7 +39,7 @@ class JudgedReward(Reward):
         raise NotImplementedError
 
     def begin(self, sample: Sample) -> "Future[Outcome] | None":
-        if not isinstance(self.judge, Judge):
+        if not self.per_response:
             return None
         return self.judge.submit_all(self.questions(sample), lambda verdicts: self._outcome(sample, verdicts))
 
@@ -172,8 +172,7 @@ class TournamentReward(Reward):
             for group in groups_of(samples, self.group_size)
             for i, j in pairs_of(samples[group[0]].row, len(group), self.comparisons)
         ]
-        texts = [(samples[i].response, samples[j].response) for i, j in pairs]
-        differ = [pair for pair, (first, second) in zip(pairs, texts, strict=True) if first != second]
+        differ = [(i, j) for i, j in pairs if samples[i].response != samples[j].response]
         questions = [
             both_orders(self.template, samples[i].prompt, samples[i].response, samples[j].response) for i, j in differ
         ]

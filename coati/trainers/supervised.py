@@ -145,8 +145,9 @@ class SupervisedTrainer(Trainer):
         measured = next(iter(found.values()))
         metrics = self.finalize({name: sum(of_part[name] for of_part in found.values()) for name in measured})
         if len(found) > 1:
-            for part in found.keys() - {-1}:
-                metrics |= {f"{metric}/{names[part]}": value for metric, value in self.finalize(found[part]).items()}
+            for part, of_part in found.items():
+                if part >= 0:
+                    metrics |= {f"{metric}/{names[part]}": value for metric, value in self.finalize(of_part).items()}
         return metrics, self.first_samples(row_scores)
 
     def first_samples(self, row_scores: dict[int, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -21,7 +23,6 @@ from coati.rewards.config import (  # noqa: E402
     FunctionRewardSettings,
     ModelRewardSettings,
     ProcessRewardSettings,
-    RewardSettings,
     ScoringConfig,
     load_rewards,
 )
@@ -32,7 +33,6 @@ from examples.stages import table_of, train  # noqa: E402
 
 REDUCTIONS = ("min", "product", "last")  # of the steps' probabilities
 BY_OUTCOME = "outcome"
-CORRECT = FunctionRewardSettings(path=f"{HERE}/data.py:correct")
 N = 8
 BEAMS, EXPANSIONS = 4, 2  # as many first steps as responses of best-of-n
 
@@ -54,8 +54,7 @@ def main():
             own |= {"eval_data": data[f"{rows}_eval"], "model": output / "sft" / "model"}
         train(stage, HERE / f"{stage}.yaml", output / stage, common | own, arguments.processes)
     figures = trained_figures(output)
-    groups = scored_samples(output / "sft" / "model", data["prompts"], N, arguments.seed, choosers(output))
-    figures |= best_of(groups)
+    figures |= best_of(scored_samples(output, data["prompts"], arguments.seed))
     figures[f"search of {BEAMS} x {EXPANSIONS} by steps, min"] = searched(output, data["prompts"], arguments.seed)
     (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     rows = [(name, f"{share:.3f}", f"{low:.3f} to {high:.3f}") for name, (share, low, high) in figures.items()]
@@ -80,30 +79,30 @@ def first_errors_found(output: Path) -> tuple[float, int]:
     return last["eval/erroneous_accuracy"], sum(0 in json.loads(row)["labels"] for row in rows)
 
 
-def choosers(output: Path) -> list[RewardSettings]:
-    """The rewards by which the best of several responses is chosen."""
-    prm, reward = str(output / "prm" / "model"), str(output / "reward" / "model")
-    by_steps = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
-    return [*by_steps, ModelRewardSettings(path=reward, name=BY_OUTCOME), CORRECT]
-
-
-def scored_samples(model: Path, prompts: Path, n: int, seed: int, rewards: list[RewardSettings]) -> list[list[Sample]]:
-    """n responses to each prompt, with their rewards."""
-    import torch
+def policy_of(output: Path) -> tuple[Any, Any]:
+    """The policy and its tokenizer."""
     from transformers import AutoTokenizer
 
     from coati.models import Actor
-    from coati.rewards.process import load_here
+
+    folder = output / "sft" / "model"
+    return Actor(str(folder)).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]:
+    """N responses to each prompt, scored by the models and by the right answer."""
+    import torch
+
     from coati.rollout import PolicyGenerator, Prompt, ResponseSampler, ScoredGeneration
     from coati.rollout.prompts import eos_ids
 
     torch.manual_seed(seed)
-    actor, tokenizer = Actor(str(model)).eval(), AutoTokenizer.from_pretrained(model)
-
-    def load_model(path: str, process=None):
-        return load_here(path, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
-
-    scorer = load_rewards(rewards, ScoringConfig(reward_workers=0), load_model)
+    actor, tokenizer = policy_of(output)
+    prm = str(output / "prm" / "model")
+    rewards = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
+    rewards += [ModelRewardSettings(path=str(output / "reward" / "model"), name=BY_OUTCOME)]
+    rewards += [FunctionRewardSettings(path=f"{HERE}/data.py:correct")]
+    scorer = load_rewards(rewards, ScoringConfig(reward_workers=0), partial(load_model, tokenizer))
     generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id, 256)
     generation = ScoredGeneration(ResponseSampler(generator, tokenizer, eos_ids(tokenizer, actor)), scorer)
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
@@ -111,26 +110,28 @@ def scored_samples(model: Path, prompts: Path, n: int, seed: int, rewards: list[
     requests = [
         Prompt(i, [seed, i, k], ids[i], row["prompt"], {"answer": row["answer"]})
         for i, row in enumerate(rows)
-        for k in range(n)
+        for k in range(N)
     ]
     samples = generation.sample(requests, GenerationConfig(max_new_tokens=40)).samples
-    return [samples[i : i + n] for i in range(0, len(samples), n)]
+    return [samples[i : i + N] for i in range(0, len(samples), N)]
+
+
+def load_model(tokenizer, path: str, process: ProcessRewardSettings | None = None):
+    """A reward of a model, see `load_here`."""
+    import torch
+
+    from coati.rewards.process import load_here
+
+    return load_here(path, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
 
 
 def searched(output: Path, prompts: Path, seed: int) -> tuple[float, float, float]:
     """The share of prompts for which the search over steps ends right, with its interval."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from coati.models import Actor
-    from coati.rewards.process import load_here
     from coati.rollout import step_beam_search
 
-    actor = Actor(str(output / "sft" / "model")).eval()
-    tokenizer = AutoTokenizer.from_pretrained(output / "sft" / "model")
+    actor, tokenizer = policy_of(output)
     prm = str(output / "prm" / "model")
-    by_steps = ProcessRewardSettings(path=prm)
-    reward = load_here(prm, by_steps, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
+    reward = load_model(tokenizer, prm, ProcessRewardSettings(path=prm))
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     texts, answers = ([row[name] for row in rows] for name in ("prompt", "answer"))
     how = dict(beams=BEAMS, expansions=EXPANSIONS, seed=seed, batch_size=256)
@@ -142,20 +143,16 @@ def searched(output: Path, prompts: Path, seed: int) -> tuple[float, float, floa
 def best_of(groups: list[list[Sample]]) -> dict[str, tuple[float, float, float]]:
     """The share of prompts whose chosen response is right, with its interval: drawn at random, chosen by each model,
     and chosen by the right answer."""
-    chosen = {"one response": [group[0] for group in groups]}
+    right = {"one response": [group[0].rewards["correct"] for group in groups]}
     for name in (*REDUCTIONS, BY_OUTCOME, "correct"):
-        what = {BY_OUTCOME: "the outcome reward model", "correct": "the right answer"}.get(name, f"steps, {name}")
         best = [max(group, key=lambda sample: sample.rewards[name]) for group in groups]
-        chosen[f"best of {N} by {what}"] = best
-    return {name: share_right(samples) for name, samples in chosen.items()}
-
-
-def share_right(samples: list[Sample]) -> tuple[float, float, float]:
-    """How many of some responses are right, with its interval."""
-    return share_of([sample.rewards["correct"] for sample in samples])
+        what = {BY_OUTCOME: "the outcome reward model", "correct": "the right answer"}.get(name, f"steps, {name}")
+        right[f"best of {N} by {what}"] = [sample.rewards["correct"] for sample in best]
+    return {name: share_of(values) for name, values in right.items()}
 
 
 def share_of(right: list[float]) -> tuple[float, float, float]:
+    """Of numbers that are 1 for what is right, else 0: their mean, with its interval."""
     share = sum(right) / len(right)
     return share, *wilson_interval(share, len(right))
 
