@@ -33,7 +33,7 @@ test: $(READY)  ## Run the tests, without the slow ones and those for a GPU or S
 
 test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as root on Debian: installs slurm-wlm)
 	tools/install_slurm.sh
-	$(PYTEST) -m "slurm and not slow"
+	$(PYTEST) -m "slurm and not slow" tests/slurm
 
 trl: $(READY)  ## Make three environments with TRL 1.12, 1.16 and 0.11 (10 minutes), for tests and benchmarks
 	tools/install_trl.sh $(PY) $(TORCH)

@@ -85,8 +85,6 @@ def nothing(prompts, responses, **columns) -> list[float]:
 
 
 def prepare(settings: dict) -> Callable[[], dict]:
-    from contextlib import nullcontext
-
     from coati.models.opened import open_model
     from coati.rewards.config import JudgeRewardSettings, ScoringConfig, load_rewards
     from coati.rewards.function import FunctionReward
@@ -95,7 +93,7 @@ def prepare(settings: dict) -> Callable[[], dict]:
     opened = open_model(Path(settings["folder"]), None, "cpu")
     tokenizer, count = opened.tokenizer, settings["responses"]
     ends = list(range(0, len(tokenizer), MEAN))  # about one token of so many ends a response
-    generator = PolicyGenerator(lambda: nullcontext(opened.actor), tokenizer, tokenizer.eos_token_id)
+    generator = PolicyGenerator.of_actor(opened.actor, tokenizer)
     if settings["endpoint"] is None:
         scorer = load_rewards([], ScoringConfig(), given=[FunctionReward(nothing)])
     else:

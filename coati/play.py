@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def episodes_of(environment: type, model: str, limits: EnvironmentConfig) -> Epi
     actor = Actor(model).to(device).eval()
     ends = eos_ids(tokenizer, actor)
     renderer, call_format = rendering_of(environment, tokenizer, ends, limits.call_format)
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
+    generator = PolicyGenerator.of_actor(actor, tokenizer)
     return EpisodeSampler(generator, tokenizer, ends, environment, renderer, limits, call_format)
 
 

@@ -1,7 +1,6 @@
 """Responses that models draw, and the scores that a reward model gives them: for `coati label`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 
@@ -53,7 +52,7 @@ def draw(
                 f"{messages[0]['content'][:60]!r} has {len(ids)}; shorten or remove it"
             )
         requests.append(Request(ids, seed, min(sampling.max_new_tokens, room)))
-    generator = PolicyGenerator(lambda: nullcontext(opened.actor), tokenizer, tokenizer.pad_token_id)
+    generator = PolicyGenerator.of_actor(opened.actor, tokenizer)
     completions = generator.generate(requests, sampling)
     ends = eos_ids(tokenizer, opened.actor)
     return [text.strip() for text in response_texts(tokenizer, [one.ids for one in completions], ends)]

@@ -10,7 +10,6 @@ import json
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -164,7 +163,7 @@ def main():
     actor = Actor(config.model).eval()
     scorer = load_rewards(config.rewards, ScoringConfig())
     batch_size = config.generation.generation_batch_size
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id, batch_size)
+    generator = PolicyGenerator.of_actor(actor, tokenizer, batch_size)
     labeler = StepLabeler(config, generator, scorer, tokenizer, eos_ids(tokenizer, actor))
     prompts = [one for one in islice(read_prompts(config, tokenizer), config.rows) for _ in range(config.responses)]
     labeled = labeler.label([sample for _, sample in prompts])

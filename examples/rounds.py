@@ -4,7 +4,6 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def sample_responses(model: Path, prompt_set: PromptSet, seed: list[int]) -> lis
         columns = {name: value for name, value in row.items() if name != "prompt"}
         prompts += [Prompt(i, [*seed, i * n + k], ids[i], texts[i], columns) for k in range(n)]
     ends = eos_ids(tokenizer, actor)
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, ends[0], batch_size=256)
+    generator = PolicyGenerator.of_actor(actor, tokenizer, batch_size=256)
     scorer = Scorer([(load_function(prompt_set.reward), 1.0)])
     generation = ScoredGeneration(ResponseSampler(generator, tokenizer, ends), scorer)
     samples = generation.sample(prompts, GenerationConfig(max_new_tokens=prompt_set.max_new_tokens)).samples

@@ -6,7 +6,7 @@ import pytest
 
 from coati.data import DataConfig, parse_record, prepare_tokenizer, tokenize
 from coati.samples import Sample
-from examples.process_reward.data import SIZES, correct, make_data, tokenizer
+from examples.process_reward.data import SIZES, complete, correct, make_data, tokenizer
 from examples.process_reward.run import N, best_of
 
 
@@ -40,6 +40,26 @@ def test_of_a_pair_only_the_chosen_solution_is_right(files):
         answer = [f"{sum(map(int, row['prompt'].removesuffix('=').split('+'))):02d}"]
         assert correct([row["prompt"]], [row["chosen"]], answer) == [1.0]
         assert correct([row["prompt"]], [row["rejected"]], answer) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("06+5=11\n11+4=15", 0.0),
+        ("06+5=10\n10+4=99", 0.0),  # as far as its form goes
+        ("06+5=11", -1.0),
+        ("11+4=15", -1.0),
+        ("06+5=11\n11+4=15\n15+4=19", -1.0),
+        ("06+4=10\n10+5=15", -1.0),
+        ("01+5=06\n06+4=10", -1.0),
+        ("06+5=11\n02+4=06", -1.0),
+        ("06+5=11\n11+4=15=", -1.0),
+        ("06+5=11\n\n11+4=15", -1.0),
+        ("", -1.0),
+    ],
+)
+def test_a_response_has_a_line_for_each_number_of_its_prompt(response, score):
+    assert complete(["6+5+4="], [response]) == [score]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_no_prompt_twice(files, tmp_path):

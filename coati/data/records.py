@@ -184,6 +184,7 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
       - PRM800K: `question.problem`, and of `label.steps` the chosen completions up to the first that is rated -1; 0
         and 1 are right. Where none was chosen, the step that a person wrote, or the first completion if it is wrong
       - Math-Shepherd: `input`, whose steps end in the tag `ки`, and `label`, which has + or - there
+      - ProcessBench: `problem`, `steps` and `label`, the index of the first wrong step or -1; what follows has no label
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns. A `row` is taken as it is.
 
@@ -319,6 +320,8 @@ def _stepwise(row: _Row) -> StepwiseRecord:
         return _prm800k(row)
     if STEP_TAG in str(row.values.get("input", "")) and isinstance(row.values.get("label"), str):
         return _math_shepherd(row)
+    if "problem" in row and "steps" in row and "label" in row:
+        return _process_bench(row)
     steps_name, prompt_name = row.first(("steps", "completions")), row.first(PROMPTS)
     if steps_name is None or prompt_name is None or "labels" not in row:
         raise _unknown(row, "stepwise")
@@ -386,6 +389,18 @@ def _math_shepherd(row: _Row) -> StepwiseRecord:
     steps = [_on_one_line(step) for step in (first + rest, *pieces[1:])]
     prompt = [{"role": "user", "content": problem.strip()}]
     return StepwiseRecord(prompt, steps, [float(sign == "+") for sign in signs], unused=row.unused())
+
+
+def _process_bench(row: _Row) -> StepwiseRecord:
+    """As its paper describes it (2412.06559, section 3), https://huggingface.co/datasets/Qwen/ProcessBench."""
+    problem, steps, first_wrong = row.pop("problem"), row.pop("steps"), row.pop("label")
+    told = isinstance(problem, str) and isinstance(steps, list) and all(isinstance(step, str) for step in steps)
+    if not told or type(first_wrong) is not int or not -1 <= first_wrong < len(steps):
+        raise ValueError("no `problem`, list of `steps` and index of a step or -1 as `label`, as ProcessBench has them")
+    right = len(steps) if first_wrong == -1 else first_wrong
+    labels = ([1.0] * right + [0.0] + [None] * len(steps))[: len(steps)]
+    prompt = [{"role": "user", "content": problem}]
+    return StepwiseRecord(prompt, [_on_one_line(step) for step in steps], labels, unused=row.unused())
 
 
 def _on_one_line(text: str) -> str:

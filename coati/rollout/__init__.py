@@ -9,7 +9,7 @@ from coati.rollout.environment import Environment, Observation, load_environment
 from coati.rollout.episodes import EpisodeSampler, rendering_of
 from coati.rollout.generate import PolicyGenerator, complete, has_kv_cache
 from coati.rollout.generator import Completion, FollowUps, Generator, Request
-from coati.rollout.sampler import Prompt, ResponseSampler, Sampler
+from coati.rollout.sampler import Prompt, ResponseSampler, Sampler, prompts_of_texts
 from coati.rollout.source import RolloutShape, RolloutSource, ScoredGeneration, SynchronousRollouts, prompt_of
 from coati.rollout.step_beam import step_beam_search
 from coati.rollout.tools import describe_tools, has_tools
@@ -48,6 +48,7 @@ __all__ = [
     "load_environment",
     "padded_routing",
     "prompt_of",
+    "prompts_of_texts",
     "rendering_of",
     "step_beam_search",
 ]

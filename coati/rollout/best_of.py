@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coati.config.generation import GenerationConfig
@@ -11,7 +10,7 @@ from coati.errors import UserError
 from coati.rewards import Reward, Scorer
 from coati.rollout.generate import PolicyGenerator
 from coati.rollout.prompts import eos_ids
-from coati.rollout.sampler import Prompt, ResponseSampler
+from coati.rollout.sampler import ResponseSampler, prompts_of_texts
 from coati.rollout.source import ScoredGeneration
 
 
@@ -68,20 +67,12 @@ def best_of_n(
         raise UserError(f"best of {n}: n must be at least 1")
     if n > 1 and (config.temperature == 0 or config.num_beams > 1):
         raise UserError("best-of-n needs responses that differ: temperature above 0 and num_beams 1")
-    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    if not all(rows):
-        raise UserError("best-of-n: a prompt is empty")
-    columns = columns or [{}] * len(prompts)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, pad, batch_size)
+    asked = prompts_of_texts(prompts, tokenizer, columns, seed)
     scorer = Scorer([(reward, 1.0)])
-    scorer.check(columns)
+    scorer.check([prompt.columns for prompt in asked])
+    generator = PolicyGenerator.of_actor(actor, tokenizer, batch_size)
     generation = ScoredGeneration(ResponseSampler(generator, tokenizer, eos_ids(tokenizer, actor)), scorer)
-    requests = [
-        Prompt(row, [seed, row, i], ids, text, of_row)
-        for row, (ids, text, of_row) in enumerate(zip(rows, prompts, columns, strict=True))
-        for i in range(n)
-    ]
+    requests = [replace(prompt, seed=[*prompt.seed, i]) for prompt in asked for i in range(n)]
     samples = generation.sample(requests, config).samples
     chosen = []
     for row, prompt in enumerate(prompts):

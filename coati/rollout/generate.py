@@ -1,7 +1,7 @@
 """Completions by coati's engine, by vLLM or by transformers, depending on the settings."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class PolicyGenerator:
 
     def __init__(self, full: Callable[[], AbstractContextManager], tokenizer, pad_id: int, batch_size: int = 64):
         self.full, self.tokenizer, self.pad_id, self.batch_size = full, tokenizer, pad_id, batch_size
+
+    @classmethod
+    def of_actor(cls, actor, tokenizer, batch_size: int = 64) -> "PolicyGenerator":
+        """Of an `Actor` that is whole in this process."""
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(lambda: nullcontext(actor), tokenizer, pad, batch_size)
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from coati.config.generation import GenerationConfig
+from coati.errors import UserError
 from coati.rollout.generator import Completion, Generator, Request
 from coati.rollout.prompts import response_text
 from coati.samples import Sample
@@ -30,6 +31,27 @@ class Prompt:
         """The prompt of a sample, without a seed."""
         first = sample.response_mask.index(True)
         return cls(sample.row, [0], sample.tokens[:first], sample.prompt, sample.columns)
+
+
+def prompts_of_texts(
+    texts: Sequence[str], tokenizer, columns: Sequence[dict[str, Any]] | None = None, seed: int = 0
+) -> list[Prompt]:
+    """Prompts from texts as the model reads them (a chat template is already applied); the seed of row i is [seed, i].
+
+    Args:
+        columns: further fields, per text.
+
+    Raises:
+        UserError: a text is empty.
+    """
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    if not all(rows):
+        raise UserError(f"prompt {rows.index([])} is empty")
+    columns = columns or [{}] * len(texts)
+    return [
+        Prompt(i, [seed, i], ids, text, of_row)
+        for i, (ids, text, of_row) in enumerate(zip(rows, texts, columns, strict=True))
+    ]
 
 
 OnSample = Callable[[int, Sample], Any]

@@ -2,7 +2,6 @@
 process reward model)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from coati.rollout.best_of import BestOf
 from coati.rollout.generate import PolicyGenerator
 from coati.rollout.generator import Generator, Request
 from coati.rollout.prompts import eos_ids, response_text
-from coati.rollout.sampler import Prompt
+from coati.rollout.sampler import Prompt, prompts_of_texts
 from coati.samples import Sample
 
 OPEN = "stop"  # the finish reason of a response that ends with a separator, and goes on
@@ -77,18 +76,10 @@ def step_beam_search(
         raise UserError("a search over steps needs steps that differ: temperature above 0 and num_beams 1")
     if config.stop:
         raise UserError(f"a search over steps stops at its separator: leave out stop {list(config.stop)}")
-    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    if not all(ids):
-        raise UserError("a search over steps: a prompt is empty")
-    columns = columns or [{}] * len(prompts)
-    asked = [
-        Prompt(row, [seed, row], of_row, text, fields)
-        for row, (of_row, text, fields) in enumerate(zip(ids, prompts, columns, strict=True))
-    ]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, pad, batch_size)
+    asked = prompts_of_texts(prompts, tokenizer, columns, seed)
     scorer = Scorer([(reward, 1.0)])
-    scorer.check(columns)
+    scorer.check([prompt.columns for prompt in asked])
+    generator = PolicyGenerator.of_actor(actor, tokenizer, batch_size)
     search = StepSearch(generator, scorer, tokenizer, eos_ids(tokenizer, actor), replace(config, stop=[separator]))
     kept = [[Beam()] for _ in prompts]
     count, step = beams * expansions, 0

@@ -5,6 +5,7 @@ A prompt is `6+5+4=`, its solution a line for each step: `06+5=11` and `11+4=15`
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     for name, count in SIZES.items():
         parts[name], left = left[:count], left[count:]
     rows = {"sft": [{"prompt": p, "completion": "\n".join(solution(n))} for p, n in parts["sft"]]}
+    rows["prompts_train"] = [{"prompt": prompt} for prompt, _ in parts["sft"]]
     rows["prompts"] = [{"prompt": prompt, "answer": f"{sum(numbers):02d}"} for prompt, numbers in parts["prompts"]]
     for suffix in ("", "_eval"):
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
@@ -72,6 +74,20 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 def tokenizer():
     """A token a character."""
     return character_tokenizer(CHARACTERS, r"[\s\S]")
+
+
+def complete(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    """0 for a response that adds the numbers of its prompt, one with each line, which goes on from the line before;
+    else -1. Whether a line's sum is right is not looked at."""
+    return [0.0 if is_complete(prompt, response) else -1.0 for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def is_complete(prompt: str, response: str) -> bool:
+    first, *numbers = prompt.rstrip("=").split("+")
+    lines = [re.fullmatch(r"(\d\d)\+(\d)=(\d\d)", line) for line in response.split("\n")]
+    if not all(lines) or [line[2] for line in lines] != numbers:
+        return False
+    return [line[1] for line in lines] == [f"{int(first):02d}", *(line[3] for line in lines[:-1])]
 
 
 def correct(prompts: list[str], responses: list[str], answer: list[str], **columns) -> list[float]:

@@ -1,14 +1,15 @@
 """Sums worked out step by step: a small policy, from random weights, learns until it still makes mistakes; a process
-and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses.
+and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses;
+PPO trains the policy on the rewards of its steps.
 
-python examples/process_reward/run.py                  # on one CPU process, in minutes
+python examples/process_reward/run.py                  # on one CPU process, half an hour
 python examples/process_reward/run.py --seed 1 --output runs/process_reward_1
 """
 
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from coati.rewards.config import (  # noqa: E402
     FunctionRewardSettings,
     ModelRewardSettings,
     ProcessRewardSettings,
+    RewardSettings,
     ScoringConfig,
     load_rewards,
 )
@@ -33,6 +35,8 @@ from examples.stages import table_of, train  # noqa: E402
 
 REDUCTIONS = ("min", "product", "last")  # of the steps' probabilities
 BY_OUTCOME = "outcome"
+CORRECT = FunctionRewardSettings(path=f"{HERE}/data.py:correct")
+SAMPLING = GenerationConfig(max_new_tokens=40)
 N = 8
 BEAMS, EXPANSIONS = 4, 2  # as many first steps as responses of best-of-n
 
@@ -54,8 +58,17 @@ def main():
             own |= {"eval_data": data[f"{rows}_eval"], "model": output / "sft" / "model"}
         train(stage, HERE / f"{stage}.yaml", output / stage, common | own, arguments.processes)
     figures = trained_figures(output)
-    figures |= best_of(scored_samples(output, data["prompts"], arguments.seed))
+    figures |= best_of(scored_samples(output / "sft", data["prompts"], N, arguments.seed, choosers(output)))
     figures[f"search of {BEAMS} x {EXPANSIONS} by steps, min"] = searched(output, data["prompts"], arguments.seed)
+    policy = output / "sft" / "model"
+    own = {"train_data": data["prompts_train"], "model": policy, "critic_model": policy}
+    own["rewards"] = [
+        {"type": "process", "path": str(output / "prm" / "model"), "reduce": "min"},
+        {"type": "function", "path": f"{HERE}/data.py:complete"},
+    ]
+    train("ppo", HERE / "ppo.yaml", output / "ppo", common | own, arguments.processes)
+    learned = scored_samples(output / "ppo", data["prompts"], 1, arguments.seed, [CORRECT])
+    figures["one response, after PPO by steps"] = share_right([response for [response] in learned])
     (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
     rows = [(name, f"{share:.3f}", f"{low:.3f} to {high:.3f}") for name, (share, low, high) in figures.items()]
     print(table_of(["", "share", "95 % interval"], rows))
@@ -79,41 +92,37 @@ def first_errors_found(output: Path) -> tuple[float, int]:
     return last["eval/erroneous_accuracy"], sum(0 in json.loads(row)["labels"] for row in rows)
 
 
-def policy_of(output: Path) -> tuple[Any, Any]:
-    """The policy and its tokenizer."""
+def policy_of(run: Path) -> tuple[Any, Any]:
+    """A run's policy and its tokenizer."""
     from transformers import AutoTokenizer
 
     from coati.models import Actor
 
-    folder = output / "sft" / "model"
-    return Actor(str(folder)).eval(), AutoTokenizer.from_pretrained(folder)
+    return Actor(str(run / "model")).eval(), AutoTokenizer.from_pretrained(run / "model")
 
 
-def scored_samples(output: Path, prompts: Path, seed: int) -> list[list[Sample]]:
-    """N responses to each prompt, scored by the models and by the right answer."""
-    import torch
+def choosers(output: Path) -> list[RewardSettings]:
+    """What chooses the best of several responses: the models, and the right answer."""
+    prm, outcome = str(output / "prm" / "model"), str(output / "reward" / "model")
+    by_steps = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
+    return [*by_steps, ModelRewardSettings(path=outcome, name=BY_OUTCOME), CORRECT]
 
-    from coati.rollout import PolicyGenerator, Prompt, ResponseSampler, ScoredGeneration
+
+def scored_samples(run: Path, prompts: Path, n: int, seed: int, rewards: list[RewardSettings]) -> list[list[Sample]]:
+    """n responses of a run's policy to each prompt, with their rewards."""
+    from coati.rollout import PolicyGenerator, ResponseSampler, ScoredGeneration, prompts_of_texts
     from coati.rollout.prompts import eos_ids
 
-    torch.manual_seed(seed)
-    actor, tokenizer = policy_of(output)
-    prm = str(output / "prm" / "model")
-    rewards = [ProcessRewardSettings(path=prm, reduce=reduce, name=reduce) for reduce in REDUCTIONS]
-    rewards += [ModelRewardSettings(path=str(output / "reward" / "model"), name=BY_OUTCOME)]
-    rewards += [FunctionRewardSettings(path=f"{HERE}/data.py:correct")]
+    actor, tokenizer = policy_of(run)
     scorer = load_rewards(rewards, ScoringConfig(reward_workers=0), partial(load_model, tokenizer))
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id, 256)
+    generator = PolicyGenerator.of_actor(actor, tokenizer, 256)
     generation = ScoredGeneration(ResponseSampler(generator, tokenizer, eos_ids(tokenizer, actor)), scorer)
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
-    requests = [
-        Prompt(i, [seed, i, k], ids[i], row["prompt"], {"answer": row["answer"]})
-        for i, row in enumerate(rows)
-        for k in range(N)
-    ]
-    samples = generation.sample(requests, GenerationConfig(max_new_tokens=40)).samples
-    return [samples[i : i + N] for i in range(0, len(samples), N)]
+    columns = [{"answer": row["answer"]} for row in rows]
+    asked = prompts_of_texts([row["prompt"] for row in rows], tokenizer, columns, seed)
+    requests = [replace(prompt, seed=[*prompt.seed, k]) for prompt in asked for k in range(n)]
+    samples = generation.sample(requests, SAMPLING).samples
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
 def load_model(tokenizer, path: str, process: ProcessRewardSettings | None = None):
@@ -129,26 +138,29 @@ def searched(output: Path, prompts: Path, seed: int) -> tuple[float, float, floa
     """The share of prompts for which the search over steps ends right, with its interval."""
     from coati.rollout import step_beam_search
 
-    actor, tokenizer = policy_of(output)
+    actor, tokenizer = policy_of(output / "sft")
     prm = str(output / "prm" / "model")
     reward = load_model(tokenizer, prm, ProcessRewardSettings(path=prm))
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     texts, answers = ([row[name] for row in rows] for name in ("prompt", "answer"))
     how = dict(beams=BEAMS, expansions=EXPANSIONS, seed=seed, batch_size=256)
-    sampling = GenerationConfig(max_new_tokens=40)
-    found = step_beam_search(actor, reward, texts, tokenizer=tokenizer, config=sampling, **how)
+    found = step_beam_search(actor, reward, texts, tokenizer=tokenizer, config=SAMPLING, **how)
     return share_of(correct(texts, [one.response for one in found], answers))
 
 
 def best_of(groups: list[list[Sample]]) -> dict[str, tuple[float, float, float]]:
     """The share of prompts whose chosen response is right, with its interval: drawn at random, chosen by each model,
     and chosen by the right answer."""
-    right = {"one response": [group[0].rewards["correct"] for group in groups]}
+    chosen = {"one response": [group[0] for group in groups]}
     for name in (*REDUCTIONS, BY_OUTCOME, "correct"):
-        best = [max(group, key=lambda sample: sample.rewards[name]) for group in groups]
         what = {BY_OUTCOME: "the outcome reward model", "correct": "the right answer"}.get(name, f"steps, {name}")
-        right[f"best of {N} by {what}"] = [sample.rewards["correct"] for sample in best]
-    return {name: share_of(values) for name, values in right.items()}
+        chosen[f"best of {N} by {what}"] = [max(group, key=lambda sample: sample.rewards[name]) for group in groups]
+    return {name: share_right(samples) for name, samples in chosen.items()}
+
+
+def share_right(samples: list[Sample]) -> tuple[float, float, float]:
+    """How many of some responses are right, with its interval."""
+    return share_of([sample.rewards["correct"] for sample in samples])
 
 
 def share_of(right: list[float]) -> tuple[float, float, float]:

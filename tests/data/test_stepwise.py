@@ -223,3 +223,28 @@ def test_math_shepherd_is_read_by_its_tags(layout):
 def test_what_is_not_as_math_shepherd_has_it_is_refused(changes):
     with pytest.raises(ValueError, match=r"`label` has other steps|as Math-Shepherd has them"):
         parse_record(SHEPHERD | changes, "stepwise")
+
+
+BENCH = {
+    "id": "gsm8k-0",
+    "generator": "Qwen2-7B-Instruct",
+    "problem": "What is it?",
+    "steps": ["I add\n\nthem.", "It is 6.", "So 6."],
+    "final_answer_correct": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "labels"), [(-1, [1, 1, 1]), (0, [0, None, None]), (1, [1, 0, None]), (2, [1, 1, 0])]
+)
+def test_process_bench_is_read_up_to_the_first_wrong_step(label, labels):
+    [record] = parse_record(BENCH | {"label": label}, "stepwise")
+    assert record.prompt == [{"role": "user", "content": "What is it?"}]
+    assert record.steps == ["I add them.", "It is 6.", "So 6."] and record.labels == labels
+    assert record.unused == ("`id`", "`generator`", "`final_answer_correct`")
+
+
+@pytest.mark.parametrize("changes", [{"label": 3}, {"label": True}, {"label": "-1"}, {"steps": "x"}, {"steps": [1]}])
+def test_what_is_not_as_process_bench_has_it_is_refused(changes):
+    with pytest.raises(ValueError, match="as ProcessBench has them"):
+        parse_record(BENCH | {"label": 0} | changes, "stepwise")

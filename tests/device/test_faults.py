@@ -9,11 +9,9 @@ from tests.device.test_waits import BUDGETS, DECODING
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("sampling", ["plain"])
 @pytest.mark.parametrize("fault", ["wait_in_each_layer", "wait_for_each_row"])
-def test_waits_that_grow_with_layers_or_rows_are_over_the_budget(fault, sampling, strict_device):
-    few = strict_device("waits_of_decoding", fault=fault, layers=2, rows=8, sampling=sampling)
-    many = strict_device("waits_of_decoding", fault=fault, layers=4, rows=16, sampling=sampling)
+def test_waits_that_grow_with_layers_or_rows_are_over_the_budget(fault, strict_device):
+    few, many = strict_device("waits_of_decoding", fault=fault, sizes=[(2, 8), (4, 16)], samplings=["plain"])
     a_step = [sum(found["waits"].values()) / found["steps"] for found in (few, many)]
     assert DECODING < a_step[0] < a_step[1]
     assert any("tests/device/faults.py" in place for place in few["waits"])  # named where it was planted
@@ -67,8 +65,8 @@ def test_batches_that_are_not_pinned_are_over_the_budget(run, strict_device, dev
 
 
 def test_copies_that_are_read_before_they_arrived_are_nonsense(strict_device):
-    arguments = dict(layers=2, rows=2, sampling="plain")
-    fine = strict_device("waits_of_decoding", **arguments)["tokens"]
-    early = strict_device("waits_of_decoding", fault="tokens_read_too_early", **arguments)["tokens"]
-    assert all(0 <= token < 64 for row in fine for token in row)
-    assert not any(0 <= token < 64 for row in early for token in row)
+    arguments = dict(sizes=[(2, 2)], samplings=["plain"])
+    [fine] = strict_device("waits_of_decoding", **arguments)
+    [early] = strict_device("waits_of_decoding", fault="tokens_read_too_early", **arguments)
+    assert all(0 <= token < 64 for row in fine["tokens"] for token in row)
+    assert not any(0 <= token < 64 for row in early["tokens"] for token in row)

@@ -37,11 +37,8 @@ def more(larger: dict[str, int], smaller: dict[str, int]) -> dict[str, int]:
     return {place: n for place in larger if (n := larger[place] - smaller.get(place, 0)) > 0}
 
 
-@pytest.mark.parametrize("sampling", ["plain", "all", "greedy"])
-def test_a_token_of_all_rows_waits_once_whatever_layers_and_rows(sampling, strict_device):
-    few = strict_device("waits_of_decoding", layers=2, rows=8, sampling=sampling)
-    many = strict_device("waits_of_decoding", layers=4, rows=16, sampling=sampling)
-    for found in (few, many):
+def test_a_token_of_all_rows_waits_once_whatever_layers_and_rows(strict_device):
+    for found in strict_device("waits_of_decoding", sizes=[(2, 8), (4, 16)], samplings=["plain", "all", "greedy"]):
         assert sum(found["waits"].values()) <= DECODING * found["steps"], listed(found["waits"])
 
 

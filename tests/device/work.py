@@ -153,7 +153,12 @@ SAMPLING = {
 }
 
 
-def waits_of_decoding(runtime: Runtime, layers: int, rows: int, sampling: str) -> dict:
+def waits_of_decoding(runtime: Runtime, sizes: list[tuple[int, int]], samplings: list[str]) -> list[dict]:
+    """What `waits_of_responses` gives for each size, which is (layers, rows), and each kind of sampling."""
+    return [waits_of_responses(layers, rows, sampling) for layers, rows in sizes for sampling in samplings]
+
+
+def waits_of_responses(layers: int, rows: int, sampling: str) -> dict:
     """What the host waits for in the steps of coati's engine, by place, and how many steps there were."""
     from coati.config.generation import GenerationConfig
     from coati.rollout.engine import RolloutEngine

@@ -34,17 +34,29 @@ COMBINATIONS = [
 ]
 
 
-def work(file: str):
-    """One rank: what becomes of each combination where torch says that there is a GPU; to a file."""
+PLAIN = ("fp32", "whole", "all weights")
+
+
+def is_quick(plugin: str, *choices: str) -> bool:
+    """zero1, which allows nearly everything, with everything; the others with one choice that isn't the plain one."""
+    return plugin == "zero1" or sum(choice != plain for choice, plain in zip(choices, PLAIN, strict=True)) <= 1
+
+
+def work(file: str, every: bool):
+    """One rank: what becomes of each combination where torch says that there is a GPU; to a file.
+
+    Args:
+        every: train every combination that isn't refused, not only the quick ones.
+    """
     runtime = launch(0)
-    results = [outcome(runtime, *combination) for combination in COMBINATIONS]
+    results = [outcome(runtime, *names, trained=every or is_quick(*names)) for names in COMBINATIONS]
     if runtime.is_main:
         Path(file).write_text(json.dumps(results))
     shutdown()
 
 
-def outcome(runtime: Runtime, plugin: str, precision: str, split: str, feature: str) -> dict:
-    """`refused`, the reason; or the losses of two steps."""
+def outcome(runtime: Runtime, plugin: str, precision: str, split: str, feature: str, trained: bool) -> dict:
+    """`refused`, the reason; or the losses of two steps, if it is to be trained; or nothing."""
     checkpointing = feature == "gradient_checkpointing"
     config = PluginConfig(plugin=plugin, precision=precision, gradient_checkpointing=checkpointing, **SPLITS[split])
     try:
@@ -52,6 +64,8 @@ def outcome(runtime: Runtime, plugin: str, precision: str, split: str, feature: 
             check_plugin(config, lora=feature == "lora")
     except UserError as error:
         return {"refused": str(error)}
+    if not trained:
+        return {}
     return {"losses": train(runtime, config, LoraSettings(rank=2) if feature == "lora" else None)}
 
 

@@ -93,7 +93,7 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
 
 def wait_for_step(output: Path, step: int, folder: Path, lives: Callable[[], bool]):
     """Returns once metrics.jsonl has the step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if output.joinpath("metrics.jsonl").exists():
             lines = output.joinpath("metrics.jsonl").read_text().splitlines()

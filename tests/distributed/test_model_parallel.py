@@ -34,9 +34,9 @@ BEFORE = 2  # steps before the checkpoint that others go on from
 
 
 def crossings(layouts) -> list[tuple[str, str]]:
-    """From each layout to itself and to the next one, so that each is left and reached."""
+    """From each layout to the next one, so that each is left and reached; test_resume.py has those to themselves."""
     names = list(layouts)
-    return [(names[i], names[(i + ahead) % len(names)]) for i in range(len(names)) for ahead in range(2)]
+    return list(zip(names, names[1:] + names[:1], strict=True))
 
 
 CROSSINGS = crossings(SAVED)
@@ -65,11 +65,11 @@ def cases(layouts, pairs) -> list[tuple[str, str, str]]:
 
 # every layout, every algorithm and every architecture; the rest of the table is slow
 QUICK = cases(TWO, [("llama", "ppo")])
-QUICK += cases(("tp2, split_sequence", "pp2"), [("llama", "sft"), ("llama", "reward")])
-QUICK += [("tp2", "qwen3", "ppo"), ("pp2", "qwen3", "ppo"), ("pp2", "gpt2", "ppo"), ("tp2", "opt", "ppo")]
+QUICK += [("tp2, split_sequence", "llama", "sft"), ("pp2", "llama", "reward")]
+QUICK += [("pp2", "qwen3", "ppo"), ("pp2", "gpt2", "ppo"), ("tp2", "opt", "ppo")]
 REST = [case for case in cases(TWO, [("llama", algorithm) for algorithm in ALGORITHMS]) if case not in QUICK]
 # dense and shared experts beside the others; latent attention; sinks, and experts' biases; norms across heads
-OF_EXPERTS = cases(("tp2", "tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
+OF_EXPERTS = cases(("tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
 OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
 EVENED = ("one", "zero2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
@@ -335,9 +335,6 @@ def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
     found = [step["loss"] for step in resumed[f"{source}-to-{target}"]["steps"]]
     tolerance = 1e-2 if "gemini" in (source, target) else 1e-5
     assert found == pytest.approx(expected, rel=tolerance)
-    if source == target:
-        same = [step["loss"] for step in saved[f"{source}-saved"]["steps"][BEFORE:]]
-        assert found == same
 
 
 SAVED_ADAPTED = {name: SAVED[name] for name in ("ddp", "tp2", "pp2")}

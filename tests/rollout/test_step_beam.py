@@ -33,8 +33,12 @@ def actor(tiny_world):
 class Scripted:
     """Goes on with one of the steps of `NEXT`, by turns."""
 
-    def __init__(self, full, tokenizer, pad_id, batch_size):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+
+    @classmethod
+    def of_actor(cls, actor, tokenizer, batch_size):
+        return cls(tokenizer)
 
     def generate(self, requests, sampling):
         assert sampling.stop == ["\n"]
@@ -62,12 +66,11 @@ def test_one_beam_takes_the_best_step_and_two_find_the_best_end(actor, tokenizer
 
 def slow_search(actor, tokenizer, prompt: str, row: int, beams: int, expansions: int, reward) -> list[tuple]:
     """(score, text) of what is kept, one request at a time."""
-    from contextlib import nullcontext
     from dataclasses import replace
 
     from coati.rollout import PolicyGenerator, Request
 
-    generator = PolicyGenerator(lambda: nullcontext(actor), tokenizer, tokenizer.pad_token_id)
+    generator = PolicyGenerator.of_actor(actor, tokenizer)
     ids, kept, step = tokenizer(prompt, add_special_tokens=False)["input_ids"], [([], True, None)], 0
     while any(is_open for _, is_open, _ in kept):
         candidates = [one for one in kept if not one[1]]
@@ -109,7 +112,7 @@ def test_it_equals_a_slow_loop(beams, expansions, actor, tokenizer):
         (dict(beams=0), "0 beams"),
         (dict(config=GenerationConfig(temperature=0)), "temperature above 0"),
         (dict(config=GenerationConfig(stop=["x"])), r"leave out stop \['x'\]"),
-        (dict(prompts=[""]), "a prompt is empty"),
+        (dict(prompts=[""]), "prompt 0 is empty"),
     ],
 )
 def test_what_cannot_be_searched_is_one_error(changes, says, actor, tokenizer):

@@ -41,6 +41,9 @@ ALGORITHMS = {
 }
 
 
+# what no other of these runs through; tests/losses has every loss beside a slow one
+QUICK = ("GRPO", "DAPO", "CISPO", "GDPO", "RLOO", "REINFORCE++", "REINFORCE++ with a baseline", "ReMax")
+
 CENTERED = dict(policy_loss="cispo", clip_low=0.0, clip_high=0.0, score_centering=9)
 
 
@@ -48,7 +51,9 @@ def make(world, runtime, output, /, **changes) -> GRPOTrainer:
     return GRPOTrainer(configure(GRPOConfig, **settings_for("grpo", world, output_dir=str(output), **changes)), runtime)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_every_algorithm_learns_to_answer_at_length(name, tiny_world, runtime, tmp_path):
     make(tiny_world, runtime, tmp_path, steps=6, eval_data=[], learning_rate=1e-2, **ALGORITHMS[name]).train()
     rows = read_metrics(tmp_path)
