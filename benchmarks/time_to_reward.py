@@ -6,7 +6,8 @@
 Both train LoRA of rank 16 on every linear layer from the same weights with the same prompts, reward, group size, clip,
 KL weight and constant learning rate, in fp32: coati as examples/smollm2/grpo.yaml says, on two processes of one thread,
 TRL (of `make trl`) in one process of two threads. Every second iteration each samples a response to 200 held-out sums
-at temperature 1; that is not counted. The time is that of training until the share of right ones is `--target`.
+at temperature 1; that is not counted. The time is that of training until the share of right ones is `--target`. TRL
+is stopped once it has taken `--patience` times as long as coati.
 """
 
 import argparse
@@ -112,7 +113,8 @@ def curve_of_trl(settings: dict) -> Curve:
             self.started = time.perf_counter()
             if state.global_step % EVERY == 0:
                 self.look(model)
-                control.should_training_stop = self.curve[-1][1] >= settings["target"]
+                seconds, share = self.curve[-1]
+                control.should_training_stop = share >= settings["target"] or seconds >= settings["most_seconds"]
 
         def look(self, model):
             with torch.random.fork_rng():
@@ -158,10 +160,11 @@ def curve_of_trl(settings: dict) -> Curve:
     return clock.curve
 
 
-def run_trl(folder: Path, iterations: int, seed: int, target: float) -> Curve:
+def run_trl(folder: Path, iterations: int, seed: int, target: float, most_seconds: float) -> Curve:
     environment = dict(os.environ, OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory() as output:
         settings = dict(folder=str(folder), iterations=iterations, seed=seed, target=target, output=output)
+        settings |= {"most_seconds": most_seconds}
         command = [str(TRL), __file__, "worker", json.dumps(settings)]
         done = subprocess.run(command, env=environment, cwd=output, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -180,6 +183,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "smollm2" / "seed0", help="of the SFT stage")
     parser.add_argument("--iterations", type=int, default=40, help="at most")
     parser.add_argument("--target", type=float, default=0.7, help="share of held-out sums that are right")
+    parser.add_argument("--patience", type=float, default=3.0, help="times coati's seconds that TRL gets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/time_to_reward.json")
     options = parser.parse_args()
@@ -190,10 +194,9 @@ def main():
         sys.exit(f"error: {TRL} is missing: `make trl` makes it")
     result = {"machine": machine(2), "target": options.target, "seeds": {}}
     for seed in options.seeds:
-        curves = {
-            "coati": curve_of_coati(folder, options.iterations, seed),
-            "TRL": run_trl(folder, options.iterations, seed, options.target),
-        }
+        curves = {"coati": curve_of_coati(folder, options.iterations, seed)}
+        ours = reached(curves["coati"], options.target) or curves["coati"][-1][0]
+        curves["TRL"] = run_trl(folder, options.iterations, seed, options.target, options.patience * ours)
         seconds = {name: reached(curve, options.target) for name, curve in curves.items()}
         result["seeds"][str(seed)] = {"seconds": seconds, "curves": curves}
         print(f"seed {seed}: seconds to {options.target:.0%}: {seconds}", file=sys.stderr, flush=True)
