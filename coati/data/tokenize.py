@@ -18,6 +18,7 @@ from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
 from coati.data.records import (
+    PreferenceRecord,
     PromptRecord,
     Record,
     RowRecord,
@@ -210,8 +211,7 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
             return [_with_responses(template, record.prompt + _response_of(record, config), len(record.prompt))]
         if isinstance(record, ScoredRecord) and all(score is None for score in record.scores.values()):
             raise SkippedRow(f"no score of {', '.join(record.scores) or 'any objective'}")
-        is_single = isinstance(record, UnpairedRecord | ScoredRecord)
-        sides = [record.response] if is_single else [record.chosen, record.rejected]
+        sides = [record.chosen, record.rejected] if isinstance(record, PreferenceRecord) else [record.response]
         return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
     except TurnRewritten as error:
         remedy = "mark responses in it with {% generation %}"
