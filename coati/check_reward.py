@@ -8,7 +8,7 @@ model, an endpoint, a function of the response alone) has good responses to be c
 import builtins
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -531,9 +531,15 @@ def load(entry: RewardSettings) -> Reward:
     return entry.make_of(text_model_reward) if entry.model_paths else entry.make("cpu")
 
 
-def text_model_reward(folder: str, process: ProcessRewardSettings | None = None) -> Reward:
+def text_model_reward(
+    folder: str, process: ProcessRewardSettings | None = None, objectives: Mapping[str, float] | None = None
+) -> Reward:
     """A reward model, or with settings a process reward model, that reads texts with the tokenizer in its folder, as
-    the policy's chat template writes them."""
+    the policy's chat template writes them.
+
+    Args:
+        objectives: of a reward model of several, their weights.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -542,7 +548,8 @@ def text_model_reward(folder: str, process: ProcessRewardSettings | None = None)
     from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    reward = load_here(folder, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
+    here = (tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
+    reward = load_here(folder, process, *here, objectives)
 
     class TextModelReward(Reward):
         name = reward.name

@@ -44,6 +44,18 @@ def stepwise(seed: int, prompt: str) -> dict:
     return {"prompt": prompt, "steps": steps, "labels": labels}
 
 
+def with_scores(seed: int, prompt: str) -> dict:
+    """A response of one to seven words with its number of words and of `late` and `soon` as scores, of which some are
+    missing."""
+    response = sentence(seed + 1, 1 + seed % 7)
+    scores = {"helpfulness": response.count("late") - response.count("soon"), "verbosity": (1 + seed % 7) / 2}
+    if seed % 4 == 1:
+        scores["helpfulness"] = None
+    if seed % 5 == 2:
+        del scores["verbosity"]
+    return {"prompt": prompt, "response": response, "scores": scores}
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> dict[str, str]:
     return make_world(tmp_path_factory.mktemp("world"))
@@ -51,7 +63,7 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
 def make_world(root: Path) -> dict[str, str]:
     """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, steps, steps_eval,
-    prompts, prompts_eval, cache.
+    scores, scores_eval, prompts, prompts_eval, cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
     """
@@ -104,6 +116,7 @@ def make_world(root: Path) -> dict[str, str]:
             ],
         )
         world["steps" + name] = write_rows(root / f"steps{name}.jsonl", [stepwise(i, asks[i]) for i in numbers])
+        world["scores" + name] = write_rows(root / f"scores{name}.jsonl", [with_scores(i, asks[i]) for i in numbers])
         world["prompts" + name] = write_rows(root / f"prompts{name}.jsonl", [{"prompt": asks[i]} for i in numbers])
     (root / "rewards.py").write_text(
         "def length(prompts, responses, **columns):\n    return [len(r) / 10 - 1 for r in responses]\n\n\n"
@@ -146,7 +159,8 @@ def settings_for(algorithm: str, world: dict[str, str], /, **changes) -> dict:
     """Settings of a tiny run of an algorithm, or of `sdpo`, as keywords of its config class."""
     data = {"sft": "sft", "reward": "pairs", "preference": "pairs", "ppo": "prompts", "grpo": "prompts"}
     data["prm"] = "steps"
-    data = (data | {"distill": "sft", "sdpo": "prompts"})[algorithm]
+    data |= {"distill": "sft", "sdpo": "prompts"}
+    data = "scores" if "objectives" in changes else data[algorithm]
     settings = dict(
         model_config=world["model_config"],
         tokenizer=world["tokenizer"],
@@ -203,9 +217,9 @@ def trainer_classes(algorithm: str):
 
         return SFTConfig, SFTTrainer
     if algorithm == "reward":
-        from coati.trainers.reward import RewardConfig, RewardTrainer
+        from coati.trainers.reward import RewardConfig, reward_trainer
 
-        return RewardConfig, RewardTrainer
+        return RewardConfig, reward_trainer
     if algorithm == "prm":
         from coati.trainers.prm import PRMConfig, PRMTrainer
 

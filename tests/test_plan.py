@@ -202,7 +202,7 @@ SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
 }
 MORE = {
     "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],
-    "reward": [dict(use_margin=True), dict(gradient_checkpointing=True)],
+    "reward": [dict(use_margin=True), dict(gradient_checkpointing=True), dict(objectives=["a", "b"])],
     "prm": [dict(lora_rank=2)],
     "preference": [dict(share_prompts=True), dict(cache_reference=True), dict(lora_rank=2)],
     "ppo": [
@@ -213,6 +213,7 @@ MORE = {
         dict(kl_target=1.0, normalize_reward=True),
         dict(rewards=[dict(type="classifier", path="classifier")]),
         dict(rewards=[dict(type="process", path="prm", reduce="none")]),
+        dict(rewards=[dict(type="model", path="scorer", objectives={"a": 1.0})]),
         dict(rewards=[dict(type="judge", path="judge", mode="pairwise", reference_column="gold")]),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],

@@ -46,7 +46,11 @@ INSTRUCT_GPT = {"2203.02155": "InstructGPT"}
 
 METHODS = {
     "sft": Method(INSTRUCT_GPT, PUBLIC_DATA, "`coati sft`"),
-    "reward": Method({"1706.03741": "Christiano et al. 2017"} | INSTRUCT_GPT, PUBLIC_DATA),
+    "reward": Method(
+        {"1706.03741": "Christiano et al. 2017"} | INSTRUCT_GPT | {"2406.08673": "HelpSteer2"},
+        PUBLIC_DATA,
+        "`algorithm: {type: reward}`; scores: `objectives`",
+    ),
     "prm": Method(
         {"2305.20050": "Let's Verify Step by Step", "2312.08935": "Math-Shepherd"}, "[sums](reward-model.md#steps)"
     ),
@@ -172,7 +176,7 @@ def functions_of(algorithm: str, a: dict) -> str:
         case "sft":
             names = ["cross_entropy"]
         case "reward":
-            names = ["pairwise_reward_loss"]
+            names = ["pairwise_reward_loss", "objective_loss"]
         case "prm":
             names = ["step_reward_loss", "first_wrong"]
         case "preference":

@@ -11,6 +11,7 @@ from coati.data.dataset import TokenizedDataset, build_dataset
 from coati.data.records import (
     PreferenceRecord,
     PromptRecord,
+    ScoredRecord,
     SFTRecord,
     StepwiseRecord,
     UnpairedRecord,
@@ -23,6 +24,7 @@ from coati.data.templates import prepare_tokenizer
 from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
+    ScoredSample,
     StepwiseSample,
     TokenSequence,
     TooLong,
@@ -34,10 +36,12 @@ from coati.data.tokenize import (
 if TYPE_CHECKING:
     from coati.data.collate import (
         PreferenceBatch,
+        ScoredBatch,
         SFTBatch,
         StepwiseBatch,
         UnpairedBatch,
         collate_preference,
+        collate_scored,
         collate_sft,
         collate_stepwise,
         collate_unpaired,
@@ -46,9 +50,11 @@ if TYPE_CHECKING:
 BATCHES = (
     "PreferenceBatch",
     "SFTBatch",
+    "ScoredBatch",
     "StepwiseBatch",
     "UnpairedBatch",
     "collate_preference",
+    "collate_scored",
     "collate_sft",
     "collate_stepwise",
     "collate_unpaired",
@@ -63,6 +69,9 @@ __all__ = [
     "PromptSample",
     "SFTBatch",
     "SFTRecord",
+    "ScoredBatch",
+    "ScoredRecord",
+    "ScoredSample",
     "StepwiseBatch",
     "StepwiseRecord",
     "StepwiseSample",
@@ -75,6 +84,7 @@ __all__ = [
     "ValidationReport",
     "build_dataset",
     "collate_preference",
+    "collate_scored",
     "collate_sft",
     "collate_stepwise",
     "collate_unpaired",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from coati.data.tokenize import PreferenceSample, StepwiseSample, TokenSequence, UnpairedSample
+from coati.data.tokenize import PreferenceSample, ScoredSample, StepwiseSample, TokenSequence, UnpairedSample
 from coati.transfer import to_device
 
 
@@ -73,6 +73,18 @@ class StepwiseBatch(_Batch):
     step_mask: Tensor
 
 
+@dataclass(frozen=True)
+class ScoredBatch(_Batch):
+    """Right-padded, as `SFTBatch`; `scores` float32 `[batch, objectives]`, NaN where there is none; `given` bool
+    `[batch, objectives]`, where there is one."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    scores: Tensor
+    given: Tensor
+
+
 def collate_sft(samples: Sequence[TokenSequence], pad_id: int, multiple_of: int = 1) -> SFTBatch:
     """`[batch, seq]`, where seq is the longest row's length rounded up to a multiple of `multiple_of`."""
     input_ids, attention_mask = _pad([s.input_ids for s in samples], pad_id, multiple_of)
@@ -103,6 +115,13 @@ def collate_stepwise(samples: Sequence[StepwiseSample], pad_id: int, multiple_of
     for i, sample in enumerate(samples):
         labels[i, : len(sample)] = torch.tensor(sample.labels)
     return StepwiseBatch(rows.input_ids, rows.attention_mask, rows.loss_mask, labels, ~labels.isnan())
+
+
+def collate_scored(samples: Sequence[ScoredSample], pad_id: int, multiple_of: int = 1) -> ScoredBatch:
+    """`[batch, seq]`, as `collate_sft`."""
+    rows = collate_sft([s.sequence for s in samples], pad_id, multiple_of)
+    scores = torch.tensor([s.scores for s in samples], dtype=torch.float32)
+    return ScoredBatch(rows.input_ids, rows.attention_mask, rows.loss_mask, scores, ~scores.isnan())
 
 
 def _pad(rows: list[list], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from coati.data.teaching import Teaching
 from coati.data.tokenize import (
     PreferenceSample,
     PromptSample,
+    ScoredSample,
     SkippedRow,
     StepwiseSample,
     TokenizedSample,
@@ -31,7 +32,7 @@ from coati.errors import UserError, unwritable
 from coati.files import atomic_write
 
 # Count up whenever the same rows and settings give other tokens or other files.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 CHUNK_ROWS = 256
 
 
@@ -80,6 +81,13 @@ class TokenizedDataset:
         """The names of some rows' teachers, see `Teaching`."""
         return self._table.data.column("teacher").take(list(rows)).to_pylist()
 
+    def scores_given(self) -> list[int]:
+        """Of `scored` rows, how many have a score of each objective."""
+        import pyarrow.compute
+
+        scores = pyarrow.compute.list_flatten(self._table.data.column("scores")).to_numpy()
+        return (~np.isnan(scores.reshape(len(self), -1))).sum(0).tolist()
+
 
 def build_dataset(
     sources: list[str],
@@ -89,15 +97,16 @@ def build_dataset(
     weights: list[float] | None = None,
     teaching: Teaching | None = None,
     part_column: str | None = None,
+    objectives: Sequence[str] = (),
 ) -> TokenizedDataset:
     """Read, check and tokenize `sources`, or open the cached result of the same rows, tokenizer and settings.
 
     `tokenizer` went through `prepare_tokenizer`; `weights` are one per source; `teaching` is of rows that are read by a
-    teacher too; `part_column` is the field whose values name the rows' parts. Processes that build the same data at the
-    same time wait for the first.
+    teacher too; `part_column` is the field whose values name the rows' parts; `objectives` are those whose scores are
+    read of `scored` rows. Processes that build the same data at the same time wait for the first.
 
     Raises `UserError` for a missing source, for bad rows unless `config.bad_rows` is "drop", when no sample is left,
-    and when no row has the `part_column`.
+    when no row has the `part_column`, and for an objective that no row has a score of.
     """
     from filelock import FileLock
 
@@ -109,15 +118,16 @@ def build_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
-    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching, part_column)}"
+    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching, part_column, objectives)}"
     if not folder.exists():
         with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
-                _build(folder, sources, kind, tokenizer, config, teaching, part_column)
+                _build(folder, sources, kind, tokenizer, config, teaching, part_column, objectives)
     data = TokenizedDataset(folder, sources, weights, part_column is not None)
     _raise_on_problems(data, config)
     if not data.part_names:
         raise UserError(f"no row of {', '.join(sources)} has the field {part_column!r}: correct --eval_column")
+    _raise_on_missing_scores(data, sources, objectives)
     return data
 
 
@@ -144,8 +154,25 @@ def _raise_on_problems(data: TokenizedDataset, config: DataConfig) -> None:
         raise UserError(f"No usable rows in {sources}{first_problem}; check the data's format and length limits.")
 
 
+def _raise_on_missing_scores(data: TokenizedDataset, sources: list[str], objectives: Sequence[str]) -> None:
+    if not objectives:
+        return
+    for objective, count in zip(objectives, data.scores_given(), strict=True):
+        if count == 0:
+            raise UserError(
+                f"No row of {', '.join(sources)} has a score of {objective!r}, in `scores` or in a field of that name; "
+                "correct --objectives."
+            )
+
+
 def _key(
-    sources: list[str], kind: Kind, tokenizer, config: DataConfig, teaching: Teaching | None, part_column: str | None
+    sources: list[str],
+    kind: Kind,
+    tokenizer,
+    config: DataConfig,
+    teaching: Teaching | None,
+    part_column: str | None,
+    objectives: Sequence[str],
 ) -> str:
     """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -166,6 +193,8 @@ def _key(
         parts.append(asdict(teaching))
     if part_column is not None:
         parts.append({"part_column": part_column})
+    if objectives:
+        parts.append({"objectives": list(objectives)})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -177,6 +206,7 @@ def _build(
     config: DataConfig,
     teaching: Teaching | None,
     part_column: str | None,
+    objectives: Sequence[str],
 ) -> None:
     """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
@@ -185,7 +215,7 @@ def _build(
     with atomic_write(folder) as partial:
         partial.mkdir()
         with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
-            for row in _samples(sources, kind, tokenizer, config, teaching, part_column, report):
+            for row in _samples(sources, kind, tokenizer, config, teaching, part_column, objectives, report):
                 writer.write(row)
             writer.finalize()
         (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
@@ -198,6 +228,7 @@ def _samples(
     config: DataConfig,
     teaching: Teaching | None,
     part_column: str | None,
+    objectives: Sequence[str],
     report: ValidationReport,
 ) -> Iterator[dict[str, Any]]:
     """The kept samples as table rows; every other row is counted in `report`."""
@@ -212,7 +243,7 @@ def _samples(
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenizing {source}", total=None)
             chunk: list[_Read] = []
-            for read in _records(source, kind, config, teaching, part_column, report):
+            for read in _records(source, kind, config, teaching, part_column, objectives, report):
                 chunk.append(read)
                 if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
@@ -237,6 +268,7 @@ def _records(
     config: DataConfig,
     teaching: Teaching | None,
     part_column: str | None,
+    objectives: Sequence[str],
     report: ValidationReport,
 ) -> Iterator[_Read]:
     """The records of a source; what is none is counted in the report."""
@@ -245,7 +277,7 @@ def _records(
         try:
             if isinstance(row, ValueError):
                 raise row
-            records, teacher = parse_record(row, kind), None
+            records, teacher = parse_record(row, kind, objectives), None
             if teaching is not None:
                 records, teacher = [teaching.add_to(record) for record in records], teaching.teacher_of(row)
         except ValueError as error:
@@ -279,7 +311,7 @@ def _features():
     from datasets import Features, List, Value
 
     numbers = {"length": Value("int32"), "source": Value("int32"), "margin": Value("float64"), "tie": Value("bool")}
-    numbers["step_labels"] = List(Value("float64"))
+    numbers |= {"step_labels": List(Value("float64")), "scores": List(Value("float64"))}
     sequences = {"input_ids": List(List(Value("int32"))), "loss_masks": List(List(Value("bool")))}
     # Columns differ from row to row and source to source, so they are kept as JSON.
     texts = {name: Value("large_string") for name in ("text", "columns", "teacher", "part")}
@@ -294,16 +326,20 @@ def _to_row(sample: TokenizedSample) -> dict[str, Any]:
     margin: float | None = None
     tie: bool | None = None
     step_labels: list[float] | None = None
+    scores: list[float] | None = None
     if isinstance(sample, PreferenceSample):
         sides, margin, tie = [sample.chosen, sample.rejected], sample.margin, sample.tie
     elif isinstance(sample, UnpairedSample):
         sides, margin = [sample.sequence], float(sample.desirable)
     elif isinstance(sample, StepwiseSample):
         sides, step_labels = [sample.sequence], sample.labels
+    elif isinstance(sample, ScoredSample):
+        sides, scores = [sample.sequence], sample.scores
     else:
         sides = [sample]
     ids, masks = [side.input_ids for side in sides], [side.loss_mask for side in sides]
-    return {"input_ids": ids, "loss_masks": masks, "margin": margin, "tie": tie, "step_labels": step_labels}
+    kinds = {"margin": margin, "tie": tie, "step_labels": step_labels, "scores": scores}
+    return {"input_ids": ids, "loss_masks": masks, **kinds}
 
 
 def _from_row(row: dict[str, Any]) -> TokenizedSample:
@@ -315,4 +351,6 @@ def _from_row(row: dict[str, Any]) -> TokenizedSample:
         return PreferenceSample(sides[0], sides[1], row["margin"], row["tie"])
     if row["step_labels"] is not None:
         return StepwiseSample(sides[0], row["step_labels"])
+    if row["scores"] is not None:
+        return ScoredSample(sides[0], row["scores"])
     return sides[0] if row["margin"] is None else UnpairedSample(sides[0], row["margin"] > 0)

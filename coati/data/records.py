@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 from coati.data.messages import Messages, check_turns, read_history, read_messages, read_text, read_tools, read_turns
 
-Kind = Literal["sft", "preference", "comparison", "unpaired", "stepwise", "prompt", "row"]
+Kind = Literal["sft", "preference", "comparison", "unpaired", "stepwise", "scored", "prompt", "row"]
 
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -33,6 +34,7 @@ PAIRS = [
     ("input", "output"),
 ]
 STEP_TAG = "ки"  # of Math-Shepherd, behind each step
+HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # in a prompt of several turns
 SYSTEMS = ("system", "system_prompt")
 # Of a dialogue whose prompt is all that is read.
 LAST_RESPONSE = "the last response (a prompt ends in front of it)"
@@ -92,6 +94,18 @@ class StepwiseRecord:
 
 
 @dataclass(frozen=True)
+class ScoredRecord:
+    """A dialogue up to a user's or a tool's message, and one way in which it goes on. Its scores are by objective, None
+    where it has none."""
+
+    prompt: Messages
+    response: Messages
+    scores: dict[str, float | None]
+    tools: list[dict] | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
 class PromptRecord:
     """A dialogue up to a user's or a tool's message, and the row's other fields (for reward functions).
 
@@ -115,7 +129,7 @@ class RowRecord:
     unused: tuple[str, ...] = field(default=(), compare=False)
 
 
-Record = SFTRecord | PreferenceRecord | UnpairedRecord | StepwiseRecord | PromptRecord | RowRecord
+Record = SFTRecord | PreferenceRecord | UnpairedRecord | StepwiseRecord | ScoredRecord | PromptRecord | RowRecord
 
 
 class _Row:
@@ -158,7 +172,7 @@ class _Row:
         return tuple(f"`{name}`" for name in self.left()) + tuple(dict.fromkeys(self.unread))
 
 
-def parse_record(row: Any, kind: Kind) -> list[Record]:
+def parse_record(row: Any, kind: Kind, objectives: Sequence[str] = ()) -> list[Record]:
     """Read one row; a self-instruct row gives one record an instance, a pair read as `unpaired` gives two, every other
     row gives one.
 
@@ -185,6 +199,11 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         and 1 are right. Where none was chosen, the step that a person wrote, or the first completion if it is wrong
       - Math-Shepherd: `input`, whose steps end in the tag `ки`, and `label`, which has + or - there
       - ProcessBench: `problem`, `steps` and `label`, the index of the first wrong step or -1; what follows has no label
+    Responses with scores (`scored`), of these `objectives`:
+      - any dialogue above with `scores`, an object with a number for each objective; all of them if none is named
+      - HelpSteer2: the objectives are fields of the row. In a prompt of several turns the later ones begin with
+        `<extra_id_1>User` or `<extra_id_1>Assistant`
+      - null, or no field, where a response has no score of an objective
     Prompts come from any of these, without the last assistant response; all fields that made no part of the prompt are
     the record's columns. A `row` is taken as it is.
 
@@ -209,6 +228,8 @@ def parse_record(row: Any, kind: Kind) -> list[Record]:
         return _unpaired(_Row(row))
     if kind == "stepwise":
         return [_stepwise(_Row(row))]
+    if kind == "scored":
+        return [_scored(_Row(row), objectives)]
     rows = [_Row(instance) for instance in _instances(row)]
     return [_prompt(one) if kind == "prompt" else _demonstration(one) for one in rows]
 
@@ -414,6 +435,34 @@ def _step_label(label: Any) -> float | None:
     if not _is_number(label) or not 0 <= label <= 1:
         raise ValueError("a step's label is neither true, false, null nor a number from 0 to 1")
     return float(label)
+
+
+def _scored(row: _Row, objectives: Sequence[str]) -> ScoredRecord:
+    prompt = row.values.get("prompt")
+    if isinstance(prompt, str) and HELPSTEER_TURN.search(prompt):
+        row.values["prompt"] = _helpsteer_turns(prompt)
+    messages, tools = check_turns(_dialogue(row, "scored"), last="assistant"), _tools(row)
+    if messages[-1].get("weight") == 0:
+        raise ValueError("the scored response has weight 0")
+    if "scores" in row:
+        given = row.pop("scores")
+        if not isinstance(given, dict):
+            raise ValueError("`scores` is no object with a number for each objective")
+        row.unread += [f"`scores.{name}`" for name in given if objectives and name not in objectives]
+    else:
+        given = {name: row.pop(name) for name in objectives if name in row}
+    scores = {name: given.get(name) for name in objectives or given}
+    for name, score in scores.items():
+        if score is not None and not _is_number(score):
+            raise ValueError(f"the score `{name}` is no finite number")
+    return ScoredRecord(messages[:-1], messages[-1:], scores, tools, row.unused())
+
+
+def _helpsteer_turns(prompt: str) -> Messages:
+    """As its card describes it, https://huggingface.co/datasets/nvidia/HelpSteer2."""
+    first, *others = HELPSTEER_TURN.split(prompt)
+    turns = zip(others[::2], others[1::2], strict=True)
+    return [{"role": "user", "content": first}, *({"role": role.lower(), "content": text} for role, text in turns)]
 
 
 def _dialogue(row: _Row, kind: Kind) -> Messages:

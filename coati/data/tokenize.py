@@ -17,7 +17,16 @@ import numpy as np
 from coati.data.config import DataConfig
 from coati.data.left_out import left_out
 from coati.data.messages import Messages
-from coati.data.records import PromptRecord, Record, RowRecord, SFTRecord, StepwiseRecord, UnpairedRecord
+from coati.data.records import (
+    PreferenceRecord,
+    PromptRecord,
+    Record,
+    RowRecord,
+    ScoredRecord,
+    SFTRecord,
+    StepwiseRecord,
+    UnpairedRecord,
+)
 from coati.data.teaching import PLACE
 from coati.data.templates import ChatTemplate, Spans, TurnRewritten, response_spans, template_errors
 from coati.steps import last_tokens, step_ends
@@ -79,6 +88,17 @@ class StepwiseSample:
 
 
 @dataclass(frozen=True)
+class ScoredSample:
+    """A response and its `scores` `[objectives]`, NaN where it has none; only its tokens are in the loss mask."""
+
+    sequence: TokenSequence
+    scores: list[float]
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
 class PromptSample:
     """A prompt up to where the response begins: ids `[seq]`, the rendered text, the row's other fields. Of a row for an
     environment the fields alone. `teacher_ids` is the prompt as a teacher reads it, where that differs; if that has a
@@ -95,7 +115,7 @@ class PromptSample:
         return max(len(self.input_ids), len(self.teacher_ids or ()) + len(self.teacher_rest or ()))
 
 
-TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | StepwiseSample | PromptSample
+TokenizedSample = TokenSequence | PreferenceSample | UnpairedSample | StepwiseSample | ScoredSample | PromptSample
 
 
 @dataclass(frozen=True)
@@ -189,7 +209,9 @@ def _render(record: Record, tokenizer, config: DataConfig) -> list[_Rendered]:
             return [_with_responses(template, record.messages, first, record.start)]
         if isinstance(record, StepwiseRecord):
             return [_with_responses(template, record.prompt + _response_of(record, config), len(record.prompt))]
-        sides = [record.response] if isinstance(record, UnpairedRecord) else [record.chosen, record.rejected]
+        if isinstance(record, ScoredRecord) and all(score is None for score in record.scores.values()):
+            raise SkippedRow(f"no score of {', '.join(record.scores) or 'any objective'}")
+        sides = [record.chosen, record.rejected] if isinstance(record, PreferenceRecord) else [record.response]
         return [_with_responses(template, record.prompt + side, len(record.prompt)) for side in sides]
     except TurnRewritten as error:
         remedy = "mark responses in it with {% generation %}"
@@ -268,6 +290,9 @@ def _sample(record: Record, pieces: list[_Encoded], tokenizer, config: DataConfi
         return sequences[0]
     if isinstance(record, UnpairedRecord):
         return UnpairedSample(sequences[0], record.desirable)
+    if isinstance(record, ScoredRecord):
+        scores = record.scores.values()
+        return ScoredSample(sequences[0], [math.nan if score is None else float(score) for score in scores])
     if sequences[0] == sequences[1]:
         raise ValueError("`chosen` equals `rejected` once the chat template has written them")
     return PreferenceSample(sequences[0], sequences[1], record.margin or 0.0, record.tie)

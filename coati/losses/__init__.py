@@ -49,6 +49,7 @@ from coati.losses.preference import kto_loss, preference_loss
 from coati.losses.reward import (
     confidence_gaps,
     first_wrong,
+    objective_loss,
     pairwise_reward_loss,
     step_reward_loss,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "mismatch_metrics",
     "mismatch_sums",
     "moments",
+    "objective_loss",
     "observation_loss",
     "pairwise_reward_loss",
     "penalize_missing_eos",

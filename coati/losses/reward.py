@@ -1,4 +1,4 @@
-"""Losses of reward models: of pairs, and of the steps of a response."""
+"""Losses of reward models: of pairs, of the steps of a response, and of scores."""
 
 import math
 
@@ -127,3 +127,22 @@ def first_wrong(is_right: Tensor, mask: Tensor) -> Tensor:
     """
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask & ~is_right, columns, mask.shape[1]).amin(1)
+
+
+def objective_loss(
+    predictions: Tensor, scores: Tensor, given: Tensor, denominator: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error of the scores of several objectives, those that are given (ArmoRM, 2406.12845, eq. 1; HelpSteer2,
+    2406.08673):
+
+        loss = sum over given scores of (prediction - score)^2
+
+    Args:
+        predictions, scores: `[batch, objectives]`.
+        given: bool `[batch, objectives]`, False where a response has no score of an objective.
+        denominator: given scores of the whole step, over all ranks and micro-batches.
+
+    Metrics: loss.
+    """
+    loss = (masked(predictions, given) - masked(scores, given)).square().sum() / denominator
+    return loss, {"loss": loss.detach()}

@@ -11,6 +11,7 @@ from coati.models.compat import (
 )
 from coati.models.critic import Critic
 from coati.models.lora import LoraSettings
+from coati.models.objective_reward_model import ObjectiveRewardModel
 from coati.models.process_reward_model import ProcessRewardModel
 from coati.models.reward_model import RewardModel
 from coati.models.value_head import ValueHead
@@ -23,6 +24,7 @@ __all__ = [
     "BaseModel",
     "Critic",
     "LoraSettings",
+    "ObjectiveRewardModel",
     "PreTrainedModelWrapper",
     "ProcessRewardModel",
     "RewardModel",

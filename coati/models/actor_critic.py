@@ -46,7 +46,7 @@ class ActorCritic(Actor):
             output = super().forward(input_ids, attention_mask, **options)
         states = hidden[0].detach() if value_only else hidden[0]
         values = in_float32(self.v_head.summary, self.v_head.dropout(states))
-        values = self.layout.gather(values)[:, : input_ids.shape[1]]
+        values = self.layout.gather(values.squeeze(-1))[:, : input_ids.shape[1]]
         return (*output, values) if isinstance(output, tuple) else (output, values)
 
     def save_pretrained(self, folder, state_dict=None, merge: bool = False, dtype: torch.dtype | None = None):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -17,6 +18,7 @@ from coati.models.classifier import score_weight, stored_classifier
 from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
+from coati.models.objectives import objective_weights
 from coati.models.quantized import check_mergeable, is_quantized, prepare_quantized
 from coati.models.quiet import quiet_transformers
 
@@ -226,15 +228,28 @@ class BaseModel(nn.Module):
 
 
 class ValueHeadModel(BaseModel):
-    """A transformer with a linear head of one output on the last hidden states. The head is never frozen by LoRA.
+    """A transformer with a linear head on the last hidden states, of one output but in an `ObjectiveRewardModel`. The
+    head is never frozen by LoRA.
 
     The head is stored as `value_head.safetensors` beside the transformer, so that the folder still opens in plain
     `AutoModel`; it is read back if the folder has one. A sequence classifier of one label gives its `score` as the
     head, where that is a linear layer at the last token; so does an adapter that was trained on one. Otherwise the
     head is initialized.
+
+    Args:
+        weights: of the objectives of a folder whose head has an output for each (`ObjectiveRewardModel`): the head
+            becomes their weighted sum.
+        **kwargs: as `BaseModel`.
+
+    Raises:
+        UserError: see `objective_weights`.
     """
 
     head_bias = True
+
+    def __init__(self, pretrained=None, config=None, *, weights: Mapping[str, float] | None = None, **kwargs):
+        self.weights = weights
+        super().__init__(pretrained, config, **kwargs)
 
     def _load_transformer(self, source, config, kwargs: dict) -> tuple[nn.Module, dict[str, Tensor]]:
         stored = stored_classifier(source) if isinstance(source, str | Path) else None
@@ -253,7 +268,18 @@ class ValueHeadModel(BaseModel):
         return load_file(path) if path is not None and path.is_file() else {}
 
     def _make_head(self, stored: dict[str, Tensor], source):
-        self.value_head = nn.Linear(self.last_hidden_state_size, 1, bias=self.head_bias)
+        if isinstance(source, str | Path) and (stored or self.weights is not None):
+            weights = objective_weights(source, self.weights)
+            if weights is not None:
+                total = torch.tensor([*weights.values()]) @ stored["weight"].float()
+                stored = {"weight": total[None]}
+        if hasattr(self.config, "objectives"):
+            del self.config.objectives  # of another head than this one
+        self._add_head(1, stored, source)
+
+    def _add_head(self, outputs: int, stored: dict[str, Tensor], source):
+        """A head of so many outputs, with the stored tensors if there are any."""
+        self.value_head = nn.Linear(self.last_hidden_state_size, outputs, bias=self.head_bias)
         nn.init.normal_(self.value_head.weight, std=1 / (self.last_hidden_state_size + 1))
         if self.head_bias:
             nn.init.zeros_(self.value_head.bias)
@@ -270,7 +296,11 @@ class ValueHeadModel(BaseModel):
         self.value_head.load_state_dict(stored, strict=False)
 
     def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
-        """The head's output at every position, float32 `[batch, seq]`."""
+        """The output at every position of a head that has one, float32 `[batch, seq]`."""
+        return self.token_outputs(input_ids, attention_mask, right_padded).squeeze(-1)
+
+    def token_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
+        """The head's outputs at every position, float32 `[batch, seq, outputs]`."""
         hidden = self.run(input_ids, attention_mask, right_padded=right_padded).last_hidden_state
         values = in_float32(self.value_head, hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
@@ -286,11 +316,11 @@ class ValueHeadModel(BaseModel):
 
 
 def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """What a head of one output gives, `[...]` float32, for hidden states `[..., width]`: neither bf16 weights nor
-    autocast round it to 8 bits of mantissa."""
+    """What a head gives, float32 `[..., outputs]`, for hidden states `[..., width]`: neither bf16 weights nor autocast
+    round it to 8 bits of mantissa."""
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
-        return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def stored_classifier(source: str | Path):
     """The config of a checkpoint that was saved as a sequence classifier; None for any other.
 
     Raises:
-        UserError: a classifier of several labels.
+        UserError: a classifier of several labels that are no objectives.
     """
     from transformers import AutoConfig
 
@@ -36,7 +36,7 @@ def stored_classifier(source: str | Path):
         return None
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         return None
-    if config.num_labels != 1:
+    if config.num_labels != max(len(getattr(config, "objectives", None) or []), 1):
         raise UserError(
             f"the classifier in {source} has {config.num_labels} labels, a reward model has one score: "
             "score with it as it is (a reward of type classifier, SequenceClassifierReward)"
@@ -45,7 +45,7 @@ def stored_classifier(source: str | Path):
 
 
 def score_weight(classifier: nn.Module) -> Tensor:
-    """The head's weight, `[1, hidden]`.
+    """The head's weight, `[labels, hidden]`.
 
     Raises:
         UserError: its logits are not those of one linear layer without bias on the last hidden states.
@@ -61,7 +61,8 @@ def score_weight(classifier: nn.Module) -> Tensor:
 
 
 def save_classifier(folder: str | Path, config, trunk: dict[str, Tensor], head: Tensor, pad_token_id: int | None):
-    """Writes the weights of a transformer and of a head `[1, hidden]` as a sequence classifier of one label.
+    """Writes the weights of a transformer and of a head `[labels, hidden]` as a sequence classifier. Where the config
+    names objectives, they are its labels.
 
     Raises:
         UserError: the architecture has no such classifier.
@@ -69,7 +70,11 @@ def save_classifier(folder: str | Path, config, trunk: dict[str, Tensor], head: 
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(config)
-    config.num_labels = 1
+    config.num_labels = len(head)
+    if objectives := getattr(config, "objectives", None):
+        config.problem_type = "regression"
+        config.id2label = dict(enumerate(objectives))
+        config.label2id = {name: label for label, name in enumerate(objectives)}
     text = config.get_text_config()
     text.pad_token_id = text.pad_token_id if text.pad_token_id is not None else pad_token_id
     try:

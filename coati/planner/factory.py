@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from coati.config.plugin import PLUGINS
-from coati.data import PreferenceSample, PromptSample, StepwiseSample, TokenSequence, UnpairedSample
+from coati.data import PreferenceSample, PromptSample, ScoredSample, StepwiseSample, TokenSequence, UnpairedSample
 from coati.data.teaching import Teaching
-from coati.models import Actor, ActorCritic, Critic, ProcessRewardModel, RewardModel
+from coati.models import Actor, ActorCritic, Critic, ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
@@ -30,7 +30,8 @@ from coati.rewards.config import (
 from coati.trainers.factory import Factory
 
 NAMES = {Actor: "actor", ActorCritic: "actor", Critic: "critic", RewardModel: "reward model"}
-NAMES |= {ProcessRewardModel: "process reward model", Student: "actor", Teacher: "teacher"}
+NAMES |= {ObjectiveRewardModel: "reward model", ProcessRewardModel: "process reward model"}
+NAMES |= {Student: "actor", Teacher: "teacher"}
 QUESTION = 256  # tokens that a judge reads beside a prompt and its responses
 
 
@@ -92,12 +93,13 @@ class LongestRows:
         rows: how many there are.
         learned: whether all tokens but the first are targets; else only the last one is.
         teaching: how teachers read them.
+        objectives: how many scores each has.
     """
 
     key, part_names, weights_per_row = "planned", ["planned"], None
 
-    def __init__(self, kind: str, rows: int, config, *, learned: bool, teaching: Teaching):
-        self.kind, self.config, self.learned = kind, config, learned
+    def __init__(self, kind: str, rows: int, config, *, learned: bool, teaching: Teaching, objectives: int):
+        self.kind, self.config, self.learned, self.objectives = kind, config, learned, objectives
         self.length = config.data.max_prompt_length if kind == "prompt" else config.data.max_length
         self.teaching = teaching
         self.teacher_length = None if teaching.prompt is None or kind != "prompt" else config.data.max_length
@@ -124,6 +126,8 @@ class LongestRows:
             return UnpairedSample(sequence, row % 2 == 0)
         if self.kind == "stepwise":
             return StepwiseSample(sequence, [1.0 if target else math.nan for target in targets])
+        if self.kind == "scored":
+            return ScoredSample(sequence, [1.0] * self.objectives)
         if self.kind in ("preference", "comparison"):  # responses that differ from the middle of the row on
             half = self.length // 2
             other = TokenSequence([*ids[:half], *(id + 1 for id in ids[half:])], targets)
@@ -161,7 +165,7 @@ class PlannedFactory(Factory):
         self.depths: dict[str, int] = {}
         self.kept: list[Any] = []
 
-    def dataset(self, sources, kind, weights=None, teaching=None, part_column=None):
+    def dataset(self, sources, kind, weights=None, teaching=None, part_column=None, objectives=()):
         if not sources:
             return None
         c, learned = self.config, sources != self.config.data.eval_data
@@ -170,9 +174,10 @@ class PlannedFactory(Factory):
             rows = max(c.batch_size, len(teaching.names) if teaching else 0)
         if not learned and kind == "sft":  # whose first rows are completed
             rows = max(c.evaluation.samples, 1)
-        return LongestRows(kind, rows, c, learned=learned, teaching=teaching or Teaching())
+        how = dict(learned=learned, teaching=teaching or Teaching(), objectives=len(objectives))
+        return LongestRows(kind, rows, c, **how)
 
-    def model(self, model_class, pretrained, *, lora=None, own_config=False, dtype=None):
+    def model(self, model_class, pretrained, *, lora=None, own_config=False, dtype=None, **options):
         c, model_config = self.config, copy.deepcopy(self.model_config_of(pretrained))
         depth = truncate_layers(model_config, self.layers)
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
@@ -182,7 +187,7 @@ class PlannedFactory(Factory):
             how = dict(
                 lora=lora, dtype=dtype or kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation
             )
-            model = model_class(None, model_config, **how)
+            model = model_class(None, model_config, **how, **options)
             if pretrained is not None and is_adapter(pretrained):
                 add_adapter(model, pretrained)
         if c.parallel.gradient_checkpointing:
@@ -253,6 +258,9 @@ class PlannedFactory(Factory):
     def step_separator(self, source):
         """Texts of a plan have no steps."""
         return "\n"
+
+    def objective_weights(self, source, given):
+        """A plan counts a model of several objectives as one of one score."""
 
 
 def truncate_layers(model_config, layers: int) -> int:

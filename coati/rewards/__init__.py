@@ -12,6 +12,7 @@ HOME = {
     "HTTPReward": "http",
     "JudgeReward": "judge",
     "ModelReward": "model",
+    "ObjectivesReward": "objectives",
     "Outcome": "base",
     "ProcessReward": "process",
     "ReferenceComparisonReward": "judge",

@@ -60,14 +60,22 @@ class ModelRewardSettings(RewardSettings):
 
     type: Literal["model"] = option("model", "a reward model that uses the policy's tokenizer")
     path: str = option(..., "its folder, or its name on the hub", path="model")
+    objectives: dict[str, float] | None = option(
+        None, "of a model of several objectives, their weights in its score; 0 for one that is not named"
+    )
 
     @property
     def model_paths(self):
         return (self.path,)
 
+    def problems(self):
+        if self.objectives == {}:
+            yield "objectives names none: give the weights of those that count, or leave it out"
+
     def make_of(self, load_model: Callable[..., Reward]) -> Reward:
-        """The reward, given what makes one of a reward model's folder, and of the settings of a process reward."""
-        return load_model(self.path)
+        """The reward, given what makes one of a reward model's folder, and of the weights of its objectives, or of the
+        settings of a process reward."""
+        return load_model(self.path, objectives=self.objectives)
 
 
 @settings
@@ -575,7 +583,8 @@ def load_rewards(
     """The rewards of a run.
 
     Args:
-        load_model: makes a reward of the folder of a reward model; of a process reward it is also given the settings.
+        load_model: makes a reward of the folder of a reward model, and of the weights of its objectives; of a process
+            reward it is given the settings.
         device: where classifiers and judges of one's own run.
         given: further rewards, of weight 1.
         verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.

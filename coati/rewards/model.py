@@ -12,11 +12,11 @@ from coati.transfer import to_device
 
 
 class ModelReward(Reward):
-    """Scores with a `coati.models.RewardModel`.
+    """Scores with a `coati.models.RewardModel`, or an `ObjectiveRewardModel`.
 
     Args:
-        forward_all: gives the rewards `[batch]` of each of several micro-batches, which are keywords of the model's
-            forward (`Engine.forward_all`).
+        forward_all: gives the rewards `[batch]` or `[batch, objectives]` of each of several micro-batches, which are
+            keywords of the model's forward (`Engine.forward_all`).
         split: from the rows' lengths to the rows of each forward pass.
     """
 
@@ -32,12 +32,12 @@ class ModelReward(Reward):
 
     @torch.no_grad()
     def score(self, samples):
-        """Rewards of whole sequences (prompt and response), `[batch]`."""
+        """Rewards of whole sequences (prompt and response), `[batch]` or `[batch, objectives]`."""
         parts = self.split([len(sample.tokens) for sample in samples])
         batches = [right_padded([samples[i] for i in part], self.pad_id, self.device) for part in parts]
-        scores = torch.empty(len(samples))
-        # one copy to the host, for which it waits
-        scores[[i for part in parts for i in part]] = torch.cat(self.forward_all(batches)).float().cpu()
+        found = torch.cat(self.forward_all(batches)).float().cpu()  # one copy to the host, for which it waits
+        scores = torch.empty_like(found)
+        scores[[i for part in parts for i in part]] = found
         return scores
 
 

@@ -2,18 +2,20 @@
 sampled tokens."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coati.models import ProcessRewardModel, RewardModel
+from coati.models import ObjectiveRewardModel, ProcessRewardModel, RewardModel
+from coati.models.objectives import objective_weights
 from coati.models.process_reward_model import stored_separator
 from coati.rewards.base import Reward
 from coati.rewards.config import ProcessRewardSettings
 from coati.rewards.model import ModelReward, right_padded
+from coati.rewards.objectives import ObjectivesReward
 from coati.samples import Sample
 from coati.steps import decode_with_starts, last_tokens, step_ends
 from coati.transfer import upload
@@ -109,22 +111,27 @@ def load_here(
     tokenizer: Any,
     device: torch.device,
     split: Callable[[list[int]], list[list[int]]],
+    objectives: Mapping[str, float] | None = None,
 ) -> Reward:
     """A reward model, or with settings a process reward model, that is whole in this process.
 
     Args:
         tokenizer: that both the samples and the model have; split: as `ModelReward`.
+        objectives: of a reward model of several, their weights.
 
     Raises:
-        UserError: the folder can't be loaded.
+        UserError: the folder can't be loaded; see `objective_weights`.
     """
     separator = "" if process is None else stored_separator(folder)
-    model = (RewardModel if process is None else ProcessRewardModel)(folder).eval().to(device)
+    weights = None if process is not None else objective_weights(folder, objectives)
+    one_score = RewardModel if process is None else ProcessRewardModel
+    model = (one_score if weights is None else ObjectiveRewardModel)(folder).eval().to(device)
 
     def forward_all(batches):
         return [model(**batch) for batch in batches]
 
     if process is None:
-        return ModelReward(forward_all, tokenizer.pad_token_id, device, split)
+        reward = ModelReward(forward_all, tokenizer.pad_token_id, device, split)
+        return reward if weights is None else ObjectivesReward(reward, weights)
     how = dict(tokenizer=tokenizer, separator=separator, reduce=process.reduce)
     return ProcessReward(forward_all, tokenizer.pad_token_id, device, split, **how)

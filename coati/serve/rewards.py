@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -289,9 +289,17 @@ class ServedModelReward(Reward):
         return self.reward.score(samples)
 
 
-def load_model_reward(folder: str, process: ProcessRewardSettings | None = None, device: str = "cpu") -> Reward:
+def load_model_reward(
+    folder: str,
+    process: ProcessRewardSettings | None = None,
+    objectives: Mapping[str, float] | None = None,
+    device: str = "cpu",
+) -> Reward:
     """A reward model in this process, or with settings a process reward model. It reads the ids of a request; without
     them, those that its tokenizer has for the prompt and for the response, with EOS after one that ended.
+
+    Args:
+        objectives: of a reward model of several, their weights.
 
     Raises:
         UserError: the folder can't be loaded.
@@ -303,7 +311,7 @@ def load_model_reward(folder: str, process: ProcessRewardSettings | None = None,
     from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder), learns_responses=False)
-    reward = load_here(folder, process, tokenizer, torch.device(device), split_by_length)
+    reward = load_here(folder, process, tokenizer, torch.device(device), split_by_length, objectives)
     return ServedModelReward(reward, tokenizer)
 
 

@@ -36,7 +36,7 @@ class Algorithm:
 
 ALGORITHMS = {
     "sft": Algorithm(SFTConfig, "coati.trainers.sft:SFTTrainer"),
-    "reward": Algorithm(RewardConfig, "coati.trainers.reward:RewardTrainer"),
+    "reward": Algorithm(RewardConfig, "coati.trainers.reward:reward_trainer"),
     "prm": Algorithm(PRMConfig, "coati.trainers.prm:PRMTrainer"),
     "preference": Algorithm(PreferenceConfig, "coati.trainers.preference:preference_trainer"),
     "ppo": Algorithm(PPOConfig, "coati.trainers.ppo:PPOTrainer"),

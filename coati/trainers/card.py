@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from coati.config import configure
 from coati.config.parse import in_sections
 from coati.config.schema import by_path
-from coati.models import Critic, ProcessRewardModel, RewardModel
+from coati.models import Critic, ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.models.base import ValueHeadModel
 from coati.run_layout import CRITIC
 from coati.tracking import package_versions, read_metrics
@@ -85,7 +85,8 @@ def model_card(trainer, name: str) -> str:
 def kind_of(module) -> str:
     """What a model is, in words."""
     names = {RewardModel: "reward model", ProcessRewardModel: "process reward model"}
-    return (names | {Critic: "value function (a critic)"}).get(type(module), "language model")
+    names |= {Critic: "value function (a critic)", ObjectiveRewardModel: "reward model of several objectives"}
+    return names.get(type(module), "language model")
 
 
 def method_of(trainer) -> tuple[str, str]:

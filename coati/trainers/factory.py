@@ -1,7 +1,7 @@
 """The making of what a run needs: tokenizer, data, models and their engines."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from coati.models.base import BaseModel
 from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
 from coati.models.lora import is_adapter
+from coati.models.objectives import objective_weights
 from coati.models.positions import row_limit
 from coati.models.process_reward_model import stored_separator
 from coati.models.quantized import is_quantized
@@ -71,12 +72,14 @@ class Factory:
         weights: list[float] | None = None,
         teaching: Teaching | None = None,
         part_column: str | None = None,
+        objectives: Sequence[str] = (),
     ) -> TokenizedDataset | None:
         """Tokenized rows, built on rank 0 first; None for no sources. See `build_dataset`."""
         if not sources:
             return None
         with self.runtime.main_first():
-            data = build_dataset(sources, kind, self.tokenizer, self.config.data, weights, teaching, part_column)
+            how = (weights, teaching, part_column, objectives)
+            data = build_dataset(sources, kind, self.tokenizer, self.config.data, *how)
         self.runtime.say(str(data.report))
         return data
 
@@ -101,12 +104,14 @@ class Factory:
         lora=None,
         own_config: bool = False,
         dtype: torch.dtype | None = None,
+        **options,
     ) -> BaseModel:
         """A model from a folder, or from `--model_config` with random weights.
 
         Args:
             own_config: the folder's config is used, whatever `--model_config` says.
             dtype: of the weights; what the plugin trains if not given.
+            **options: of this class alone.
 
         Raises:
             UserError: neither is given; the tokenizer has more tokens than the model; the run's rows are too long for
@@ -119,7 +124,8 @@ class Factory:
             config = self._model_config(from_scratch=pretrained is None)
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
-        model = model_class(pretrained, config, lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)
+        options |= dict(lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)
+        model = model_class(pretrained, config, **options)
         tokens = vocabulary(model.transformer)
         if len(self.tokenizer) > tokens:
             raise UserError(
@@ -245,6 +251,10 @@ class Factory:
     def step_separator(self, source: str) -> str:
         """What separates the steps that a process reward model scores. Raises a UserError for any other model."""
         return stored_separator(source)
+
+    def objective_weights(self, source: str, given: Mapping[str, float] | None) -> dict[str, float] | None:
+        """How the objectives of a reward model count. See `coati.models.objectives.objective_weights`."""
+        return objective_weights(source, given)
 
     def check_teacher_vocabulary(self, source: str):
         """Raises a UserError where a teacher's tokenizer is another one than the student's."""

@@ -185,8 +185,9 @@ class PPOTrainer(RolloutTrainer):
             actor = self.factory.model(Actor, in_checkpoint(ACTOR) or c.model.path, lora=c.model.lora)
         models = {ACTOR: actor}
         if not a.shared_trunk:
-            start = a.critic_model or c.reward_model or c.model.path
-            models[CRITIC] = self.factory.model(Critic, in_checkpoint(CRITIC) or start, lora=c.model.lora)
+            start = in_checkpoint(CRITIC) or a.critic_model or c.reward_model or c.model.path
+            how = dict(lora=c.model.lora, weights=c.objectives_of(start))
+            models[CRITIC] = self.factory.model(Critic, start, **how)
         for model in models.values():
             disable_dropout(model)
         engines = {}

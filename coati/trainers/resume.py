@@ -10,7 +10,7 @@ UNSAID = ("output_dir", "log_every", "data.cache_dir", "checkpoints.", "evaluati
 UNSAID += ("generators.weights_folder", "generators.keep_journal")
 # Built into the checkpoint's weights
 FIXED = tuple(f"model.lora_{name}" for name in ("rank", "alpha", "dropout", "target_modules", "variant"))
-FIXED += ("algorithm.shared_trunk", "freeze")
+FIXED += ("algorithm.shared_trunk", "algorithm.objectives", "freeze")
 ORDER = "rows come in another order from here on: of this epoch some may be seen again, others not at all"
 OTHER_ROWS = (
     "resumed: the training data is not the checkpoint's (other rows, or files that moved): it goes on at the same "

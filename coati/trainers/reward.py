@@ -3,7 +3,8 @@
     loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
 Both responses of a pair go through the model in one forward pass. Pairs of which neither response is better are learned
-with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is above 1.
+with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is above 1. Scores of several objectives
+are learned in `objectives.py`.
 """
 
 from coati.data import collate_preference
@@ -15,6 +16,14 @@ from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
 from coati.trainers.supervised import SupervisedTrainer
 
 OF_CALIBRATION = {*CONFIDENCE_GAPS, "decided"}
+
+
+def reward_trainer(config: RewardConfig, runtime, **options) -> SupervisedTrainer:
+    """The trainer of pairs, or of scores if there are objectives."""
+    from coati.trainers.objectives import ObjectiveTrainer
+
+    kind = ObjectiveTrainer if config.algorithm.objectives else RewardTrainer
+    return kind(config, runtime, **options)
 
 
 class RewardTrainer(SupervisedTrainer):

@@ -1,6 +1,6 @@
 """What PPO and GRPO are put together from: a policy that responds to prompts, rewards that score, and a reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from typing import Any
 from coati.config.generation import GenerationConfig
 from coati.data import TokenizedDataset, TokenSequence
 from coati.errors import UserError
-from coati.models import ProcessRewardModel, RewardModel
+from coati.models import ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.engine import DTYPES
-from coati.rewards import EnvironmentReward, ModelReward, ProcessReward, Reward, Scorer
+from coati.rewards import EnvironmentReward, ModelReward, ObjectivesReward, ProcessReward, Reward, Scorer
 from coati.rewards.config import ProcessRewardSettings
 from coati.rollout import (
     RolloutShape,
@@ -191,17 +191,25 @@ class RolloutTrainer(Trainer):
             staleness=c.generators.max_staleness,
         )
 
-    def load_reward_model(self, source: str, process: ProcessRewardSettings | None = None) -> Reward:
+    def load_reward_model(
+        self, source: str, process: ProcessRewardSettings | None = None, objectives: Mapping[str, float] | None = None
+    ) -> Reward:
         """A reward model, or with settings of its own a process reward model, which reads the policy's tokens.
 
+        Args:
+            objectives: of a reward model of several, their weights.
+
         Raises:
-            UserError: its tokenizer is another one; it is no such model.
+            UserError: its tokenizer is another one; it is no such model; see `objective_weights`.
         """
         self.factory.check_reward_vocabulary(source)
         pad_id, device, split = self.factory.pad_id, self.runtime.device, self.batching.split
         if process is None:
-            engine = self.factory.frozen(self.factory.model(RewardModel, source))
-            return ModelReward(engine.forward_all, pad_id, device, split)
+            weights = self.factory.objective_weights(source, objectives)
+            kind = RewardModel if weights is None else ObjectiveRewardModel
+            engine = self.factory.frozen(self.factory.model(kind, source))
+            reward = ModelReward(engine.forward_all, pad_id, device, split)
+            return reward if weights is None else ObjectivesReward(reward, weights)
         separator = self.factory.step_separator(source)
         engine = self.factory.frozen(self.factory.model(ProcessRewardModel, source))
         how = dict(tokenizer=self.tokenizer, separator=separator, reduce=process.reduce)

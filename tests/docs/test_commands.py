@@ -181,7 +181,8 @@ def algorithm_of(config) -> str:
 def small_arguments(config, place: dict[str, str]) -> list[str]:
     """After a command's own arguments (the last one wins): what makes the run small and its paths exist."""
     algorithm = algorithm_of(config)
-    tiny = settings_for(algorithm, place)
+    objectives = getattr(getattr(config, "algorithm", None), "objectives", [])
+    tiny = settings_for(algorithm, place, **({"objectives": objectives} if objectives else {}))
     paths = ["--output_dir", f"{place['root']}/{config.output_dir}", "--cache_dir", place["cache"]]
     paths += ["--train_data", *tiny["train_data"], "--eval_data", *tiny["eval_data"], "--tokenizer", place["tokenizer"]]
     from_scratch = config.model.model_config is not None

@@ -83,7 +83,7 @@ def test_reward_examples_give_what_they_say():
         assert doctest.DocTestRunner().run(test) == (0, 1)
 
 
-KINDS = ("sft", "preference", "unpaired", "stepwise", "prompt", "tools")
+KINDS = ("sft", "preference", "unpaired", "stepwise", "scored", "prompt", "tools")
 # How a block's first line may go on after ```, and what holds that the block is right.
 LANGUAGES = {
     "bash": "test_commands.py",

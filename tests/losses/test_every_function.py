@@ -19,6 +19,7 @@ from coati.losses import (
     kto_loss,
     masked_sums,
     moments,
+    objective_loss,
     observation_loss,
     pairwise_reward_loss,
     penalize_missing_eos,
@@ -55,6 +56,7 @@ PER_TOKEN = {
     "kl_divergence": (2, lambda x, mask: torch.stack([kl_divergence(*x, mask, k) for k in ("k1", "k2", "k3")])),
     "kto_loss": (2, lambda x, mask: kto_loss(responses(x), mask[:, 0], torch.tensor(0.3), 7)[0]),
     "masked_sums": (1, lambda x, mask: masked_sums(x[0], mask)),
+    "objective_loss": (2, lambda x, mask: objective_loss(*x, mask, 7)[0]),
     "observation_loss": (1, lambda x, mask: observation_loss(x[0], mask, 7)[0]),
     "pairwise_reward_loss": (
         3,

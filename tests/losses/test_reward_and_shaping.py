@@ -11,6 +11,7 @@ from coati.losses import (
     clip_scores,
     confidence_gaps,
     first_wrong,
+    objective_loss,
     pairwise_reward_loss,
     penalize_missing_eos,
     shape_rewards,
@@ -203,3 +204,26 @@ def test_rewards_that_are_right_as_often_as_they_say_have_no_gap():
     assert sum(gap.abs().item() for gap in confidence_gaps(differences).values()) == pytest.approx(0, abs=1e-12)
     overconfident = torch.full((4,), 9.0) * torch.tensor([1, -1, 1, -1])
     assert sum(gap.abs().item() for gap in confidence_gaps(overconfident).values()) / 4 == pytest.approx(0.5, abs=1e-3)
+
+
+@quick
+@given(masks(), st.data(), dtypes)
+def test_the_loss_of_objectives_equals_the_oracle(mask, data, dtype):
+    """Scores that a response lacks count for nothing, whatever stands in their place."""
+    predictions, scores = (data.draw(numbers(mask.shape, 100.0, dtype)) for _ in range(2))
+    leaf = poison(predictions, mask).requires_grad_()
+    loss, metrics = objective_loss(leaf, poison(scores, mask), mask, 3.0)
+    expected, expected_metrics = oracle.objective_loss(predictions.tolist(), scores.tolist(), mask.tolist(), 3.0)
+    scale = 4e4 * float(mask.sum())
+    assert_close(loss, expected, scale)
+    assert_metrics(metrics, expected_metrics, scale)
+    loss.backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad[~mask] == 0).all()
+
+
+def test_the_gradient_of_an_objective_is_twice_the_error():
+    predictions = torch.tensor([[0.3, -2.0], [4.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[1.0, torch.nan], [0.0, 3.5]], dtype=torch.float64)
+    objective_loss(predictions, scores, ~scores.isnan(), 3)[0].backward()
+    expected = torch.tensor([[-0.7, 0.0], [4.0, -2.5]], dtype=torch.float64) * 2 / 3
+    torch.testing.assert_close(predictions.grad, expected)

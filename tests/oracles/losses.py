@@ -85,6 +85,12 @@ def step_reward_loss(logits, labels, mask, denominator):
     return loss, {"loss": loss} | {name: value / denominator for name, value in sums.items()}
 
 
+def objective_loss(predictions, scores, given, denominator):
+    """ArmoRM eq. 1, the squared norm written out, without the scores that a response lacks."""
+    loss = math.fsum((predictions[b][k] - scores[b][k]) ** 2 for b, k in _tokens(given)) / denominator
+    return loss, {"loss": loss}
+
+
 def first_wrong(is_right, mask):
     """By row, the first column in the mask that is not right; how many columns there are if all are."""
     found = []

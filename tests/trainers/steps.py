@@ -35,6 +35,7 @@ WITH_RESPONSE = dict(on_policy_share=1.0, teacher="self", teacher_prompt="{respo
 TRAINERS = {
     "sft": ("sft", "gpt2", {}),
     "reward": ("reward", "gpt2", dict(label_smoothing=0.1, centering=0.01)),
+    "reward, objectives": ("reward", "gpt2", dict(objectives=["verbosity", "helpfulness"])),
     "prm": ("prm", "gpt2", {}),
     "preference": ("preference", "gpt2", dict(label_smoothing=0.1, nll_coefficient=0.5)),
     "preference, kto": ("preference", "gpt2", dict(algorithm="kto", undesirable_weight=1.5)),
@@ -262,7 +263,7 @@ def _permute(trainer, variation: Variation, patch):
 
 def _repad_and_split(trainer, variation: Variation, patch):
     """Wraps what makes batches of rows, and of samples, and what splits them."""
-    for name in ("collate_sft", "collate_preference", "collate_unpaired", "collate_stepwise"):
+    for name in ("collate_sft", "collate_preference", "collate_unpaired", "collate_stepwise", "collate_scored"):
         _wrap(patch, name, lambda f, *a: padded(f(*a), variation))
     if not variation.bucketed:
         shard, size = trainer.batching.shard, variation.micro_batch_size
@@ -290,7 +291,7 @@ def padded(batch, variation: Variation):
     wider, sides = {}, (variation.left, variation.right)
     for field in dataclasses.fields(batch):
         x = getattr(batch, field.name)
-        if isinstance(x, torch.Tensor) and x.ndim == 2:
+        if isinstance(x, torch.Tensor) and x.shape == batch.input_ids.shape:
             fill = False if x.dtype == torch.bool else torch.nan if x.is_floating_point() else FILLER
             wider[field.name] = pad(x, sides, value=fill)
     return dataclasses.replace(batch, **wider)

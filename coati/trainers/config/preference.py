@@ -5,13 +5,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from coati.config import Settings, inherited, option, section, settings
+from coati.config import ListOf, Settings, inherited, option, section, settings
 from coati.trainers.config.base import TrainerConfig
+
+OF_PAIRS = ("use_margin", "label_smoothing", "centering", "tie_theta")  # settings of a reward model
 
 
 @settings
 class RewardModeling(Settings):
-    """Bradley-Terry rewards (1706.03741; InstructGPT, 2203.02155)."""
+    """Bradley-Terry rewards (1706.03741; InstructGPT, 2203.02155), or regression on scores (HelpSteer2, 2406.08673)."""
 
     type: Literal["reward"] = option("reward", "the method")
     use_margin: bool = option(False, "demand the data's margin between the two rewards (Llama 2)")
@@ -20,17 +22,28 @@ class RewardModeling(Settings):
     tie_theta: float = option(
         1.0, "theta of Rao and Kupper (1967), for data with ties: above 1, and they have a probability", ge=1
     )
+    objectives: ListOf[str] = option(
+        (), "instead of pairs, learn the scores that rows have of these objectives, each as an output of the model"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if twice := [name for name in self.objectives if self.objectives.count(name) > 1]:
+            yield f"objectives has {twice[0]} twice: name each once"
+        fields = self.__pydantic_fields__
+        changed = [name for name in OF_PAIRS if getattr(self, name) != fields[name].default]
+        if self.objectives and changed:
+            yield f"{', '.join(changed)} are for pairs, of which there are none with objectives: leave them out"
 
 
 @settings
 class RewardConfig(TrainerConfig):
     """Settings of a reward-model run."""
 
-    algorithm: RewardModeling = section(RewardModeling, "what is learned from the preferences")
+    algorithm: RewardModeling = section(RewardModeling, "what is learned from preferences, or from scores")
 
     @property
     def longest_row(self) -> int:
-        return 2 * self.data.max_length
+        return self.data.max_length if self.algorithm.objectives else 2 * self.data.max_length
 
 
 @settings

@@ -115,6 +115,11 @@ class RolloutConfig(TrainerConfig):
         """The first reward model of the rewards."""
         return next((reward.path for reward in self.rewards if isinstance(reward, ModelRewardSettings)), None)
 
+    def objectives_of(self, path: str | None) -> dict[str, float] | None:
+        """The weights that the rewards give to the objectives of a reward model."""
+        models = [reward for reward in self.rewards if isinstance(reward, ModelRewardSettings)]
+        return next((reward.objectives for reward in models if reward.path == path), None)
+
     @property
     def models(self) -> list[str]:
         return super().models + [path for reward in self.rewards for path in reward.model_paths]
