@@ -118,11 +118,12 @@ def build_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {cache} can't be created ({error.strerror}); change --cache_dir.") from None
-    folder = cache / f"{kind}-{_key(sources, kind, tokenizer, config, teaching, part_column, objectives)}"
+    wanted = _Wanted(kind, teaching, part_column, tuple(objectives))
+    folder = cache / f"{kind}-{_key(sources, wanted, tokenizer, config)}"
     if not folder.exists():
         with cache_write_errors(cache), FileLock(f"{folder}.lock"):
             if not folder.exists():
-                _build(folder, sources, kind, tokenizer, config, teaching, part_column, objectives)
+                _build(folder, sources, wanted, tokenizer, config)
     data = TokenizedDataset(folder, sources, weights, part_column is not None)
     _raise_on_problems(data, config)
     if not data.part_names:
@@ -165,15 +166,17 @@ def _raise_on_missing_scores(data: TokenizedDataset, sources: list[str], objecti
             )
 
 
-def _key(
-    sources: list[str],
-    kind: Kind,
-    tokenizer,
-    config: DataConfig,
-    teaching: Teaching | None,
-    part_column: str | None,
-    objectives: Sequence[str],
-) -> str:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is read of rows, see `build_dataset`."""
+
+    kind: Kind
+    teaching: Teaching | None
+    part_column: str | None
+    objectives: tuple[str, ...]
+
+
+def _key(sources: list[str], wanted: _Wanted, tokenizer, config: DataConfig) -> str:
     """A hash of all that the tokenized rows and the report depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls of the tokenizer leave their padding and truncation behind; ours use neither.
@@ -184,30 +187,15 @@ def _key(
     settings["chat_template_kwargs"] = config.template_arguments
     parts = [
         FORMAT_VERSION,
-        kind,
+        asdict(wanted),
         settings,
         [(source, fingerprint(source)) for source in sources],
         [backend, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}],
     ]
-    if teaching is not None:
-        parts.append(asdict(teaching))
-    if part_column is not None:
-        parts.append({"part_column": part_column})
-    if objectives:
-        parts.append({"objectives": list(objectives)})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(
-    folder: Path,
-    sources: list[str],
-    kind: Kind,
-    tokenizer,
-    config: DataConfig,
-    teaching: Teaching | None,
-    part_column: str | None,
-    objectives: Sequence[str],
-) -> None:
+def _build(folder: Path, sources: list[str], wanted: _Wanted, tokenizer, config: DataConfig) -> None:
     """Write the samples and the report to a partial folder, then rename it to `folder`."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -215,21 +203,14 @@ def _build(
     with atomic_write(folder) as partial:
         partial.mkdir()
         with ArrowWriter(features=_features(), path=str(partial / "rows.arrow")) as writer:
-            for row in _samples(sources, kind, tokenizer, config, teaching, part_column, objectives, report):
+            for row in _samples(sources, wanted, tokenizer, config, report):
                 writer.write(row)
             writer.finalize()
         (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _samples(
-    sources: list[str],
-    kind: Kind,
-    tokenizer,
-    config: DataConfig,
-    teaching: Teaching | None,
-    part_column: str | None,
-    objectives: Sequence[str],
-    report: ValidationReport,
+    sources: list[str], wanted: _Wanted, tokenizer, config: DataConfig, report: ValidationReport
 ) -> Iterator[dict[str, Any]]:
     """The kept samples as table rows; every other row is counted in `report`."""
     from rich.console import Console
@@ -243,7 +224,7 @@ def _samples(
             report.samples.setdefault(source, 0)
             task = progress.add_task(f"Tokenizing {source}", total=None)
             chunk: list[_Read] = []
-            for read in _records(source, kind, config, teaching, part_column, objectives, report):
+            for read in _records(source, wanted, config, report):
                 chunk.append(read)
                 if len(chunk) == CHUNK_ROWS:
                     yield from _tokenized(chunk, source, index, tokenizer, config, report)
@@ -262,22 +243,15 @@ class _Read:
     part: str | None
 
 
-def _records(
-    source: str,
-    kind: Kind,
-    config: DataConfig,
-    teaching: Teaching | None,
-    part_column: str | None,
-    objectives: Sequence[str],
-    report: ValidationReport,
-) -> Iterator[_Read]:
+def _records(source: str, wanted: _Wanted, config: DataConfig, report: ValidationReport) -> Iterator[_Read]:
     """The records of a source; what is none is counted in the report."""
+    teaching = wanted.teaching
     for line, row in load_rows(source):
         report.rows[source] += 1
         try:
             if isinstance(row, ValueError):
                 raise row
-            records, teacher = parse_record(row, kind, objectives), None
+            records, teacher = parse_record(row, wanted.kind, wanted.objectives), None
             if teaching is not None:
                 records, teacher = [teaching.add_to(record) for record in records], teaching.teacher_of(row)
         except ValueError as error:
@@ -285,7 +259,7 @@ def _records(
             continue
         if config.train_on == "each":
             records = [one for record in records for one in one_record_per_response(record)]
-        part = None if part_column is None else row.get(part_column)
+        part = None if wanted.part_column is None else row.get(wanted.part_column)
         yield from (_Read(line, record, teacher, None if part is None else str(part)) for record in records)
 
 
