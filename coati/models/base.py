@@ -271,6 +271,8 @@ class ValueHeadModel(BaseModel):
         if isinstance(source, str | Path) and (stored or self.weights is not None):
             weights = objective_weights(source, self.weights)
             if weights is not None:
+                if not stored:
+                    raise UserError(f"{source} has objectives but no head: put its {VALUE_HEAD_FILE} there")
                 total = torch.tensor([*weights.values()]) @ stored["weight"].float()
                 stored = {"weight": total[None]}
         if hasattr(self.config, "objectives"):

@@ -130,6 +130,13 @@ def test_other_models_have_no_objectives(folder, tmp_path):
         ObjectiveRewardModel(folder, objectives=["honesty"])
 
 
+def test_a_head_that_is_missing_is_no_head_of_random_weights(tmp_path):
+    make(tiny_config("llama")).save_pretrained(tmp_path)
+    (tmp_path / "value_head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has objectives but no head: put its value_head\.safetensors there"):
+        Critic(tmp_path, weights=WEIGHTS)
+
+
 def test_a_classifier_of_labels_without_names_in_its_config_stays_one(folder, tmp_path):
     make(tiny_config("llama")).save_pretrained(tmp_path, as_sequence_classifier=True)
     config = json.loads((tmp_path / "config.json").read_text())
