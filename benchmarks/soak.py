@@ -4,9 +4,9 @@
     python benchmarks/soak.py --save             # and writes benchmarks/results/soak.json
 
 Two processes of one thread train a random Llama of 0.4 M parameters under ZeRO-2 on 64 responses per iteration, with
-dynamic sampling, a KL penalty, and an evaluation and a checkpoint every 25 iterations. Memory is that of all processes
-(PSS: shared pages are counted once); its slope is taken after the first hundred iterations, with an interval from the
-means of blocks of 25. The killed run gets SIGKILL in all its processes at once and goes on by `--resume auto`; its
+dynamic sampling, a KL penalty, and an evaluation and a checkpoint every 25 iterations. Memory is what all processes have
+to themselves (USS: of libraries' pages, other programs on the machine may have a share); its slope is taken after the
+first hundred iterations, with an interval from the means of blocks of 25. The killed run gets SIGKILL in all its processes at once and goes on by `--resume auto`; its
 weights have to be those of the other run, bit for bit.
 """
 
@@ -72,7 +72,7 @@ def memory_of(process: subprocess.Popen) -> float:
     """MiB of a run's processes; NaN where one has just ended."""
     try:
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        return sum(one.memory_full_info().pss for one in everyone) / 2**20
+        return sum(one.memory_full_info().uss for one in everyone) / 2**20
     except psutil.NoSuchProcess:
         return math.nan
 
@@ -87,7 +87,7 @@ def watched_run(folder: Path, output: Path, iterations: int) -> dict:
     process, memory, files = start(folder, output, iterations), [], {}
     while process.poll() is None:
         step = steps_done(output)
-        if (value := memory_of(process)) == value and step > 0:
+        if 0 < step < iterations and (value := memory_of(process)) == value:  # not of processes that are ending
             memory.append((step, value))
         if step and step % 100 == 0:
             files[step] = sum(1 for path in output.rglob("*") if path.is_file())
