@@ -4,10 +4,10 @@
     python benchmarks/soak.py --save             # and writes benchmarks/results/soak.json
 
 Two processes of one thread train a random Llama of 0.4 M parameters under ZeRO-2 on 64 responses per iteration, with
-dynamic sampling, a KL penalty, and an evaluation and a checkpoint every 25 iterations. Memory is what all processes have
-to themselves (USS: of libraries' pages, other programs on the machine may have a share); its slope is taken after the
-first hundred iterations, with an interval from the means of blocks of 25. The killed run gets SIGKILL in all its processes at once and goes on by `--resume auto`; its
-weights have to be those of the other run, bit for bit.
+dynamic sampling, a KL penalty, and an evaluation and a checkpoint every 25 iterations. Memory is what all processes
+have to themselves (USS: of libraries' pages other programs on the machine may have a share); its slope is taken after
+the first hundred iterations, with an interval from the means of blocks of 25. The killed run gets SIGKILL in all its
+processes at once and goes on by `--resume auto`; its weights have to be those of the other run, bit for bit.
 """
 
 import argparse
