@@ -8,7 +8,7 @@ model, an endpoint, a function of the response alone) has good responses to be c
 import builtins
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -21,7 +21,7 @@ from coati.errors import UserError
 from coati.rewards import Reward
 from coati.rewards.answers import stated_answer
 from coati.rewards.attacks import ATTACKS, CHOICES, Attack, Case, in_digits, right_answer
-from coati.rewards.config import AnyReward, ProcessRewardSettings, RewardSettings
+from coati.rewards.config import AnyReward, ModelRewardSettings, ProcessRewardSettings, RewardSettings
 from coati.rewards.pool import Outcome, score_one
 from coati.samples import Sample
 
@@ -531,15 +531,9 @@ def load(entry: RewardSettings) -> Reward:
     return entry.make_of(text_model_reward) if entry.model_paths else entry.make("cpu")
 
 
-def text_model_reward(
-    folder: str, process: ProcessRewardSettings | None = None, objectives: Mapping[str, float] | None = None
-) -> Reward:
-    """A reward model, or with settings a process reward model, that reads texts with the tokenizer in its folder, as
-    the policy's chat template writes them.
-
-    Args:
-        objectives: of a reward model of several, their weights.
-    """
+def text_model_reward(folder: str, settings: ModelRewardSettings | ProcessRewardSettings | None = None) -> Reward:
+    """A reward model, or a process reward model, that reads texts with the tokenizer in its folder, as the policy's
+    chat template writes them; see `load_here`."""
     import torch
     from transformers import AutoTokenizer
 
@@ -548,8 +542,7 @@ def text_model_reward(
     from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    here = (tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
-    reward = load_here(folder, process, *here, objectives)
+    reward = load_here(folder, settings, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
 
     class TextModelReward(Reward):
         name = reward.name

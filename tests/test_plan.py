@@ -258,11 +258,15 @@ def choices(config: type) -> tuple[list[dict], list[dict]]:
     return methods, [{path: values[i % len(values)] for path, values in own.items()} for i in range(most)]
 
 
+# methods with other models, rows or phases than the first one of their algorithm; the rest is slow
+UNLIKE = ("kto", "simpo", "sao", "remax", "sdpo")
 CASES: list[Any] = []
 for name, algorithm in ALGORITHMS.items():
     methods, values = choices(algorithm.config)
+    alike = [changes for changes in methods if changes["algorithm"] not in UNLIKE]
+    methods = [changes for changes in methods if changes not in alike]
     CASES += [(name, changes) for changes in [dict(eval_data=["held out"]), *methods, *MORE[name]]]
-    CASES += [pytest.param(name, changes, marks=pytest.mark.slow) for changes in values]
+    CASES += [pytest.param(name, changes, marks=pytest.mark.slow) for changes in [*alike, *values]]
 
 TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_tokens=64, max_turns=3, turn_rewards=True)
 CASES += [

@@ -1,6 +1,8 @@
 """The example of process reward models: its data, and what is told of responses."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 
@@ -19,23 +21,30 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def is_true(step: str) -> bool:
-    before, result = step.split("=")
-    first, second = before.split("+")
-    return int(first) + int(second) == int(result)
+def faults(row: dict) -> list[str]:
+    """Of each step what is wrong with it, its `result` or its `number`, which isn't the prompt's; or nothing."""
+    found = []
+    for step, number in zip(row["steps"], row["prompt"].removesuffix("=").split("+")[1:], strict=True):
+        first, second, result = re.split(r"[+=]", step)
+        found.append("result" if int(first) + int(second) != int(result) else "" if second == number else "number")
+    return found
 
 
 def test_labels_say_which_steps_are_wrong(files):
+    seen = Counter()
     for row in rows_of(files["steps_eval"]):
+        found = faults(row)
         end = row["labels"].index(0) + 1 if 0 in row["labels"] else len(row["steps"])
-        assert [is_true(step) for step in row["steps"][:end]] == [label == 1 for label in row["labels"][:end]]
-        assert row["labels"][end:] == [None] * (len(row["steps"]) - end)
-        assert all(is_true(step) for step in row["steps"][end:])
+        assert [not fault for fault in found[:end]] == [label == 1 for label in row["labels"][:end]]
+        assert row["labels"][end:] == [None] * (len(row["steps"]) - end) and not any(found[end:])
         results = [step.split("=")[1] for step in row["steps"]]
         assert [step.split("+")[0] for step in row["steps"][1:]] == results[:-1]
+        seen[max(found)] += 1
+    assert seen[""] == seen["result"] == seen["number"] == SIZES["labeled_eval"]
 
 
 def test_of_a_pair_only_the_chosen_solution_is_right(files):
+    assert len(rows_of(files["pairs_eval"])) == 2 * SIZES["labeled_eval"]
     for row in rows_of(files["pairs_eval"]):
         answer = [f"{sum(map(int, row['prompt'].removesuffix('=').split('+'))):02d}"]
         assert correct([row["prompt"]], [row["chosen"]], answer) == [1.0]
@@ -64,9 +73,10 @@ def test_a_response_has_a_line_for_each_number_of_its_prompt(response, score):
 
 def test_the_same_seed_gives_the_same_bytes_and_no_prompt_twice(files, tmp_path):
     again = make_data(tmp_path, 1)
-    names = ("sft", "steps", "steps_eval", "pairs", "pairs_eval", "prompts")
+    names = ("sft", "prompts_train", "steps", "steps_eval", "pairs", "pairs_eval", "prompts")
     assert all(files[name].read_bytes() == again[name].read_bytes() for name in names)
-    prompts = [row["prompt"] for name in ("sft", "pairs", "pairs_eval", "prompts") for row in rows_of(files[name])]
+    parts = ("sft", "pairs", "pairs_eval", "prompts")
+    prompts = [prompt for name in parts for prompt in {row["prompt"] for row in rows_of(files[name])}]
     assert len({*prompts}) == len(prompts) == sum(SIZES.values())
 
 

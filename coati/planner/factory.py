@@ -23,9 +23,9 @@ from coati.planner.rollouts import PlannedEpisodes, PlannedGenerator, PlannedRea
 from coati.rewards import Scorer
 from coati.rewards.config import (
     ClassifierRewardSettings,
+    EnsembleRewardSettings,
     JudgedRewardSettings,
     JudgeRewardSettings,
-    ProcessRewardSettings,
 )
 from coati.trainers.factory import Factory
 
@@ -231,7 +231,7 @@ class PlannedFactory(Factory):
     def scorer(self, load_model, given):
         rewards = [(PlannedReward(), 1.0)]
         for entry in self.config.rewards:
-            how = (entry,) if isinstance(entry, ProcessRewardSettings) else ()
+            how = () if isinstance(entry, EnsembleRewardSettings) else (entry,)
             rewards += [(load_model(path, *how), 1.0) for path in entry.model_paths]
             if isinstance(entry, ClassifierRewardSettings):
                 rewards.append((self.reader("classifier", "AutoModelForSequenceClassification", entry), 1.0))

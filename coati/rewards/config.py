@@ -73,9 +73,8 @@ class ModelRewardSettings(RewardSettings):
             yield "objectives names none: give the weights of those that count, or leave it out"
 
     def make_of(self, load_model: Callable[..., Reward]) -> Reward:
-        """The reward, given what makes one of a reward model's folder, and of the weights of its objectives, or of the
-        settings of a process reward."""
-        return load_model(self.path, objectives=self.objectives)
+        """The reward, given what makes one of a reward model's folder and of these settings."""
+        return load_model(self.path, self)
 
 
 @settings
@@ -583,8 +582,8 @@ def load_rewards(
     """The rewards of a run.
 
     Args:
-        load_model: makes a reward of the folder of a reward model, and of the weights of its objectives; of a process
-            reward it is given the settings.
+        load_model: makes a reward of the folder of a reward model and, but for the members of an ensemble, of the
+            settings of the reward.
         device: where classifiers and judges of one's own run.
         given: further rewards, of weight 1.
         verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.

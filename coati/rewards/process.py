@@ -2,7 +2,7 @@
 sampled tokens."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +13,7 @@ from coati.models import ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.models.objectives import objective_weights
 from coati.models.process_reward_model import stored_separator
 from coati.rewards.base import Reward
-from coati.rewards.config import ProcessRewardSettings
+from coati.rewards.config import ModelRewardSettings, ProcessRewardSettings
 from coati.rewards.model import ModelReward, right_padded
 from coati.rewards.objectives import ObjectivesReward
 from coati.samples import Sample
@@ -107,31 +107,30 @@ def on_tokens(sample: Sample, ends: Sequence[int], steps: Sequence[float]) -> li
 
 def load_here(
     folder: str,
-    process: ProcessRewardSettings | None,
+    settings: ModelRewardSettings | ProcessRewardSettings | None,
     tokenizer: Any,
     device: torch.device,
     split: Callable[[list[int]], list[list[int]]],
-    objectives: Mapping[str, float] | None = None,
 ) -> Reward:
-    """A reward model, or with settings a process reward model, that is whole in this process.
+    """A reward model, or a process reward model, that is whole in this process.
 
     Args:
+        settings: of the reward; None for a reward model of one score.
         tokenizer: that both the samples and the model have; split: as `ModelReward`.
-        objectives: of a reward model of several, their weights.
 
     Raises:
         UserError: the folder can't be loaded; see `objective_weights`.
     """
-    separator = "" if process is None else stored_separator(folder)
-    weights = None if process is not None else objective_weights(folder, objectives)
-    one_score = RewardModel if process is None else ProcessRewardModel
-    model = (one_score if weights is None else ObjectiveRewardModel)(folder).eval().to(device)
 
-    def forward_all(batches):
-        return [model(**batch) for batch in batches]
+    def loaded(model_class):
+        model = model_class(folder).eval().to(device)
+        return lambda batches: [model(**batch) for batch in batches]
 
-    if process is None:
-        reward = ModelReward(forward_all, tokenizer.pad_token_id, device, split)
-        return reward if weights is None else ObjectivesReward(reward, weights)
-    how = dict(tokenizer=tokenizer, separator=separator, reduce=process.reduce)
-    return ProcessReward(forward_all, tokenizer.pad_token_id, device, split, **how)
+    pad_id = tokenizer.pad_token_id
+    if isinstance(settings, ProcessRewardSettings):
+        how = dict(tokenizer=tokenizer, separator=stored_separator(folder), reduce=settings.reduce)
+        return ProcessReward(loaded(ProcessRewardModel), pad_id, device, split, **how)
+    weights = objective_weights(folder, settings.objectives if settings else None)
+    if weights is None:
+        return ModelReward(loaded(RewardModel), pad_id, device, split)
+    return ObjectivesReward(ModelReward(loaded(ObjectiveRewardModel), pad_id, device, split), weights)

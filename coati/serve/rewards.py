@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from coati.config import ListOf, Settings, option, parse_config, settings
 from coati.errors import UserError
 from coati.listening import listen
 from coati.rewards import Reward, Scorer, ScoringConfig
-from coati.rewards.config import AnyReward, ProcessRewardSettings, load_rewards
+from coati.rewards.config import AnyReward, ModelRewardSettings, ProcessRewardSettings, load_rewards
 from coati.rollout.remote.server import TokenRequired
 from coati.samples import Sample
 from coati.serve.application import read_json
@@ -290,16 +290,10 @@ class ServedModelReward(Reward):
 
 
 def load_model_reward(
-    folder: str,
-    process: ProcessRewardSettings | None = None,
-    objectives: Mapping[str, float] | None = None,
-    device: str = "cpu",
+    folder: str, settings: ModelRewardSettings | ProcessRewardSettings | None = None, device: str = "cpu"
 ) -> Reward:
-    """A reward model in this process, or with settings a process reward model. It reads the ids of a request; without
-    them, those that its tokenizer has for the prompt and for the response, with EOS after one that ended.
-
-    Args:
-        objectives: of a reward model of several, their weights.
+    """A reward model, or a process reward model, in this process; see `load_here`. It reads the ids of a request;
+    without them, those that its tokenizer has for the prompt and for the response, with EOS after one that ended.
 
     Raises:
         UserError: the folder can't be loaded.
@@ -311,7 +305,7 @@ def load_model_reward(
     from coati.rewards.process import load_here
 
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(folder), learns_responses=False)
-    reward = load_here(folder, process, tokenizer, torch.device(device), split_by_length, objectives)
+    reward = load_here(folder, settings, tokenizer, torch.device(device), split_by_length)
     return ServedModelReward(reward, tokenizer)
 
 

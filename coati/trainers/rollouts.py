@@ -1,6 +1,6 @@
 """What PPO and GRPO are put together from: a policy that responds to prompts, rewards that score, and a reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from coati.models import ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.parallel import Engine, Runtime, resolve_precision
 from coati.parallel.engine import DTYPES
 from coati.rewards import EnvironmentReward, ModelReward, ObjectivesReward, ProcessReward, Reward, Scorer
-from coati.rewards.config import ProcessRewardSettings
+from coati.rewards.config import ModelRewardSettings, ProcessRewardSettings
 from coati.rollout import (
     RolloutShape,
     RolloutSource,
@@ -192,28 +192,29 @@ class RolloutTrainer(Trainer):
         )
 
     def load_reward_model(
-        self, source: str, process: ProcessRewardSettings | None = None, objectives: Mapping[str, float] | None = None
+        self, source: str, settings: ModelRewardSettings | ProcessRewardSettings | None = None
     ) -> Reward:
-        """A reward model, or with settings of its own a process reward model, which reads the policy's tokens.
+        """A reward model, or a process reward model, which reads the policy's tokens.
 
         Args:
-            objectives: of a reward model of several, their weights.
+            settings: of the reward; None for a reward model of one score.
 
         Raises:
             UserError: its tokenizer is another one; it is no such model; see `objective_weights`.
         """
+
+        def loaded(model_class):
+            return self.factory.frozen(self.factory.model(model_class, source)).forward_all
+
         self.factory.check_reward_vocabulary(source)
-        pad_id, device, split = self.factory.pad_id, self.runtime.device, self.batching.split
-        if process is None:
-            weights = self.factory.objective_weights(source, objectives)
-            kind = RewardModel if weights is None else ObjectiveRewardModel
-            engine = self.factory.frozen(self.factory.model(kind, source))
-            reward = ModelReward(engine.forward_all, pad_id, device, split)
-            return reward if weights is None else ObjectivesReward(reward, weights)
-        separator = self.factory.step_separator(source)
-        engine = self.factory.frozen(self.factory.model(ProcessRewardModel, source))
-        how = dict(tokenizer=self.tokenizer, separator=separator, reduce=process.reduce)
-        return ProcessReward(engine.forward_all, pad_id, device, split, **how)
+        how = (self.factory.pad_id, self.runtime.device, self.batching.split)
+        if isinstance(settings, ProcessRewardSettings):
+            steps = dict(tokenizer=self.tokenizer, separator=self.factory.step_separator(source))
+            return ProcessReward(loaded(ProcessRewardModel), *how, **steps, reduce=settings.reduce)
+        weights = self.factory.objective_weights(source, settings.objectives if settings else None)
+        if weights is None:
+            return ModelReward(loaded(RewardModel), *how)
+        return ObjectivesReward(ModelReward(loaded(ObjectiveRewardModel), *how), weights)
 
     def accumulates(self) -> bool:
         """Whether a minibatch may take several micro-batches."""

@@ -30,19 +30,27 @@ def solution(numbers: list[int], wrong: int | None = None, off: int = 0) -> list
     return steps
 
 
-def labeled_rows(numbers: list[int], draw: random.Random) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A right solution and one with a wrong step: two rows of labeled steps, and the pair. What comes after the wrong
-    step has no label, as in PRM800K."""
+def mistaken_solutions(numbers: list[int], draw: random.Random) -> list[tuple[list[str], int]]:
+    """Two solutions and the place of their wrong step: one with a wrong result, one that adds another number."""
+    place = draw.randrange(len(numbers) - 1)
+    value = sum(numbers[: place + 2])
+    off = draw.choice([off for off in MISTAKES if value + off > 0])
+    other_place = draw.randrange(len(numbers) - 1)
+    changed = list(numbers)
+    changed[other_place + 1] = draw.choice([n for n in range(1, LARGEST + 1) if n != numbers[other_place + 1]])
+    return [(solution(numbers, place, off), place), (solution(changed), other_place)]
+
+
+def labeled_rows(numbers: list[int], draw: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A right solution and two with a wrong step: three rows of labeled steps, and two pairs. What comes after the
+    wrong step has no label, as in PRM800K."""
     prompt, right = "+".join(map(str, numbers)) + "=", solution(numbers)
-    wrong = draw.randrange(len(right))
-    value = sum(numbers[: wrong + 2])
-    mistaken = solution(numbers, wrong, draw.choice([off for off in MISTAKES if value + off > 0]))
-    labels = [1] * wrong + [0] + [None] * (len(right) - wrong - 1)
-    rows = [
-        {"prompt": prompt, "steps": right, "labels": [1] * len(right)},
-        {"prompt": prompt, "steps": mistaken, "labels": labels},
-    ]
-    return rows, {"prompt": prompt, "chosen": "\n".join(right), "rejected": "\n".join(mistaken)}
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "steps": right, "labels": [1] * len(right)}]
+    pairs = []
+    for steps, wrong in mistaken_solutions(numbers, draw):
+        rows.append({"prompt": prompt, "steps": steps, "labels": [1] * wrong + [0] + [None] * (len(right) - wrong - 1)})
+        pairs.append({"prompt": prompt, "chosen": "\n".join(right), "rejected": "\n".join(steps)})
+    return rows, pairs
 
 
 def make_data(folder: Path, seed: int) -> dict[str, Path]:
@@ -62,7 +70,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     for suffix in ("", "_eval"):
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
         rows["steps" + suffix] = [row for of_sum, _ in both for row in of_sum]
-        rows["pairs" + suffix] = [pair for _, pair in both]
+        rows["pairs" + suffix] = [pair for _, of_sum in both for pair in of_sum]
     files = {"tokenizer": folder / "tokenizer"}
     for name, some in rows.items():
         files[name] = folder / f"{name}.jsonl"

@@ -1,6 +1,6 @@
-"""Sums worked out step by step: a small policy, from random weights, learns until it still makes mistakes; a process
-and an outcome reward model, which start from it, learn from the same solutions and choose the best of eight responses;
-PPO trains the policy on the rewards of its steps.
+"""Sums worked out step by step: a small policy, from random weights, learns for so short that it makes mistakes; a
+process and an outcome reward model, which start from one that has learned for longer, learn from the same solutions and
+choose the best of eight responses of the policy; PPO trains it on the rewards of its steps.
 
 python examples/process_reward/run.py                  # on one CPU process, half an hour
 python examples/process_reward/run.py --seed 1 --output runs/process_reward_1
@@ -38,6 +38,7 @@ BY_OUTCOME = "outcome"
 CORRECT = FunctionRewardSettings(path=f"{HERE}/data.py:correct")
 SAMPLING = GenerationConfig(max_new_tokens=40)
 N = 8
+LONGER = 1000  # steps of SFT of what the reward models start from
 BEAMS, EXPANSIONS = 4, 2  # as many first steps as responses of best-of-n
 
 
@@ -50,12 +51,11 @@ def main():
     output = arguments.output.resolve()
     data = make_data(output / "data", arguments.seed)
     common = {"seed": arguments.seed, "cache_dir": output / "cache"}
-    for stage, rows in (("sft", "sft"), ("prm", "steps"), ("reward", "pairs")):
-        own = {"train_data": data[rows]}
-        if stage == "sft":
-            own |= {"tokenizer": data["tokenizer"]}
-        else:
-            own |= {"eval_data": data[f"{rows}_eval"], "model": output / "sft" / "model"}
+    own = {"train_data": data["sft"], "tokenizer": data["tokenizer"]}
+    train("sft", HERE / "sft.yaml", output / "sft", common | own, arguments.processes)
+    train("sft", HERE / "sft.yaml", output / "start", common | own | {"steps": LONGER}, arguments.processes)
+    for stage, rows in (("prm", "steps"), ("reward", "pairs")):
+        own = {"train_data": data[rows], "eval_data": data[f"{rows}_eval"], "model": output / "start" / "model"}
         train(stage, HERE / f"{stage}.yaml", output / stage, common | own, arguments.processes)
     figures = trained_figures(output)
     figures |= best_of(scored_samples(output / "sft", data["prompts"], N, arguments.seed, choosers(output)))
@@ -125,13 +125,13 @@ def scored_samples(run: Path, prompts: Path, n: int, seed: int, rewards: list[Re
     return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
-def load_model(tokenizer, path: str, process: ProcessRewardSettings | None = None):
+def load_model(tokenizer, path: str, settings: RewardSettings | None = None):
     """A reward of a model, see `load_here`."""
     import torch
 
     from coati.rewards.process import load_here
 
-    return load_here(path, process, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
+    return load_here(path, settings, tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
 
 
 def searched(output: Path, prompts: Path, seed: int) -> tuple[float, float, float]:

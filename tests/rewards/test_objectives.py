@@ -121,14 +121,15 @@ def test_other_models_and_ensembles_are_refused(tiny_world, folder, runtime, tmp
 def test_best_of_n_a_served_and_a_checked_reward_are_the_runs(tiny_world, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     here = (tokenizer, torch.device("cpu"), lambda lengths: [[*range(len(lengths))]])
-    whole, response = load_here(folder, None, *here, WEIGHTS), "red lamp sorry"
+    settings, response = ModelRewardSettings(path=folder, objectives=WEIGHTS), "red lamp sorry"
+    whole = load_here(folder, settings, *here)
     text = "<bos>User: red\nAssistant: " + response + "<eos>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     [expected] = whole.score([Sample(0, {}, "red", response, ids, [True] * len(ids), None, "eos")])
-    checked = text_model_reward(folder, objectives=WEIGHTS)
+    checked = text_model_reward(folder, settings)
     assert checked.score([Sample.of_texts("red", response)]) == pytest.approx([expected])
     start = text.index(" " + response)
-    served = load_model_reward(folder, objectives=WEIGHTS)
+    served = load_model_reward(folder, settings)
     assert served.score([Sample.of_texts(text[:start], " " + response)]) == pytest.approx([expected])
     actor, config = Actor(tiny_world["policy"]).eval(), GenerationConfig(max_new_tokens=6)
     [best] = best_of_n(actor, whole, ["User: red\nAssistant:"], 4, tokenizer=tokenizer, config=config)
