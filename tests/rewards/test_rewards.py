@@ -348,7 +348,7 @@ def test_wrong_rewards_of_tokens_are_named(given, says, monkeypatch):
 def test_rewards_of_a_run():
     model = Constant(1.0, "model")
     listed = rewards_of(reward_model("folder", weight=3.0))
-    scorer = load_rewards(listed, ScoringConfig(), lambda path, **_: model, given=[model])
+    scorer = load_rewards(listed, ScoringConfig(), lambda path, settings: model, given=[model])
     assert totals(scorer, RESPONSES) == [4.0] * 3
     with pytest.raises(UserError, match=r"no reward.*--rewards math"):
         load_rewards([], ScoringConfig())
