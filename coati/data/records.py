@@ -418,8 +418,9 @@ def _process_bench(row: _Row) -> StepwiseRecord:
     told = isinstance(problem, str) and isinstance(steps, list) and all(isinstance(step, str) for step in steps)
     if not told or type(first_wrong) is not int or not -1 <= first_wrong < len(steps):
         raise ValueError("no `problem`, list of `steps` and index of a step or -1 as `label`, as ProcessBench has them")
-    right = len(steps) if first_wrong == -1 else first_wrong
-    labels = ([1.0] * right + [0.0] + [None] * len(steps))[: len(steps)]
+    labels: list[float | None] = [1.0] * len(steps)
+    if first_wrong >= 0:
+        labels[first_wrong:] = [0.0] + [None] * (len(steps) - first_wrong - 1)
     prompt = [{"role": "user", "content": problem}]
     return StepwiseRecord(prompt, [_on_one_line(step) for step in steps], labels, unused=row.unused())
 

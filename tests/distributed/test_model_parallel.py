@@ -34,7 +34,7 @@ BEFORE = 2  # steps before the checkpoint that others go on from
 
 
 def crossings(layouts) -> list[tuple[str, str]]:
-    """From each layout to the next one, so that each is left and reached; test_resume.py has those to themselves."""
+    """From each layout to the next one, so that each is left and reached."""
     names = list(layouts)
     return list(zip(names, names[1:] + names[:1], strict=True))
 
@@ -319,13 +319,17 @@ def saved(worlds, folder):
 @pytest.fixture(scope="module")
 def resumed(worlds, folder, saved):
     """Those checkpoints, gone on from under other layouts."""
+    return gone_on(CROSSINGS, worlds, folder, "resumed")
+
+
+def gone_on(crossings, worlds, folder, name: str) -> dict:
     settings = dict(steps=2 * BEFORE, save_every=BEFORE, keep_checkpoints=9)
     ours = []
-    for source, target in CROSSINGS:
+    for source, target in crossings:
         checkpoint = str(folder / f"{source}-saved" / "checkpoints" / f"step-{BEFORE:08d}")
         changes = settings | SAVED[target] | dict(resume=checkpoint)
         ours.append(family_job(f"{source}-to-{target}", "sft", worlds["gpt2"], folder, **changes))
-    return run_jobs(ours, folder / "resumed", 2)
+    return run_jobs(ours, folder / name, 2)
 
 
 @pytest.mark.parametrize(("source", "target"), CROSSINGS)
@@ -335,6 +339,14 @@ def test_a_checkpoint_goes_on_under_any_layout(source, target, saved, resumed):
     found = [step["loss"] for step in resumed[f"{source}-to-{target}"]["steps"]]
     tolerance = 1e-2 if "gemini" in (source, target) else 1e-5
     assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.slow
+def test_under_its_own_layout_to_the_last_bit(worlds, folder, saved):
+    resumed = gone_on([(layout, layout) for layout in SAVED], worlds, folder, "to-themselves")
+    for layout in SAVED:
+        expected = [step["loss"] for step in saved[f"{layout}-saved"]["steps"][BEFORE:]]
+        assert [step["loss"] for step in resumed[f"{layout}-to-{layout}"]["steps"]] == expected
 
 
 SAVED_ADAPTED = {name: SAVED[name] for name in ("ddp", "tp2", "pp2")}

@@ -42,9 +42,11 @@ QUICK |= {"taught": ("pp2",), "averaged": ("zero2",), "routed": ("zero2",)}
 CASES = [(kind, layout) for kind, layouts in QUICK.items() for layout in layouts]
 TWO = tuple(name for name in LAYOUTS if " x " not in name and name != "gemini, bf16")
 BF16 = {"gemini": dict(plugin="gemini", precision="bf16"), "zero2, bf16": dict(plugin="zero2", precision="bf16")}
-RESUMED = (("cached", "zero2"), ("episodes", "zero2"))  # test_resume.py has the layouts that split models
+RESUMED = (("cached", "zero2"), ("episodes", "zero2"))
+RESUMED_SLOW = (("kto", "pp2"), ("grpo", "tp2"))
 FOUR = tuple(name for name in LAYOUTS if " x " in name)
 BEFORE = 2  # steps before the checkpoint
+SAVED = dict(save_every=BEFORE, keep_checkpoints=9)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +103,8 @@ def one_process(world, folder):
 @pytest.fixture(scope="module")
 def two_processes(world, folder):
     """The quick layouts, with checkpoints, and some of them again from the checkpoint."""
-    saved = dict(save_every=BEFORE, keep_checkpoints=9)
-    ours = [j | {"settings": j["settings"] | saved} for j in jobs(world, folder, CASES)]
-    for kind, layout in RESUMED:
-        name = f"{layout}-{kind}"
-        resume = str(folder / name / "checkpoints" / f"step-{BEFORE:08d}")
-        ours.append(job(f"{name}-resumed", kind, world, folder, **LAYOUTS[layout], **saved, resume=resume))
+    ours = [j | {"settings": j["settings"] | SAVED} for j in jobs(world, folder, CASES)]
+    ours += [resumed_job(kind, layout, world, folder) for kind, layout in RESUMED]
     ours += [job(f"{name}-kto", "kto", world, folder, **c) for name, c in BF16.items()]
     return run_jobs(ours, folder / "two", 2)
 
@@ -125,10 +123,28 @@ def test_gemini_gives_the_curve_of_zero2_in_bf16(two_processes):
     assert found == pytest.approx(expected, rel=2e-2, abs=2e-2)
 
 
+def resumed_job(kind: str, layout: str, world, folder: Path) -> dict:
+    name = f"{layout}-{kind}"
+    resume = str(folder / name / "checkpoints" / f"step-{BEFORE:08d}")
+    return job(f"{name}-resumed", kind, world, folder, **LAYOUTS[layout], **SAVED, resume=resume)
+
+
 @pytest.mark.parametrize(("kind", "layout"), RESUMED)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(kind, layout, two_processes, folder):
     """PITFALL 13, 25."""
-    whole, resumed = (two_processes[f"{layout}-{kind}{end}"]["steps"] for end in ("", "-resumed"))
+    check_resumed(kind, layout, two_processes, folder)
+
+
+@pytest.mark.slow
+def test_so_is_one_of_other_kinds_and_layouts(world, two_processes, folder):
+    ours = [resumed_job(kind, layout, world, folder) for kind, layout in RESUMED_SLOW]
+    results = two_processes | run_jobs(ours, folder / "slow-resumed", 2)
+    for kind, layout in RESUMED_SLOW:
+        check_resumed(kind, layout, results, folder)
+
+
+def check_resumed(kind: str, layout: str, results: dict, folder: Path):
+    whole, resumed = (results[f"{layout}-{kind}{end}"]["steps"] for end in ("", "-resumed"))
     assert len(resumed) == len(whole) - BEFORE and whole[BEFORE:] == resumed
     paths = [folder / f"{layout}-{kind}{end}" / "model" / "model.safetensors" for end in ("", "-resumed")]
     expected, found = (load_file(path) for path in paths)

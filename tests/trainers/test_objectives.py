@@ -17,7 +17,7 @@ from coati.tracking import read_metrics, read_samples
 from coati.trainers.config import RewardConfig
 from coati.trainers.objectives import objective_metrics, objective_sums
 from tests.conftest import WORDS, sentence, settings_for, write_rows
-from tests.trainers.test_training import losses, make, weights
+from tests.trainers.test_training import make
 
 NAMES = ["verbosity", "helpfulness"]
 
@@ -139,15 +139,3 @@ def test_a_run_goes_on_with_its_own_objectives(tiny_world, runtime, tmp_path):
         make("reward", tiny_world, runtime, tmp_path / "again", objectives=NAMES[::-1], **start)
     with pytest.raises(UserError, match="has the objectives verbosity, helpfulness, and one score is wanted"):
         make("reward", tiny_world, runtime, tmp_path / "pairs", **start)
-
-
-@pytest.mark.slow
-def test_resuming_is_bitwise_the_same_as_never_stopping(tiny_world, runtime, tmp_path):
-    """PITFALL 25."""
-    changes = dict(objectives=NAMES, steps=7, save_every=3, keep_checkpoints=9)
-    make("reward", tiny_world, runtime, tmp_path / "whole", **changes).train()
-    stop = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
-    make("reward", tiny_world, runtime, tmp_path / "resumed", resume=stop, **changes).train()
-    expected, found = weights(tmp_path / "whole" / "model"), weights(tmp_path / "resumed" / "model")
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    assert losses(tmp_path / "whole")[3:] == losses(tmp_path / "resumed")

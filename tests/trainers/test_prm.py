@@ -59,12 +59,17 @@ def test_other_models_are_no_process_reward_models(model_class, tiny_world, tmp_
 
 
 @pytest.mark.slow
-def test_resuming_is_bitwise_the_same_as_never_stopping(tiny_world, runtime, tmp_path):
+@pytest.mark.parametrize(
+    ("algorithm", "own"),
+    [("prm", {}), ("reward", dict(objectives=["verbosity", "helpfulness"]))],
+    ids=["steps", "objectives"],
+)
+def test_resuming_is_bitwise_the_same_as_never_stopping(algorithm, own, tiny_world, runtime, tmp_path):
     """PITFALL 25."""
-    changes = dict(steps=7, save_every=3, keep_checkpoints=9)
-    make("prm", tiny_world, runtime, tmp_path / "whole", **changes).train()
+    changes = own | dict(steps=7, save_every=3, keep_checkpoints=9)
+    make(algorithm, tiny_world, runtime, tmp_path / "whole", **changes).train()
     stop = str(tmp_path / "whole" / "checkpoints" / "step-00000003")
-    make("prm", tiny_world, runtime, tmp_path / "resumed", resume=stop, **changes).train()
+    make(algorithm, tiny_world, runtime, tmp_path / "resumed", resume=stop, **changes).train()
     expected, found = weights(tmp_path / "whole" / "model"), weights(tmp_path / "resumed" / "model")
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(tmp_path / "whole")[3:] == losses(tmp_path / "resumed")
