@@ -347,7 +347,7 @@ def main(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     options.slots, options.max_queue = 1, 1
     workers = [open_worker(name, path, options) for name, path in paths.items()]
-    wanted = Wanted("", options.max_tokens, options.temperature, options.top_p, seed=options.seed)
+    wanted = Wanted("", options.max_tokens, options.temperature, options.top_p, seed=options.seed, stream=True)
     is_typed = sys.stdin.isatty() and console.is_terminal
 
     def write(text: str):

@@ -27,9 +27,9 @@ class TextStream:
         self.given = 0  # characters of their text that were taken
         self.waiting = ""  # characters that were taken and may be the beginning of a stop text
 
-    def add(self, token: int) -> str:
-        """The text that a token makes certain."""
-        self.ids.append(token)
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that further tokens make certain."""
+        self.ids += tokens
         text = self.decode(self.ids)
         piece = self._take(text.rstrip(INCOMPLETE))
         if text and not text.endswith(INCOMPLETE):

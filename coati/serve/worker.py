@@ -5,8 +5,10 @@ Any thread may submit and cancel; the worker's thread computes. Its pieces are h
 
 import copy
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from coati.serve.text import TextStream, token_bytes
 logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 2048  # of prompts at a time: others wait for their next token meanwhile
 SCORED_LOGITS = 2**24  # in memory at a time
+# between the pieces of a stream: readers see no difference, and a piece costs more than the token that it is made of
+PIECE_SECONDS = 0.05
 
 
 class QueueFull(Exception):
@@ -53,7 +57,8 @@ class Stream:
     Args:
         index: of the choice in its request.
         emit: called in the worker's thread with a `Choice` for every piece, of which the last one has a finish reason,
-            or with a `Failure`. Not called after `canceled` is set.
+            or with a `Failure`. Not called after `canceled` is set. Of a stream, the first token is a piece at once,
+            and what follows one every `PIECE_SECONDS`; else the whole response is one.
 
     Attributes:
         tokens: that were sampled so far, EOS included.
@@ -65,6 +70,9 @@ class Stream:
         self.index, self.prompt, self.wanted, self.emit, self.worker = index, prompt, wanted, emit, worker
         self.text = TextStream(worker.decode, wanted.stop)
         self.tokens, self.canceled = 0, False
+        self.undecoded: list[int] = []
+        self.piece = Choice(index)  # that is emitted next
+        self.emitted = -math.inf  # when the last one was
         self.request = LiveRequest(
             prompt,
             seed,
@@ -76,26 +84,31 @@ class Stream:
         )
 
     def on_token(self, completion: Completion) -> str:
-        """Emits what a token has made certain; returns the finish reason."""
+        """Emits what a token has made certain, if it is time to; returns the finish reason."""
         self.tokens += 1
         if self.canceled:
             self.worker.ended(self)
             return "canceled"
         token, reason = completion.ids[-1], completion.finish_reason
-        is_silent = token in self.worker.silent
-        piece = "" if is_silent else self.text.add(token)
+        if token not in self.worker.silent:
+            self.undecoded.append(token)
+            if self.wanted.log_probs:
+                ids, log_probs = completion.heads[-1] if self.wanted.heads else ((), ())
+                heads = list(zip(ids, log_probs, strict=True))[: self.wanted.heads]
+                self.piece.tokens.append(self.worker.token(token, completion.log_probs[-1], heads))
+        now = time.monotonic()
+        is_due = bool(reason) or (self.wanted.stream and now - self.emitted >= PIECE_SECONDS)
+        if self.undecoded and (is_due or self.wanted.stop):
+            self.piece.text += self.text.add(self.undecoded)
+            self.undecoded = []
+        if reason and not self.text.stopped:
+            self.piece.text += self.text.end()
         if self.text.stopped:
             reason = "stop"
-        elif reason:
-            piece += self.text.end()
-            reason = "stop" if self.text.stopped else reason
-        tokens = []
-        if self.wanted.log_probs and not is_silent:
-            ids, log_probs = completion.heads[-1] if self.wanted.heads else ((), ())
-            heads = list(zip(ids, log_probs, strict=True))[: self.wanted.heads]
-            tokens = [self.worker.token(token, completion.log_probs[-1], heads)]
-        if piece or tokens or reason:
-            self.emit(Choice(self.index, piece, tokens, {"eos": "stop", "": None}.get(reason, reason)))
+        if reason or (is_due and (self.piece.text or self.piece.tokens)):
+            self.piece.finish_reason = {"eos": "stop", "": None}.get(reason, reason)
+            self.emit(self.piece)
+            self.piece, self.emitted = Choice(self.index), now
         if reason:
             self.worker.ended(self)
         return reason

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -23,9 +24,11 @@ from coati.listening import listen
 from coati.models import Actor
 from coati.models.opened import open_model
 from coati.rollout.engine.live import LiveSampler, nucleus_of
+from coati.rollout.generator import Completion
 from coati.run_layout import model_folder, named_models
 from coati.serve import server
 from coati.serve.application import Service, application
+from coati.serve.protocol import Wanted
 from coati.serve.worker import Worker
 from tests.conftest import ROOT
 from tests.docs.pages import blocks
@@ -185,6 +188,37 @@ def test_streamed_pieces_join_to_the_whole(client):
         assert texts == [choice.message.content for choice in whole.choices] and texts[0] != texts[1]
         assert reasons == [choice.finish_reason for choice in whole.choices]
         assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+
+
+def test_pieces_come_at_once_and_then_twenty_times_a_second(worker, monkeypatch):
+    """So that many streams don't cost more than their tokens. Each piece has what came since the last one."""
+    now = [0.0]
+    monkeypatch.setattr("coati.serve.worker.time.monotonic", lambda: now[0])
+    pieces = []
+    wanted = Wanted("tiny", log_probs=True, stream=True)
+    [stream] = worker.streams([5], wanted, pieces.append)
+    ids = worker.encode("red blue lamp thank you", add_special_tokens=False)
+    completion = Completion(ids=[], log_probs=[])
+    emitted_at = []
+    for id in ids:
+        completion.ids.append(id)
+        completion.log_probs.append(-1.0)
+        before = len(pieces)
+        assert stream.on_token(completion) == ""
+        emitted_at += [now[0]] * (len(pieces) - before)
+        now[0] += 0.02
+    completion.ids.append(worker.tokenizer.eos_token_id)
+    completion.finish_reason = "eos"
+    assert stream.on_token(completion) == "eos"
+    assert emitted_at == pytest.approx([0.06 * i for i in range(len(emitted_at))]) and len(emitted_at) > 2
+    assert "".join(piece.text for piece in pieces) == worker.decode(ids)
+    assert sum(len(piece.tokens) for piece in pieces) == len(ids)
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    whole = []
+    [stream] = worker.streams([5], replace(wanted, stream=False), whole.append)
+    for count in range(1, len(completion.ids) + 1):
+        stream.on_token(Completion(completion.ids[:count], [-1.0] * count, "eos" if count > len(ids) else ""))
+    assert [piece.text for piece in whole] == [worker.decode(ids)]
 
 
 def test_the_documented_script_prints_a_response(address, capsys):

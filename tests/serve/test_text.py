@@ -22,7 +22,7 @@ def decode_with_fallback(ids: list[int]) -> str:
 def pieces_of(ids: list[int], stops=(), decode=decode) -> tuple[list[str], bool]:
     stream, pieces = TextStream(decode, stops), []
     for token in ids:
-        pieces.append(stream.add(token))
+        pieces.append(stream.add([token]))
         if stream.stopped:
             return pieces, True
     return [*pieces, stream.end()], stream.stopped
@@ -38,10 +38,13 @@ def text_until(ids: list[int], stops: tuple[str, ...]) -> tuple[str, bool]:
     return decode(ids), False
 
 
-@given(st.lists(st.integers(0, 255), max_size=40))
-def test_pieces_join_to_the_whole_text_of_any_bytes(ids):
+@given(st.lists(st.integers(0, 255), max_size=40), st.integers(1, 5))
+def test_pieces_join_to_the_whole_text_of_any_bytes(ids, together):
     pieces, stopped = pieces_of(ids)
     assert "".join(pieces) == decode(ids) and not stopped
+    stream = TextStream(decode)
+    pieces = [stream.add(ids[i : i + together]) for i in range(0, len(ids), together)]
+    assert "".join([*pieces, stream.end()]) == decode(ids)
 
 
 @given(st.text(alphabet="ab你🙂é", max_size=20))
@@ -61,8 +64,8 @@ def test_a_stop_text_that_comes_in_parts_is_never_shown(text, stops):
 
 def test_text_comes_at_once_where_no_stop_text_may_begin():
     stream = TextStream(decode, ["END"])
-    assert [stream.add(byte) for byte in b"aENDS"[:4]] == ["a", "", "", ""] and stream.stopped
+    assert [stream.add([byte]) for byte in b"aENDS"[:4]] == ["a", "", "", ""] and stream.stopped
     stream = TextStream(decode, ["END"])
-    assert [stream.add(byte) for byte in b"aEMM"] == ["a", "", "EM", "M"]
+    assert [stream.add([byte]) for byte in b"aEMM"] == ["a", "", "EM", "M"]
     assert longest_beginning("xEN", ["END", "NE"]) == 2
     assert longest_beginning("xED", ["END"]) == 0
