@@ -58,9 +58,12 @@ def draw(
     return [text.strip() for text in response_texts(tokenizer, [one.ids for one in completions], ends)]
 
 
-def open_scorer(path: str) -> Callable[[Messages, Sequence[str]], list[float]]:
+def open_scorer(path: str, flag: str = "--reward_model") -> Callable[[Messages, Sequence[str]], list[float]]:
     """What scores responses to a prompt with the reward model that a path names, which reads them as its tokenizer's
     chat template writes them.
+
+    Args:
+        flag: that named the path, for messages.
 
     Raises:
         UserError: it can't be opened, or is no reward model; the scorer: the template refuses the prompt, or the model
@@ -70,9 +73,10 @@ def open_scorer(path: str) -> Callable[[Messages, Sequence[str]], list[float]]:
 
     from coati.models import RewardModel
 
-    folder = model_folder(path, "--reward_model")
+    folder = model_folder(path, flag)
     tokenizer, _ = prepare_tokenizer(AutoTokenizer.from_pretrained(str(folder)), learns_responses=False)
     model = RewardModel(str(folder)).eval().to(_device())
+    model.check_head(folder)
     longest = longest_sequence(model, tokenizer)
 
     @torch.no_grad()

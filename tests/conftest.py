@@ -62,15 +62,15 @@ def tiny_world(tmp_path_factory) -> dict[str, str]:
 
 
 def make_world(root: Path) -> dict[str, str]:
-    """Paths by name: tokenizer, model_config, policy, teacher, sft, sft_eval, pairs, pairs_eval, steps, steps_eval,
-    scores, scores_eval, prompts, prompts_eval, cache.
+    """Paths by name: tokenizer, model_config, policy, teacher, reward, sft, sft_eval, pairs, pairs_eval, steps,
+    steps_eval, scores, scores_eval, prompts, prompts_eval, cache.
 
     Rows differ in length, so that padding and bucketing have something to do.
     """
     import torch
     from transformers import LlamaConfig
 
-    from coati.models import Actor
+    from coati.models import Actor, RewardModel
 
     words = f"User: {' '.join(WORDS)}\nAssistant: {' '.join(WORDS)}"
     tokenizer = byte_level_tokenizer([words] * 4, 320, SPECIAL)
@@ -101,6 +101,9 @@ def make_world(root: Path) -> dict[str, str]:
     world = {"tokenizer": str(root / "tokenizer"), "model_config": str(root / "model" / "config.json")}
     world["policy"], world["cache"] = str(root / "policy"), str(root / "cache")
     world["teacher"] = str(root / "teacher")
+    RewardModel(world["policy"]).save_pretrained(root / "reward")
+    tokenizer.save_pretrained(root / "reward")
+    world["reward"] = str(root / "reward")
     for name, start, count in (("", 0, 40), ("_eval", 40, 11)):
         numbers = range(start, start + count)
         asks = {i: sentence(i, 2 + i % 6) for i in numbers}

@@ -261,6 +261,13 @@ class ValueHeadModel(BaseModel):
         classifier = load_transformer("AutoModelForSequenceClassification", source, config, kwargs)
         return classifier.base_model, {"weight": score_weight(classifier).detach()}
 
+    def check_head(self, source: str | Path):
+        """Raises a UserError where the head is new, since the folder that the model is from has none."""
+        if not self.head_is_stored:
+            raise UserError(
+                f"{source} has no head, so it is no reward model: name one, such as the model of a run of coati reward"
+            )
+
     def _stored_head(self, source) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
@@ -286,6 +293,7 @@ class ValueHeadModel(BaseModel):
         if self.head_bias:
             nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(self.model.parameters()).dtype)
+        self.head_is_stored = bool(stored)
         if not stored:
             return
         initial = self.value_head.state_dict()

@@ -255,6 +255,9 @@ class PlannedFactory(Factory):
 
     check_teacher_vocabulary = check_reward_vocabulary
 
+    def check_head(self, model, source):
+        """Models of a plan have no files."""
+
     def step_separator(self, source):
         """Texts of a plan have no steps."""
         return "\n"

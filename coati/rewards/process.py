@@ -119,11 +119,12 @@ def load_here(
         tokenizer: that both the samples and the model have; split: as `ModelReward`.
 
     Raises:
-        UserError: the folder can't be loaded; see `objective_weights`.
+        UserError: the folder can't be loaded, or has no head; see `objective_weights`.
     """
 
     def loaded(model_class):
         model = model_class(folder).eval().to(device)
+        model.check_head(folder)
         return lambda batches: [model(**batch) for batch in batches]
 
     pad_id = tokenizer.pad_token_id

@@ -13,7 +13,7 @@ from coati.data.teaching import Teaching
 from coati.errors import UserError
 from coati.models import Actor
 from coati.models.adapters import vocabulary
-from coati.models.base import BaseModel
+from coati.models.base import BaseModel, ValueHeadModel
 from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
 from coati.models.lora import is_adapter
@@ -247,6 +247,10 @@ class Factory:
         """Raises a UserError where a reward model's tokenizer is another one than the policy's."""
         way_out = "give it as a reward of type classifier with a tokenizer, which reads texts by its own"
         self._check_vocabulary(source, ("reward model", "policy"), way_out)
+
+    def check_head(self, model: ValueHeadModel, source: str):
+        """Raises a UserError where a reward model has a new head, since its folder has none."""
+        model.check_head(source)
 
     def step_separator(self, source: str) -> str:
         """What separates the steps that a process reward model scores. Raises a UserError for any other model."""

@@ -204,7 +204,9 @@ class RolloutTrainer(Trainer):
         """
 
         def loaded(model_class):
-            return self.factory.frozen(self.factory.model(model_class, source)).forward_all
+            model = self.factory.model(model_class, source)
+            self.factory.check_head(model, source)
+            return self.factory.frozen(model).forward_all
 
         self.factory.check_reward_vocabulary(source)
         how = (self.factory.pad_id, self.runtime.device, self.batching.split)

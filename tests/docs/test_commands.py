@@ -188,7 +188,7 @@ def small_arguments(config, place: dict[str, str]) -> list[str]:
     from_scratch = config.model.model_config is not None
     paths += ["--model_config", place["model_config"]] if from_scratch else ["--model", place["policy"]]
     if any(reward.type == "model" for reward in getattr(config, "rewards", [])):
-        paths += as_flags({"rewards": [reward_model(place["policy"])]})
+        paths += as_flags({"rewards": [reward_model(place["reward"])]})
     if algorithm == "distill":
         paths += ["--teacher", place["teacher"]]
     if hasattr(config, "generators"):  # this process has none
@@ -276,8 +276,8 @@ def check_label(words: list[str], folder: Path, place, monkeypatch):
     write_rows(folder / "items.jsonl", [item])
     write_rows(folder / "prompts.jsonl", [{"prompt": item["prompt"]}])
     (folder / "runs").mkdir()
-    for name in ("sft", "dpo", "reward"):
-        (folder / "runs" / name).symlink_to(place["teacher" if name == "dpo" else "policy"])
+    for name, model in (("sft", "policy"), ("dpo", "teacher"), ("reward", "reward")):
+        (folder / "runs" / name).symlink_to(place[model])
     write_rows(folder / "scores.jsonl", [{"prompt": item["prompt"], "scores": [0.5, 0.25]}])
     for name, response in zip(("sft", "dpo"), item["responses"], strict=True):
         write_rows(folder / f"responses_{name}.jsonl", [{"prompt": item["prompt"], "response": response["text"]}])

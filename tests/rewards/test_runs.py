@@ -176,6 +176,12 @@ def test_a_reward_that_skips_responses_in_a_run(tiny_world, runtime, tmp_path):
         assert row[f"{prefix}reward"] == pytest.approx(3 * 2 / 8) and row[f"{prefix}reward/some"] == 3
 
 
+def test_a_model_without_a_head_is_no_reward_model(tiny_world, runtime, tmp_path):
+    """A head of random weights would be learned from without a word."""
+    with pytest.raises(UserError, match=rf"{tiny_world['policy']} has no head, so it is no reward model"):
+        make(tiny_world, runtime, tmp_path / "run", rewards=[reward_model(tiny_world["policy"])])
+
+
 def test_a_reward_model_of_another_vocabulary_points_to_the_classifiers(tiny_world, runtime, tmp_path):
     from coati.models import RewardModel
     from tests.models.families import tiny_config

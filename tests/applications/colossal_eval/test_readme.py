@@ -1,20 +1,24 @@
-"""The README's commands, in their order, on two tiny models, two subjects of MMLU and an endpoint of our own."""
+"""The README's commands, in their order, on tiny models, two subjects of MMLU and an endpoint of our own."""
 
 import re
 import shlex
 
+import datasets
+
 from coati.config import parse_config
-from colossal_eval import answer, judge, prepare, report
+from colossal_eval import answer, judge, prepare, report, reward_bench
 from colossal_eval.benchmarks.prepared_folder import to_line
 from colossal_eval.evaluate import EvaluateConfig, evaluate
 from tests.applications.colossal_eval.conftest import make_mmlu, make_model
 from tests.applications.colossal_eval.test_judge import QUESTIONS, Endpoint, fair
+from tests.applications.colossal_eval.test_reward_bench import PAIRS, make_reward_model
 from tests.conftest import ROOT
 
 README = ROOT / "applications" / "colossal_eval" / "README.md"
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
-MAINS = {"prepare": prepare.main, "report": report.main, "answer": answer.main, "judge": judge.main}
+COMMANDS_OF = (prepare, report, answer, judge, reward_bench)
+MAINS = {module.__name__.rsplit(".", 1)[1]: module.main for module in COMMANDS_OF}
 
 
 def test_every_command_runs(runtime, tmp_path, monkeypatch):
@@ -26,6 +30,8 @@ def test_every_command_runs(runtime, tmp_path, monkeypatch):
     (tmp_path / "runs" / "eval" / "data" / "mt_bench" / "test" / "all.jsonl").write_text(
         "".join(map(to_line, QUESTIONS))
     )
+    make_reward_model(tmp_path / "RM")
+    datasets.Dataset.from_list(PAIRS).to_parquet(tmp_path / "filtered.parquet")
     server = Endpoint(lambda messages, _: fair(messages))
     for command in COMMANDS:
         words = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))
