@@ -1,5 +1,7 @@
 """Where a mixture of experts has its experts and their routers, as transformers 5 builds it."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 
@@ -13,9 +15,18 @@ def is_router(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("topkrouter")
 
 
-def routers_beside(block: nn.Module | None) -> list[nn.Module]:
-    """The routers in a block of experts."""
-    return [] if block is None else [part for part in block.children() if is_router(part)]
+def router_of(modules: Mapping[str, nn.Module], experts: str) -> nn.Module | None:
+    """The router of a layer's experts, which stands in the block that they are in; None if it is unknown.
+
+    Args:
+        modules: the model's, by name.
+        experts: their name. Adapters may stand between the block and them.
+    """
+    block = experts.rpartition(".")[0]
+    while block and type(modules[block]).__module__.startswith("peft."):
+        block = block.rpartition(".")[0]
+    routers = [part for part in modules[block].children() if is_router(part)]
+    return routers[0] if routers else None
 
 
 def parameters_of_experts(model: nn.Module) -> list[str]:

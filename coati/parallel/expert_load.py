@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
-from coati.models.experts import is_experts, routers_beside
+from coati.models.experts import is_experts, router_of
 from coati.models.packed import PackedGroups
 from coati.parallel.communication import Communicator
 from coati.transfer import upload
@@ -46,12 +46,14 @@ class ExpertLoad:
         self.tokens = 1.0
         self.counts: dict[int, Tensor] = {}  # of a layer: tokens by expert
         self.probabilities: dict[int, Tensor] = {}  # their sums over tokens, by expert
+        self.entropies: dict[int, Tensor] = {}  # of a layer: the sum of its router's over tokens, and the tokens
+        self.tells_entropy = True
         self._terms: dict[int, Tensor] = {}
         self._weights: Tensor | None = None
         modules = dict(module.named_modules())
         for name, experts in modules.items():
             if is_experts(experts):
-                self._watch(experts, routers_beside(modules.get(name.rpartition(".")[0])))
+                self._watch(experts, router_of(modules, name))
         if self.sizes:
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
         elif coefficient:
@@ -68,7 +70,9 @@ class ExpertLoad:
 
         `expert_load_max`: tokens of the busiest expert of any layer over those of an even share, from 1 to the number
         of experts. `expert_load_entropy`: of a layer's shares, over that of even ones, the mean of all layers.
-        `experts_idle`: which fraction got no token. `router_loss`: without its coefficient, 1 where all is even.
+        `experts_idle`: which fraction got no token. `router_entropy`: of a router's probabilities for a token, over
+        that of even ones, the mean of all tokens and layers; where the routers tell their scores. `router_loss`:
+        without its coefficient, 1 where all is even.
         """
         if not self.sizes:
             return {}
@@ -79,6 +83,8 @@ class ExpertLoad:
             "expert_load_entropy": float(sum(entropies)) / len(entropies),
             "experts_idle": float((torch.cat(by_layer) == 0).double().mean()),
         }
+        if self.tells_entropy:
+            metrics["router_entropy"] = self._mean_entropy(ranks)
         if self.coefficient:
             pairs = zip(self._used_shares(), self._shares(self.probabilities, ranks), strict=True)
             losses = [len(f) * float(torch.tensor(f, dtype=p.dtype) @ p) for f, p in pairs]
@@ -86,15 +92,16 @@ class ExpertLoad:
             self.shares = [share.tolist() for share in by_layer]
         return metrics
 
-    def _watch(self, experts: Any, routers: list[nn.Module]):
+    def _watch(self, experts: Any, router: nn.Module | None):
         layer = len(self.sizes)
         self.sizes.append(experts.num_experts)
         experts.register_forward_pre_hook(lambda part, inputs: self._count(layer, inputs[1]))
-        if not self.coefficient:
+        if router is not None:
+            router.register_forward_hook(lambda router, inputs, output: self._observe(layer, router, output[0]))
             return
-        if not routers:
+        self.tells_entropy = False
+        if self.coefficient:
             raise UserError(f"router_loss: the routers of {type(self.module).__name__} are unknown: leave it out")
-        routers[0].register_forward_hook(lambda router, inputs, output: self._add_term(layer, router, output[0]))
 
     def _begin(self, module, inputs, keywords):
         if not self._trains():
@@ -114,13 +121,20 @@ class ExpertLoad:
                 self.counts[layer] = torch.zeros(self.sizes[layer], device=chosen.device)
             self.counts[layer].index_add_(0, chosen.flatten(), weights)
 
-    def _add_term(self, layer: int, router: Any, logits: Tensor):
+    def _observe(self, layer: int, router: Any, logits: Tensor):
         """Args: logits: `[tokens, experts]`."""
         if not self._trains():
             return
         scores = logits.float().sigmoid() if hasattr(router, "e_score_correction_bias") else logits.float().softmax(-1)
-        by_expert = self._weights_of(logits) @ (scores / scores.sum(-1, keepdim=True))
-        shares = upload(self._used_shares()[layer], logits.device, torch.float32)
+        probabilities, weights = scores / scores.sum(-1, keepdim=True), self._weights_of(logits)
+        entropies = torch.special.entr(probabilities.detach()).sum(-1)
+        self.entropies[layer] = self.entropies.get(layer, 0.0) + torch.stack([weights @ entropies, weights.sum()])
+        if self.coefficient:
+            self._add_term(layer, weights @ probabilities)
+
+    def _add_term(self, layer: int, by_expert: Tensor):
+        """Args: by_expert: `[experts]`, the router's probabilities, summed over tokens."""
+        shares = upload(self._used_shares()[layer], by_expert.device, torch.float32)
         self._terms[layer] = len(shares) * (shares @ by_expert) / self.tokens
         self.probabilities[layer] = self.probabilities.get(layer, 0.0) + by_expert.detach()
 
@@ -133,6 +147,15 @@ class ExpertLoad:
 
     def _used_shares(self) -> list[list[float]]:
         return self.shares or [[1 / size] * size for size in self.sizes]
+
+    def _mean_entropy(self, ranks: Communicator) -> float:
+        """Over that of even probabilities, of all tokens and layers on all ranks; what was added up is emptied."""
+        sums = torch.stack([self.entropies.get(i, torch.zeros(2)).cpu() for i in range(len(self.sizes))])
+        self.entropies.clear()
+        sums = ranks.sum(sums.to(ranks.device)).double().cpu()
+        by_layer = sums[:, 0] / sums[:, 1].clamp(min=1)
+        highest = torch.tensor([math.log(max(size, 2)) for size in self.sizes], dtype=torch.float64)
+        return float((by_layer / highest).mean())
 
     def _shares(self, table: dict[int, Tensor], ranks: Communicator) -> list[Tensor]:
         """Each layer's sums over all ranks, divided by the layer's total; the table is emptied."""

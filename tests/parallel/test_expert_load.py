@@ -45,13 +45,16 @@ def load_of(engine, sizes: list[int], widths: list[int], left: bool) -> dict[str
             lambda log_probs, batch, count: cross_entropy(log_probs, batch[1], count),
             lambda batch: batch[1][:, 1:].sum(),
         )
-    return {name: value for name, value in update.metrics.items() if "expert" in name or name == "router_loss"}
+    return {name: value for name, value in update.metrics.items() if "expert" in name or "router" in name}
 
 
 def looped(engine) -> dict[str, float]:
     """The same of one row after the other, counted in a plain loop."""
     with torch.no_grad():
-        seen = [chosen.tolist() for _, chosen in logits_and_choices(engine)]
+        observed = logits_and_choices(engine)
+    seen = [chosen.tolist() for _, chosen in observed]
+    is_sigmoid = engine.module.config.model_type in ("glm4_moe", "deepseek_v3")
+    sure = [entropy_of(row, is_sigmoid) for logits, _ in observed for row in logits.tolist()]
     worst, entropies, idle, number = 0.0, [], 0, 0
     for counts in seen:
         load = [sum(expert in chosen for chosen in counts) for expert in range(4)]
@@ -60,7 +63,14 @@ def looped(engine) -> dict[str, float]:
         entropies.append(-sum(n / total * math.log(n / total) for n in load if n) / math.log(4))
         idle, number = idle + load.count(0), number + 4
     mean = sum(entropies) / len(entropies)
-    return {"expert_load_max": worst, "expert_load_entropy": mean, "experts_idle": idle / number}
+    load = {"expert_load_max": worst, "expert_load_entropy": mean, "experts_idle": idle / number}
+    return load | {"router_entropy": sum(sure) / len(sure)}
+
+
+def entropy_of(logits: list[float], is_sigmoid: bool) -> float:
+    """Of a router's probabilities of four experts for a token, over that of even ones."""
+    scores = [1 / (1 + math.exp(-x)) if is_sigmoid else math.exp(x) for x in logits]
+    return -sum(s / sum(scores) * math.log(s / sum(scores)) for s in scores) / math.log(4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"])
@@ -68,6 +78,7 @@ def test_the_load_is_that_of_a_plain_loop(family, runtime):
     engine = engine_of(family, runtime)
     expected = looped(engine)
     assert expected["expert_load_max"] > 1.05 and expected["expert_load_entropy"] < 1
+    assert expected["router_entropy"] < 0.999
     for left in (False, True):
         assert load_of(engine, [4], [9], left) == pytest.approx(expected, rel=1e-6)
 
@@ -97,13 +108,18 @@ def test_without_experts_there_is_none(runtime):
     assert load_of(engine_of("llama", runtime), [4], [1], left=False) == {}
 
 
+def logits_of(router, hidden: torch.Tensor) -> torch.Tensor:
+    """`[tokens, experts]`, from a router's weights."""
+    return torch.nn.functional.linear(hidden.flatten(0, -2), router.weight, getattr(router, "bias", None))
+
+
 def logits_and_choices(engine) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each router for all tokens, one row after the other: its logits, with gradient, and its choices."""
     found: list[list] = []
     hooks = []
     for router in (m for m in engine.module.modules() if type(m).__name__.lower().endswith("topkrouter")):
         found.append([])
-        note = lambda m, inputs, output, to=found[-1]: to.append((output[0], output[2]))  # noqa: E731
+        note = lambda m, inputs, output, to=found[-1]: to.append((logits_of(m, inputs[0]), output[2]))  # noqa: E731
         hooks.append(router.register_forward_hook(note))
     for row in ROWS:
         engine.module(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))
@@ -184,8 +200,8 @@ def test_prompts_that_are_read_once_count_for_each_of_their_rows(runtime):
                 lambda log_probs, batch, count: cross_entropy(log_probs, mask, count),
                 lambda batch: mask[:, 1:].sum(),
             )
-        found.append({name: value for name, value in update.metrics.items() if "expert" in name})
-    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 3
+        found.append({name: value for name, value in update.metrics.items() if "expert" in name or "router" in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 4
 
 
 def test_a_loss_for_what_has_no_experts_is_refused(runtime):
