@@ -1,10 +1,10 @@
 """How much of a judge's time is hidden behind generation: how long an iteration waits for verdicts once its last
 response has ended, as training logs it (`seconds/reward_wait`).
 
-    python benchmarks/judging.py               # seven minutes on two cores; one JSON line
+    python benchmarks/judging.py               # six minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
-256 responses end after 256 tokens on average, 1,024 at most; the model is that of generation.py. The judge is a process
+256 responses end after 192 tokens or so, 768 at most, 64 at a time; the model is that of generation.py. The judge is a process
 of its own that gives a verdict after some seconds, drawn log-normally; of each case that is their median. 16 requests
 wait at a time. In each case:
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contest import machine, store
 from benchmarks.serve import write_model
 
-RESPONSES, MEAN, LONGEST, CONCURRENCY = 256, 256, 1024, 16
+RESPONSES, MEAN, LONGEST, CONCURRENCY = 256, 192, 768, 16
 SIGMA = 0.5  # of the logarithm of a verdict's seconds
 MEDIANS = (0.3, 1.0, 3.0)  # seconds
 
