@@ -4,9 +4,9 @@ response has ended, as training logs it (`seconds/reward_wait`).
     python benchmarks/judging.py               # six minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
-256 responses end after 192 tokens or so, 768 at most, 64 at a time; the model is that of generation.py. The judge is a process
-of its own that gives a verdict after some seconds, drawn log-normally; of each case that is their median. 16 requests
-wait at a time. In each case:
+256 responses end after 192 tokens or so, 768 at most, 64 of them generated at a time; the model is that of
+generation.py. The judge is a process of its own that gives a verdict after some seconds, drawn log-normally; of each
+case that is their median. 16 requests wait at a time. In each case:
 
 - `generate`: seconds of generation, while verdicts are asked for.
 - `wait`: from the end of the last response to the last verdict.

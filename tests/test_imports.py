@@ -28,16 +28,8 @@ MAY_IMPORT = {
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": {"run_layout"},
     "planner": {
-        "judges",
-        "losses",
-        "models",
-        "data",
-        "rewards",
-        "rollout",
-        "parallel",
-        "trainers",
-        "commands",
-        "samples",
+        *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "trainers"),
+        *("commands", "samples"),
     },
     "trainers": {
         *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),

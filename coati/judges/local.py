@@ -90,7 +90,8 @@ class SharedModel:
         ]
 
     def _inputs(self, rows: Rows) -> dict[str, Any]:
-        """An `Actor` tells how probable a token is that is there: a further one stands for the choice."""
+        """Keywords of an `Actor`'s forward. It tells how probable tokens in the place of one that is there are, so each
+        row gets a further one."""
         ids = pad_sequence([torch.tensor([*row, 0]) for row in rows.ids], batch_first=True)
         place = torch.arange(ids.shape[1])
         lengths = torch.tensor([[len(row)] for row in rows.ids])
