@@ -52,7 +52,7 @@ class ChoiceReader(Protocol):
 
 
 class WholeModel:
-    """A `ChoiceReader` of a model that is whole in this process."""
+    """A `ChoiceReader` of a model that this process has unsharded."""
 
     def __init__(self, actor: Actor, device: torch.device):
         self.actor, self.device = actor, device
