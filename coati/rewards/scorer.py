@@ -102,7 +102,7 @@ class Scorer:
                 _add(name, weight, samples, found[name])
         if self.rewards:
             _warn_of_unscored(samples)
-        return seconds
+        return {name: seconds[name] for name in self.rewards}
 
     def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
         """One reward's scores; `samples[i].failed` where it may fail for a sample."""
