@@ -1,13 +1,19 @@
-"""How much of a judge's time is hidden behind generation: responses scored by a judge that takes a while, and by a
-function that takes none.
+"""How much of a judge's time is hidden behind generation: how long an iteration waits for verdicts once its last
+response has ended, as training logs it (`seconds/reward_wait`).
 
-    python benchmarks/judging.py               # minutes on two idle cores; one JSON line
+    python benchmarks/judging.py               # six minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
-256 responses end after 64 tokens on average, 256 at most; the model is that of generation.py. The judge is a process of
-its own that gives a verdict after some seconds, drawn log-normally; of each case that is their median. 16 requests wait
-at a time. `alone` is how long the verdicts would take after generation, as long as 256 of the mean, 16 at a time;
-`hidden` is the share of it that the whole does not take longer than with the function.
+256 responses end after 192 tokens or so, 768 at most, 64 of them generated at a time; the model is that of
+generation.py. The judge is a process of its own that gives a verdict after some seconds, drawn log-normally; of each
+case that is their median. 16 requests wait at a time. In each case:
+
+- `generate`: seconds of generation, while verdicts are asked for.
+- `wait`: from the end of the last response to the last verdict.
+- `alone`: how long the same requests take afterwards, with nothing generated meanwhile.
+- `late`: what no generation of the same responses can hide: a verdict that is asked for when its response ends takes
+  its time after that.
+- `hidden`: the share of `alone` that isn't waited for.
 """
 
 import argparse
@@ -18,19 +24,19 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import Contender, contest, machine, serve, store
+from benchmarks.contest import machine, store
 from benchmarks.serve import write_model
 
-RESPONSES, MEAN, LONGEST, CONCURRENCY = 256, 64, 256, 16
+RESPONSES, MEAN, LONGEST, CONCURRENCY = 256, 192, 768, 16
 SIGMA = 0.5  # of the logarithm of a verdict's seconds
-MEDIANS = (0.1, 0.3, 1.0)  # seconds
+MEDIANS = (0.3, 1.0, 3.0)  # seconds
 
 
 def seconds_of(text: str, median: float) -> float:
@@ -80,74 +86,84 @@ def judging(median: float):
         process.join()
 
 
-def nothing(prompts, responses, **columns) -> list[float]:
-    return [0.0] * len(responses)
+class TimedSampler:
+    """A sampler that notes when each sample ended.
+
+    Attributes:
+        ended: by the prompts' places.
+    """
+
+    plays_episodes = False
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.ended: dict[int, float] = {}
+
+    def sample(self, prompts, sampling, version=0, on_sample=None):
+        def note(i, sample):
+            self.ended[i] = time.monotonic()
+            on_sample(i, sample)
+
+        return self.sampler.sample(prompts, sampling, version, note)
 
 
-def prepare(settings: dict) -> Callable[[], dict]:
-    from coati.models.opened import open_model
+def measure(opened, endpoint: str, median: float, responses: int, mean: int) -> dict[str, float]:
+    """Seconds of one iteration and of its verdicts alone, by name."""
     from coati.rewards.config import JudgeRewardSettings, ScoringConfig, load_rewards
-    from coati.rewards.function import FunctionReward
     from coati.rollout import GenerationConfig, PolicyGenerator, Prompt, ResponseSampler, ScoredGeneration
 
-    opened = open_model(Path(settings["folder"]), None, "cpu")
-    tokenizer, count = opened.tokenizer, settings["responses"]
-    ends = list(range(0, len(tokenizer), MEAN))  # about one token of so many ends a response
-    generator = PolicyGenerator.of_actor(opened.actor, tokenizer)
-    if settings["endpoint"] is None:
-        scorer = load_rewards([], ScoringConfig(), given=[FunctionReward(nothing)])
-    else:
-        entry = JudgeRewardSettings(model="m", endpoint=settings["endpoint"], concurrency=CONCURRENCY)
-        scorer = load_rewards([entry], ScoringConfig())
-    calls = 0
+    ends = list(range(0, len(opened.tokenizer), mean))  # about one token of so many ends a response
+    opened.actor.transformer.generation_config.eos_token_id = ends
+    generator = PolicyGenerator.of_actor(opened.actor, opened.tokenizer)
+    sampler = TimedSampler(ResponseSampler(generator, opened.tokenizer, ends))
+    scorer = load_rewards([JudgeRewardSettings(model="m", endpoint=endpoint, concurrency=CONCURRENCY)], ScoringConfig())
+    prompts = [Prompt(i, [i], [3 + i, 4, 5], f"question {i}", {}) for i in range(responses)]
+    found = ScoredGeneration(sampler, scorer).sample(prompts, GenerationConfig(max_new_tokens=LONGEST))
 
-    def work() -> dict:
-        nonlocal calls
-        calls += 1  # other questions each time
-        prompts = [Prompt(i, [calls, i], [3 + i, 4, 5], f"question {calls} {i}", {}) for i in range(count)]
-        generation = ScoredGeneration(ResponseSampler(generator, tokenizer, ends), scorer)
-        found = generation.sample(prompts, GenerationConfig(max_new_tokens=LONGEST, generation_batch_size=64))
-        return {"amount": count, "parts": {f"seconds, {name}": value for name, value in found.seconds.items()}}
-
-    return work
-
-
-def run_case(median: float, folder: str, options: argparse.Namespace) -> dict:
-    command = [sys.executable, str(Path(__file__).resolve()), "worker"]
-    settings = {"folder": folder, "responses": options.responses}
-    with judging(median) as endpoint:
-        contenders = [
-            Contender("function", command, settings | {"endpoint": None}),
-            Contender("judge", command, settings | {"endpoint": endpoint}),
-        ]
-        found = contest(contenders, rounds=options.rounds, threads=options.threads)
-    seconds = {name: options.responses / other["rate"] for name, other in found.items()}
-    alone = options.responses * median * math.exp(SIGMA**2 / 2) / CONCURRENCY
-    longer = seconds["judge"] - seconds["function"]
-    return {"contenders": found, "seconds": seconds | {"alone": alone}, "hidden": 1 - longer / alone}
+    alone = scorer.score(found.samples)["judge"]  # no verdict is kept, so all are asked for again
+    reward, _ = scorer.rewards["judge"]
+    ended = max(sampler.ended.values())
+    arrivals = []
+    for i, sample in enumerate(found.samples):
+        [question] = reward.questions(sample)
+        arrivals.append(sampler.ended[i] + seconds_of(question.messages[-1]["content"], median))
+    return {
+        "generate": found.seconds["generate"],
+        "wait": found.seconds["reward_wait"],
+        "alone": alone,
+        "late": max(arrivals) - ended,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].replace("\n", " "))
     parser.add_argument("--medians", type=float, nargs="+", default=list(MEDIANS), help="seconds of a verdict")
     parser.add_argument("--responses", type=int, default=RESPONSES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/judging.json")
     options = parser.parse_args()
-    result = {"machine": machine(options.threads), "rounds": options.rounds, "responses": options.responses}
+
+    import torch
+
+    from coati.models.opened import open_model
+
+    torch.set_num_threads(options.threads)
+    result = {"machine": machine(options.threads), "responses": options.responses, "mean_tokens": options.mean}
     result |= {"concurrency": CONCURRENCY, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, {})
+        opened = open_model(Path(folder), None, "cpu")
         for median in options.medians:
-            result["cases"][f"{median:g}"] = run_case(median, folder, options)
+            with judging(median) as endpoint:
+                seconds = measure(opened, endpoint, median, options.responses, options.mean)
+            hidden = 1 - seconds["wait"] / seconds["alone"]
+            result["cases"][f"{median:g}"] = {"seconds": seconds, "hidden": hidden}
+            print(median, seconds, hidden, file=sys.stderr, flush=True)
             if options.save:
                 store(result, "judging", "cases")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        serve(prepare)
-    else:
-        main()
+    main()

@@ -27,9 +27,12 @@ MAY_IMPORT = {
     "serve": {"losses", "models", "data", "rewards", "rollout", "samples", "run_layout"},
     "parallel": {"losses", "models", "watch", "run_layout"},
     "tracking": {"run_layout"},
-    "planner": {"losses", "models", "data", "rewards", "rollout", "parallel", "trainers", "commands", "samples"},
+    "planner": {
+        *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "trainers"),
+        *("commands", "samples"),
+    },
     "trainers": {
-        *("losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
+        *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),
         *("watch", "samples", "run_layout", "intervals"),
     },
 }

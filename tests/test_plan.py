@@ -215,6 +215,8 @@ MORE = {
         dict(rewards=[dict(type="process", path="prm", reduce="none")]),
         dict(rewards=[dict(type="model", path="scorer", objectives={"a": 1.0})]),
         dict(rewards=[dict(type="judge", path="judge", mode="pairwise", reference_column="gold")]),
+        dict(rewards=[dict(type="judge", path="judge")], tensor_parallel=2, plugin="zero1"),
+        dict(rewards=[dict(type="judge", path="judge")], plugin="gemini"),
         dict(rollout_engine="vllm", plugin="ddp"),
     ],
     "grpo": [
@@ -332,6 +334,14 @@ def test_models_are_those_of_the_run():
     assert models(plan_of("ppo", rewards=[classifier])) == {"actor", "critic", "reference", "classifier"}
     judge = dict(type="judge", path="j")
     assert models(plan_of("ppo", rewards=[judge])) == {"actor", "critic", "reference", "judge"}
+
+
+def test_a_judge_is_counted_as_it_is_shared():
+    def parameters(**changes) -> int:
+        found = plan_of("ppo", rewards=[dict(type="judge", path="j")], plugin="zero1", **changes)
+        return max(phase["judge", "parameters"] for phase in found.phases.values())
+
+    assert 0 < parameters(tensor_parallel=2) < 0.75 * parameters(sequence_parallel=2)
 
 
 def test_teachers_are_counted_with_their_rows():

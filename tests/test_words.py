@@ -59,6 +59,7 @@ WORDS = [
 ]
 IN_CODE_OF_COATI = [(r"judg", "score (only an LLM judges)")]
 OF_LLM_JUDGES = ("coati/judges/", "coati/run_layout.py", "coati/planner/factory.py", "coati/planner/rollouts.py")
+OF_LLM_JUDGES += ("coati/trainers/factory.py",)
 OF_LLM_JUDGES += tuple(f"coati/rewards/{name}.py" for name in ("__init__", "config", "judge", "rubric"))
 
 

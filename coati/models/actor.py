@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import ProjectedLogProbs, align, at_temperature
+from coati.losses.language import ProjectedLogProbs, align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
 from coati.models.packed import PackedGroups
@@ -71,7 +71,7 @@ class Actor(BaseModel):
             with_entropy: return `(log_probs, entropy)`, the entropy in nats, `[batch, seq]`; "trained" for a gradient.
             with_log_partition: return, last, the log of the sum of the exponentials of the logits, `[batch, seq]`.
             head_ids: `[batch, seq, heads]` int64, tokens that could have stood at each place: return, last, their
-                log-probs there, float32 of that shape. For unsharded models only.
+                log-probs there, float32 of that shape.
             routing: `[batch, seq, layers, k]` int64, the experts that tokens of a mixture go to; -1 where the router
                 chooses. Not where this process has a part of the sequence or of the layers only.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
@@ -313,5 +313,5 @@ def _outputs_of_logits(
     if wanted.log_partition:
         outputs.append(layout.log_partition(logits, wanted.temperature))
     if wanted.heads:
-        outputs.append(at_temperature(logits, wanted.temperature).log_softmax(-1).gather(-1, heads[0]))
+        outputs.append(layout.head_log_probs(logits, heads[0], wanted.temperature))
     return tuple(outputs)

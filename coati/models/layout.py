@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from coati.losses.distillation import Divergence, vocabulary_divergence
-from coati.losses.language import entropy, log_partition, next_log_probs
+from coati.losses.language import at_temperature, entropy, log_partition, next_log_probs
 
 
 class Layout:
@@ -15,11 +15,11 @@ class Layout:
         return type(self) is Layout
 
     def split(self, x: Tensor) -> Tensor:
-        """This process's columns of `[batch, seq]`, padded (False, 0) to a length that divides evenly."""
+        """This process's columns of `[batch, seq, ...]`, padded (False, 0) to a length that divides evenly."""
         return x
 
     def pad(self, x: Tensor) -> Tensor:
-        """`[batch, seq]` padded to a length that divides evenly."""
+        """`[batch, seq, ...]` padded to a length that divides evenly."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -33,6 +33,10 @@ class Layout:
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
         """Log-probs of `next_ids` `[batch, seq]` under `logits` `[batch, seq, vocab]`, at each position."""
         return next_log_probs(logits, next_ids, temperature)
+
+    def head_log_probs(self, logits: Tensor, head_ids: Tensor, temperature: float) -> Tensor:
+        """Log-probs of several tokens `[..., heads]` under `logits` `[..., vocab]`, at each position."""
+        return at_temperature(logits, temperature).log_softmax(-1).gather(-1, head_ids)
 
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
         """Entropy in nats at each position, `[batch, seq]`; no gradient."""

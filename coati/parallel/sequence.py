@@ -28,7 +28,7 @@ class UlyssesLayout(Layout):
         return self.pad(x).chunk(self.ranks, dim=1)[self.rank].contiguous()
 
     def pad(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % self.ranks))
+        return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % self.ranks))
 
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self.group)
@@ -54,6 +54,9 @@ class MegatronSequenceLayout(UlyssesLayout):
 
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
         return self.vocabulary.log_probs(logits, next_ids, temperature)
+
+    def head_log_probs(self, logits: Tensor, head_ids: Tensor, temperature: float) -> Tensor:
+        return self.vocabulary.head_log_probs(logits, head_ids, temperature)
 
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
         return self.vocabulary.entropy(logits, temperature)

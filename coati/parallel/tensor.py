@@ -264,6 +264,9 @@ class VocabularyLayout(Layout):
     def log_probs(self, logits: Tensor, next_ids: Tensor, temperature: float) -> Tensor:
         return _LogProbs.apply(at_temperature(logits, temperature), next_ids, self.group)
 
+    def head_log_probs(self, logits: Tensor, head_ids: Tensor, temperature: float) -> Tensor:
+        return torch.stack([self.log_probs(logits, ids, temperature) for ids in head_ids.unbind(-1)], -1)
+
     def entropy(self, logits: Tensor, temperature: float) -> Tensor:
         logits = at_temperature(logits, temperature)
         log_probs = logits - _log_partition(logits, self.group)[..., None]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from coati.config.plugin import PLUGINS
 from coati.data import PreferenceSample, PromptSample, ScoredSample, StepwiseSample, TokenSequence, UnpairedSample
 from coati.data.teaching import Teaching
+from coati.judges.local import SharedModel
 from coati.models import Actor, ActorCritic, Critic, ObjectiveRewardModel, ProcessRewardModel, RewardModel
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
@@ -19,7 +21,7 @@ from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
-from coati.planner.rollouts import PlannedEpisodes, PlannedGenerator, PlannedReader, PlannedReward
+from coati.planner.rollouts import PlannedEpisodes, PlannedGenerator, PlannedReader, PlannedReward, PlannedSharedJudge
 from coati.rewards import Scorer
 from coati.rewards.config import (
     ClassifierRewardSettings,
@@ -236,19 +238,21 @@ class PlannedFactory(Factory):
             if isinstance(entry, ClassifierRewardSettings):
                 rewards.append((self.reader("classifier", "AutoModelForSequenceClassification", entry), 1.0))
             if isinstance(entry, JudgedRewardSettings) and entry.path is not None:
-                rewards.append((self.reader("judge", "AutoModelForCausalLM", entry), 1.0))
+                whole = self.config.parallel.holds_whole_models
+                judge = self.reader("judge", "AutoModelForCausalLM", entry) if whole else self.shared_judge(entry)
+                rewards.append((judge, 1.0))
         return Scorer(rewards)
 
     def reader(self, name: str, auto_class: str, entry: ClassifierRewardSettings | JudgedRewardSettings):
         """The model that a reward loads itself."""
+        model_config, length = self.model_config_of(entry.path), partial(text_length, entry)
+        return PlannedReader(self.live, name, auto_class, model_config, entry.batch_size, length)
 
-        def length(tokens: int) -> int:
-            if isinstance(entry, ClassifierRewardSettings):
-                return min(tokens, entry.max_length or tokens)
-            two_responses = isinstance(entry, JudgeRewardSettings) and entry.mode == "pairwise"
-            return QUESTION + (2 if two_responses else 1) * tokens
-
-        return PlannedReader(self.live, name, auto_class, self.model_config_of(entry.path), entry.batch_size, length)
+    def shared_judge(self, entry: JudgedRewardSettings) -> PlannedSharedJudge:
+        """The judge of which each process has a part."""
+        engine = self._engine("judge", self.model(Actor, entry.path), trained=False)
+        read = SharedModel(engine.forward_all, engine.data_ranks, self.runtime.device)
+        return PlannedSharedJudge(read, entry.batch_size, partial(text_length, entry))
 
     def check_reward_vocabulary(self, source):
         """A plan needs no tokenizer."""
@@ -264,6 +268,18 @@ class PlannedFactory(Factory):
 
     def objective_weights(self, source, given):
         """A plan counts a model of several objectives as one of one score."""
+
+
+def text_length(entry: ClassifierRewardSettings | JudgedRewardSettings, tokens: int) -> int:
+    """Tokens of a text that a reward's own model reads.
+
+    Args:
+        tokens: of the policy's longest sample.
+    """
+    if isinstance(entry, ClassifierRewardSettings):
+        return min(tokens, entry.max_length or tokens)
+    two_responses = isinstance(entry, JudgeRewardSettings) and entry.mode == "pairwise"
+    return QUESTION + (2 if two_responses else 1) * tokens
 
 
 def truncate_layers(model_config, layers: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from coati.config.environment import EnvironmentConfig
+from coati.judges.local import Rows, SharedModel
 from coati.models.base import load_transformer
 from coati.parallel.engine import DTYPES
 from coati.planner.engine import PlannedEngine, give_shapes
@@ -231,4 +232,23 @@ class PlannedReader(Reward):
         ids = torch.zeros(rows, self.length(max(len(sample.tokens) for sample in samples)), dtype=torch.long)
         with self.live.attributed_to(self.name, 0):
             self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return [0.0] * len(samples)
+
+
+class PlannedSharedJudge(Reward):
+    """A judge of which each process has a part.
+
+    Args:
+        read: its model; batch_size, length: as `PlannedReader`.
+    """
+
+    name = "judge"
+
+    def __init__(self, read: SharedModel, batch_size: int, length: Callable[[int], int]):
+        self.read, self.batch_size, self.length = read, batch_size, length
+
+    def score(self, samples):
+        longest = self.length(max(len(sample.tokens) for sample in samples))
+        rows = min(self.batch_size, len(samples))
+        self.read([Rows([[FIRST_TOKEN] * longest] * rows, [torch.tensor([FIRST_TOKEN])] * rows)])
         return [0.0] * len(samples)

@@ -373,17 +373,25 @@ class JudgedRewardSettings(RewardSettings):
         for name in (name for name in names if getattr(self, name) != fields[name].default):
             yield f"{name} is for a judge {whose}: leave it out"
 
-    def make_judge(self, cache: Path | None, device: torch.device | str) -> Judge | LocalJudge:
+    def make_judge(
+        self,
+        cache: Path | None,
+        device: torch.device | str,
+        load_local: Callable[[str, int], LocalJudge] | None = None,
+    ) -> Judge | LocalJudge:
         """Who is asked.
 
         Args:
             cache: the folder of an endpoint's verdicts if the settings name none; None to keep none.
             device: where a judge in this process runs.
+            load_local: makes one of its folder and the questions per forward pass; if not given, it is whole here.
         """
         if self.path is not None:
-            from coati.judges.local import LocalJudge
+            from coati.judges.local import load_judge
 
-            return LocalJudge(self.path, device, self.batch_size)
+            if load_local is not None:
+                return load_local(self.path, self.batch_size)
+            return load_judge(self.path, device, self.batch_size)
         from coati.judges import Judge, VerdictCache
 
         folder = cache if self.cache is None else Path(self.cache).expanduser()
@@ -576,6 +584,7 @@ def load_rewards(
     device: torch.device | str = "cpu",
     given: Sequence[Reward] = (),
     *,
+    load_local: Callable[[str, int], LocalJudge] | None = None,
     verdicts: Path | None = None,
     group_size: int = 1,
 ) -> Scorer:
@@ -586,6 +595,8 @@ def load_rewards(
             settings of the reward.
         device: where classifiers and judges of one's own run.
         given: further rewards, of weight 1.
+        load_local: makes a judge in this process of its folder and the questions per forward pass; if not given, it is
+            whole here.
         verdicts: the folder where judges' verdicts are kept if their settings name none; None to keep none.
         group_size: responses per prompt.
 
@@ -602,7 +613,7 @@ def load_rewards(
         if isinstance(entry, ModelRewardSettings | EnsembleRewardSettings | ProcessRewardSettings):
             reward = entry.make_of(load_model)
         elif isinstance(entry, JudgedRewardSettings):
-            reward = entry.make_judged(entry.make_judge(verdicts, device), group_size)
+            reward = entry.make_judged(entry.make_judge(verdicts, device, load_local), group_size)
         else:
             reward = entry.make(device)
         if entry.name is not None:

@@ -74,7 +74,8 @@ class Scorer:
             begun: what `begin` gave for each sample; if not given, they are begun now.
 
         Returns:
-            How many seconds each reward took; of one that worked meanwhile, how long it was waited for.
+            How many seconds each reward took; of one that worked meanwhile, how long it was waited for, once all that
+            this process computes itself was done.
 
         Raises:
             UserError: a reward gives the wrong number of scores, or NaN or an infinity; it names the reward and the
@@ -84,19 +85,24 @@ class Scorer:
         for sample in samples:
             sample.rewards, sample.details, sample.failed = {}, {}, {}
             sample.score, sample.token_rewards = 0.0, None
+        found: dict[str, list] = {}
         seconds = {}
-        for name, (reward, weight) in self.rewards.items():
-            started = time.monotonic()
+        # those that work elsewhere go on while this process computes its own
+        for name in sorted(self.rewards, key=lambda name: any(name in futures for futures in begun)):
+            started, reward = time.monotonic(), self.rewards[name][0]
             if reward.on_tokens:
-                rows = _token_scores(name, reward.score(samples), samples)
-                _add_on_tokens(name, weight, samples, rows)
+                found[name] = _token_scores(name, reward.score(samples), samples)
             else:
-                scores = self._response_scores(name, reward, samples, begun)
-                _add(name, weight, samples, scores)
+                found[name] = self._response_scores(name, reward, samples, begun)
             seconds[name] = time.monotonic() - started
+        for name, (reward, weight) in self.rewards.items():
+            if reward.on_tokens:
+                _add_on_tokens(name, weight, samples, found[name])
+            else:
+                _add(name, weight, samples, found[name])
         if self.rewards:
             _warn_of_unscored(samples)
-        return seconds
+        return {name: seconds[name] for name in self.rewards}
 
     def _response_scores(self, name: str, reward: Reward, samples, begun) -> list[float | None]:
         """One reward's scores; `samples[i].failed` where it may fail for a sample."""

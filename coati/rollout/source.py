@@ -68,6 +68,9 @@ class ScoredGeneration:
         started = time.monotonic()
         seconds = self.scorer.score(generated.samples, generated.begun)
         times = generated.seconds | {"score": time.monotonic() - started}
+        begun = {name for of_sample in generated.begun for name in of_sample}
+        if begun:
+            times["reward_wait"] = sum(seconds[name] for name in begun)
         return Scored(generated.samples, times | {f"reward/{name}": value for name, value in seconds.items()})
 
 

@@ -11,6 +11,7 @@ from coati.config.plugin import PLUGINS
 from coati.data import BatchSampler, TokenizedDataset, build_dataset, prepare_tokenizer
 from coati.data.teaching import Teaching
 from coati.errors import UserError
+from coati.judges.local import LocalJudge, SharedModel, load_judge
 from coati.models import Actor
 from coati.models.adapters import vocabulary
 from coati.models.base import BaseModel, ValueHeadModel
@@ -18,6 +19,7 @@ from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
 from coati.models.lora import is_adapter
 from coati.models.objectives import objective_weights
+from coati.models.opened import open_model
 from coati.models.positions import row_limit
 from coati.models.process_reward_model import stored_separator
 from coati.models.quantized import is_quantized
@@ -36,7 +38,7 @@ from coati.rollout import (
     rendering_of,
 )
 from coati.rollout.prompts import eos_ids
-from coati.run_layout import VERDICTS
+from coati.run_layout import VERDICTS, model_folder
 from coati.trainers.config import TrainerConfig
 
 
@@ -197,6 +199,32 @@ class Factory:
         engine.keep_averages(weights)
         return engine
 
+    def judge(self, path: str, batch_size: int) -> LocalJudge:
+        """A judge in the run's processes: whole in each where models are, else spread over them by the plugin.
+
+        Args:
+            path: its folder; batch_size: questions per forward pass.
+
+        Raises:
+            UserError: it can't be opened, or can't be spread so.
+        """
+        parallel, device = self.config.parallel, self.runtime.device
+        if parallel.holds_whole_models:
+            return load_judge(path, device, batch_size)
+        opened = open_model(model_folder(path, "judge"), engine_class(parallel).loads_in(parallel), "cpu")
+        if is_quantized(opened.actor.transformer):
+            raise UserError(
+                f"the weights of the judge in {path} are quantized, and processes of this run share their models: give "
+                "it in full precision, or put it behind an endpoint (endpoint, model)"
+            )
+        try:
+            engine = self.frozen(opened.actor)
+        except UserError as error:
+            raise UserError(f"the judge in {path}: {error}; or put it behind an endpoint (endpoint, model)") from error
+        opened.max_length -= 1  # a token more is read, see `SharedModel`
+        reader = SharedModel(engine.forward_all, engine.data_ranks, device)
+        return LocalJudge(path, opened, reader, device, batch_size)
+
     # --- rollouts
 
     def generator(self, engine: Engine, sampling: GenerationConfig) -> Generator:
@@ -239,6 +267,7 @@ class Factory:
             load_model,
             self.runtime.device,
             given,
+            load_local=self.judge,
             verdicts=Path(c.output_dir) / VERDICTS,
             group_size=c.responses // c.batch_size,
         )

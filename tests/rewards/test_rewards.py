@@ -1,6 +1,7 @@
 """Rewards: functions are found, wrong scores are named, weights are applied, models are asked with the sampled ids."""
 
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from coati.rewards import (
     load_function,
     load_rewards,
 )
+from coati.rewards.base import Outcome
 from coati.samples import Sample
 from tests.conftest import functions, reward_model
 from tests.models.families import PAD, padded, rows, tiny_config
@@ -129,6 +131,46 @@ def test_each_reward_is_timed():
 
     seconds = Scorer([(FunctionReward(slow), 1.0), (Constant(0.0, "quick"), 1.0)]).score(samples(PROMPTS, RESPONSES))
     assert seconds["slow"] >= 0.05 > seconds["quick"] >= 0
+
+
+class Elsewhere(Constant):
+    """Works outside this process."""
+
+    def __init__(self, value: float):
+        super().__init__(value, "elsewhere")
+        self.per_response, self.pending = True, []
+
+    def begin(self, sample):
+        self.pending.append(Pending())
+        return self.pending[-1]
+
+
+class Pending(Future):
+    def result(self, timeout=None):
+        assert self.done(), "waited for before this process has done its own part"
+        return super().result(timeout)
+
+
+class Here(Constant):
+    """Takes long enough for the other to be done."""
+
+    def __init__(self, value: float, other: Elsewhere):
+        super().__init__(value, "here")
+        self.other = other
+
+    def score(self, samples):
+        for future in self.other.pending:
+            future.set_result(Outcome(self.other.value))
+        return super().score(samples)
+
+
+def test_rewards_that_work_elsewhere_are_waited_for_last():
+    """Though they stand first, so that this process computes its own meanwhile."""
+    elsewhere = Elsewhere(2.0)
+    found = samples(["p"] * 2, ["r"] * 2)
+    seconds = Scorer([(elsewhere, 1.0), (Here(3.0, elsewhere), 0.5)]).score(found)
+    assert [sample.score for sample in found] == [3.5, 3.5] and set(seconds) == {"elsewhere", "here"}
+    assert list(found[0].rewards) == ["elsewhere", "here"], "in their own order"
 
 
 def test_two_functions_of_one_name_keep_their_parts_apart(tmp_path):

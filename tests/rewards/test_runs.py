@@ -228,7 +228,8 @@ def test_responses_are_scored_while_others_are_generated(tiny_world, runtime, tm
     monkeypatch.setattr(scorer.pool, "submit", lambda *asked: begun.append(asked) or submit(*asked))
     before = []
     monkeypatch.setattr(scorer, "score", lambda *given: before.append(len(begun)) or score(*given))
-    batch, _ = trainer.rollouts.next(0)
+    batch, metrics = trainer.rollouts.next(0)
+    assert metrics["seconds/reward_wait"] == metrics["seconds/reward/words"]
     assert before == [len(batch)], "all were begun before generation was over"
     assert len(begun) == len(batch), "none was asked for again"
     expected = [len(sample.response) for sample in batch.samples]
