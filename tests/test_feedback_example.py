@@ -12,7 +12,7 @@ from examples.feedback.labeler import choice_of, faults, label_all
 from examples.feedback.prompts import ABOUT_TASKS, ABOUT_THINGS, SIZES, make_prompts
 from examples.smollm2.tasks import write_rows
 
-QUESTION = "What is a volcano? Answer briefly."
+QUESTION = "What is a volcano? Answer in two sentences."
 GOOD = (
     "A volcano is an opening in the Earth's crust through which molten rock, ash and gas escape from a magma chamber "
     "below the surface."

@@ -9,8 +9,8 @@ import httpx
 WISHED_WORDS = 25
 SAME_LENGTH = 4  # a difference in words too small to have a preference
 FEWEST_WORDS = 5
-STOP_WORDS = """what how would should could know before explain child answer briefly the and for you your are can has
-have not but its this that these with from into they them their"""
+STOP_WORDS = """what how would should could know before explain child answer two sentences the and for you your are can
+has have not but its this that these with from into they them their"""
 
 
 def choice_of(question: str, left: str, right: str) -> str:
@@ -62,7 +62,7 @@ def repeats_itself(response: str) -> bool:
     """Some three words stand in it three times, or a sentence twice."""
     words = re.findall(r"\w+", response.lower())
     triples = Counter(zip(words, words[1:], words[2:], strict=False))
-    sentences = Counter(s for s in re.split(r"[.!?\n]+\s*", response.lower()) if s.strip())
+    sentences = Counter(s for s in re.split(r"[.!?\n]+\s*", response.lower()) if len(s.split()) > 2)
     return max(triples.values(), default=0) > 2 or max(sentences.values(), default=0) > 1
 
 

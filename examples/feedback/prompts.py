@@ -5,8 +5,8 @@ from pathlib import Path
 
 from examples.smollm2.tasks import write_rows
 
-ABOUT_THINGS = ("What is {}? Answer briefly.", "How would you explain {} to a child? Answer briefly.")
-ABOUT_TASKS = ("How do I {}? Answer briefly.", "What should I know before I {}? Answer briefly.")
+ABOUT_THINGS = ("What is {}? Answer in two sentences.", "How would you explain {} to a child? Answer in two sentences.")
+ABOUT_TASKS = ("How do I {}? Answer in two sentences.", "What should I know before I {}? Answer in two sentences.")
 SIZES = {"labels": 60, "held_out": 60, "responses": 120, "blind": 220}
 THINGS = """
 a volcano, photosynthesis, a mortgage, inflation, a vaccine, a black hole, gravity, an atom, a molecule, a glacier, an

@@ -34,7 +34,7 @@ from examples.smollm2.tasks import write_rows  # noqa: E402
 from examples.stages import table_of, train  # noqa: E402
 
 N = 4  # responses to a prompt that the reward model ranks
-SAMPLING = {"max_new_tokens": 96, "temperature": 0.7}
+SAMPLING = {"max_new_tokens": 80, "temperature": 0.7}
 
 
 def main():
