@@ -100,6 +100,7 @@ def test_the_loop_goes_from_labels_to_a_blind_comparison(tiny_world, tmp_path, m
     """A tiny random model, which writes no sentences, for a labeler who only wants many words. What is finished isn't
     done again."""
     monkeypatch.setattr(labeler, "choice_of", lambda question, left, right: "a" if len(left) > len(right) else "b")
+    monkeypatch.setattr(loop, "SAMPLING", loop.SAMPLING | {"max_new_tokens": 16})  # a context of 128 bytes
     sizes = {"labels": 8, "held_out": 8, "responses": 8, "blind": 12}
     loop.walk(Path(tiny_world["policy"]), tmp_path, 0, by_hand=False, processes=1, sizes=sizes)
     found = json.loads((tmp_path / "summary.json").read_text())
