@@ -16,8 +16,8 @@ has have not but its this that these with from into they them their"""
 def choice_of(question: str, left: str, right: str) -> str:
     """What somebody chooses who wants a brief, complete response that stays on topic: a, b, tie or both_bad.
 
-    Who has this taste sees the texts only. A response with a fault (see `faults`) never wins. Of two without one, that
-    of nearer to 25 words wins, so that both too short and too long lose; if neither is nearer by 4 words, it's a tie.
+    The choice follows from the texts alone. A response with a fault, see `faults`, never wins. Of two without one, the
+    one nearer to 25 words wins, so that too short and too long lose alike; if neither is nearer by 4 words, it's a tie.
     """
     usable = [not faults(question, text) for text in (left, right)]
     if not any(usable):
@@ -31,7 +31,7 @@ def choice_of(question: str, left: str, right: str) -> str:
 
 
 def faults(question: str, response: str) -> list[str]:
-    """What makes a response useless to this person."""
+    """What makes a response useless to somebody with this taste; nothing for a usable one."""
     checks = {
         "too short": len(response.split()) < FEWEST_WORDS,
         "cut off": not is_finished(response),

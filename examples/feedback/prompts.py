@@ -7,7 +7,7 @@ from examples.smollm2.tasks import write_rows
 
 ABOUT_THINGS = ("What is {}? Answer in two sentences.", "How would you explain {} to a child? Answer in two sentences.")
 ABOUT_TASKS = ("How do I {}? Answer in two sentences.", "What should I know before I {}? Answer in two sentences.")
-SIZES = {"labels": 60, "held_out": 60, "responses": 96, "blind": 220}
+SIZES = {"labels": 60, "held_out": 60, "responses": 96, "blind": 210}
 THINGS = """
 a volcano, photosynthesis, a mortgage, inflation, a vaccine, a black hole, gravity, an atom, a molecule, a glacier, an
 earthquake, a hurricane, a desert, a rainforest, a coral reef, the water cycle, a rainbow, lightning, a solar eclipse,

@@ -10,6 +10,7 @@ What is finished isn't done again, so the same command continues after a stop.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ from examples.smollm2.tasks import write_rows  # noqa: E402
 from examples.stages import table_of, train  # noqa: E402
 
 N = 4  # responses to a prompt that the reward model ranks
+FLUENCY = 60  # responses of the blind comparison whose log-probs are measured
 SAMPLING = {"max_new_tokens": 80, "temperature": 0.7}
 
 
@@ -45,12 +47,11 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="that train, and threads that sample")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
+    folder = output / (f"seed{arguments.seed}" + "-by-hand" * arguments.by_hand)
     try:
-        model = make_model(output / "model")
+        walk(make_model(output / "model"), folder, arguments.seed, arguments.by_hand, arguments.processes)
     except UserError as error:
         sys.exit(f"error: {error}")
-    folder = output / f"seed{arguments.seed}"
-    walk(model, folder, arguments.seed, arguments.by_hand, arguments.processes)
     print(figures(json.loads((folder / "summary.json").read_text())))
 
 
@@ -63,7 +64,7 @@ def walk(model: Path, folder: Path, seed: int, by_hand: bool, processes: int, si
     if (folder / "summary.json").exists():
         print(f"{folder} is finished already", flush=True)
         return
-    began = time.time()
+    began, cpu_began = time.time(), cpu_seconds()
     prompts = make_prompts(folder / "data", seed, sizes)
     how = ({"seed": seed, **SAMPLING}, by_hand, processes)
     pairs = {}
@@ -80,9 +81,16 @@ def walk(model: Path, folder: Path, seed: int, by_hand: bool, processes: int, si
     train("preference", HERE / "dpo.yaml", folder / "dpo", common | {"train_data": ranked}, processes)
     models = {"first": model, "trained": folder / "dpo" / "model"}
     overview = compare(prompts["blind"], folder / "blind.sqlite", models, *how)
-    found = {"minutes": (time.time() - began) / 60, "labeled pairs": len(pairs["labels"].read_text().splitlines())}
+    found = {"minutes": (time.time() - began) / 60, "CPU minutes": (cpu_seconds() - cpu_began) / 60}
+    found |= {"labeled pairs": len(pairs["labels"].read_text().splitlines())}
     found |= reward_model_accuracy(folder / "reward") | {"blind": overview} | measure(folder / "blind.sqlite", model)
     write_json(folder / "summary.json", found)
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has started, which doesn't grow where others use the cores."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def best_and_worst(model: Path, reward: Path, prompts: Path, seed: int, threads: int) -> list[dict[str, str]]:
@@ -92,6 +100,7 @@ def best_and_worst(model: Path, reward: Path, prompts: Path, seed: int, threads:
 
     from coati.responses import draw, open_policy, open_scorer
 
+    print(f"the model responds {N} times to each prompt of {prompts.name}, and the reward model scores ...", flush=True)
     torch.set_num_threads(threads)
     asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
     dialogues = [[{"role": "user", "content": prompt}] for prompt in asked]
@@ -129,7 +138,7 @@ def measure(labels: Path, model: Path) -> dict[str, Any]:
     found = {}
     for name, responses in by_model.items():
         of_each = [faults(prompt, text) for prompt, text in responses]
-        sums = [log_prob(model, prompt, text) for prompt, text in responses]
+        sums = [log_prob(model, prompt, text) for prompt, text in responses[:FLUENCY]]
         found[name] = {
             "words": sum(len(text.split()) for _, text in responses) / len(responses),
             "finished": sum("cut off" not in of_one for of_one in of_each),
@@ -166,7 +175,7 @@ def figures(found: dict[str, Any]) -> str:
         ("the trained model wins", f"{trained['share']:.1%} ({trained['low']:.1%} to {trained['high']:.1%})"),
         ("its wins, losses", f"{trained['wins']}, {trained['losses']}"),
         ("ties, both bad", f"{outcomes['tie']}, {outcomes['both_bad']}"),
-        ("minutes", f"{found['minutes']:.1f}"),
+        ("minutes, CPU minutes", f"{found['minutes']:.1f}, {found['CPU minutes']:.1f}"),
     ]
     rows = []
     for name in ("words", "log-prob per token"):
