@@ -30,7 +30,7 @@ BAD = {
     GOOD + " " + GOOD: "repeats itself",
     GOOD + " Rocks and ash fall" + ", and rocks and ash fall" * 3 + ".": "repeats itself",
     "volcano " * 24 + "volcano.": "repeats itself",
-    "Gravity is the force that pulls objects with mass towards one another everywhere in the universe.": "off topic",
+    "Gravity is the force that pulls objects with mass toward each other everywhere in the universe.": "off topic",
     "I'm ready to assist you with your need! We can have a productive chat with you today.": "off topic",
 }
 
