@@ -38,9 +38,9 @@ test-slurm: $(READY)  ## Run the SLURM tests on two nodes on this machine (as ro
 trl: $(READY)  ## Make three environments with TRL 1.12, 1.16 and 0.11 (10 minutes), for tests and benchmarks
 	tools/install_trl.sh $(PY) $(TORCH)
 
-test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engine
+test-vllm: $(READY)  ## Make .venv-vllm (4 GB) and test vLLM as the rollout engine and the server
 	tools/install_vllm.sh $(PY) $(TORCH)
-	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py tests/serve/test_vllm.py
 
 test-newest: $(READY)  ## Make .venv-newest with the newest packages that setup.py allows, and run the tests of `make test` there
 	tools/install_newest.sh $(PY) $(TORCH_NEWEST)

@@ -14,6 +14,7 @@ from coati.run_layout import model_folder, named_models
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN = "COATI_TOKEN"
+MAX_QUEUE, MAX_BODY = 256, 4 * 2**20
 POLL_SECONDS = 0.05  # between looks at whether a draining server is done
 
 
@@ -21,17 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "models", nargs="+", metavar="[NAME=]MODEL", help="a model's folder, an adapter's, a run's or a checkpoint's"
     )
+    parser.add_argument("--engine", choices=("coati", "vllm"), default="coati", help="who generates (default: coati)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
     parser.add_argument("--token", help=f"that clients must send as their API key (default: ${TOKEN})")
     parser.add_argument("--slots", type=int, default=64, help="responses generated together, per model (default: 64)")
-    parser.add_argument("--max_queue", type=int, default=256, help="choices that may wait for a slot (default: 256)")
+    parser.add_argument("--max_queue", type=int, help=f"choices that may wait for a slot (default: {MAX_QUEUE})")
     parser.add_argument(
         "--max_length",
         type=int,
         help="longest prompt with its response, in tokens (default: the model's, at most 4096)",
     )
-    parser.add_argument("--max_body", type=int, default=4 * 2**20, help="bytes of a request (default: 4 MiB)")
+    parser.add_argument("--max_body", type=int, help="bytes of a request (default: 4 MiB)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on a CPU, else that of the files")
 
 
@@ -81,12 +83,18 @@ def serve(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} {value} is below {least}")
     for path in paths.values():
         model_folder(path)
+    if options.engine == "vllm":
+        from coati.serve.vllm import become_server
+
+        become_server(paths, options, token)
+    options.max_queue = MAX_QUEUE if options.max_queue is None else options.max_queue
+    max_body = MAX_BODY if options.max_body is None else options.max_body
     listener = listen(options.host, options.port)
     with listener:
         from coati.serve.application import Service, application
 
         workers = {name: open_worker(name, path, options) for name, path in paths.items()}
-        service = Service(workers, options.max_body)
+        service = Service(workers, max_body)
         for worker in workers.values():
             for note in worker.notes:
                 print(f"{worker.name}: {note}", flush=True)
