@@ -53,6 +53,16 @@ def test_prompts_for_the_verdict_alone_are_rows_of_sft_too(monkeypatch, tmp_path
     assert [message["content"] for message in parse_record(rows[0], "sft")[0].messages][-1] == "Better: A"
 
 
+def test_what_is_asked_may_be_a_text_of_ones_own(monkeypatch, tmp_path):
+    rows = run(monkeypatch, tmp_path, "--prompt", "A {response_a}, B {response_b}: {prompt}")
+    assert [row["prompt"][0]["content"] for row in rows[:2]] == [
+        "A red, B Better: A: Which color?",
+        "A Better: A, B red: Which color?",
+    ]
+    with pytest.raises(UserError, match=r"lacks \{response_b\}"):
+        run(monkeypatch, tmp_path, "--prompt", "A {response_a}")
+
+
 def test_rows_are_prompts_of_a_run(monkeypatch, tmp_path, tiny_world):
     from transformers import AutoTokenizer
 

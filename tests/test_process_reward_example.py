@@ -3,13 +3,14 @@
 import json
 import re
 from collections import Counter
+from itertools import zip_longest
 
 import pytest
 
 from coati.data import DataConfig, parse_record, prepare_tokenizer, tokenize
 from coati.samples import Sample
-from examples.process_reward.data import SIZES, complete, correct, make_data, tokenizer
-from examples.process_reward.run import N, best_of
+from examples.process_reward.data import SIZES, complete, correct, flawless, make_data, tokenizer
+from examples.process_reward.run import MEASURES, N, best_of, comparison
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,25 @@ def rows_of(path):
 
 
 def faults(row: dict) -> list[str]:
-    """Of each step what is wrong with it, its `result` or its `number`, which isn't the prompt's; or nothing."""
+    """Of each step what is wrong with it, or nothing: its `form`, the number that it starts from (`start`), the
+    `number` that it adds, its `result`, or that there is nothing left to add (`too long`)."""
     found = []
-    for step, number in zip(row["steps"], row["prompt"].removesuffix("=").split("+")[1:], strict=True):
-        first, second, result = re.split(r"[+=]", step)
-        found.append("result" if int(first) + int(second) != int(result) else "" if second == number else "number")
+    first, *numbers = row["prompt"].removesuffix("=").split("+")
+    before = f"{int(first):02d}"
+    for step, number in zip_longest(row["steps"], numbers):
+        parts = re.fullmatch(r"(\d\d)\+(\d)=(\d\d)", step)
+        if parts is None:
+            found.append("form")
+            before = ""
+            continue
+        start, second, result = parts.groups()
+        if number is None:
+            found.append("too long")
+            break
+        right = {"start": start == before, "number": second == number}
+        right["result"] = int(start) + int(second) == int(result)
+        found.append("".join(name for name, holds in right.items() if not holds))
+        before = result
     return found
 
 
@@ -36,15 +51,13 @@ def test_labels_say_which_steps_are_wrong(files):
         found = faults(row)
         end = row["labels"].index(0) + 1 if 0 in row["labels"] else len(row["steps"])
         assert [not fault for fault in found[:end]] == [label == 1 for label in row["labels"][:end]]
-        assert row["labels"][end:] == [None] * (len(row["steps"]) - end) and not any(found[end:])
-        results = [step.split("=")[1] for step in row["steps"]]
-        assert [step.split("+")[0] for step in row["steps"][1:]] == results[:-1]
-        seen[max(found)] += 1
-    assert seen[""] == seen["result"] == seen["number"] == SIZES["labeled_eval"]
+        assert row["labels"][end:] == [None] * (len(row["steps"]) - end)
+        seen[found[end - 1]] += 1
+    assert seen == dict.fromkeys(("", "result", "number", "start", "form", "too long"), SIZES["labeled_eval"])
 
 
 def test_of_a_pair_only_the_chosen_solution_is_right(files):
-    assert len(rows_of(files["pairs_eval"])) == 2 * SIZES["labeled_eval"]
+    assert len(rows_of(files["pairs_eval"])) == 5 * SIZES["labeled_eval"]
     for row in rows_of(files["pairs_eval"]):
         answer = [f"{sum(map(int, row['prompt'].removesuffix('=').split('+'))):02d}"]
         assert correct([row["prompt"]], [row["chosen"]], answer) == [1.0]
@@ -89,20 +102,53 @@ def test_every_step_ends_in_a_token_of_its_own(files):
         assert labels == [label for label in row["labels"] if label is not None]
 
 
-def test_the_best_response_is_chosen_by_each_score():
-    def sample(**rewards):
-        return Sample(0, {}, "", "", [], [], None, "eos", rewards=rewards)
+@pytest.mark.parametrize(
+    ("response", "answer", "steps"),
+    [
+        ("06+5=11\n11+4=15", 1.0, 1.0),
+        ("06+5=10\n10+4=15", 1.0, 0.0),  # two mistakes that cancel out
+        ("06+5=11\n11+4=16", 0.0, 0.0),
+        ("06+5=11", 0.0, 0.0),
+        ("11+4=15", 1.0, 0.0),
+        ("06+5=11\n11+4=15\n15+1=16", 0.0, 0.0),
+    ],
+)
+def test_an_answer_may_be_right_where_a_step_is_wrong(response, answer, steps):
+    assert correct(["6+5+4="], [response], ["15"]) == [answer]
+    assert flawless(["6+5+4="], [response]) == [steps]
 
-    low = dict.fromkeys(("min", "product", "last", "outcome", "correct"), 0.0)
-    group = [sample(**low), sample(**low | dict(min=0.9)), sample(**low | dict(outcome=3.0, correct=1.0))]
-    figures = best_of([group, [sample(**low | dict(correct=1.0))]])
-    shares = {name: share for name, (share, _, _) in figures.items()}
-    assert shares == {
-        "one response": 0.5,
-        f"best of {N} by steps, min": 0.5,
-        f"best of {N} by steps, product": 0.5,
-        f"best of {N} by steps, last": 0.5,
-        f"best of {N} by the outcome reward model": 1.0,
-        f"best of {N} by the right answer": 1.0,
+
+LOW = dict.fromkeys(("min", "product", "last", "outcome", *MEASURES), 0.0)
+
+
+def sample(**rewards) -> Sample:
+    """With rewards by name, where `answer` and `steps` stand for what they are in `MEASURES`."""
+    names = dict(zip(("answer", "steps"), MEASURES, strict=True))
+    given = {names.get(name, name): value for name, value in rewards.items()}
+    return Sample(0, {}, "", "", [], [], None, "eos", rewards=LOW | given)
+
+
+def test_the_best_response_is_chosen_by_each_score():
+    group = [sample(), sample(min=0.9), sample(outcome=3.0, answer=1.0)]
+    figures = best_of([group, [sample(answer=1.0, steps=1.0)]])
+    assert {name: tuple(share for share, _, _ in found.values()) for name, found in figures.items()} == {
+        "one response": (0.5, 0.5),
+        f"best of {N} by steps, min": (0.5, 0.5),
+        f"best of {N} by steps, product": (0.5, 0.5),
+        f"best of {N} by steps, last": (0.5, 0.5),
+        f"best of {N} by the outcome reward model": (1.0, 0.5),
+        f"any of {N} is right": (1.0, 0.5),
     }
-    assert all(low < share <= high for share, low, high in figures.values() if share < 1)
+    shares = [share for found in figures.values() for share in found.values()]
+    assert all(low < share <= high for share, low, high in shares if share < 1)
+
+
+def test_choices_are_compared_where_only_one_of_them_is_right():
+    only_steps = [sample(min=0.9, answer=1.0), sample(outcome=3.0)]
+    only_outcome = [sample(outcome=3.0, answer=1.0), sample(min=0.9)]
+    both, neither = [sample(answer=1.0)], [sample()]
+    groups = [only_outcome, both, *[only_steps] * 5, neither]
+    told = comparison(groups, "right answer")
+    assert "of 8 prompts" in told and "(min) in 5, only" in told and "by outcome in 1;" in told
+    assert "p = 0.22 " in told  # 2 (1 + 6) / 2^6
+    assert "p = 1 " in comparison(groups, "every step right")
