@@ -57,7 +57,7 @@ def server_command(name: str, folder: Path, options: argparse.Namespace) -> list
     dtype = options.dtype
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"  # as `--engine coati`
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     if (folder / ADAPTER_CONFIG).is_file():
         from coati.models.lora import base_of_adapter
 

@@ -63,7 +63,7 @@ def told(monkeypatch):
 def test_the_server_is_told_the_model_and_the_limits(told, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words, variables = told(f"tiny={folder}", "--token", "secret", "--slots", 8, "--max_length", 64, "--port", 8001)
-    start = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "tiny"]
+    start = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"]
     limits = ["--host", "127.0.0.1", "--port", "8001", "--dtype", "float32", "--max-num-seqs", "8"]
     assert words == [*start, *limits, "--max-model-len", "64"]
     assert variables[vllm.KEY] == "secret" and "secret" not in words
@@ -72,7 +72,7 @@ def test_the_server_is_told_the_model_and_the_limits(told, folder, monkeypatch):
 def test_an_adapter_is_served_beside_its_base(told, folder, tmp_path):
     Actor(str(folder), lora=LoraSettings(rank=12)).save_pretrained(tmp_path / "adapter")
     words, _ = told(tmp_path / "adapter")
-    start = words.index("serve") + 1
+    start = words.index("--model") + 1
     assert words[start : start + 3] == [str(folder), "--served-model-name", "adapter-base"]
     lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"adapter={tmp_path / 'adapter'}"]
     assert words[start + 3 : start + 3 + len(lora)] == lora
@@ -125,7 +125,7 @@ def test_vllm_answers_as_the_engine_would(folder):
     ids = opened.tokenizer("red lamp", return_tensors="pt")["input_ids"]
     expected = opened.actor.transformer.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=2)
     text = opened.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
-    assert answer.json()["choices"][0]["text"] == text
+    assert answer.json()["choices"][0]["text"] == text.rstrip("\ufffd")  # half a character at the end is left out
 
 
 def wait_for(url: str, process: subprocess.Popen):
