@@ -253,7 +253,7 @@ def small_flags(name: str, place: dict[str, str]) -> list[str]:
         sizes = dict(group_size=2, overlong_buffer=2, max_refills=1)
         flags += as_flags({name: min(size, getattr(config.algorithm, name)) for name, size in sizes.items()})
     if any(reward.type == "classifier" for reward in config.rewards):
-        flags += as_flags({"rewards": [reward_model(place["policy"])]})
+        flags += as_flags({"rewards": [reward_model(place["reward"])]})
     return flags
 
 

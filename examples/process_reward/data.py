@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.tokenizer import character_tokenizer
 
-SIZES = {"sft": 3000, "prompts": 2000, "labeled": 800, "labeled_eval": 1300}
+SIZES = {"sft": 3000, "prompts": 2000, "labeled": 2400, "labeled_eval": 1300}
 TERMS, LARGEST = (4, 5), 6  # numbers of a sum, and the largest of them
 MISTAKES = (-10, -2, -1, 1, 2, 10)  # what a wrong step is off by
 CHARACTERS = "0123456789+=\n"
