@@ -66,10 +66,10 @@ def walk(model: Path, folder: Path, seed: int, by_hand: bool, processes: int, si
         return
     began, cpu_began = time.time(), cpu_seconds()
     prompts = make_prompts(folder / "data", seed, sizes)
-    how = ({"seed": seed, **SAMPLING}, by_hand, processes)
+    how = {"flags": {"seed": seed, **SAMPLING}, "by_hand": by_hand, "threads": processes}
     pairs = {}
     for name in ("labels", "held_out"):
-        compare(prompts[name], folder / f"{name}.sqlite", {"first": model}, *how)
+        compare(prompts[name], folder / f"{name}.sqlite", {"first": model}, **how)
         pairs[name] = folder / f"{name}.jsonl"
         export(folder / f"{name}.sqlite", pairs[name])
     common = {"seed": seed, "cache_dir": folder / "cache", "model": model}
@@ -80,7 +80,7 @@ def walk(model: Path, folder: Path, seed: int, by_hand: bool, processes: int, si
         write_rows(ranked, best_and_worst(model, folder / "reward", prompts["responses"], seed, processes))
     train("preference", HERE / "dpo.yaml", folder / "dpo", common | {"train_data": ranked}, processes)
     models = {"first": model, "trained": folder / "dpo" / "model"}
-    overview = compare(prompts["blind"], folder / "blind.sqlite", models, *how)
+    overview = compare(prompts["blind"], folder / "blind.sqlite", models, **how)
     found = {"minutes": (time.time() - began) / 60, "CPU minutes": (cpu_seconds() - cpu_began) / 60}
     found |= {"labeled pairs": len(pairs["labels"].read_text().splitlines())}
     found |= reward_model_accuracy(folder / "reward") | {"blind": overview} | measure(folder / "blind.sqlite", model)

@@ -65,7 +65,7 @@ def summarize(records: Sequence[dict]) -> dict:
         "mean": asdict(mean([score for values in scores.values() for score in values])),
         "subsets": {name: asdict(score) for name, score in subsets.items()},
         "sections": {name: asdict(score) for name, score in sections.items()},
-        "score": whole and asdict(whole),
+        "score": None if whole is None else asdict(whole),
         "calibration_error": calibration_error([record["chosen"] - record["rejected"] for record in records]),
         "ties": sum(record["chosen"] == record["rejected"] for record in records),
     }
@@ -118,35 +118,36 @@ def report_of(records: Mapping[str, Sequence[dict]]) -> dict:
 
 def report_text(report: dict) -> str:
     """The report as markdown."""
-    models = list(report["models"])
-    found = list(report["models"].values())
-    first = found[0]
-    rows = [
-        [name, f"{first['sections'][name]['n']:,}", *(percent(m["sections"][name]) for m in found)]
-        for name in first["sections"]
-    ]
+    models, summaries = list(report["models"]), list(report["models"].values())
+    first = summaries[0]
+    rows = [_row(name, [summary["sections"][name] for summary in summaries]) for name in first["sections"]]
     if first["score"]:
-        rows.append(["score: the mean of the four", f"{first['score']['n']:,}", *(percent(m["score"]) for m in found)])
-    rows.append(["all pairs alike", f"{first['mean']['n']:,}", *(percent(m["mean"]) for m in found)])
-    rows.append(["calibration error", "", *(f"{100 * m['calibration_error']:.2f}" for m in found)])
+        rows.append(_row("score: the mean of the four", [summary["score"] for summary in summaries]))
+    rows.append(_row("all pairs alike", [summary["mean"] for summary in summaries]))
+    rows.append(["calibration error", "", *(f"{100 * summary['calibration_error']:.2f}" for summary in summaries)])
     note = "Pairs whose chosen response has the higher reward, in percent ± standard error; a blind guess gets 50."
     ties = [
         f"{model}: {summary['ties']:,} pairs of equal rewards, which count as wrong"
         for model, summary in report["models"].items()
         if summary["ties"]
     ]
-    parts = [Section("Reward models", ["section", "pairs", *models], rows, note, ties)]
-    by_subset = [
-        [name, f"{score['n']:,}", *(percent(m["subsets"][name]) for m in found)]
-        for name, score in first["subsets"].items()
+    subsets = [_row(name, [summary["subsets"][name] for summary in summaries]) for name in first["subsets"]]
+    parts = [
+        Section("Reward models", ["section", "pairs", *models], rows, note, ties),
+        Section("Subsets", ["subset", "pairs", *models], subsets),
     ]
-    parts.append(Section("Subsets", ["subset", "pairs", *models], by_subset))
     if report["differences"]:
-        header = ["models", "difference", "p (* < 0.05)"]
-        lines = []
-        for difference in report["differences"]:
-            one, other = difference["models"]
-            p = difference["p_value"]
-            lines.append([f"{other} - {one}", percent(difference), f"{p:.2g}{' *' if p < 0.05 else ''}"])
-        parts.append(Section("Differences, paired by pair of responses", header, lines))
+        compared = [_difference(difference) for difference in report["differences"]]
+        parts.append(Section("Differences, paired", ["models", "difference", "p (* < 0.05)"], compared))
     return markdown(parts)
+
+
+def _row(name: str, scores: Sequence[dict]) -> list[str]:
+    """Scores of all models on the same pairs."""
+    return [name, f"{scores[0]['n']:,}", *map(percent, scores)]
+
+
+def _difference(difference: dict) -> list[str]:
+    first, second = difference["models"]
+    p = difference["p_value"]
+    return [f"{second} - {first}", percent(difference), f"{p:.2g}{' *' if p < 0.05 else ''}"]
