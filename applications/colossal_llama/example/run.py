@@ -80,10 +80,10 @@ def pretrain(folder: Path, data: Path, seed: int, arguments) -> Path:
     plan = yaml.safe_load((HERE / "english.yaml").read_text())
     plan["stages"][0]["tokens"] = round(plan["stages"][0]["tokens"] * arguments.tokens)
     chinese = arguments.chinese_before
-    mix = [f"en={1 - chinese}"]
+    mix = {"en": 1 - chinese}
     if chinese:
-        mix.append(f"zh={chinese}")
-    plan |= dict(mix=mix, model_config=str(HERE / "model.json"), seed=seed)
+        mix["zh"] = chinese
+    plan |= dict(mix=mix, model={"model_config": str(HERE / "model.json")}, seed=seed)
     return train_stages(plan, folder / "english", data, "english", arguments)
 
 
@@ -95,7 +95,7 @@ def continue_training(arm: str, english: Path, folder: Path, data: Path, seed: i
         model = folder / f"extended-{rule}"
         extended = dict(tokenizer=data / "extended", rule=rule, seed=seed)
         command("init_model", model, model=english, **extended)
-    plan = yaml.safe_load((HERE / "chinese.yaml").read_text()) | dict(model=str(model), seed=seed)
+    plan = yaml.safe_load((HERE / "chinese.yaml").read_text()) | dict(model={"path": str(model)}, seed=seed)
     for stage in plan["stages"]:
         mix = {"zh": stage["mix"]["zh"] * longer(data, tokenizer)}
         if replay:
@@ -118,8 +118,9 @@ def train_stages(plan: dict, folder: Path, data: Path, tokenizer: str, arguments
     """Trains all stages of a plan; returns the last one's model."""
     folder.mkdir(parents=True, exist_ok=True)
     packed = data / f"{tokenizer}-packed"
-    plan |= dict(output_dir=str(folder), tokenizer=str(data / tokenizer), train_data=[str(packed)], resume="auto")
-    plan |= dict(eval_data=[f"{packed}_curve"])
+    plan["model"]["tokenizer"] = str(data / tokenizer)
+    plan["data"] |= {"train_data": [str(packed)], "eval_data": [f"{packed}_curve"]}
+    plan |= dict(output_dir=str(folder), checkpoints={"resume": "auto"})
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     last = folder / f"{len(plan['stages'])}-{plan['stages'][-1]['name']}" / "model"
     if not last.is_dir():
