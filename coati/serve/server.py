@@ -81,12 +81,11 @@ def serve(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value} is below {least}")
-    for path in paths.values():
-        model_folder(path)
+    folders = {name: model_folder(path) for name, path in paths.items()}
     if options.engine == "vllm":
         from coati.serve.vllm import become_server
 
-        become_server(paths, options, token)
+        become_server(folders, options, token)
     options.max_queue = MAX_QUEUE if options.max_queue is None else options.max_queue
     max_body = MAX_BODY if options.max_body is None else options.max_body
     listener = listen(options.host, options.port)

@@ -8,18 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from coati.errors import UserError
-from coati.run_layout import model_folder
 
-ADAPTER_CONFIG = "adapter_config.json"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the highest rank of adapters that vLLM may be told
 KEY = "VLLM_API_KEY"
 
 
-def become_server(paths: dict[str, str], options: argparse.Namespace, token: str | None):
+def become_server(folders: dict[str, Path], options: argparse.Namespace, token: str | None):
     """Replaces this process by vLLM's server, which says itself when it is ready.
 
     Args:
-        paths: by the models' names.
+        folders: of the models, or of adapters, by their names.
         options: those of `coati serve`.
         token: that clients must send; it is told by a variable, which other users of the machine don't see.
 
@@ -31,16 +29,16 @@ def become_server(paths: dict[str, str], options: argparse.Namespace, token: str
             "--engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm with it (on "
             "CUDA: `pip install vllm`), or --engine coati"
         )
-    if len(paths) > 1:
-        raise UserError(f"--engine vllm serves one model, not {len(paths)}: start a server for each")
+    if len(folders) > 1:
+        raise UserError(f"--engine vllm serves one model, not {len(folders)}: start a server for each")
     if options.port == 0:
         raise UserError("--engine vllm needs a --port other than 0")
     for flag in ("max_queue", "max_body"):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag} is for --engine coati: leave it out")
-    [(name, path)] = paths.items()
+    [(name, folder)] = folders.items()
     variables = os.environ | ({KEY: token} if token else {})
-    os.execvpe(sys.executable, server_command(name, model_folder(path), options), variables)
+    os.execvpe(sys.executable, server_command(name, folder, options), variables)
 
 
 def server_command(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
@@ -54,14 +52,14 @@ def server_command(name: str, folder: Path, options: argparse.Namespace) -> list
     """
     import torch
 
+    from coati.models.lora import base_of_adapter, is_adapter
+
     dtype = options.dtype
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"  # as `--engine coati`
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    if (folder / ADAPTER_CONFIG).is_file():
-        from coati.models.lora import base_of_adapter
-
-        rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+    if is_adapter(folder):
+        rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         highest = next((one for one in RANKS if one >= rank), None)
         if highest is None:
             raise UserError(

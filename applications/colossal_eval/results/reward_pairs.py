@@ -6,14 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 
 import torch
 
 from coati.losses.reward import confidence_gaps
-from colossal_eval.results.tables import Section, markdown, percent
+from colossal_eval.results.summaries import differences
+from colossal_eval.results.tables import Section, difference_cells, markdown, percent
 from colossal_eval.scores.metrics import Score, macro_mean, mean
-from colossal_eval.scores.significance import compare
 
 SECTIONS = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
@@ -109,11 +108,7 @@ def report_of(records: Mapping[str, Sequence[dict]]) -> dict:
         records: of each model, in the same order.
     """
     right = {model: [right_or_wrong(r["chosen"], r["rejected"]) for r in rows] for model, rows in records.items()}
-    differences = [
-        {"models": [first, second], **asdict(compare(right[first], right[second]))}
-        for first, second in combinations(records, 2)
-    ]
-    return {"models": {model: summarize(rows) for model, rows in records.items()}, "differences": differences}
+    return {"models": {model: summarize(rows) for model, rows in records.items()}, "differences": differences(right)}
 
 
 def report_text(report: dict) -> str:
@@ -137,7 +132,7 @@ def report_text(report: dict) -> str:
         Section("Subsets", ["subset", "pairs", *models], subsets),
     ]
     if report["differences"]:
-        compared = [_difference(difference) for difference in report["differences"]]
+        compared = [difference_cells(difference) for difference in report["differences"]]
         parts.append(Section("Differences, paired", ["models", "difference", "p (* < 0.05)"], compared))
     return markdown(parts)
 
@@ -145,9 +140,3 @@ def report_text(report: dict) -> str:
 def _row(name: str, scores: Sequence[dict]) -> list[str]:
     """Scores of all models on the same pairs."""
     return [name, f"{scores[0]['n']:,}", *map(percent, scores)]
-
-
-def _difference(difference: dict) -> list[str]:
-    first, second = difference["models"]
-    p = difference["p_value"]
-    return [f"{second} - {first}", percent(difference), f"{p:.2g}{' *' if p < 0.05 else ''}"]

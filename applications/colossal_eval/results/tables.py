@@ -29,6 +29,13 @@ def percent(score: dict) -> str:
     return with_error(score, scale=100)
 
 
+def difference_cells(difference: dict) -> list[str]:
+    """Two models' names, their difference in percent, and its p-value, marked where it is below 0.05."""
+    first, second = difference["models"]
+    p = difference["p_value"]
+    return [f"{second} - {first}", percent(difference), f"{p:.2g}{' *' if p < 0.05 else ''}"]
+
+
 def sections(rows: list[dict], models: list[str], published: list[dict] | None) -> list[Section]:
     """The report's parts, from `summaries.report_rows` and `published_figures.compare_published`."""
 
@@ -45,7 +52,7 @@ def sections(rows: list[dict], models: list[str], published: list[dict] | None) 
         Section("Mean of subjects", ["benchmark", *models], [[title(r), *cells(r, "macro")] for r in rows]),
     ]
     if len(models) > 1:
-        lines = [_difference(row, difference) for row in rows for difference in row["differences"]]
+        lines = [[title(row), *difference_cells(difference)] for row in rows for difference in row["differences"]]
         header = ["benchmark", "models", "difference", "p (* < 0.05)"]
         parts.append(Section("Differences, paired by question", header, lines))
     by_category = [
@@ -73,12 +80,6 @@ def texts_section(rows: list[dict], models: list[str]) -> Section:
             value, p = difference["value"], difference["p_value"]
             compared.append(f"{row['name']}: {second} - {first} = {value:+.4f} nats per byte, p = {p:.2g}")
     return Section("Texts", ["text", "documents", "bytes", *models], lines, note, compared)
-
-
-def _difference(row: dict, difference: dict) -> list[str]:
-    first, second = difference["models"]
-    p = difference["p_value"]
-    return [title(row), f"{second} - {first}", percent(difference), f"{p:.2g}{' *' if p < 0.05 else ''}"]
 
 
 def _prompt_lines(rows: list[dict], models: list[str]) -> list[str]:
