@@ -46,6 +46,9 @@ setup(
         "httpx>=0.27",
         "starlette>=0.40",
         "uvicorn>=0.30",
+        # uvicorn's parser and event loop in C, which it takes where they are there
+        "httptools>=0.6",
+        "uvloop>=0.19; sys_platform != 'win32'",
         "xxhash>=3",
     ],
     extras_require={

@@ -32,8 +32,8 @@ from coati.serve.text import TextStream, token_bytes
 logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 2048  # of prompts at a time: others wait for their next token meanwhile
 SCORED_LOGITS = 2**24  # in memory at a time
-# between the pieces of a stream: readers see no difference, and a piece costs more than the token that it is made of
-PIECE_SECONDS = 0.05
+# of all streams together: a piece costs more than the token that it is made of, so many streams get theirs less often
+PIECES_PER_SECOND = 640
 
 
 class QueueFull(Exception):
@@ -58,7 +58,7 @@ class Stream:
         index: of the choice in its request.
         emit: called in the worker's thread with a `Choice` for every piece, of which the last one has a finish reason,
             or with a `Failure`. Not called after `canceled` is set. Of a stream, the first token is a piece at once,
-            and what follows one every `PIECE_SECONDS`; else the whole response is one.
+            and what follows as often as its share of `PIECES_PER_SECOND` allows; else the whole response is one.
 
     Attributes:
         tokens: that were sampled so far, EOS included.
@@ -97,7 +97,8 @@ class Stream:
                 heads = list(zip(ids, log_probs, strict=True))[: self.wanted.heads]
                 self.piece.tokens.append(self.worker.token(token, completion.log_probs[-1], heads))
         now = time.monotonic()
-        is_due = bool(reason) or (self.wanted.stream and now - self.emitted >= PIECE_SECONDS)
+        wait = len(self.worker.running) / PIECES_PER_SECOND
+        is_due = bool(reason) or (self.wanted.stream and now - self.emitted >= wait)
         if self.undecoded and (is_due or self.wanted.stop):
             self.piece.text += self.text.add(self.undecoded)
             self.undecoded = []
