@@ -190,14 +190,17 @@ def test_streamed_pieces_join_to_the_whole(client):
         assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
 
 
-def test_pieces_come_at_once_and_then_twenty_times_a_second(worker, monkeypatch):
-    """So that many streams don't cost more than their tokens. Each piece has what came since the last one."""
+@pytest.mark.parametrize("running, tokens", [(1, 1), (32, 4), (64, 7), (128, 13)])
+def test_pieces_come_at_once_and_then_less_often_the_more_streams_there_are(running, tokens, worker, monkeypatch):
+    """So that many streams don't cost more than their tokens. Each piece has what came since the last one; a token
+    comes every 64th of a second."""
+    monkeypatch.setattr(worker, "running", set(range(running)))
     now = [0.0]
     monkeypatch.setattr("coati.serve.worker.time.monotonic", lambda: now[0])
     pieces = []
     wanted = Wanted("tiny", log_probs=True, stream=True)
     [stream] = worker.streams([5], wanted, pieces.append)
-    ids = worker.encode("red blue lamp thank you", add_special_tokens=False)
+    ids = worker.encode("red blue lamp thank you. red blue lamp thank you", add_special_tokens=False)
     completion = Completion(ids=[], log_probs=[])
     emitted_at = []
     for id in ids:
@@ -206,11 +209,11 @@ def test_pieces_come_at_once_and_then_twenty_times_a_second(worker, monkeypatch)
         before = len(pieces)
         assert stream.on_token(completion) == ""
         emitted_at += [now[0]] * (len(pieces) - before)
-        now[0] += 0.02
+        now[0] += 1 / 64
     completion.ids.append(worker.tokenizer.eos_token_id)
     completion.finish_reason = "eos"
     assert stream.on_token(completion) == "eos"
-    assert emitted_at == pytest.approx([0.06 * i for i in range(len(emitted_at))]) and len(emitted_at) > 2
+    assert emitted_at == [tokens * i / 64 for i in range(len(emitted_at))] and len(emitted_at) > 1
     assert "".join(piece.text for piece in pieces) == worker.decode(ids)
     assert sum(len(piece.tokens) for piece in pieces) == len(ids)
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
