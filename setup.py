@@ -44,6 +44,7 @@ setup(
         "psutil>=5.9",
         # generators
         "httpx>=0.27",
+        "prometheus-client>=0.20",
         "starlette>=0.40",
         "uvicorn>=0.30",
         # uvicorn's parser and event loop in C, which it takes where they are there

@@ -10,16 +10,18 @@ GET    /metrics                  for Prometheus
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from coati.rollout.remote.server import TokenRequired
+from coati.serve.metrics import metrics_page
 from coati.serve.protocol import (
     ApiError,
     Choice,
@@ -77,7 +79,7 @@ class Service:
         return JSONResponse({"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200)
 
     async def metrics(self, request: Request) -> Response:
-        return PlainTextResponse(self.metrics_text(), media_type="text/plain; version=0.0.4")
+        return metrics_page(self)
 
     async def chat(self, request: Request) -> Response:
         return await self.answer("/v1/chat/completions", request, self.begin_chat)
@@ -146,28 +148,25 @@ class Service:
         texts = [prompt if isinstance(prompt, str) else None for prompt in completion.prompts]
         return CompletionJob(self, worker, completion.wanted, prompts, texts if completion.echo else None)
 
-    def metrics_text(self) -> str:
-        """In Prometheus' text format."""
-        gauges = {
-            "coati_requests_waiting": ("gauge", "choices that wait for a slot", lambda w: len(w.waiting)),
-            "coati_requests_running": ("gauge", "choices that are being generated", lambda w: len(w.running)),
-            "coati_slots": ("gauge", "choices that can be generated together", lambda w: w.slots),
-            "coati_prompt_tokens_total": ("counter", "tokens of prompts", lambda w: w.prompt_tokens),
-            "coati_generated_tokens_total": ("counter", "tokens of responses that ended", lambda w: w.generated_tokens),
-        }
-        lines = []
-        for name, (kind, text, value) in gauges.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{{model={json.dumps(model)}}} {value(worker)}" for model, worker in self.workers.items()]
-        lines += ["# HELP coati_http_requests_open requests in progress", "# TYPE coati_http_requests_open gauge"]
-        lines.append(f"coati_http_requests_open {self.open}")
-        lines += [
-            "# HELP coati_http_requests_total requests by their status",
-            "# TYPE coati_http_requests_total counter",
+    def collect(self) -> Iterator[Metric]:
+        """Figures for Prometheus."""
+        figures = [
+            (GaugeMetricFamily, "coati_requests_waiting", "choices that wait for a slot", lambda w: len(w.waiting)),
+            (GaugeMetricFamily, "coati_requests_running", "choices being generated", lambda w: len(w.running)),
+            (GaugeMetricFamily, "coati_slots", "choices that can be generated together", lambda w: w.slots),
+            (CounterMetricFamily, "coati_prompt_tokens", "tokens of prompts", lambda w: w.prompt_tokens),
+            (CounterMetricFamily, "coati_generated_tokens", "tokens of ended responses", lambda w: w.generated_tokens),
         ]
+        for family, name, text, value in figures:
+            of_models = family(name, text, labels=["model"])
+            for model, worker in self.workers.items():
+                of_models.add_metric([model], value(worker))
+            yield of_models
+        yield GaugeMetricFamily("coati_http_requests_open", "requests in progress", self.open)
+        requests = CounterMetricFamily("coati_http_requests", "requests by their status", labels=["route", "status"])
         for (route, status), count in self.counts.items():
-            lines.append(f'coati_http_requests_total{{route="{route}",status="{status}"}} {count}')
-        return "\n".join(lines) + "\n"
+            requests.add_metric([route, str(status)], count)
+        yield requests
 
 
 class Job:

@@ -13,16 +13,17 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coati.config import ListOf, Settings, option, parse_config, settings
@@ -33,6 +34,7 @@ from coati.rewards.config import AnyReward, ModelRewardSettings, ProcessRewardSe
 from coati.rollout.remote.server import TokenRequired
 from coati.samples import Sample
 from coati.serve.application import read_json
+from coati.serve.metrics import metrics_page
 from coati.serve.protocol import ApiError
 from coati.serve.server import TOKEN, check_address, run
 
@@ -185,16 +187,14 @@ class RewardService:
         return JSONResponse({"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200)
 
     async def metrics(self, request: Request) -> Response:
-        figures = {
-            "coati_reward_responses_waiting": ("gauge", "responses that wait", self.number_waiting()),
-            "coati_reward_requests_open": ("gauge", "requests in progress", self.open),
-            "coati_reward_responses_total": ("counter", "responses that were scored", self.scored),
-            "coati_reward_requests_failed_total": ("counter", "requests that could not be scored", self.failed),
-        }
-        lines = []
-        for name, (kind, text, value) in figures.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        return metrics_page(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Figures for Prometheus."""
+        yield GaugeMetricFamily("coati_reward_responses_waiting", "responses that wait", self.number_waiting())
+        yield GaugeMetricFamily("coati_reward_requests_open", "requests in progress", self.open)
+        yield CounterMetricFamily("coati_reward_responses", "responses that were scored", self.scored)
+        yield CounterMetricFamily("coati_reward_requests_failed", "requests that could not be scored", self.failed)
 
 
 def told(samples: Sequence[Sample]) -> dict[str, Any]:

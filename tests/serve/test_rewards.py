@@ -176,7 +176,7 @@ def test_the_fault_of_one_request_is_not_that_of_its_neighbors():
         thread.join(PATIENCE)
     assert {name: reply.status_code for name, reply in replies.items()} == {"first": 200, "bad": 500, "good": 200}
     assert running.post(["after"]).json()["rewards"] == [5.0]
-    assert "coati_reward_requests_failed_total 1" in PLAIN.get(f"{running.url}/metrics").text
+    assert "coati_reward_requests_failed_total 1.0" in PLAIN.get(f"{running.url}/metrics").text
 
 
 @pytest.mark.parametrize(

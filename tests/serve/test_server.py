@@ -97,7 +97,7 @@ def events_of(lines) -> list[dict]:
 
 def metric(address: str, name: str) -> int:
     lines = PLAIN.get(f"{address}/metrics").text.splitlines()
-    return next(int(line.split()[-1]) for line in lines if re.match(f"{name}\\b", line))
+    return next(int(float(line.split()[-1])) for line in lines if re.match(f"{name}\\b", line))
 
 
 def wait_until(holds):
@@ -295,9 +295,10 @@ def test_a_nucleus_is_transformers_own():
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(address, worker, monkeypatch, stream):
     """Its response ends at the next token: here the second one comes once the client has left."""
-    has_left, step = threading.Event(), worker.engine.step
+    has_begun, has_left, step = threading.Event(), threading.Event(), worker.engine.step
 
     def step_after_that():
+        has_begun.set()
         assert has_left.wait(PATIENCE)
         step()
 
@@ -309,8 +310,8 @@ def test_a_client_that_leaves_frees_its_slot(address, worker, monkeypatch, strea
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + content)
-        wait_until(lambda: metric(address, "coati_requests_running") == 1)
-        assert metric(address, "coati_http_requests_open") == 1
+        assert has_begun.wait(PATIENCE)  # it has its first token
+        assert metric(address, "coati_requests_running") == metric(address, "coati_http_requests_open") == 1
     wait_until(lambda: metric(address, "coati_http_requests_open") == 0)
     has_left.set()
     wait_until(lambda: metric(address, "coati_requests_running") == 0)
