@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -64,8 +65,16 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str]):
-    """Runs a command in the repository's root and exits with its status if it fails."""
+    """Runs a command in the repository's root and exits with its status if it fails. A SIGTERM is for the command, which
+    may save what it has; Ctrl-C reaches it by itself."""
     print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
-    done = subprocess.run(command, cwd=ROOT, env=environment())
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+    before = [
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: process.terminate())),
+        (signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: None)),
+    ]
+    status = process.wait()
+    for number, handler in before:
+        signal.signal(number, handler)
+    if status:
+        sys.exit(status)

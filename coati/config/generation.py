@@ -48,12 +48,18 @@ class GenerationConfig(Settings):
 
     def check_installed(self):
         """Raises a UserError for what the settings need and this machine lacks."""
-        if self.rollout_engine == "vllm" and find_spec("vllm") is None:
-            raise UserError(
-                "rollout_engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm "
-                "with it (on CUDA: `pip install vllm`), or --rollout_engine coati"
-            )
+        if self.rollout_engine == "vllm":
+            check_vllm("rollout_engine")
         if self.compile_generation and not shutil.which("g++"):
             raise UserError(
                 "compile_generation needs a C++ compiler, and g++ was not found: install it, or leave it out"
             )
+
+
+def check_vllm(flag: str):
+    """Raises a UserError unless vLLM is installed, which a flag has asked for."""
+    if find_spec("vllm") is None:
+        raise UserError(
+            f"--{flag} vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm with it (on "
+            f"CUDA: `pip install vllm`), or --{flag} coati"
+        )

@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from coati.config.generation import check_vllm
 from coati.errors import UserError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the highest rank of adapters that vLLM may be told
@@ -24,11 +24,7 @@ def become_server(folders: dict[str, Path], options: argparse.Namespace, token: 
     Raises:
         UserError: vLLM isn't installed, or can't do what is wanted.
     """
-    if find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm needs vLLM, which is not installed here: `make test-vllm` makes .venv-vllm with it (on "
-            "CUDA: `pip install vllm`), or --engine coati"
-        )
+    check_vllm("engine")
     if len(folders) > 1:
         raise UserError(f"--engine vllm serves one model, not {len(folders)}: start a server for each")
     if options.port == 0:
