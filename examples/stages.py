@@ -65,8 +65,8 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str]):
-    """Runs a command in the repository's root and exits with its status if it fails. A SIGTERM is for the command, which
-    may save what it has; Ctrl-C reaches it by itself."""
+    """Runs a command in the repository's root and exits with its status if it fails. A SIGTERM is for the command,
+    which may save what it has; Ctrl-C reaches it by itself."""
     print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
     process = subprocess.Popen(command, cwd=ROOT, env=environment())
     before = [

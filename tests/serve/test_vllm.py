@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 from coati.cli import main
+from coati.config import generation
 from coati.listening import listen
 from coati.models import Actor
 from coati.models.lora import LoraSettings
@@ -48,7 +49,7 @@ def told(monkeypatch):
         raise Started
 
     monkeypatch.setattr(vllm.os, "execvpe", execvpe)
-    monkeypatch.setattr(vllm, "find_spec", lambda name: name)
+    monkeypatch.setattr(generation, "find_spec", lambda name: name)
 
     def serve(*words) -> tuple[list[str], dict[str, str]]:
         with pytest.raises(Started):
@@ -90,14 +91,14 @@ def test_an_adapter_is_served_beside_its_base(told, folder, tmp_path):
     ],
 )
 def test_what_it_can_not_do_is_one_sentence(words, says, folder, monkeypatch, capsys):
-    monkeypatch.setattr(vllm, "find_spec", lambda name: name)
+    monkeypatch.setattr(generation, "find_spec", lambda name: name)
     monkeypatch.delenv("COATI_TOKEN", raising=False)
     assert main(["serve", *(word.format(folder=folder) for word in words), "--engine", "vllm"]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_a_missing_vllm_is_named_with_its_remedy(folder, monkeypatch, capsys):
-    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    monkeypatch.setattr(generation, "find_spec", lambda name: None)
     assert main(["serve", str(folder), "--engine", "vllm"]) == 2
     assert "`make test-vllm`" in capsys.readouterr().err
 
