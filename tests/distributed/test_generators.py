@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from coati.run_layout import JOURNAL, WEIGHTS
+from coati.tracking import read_metrics
 from coati.variables import GENERATOR
 from tests.conftest import ROOT, settings_for
 from tests.distributed import runs
@@ -120,13 +121,14 @@ def wait_for_nobody(folder: Path):
         time.sleep(0.1)
 
 
-def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
-    """Kills change nothing, and no job that was written is done again."""
-    changes = SAMPLED | dict(max_staleness=2, steps=8, save_every=2)
+def check_kills(world, folder: Path, kills: int, seed: int, weights_format: str = "whole", **changes) -> Counter:
+    """Kills change nothing, nor does how weights travel but their files, and no job that was written is done again."""
+    changes = SAMPLED | dict(max_staleness=2, steps=8, save_every=2) | changes
     whole = run("grpo", world, folder / "whole", 1, 1, **changes)
     (folder / "killed").mkdir()
+    changes |= dict(weights_format=weights_format)
     hit = killed_until_through("grpo", world, folder / "killed", kills, seed, **changes)
-    assert_same_end(whole, folder / "killed" / "run")
+    assert_same_end(whole, folder / "killed" / "run", but=None if weights_format == "whole" else WEIGHTS)
     assert log_of(whole) == log_of(folder / "killed" / "run")
     done = Counter((folder / "killed" / "jobs.txt").read_text().split())
     journal = {path.name for path in (folder / "killed" / "run" / JOURNAL).glob("*/*.jsonl")}
@@ -137,6 +139,17 @@ def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
 
 def test_delays_and_kills_change_nothing_and_lose_no_sample(tiny_world, tmp_path):
     assert sum(check_kills(tiny_world, tmp_path, kills=1, seed=0).values()) > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_differences_is_the_one_with_whole_weights(tiny_world, tmp_path):
+    """Two generators that skip versions, five kills, resumes: checkpoints, models, metrics and samples are the same."""
+    changes = dict(weights_format="differences", precision="bf16", learning_rate=1e-6)
+    hit = check_kills(tiny_world, tmp_path, kills=5, seed=1, **changes)
+    sizes = {row["bytes/publish"] for row in read_metrics(tmp_path / "killed" / "run") if "bytes/publish" in row}
+    whole = {row["bytes/publish"] for row in read_metrics(tmp_path / "whole" / "run") if "bytes/publish" in row}
+    print(hit, sizes, whole)
+    assert sum(hit.values()) > 0 and len(whole) == 1 and min(sizes) < 0.5 * min(whole)
 
 
 @pytest.mark.slow
