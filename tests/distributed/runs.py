@@ -109,20 +109,15 @@ def whole_checkpoints(output: Path) -> list[Path]:
     return list_complete(checkpoints_of(output))
 
 
-def assert_same_end(expected: Path, found: Path, but: str | None = None):
+def assert_same_end(expected: Path, found: Path):
     """The newest checkpoints are the same files, byte for byte: weights, optimizer states, every rank's random states,
-    the KL controller, the running reward statistics, the best metric. So are the finished models.
-
-    Args:
-        but: a folder of the checkpoints that may differ.
-    """
+    the KL controller, the running reward statistics, the best metric. So are the finished models."""
     pairs = [(whole_checkpoints(expected)[-1], whole_checkpoints(found)[-1])]
     pairs += [(folder, found / folder.name) for name in ("model", "critic") if (folder := expected / name).is_dir()]
     for theirs, mine in pairs:
         assert theirs.name == mine.name
         names = [
-            {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parent.name != but}
-            for folder in (theirs, mine)
+            {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (theirs, mine)
         ]
         assert names[0] == names[1] != set()
         assert [name for name in sorted(names[0]) if _contents(theirs / name) != _contents(mine / name)] == []

@@ -154,7 +154,7 @@ def test_a_version_is_put_together_from_at_most_twice_its_bytes(policy, runtime,
 
 
 def test_versions_stay_with_the_files_that_they_are_put_together_from(policy, tiny_world, runtime, tmp_path):
-    """Also in a checkpoint, and in a run that goes on from it, whose first version is whole again."""
+    """In a checkpoint they are whole, and so is the first one of a run that goes on from it."""
     versions = versions_of(policy, runtime, tmp_path / "weights", staleness=1)
     for k in range(5):
         versions.publish(k)

@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_samples_nothing_that_is_in_its_journal(tiny_world, r
 
 
 def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_path, monkeypatch):
-    """Also after a resume, from a checkpoint that has differences; jobs have the same names, so none is done again."""
+    """Also after a resume. Checkpoints have the same whole files; jobs have the same names, so none is done again."""
     changes = dict(steps=6, max_staleness=2, save_every=3, precision="bf16", learning_rate=1e-6)
     run, weights_folder = tmp_path / "run", tmp_path / "whole" / "weights"
     expected = train("grpo", tiny_world, runtime, tmp_path / "whole", monkeypatch, **changes)
@@ -149,8 +149,10 @@ def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_pa
     assert whole == [weights_folder.joinpath("version-00000005.safetensors").stat().st_size] * 6
     assert sizes[0] == whole[0] and max(sizes[1:]) < 0.5 * whole[0]
     checkpoint = run / "checkpoints" / "step-00000003"
-    kept = sorted((checkpoint / "weights").iterdir())
-    assert [base_of(path) is None for path in kept] == [True, False, False]
+    assert [base_of(path) is None for path in sorted((run / "weights").iterdir())] == [True] + [False] * 5
+    files = [tmp_path / name / "checkpoints" / "step-00000003" / "weights" for name in ("whole", "run")]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in files]
+    assert contents[0] == contents[1] and len(contents[0]) == 2
     journal = {path.name for path in (tmp_path / "whole" / JOURNAL).glob("*/*.jsonl")}
     assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
     for path in (run / JOURNAL).glob("version-0000000[123]/*.jsonl"):

@@ -156,6 +156,17 @@ def chain_of(path: Path, loaded: str = "") -> list[Path]:
     return chain
 
 
+def put_together(path: Path) -> dict[str, Tensor]:
+    """The whole weights of a version."""
+    from safetensors.torch import load_file
+
+    first, *others = chain_of(path)
+    weights = {name: tensor.clone() for name, tensor in load_file(first).items()}
+    for file in others:
+        apply_differences(weights, load_file(file))
+    return weights
+
+
 def checksum_of(tensors: Mapping[str, Tensor]) -> str:
     """Of names, dtypes, shapes and bytes of tensors on the CPU, in whatever order they are."""
     digest = xxhash.xxh3_128()

@@ -6,7 +6,8 @@ same frozen model. Jobs name a version by the checksum of its weights, however t
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from coati.rollout.remote.differences import (
     base_of,
     chain_of,
     checksum_of,
+    put_together,
     write_file,
 )
 
@@ -73,40 +75,41 @@ class WeightVersions:
         for old in [old for old in self.checksums if old < version - self.staleness]:
             del self.checksums[old]
         if self.runtime.is_main:
-            needed = self.files_of(self.checksums)
+            needed = {path for version in self.checksums for path in chain_of(self.path(version))}
             for path in self.folder.glob(VERSIONS):
                 if path not in needed:
                     path.unlink()
         return size
 
-    def files_of(self, versions: Iterable[int]) -> set[Path]:
-        """All that versions are put together from."""
-        return {path for version in versions for path in chain_of(self.path(version))}
-
     def save(self, folder: Path, step: int):
-        """Copies into a checkpoint what a run needs that goes on after `step` iterations: the versions before."""
+        """Puts into a checkpoint what a run needs that goes on after `step` iterations: the versions before, as whole
+        files."""
         if not self.runtime.is_main:
             return
-        for path in self.files_of(range(max(0, step - self.staleness), step)):
+        for version in range(max(0, step - self.staleness), step):
             folder.mkdir(exist_ok=True)
-            link_or_copy(path, folder / path.name)
+            path, target = self.path(version), version_file(folder, version)
+            if base_of(path) is None:
+                link_or_copy(path, target)
+            else:
+                write_weights(target, put_together(path))
         if folder.exists():
             sync(folder)
 
     def load(self, folder: Path, step: int):
         """The inverse of `save`. What else is in the folder of versions is another run's, or of steps that are
         abandoned."""
+        from safetensors.torch import load_file
+
         found: dict[int, str] = {}
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(VERSIONS):
                 path.unlink()
             for version in range(max(0, step - self.staleness), step):
-                if not version_file(folder, version).exists():  # of a run that went on with less staleness
-                    continue
-                for path in chain_of(version_file(folder, version)):
-                    link_or_copy(path, self.folder / path.name)
-                found[version] = weights_checksum(self.path(version))
+                with suppress(FileNotFoundError):  # of a run that went on with less staleness
+                    link_or_copy(version_file(folder, version), self.path(version))
+                    found[version] = checksum_of(load_file(self.path(version)))
         self.checksums = self.runtime.communicator.broadcast(found)
 
 
@@ -180,14 +183,6 @@ def refuse_other_model(policy: nn.Module, own: dict[str, Tensor], given: dict[st
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in places]
     if missing and not policy.has_adapter:
         raise RuntimeError(f"{path} lacks weights: {missing[0]}")
-
-
-def weights_checksum(path: Path) -> str:
-    """Of the weights of a version's file."""
-    from safetensors.torch import load_file
-
-    base = base_of(path)
-    return checksum_of(load_file(path)) if base is None else base.result
 
 
 def link_or_copy(source: Path, target: Path):
