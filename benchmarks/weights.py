@@ -1,7 +1,7 @@
 """What it takes to hand a policy's weights to a generator: seconds, bytes and memory of each side, for a model of
 135 million parameters, whole or as differences; and how many of its numbers an update changes.
 
-python benchmarks/weights.py            # four minutes; one JSON line
+python benchmarks/weights.py            # three minutes; one JSON line
 python benchmarks/weights.py --save     # and writes results/weights.json and docs/asynchronous.md's table
 """
 
@@ -39,21 +39,22 @@ class Kind:
 
     Attributes:
         dtype: that they are sampled with; they are trained in float32.
-        rate: learning rate of the update between two versions, which travel as differences; None: they travel whole.
+        rate: learning rate of updates.
     """
 
     dtype: torch.dtype
     lora: LoraSettings | None = None
-    rate: float | None = None
+    differences: bool = False
+    rate: float = 1e-6
 
 
 RATES = (1e-6, 1e-5)
 KINDS = {"fp32": Kind(torch.float32), "bf16": Kind(torch.bfloat16)}
-KINDS |= {f"bf16, differences at a learning rate of {rate:g}": Kind(torch.bfloat16, rate=rate) for rate in RATES}
+KINDS |= {f"bf16, differences at {rate:g}": Kind(torch.bfloat16, differences=True, rate=rate) for rate in RATES}
 KINDS |= {"fp32, LoRA of rank 16": Kind(torch.float32, LoraSettings(16))}
 PLACES = {"disk": None, "/dev/shm": "/dev/shm"}
 ROUNDS = 5
-RESPONSES, TOKENS = 2, 64  # of an update
+RESPONSES, TOKENS = 2, 32  # of an update
 FIRST_UPDATES = 2  # that don't count: AdamW's first moves every weight by the whole learning rate
 
 
@@ -79,23 +80,17 @@ def memory(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def updates(policy: Actor, rate: float | None) -> Iterator[None]:
-    """Moves all that trains, each time by noise or by a step of AdamW's with policy gradients, of random tokens and
-    advantages."""
+def updates(policy: Actor, rate: float) -> Iterator[None]:
+    """Takes a step of AdamW's whenever it is asked: with policy gradients, of random tokens and advantages."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate or 0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     while True:
-        if rate is None:
-            with torch.no_grad():
-                for parameter in trained:
-                    parameter.add_(1e-3 * torch.randn_like(parameter))
-        else:
-            ids = torch.randint(SHAPE["vocab_size"], (RESPONSES, TOKENS), generator=generator)
-            advantages = torch.randn(RESPONSES, 1, generator=generator)
-            (-advantages * policy(ids)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        ids = torch.randint(SHAPE["vocab_size"], (RESPONSES, TOKENS), generator=generator)
+        advantages = torch.randn(RESPONSES, 1, generator=generator)
+        (-advantages * policy(ids)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
         yield
 
 
@@ -103,33 +98,38 @@ def publish(policy: Actor, path: Path, dtype: torch.dtype, write: Callable[[Path
     return write(path, weights_of(policy, policy.state_dict(), dtype))
 
 
-def transfer(name: str, place: str) -> dict[str, float]:
-    """Medians of writing and loading a version; of differences from one that isn't measured."""
-    kind = KINDS[name]
-    trained, sampling = policy_of(kind.lora, torch.float32), policy_of(kind.lora, kind.dtype)
-    found: dict[str, list[float]] = {"publish": [], "publish MiB": [], "load": [], "load MiB": [], "MB": []}
-    steps = updates(trained, kind.rate)
-    for _ in range(FIRST_UPDATES):
-        next(steps)
-    with tempfile.TemporaryDirectory(dir=PLACES[place]) as folder:
-        before, path = Path(folder) / "before.safetensors", Path(folder) / "version.safetensors"
-        for _ in range(ROUNDS):
-            write, loaded = write_weights, ""
-            if kind.rate is not None:
-                write = DifferenceWriter().write
-                loaded = publish(trained, before, kind.dtype, write)
-                load_weights(sampling, before, loaded)
-            next(steps)
-            seconds, mib, checksum = measured(publish, trained, path, kind.dtype, write)
-            found["publish"].append(seconds)
-            found["publish MiB"].append(mib)
-            seconds, mib, _ = measured(load_weights, sampling, path, checksum, loaded)
-            found["load"].append(seconds)
-            found["load MiB"].append(mib)
-            found["MB"].append(path.stat().st_size / 1e6)
+def transfer(kind: Kind, trained: Actor, sampling: Actor, update: Iterator[None], folder: Path) -> dict[str, float]:
+    """Writing a version and loading it; of differences to one that isn't measured, before an update."""
+    before, path = folder / "version-0.safetensors", folder / "version-1.safetensors"
+    write, loaded = write_weights, ""
+    if kind.differences:
+        write = DifferenceWriter().write
+        loaded = publish(trained, before, kind.dtype, write)
+        load_weights(sampling, before, loaded)
+        next(update)
+    seconds, mib, checksum = measured(publish, trained, path, kind.dtype, write)
+    found = {"publish": seconds, "publish MiB": mib}
+    seconds, mib, _ = measured(load_weights, sampling, path, checksum, loaded)
     own = dict(sampling.named_parameters())
     assert all(torch.equal(own[name], parameter.to(kind.dtype)) for name, parameter in trained.named_parameters())
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found | {"load": seconds, "load MiB": mib, "MB": path.stat().st_size / 1e6}
+
+
+def transfers(kind: Kind) -> dict[str, dict[str, float]]:
+    """Medians of transfers by place."""
+    trained, sampling = policy_of(kind.lora, torch.float32), policy_of(kind.lora, kind.dtype)
+    update = updates(trained, kind.rate)
+    for _ in range(FIRST_UPDATES):
+        next(update)
+    rounds: dict[str, list[dict[str, float]]] = {place: [] for place in PLACES}
+    for _ in range(ROUNDS):
+        for place, found in rounds.items():
+            with tempfile.TemporaryDirectory(dir=PLACES[place]) as folder:
+                found.append(transfer(kind, trained, sampling, update, Path(folder)))
+    return {
+        place: {name: statistics.median(found[name] for found in of_place) for name in of_place[0]}
+        for place, of_place in rounds.items()
+    }
 
 
 def changed_shares() -> dict[str, dict[str, float]]:
@@ -137,11 +137,11 @@ def changed_shares() -> dict[str, dict[str, float]]:
     shares: dict[str, dict[str, float]] = {}
     for rate in RATES:
         policy = policy_of(None, torch.float32)
-        steps = updates(policy, rate)
+        update = updates(policy, rate)
         for _ in range(FIRST_UPDATES):
-            next(steps)
+            next(update)
         before = [parameter.detach().clone() for parameter in policy.parameters()]
-        next(steps)
+        next(update)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             differ = sum(
                 int((old.to(dtype) != new.detach().to(dtype)).sum())
@@ -165,8 +165,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/weights.json and the docs")
     options = parser.parse_args()
-    transfers = {kind: {place: transfer(kind, place) for place in PLACES} for kind in KINDS}
-    result = {"machine": machine(2), "transfers": transfers, "changed": changed_shares()}
+    by_kind = {name: transfers(kind) for name, kind in KINDS.items()}
+    result = {"machine": machine(2), "transfers": by_kind, "changed": changed_shares()}
     print(json.dumps(result))
     if options.save:
         store(result, "weights", "transfers")
