@@ -1,7 +1,7 @@
 """What it takes to hand a policy's weights to a generator: seconds, bytes and memory of each side, for a model of
 135 million parameters, whole or as differences; and how many of its numbers an update changes.
 
-python benchmarks/weights.py            # three minutes; one JSON line
+python benchmarks/weights.py            # three minutes, 10 GB of memory; one JSON line
 python benchmarks/weights.py --save     # and writes results/weights.json and docs/asynchronous.md's table
 """
 
@@ -94,42 +94,51 @@ def updates(policy: Actor, rate: float) -> Iterator[None]:
         yield
 
 
-def publish(policy: Actor, path: Path, dtype: torch.dtype, write: Callable[[Path, dict], str]) -> str:
-    return write(path, weights_of(policy, policy.state_dict(), dtype))
+class Pair:
+    """A policy that is trained, and one that samples with its weights."""
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self.trained, self.sampling = policy_of(kind.lora, torch.float32), policy_of(kind.lora, kind.dtype)
+        self.update = updates(self.trained, kind.rate)
+        for _ in range(FIRST_UPDATES):
+            next(self.update)
+
+    def transfer(self, folder: Path) -> dict[str, float]:
+        """Writing a version and loading it; of differences to one that isn't measured, before an update."""
+        before, path = folder / "version-0.safetensors", folder / "version-1.safetensors"
+        write, loaded = write_weights, ""
+        if self.kind.differences:
+            write = DifferenceWriter().write
+            loaded = self.publish(before, write)
+            load_weights(self.sampling, before, loaded)
+            next(self.update)
+        seconds, mib, checksum = measured(self.publish, path, write)
+        found = {"publish": seconds, "publish MiB": mib}
+        seconds, mib, _ = measured(load_weights, self.sampling, path, checksum, loaded)
+        own = dict(self.sampling.named_parameters())
+        for name, parameter in self.trained.named_parameters():
+            assert torch.equal(own[name], parameter.to(self.kind.dtype)), name
+        return found | {"load": seconds, "load MiB": mib, "MB": path.stat().st_size / 1e6}
+
+    def publish(self, path: Path, write: Callable[[Path, dict], str]) -> str:
+        return write(path, weights_of(self.trained, self.trained.state_dict(), self.kind.dtype))
 
 
-def transfer(kind: Kind, trained: Actor, sampling: Actor, update: Iterator[None], folder: Path) -> dict[str, float]:
-    """Writing a version and loading it; of differences to one that isn't measured, before an update."""
-    before, path = folder / "version-0.safetensors", folder / "version-1.safetensors"
-    write, loaded = write_weights, ""
-    if kind.differences:
-        write = DifferenceWriter().write
-        loaded = publish(trained, before, kind.dtype, write)
-        load_weights(sampling, before, loaded)
-        next(update)
-    seconds, mib, checksum = measured(publish, trained, path, kind.dtype, write)
-    found = {"publish": seconds, "publish MiB": mib}
-    seconds, mib, _ = measured(load_weights, sampling, path, checksum, loaded)
-    own = dict(sampling.named_parameters())
-    assert all(torch.equal(own[name], parameter.to(kind.dtype)) for name, parameter in trained.named_parameters())
-    return found | {"load": seconds, "load MiB": mib, "MB": path.stat().st_size / 1e6}
-
-
-def transfers(kind: Kind) -> dict[str, dict[str, float]]:
-    """Medians of transfers by place."""
-    trained, sampling = policy_of(kind.lora, torch.float32), policy_of(kind.lora, kind.dtype)
-    update = updates(trained, kind.rate)
-    for _ in range(FIRST_UPDATES):
-        next(update)
-    rounds: dict[str, list[dict[str, float]]] = {place: [] for place in PLACES}
+def transfers() -> dict[str, dict[str, dict[str, float]]]:
+    """Medians by kind and place, which take turns: whatever else the machine does is the same for all."""
+    pairs = {name: Pair(kind) for name, kind in KINDS.items()}
+    rounds: dict[str, dict[str, list]] = {name: {place: [] for place in PLACES} for name in KINDS}
     for _ in range(ROUNDS):
-        for place, found in rounds.items():
-            with tempfile.TemporaryDirectory(dir=PLACES[place]) as folder:
-                found.append(transfer(kind, trained, sampling, update, Path(folder)))
-    return {
-        place: {name: statistics.median(found[name] for found in of_place) for name in of_place[0]}
-        for place, of_place in rounds.items()
-    }
+        for name, pair in pairs.items():
+            for place in PLACES:
+                with tempfile.TemporaryDirectory(dir=PLACES[place]) as folder:
+                    rounds[name][place].append(pair.transfer(Path(folder)))
+    return {name: {place: medians(found) for place, found in places.items()} for name, places in rounds.items()}
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def changed_shares() -> dict[str, dict[str, float]]:
@@ -165,8 +174,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/weights.json and the docs")
     options = parser.parse_args()
-    by_kind = {name: transfers(kind) for name, kind in KINDS.items()}
-    result = {"machine": machine(2), "transfers": by_kind, "changed": changed_shares()}
+    result = {"machine": machine(2), "transfers": transfers(), "changed": changed_shares()}
     print(json.dumps(result))
     if options.save:
         store(result, "weights", "transfers")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from coati.models import Actor
+from coati.models import Actor, LoraSettings
 from coati.rollout.remote import DifferenceWriter, WeightVersions, load_weights
 from coati.rollout.remote.differences import (
     apply_differences,
@@ -22,6 +22,7 @@ from coati.rollout.remote.differences import (
     gaps_of,
     positions_of,
 )
+from coati.rollout.remote.weights import weights_of
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float16: torch.int16, torch.int64: torch.int64}
 
@@ -138,6 +139,36 @@ def test_whatever_versions_a_generator_had_its_log_probs_are_those_of_whole_file
         with torch.no_grad():
             log_probs = [model(ids) for model in (expected, found)]
         assert log_probs[0].shape == ids.shape and torch.equal(*log_probs)
+
+
+def test_a_generator_that_has_a_version_reads_the_differences_since(policy, tiny_world, runtime, tmp_path):
+    versions = versions_of(policy, runtime, tmp_path, 9)
+    for k in range(4):
+        versions.publish(k)
+        change(policy, 0.02, seed=k)
+    found, checksums = copy_of(policy, tiny_world), versions.checksums
+    load_weights(found, versions.path(1), checksums[1])
+    for k in (0, 1):
+        versions.path(k).unlink()
+    load_weights(found, versions.path(3), checksums[3], loaded=checksums[1])
+    assert checksum_of(weights_of(found, found.state_dict(), torch.bfloat16)) == checksums[3]
+    with pytest.raises(FileNotFoundError):
+        load_weights(found, versions.path(3), checksums[3])
+
+
+def test_differences_of_adapters_are_those_of_what_trains(tiny_world, runtime, tmp_path):
+    theirs, mine = (Actor(tiny_world["policy"], lora=LoraSettings(2), dtype=torch.bfloat16) for _ in range(2))
+    versions = versions_of(theirs, runtime, tmp_path, 1)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    for k in range(2):
+        with torch.no_grad():
+            trained[0][0] += 1
+        versions.publish(k)
+    assert [name for name in load_file(versions.path(1)) if "lora_" not in name] == []
+    assert base_of(versions.path(1)) is not None
+    load_weights(mine, versions.path(1), versions.checksums[1])
+    expected, found = theirs.state_dict(), mine.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_version_is_put_together_from_at_most_twice_its_bytes(policy, runtime, tmp_path):
