@@ -48,9 +48,9 @@ class Kind:
     rate: float = 1e-6
 
 
-RATES = (1e-6, 1e-5)
+RATES = {"1e-6": 1e-6, "1e-5": 1e-5}
 KINDS = {"fp32": Kind(torch.float32), "bf16": Kind(torch.bfloat16)}
-KINDS |= {f"bf16, differences at {rate:g}": Kind(torch.bfloat16, differences=True, rate=rate) for rate in RATES}
+KINDS |= {f"bf16, differences at {x}": Kind(torch.bfloat16, differences=True, rate=RATES[x]) for x in RATES}
 KINDS |= {"fp32, LoRA of rank 16": Kind(torch.float32, LoraSettings(16))}
 PLACES = {"disk": None, "/dev/shm": "/dev/shm"}
 ROUNDS = 5
@@ -144,7 +144,7 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 def changed_shares() -> dict[str, dict[str, float]]:
     """Shares of the numbers that an update changes, by precision and learning rate."""
     shares: dict[str, dict[str, float]] = {}
-    for rate in RATES:
+    for rate_name, rate in RATES.items():
         policy = policy_of(None, torch.float32)
         update = updates(policy, rate)
         for _ in range(FIRST_UPDATES):
@@ -156,7 +156,7 @@ def changed_shares() -> dict[str, dict[str, float]]:
                 int((old.to(dtype) != new.detach().to(dtype)).sum())
                 for old, new in zip(before, policy.parameters(), strict=True)
             )
-            shares.setdefault(name, {})[f"{rate:g}"] = differ / sum(p.numel() for p in policy.parameters())
+            shares.setdefault(name, {})[rate_name] = differ / sum(p.numel() for p in policy.parameters())
     return shares
 
 
