@@ -59,6 +59,17 @@ def test_delays_change_nothing(algorithm, staleness, tiny_world, tmp_path):
     assert ahead == [min(k, staleness) for k in range(5)]
 
 
+@pytest.mark.slow
+def test_differences_and_delays_change_nothing_with_shards(tiny_world, tmp_path):
+    """Two processes under ZeRO-2, two generators that are late: the run with whole weights."""
+    changes = SAMPLED | dict(max_staleness=2, steps=5, plugin="zero2", precision="bf16", learning_rate=1e-6)
+    whole = run("grpo", tiny_world, tmp_path / "whole", 2, 1, **changes)
+    changes |= dict(weights_format="differences")
+    assert_same_run(whole, run("grpo", tiny_world, tmp_path / "late", 2, 2, dict(DELAYS="0.5"), **changes))
+    sizes = [row["bytes/publish"] for row in read_metrics(tmp_path / "late" / "run") if "bytes/publish" in row]
+    assert len(sizes) == 5 and max(sizes[1:]) < 0.5 * sizes[0]
+
+
 def processes_by_kind(folder: Path) -> dict[str, list[psutil.Process]]:
     """The launcher of a run, its trainers and its generators."""
     kinds: dict[str, list[psutil.Process]] = {"launcher": [], "trainer": [], "generator": []}

@@ -135,7 +135,8 @@ def test_a_run_that_goes_on_samples_nothing_that_is_in_its_journal(tiny_world, r
 
 
 def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_path, monkeypatch):
-    """Also after a resume. Checkpoints have the same whole files; jobs have the same names, so none is done again."""
+    """Also after a resume in either format. Checkpoints have the same whole files; jobs have the same names, so none is
+    done again."""
     changes = dict(steps=6, max_staleness=2, save_every=3, precision="bf16", learning_rate=1e-6)
     run, weights_folder = tmp_path / "run", tmp_path / "whole" / "weights"
     expected = train("grpo", tiny_world, runtime, tmp_path / "whole", monkeypatch, **changes)
@@ -155,11 +156,13 @@ def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_pa
     assert contents[0] == contents[1] and len(contents[0]) == 2
     journal = {path.name for path in (tmp_path / "whole" / JOURNAL).glob("*/*.jsonl")}
     assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
-    for path in (run / JOURNAL).glob("version-0000000[123]/*.jsonl"):
-        path.unlink()
-    again = train("grpo", tiny_world, runtime, run, monkeypatch, resume=str(checkpoint), **changes)
-    assert_equal(expected, again)
-    assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
+    for weights_format in ("differences", "whole"):
+        for path in (run / JOURNAL).glob("version-0000000[123]/*.jsonl"):
+            path.unlink()
+        changes |= dict(weights_format=weights_format, resume=str(checkpoint))
+        again = train("grpo", tiny_world, runtime, run, monkeypatch, **changes)
+        assert_equal(expected, again)
+        assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
 
 
 def test_what_does_not_go_with_generators_is_refused_in_words(tiny_world, runtime, tmp_path):
