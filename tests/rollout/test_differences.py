@@ -215,24 +215,26 @@ def test_weights_that_did_not_change_are_a_file_without_numbers(policy, tiny_wor
     load_weights(copy_of(policy, tiny_world), versions.path(1), versions.checksums[1])
 
 
-@pytest.mark.parametrize("damage", ["newest", "middle", "whole", "cut", "of another run", "gone"])
+@pytest.mark.parametrize("damage", ["newest", "middle", "whole", "cut", "of another run", "written again", "gone"])
 def test_differences_are_added_to_nothing_if_a_file_is_not_what_it_was(damage, policy, tiny_world, runtime, tmp_path):
     runs = []
-    for seed in (0, 50):
+    for seeds in ((0, 1, 2), (3, 4, 5), (0, 1, 6)):
         start = copy_of(policy, tiny_world)
-        runs.append(versions_of(start, runtime, tmp_path / f"run {seed}", 5))
-        for k in range(3):
-            change(start, 0.02, seed=seed + k)
+        runs.append(versions_of(start, runtime, tmp_path / f"run {len(runs)}", 5))
+        for k, seed in enumerate(seeds):
+            change(start, 0.02, seed)
             runs[-1].publish(k)
-    run, other = runs
+    run, other, later = runs
     files = [run.path(k) for k in range(3)]
     assert [base_of(path) is None for path in files] == [True, False, False]
-    broken = files[{"newest": 2, "whole": 0}.get(damage, 1)]
+    broken = files[{"newest": 2, "written again": 2, "whole": 0}.get(damage, 1)]
     match damage:
         case "cut":
             broken.write_bytes(broken.read_bytes()[:-9])
         case "of another run":
             shutil.copyfile(other.path(1), broken)
+        case "written again":
+            shutil.copyfile(later.path(2), broken)
         case "gone":
             broken.unlink()
         case _:
