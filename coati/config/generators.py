@@ -1,5 +1,7 @@
 """Generators: processes of their own that sample while the policy trains."""
 
+from typing import Literal
+
 from coati.config.options import Settings, option, settings
 
 
@@ -18,5 +20,10 @@ class GeneratorsConfig(Settings):
         "where versions of the weights are written for generators, a folder of its own, such as one in /dev/shm on one "
         "machine; RUN/weights if not given",
         path="output",
+    )
+    weights_format: Literal["whole", "differences"] = option(
+        "whole",
+        "what a version's file holds: the whole weights, or what of them is not as in the version before, which is "
+        "less at low learning rates in bf16; samples are the same",
     )
     keep_journal: bool = option(True, "samples stay in RUN/journal when no resume needs them any more")

@@ -68,7 +68,7 @@ class AsynchronousRollouts:
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
         started = time.monotonic()
-        self.versions.publish(k)
+        size = self.versions.publish(k)
         published, waited = time.monotonic(), self.ahead.waited
         staleness = self.rollouts.staleness
         if staleness:  # else refills may change which prompts there are
@@ -77,7 +77,8 @@ class AsynchronousRollouts:
                 self.ahead.begin(prompts, self.rollouts.sampling(i), self.rollouts.version_of(i))
                 self.upcoming = i + 1
         batch, metrics = self.rollouts.next(k)
-        of_generators = {"seconds/publish": published - started, "seconds/wait": self.ahead.waited - waited}
+        of_generators = {"seconds/publish": published - started, "bytes/publish": size}
+        of_generators["seconds/wait"] = self.ahead.waited - waited
         if staleness:
             metrics["staleness"] = k - self.rollouts.version_of(k)
         return batch, metrics | of_generators

@@ -6,6 +6,7 @@ import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from coati.config.plugin import PluginConfig
@@ -56,8 +57,8 @@ def generate(config: TrainerConfig):
     service.run()
 
 
-def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sampler, Callable[[Path, str], None]]:
-    """What samples on this process, and what gives its policy the weights of a file with a checksum."""
+def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sampler, Callable[[Path, str, str], None]]:
+    """What samples on this process, and what gives its policy the weights of a file (`load_weights`)."""
     # unsharded, whatever the trainer's plugin
     parallel = PluginConfig(precision=config.parallel.precision, device=config.parallel.device)
     config = replace(config, parallel=parallel)
@@ -66,4 +67,4 @@ def sampler_and_weights(config: RolloutConfig, runtime: Runtime) -> tuple[Sample
     policy = factory.model(Actor, config.model.path, lora=config.model.lora)
     disable_dropout(policy)
     generator = factory.generator(factory.frozen(policy), config.generation)
-    return factory.sampler(generator, policy), lambda path, checksum: load_weights(policy, path, checksum)
+    return factory.sampler(generator, policy), partial(load_weights, policy)

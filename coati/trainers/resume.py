@@ -7,7 +7,7 @@ from coati.errors import UserError
 
 # What a run writes, where and how often: it trains the same
 UNSAID = ("output_dir", "log_every", "data.cache_dir", "checkpoints.", "evaluation.", "tracking.", "export.")
-UNSAID += ("generators.weights_folder", "generators.keep_journal")
+UNSAID += ("generators.weights_folder", "generators.weights_format", "generators.keep_journal")
 # Built into the checkpoint's weights
 FIXED = tuple(f"model.lora_{name}" for name in ("rank", "alpha", "dropout", "target_modules", "variant"))
 FIXED += ("algorithm.shared_trunk", "algorithm.objectives", "freeze")

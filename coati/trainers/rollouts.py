@@ -23,7 +23,7 @@ from coati.rollout import (
     prompt_of,
 )
 from coati.rollout.ahead import AsynchronousRollouts, GenerationAhead
-from coati.rollout.remote import Generators, RemoteSampler, WeightVersions
+from coati.rollout.remote import DifferenceWriter, Generators, RemoteSampler, WeightVersions
 from coati.rollout.remote.journal import remove_before
 from coati.rollout.source import environment_metrics
 from coati.run_layout import ACTOR, JOURNAL, WEIGHTS, step_of
@@ -170,6 +170,7 @@ class RolloutTrainer(Trainer):
             DTYPES[resolve_precision(c.parallel)],
             self.runtime,
             c.generators.max_staleness,
+            DifferenceWriter() if c.generators.weights_format == "differences" else None,
         )
 
     def drawn_from(self, generation: ScoredGeneration | GenerationAhead) -> SynchronousRollouts:

@@ -132,11 +132,11 @@ def _contents(path: Path):
 
 
 def log_of(output: Path, after: int = -1) -> list[dict]:
-    """The metrics and samples of the steps after this one, without what a clock says."""
+    """The metrics and samples of the steps after this one, without what a clock says and without the size of files."""
     rows = [*read_metrics(output), *read_samples(output)]
-    clocks = ("time", "tokens_per_second")
+    clocks, others = ("time", "tokens_per_second"), ("seconds/", "bytes/")
     return [
-        {name: value for name, value in row.items() if name not in clocks and not name.startswith("seconds/")}
+        {name: value for name, value in row.items() if name not in clocks and not name.startswith(others)}
         for row in rows
         if row["step"] > after
     ]

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from coati.run_layout import JOURNAL, WEIGHTS
+from coati.tracking import read_metrics
 from coati.variables import GENERATOR
 from tests.conftest import ROOT, settings_for
 from tests.distributed import runs
@@ -56,6 +57,17 @@ def test_delays_change_nothing(algorithm, staleness, tiny_world, tmp_path):
     assert_same_run(prompt, late)
     ahead = [row["staleness"] for row in log_of(prompt) if "staleness" in row]
     assert ahead == [min(k, staleness) for k in range(5)]
+
+
+@pytest.mark.slow
+def test_differences_and_delays_change_nothing_with_shards(tiny_world, tmp_path):
+    """Two processes under ZeRO-2, two generators that are late: the run with whole weights."""
+    changes = SAMPLED | dict(max_staleness=2, steps=5, plugin="zero2", precision="bf16", learning_rate=1e-6)
+    whole = run("grpo", tiny_world, tmp_path / "whole", 2, 1, **changes)
+    changes |= dict(weights_format="differences")
+    assert_same_run(whole, run("grpo", tiny_world, tmp_path / "late", 2, 2, dict(DELAYS="0.5"), **changes))
+    sizes = [row["bytes/publish"] for row in read_metrics(tmp_path / "late" / "run") if "bytes/publish" in row]
+    assert len(sizes) == 5 and max(sizes[1:]) < 0.5 * sizes[0]
 
 
 def processes_by_kind(folder: Path) -> dict[str, list[psutil.Process]]:
@@ -120,11 +132,12 @@ def wait_for_nobody(folder: Path):
         time.sleep(0.1)
 
 
-def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
-    """Kills change nothing, and no job that was written is done again."""
-    changes = SAMPLED | dict(max_staleness=2, steps=8, save_every=2)
+def check_kills(world, folder: Path, kills: int, seed: int, weights_format: str = "whole", **changes) -> Counter:
+    """Kills change nothing, nor does how weights travel, and no job that was written is done again."""
+    changes = SAMPLED | dict(max_staleness=2, steps=8, save_every=2) | changes
     whole = run("grpo", world, folder / "whole", 1, 1, **changes)
     (folder / "killed").mkdir()
+    changes |= dict(weights_format=weights_format)
     hit = killed_until_through("grpo", world, folder / "killed", kills, seed, **changes)
     assert_same_end(whole, folder / "killed" / "run")
     assert log_of(whole) == log_of(folder / "killed" / "run")
@@ -137,6 +150,17 @@ def check_kills(world, folder: Path, kills: int, seed: int) -> Counter:
 
 def test_delays_and_kills_change_nothing_and_lose_no_sample(tiny_world, tmp_path):
     assert sum(check_kills(tiny_world, tmp_path, kills=1, seed=0).values()) > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_differences_is_the_one_with_whole_weights(tiny_world, tmp_path):
+    """Two generators that skip versions, five kills, resumes: checkpoints, models, metrics and samples are the same."""
+    changes = dict(weights_format="differences", precision="bf16", learning_rate=1e-6)
+    hit = check_kills(tiny_world, tmp_path, kills=5, seed=1, **changes)
+    sizes = {row["bytes/publish"] for row in read_metrics(tmp_path / "killed" / "run") if "bytes/publish" in row}
+    whole = {row["bytes/publish"] for row in read_metrics(tmp_path / "whole" / "run") if "bytes/publish" in row}
+    print(hit, sizes, whole)
+    assert sum(hit.values()) > 0 and len(whole) == 1 and min(sizes) < 0.5 * min(whole)
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ class Echo:
         self.loaded, self.sampled, self.error, self.gate = [], 0, None, threading.Event()
         self.gate.set()
 
-    def load(self, path: Path, checksum: str):
+    def load(self, path: Path, checksum: str, loaded: str):
         self.loaded.append(path.name)
 
     def sample(self, prompts, sampling, version=0, on_sample=None):
@@ -208,6 +208,15 @@ class Echo:
         if self.error is not None:
             raise self.error
         return Sampled([one_sample(prompt, version, self.loaded[-1]) for prompt in prompts], {"environment": 1.5})
+
+
+class Silent:
+    """A sampler without samples."""
+
+    plays_episodes = False
+
+    def sample(self, prompts, sampling, version=0, on_sample=None):
+        return Sampled([], {})
 
 
 class Served:
@@ -334,6 +343,23 @@ def test_variables_that_say_half_are_refused(variables, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=GENERATORS):
         Generators.from_environment()
+
+
+def test_a_generator_forgets_what_it_has_if_other_weights_fail_to_load(tmp_path):
+    """Else differences would be added to weights that nobody knows."""
+    calls = []
+
+    def load(path: Path, checksum: str, loaded: str):
+        calls.append((checksum, loaded))
+        if checksum == "second":
+            raise RuntimeError("damaged")
+
+    service = Service(Silent(), load)
+    for checksum in ("first", "second", "third"):
+        service.submit(Job.of(checksum, 0, tmp_path, checksum, GenerationConfig(), [], tmp_path / checksum))
+    service.stop()
+    service.run()
+    assert calls == [("first", ""), ("second", "first"), ("third", "")]
 
 
 def test_a_job_is_what_json_has(tmp_path):

@@ -11,6 +11,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.rollout.remote import Generators, Service
 from coati.rollout.remote.address import Address
+from coati.rollout.remote.differences import base_of
 from coati.rollout.remote.server import serve_in_thread
 from coati.run_layout import JOURNAL
 from coati.tracking import read_metrics
@@ -131,6 +132,37 @@ def test_a_run_that_goes_on_samples_nothing_that_is_in_its_journal(tiny_world, r
     assert_equal(expected, first)
     assert_equal(expected, again)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / JOURNAL).glob("*/*.jsonl")} == written
+
+
+def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_path, monkeypatch):
+    """Also after a resume in either format. Checkpoints have the same whole files; jobs have the same names, so none is
+    done again."""
+    changes = dict(steps=6, max_staleness=2, save_every=3, precision="bf16", learning_rate=1e-6)
+    run, weights_folder = tmp_path / "run", tmp_path / "whole" / "weights"
+    expected = train("grpo", tiny_world, runtime, tmp_path / "whole", monkeypatch, **changes)
+    changes |= dict(weights_format="differences")
+    found = train("grpo", tiny_world, runtime, run, monkeypatch, **changes)
+    assert_equal(expected, found)
+    checksums = found.versions.checksums
+    assert expected.versions.checksums == checksums and len(set(checksums.values())) == 3
+    whole = [row["bytes/publish"] for row in read_metrics(tmp_path / "whole") if "bytes/publish" in row]
+    sizes = [row["bytes/publish"] for row in read_metrics(run) if "bytes/publish" in row]
+    assert whole == [weights_folder.joinpath("version-00000005.safetensors").stat().st_size] * 6
+    assert sizes[0] == whole[0] and max(sizes[1:]) < 0.5 * whole[0]
+    checkpoint = run / "checkpoints" / "step-00000003"
+    assert [base_of(path) is None for path in sorted((run / "weights").iterdir())] == [True] + [False] * 5
+    files = [tmp_path / name / "checkpoints" / "step-00000003" / "weights" for name in ("whole", "run")]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in files]
+    assert contents[0] == contents[1] and len(contents[0]) == 2
+    journal = {path.name for path in (tmp_path / "whole" / JOURNAL).glob("*/*.jsonl")}
+    assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
+    for weights_format in ("differences", "whole"):
+        for path in (run / JOURNAL).glob("version-0000000[123]/*.jsonl"):
+            path.unlink()
+        changes |= dict(weights_format=weights_format, resume=str(checkpoint))
+        again = train("grpo", tiny_world, runtime, run, monkeypatch, **changes)
+        assert_equal(expected, again)
+        assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
 
 
 def test_what_does_not_go_with_generators_is_refused_in_words(tiny_world, runtime, tmp_path):

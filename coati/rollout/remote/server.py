@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
         id: the same for the same samples.
-        version, weights, checksum: of the weights: number, file and its checksum.
+        version, weights, checksum: of the weights: number, file and their checksum.
         sampling: fields of a `GenerationConfig`.
         prompts: fields of `Prompt`s.
         file: where the samples go, see `coati.rollout.remote.journal`.
@@ -87,11 +87,11 @@ class Service:
 
     Args:
         sampler: samples with the weights that `load` has loaded.
-        load: loads the weights of a file that has a checksum.
+        load: loads the weights of a file that have a checksum, where those of another checksum, or "", are loaded.
         number: of this generator, for the journal.
     """
 
-    def __init__(self, sampler: Sampler, load: Callable[[Path, str], None], number: int = 0):
+    def __init__(self, sampler: Sampler, load: Callable[[Path, str, str], None], number: int = 0):
         self.sampler, self.load, self.number = sampler, load, number
         self.jobs: dict[str, Entry] = {}
         self.waiting: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
@@ -130,7 +130,8 @@ class Service:
             return
         started = time.time()
         if self.loaded != job.checksum:
-            self.load(Path(job.weights), job.checksum)
+            before, self.loaded = self.loaded, ""  # what is there if that fails isn't known
+            self.load(Path(job.weights), job.checksum, before)
             self.version, self.loaded = job.version, job.checksum
         loaded = time.time()
         sampled = self.sampler.sample(prompts, GenerationConfig(**job.sampling), job.version)

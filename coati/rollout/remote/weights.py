@@ -1,7 +1,8 @@
 """Versions of a policy's weights as files: version v is what v iterations have made of it.
 
-A whole file each, on a disk that trainer and generators see, or in /dev/shm on one machine. With LoRA it holds what
-trains, and generators add it to the same frozen model.
+A file each, on a disk that trainer and generators see, or in /dev/shm on one machine: the whole weights, or their
+differences from the version before (`differences.py`). With LoRA they are what trains, which generators add to the
+same frozen model. Jobs name a version by the checksum of its weights, however they are stored.
 """
 
 import shutil
@@ -10,12 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
-from coati.files import atomic_write, sync
+from coati.files import sync
+from coati.rollout.remote.differences import (
+    DifferenceWriter,
+    apply_differences,
+    base_of,
+    chain_of,
+    checksum_of,
+    put_together,
+    write_file,
+)
 
-CHUNK = 2**20  # bytes that a checksum reads at a time
+VERSIONS = "version-*"  # their files
 
 
 class WeightVersions:
@@ -27,7 +36,8 @@ class WeightVersions:
         policy: the module, which knows what of it trains.
         dtype: in which generators compute.
         runtime: this process's place in the run.
-        staleness: how many versions before the newest stay.
+        staleness: how many versions before the newest stay, with the files that they are put together from.
+        differences: writes versions as differences; None: each is a whole file.
 
     Attributes:
         checksums: of the versions that are there.
@@ -41,50 +51,65 @@ class WeightVersions:
         dtype: torch.dtype,
         runtime,
         staleness: int,
+        differences: DifferenceWriter | None = None,
     ):
         self.folder, self.state, self.policy, self.dtype = folder, state, policy, dtype
-        self.runtime, self.staleness = runtime, staleness
+        self.runtime, self.staleness, self.differences = runtime, staleness, differences
         self.checksums: dict[int, str] = {}
 
     def path(self, version: int) -> Path:
         return version_file(self.folder, version)
 
-    def publish(self, version: int):
-        """Writes the weights that the policy has now, on all ranks together, unless that version is there already."""
+    def publish(self, version: int) -> int:
+        """Writes the weights that the policy has now, on all ranks together, unless that version is there already;
+        returns the bytes of the file."""
         if version in self.checksums:
-            return
-        state, checksum = self.state(), None
+            return 0
+        state, written = self.state(), None
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checksum = write_weights(self.path(version), weights_of(self.policy, state, self.dtype))
-        self.checksums[version] = self.runtime.communicator.broadcast(checksum)
+            path, weights = self.path(version), weights_of(self.policy, state, self.dtype)
+            write = write_weights if self.differences is None else self.differences.write
+            written = write(path, weights), path.stat().st_size
+        self.checksums[version], size = self.runtime.communicator.broadcast(written)
         for old in [old for old in self.checksums if old < version - self.staleness]:
             del self.checksums[old]
-            if self.runtime.is_main:
-                self.path(old).unlink(missing_ok=True)
+        if self.runtime.is_main:
+            needed = {path for version in self.checksums for path in chain_of(self.path(version))}
+            for path in self.folder.glob(VERSIONS):
+                if path not in needed:
+                    path.unlink()
+        return size
 
     def save(self, folder: Path, step: int):
-        """Copies into a checkpoint what a run needs that goes on after `step` iterations: the versions before."""
+        """Puts into a checkpoint what a run needs that goes on after `step` iterations: the versions before, as whole
+        files."""
         if not self.runtime.is_main:
             return
         for version in range(max(0, step - self.staleness), step):
             folder.mkdir(exist_ok=True)
-            link_or_copy(self.path(version), version_file(folder, version))
+            path, target = self.path(version), version_file(folder, version)
+            if base_of(path) is None:
+                link_or_copy(path, target)
+            else:
+                write_weights(target, put_together(path))
         if folder.exists():
             sync(folder)
 
     def load(self, folder: Path, step: int):
         """The inverse of `save`. What else is in the folder of versions is another run's, or of steps that are
         abandoned."""
+        from safetensors.torch import load_file
+
         found: dict[int, str] = {}
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("version-*"):
+            for path in self.folder.glob(VERSIONS):
                 path.unlink()
             for version in range(max(0, step - self.staleness), step):
                 with suppress(FileNotFoundError):  # of a run that went on with less staleness
                     link_or_copy(version_file(folder, version), self.path(version))
-                    found[version] = checksum_of(self.path(version))
+                    found[version] = checksum_of(load_file(self.path(version)))
         self.checksums = self.runtime.communicator.broadcast(found)
 
 
@@ -112,47 +137,52 @@ def weights_of(policy: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) 
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> str:
-    """Writes a version; returns its checksum."""
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as partial:
-        save_file(weights, partial)
-        return checksum_of(partial)
+    """Writes a version as a whole file; returns the checksum of its weights."""
+    write_file(path, weights)
+    return checksum_of(weights)
 
 
 @torch.no_grad()
-def load_weights(policy: nn.Module, path: Path, checksum: str):
-    """Gives a policy the weights of a file.
+def load_weights(policy: nn.Module, path: Path, checksum: str, loaded: str = ""):
+    """Gives a policy the weights of a version.
+
+    Args:
+        path: the version's file; those that it is put together from are in the same folder.
+        checksum: of the version's weights.
+        loaded: of the weights that the policy has now, if they are a version's: differences are added to these.
 
     Raises:
-        RuntimeError: the file is damaged, or of another model. The policy is as it was then.
+        RuntimeError: a file is damaged, or of another model. The policy is as it was then.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    if checksum_of(path) != checksum:
-        raise RuntimeError(f"{path} is damaged, or was written again: its checksum is not {checksum}")
+    try:
+        files = [(file, base_of(file), load_file(file)) for file in chain_of(path, loaded)]
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} or a file of the weights before it is damaged: {error}") from error
+    for file, base, tensors in reversed(files):
+        result, expected = (checksum, checksum) if base is None else (base.result, base.differences)
+        if result != checksum or checksum_of(tensors) != expected:
+            raise RuntimeError(f"{file} is damaged, or was written again: its weights' checksum is not {checksum}")
+        checksum = "" if base is None else base.weights
     own = policy.state_dict()
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
-        wrong = [name for name in names if name not in own or list(own[name].shape) != shapes[name]]
-        if wrong:
-            raise RuntimeError(f"{path} holds the weights of another model: {wrong[0]}")
-        given = {own[name].data_ptr() for name in names}
-        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in given]
-        if missing and not policy.has_adapter:
-            raise RuntimeError(f"{path} lacks weights: {missing[0]}")
-        for name in names:
-            own[name].copy_(file.get_tensor(name))
+    file, base, tensors = files[0]
+    if base is None:
+        refuse_other_model(policy, own, tensors, file)
+    for _, _, tensors in files:
+        apply_differences(own, tensors)
 
 
-def checksum_of(path: Path) -> str:
-    """Of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def refuse_other_model(policy: nn.Module, own: dict[str, Tensor], given: dict[str, Tensor], path: Path):
+    """Raises a RuntimeError unless the whole weights of a file are those of a policy with this state."""
+    wrong = [name for name in given if name not in own or own[name].shape != given[name].shape]
+    if wrong:
+        raise RuntimeError(f"{path} holds the weights of another model: {wrong[0]}")
+    places = {own[name].data_ptr() for name in given}
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in places]
+    if missing and not policy.has_adapter:
+        raise RuntimeError(f"{path} lacks weights: {missing[0]}")
 
 
 def link_or_copy(source: Path, target: Path):
