@@ -1,4 +1,4 @@
-"""The example of a model that learns to judge: its data, which responses its reward pays, and what is told of judges."""
+"""The example of a model that learns to judge: its data, what its reward pays, and what is told of judges."""
 
 import json
 from collections import Counter
@@ -145,7 +145,7 @@ def test_accuracy_by_kind_is_of_all_verdicts():
 def test_the_example_goes_from_nothing_to_its_figures(tmp_path):
     """Two steps of each stage with few sums: that every stage starts from what the one before it left, and that all
     judges are measured. Nothing is learned."""
-    sizes = dict.fromkeys(SIZES, 12)
+    sizes = dict.fromkeys(SIZES, 40)
     walk(tmp_path, 0, 1, sizes, steps=2, batch_size=8, eval_every=2)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert {*found["figures"]} == {*found["kinds"], "the discriminative model"}

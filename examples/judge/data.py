@@ -13,7 +13,8 @@ from pathlib import Path
 from examples.process_reward.data import CHARACTERS, mistaken_solutions, solution
 from examples.tokenizer import character_tokenizer
 
-# sums: solved ones; judged ones with marks; judged ones of which only the verdict is known; and two kinds of held-out ones
+# Sums: solved ones, judged ones with marks, judged ones of which only the verdict is known. Settings were chosen on
+# `validation`; `held_out` is for the figures alone.
 SIZES = {"solved": 2000, "marked": 800, "verdicts": 2200, "validation": 500, "held_out": 1000}
 TERMS, LARGEST = 4, 9  # numbers of a sum, and the largest of them
 KINDS = ("result", "number", "start", "form", "too long")  # of mistakes, as `mistaken_solutions` makes them

@@ -1,7 +1,7 @@
-"""A model that learns to judge: from random weights it learns sums, then from a few judged ones how judging is written,
-then by GRPO from verdicts alone; beside it a discriminative model that learns from the same verdicts.
+"""A model that learns to judge: from random weights it learns sums, then from judged ones how judging is written, for
+shorter and for longer, then by GRPO from verdicts alone; a discriminative model learns from the same verdicts.
 
-python examples/judge/run.py                  # on one CPU process, about 20 minutes
+python examples/judge/run.py                  # on one CPU process, about half an hour
 python examples/judge/run.py --seed 1 --output runs/judge_1
 """
 
@@ -23,7 +23,9 @@ from examples.process_reward.run import Share, cell, scored_samples, share_of  #
 from examples.stages import table_of, train  # noqa: E402
 
 N = 8  # verdicts on each response
-LONGER = 600  # steps of SFT of a judge that GRPO does not train, on the same judged sums
+LONGER = 600  # steps of SFT of a second judge, on the same judged sums
+JUDGES = {"SFT": "sft", "SFT, then GRPO": "grpo"}
+JUDGES |= {f"SFT for {LONGER} steps": "sft_longer", f"SFT for {LONGER} steps, then GRPO": "grpo_longer"}
 # what is told of a judge
 ONE, MAJORITY, JUDGMENT = "one verdict", f"majority of {N} verdicts", "all marks right too"
 
@@ -46,19 +48,20 @@ def walk(output: Path, seed: int, processes: int, sizes: dict[str, int] = SIZES,
     """
     data = make_data(output / "data", seed, sizes)
     common = {"seed": seed, "cache_dir": output / "cache"} | flags
-    start, sft = output / "start" / "model", output / "sft" / "model"
     own = {"train_data": data["solved"], "tokenizer": data["tokenizer"]}
     train("sft", HERE / "start.yaml", output / "start", own | common, processes)
-    own = {"train_data": data["marked"], "model": start}
+    own = {"train_data": data["marked"], "model": output / "start" / "model"}
     train("sft", HERE / "sft.yaml", output / "sft", own | common, processes)
     train("sft", HERE / "sft.yaml", output / "sft_longer", own | {"steps": LONGER} | common, processes)
-    own = {"train_data": data["verdicts"], "eval_data": data["validation"], "model": sft}
-    train("grpo", HERE / "grpo.yaml", output / "grpo", own | common, processes)
-    own = {"train_data": data["verdicts_outcome"], "eval_data": data["held_out_outcome"], "model": sft}
+    own = {"train_data": data["verdicts"], "eval_data": data["validation"]}
+    for run, start in (("grpo", "sft"), ("grpo_longer", "sft_longer")):
+        own["model"] = output / start / "model"
+        train("grpo", HERE / "grpo.yaml", output / run, own | common, processes)
+    own = {"train_data": data["verdicts_outcome"], "eval_data": data["held_out_outcome"]}
+    own["model"] = output / "sft" / "model"
     train("prm", HERE / "prm.yaml", output / "prm", own | common, processes)
-    judges = {"after SFT": "sft", f"after SFT for {LONGER} steps": "sft_longer", "after GRPO": "grpo"}
     rows = [json.loads(line) for line in data["held_out"].read_text().splitlines()]
-    groups = {name: judgments(output / run, data["held_out"], seed) for name, run in judges.items()}
+    groups = {name: judgments(output / run, data["held_out"], seed) for name, run in JUDGES.items()}
     figures = {name: figures_of(some, rows) for name, some in groups.items()}
     figures["the discriminative model"] = {ONE: discriminative_accuracy(output / "prm")}
     kinds = {name: accuracy_by_kind(some, rows) for name, some in groups.items()}
