@@ -22,8 +22,9 @@ from examples.judge.data import KINDS, SIZES, VERDICT, make_data  # noqa: E402
 from examples.process_reward.run import Share, cell, scored_samples, share_of  # noqa: E402
 from examples.stages import table_of, train  # noqa: E402
 
-N = 8  # verdicts on each response
+N = 3  # verdicts on each response
 LONGER = 600  # steps of SFT of a second judge, on the same judged sums
+SHORTER = {"steps": 60, "warmup": 0.1}  # its GRPO, which has less to learn; as many steps of warmup
 JUDGES = {"SFT": "sft", "SFT, then GRPO": "grpo"}
 JUDGES |= {f"SFT for {LONGER} steps": "sft_longer", f"SFT for {LONGER} steps, then GRPO": "grpo_longer"}
 # what is told of a judge
@@ -54,9 +55,9 @@ def walk(output: Path, seed: int, processes: int, sizes: dict[str, int] = SIZES,
     train("sft", HERE / "sft.yaml", output / "sft", own | common, processes)
     train("sft", HERE / "sft.yaml", output / "sft_longer", own | {"steps": LONGER} | common, processes)
     own = {"train_data": data["verdicts"], "eval_data": data["validation"]}
-    for run, start in (("grpo", "sft"), ("grpo_longer", "sft_longer")):
-        own["model"] = output / start / "model"
-        train("grpo", HERE / "grpo.yaml", output / run, own | common, processes)
+    train("grpo", HERE / "grpo.yaml", output / "grpo", own | {"model": output / "sft" / "model"} | common, processes)
+    own |= {"model": output / "sft_longer" / "model"} | SHORTER
+    train("grpo", HERE / "grpo.yaml", output / "grpo_longer", own | common, processes)
     own = {"train_data": data["verdicts_outcome"], "eval_data": data["held_out_outcome"]}
     own["model"] = output / "sft" / "model"
     train("prm", HERE / "prm.yaml", output / "prm", own | common, processes)
