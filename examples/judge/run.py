@@ -50,7 +50,7 @@ def walk(output: Path, seed: int, processes: int, sizes: dict[str, int] = SIZES,
     data = make_data(output / "data", seed, sizes)
     common = {"seed": seed, "cache_dir": output / "cache"} | flags
     own = {"train_data": data["solved"], "tokenizer": data["tokenizer"]}
-    train("sft", HERE / "start.yaml", output / "start", own | common, processes)
+    train("sft", HERE / "sft_start.yaml", output / "start", own | common, processes)
     own = {"train_data": data["marked"], "model": output / "start" / "model"}
     train("sft", HERE / "sft.yaml", output / "sft", own | common, processes)
     train("sft", HERE / "sft.yaml", output / "sft_longer", own | {"steps": LONGER} | common, processes)
