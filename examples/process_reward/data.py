@@ -31,20 +31,24 @@ def solution(numbers: list[int], wrong: int | None = None, off: int = 0, start_o
     return steps
 
 
-def mistaken_solutions(numbers: list[int], draw: random.Random) -> list[tuple[list[str], int]]:
+def mistaken_solutions(numbers: list[int], draw: random.Random, largest: int = LARGEST) -> list[tuple[list[str], int]]:
     """Five solutions and the place of their wrong step: one with a wrong result, one that adds another number, one
     whose step starts from another number than the result before, one whose step is no step of a sum, and one that goes
-    on after the last number."""
+    on after the last number.
+
+    Args:
+        largest: the largest number that a wrong step may add.
+    """
     places = [*(draw.randrange(len(numbers) - 1) for _ in range(4)), len(numbers) - 1]
     results = [sum(numbers[: place + 2]) for place in places]
     wrong_result = solution(numbers, places[0], off=draw_mistake(results[0], draw))
     changed = list(numbers)
-    changed[places[1] + 1] = draw.choice([n for n in range(1, LARGEST + 1) if n != numbers[places[1] + 1]])
+    changed[places[1] + 1] = draw.choice([n for n in range(1, largest + 1) if n != numbers[places[1] + 1]])
     before = results[2] - numbers[places[2] + 1]
     wrong_start = solution(numbers, places[2], start_off=draw_mistake(before, draw))
     malformed = solution(numbers, places[3], off=draw_mistake(results[3], draw))
     malformed[places[3]] = garble(malformed[places[3]], draw)
-    too_long = solution([*numbers, draw.randint(1, LARGEST)])
+    too_long = solution([*numbers, draw.randint(1, largest)])
     return list(zip([wrong_result, solution(changed), wrong_start, malformed, too_long], places, strict=True))
 
 
