@@ -3,8 +3,9 @@
 python examples/guess_the_number/run.py               # data, SFT, GRPO on two CPU processes
 python examples/guess_the_number/run.py --seeds 3
 
-SFT shows games of players who guess at random and don't listen, so that the model speaks the game's language: it finds
-the number in five guesses in about one game of five. What the answers mean it learns from the games it plays itself.
+SFT shows games of careless players: they guess above the bound, and every second time they heed what they heard last. So
+the model speaks the game's language, and finds the number in five guesses in less than one game of five. To keep within
+all that it has heard, and to halve what is left, it learns from the games it plays itself.
 """
 
 import random
@@ -19,7 +20,9 @@ from coati.environments.guess_the_number import GuessTheNumber  # noqa: E402
 from coati.tracking import read_metrics, write_report  # noqa: E402
 from examples.games import parser_of, train_player, write_data  # noqa: E402
 
-HIGH, GUESSES, GAMES, MEASURED = 24, 5, 4000, 96
+HIGH, GUESSES, GAMES = 16, 5, 8000
+TO_PLAY, MEASURED = 20, 32  # rows of each number; games that are measured
+ABOVE, HEEDED = 40, 0.5  # careless players: their highest guess, and how much of what they heard last they heed
 
 
 def main():
@@ -38,16 +41,21 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
     """Games for SFT, secret numbers to play for, and a tokenizer of the games' words; the same seed, the same bytes."""
     draw = random.Random(seed)
     games = [game(draw) for _ in range(GAMES)]
-    rows = [{"secret": 1 + i % HIGH, "high": HIGH, "narrowing": 1.0} for i in range(HIGH * 20)]
-    return write_data(folder, games, rows, rows[:MEASURED])
+    # four halvings lead to the number: each earns 1, as the right guess does
+    rows = [{"secret": secret, "high": HIGH, "narrowing": 4.0} for secret in range(1, HIGH + 1)]
+    return write_data(folder, games, rows * TO_PLAY, rows * MEASURED)
 
 
 def game(draw: random.Random) -> dict[str, list[dict]]:
-    """A dialogue with a player who guesses at random: up to five guesses, whatever the answers are."""
+    """A dialogue with a careless player, of up to five guesses."""
     environment = GuessTheNumber()
     messages = environment.reset({"secret": draw.randint(1, HIGH), "high": HIGH})
+    low, high = 1, ABOVE  # what the last answer leaves
     for _ in range(GUESSES):
-        messages.append({"role": "assistant", "content": str(draw.randint(1, HIGH))})
+        guess = draw.randint(low, high) if draw.random() < HEEDED else draw.randint(1, ABOVE)
+        if guess <= HIGH:
+            low, high = (guess + 1, ABOVE) if guess < environment.secret else (1, guess - 1)
+        messages.append({"role": "assistant", "content": str(guess)})
         observation = environment.step(messages[-1])
         if observation.done:
             break
