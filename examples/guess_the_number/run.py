@@ -3,9 +3,9 @@
 python examples/guess_the_number/run.py               # data, SFT, GRPO on two CPU processes
 python examples/guess_the_number/run.py --seeds 3
 
-SFT shows games of careless players: they guess above the bound, and every second time they heed what they heard last. So
-the model speaks the game's language, and finds the number in five guesses in less than one game of five. To keep within
-all that it has heard, and to halve what is left, it learns from the games it plays itself.
+SFT shows games of careless players: they guess above the bound, and heed every second time what they heard last. So the
+model speaks the game's language, and finds the number in five guesses in less than one game of five. To keep within all
+that it has heard, and to halve what is left, it learns from the games it plays itself.
 """
 
 import random
