@@ -68,11 +68,21 @@ def run(command: list[str]):
     """Runs a command in the repository's root and exits with its status if it fails. A SIGTERM is for the command,
     which may save what it has; Ctrl-C reaches it by itself."""
     print("$", " ".join([Path(command[0]).name, *command[1:]]), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+    process, has_come = None, False
+
+    def hand_on(*_):
+        nonlocal has_come
+        has_come = True
+        if process is not None:
+            process.terminate()
+
     before = [
-        (signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: process.terminate())),
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, hand_on)),
         (signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: None)),
     ]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+    if has_come:  # while the process was being made
+        process.terminate()
     status = process.wait()
     for number, handler in before:
         signal.signal(number, handler)

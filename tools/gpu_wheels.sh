@@ -16,7 +16,7 @@ download=("$python" -m pip --disable-pip-version-check download --quiet --no-dep
     --python-version "$version" "${platforms[@]/#/--platform=}" --dest "$folder")
 for package in galore_torch==1.0 datasets==5.2.0 dill multiprocess fabric==3.2.3 invoke paramiko decorator deprecated \
     bcrypt pynacl cryptography cffi pycparser math-verify==0.9.0 latex2sympy2_extended antlr4-python3-runtime==4.13.2 \
-    jsonschema==4.26.0 rpds-py referencing jsonschema-specifications bitsandbytes==0.50.2; do
+    jsonschema==4.26.0 prometheus-client==0.26.0 rpds-py referencing jsonschema-specifications bitsandbytes==0.50.2; do
     "${download[@]}" "$package"
 done
 "$python" -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder" colossalai==0.5.0
