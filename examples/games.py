@@ -3,13 +3,10 @@
 import argparse
 from pathlib import Path
 
-from coati.tracking import read_metrics
 from examples.smollm2.tasks import write_rows
 from examples.stages import ROOT, train
 from examples.tokenizer import byte_level_tokenizer
 
-# The last iterations have no entropy bonus, which keeps every move possible: the player makes up its mind.
-SURE = {"steps": 40, "entropy_coefficient": 0.0, "learning_rate": 3e-4}
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -38,7 +35,7 @@ def write_data(folder: Path, games: list[dict], rows: list[dict], measured: list
 
 
 def train_player(settings: Path, folder: Path, data: dict[str, Path], seed: int, processes: int):
-    """SFT, GRPO with an entropy bonus, and without: `folder`'s sft, grpo and sure.
+    """SFT and GRPO.
 
     Args:
         settings: the folder of sft.yaml and grpo.yaml; data: as `write_data` gives it.
@@ -48,10 +45,3 @@ def train_player(settings: Path, folder: Path, data: dict[str, Path], seed: int,
     train("sft", settings / "sft.yaml", folder / "sft", common | of_sft, processes)
     of_grpo = {"train_data": data["rows"], "eval_data": data["measured"], "model": folder / "sft" / "model"}
     train("grpo", settings / "grpo.yaml", folder / "grpo", common | of_grpo, processes)
-    of_last = of_grpo | {"model": folder / "grpo" / "model"} | SURE
-    train("grpo", settings / "grpo.yaml", folder / "sure", common | of_last, processes)
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """What both runs of GRPO have logged, in their order."""
-    return [*read_metrics(folder / "grpo"), *read_metrics(folder / "sure")]

@@ -17,8 +17,8 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from coati.environments.guess_the_number import GuessTheNumber  # noqa: E402
-from coati.tracking import write_report  # noqa: E402
-from examples.games import metrics_of, parser_of, train_player, write_data  # noqa: E402
+from coati.tracking import read_metrics, write_report  # noqa: E402
+from examples.games import parser_of, train_player, write_data  # noqa: E402
 
 HIGH, GUESSES, GAMES = 16, 5, 8000
 TO_PLAY, MEASURED = 20, 32  # rows of each number; games that are measured
@@ -32,7 +32,7 @@ def main():
         folder = output / f"seed{seed}"
         data = make_data(folder / "data", seed)
         train_player(HERE, folder, data, seed, arguments.processes)
-        won = [row["eval/environment/won"] for row in metrics_of(folder) if "eval/environment/won" in row]
+        won = [row["eval/environment/won"] for row in read_metrics(folder / "grpo") if "eval/environment/won" in row]
         print(f"seed {seed}: games won {won[0]:.1%} before, {won[-1]:.1%} after", flush=True)
     print(f"open {write_report([output], output / 'report.html')}")
 

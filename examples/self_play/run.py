@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT)]
 
 from coati.environments.nim import MOST, Nim  # noqa: E402
 from coati.rollout import Observation  # noqa: E402
-from coati.tracking import read_run, write_report  # noqa: E402
-from examples.games import metrics_of, parser_of, train_player, write_data  # noqa: E402
+from coati.tracking import read_metrics, read_run, write_report  # noqa: E402
+from examples.games import parser_of, train_player, write_data  # noqa: E402
 from examples.stages import fill_figures  # noqa: E402
 
 STONES, GAMES = range(2, 13), 6000
@@ -78,7 +78,7 @@ def figures(folders: list[Path]) -> str:
         "|---" * 7 + "|",
     ]
     for folder in folders:
-        rows, run = metrics_of(folder), read_run(folder / "grpo")
+        rows, run = read_metrics(folder / "grpo"), read_run(folder / "grpo")
         evaluated = [row for row in rows if "eval/environment/won" in row]
         won, illegal = (
             [f"{row[f'eval/environment/{name}']:.1%}" for row in (evaluated[0], evaluated[-1])]
