@@ -6,11 +6,10 @@ A prompt is a sum and a response to it, `6+5+4=`, `06+5=11`, `11+4=16` and an em
 """
 
 import itertools
-import json
 import random
 from pathlib import Path
 
-from examples.process_reward.data import CHARACTERS, mistaken_solutions, solution
+from examples.process_reward.data import CHARACTERS, mistaken_solutions, solution, write_files
 from examples.tokenizer import character_tokenizer
 
 # Sums: solved ones, judged ones with marks, judged ones of which only the verdict is known. Settings were chosen on
@@ -86,12 +85,7 @@ def make_data(folder: Path, seed: int, sizes: dict[str, int] = SIZES) -> dict[st
         del row["completion"]
     for name in ("verdicts", "held_out"):
         rows[f"{name}_outcome"] = [outcome_row(row) for row in rows[name]]
-    files = {"tokenizer": folder / "tokenizer"}
-    for name, some in rows.items():
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(row) + "\n" for row in some))
-    tokenizer().save_pretrained(files["tokenizer"])
-    return files
+    return write_files(folder, rows, tokenizer())
 
 
 def tokenizer():

@@ -95,11 +95,16 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
         both = [labeled_rows(numbers, draw) for _, numbers in parts["labeled" + suffix]]
         rows["steps" + suffix] = [row for of_sum, _ in both for row in of_sum]
         rows["pairs" + suffix] = [pair for _, of_sum in both for pair in of_sum]
+    return write_files(folder, rows, tokenizer())
+
+
+def write_files(folder: Path, rows: dict[str, list[dict]], tokenizer) -> dict[str, Path]:
+    """Rows by the name of their file, and a tokenizer: where they are, by name."""
     files = {"tokenizer": folder / "tokenizer"}
     for name, some in rows.items():
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in some))
-    tokenizer().save_pretrained(files["tokenizer"])
+    tokenizer.save_pretrained(files["tokenizer"])
     return files
 
 
