@@ -4,16 +4,16 @@ response has ended, as training logs it (`seconds/reward_wait`).
     python benchmarks/judging.py               # six minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
-256 responses end after 192 tokens or so, 768 at most, 64 of them generated at a time; the model is that of
-generation.py. The judge is a process of its own that gives a verdict after some seconds, drawn log-normally; of each
-case that is their median. 16 requests wait at a time. In each case:
+256 responses are generated, 64 of them at a time, by the model of generation.py. The judge is a process of its own that
+gives a verdict after some seconds, drawn log-normally; 16 requests wait at a time. A case is the median of these seconds
+and about how many tokens end a response (of which there are four times as many at most). Of each:
 
 - `generate`: seconds of generation, while verdicts are asked for.
 - `wait`: from the end of the last response to the last verdict.
 - `alone`: how long the same requests take afterwards, with nothing generated meanwhile.
 - `late`: what no generation of the same responses can hide: a verdict that is asked for when its response ends takes
   its time after that.
-- `hidden`: the share of `alone` that isn't waited for.
+- `hidden`: the share of `alone` that isn't waited for. If `alone` is longer than `generate`, that can't be all of it.
 """
 
 import argparse
@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contest import machine, store
 from benchmarks.serve import write_model
 
-RESPONSES, MEAN, LONGEST, CONCURRENCY = 256, 192, 768, 16
+RESPONSES, CONCURRENCY = 256, 16
 SIGMA = 0.5  # of the logarithm of a verdict's seconds
-MEDIANS = (0.3, 1.0, 3.0)  # seconds
+CASES = ("0.3:192", "1:192", "3:192", "3:384")
 
 
 def seconds_of(text: str, median: float) -> float:
@@ -118,7 +118,7 @@ def measure(opened, endpoint: str, median: float, responses: int, mean: int) -> 
     sampler = TimedSampler(ResponseSampler(generator, opened.tokenizer, ends))
     scorer = load_rewards([JudgeRewardSettings(model="m", endpoint=endpoint, concurrency=CONCURRENCY)], ScoringConfig())
     prompts = [Prompt(i, [i], [3 + i, 4, 5], f"question {i}", {}) for i in range(responses)]
-    found = ScoredGeneration(sampler, scorer).sample(prompts, GenerationConfig(max_new_tokens=LONGEST))
+    found = ScoredGeneration(sampler, scorer).sample(prompts, GenerationConfig(max_new_tokens=4 * mean))
 
     alone = scorer.score(found.samples)["judge"]  # no verdict is kept, so all are asked for again
     reward, _ = scorer.rewards["judge"]
@@ -137,9 +137,8 @@ def measure(opened, endpoint: str, median: float, responses: int, mean: int) -> 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].replace("\n", " "))
-    parser.add_argument("--medians", type=float, nargs="+", default=list(MEDIANS), help="seconds of a verdict")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="seconds of a verdict:tokens of a response")
     parser.add_argument("--responses", type=int, default=RESPONSES)
-    parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/judging.json")
     options = parser.parse_args()
@@ -149,17 +148,18 @@ def main():
     from coati.models.opened import open_model
 
     torch.set_num_threads(options.threads)
-    result = {"machine": machine(options.threads), "responses": options.responses, "mean_tokens": options.mean}
+    result = {"machine": machine(options.threads), "responses": options.responses}
     result |= {"concurrency": CONCURRENCY, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, {})
         opened = open_model(Path(folder), None, "cpu")
-        for median in options.medians:
-            with judging(median) as endpoint:
-                seconds = measure(opened, endpoint, median, options.responses, options.mean)
+        for case in options.cases:
+            median, mean = case.split(":")
+            with judging(float(median)) as endpoint:
+                seconds = measure(opened, endpoint, float(median), options.responses, int(mean))
             hidden = 1 - seconds["wait"] / seconds["alone"]
-            result["cases"][f"{median:g}"] = {"seconds": seconds, "hidden": hidden}
-            print(median, seconds, hidden, file=sys.stderr, flush=True)
+            result["cases"][case] = {"seconds": seconds, "hidden": hidden}
+            print(case, seconds, hidden, file=sys.stderr, flush=True)
             if options.save:
                 store(result, "judging", "cases")
     print(json.dumps(result))

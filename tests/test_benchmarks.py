@@ -58,9 +58,9 @@ def test_requests_for_rewards_are_all_answered_and_their_waits_told():
 
 @pytest.mark.slow
 def test_how_long_a_judge_is_waited_for_is_compared_with_its_verdicts_alone():
-    command = [sys.executable, "benchmarks/judging.py", "--medians", "0.05", "--responses", "6", "--mean", "8"]
+    command = [sys.executable, "benchmarks/judging.py", "--cases", "0.05:8", "--responses", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    case = json.loads(done.stdout.splitlines()[-1])["cases"]["0.05"]
+    case = json.loads(done.stdout.splitlines()[-1])["cases"]["0.05:8"]
     seconds = case["seconds"]
     assert min(seconds[name] for name in ("generate", "alone", "late")) > 0 and seconds["wait"] >= 0
     assert case["hidden"] == 1 - seconds["wait"] / seconds["alone"]

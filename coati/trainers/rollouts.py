@@ -258,7 +258,7 @@ class RolloutTrainer(Trainer):
         filled = list(range(len(data))) + [0] * (-len(data) % ranks.world_size)
         mine = list(enumerate(filled))[ranks.rank :: ranks.world_size]
         prompts = [prompt_of(data, row, [self.config.seed, place]) for place, row in mine]
-        samples = self.generation.sample(prompts, self.config.generation).samples
+        samples = self.generation.sample(prompts, self.config.evaluation_sampling).samples
         told = zip(self.sample_rows(samples), [sample.columns.get(column) for sample in samples], strict=True)
         found = [(place, of_sample) for (place, _), of_sample in zip(mine, told, strict=True)]
         of_places = dict(pair for of_rank in ranks.gather(found) for pair in of_rank)

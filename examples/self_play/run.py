@@ -26,7 +26,7 @@ from examples.stages import fill_figures  # noqa: E402
 
 STONES, GAMES = range(2, 13), 6000
 # Against the random player. From fewer stones nobody wins 95 % of the games: too many begin from a lost position.
-MEASURED_STONES, MEASURED = range(9, 13), 25  # and games from each number of stones and from each side
+MEASURED_STONES, MEASURED = range(9, 13), 64  # and games from each number of stones and from each side
 
 
 def main():

@@ -1,6 +1,7 @@
 """vLLM as the rollout engine: its responses are the engine's own. `make test-vllm` runs this file where vLLM is."""
 
 import importlib.util
+import json
 import os
 import random
 from types import SimpleNamespace
@@ -15,7 +16,10 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.models.lora import LoraSettings
 from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
+from coati.rollout.remote.weights import load_weights, version_file
+from coati.run_layout import JOURNAL, WEIGHTS
 from tests.conftest import ROOT, settings_for, trainer_classes
+from tests.distributed import runs
 from tests.distributed.forks import run_jobs
 from tests.models.families import tiny_config
 
@@ -280,7 +284,7 @@ def test_a_model_that_vllm_does_not_run_is_named(vllm):
         complete(Actor(config=tiny_config("llama")).eval(), [Request([3])])
 
 
-def ppo_with_vllm(world, folder) -> dict:
+def settings_with_vllm(algorithm: str, world, folder) -> dict:
     """Settings of two iterations on a model whose heads vLLM knows."""
     from transformers import AutoTokenizer
 
@@ -291,7 +295,7 @@ def ppo_with_vllm(world, folder) -> dict:
     Actor(config=tiny_config("llama", **sizes)).save_pretrained(policy)
     tokenizer.save_pretrained(policy)
     options = dict(model=str(policy), rollout_engine="vllm", steps=2, temperature=1.0, output_dir=str(folder / "run"))
-    return settings_for("ppo", world, **options)
+    return settings_for(algorithm, world, **options)
 
 
 @pytest.mark.parametrize("changes", [dict(temperature=0.8), dict(lora_rank=2), dict(shared_trunk=True, stop=["red"])])
@@ -299,7 +303,7 @@ def test_ppo_samples_with_vllm_as_it_trains(vllm, tiny_world, runtime, tmp_path,
     from coati.tracking import read_metrics
 
     config_class, trainer_class = trainer_classes("ppo")
-    settings = ppo_with_vllm(tiny_world, tmp_path) | changes
+    settings = settings_with_vllm("ppo", tiny_world, tmp_path) | changes
     trainer_class(configure(config_class, **settings), runtime).train()
     rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
     assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
@@ -311,7 +315,7 @@ def test_episodes_are_played_with_vllm(vllm, tiny_world, runtime, tmp_path):
 
     config_class, trainer_class = trainer_classes("ppo")
     talk = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=4, max_tokens=120, stop=["e", "o"])
-    settings = ppo_with_vllm(tiny_world, tmp_path) | talk | dict(rewards=[])
+    settings = settings_with_vllm("ppo", tiny_world, tmp_path) | talk | dict(rewards=[])
     trainer_class(configure(config_class, **settings), runtime).train()
     rows = [row for row in read_metrics(tmp_path / "run") if "rollout_kl" in row]
     assert len(rows) == 2 and all(0 <= row["rollout_kl"] < 1e-5 for row in rows)
@@ -320,7 +324,7 @@ def test_episodes_are_played_with_vllm(vllm, tiny_world, runtime, tmp_path):
 
 def test_each_process_has_a_vllm_of_its_own(vllm, tiny_world, tmp_path):
     """Greedy responses and the training on them are those of coati's engine, rank by rank."""
-    settings = ppo_with_vllm(tiny_world, tmp_path) | dict(temperature=0.0, plugin="zero2")
+    settings = settings_with_vllm("ppo", tiny_world, tmp_path) | dict(temperature=0.0, plugin="zero2")
     names = ("coati", "vllm")
     jobs = [
         {
@@ -335,6 +339,38 @@ def test_each_process_has_a_vllm_of_its_own(vllm, tiny_world, tmp_path):
         expected, with_vllm = ([step[metric] for step in found[name]["steps"]] for name in names)
         assert with_vllm == pytest.approx(expected, rel=1e-3, abs=1e-4), metric
     assert max(step["rollout_kl"] for step in found["vllm"]["steps"]) < 1e-5
+
+
+def test_generators_sample_with_vllm(vllm, tiny_world, tmp_path):
+    """GRPO with two generators, one iteration ahead: samples are of the versions that the schedule says, with the
+    log-probs of these versions' weights, and a second run has the same samples."""
+    from coati.tracking import read_metrics
+
+    journals = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = settings_with_vllm("grpo", tiny_world, folder) | dict(steps=4, max_staleness=1)
+        process = runs.start("coati", f"{ROOT / 'examples' / 'train_grpo.py'}", settings, folder, 1, generators=2)
+        assert process.wait(1500) == 0, (folder / "log.txt").read_text()[-4000:]
+        assert not runs.processes_of(folder)
+        files = sorted((folder / "run" / JOURNAL).glob("*/*.jsonl"))
+        journals.append([[json.loads(line) for line in path.read_text().splitlines()[:-1]] for path in files])
+    logged = [row for row in read_metrics(tmp_path / "first" / "run") if "rollout_kl" in row]
+    assert [row["staleness"] for row in logged] == [0, 1, 1, 1]
+    assert logged[0]["rollout_kl"] < 1e-5 < logged[3]["rollout_kl"]
+
+    assert [header["version"] for header, *_ in journals[0]] == [0, 0, 1, 2]
+    header, *samples = journals[0][-1]
+    policy = Actor(str(tmp_path / "first" / "policy")).eval()
+    load_weights(policy, version_file(tmp_path / "first" / "run" / WEIGHTS, 2), header["weights"])
+    for sample in samples:
+        assert sample["weights_version"] == 2
+        mask = torch.tensor(sample["response_mask"])
+        expected = policy(torch.tensor([sample["tokens"]]))[0][mask].detach()
+        torch.testing.assert_close(torch.tensor(sample["log_probs"])[mask], expected, rtol=0, atol=1e-4)
+    tokens = [[[sample["tokens"] for sample in samples] for _, *samples in journal] for journal in journals]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("changes", [dict(plugin="gemini"), dict(tensor_parallel=2)])

@@ -53,7 +53,7 @@ from coati.trainers.config.preference import (
     RobustDPO,
     SimPO,
 )
-from coati.trainers.config.rollout import Aggregation, RolloutAlgorithm, RolloutConfig
+from coati.trainers.config.rollout import Aggregation, RolloutAlgorithm, RolloutConfig, RolloutEvaluationConfig
 from coati.trainers.config.sft import SFTConfig
 
 __all__ = [
@@ -106,6 +106,7 @@ __all__ = [
     "RobustDPO",
     "RolloutAlgorithm",
     "RolloutConfig",
+    "RolloutEvaluationConfig",
     "SAO",
     "SAPO",
     "SDPO",

@@ -1,6 +1,7 @@
 """Settings that the methods which learn from their own responses have in common."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from coati.config import ListOf, Settings, option, section, settings
@@ -8,7 +9,7 @@ from coati.config.environment import EnvironmentConfig
 from coati.config.generation import GenerationConfig
 from coati.config.generators import GeneratorsConfig
 from coati.rewards.config import AnyReward, ModelRewardSettings, ScoringConfig, reward_problems
-from coati.trainers.config.base import TrainerConfig
+from coati.trainers.config.base import EvaluationConfig, TrainerConfig
 
 Aggregation = Literal["token", "sequence", "sum", "constant"]
 
@@ -48,6 +49,15 @@ class RolloutAlgorithm(Settings):
 
 
 @settings
+class RolloutEvaluationConfig(EvaluationConfig):
+    """What is measured on the evaluation prompts."""
+
+    eval_temperature: float | None = option(
+        None, "of the evaluation's responses, 0 for greedy; `temperature` if not given", ge=0
+    )
+
+
+@settings
 class RolloutConfig(TrainerConfig):
     """Settings of runs that learn from their own responses; `steps` are iterations, `batch_size` the prompts of one."""
 
@@ -63,6 +73,7 @@ class RolloutConfig(TrainerConfig):
         common=True,
     )
     scoring: ScoringConfig = section(ScoringConfig, "what becomes of what the rewards say")
+    evaluation: RolloutEvaluationConfig = section(RolloutEvaluationConfig, "what is measured, and how often")
 
     @property
     def longest_row(self) -> int:
@@ -74,6 +85,16 @@ class RolloutConfig(TrainerConfig):
     def prompts(self) -> int:
         """Prompts that the policy responds to in an iteration."""
         return self.batch_size
+
+    @property
+    def evaluation_sampling(self) -> GenerationConfig:
+        """How the responses of evaluations are drawn."""
+        temperature = self.evaluation.eval_temperature
+        if temperature is None:
+            return self.generation
+        if temperature == 0:  # which tokens are drawn from makes no difference to the most likely one
+            return replace(self.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        return replace(self.generation, temperature=temperature)
 
     @property
     def responses(self) -> int:
