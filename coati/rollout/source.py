@@ -19,6 +19,7 @@ from coati.samples import Sample, SampleGroup
 
 if TYPE_CHECKING:
     from coati.rollout.ahead import GenerationAhead
+    from coati.rollout.partial import GenerationInParts
 
 
 class RolloutSource(Protocol):
@@ -131,7 +132,7 @@ class SynchronousRollouts:
 
     def __init__(
         self,
-        generation: "ScoredGeneration | GenerationAhead",
+        generation: "ScoredGeneration | GenerationAhead | GenerationInParts",
         data,
         order,
         shape: RolloutShape,

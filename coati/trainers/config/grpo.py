@@ -349,6 +349,8 @@ class GRPOConfig(RolloutConfig):
         for temperature in (self.generation.temperature, a.final_temperature):
             if temperature is not None and temperature <= 0:
                 yield "the responses of a group must differ: temperature and final_temperature must be above 0"
+        if self.generators.partial_rollouts and a.final_temperature is not None:
+            yield "partial_rollouts draws for several iterations at the same temperature: leave out final_temperature"
         if self.scoring.normalize_reward:
             yield "a response is compared with its group, not with a running mean: leave out normalize_reward"
         if a.refresh_reference and (not self.parallel.holds_whole_models or self.model.lora is not None):
