@@ -1,7 +1,7 @@
 """How much of a judge's time is hidden behind generation: how long an iteration waits for verdicts once its last
 response has ended, as training logs it (`seconds/reward_wait`).
 
-    python benchmarks/judging.py               # six minutes on two cores; one JSON line
+    python benchmarks/judging.py               # eight minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
 256 responses are generated, 64 of them at a time, by the model of generation.py. The judge is a process of its own that
