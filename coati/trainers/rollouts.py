@@ -192,6 +192,7 @@ class RolloutTrainer(Trainer):
             pad_id=self.factory.pad_id,
             device=self.runtime.device,
             max_refills=c.refills,
+            oversampling=c.oversampling,
             rest_epochs=c.rest_epochs,
             staleness=c.generators.max_staleness,
         )

@@ -112,6 +112,11 @@ class RolloutConfig(TrainerConfig):
         return None
 
     @property
+    def oversampling(self) -> float:
+        """Groups that are drawn for each that is missing."""
+        return 1.0
+
+    @property
     def rest_epochs(self) -> int:
         """Epochs that a prompt is left out for whose responses all earn the same."""
         return 0
