@@ -105,7 +105,7 @@ class GenerationInParts:
         for key, part in zip(open_keys, sampled.samples, strict=True):
             response = responses[key]
             sample = part if response.sample is None else continued(response.sample, part)
-            responses[key] = self.scored_if_ended(replace(response, sample=replace(sample, columns=part.columns)))
+            responses[key] = self.scored_if_ended(replace(response, sample=sample))
         return Drawn(responses, sampled.seconds)
 
     def room(self, response: Response, version: int) -> int:
