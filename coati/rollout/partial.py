@@ -1,4 +1,4 @@
-"""Partial rollouts (Kimi k1.5, 2501.12599, section 2.6.2): a response is drawn part by part, each with newer weights.
+"""Partial rollouts (Kimi k1.5, 2501.12599): a response is drawn part by part, each with newer weights.
 
 With S = `max_staleness` a response of iteration k has S parts of equally many tokens at most: the first is drawn with
 the weights of version k - S, the next with those of k - S + 1, the last with those of k - 1, and none with a version
