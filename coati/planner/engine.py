@@ -184,14 +184,13 @@ def key_of(inputs: dict[str, Any]) -> tuple:
 
 
 def give_shapes(module: nn.Module, fake):
-    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied."""
-    twins: dict[int, nn.Parameter] = {}
+    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied, and shared ones stay shared."""
     with fake:
         for part in module.modules():
             for name, p in part.named_parameters(recurse=False):
-                if id(p) not in twins:
-                    twins[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-                    twins[id(p)].on_other_stage = getattr(p, "on_other_stage", False)
-                setattr(part, name, twins[id(p)])
+                if not hasattr(p, "fake_twin"):
+                    p.fake_twin = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                    p.fake_twin.on_other_stage = getattr(p, "on_other_stage", False)
+                setattr(part, name, p.fake_twin)
             for name, b in part.named_buffers(recurse=False):
                 setattr(part, name, torch.empty(b.shape, dtype=b.dtype))
