@@ -14,9 +14,9 @@ BATCH = padded(rows(), "right")
 LORA = LoraSettings(rank=2)
 
 
-def storages(*models: nn.Module) -> dict[int, int]:
-    """Bytes by address of the memory that models hold, with what quantized layers keep beside their weights."""
-    tensors = [p for model in models for p in model.parameters()]
+def storages(*models: nn.Module | nn.Parameter) -> dict[int, int]:
+    """Bytes by address of the memory of models, or weights, with what quantized layers keep beside their weights."""
+    tensors = [p for model in models for p in ([model] if isinstance(model, nn.Parameter) else model.parameters())]
     states = [p.quant_state for p in tensors if hasattr(p, "quant_state")]
     tensors += [value for state in states for value in (state.absmax, *(s.absmax for s in [state.state2] if s))]
     found = [tensor.untyped_storage() for tensor in tensors]
