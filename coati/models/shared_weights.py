@@ -5,6 +5,7 @@ weights are equal to the last bit, both models get the same one. That they are i
 where they came from.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,7 @@ def same_weight(new: nn.Parameter, known: nn.Parameter) -> bool:
 
 
 class SharedWeights:
-    """The frozen weights of the models so far, by their names in a transformer without a head.
+    """The frozen weights of a run's models, by their names in a transformer without a head: of those that live.
 
     Args:
         same: whether a new weight is a known one.
@@ -43,11 +44,11 @@ class SharedWeights:
 
     def __init__(self, same: Callable[[nn.Parameter, nn.Parameter], bool] = same_weight):
         self.same = same
-        self.known: dict[str, list[nn.Parameter]] = {}
+        self.known: dict[str, list[weakref.ref[nn.Parameter]]] = {}
 
     def share(self, model: BaseModel) -> int:
         """Gives a model the known weights in place of its own frozen ones that are the same; the others are known from
-        now on. Nothing may write to them.
+        now on, as long as they live. Nothing may write to them.
 
         Returns:
             The bytes of the weights that it has given up.
@@ -57,9 +58,10 @@ class SharedWeights:
             if parameter.requires_grad:
                 continue
             known = self.known.setdefault(_name_without_head(model.transformer, name), [])
-            found = next((other for other in known if self.same(parameter, other)), None)
+            living = [other for reference in known if (other := reference()) is not None]
+            found = next((other for other in living if self.same(parameter, other)), None)
             if found is None:
-                known.append(parameter)
+                known.append(weakref.ref(parameter))
             elif found is not parameter:
                 given[parameter] = found
         for module in model.transformer.modules():

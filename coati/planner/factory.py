@@ -190,12 +190,14 @@ class PlannedFactory(Factory):
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
             model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c.parallel)
+        is_adapted = pretrained is not None and is_adapter(pretrained)
+        lora = None if is_adapted else lora  # as `BaseModel`: its own adapter is trained
         with torch.device("meta"):
             how = dict(
                 lora=lora, dtype=dtype or kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation
             )
             model = model_class(None, model_config, **how, **options)
-            if pretrained is not None and is_adapter(pretrained):
+            if is_adapted:
                 add_adapter(model, pretrained)
         if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -1,5 +1,8 @@
 """Frozen weights that models have in common are in memory once, and those that train or differ never are."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -170,3 +173,16 @@ def test_of_8_bits_only_what_is_not_quantized_is_shared(tmp_path):
     shared = SharedWeights()
     shared.share(one)
     assert shared.share(other) == sum(p.nbytes for p in frozen(other) if type(p) is nn.Parameter)
+
+
+def test_a_model_that_is_gone_leaves_nothing(tmp_path):
+    """Such as a reference whose log-probs have been computed once and for all."""
+    base = make_base(tmp_path / "base")
+    shared = SharedWeights()
+    model = Actor(base).requires_grad_(False)
+    shared.share(model)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+    assert shared.share(Critic(base, lora=LORA)) == 0
