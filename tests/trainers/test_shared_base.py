@@ -135,16 +135,26 @@ def test_weights_that_are_replaced_during_a_run_are_no_other_model_s(tiny_world,
     make("grpo", tiny_world, runtime, tmp_path / "grpo", **how, refresh_reference=1).train()
     actor, reference, reward = models
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), reference.parameters(), strict=True))
-    stored = RewardModel(tmp_path / "reward")
-    assert all(torch.equal(*pair) for pair in zip(reward.parameters(), stored.parameters(), strict=True))
-    assert storages(reference).keys().isdisjoint(storages(actor, reward))
+    assert_stored(reward, tmp_path / "reward")
 
-    models.clear()
-    how = dict(teacher="self", teacher_ema=0.5, lora_rank=4, steps=1, eval_data=[])
-    make("distill", tiny_world, runtime, tmp_path / "distill", **how).train()
-    of_teacher, of_student = (dict(model.named_parameters()) for model in models)
+    how = dict(teacher="self", teacher_ema=0.5, rewards=how["rewards"], steps=1, eval_data=[])
+    make("distill", tiny_world, runtime, tmp_path / "all weights", **how).train()
+    teacher, student, reward = models[3:]
+    assert not any(torch.equal(*pair) for pair in zip(teacher.parameters(), student.parameters(), strict=True))
+    assert_stored(reward, tmp_path / "reward")
+
+    make("distill", tiny_world, runtime, tmp_path / "adapters", **how, lora_rank=4).train()
+    teacher, student, reward = models[6:]
+    assert_stored(reward, tmp_path / "reward")
+    of_teacher, of_student = (dict(model.named_parameters()) for model in (teacher, student))
     for name, parameter in of_student.items():
         assert (of_teacher[name] is parameter) == (not parameter.requires_grad), name
+
+
+def assert_stored(model, folder: Path):
+    """A reward model is what its folder has."""
+    stored = RewardModel(folder)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), stored.parameters(), strict=True))
 
 
 def test_with_all_weights_trained_nothing_that_trains_is_shared(tiny_world, runtime, tmp_path, monkeypatch):
