@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from coati.models import LoraSettings, RewardModel
+from coati.models import Actor, LoraSettings, RewardModel
 from coati.models.shared_weights import SharedWeights
 from coati.parallel import make_engine
 from coati.tracking import read_metrics
@@ -137,10 +137,12 @@ def test_weights_that_are_replaced_during_a_run_are_no_other_model_s(tiny_world,
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), reference.parameters(), strict=True))
     assert_stored(reward, tmp_path / "reward")
 
-    how = dict(teacher="self", teacher_ema=0.5, rewards=how["rewards"], steps=1, eval_data=[])
+    how = dict(rewards=how["rewards"], steps=2, eval_data=[], teacher="self", teacher_ema=0.5)
+    how |= dict(teacher_prompt="never {prompt}", max_length=128)
     make("distill", tiny_world, runtime, tmp_path / "all weights", **how).train()
     teacher, student, reward = models[3:]
-    assert not any(torch.equal(*pair) for pair in zip(teacher.parameters(), student.parameters(), strict=True))
+    start = Actor(tiny_world["policy"])
+    assert not any(torch.equal(*pair) for pair in zip(teacher.parameters(), start.parameters(), strict=True))
     assert_stored(reward, tmp_path / "reward")
 
     make("distill", tiny_world, runtime, tmp_path / "adapters", **how, lora_rank=4).train()
