@@ -138,7 +138,7 @@ def test_weights_that_are_replaced_during_a_run_are_no_other_model_s(tiny_world,
     assert_stored(reward, tmp_path / "reward")
 
     how = dict(rewards=how["rewards"], steps=2, eval_data=[], teacher="self", teacher_ema=0.5)
-    how |= dict(teacher_prompt="never {prompt}", max_length=128)
+    how |= dict(teacher_prompt="never {prompt}", max_length=128, on_policy_share=1.0)
     make("distill", tiny_world, runtime, tmp_path / "all weights", **how).train()
     teacher, student, reward = models[3:]
     start = Actor(tiny_world["policy"])
