@@ -26,13 +26,14 @@ def same_weight(new: nn.Parameter, known: nn.Parameter) -> bool:
     """
     if new is known:
         return True
-    kinds = {type(new), type(known)}
     state, known_state = (getattr(weight, "quant_state", None) for weight in (new, known))
     if state is not None and known_state is not None:
         return _same_values(state.as_dict(), known_state.as_dict()) and _same_bits(new.data, known.data)
-    if kinds != {nn.Parameter} or new.is_floating_point() != known.is_floating_point():
+    if type(new) is not nn.Parameter or type(known) is not nn.Parameter or new.shape != known.shape:
         return False
-    return new.shape == known.shape and _same_bits(new.data.to(known.device, known.dtype), known.data)
+    if new.is_floating_point() != known.is_floating_point():
+        return False
+    return _same_bits(new.data.to(known.device, known.dtype), known.data)
 
 
 class SharedWeights:
@@ -47,8 +48,8 @@ class SharedWeights:
         self.known: dict[str, list[weakref.ref[nn.Parameter]]] = {}
 
     def share(self, model: BaseModel) -> int:
-        """Gives a model the known weights in place of its own frozen ones that are the same; the others are known from
-        now on, as long as they live. Nothing may write to them.
+        """Gives a model the known weights in place of those of its frozen ones that are the same; the others are known
+        from now on, as long as they live. Nothing may write to them.
 
         Returns:
             The bytes of the weights that it has given up.
