@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coati.models.base import BaseModel
 
-WRAPPERS = ("base_layer", "original_module")  # of peft, around a weight that an adapter leaves as it is
+WRAPPERS = ("base_layer", "original_module", "token_adapter")  # of peft, around weights that an adapter leaves alone
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 

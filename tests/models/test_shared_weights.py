@@ -5,10 +5,12 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from coati.models import Actor, Critic, LoraSettings, RewardModel
 from coati.models.shared_weights import SharedWeights
+from tests.distributed.world import family_config
 from tests.models.families import FAMILIES, padded, rows, tiny_config
 from tests.models.test_lora import with_noise
 from tests.models.test_quantized import quantized
@@ -88,6 +90,26 @@ def test_models_of_another_base_share_with_their_own_kind(tmp_path):
     saved = [shared.share(model) for model in models]
     assert saved[1] == sum(p.nbytes for p in frozen(models[1]) if p.ndim == 1), "norms begin as ones"
     assert saved[2] == sum(p.nbytes for p in frozen(models[2]))
+
+
+def test_a_base_is_the_same_whatever_its_adapters_wrap(tmp_path):
+    """Other layers, embeddings that train whole or in part, experts."""
+    base = make_base(tmp_path / "base")
+    models = [Critic(base).requires_grad_(False)]
+    for more in ({}, dict(modules_to_save=["embed_tokens"]), dict(trainable_token_indices=[1, 2])):
+        models.append(Actor(base))
+        models[-1].model = get_peft_model(models[-1].model, LoraConfig(target_modules=["q_proj"], **more))
+    shared = SharedWeights()
+    saved = [shared.share(model) for model in models]
+    head = models[1].transformer.get_output_embeddings().weight
+    assert saved[1:] == [sum(p.nbytes for p in frozen(models[1])) - n for n in (head.nbytes, 0, 0)]
+
+    torch.manual_seed(0)
+    Actor(config=family_config("mixtral", 60)).save_pretrained(tmp_path / "experts")
+    shared, experts = SharedWeights(), LoraSettings(2, target_modules=["all-linear", "gate_up_proj", "down_proj"])
+    models = [Actor(tmp_path / "experts", lora=LORA), Critic(tmp_path / "experts", lora=experts)]
+    assert [shared.share(model) for model in models] == [0, sum(p.nbytes for p in frozen(models[1]))]
+    assert models[1](*BATCH).isfinite().all()
 
 
 def test_weights_that_train_are_never_shared(tmp_path):
