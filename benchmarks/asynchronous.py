@@ -1,12 +1,12 @@
 """GRPO with generators beside GRPO without, on the same cores: samples a second, and what each side waited for.
 
-    python benchmarks/asynchronous.py            # a quarter of an hour on two idle cores; one JSON line
+    python benchmarks/asynchronous.py            # half an hour on two idle cores; one JSON line
     python benchmarks/asynchronous.py --save     # and writes results/asynchronous.json and docs/asynchronous.md's table
 
 `responses`: a random Llama of 5.8 M parameters writes responses of very different lengths (geometric, 58 tokens in the
-mean, 256 at most). `tools`: one of 0.4 M parameters plays episodes of six turns, with an environment that takes 100 ms
-per turn. The first two iterations of each run are not counted, nor are the last ones of runs that are ahead, which have
-nothing left to sample.
+mean, 256 at most). `long`: one of 0.4 M parameters writes 170 in the mean and 1,024 at most, so that an iteration waits
+for few. `tools`: the same plays episodes of six turns, with an environment that takes 100 ms per turn. The first two
+iterations of each run are not counted, nor are the last ones of runs that are ahead, which have nothing left to sample.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from examples.stages import environment, fill_figures, table_of  # noqa: E402
 
 LARGE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048)
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
-STOPS = 35  # words that end a response, of 2,048
-TOOL_STOPS = 400  # and of 1,024: a response that is cut would end its episode
+SMALL |= dict(max_position_embeddings=2048)
 RESPONSES = 64
 WARM_UP = 2  # iterations
-TASKS = ("responses", "tools")
+TASKS = ("responses", "long", "tools")
+SIZES = {"responses": LARGE, "long": SMALL, "tools": SMALL}
+# how many words of the vocabulary end a response; of tools many, as a response that is cut would end its episode
+ENDS = {"responses": 35, "long": 6, "tools": 400}
+LONGEST = {"responses": 256, "long": 1024, "tools": 16}
 
 # An episode of six turns; the tool takes its time
 TOOL = """import asyncio
@@ -55,12 +58,14 @@ class Tool:
 
 @dataclass(frozen=True)
 class Way:
-    """How a run is started: processes that train and that generate, threads of each, iterations ahead."""
+    """How a run is started: processes that train and that generate, threads of each, iterations ahead, and whether
+    responses are drawn in parts."""
 
     processes: int
     generators: int
     threads: int
     ahead: int = 0
+    in_parts: bool = False
 
 
 WAYS = {
@@ -68,7 +73,15 @@ WAYS = {
     "synchronous, 2 processes": Way(2, 0, 1),
     "1 generator, 1 ahead": Way(1, 1, 1, 1),
 }
-WITH_TOOLS = WAYS | {"4 generators, 4 ahead": Way(1, 4, 1, 4)}
+FURTHER = {
+    "responses": {},
+    "long": {
+        "1 generator, 4 ahead": Way(1, 1, 1, 4),
+        "1 generator, 4 ahead, in parts": Way(1, 1, 1, 4, in_parts=True),
+        "2 generators, 4 ahead": Way(1, 2, 1, 4),
+    },
+    "tools": {"4 generators, 4 ahead": Way(1, 4, 1, 4)},
+}
 
 
 def settings_of(task: str, folder: Path) -> dict:
@@ -82,19 +95,31 @@ def settings_of(task: str, folder: Path) -> dict:
         learning_rate=1e-5,
         eval_every=0,
         save_every=0,
+        max_new_tokens=LONGEST[task],
         progress="off",
     )
     if task == "tools":
-        limits = dict(max_turns=6, max_tokens=256, max_new_tokens=16, stop=[f" w{i}" for i in range(TOOL_STOPS)])
-        return common | limits | dict(environment=f"{folder}/tool.py:Tool")
-    stops = [f" w{i}" for i in range(STOPS)]
-    rewards = [dict(type="function", path=f"{folder}/reward.py:reward")]
-    return common | dict(max_new_tokens=256, stop=stops, rewards=rewards)
+        return common | dict(environment=f"{folder}/tool.py:Tool", max_turns=6, max_tokens=256)
+    return common | dict(rewards=[dict(type="function", path=f"{folder}/reward.py:reward")])
+
+
+def write_world(task: str, folder: Path):
+    """The policy, its prompts, what rewards it and what it talks to."""
+    from transformers import GenerationConfig
+
+    write_models(folder, SIZES[task], PLAIN)
+    first = 4  # the tokens before it are special
+    ends = list(range(first, first + ENDS[task]))
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder / "policy")
+    write_rows(folder / "rows.jsonl", ({"prompt": words(i, 32)} for i in range(2000)))
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "tool.py").write_text(TOOL)
 
 
 def measure(task: str, way: Way, folder: Path, output: Path, iterations: int) -> dict:
     """Samples a second, and the median seconds of an iteration's parts."""
-    settings = settings_of(task, folder) | dict(output_dir=output, steps=iterations, max_staleness=way.ahead)
+    settings = settings_of(task, folder) | dict(output_dir=output, steps=iterations)
+    settings |= dict(max_staleness=way.ahead, partial_rollouts=way.in_parts)
     command = [sys.executable, "-m", "coati.cli", "run", "--nproc_per_node", str(way.processes)]
     command += ["--generators", str(way.generators), str(ROOT / "examples/train_grpo.py"), *as_flags(settings)]
     variables = environment() | {"OMP_NUM_THREADS": str(way.threads)}
@@ -104,7 +129,7 @@ def measure(task: str, way: Way, folder: Path, output: Path, iterations: int) ->
     rows = read_metrics(output)
     counted = rows[WARM_UP : len(rows) - way.ahead]
     seconds = counted[-1]["time"] - rows[WARM_UP - 1]["time"]
-    parts = {name for name in counted[0] if name.startswith("seconds/")}
+    parts = {name for name in counted[0] if name.startswith("seconds/")} | {"response_length"}
     return {"samples_per_second": len(counted) * RESPONSES / seconds} | {
         name: statistics.median(row[name] for row in counted) for name in sorted(parts)
     }
@@ -119,14 +144,11 @@ def main():
     options = parser.parse_args()
     result: dict = {"machine": machine(2), "iterations": options.iterations, "rounds": options.rounds}
     for task in options.tasks:
-        ways = WITH_TOOLS if task == "tools" else WAYS
+        ways = WAYS | FURTHER[task]
         runs: dict[str, list[dict]] = {name: [] for name in ways}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "world"
-            write_models(folder, SMALL if task == "tools" else LARGE, PLAIN)
-            write_rows(folder / "rows.jsonl", ({"prompt": words(i, 32)} for i in range(2000)))
-            (folder / "reward.py").write_text(REWARD)
-            (folder / "tool.py").write_text(TOOL)
+            write_world(task, folder)
             for i in range(options.rounds):
                 for way in ways:
                     runs[way].append(measure(task, ways[way], folder, folder / f"{way} {i}", options.iterations))

@@ -1,12 +1,12 @@
 """How much of a judge's time is hidden behind generation: how long an iteration waits for verdicts once its last
 response has ended, as training logs it (`seconds/reward_wait`).
 
-    python benchmarks/judging.py               # six minutes on two cores; one JSON line
+    python benchmarks/judging.py               # eight minutes on two cores; one JSON line
     python benchmarks/judging.py --save        # and writes benchmarks/results/judging.json
 
 256 responses are generated, 64 of them at a time, by the model of generation.py. The judge is a process of its own that
-gives a verdict after some seconds, drawn log-normally; 16 requests wait at a time. A case is the median of these seconds
-and about how many tokens end a response (of which there are four times as many at most). Of each:
+gives a verdict after some seconds, drawn log-normally; 16 requests wait at a time. A case is the median of the seconds,
+and the tokens after which a response ends or so (four times as many at most). Of each:
 
 - `generate`: seconds of generation, while verdicts are asked for.
 - `wait`: from the end of the last response to the last verdict.

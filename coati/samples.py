@@ -37,7 +37,8 @@ class Sample:
             read); None where that was not asked for.
         finish_reason: "eos", "stop" (a stop text or id) or "length"; of an episode "done", "length" (of its tokens, or
             of a response), "turns" (no more are allowed) or "failed" (its environment has).
-        weights_version: the iteration whose weights sampled it.
+        weights_version: the iteration whose weights sampled it, or its last part.
+        parts: of a response that several versions have drawn, each part's end, as a place in `tokens`, and version.
         rewards: each reward by name, unweighted; per-token rewards are summed; None where it was skipped.
         details: what rewards told beside their scores, by `NAME/DETAIL`.
         failed: of the rewards that may fail for one sample, whether they could not score it.
@@ -55,6 +56,7 @@ class Sample:
     log_probs: list[float] | None
     finish_reason: str
     weights_version: int = 0
+    parts: list[list[int]] = field(default_factory=list)
     heads: list[tuple[Any, Any]] = field(default_factory=list)
     routing: Any = None
     rewards: dict[str, float | None] = field(default_factory=dict)

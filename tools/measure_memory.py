@@ -1,8 +1,9 @@
 """Writes the tables of docs/memory.md: plans beside measured peaks, and what fits where.
 
-    python tools/measure_memory.py            # both tables, half an hour on two cores
+    python tools/measure_memory.py            # all tables, three quarters of an hour on two cores
     python tools/measure_memory.py measure    # or one of them
     python tools/measure_memory.py fit
+    python tools/measure_memory.py long
 
 Each case is a real run of two steps. Its peak is that of torch's own allocator, which reports
 every block it hands out and takes back to the profiler: exact, unlike the resident memory of a process.
@@ -33,6 +34,8 @@ SHAPES = {  # Llama 2 7B and 13B, Llama 3 70B
     "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     | dict(num_key_value_heads=8, vocab_size=128256),
 }
+LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+LLAMA_3_8B |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)
 LEAN = dict(gradient_checkpointing=True)
 RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains something else
     ("zero2", dict(plugin="zero2")),
@@ -51,6 +54,18 @@ RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains somethi
     ),
     ("zero2, LoRA, checkpointing, micro-batch 1", dict(plugin="zero2", lora_rank=32, micro_batch_size=1, **LEAN)),
 ]
+
+
+LONG = {  # ways to train on long rows
+    "zero2": dict(plugin="zero2"),
+    "zero2, checkpointing": dict(plugin="zero2", **LEAN),
+    "gemini, checkpointing": dict(plugin="gemini", **LEAN),
+    "zero1, tensor_parallel 8, checkpointing": dict(plugin="zero1", tensor_parallel=8, **LEAN),
+    "zero1, sequence_parallel 8": dict(plugin="zero1", sequence_parallel=8),
+    "zero1, sequence_parallel 8, checkpointing": dict(plugin="zero1", sequence_parallel=8, **LEAN),
+    "zero1, sequence_parallel 8, LoRA, checkpointing": dict(plugin="zero1", sequence_parallel=8, lora_rank=32, **LEAN),
+}
+LONG_ROWS = (8192, 32768, 131072)  # tokens
 
 
 @dataclass(frozen=True)
@@ -301,6 +316,28 @@ def fit_table() -> str:
     return "\n".join(lines)
 
 
+def long_table() -> str:
+    """The peak of SFT on 8 GPUs by the length of its rows."""
+    from transformers import LlamaConfig
+
+    from coati.config import configure
+    from coati.planner.dry_run import Workload, plan
+    from coati.trainers.config import SFTConfig
+
+    lines = [f"| | {' | '.join(f'{tokens:,} tokens' for tokens in LONG_ROWS)} |", "|---" * (1 + len(LONG_ROWS)) + "|"]
+    for words, settings in LONG.items():
+        cells = []
+        for tokens in LONG_ROWS:
+            config = configure(
+                SFTConfig, precision="bf16", batch_size=8, micro_batch_size=1, max_length=tokens, **settings
+            )
+            peak = plan(Workload("sft", config, LlamaConfig(**LLAMA_3_8B), 8)).peak.total() / 2**30
+            cells.append(f"{peak:.0f} GiB")
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 def write(table: str, number: int):
     """Puts a table into its place in docs/memory.md."""
     page = ROOT / "docs" / "memory.md"
@@ -321,10 +358,12 @@ def main(which: list[str]):
             sys.exit(f"more than 15 % off: {far}")
     if "fit" in which:
         write(fit_table(), 2)
+    if "long" in which:
+        write(long_table(), 3)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         work(Path(sys.argv[2]))
     else:
-        main(sys.argv[1:] or ["measure", "fit"])
+        main(sys.argv[1:] or ["measure", "fit", "long"])

@@ -49,6 +49,12 @@ def page() -> str:
         "generation", GenerationConfig, note="Of SFT's samples, and of the responses of PPO, GRPO and the rest."
     )
     text += table(
+        "evaluation of responses",
+        config.RolloutEvaluationConfig,
+        ["eval_temperature"],
+        note="Of PPO, GRPO and the rest, in the section `evaluation`.",
+    )
+    text += table(
         "environment", EnvironmentConfig, note="Of PPO, GRPO and the rest; see [environments](environments.md)."
     )
     text += table("generators", GeneratorsConfig, note="Of PPO, GRPO and the rest; see [generators](asynchronous.md).")

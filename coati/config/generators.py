@@ -15,6 +15,10 @@ class GeneratorsConfig(Settings):
         ge=0,
         common=True,
     )
+    partial_rollouts: bool = option(
+        False,
+        "responses are drawn in max_staleness parts, each with newer weights, so that sampling waits for no long one",
+    )
     weights_folder: str | None = option(
         None,
         "where versions of the weights are written for generators, a folder of its own, such as one in /dev/shm on one "

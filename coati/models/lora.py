@@ -1,6 +1,7 @@
 """Low-rank adapters, through peft."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class LoraSettings:
     Attributes:
         variant: `lora`; `rslora` (2312.03732), which divides alpha by the square root of the rank; `dora` (2402.09353,
             eq. 5), which scales each row of that sum to a length that trains.
+        modules_to_save: modules beside those that train whole.
     """
 
     rank: int
@@ -26,6 +28,7 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     variant: str = "lora"
+    modules_to_save: list[str] = field(default_factory=list)
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
@@ -39,6 +42,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
+    whole = _modules_to_save(model, settings.modules_to_save)
     names = settings.target_modules
     modules: str | list[str] = "all-linear" if names == ["all-linear"] else names
     parameters: list[str] = []
@@ -55,12 +59,27 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         target_parameters=parameters or None,
         use_rslora=settings.variant == "rslora",
         use_dora=settings.variant == "dora",
+        modules_to_save=whole or None,
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # tied embeddings that train whole are no longer tied
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            return get_peft_model(model, config)
     except ValueError as error:
         layers = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"lora_target_modules {names} match nothing; this model has {', '.join(layers)}") from error
+
+
+def _modules_to_save(model: nn.Module, names: list[str]) -> list[str]:
+    """The names of modules that a model has: one without a head, such as a critic's, may lack some."""
+    there = [name for name in names if any(_is_named(module, [name]) for module, _ in model.named_modules())]
+    if there != names and model.get_output_embeddings() is not None:
+        lacking = next(name for name in names if name not in there)
+        children = sorted(
+            {name.rpartition(".")[2] for name, _ in model.named_modules() if not name[-1:].isdigit()} - {""}
+        )
+        raise UserError(f"lora_modules_to_save {lacking} matches nothing; this model has {', '.join(children)}")
+    return there
 
 
 def experts_note(model: nn.Module, settings: LoraSettings) -> str | None:

@@ -9,13 +9,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coati.config.generation import GenerationConfig
 from coati.rollout.batch import RolloutBatch
 from coati.rollout.remote import WeightVersions
 from coati.rollout.sampler import Prompt
 from coati.rollout.source import Generated, Scored, ScoredGeneration, SynchronousRollouts
+from coati.samples import Sample
+
+if TYPE_CHECKING:
+    from coati.rollout.partial import GenerationInParts
 
 
 class GenerationAhead:
@@ -23,13 +27,26 @@ class GenerationAhead:
 
     Attributes:
         begun: what has begun, by version and prompts.
+        upcoming: the first iteration that hasn't been begun ahead.
         waited: seconds that `sample` has waited for generators in all.
     """
 
     def __init__(self, generation: ScoredGeneration):
         self.generation, self.sampler, self.scorer = generation, generation.sampler, generation.scorer
         self.begun: dict[tuple, Future[Generated]] = {}
-        self.waited = 0.0
+        self.upcoming, self.waited = 0, 0.0
+
+    def prepare(self, k: int, rollouts: SynchronousRollouts, iterations: int):
+        """Begins the iterations that may be sampled while iteration k trains.
+
+        Args:
+            iterations: of the whole run.
+        """
+        if rollouts.staleness == 0:  # refills may change which prompts there are
+            return
+        for i in range(max(k, self.upcoming), min(k + rollouts.staleness + 1, iterations)):
+            self.begin(rollouts.prompts_of(i), rollouts.sampling(i), rollouts.version_of(i))
+            self.upcoming = i + 1
 
     def begin(self, prompts: Sequence[Prompt], sampling: GenerationConfig, version: int):
         """Has these sampled, unless that has begun."""
@@ -45,6 +62,13 @@ class GenerationAhead:
         self.waited += time.monotonic() - started
         return self.generation.score(generated)
 
+    def state(self, k: int, ranks) -> dict[str, Any]:
+        """What must be saved to resume at iteration k: nothing, as samples are found in the journal or drawn again."""
+        return {}
+
+    def load_state(self, state: dict[str, Any], k: int, rollouts: SynchronousRollouts):
+        pass
+
 
 class AsynchronousRollouts:
     """A `RolloutSource` whose samples come from generators.
@@ -56,38 +80,53 @@ class AsynchronousRollouts:
         iterations: of the whole run.
 
     Attributes:
-        upcoming: the first iteration that hasn't been begun ahead.
+        done: iterations whose samples have been given.
     """
 
     def __init__(
-        self, rollouts: SynchronousRollouts, ahead: GenerationAhead, versions: WeightVersions, iterations: int
+        self,
+        rollouts: SynchronousRollouts,
+        ahead: "GenerationAhead | GenerationInParts",
+        versions: WeightVersions,
+        iterations: int,
     ):
         self.rollouts, self.ahead, self.versions, self.iterations = rollouts, ahead, versions, iterations
-        self.upcoming = 0
+        self.done = 0
 
     def next(self, k: int) -> tuple[RolloutBatch, dict[str, float]]:
         """See `RolloutSource`."""
         started = time.monotonic()
         size = self.versions.publish(k)
         published, waited = time.monotonic(), self.ahead.waited
-        staleness = self.rollouts.staleness
-        if staleness:  # else refills may change which prompts there are
-            for i in range(max(k, self.upcoming), min(k + staleness + 1, self.iterations)):
-                prompts = self.rollouts.prompts_of(i)
-                self.ahead.begin(prompts, self.rollouts.sampling(i), self.rollouts.version_of(i))
-                self.upcoming = i + 1
+        self.ahead.prepare(k, self.rollouts, self.iterations)
         batch, metrics = self.rollouts.next(k)
+        self.done = k + 1
         of_generators = {"seconds/publish": published - started, "bytes/publish": size}
         of_generators["seconds/wait"] = self.ahead.waited - waited
-        if staleness:
-            metrics["staleness"] = k - self.rollouts.version_of(k)
+        if self.rollouts.staleness:
+            metrics["staleness"] = mean_staleness(batch.samples, k, self.rollouts.ranks)
         return batch, metrics | of_generators
 
     def state(self) -> dict[str, Any]:
-        return self.rollouts.state()
+        return self.rollouts.state() | self.ahead.state(self.done, self.rollouts.ranks)
 
     def load_state(self, state: dict[str, Any], k: int):
         self.rollouts.load_state(state, k)
+        self.ahead.load_state(state, k, self.rollouts)
+        self.done = k
+
+
+def mean_staleness(samples: Sequence[Sample], k: int, ranks) -> float:
+    """How many iterations before iteration k the weights were made that have drawn a token, on average over all ranks'
+    sampled tokens."""
+    tokens = behind = 0.0
+    for sample in samples:
+        start = 0
+        for end, version in sample.parts or [[len(sample.tokens), sample.weights_version]]:
+            drawn = sum(sample.response_mask[start:end])
+            tokens, behind, start = tokens + drawn, behind + drawn * (k - version), end
+    total = ranks.sum_metrics([{"tokens": tokens, "behind": behind}])
+    return total["behind"] / total["tokens"]
 
 
 def key_of(prompts: Sequence[Prompt], version: int) -> tuple:

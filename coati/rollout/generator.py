@@ -16,7 +16,7 @@ class Request:
     Attributes:
         prompt: token ids.
         seed: of this response's noise: the same seed gives the same response in any batch.
-        max_new_tokens: its longest response, if not that of the configuration.
+        max_new_tokens: its longest response, if not that of the configuration; without what has begun.
         states: of a completion that the prompt goes on from, see `Completion`: its part of the prompt is not read
             again. For the weights that it was sampled with.
         heads: of how many of the most likely tokens the log-probs are wanted too, wherever one is sampled; the same for
@@ -24,6 +24,8 @@ class Request:
         with_routing: whether it is wanted which experts the tokens go to; the same for all requests of a call. By
             coati's engine only, and not with states.
         keep_states: whether the completion's are kept, so that another request can go on from it.
+        begun: how many of the prompt's last tokens are of the response already: its noise, stop texts and
+            `min_new_tokens` go on from there. vLLM's noise is another one then.
     """
 
     prompt: Sequence[int]
@@ -34,6 +36,7 @@ class Request:
     heads: int = 0
     with_routing: bool = False
     keep_states: bool = False
+    begun: int = 0
 
 
 @dataclass

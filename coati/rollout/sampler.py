@@ -18,6 +18,8 @@ class Prompt:
     Attributes:
         row: number of the data's row; seed: of the response's noise.
         input_ids, text, columns: of the row, as `coati.data.PromptSample` has them.
+        begun: how many of the last of `input_ids` are of the response already.
+        max_new_tokens: how many more it may have, if not as many as the sampling says.
     """
 
     row: int
@@ -25,6 +27,8 @@ class Prompt:
     input_ids: list[int]
     text: str
     columns: dict[str, Any]
+    begun: int = 0
+    max_new_tokens: int | None = None
 
     @classmethod
     def from_sample(cls, sample: Sample) -> "Prompt":
@@ -123,18 +127,23 @@ class ResponseSampler:
                 on_sample(i, samples[i])
 
         asked = dict(heads=self.heads, with_routing=self.with_routing)
-        requests = [Request(prompt.input_ids, prompt.seed, **asked) for prompt in prompts]
+        requests = [
+            Request(prompt.input_ids, prompt.seed, prompt.max_new_tokens, begun=prompt.begun, **asked)
+            for prompt in prompts
+        ]
         self.generator.generate(requests, sampling, finish)
         return Sampled(samples)
 
     def _sample(self, prompt: Prompt, completion: Completion, version: int) -> Sample:
+        """A sample whose response mask and log-probs are of what was drawn now; its text is of the whole response."""
         asked, sampled = len(prompt.input_ids), len(completion.ids)
         known = completion.log_probs is not None
+        response = [*prompt.input_ids[asked - prompt.begun :], *completion.ids]
         return Sample(
             row=prompt.row,
             columns=prompt.columns,
             prompt=prompt.text,
-            response=response_text(self.tokenizer, completion.ids, self.ends).strip(),
+            response=response_text(self.tokenizer, response, self.ends).strip(),
             tokens=[*prompt.input_ids, *completion.ids],
             response_mask=[False] * asked + [True] * sampled,
             log_probs=[0.0] * asked + completion.log_probs if known else None,

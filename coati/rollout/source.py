@@ -19,6 +19,7 @@ from coati.samples import Sample, SampleGroup
 
 if TYPE_CHECKING:
     from coati.rollout.ahead import GenerationAhead
+    from coati.rollout.partial import GenerationInParts
 
 
 class RolloutSource(Protocol):
@@ -113,8 +114,10 @@ class SynchronousRollouts:
     """Iteration k's prompts are completed when they are asked for.
 
     With `max_refills` (dynamic sampling, DAPO, 2503.14476, section 3.2) groups whose samples all have the same reward
-    are replaced by groups of further prompts, up to so many times. With `rest_epochs` the prompts of such groups, which
-    are too easy or too hard to learn from, are left out for so many epochs.
+    are replaced by groups of further prompts, up to so many times. With `oversampling` more groups are drawn at a time
+    than are missing; those that come first in the data are taken, not those that end first, so that short responses
+    are not favored, and the others are drawn anew in the next iteration. With `rest_epochs` the prompts of groups with
+    the same reward, which are too easy or too hard to learn from, are left out for so many epochs.
 
     Args:
         data: rows of `PromptSample`.
@@ -122,6 +125,7 @@ class SynchronousRollouts:
         ranks: those that see different data (`Communicator`).
         sampling: how iteration k's tokens are drawn.
         max_refills: None for no dynamic sampling.
+        oversampling: groups that dynamic sampling draws for each that is missing.
         staleness: how many iterations older than the current weights those are that sample.
 
     Attributes:
@@ -131,7 +135,7 @@ class SynchronousRollouts:
 
     def __init__(
         self,
-        generation: "ScoredGeneration | GenerationAhead",
+        generation: "ScoredGeneration | GenerationAhead | GenerationInParts",
         data,
         order,
         shape: RolloutShape,
@@ -142,12 +146,14 @@ class SynchronousRollouts:
         pad_id: int,
         device,
         max_refills: int | None = None,
+        oversampling: float = 1.0,
         rest_epochs: int = 0,
         staleness: int = 0,
     ):
         self.generation, self.data, self.order, self.shape, self.ranks = generation, data, order, shape, ranks
         self.seed, self.sampling, self.pad_id, self.device = seed, sampling, pad_id, device
-        self.max_refills, self.rest_epochs, self.position = max_refills, rest_epochs, order.start[1]
+        self.max_refills, self.oversampling = max_refills, oversampling
+        self.rest_epochs, self.position = rest_epochs, order.start[1]
         self.staleness = staleness
         self.resting: dict[int, int] = {}
 
@@ -190,31 +196,37 @@ class SynchronousRollouts:
         return groups, metrics | ({"equal_groups": equal / self.shape.prompts} if self.shape.group_size > 1 else {})
 
     def _sample_unequal(self, k: int) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Dynamic sampling: all ranks see all groups and choose alike."""
+        """Dynamic sampling: all ranks see all groups and choose alike, in the order of the data."""
         wanted, world, rank = self.shape.prompts, self.ranks.world_size, self.ranks.rank
-        kept: list[SampleGroup] = []
-        spare: list[SampleGroup] = []
+        start = self.position
         drawn: list[tuple[int, int]] = []
+        groups: list[SampleGroup] = []  # of what was drawn
+        places: list[int] = []  # of those that don't have equal rewards
+        of_this_rank: list[tuple[int, SampleGroup]] = []  # with their places
         rounds: list[Scored] = []
-        counted: list[Sample] = []
-        while len(kept) < wanted and len(rounds) <= self.max_refills:
-            new = self._draw(drawn, wanted - len(kept))
+        while len(places) < wanted and len(rounds) <= self.max_refills:
+            new = self._draw(drawn, math.ceil((wanted - len(places)) * self.oversampling))
+            own_places = range(len(drawn) + rank, len(drawn) + len(new), world)
             drawn += new
             # ranks complete equally many prompts; the copies that fill up are left out
             filled = new + new[:1] * (-len(new) % world)
             prompts = self._prompts(k, filled[rank::world])
             rounds.append(self.generation.sample(prompts, self.sampling(k), self.version_of(k)))
-            of_this_rank = self._groups(rounds[-1].samples)
-            counted += [sample for group in of_this_rank[: len(new[rank::world])] for sample in group.samples]
-            by_turn = zip(*self.ranks.gather(of_this_rank), strict=True)
-            for group in [group for turn in by_turn for group in turn][: len(new)]:
-                if group.all_equal:
-                    spare.append(group)
-                else:
-                    kept.append(group)
+            found = self._groups(rounds[-1].samples)
+            of_this_rank += zip(own_places, found, strict=False)
+            by_turn = zip(*self.ranks.gather(found), strict=True)
+            groups += [group for turn in by_turn for group in turn][: len(new)]
+            places = [place for place, group in enumerate(groups) if not group.all_equal]
+        used = places[wanted - 1] + 1 if len(places) >= wanted else len(drawn)
+        if used < len(drawn):  # what is drawn after the last group that is needed comes again
+            self.position = start
+            self._draw([], used)
+        kept, spare = ([group for group in groups[:used] if group.all_equal == equal] for equal in (False, True))
         chosen = self.shape.of_rank((kept + spare)[:wanted], rank, world)
+        counted = [sample for place, group in of_this_rank if place < used for sample in group.samples]
         metrics = self._metrics(counted) | seconds_of(rounds) | self._rest(kept + spare)
-        return chosen, metrics | {"equal_groups": len(spare) / len(drawn), "refills": len(rounds) - 1}
+        metrics |= {"equal_groups": len(spare) / used, "refills": len(rounds) - 1}
+        return chosen, metrics | ({"unused_groups": 1 - used / len(drawn)} if self.oversampling > 1 else {})
 
     def _metrics(self, samples: list[Sample]) -> dict[str, float]:
         metrics = sample_metrics(samples, self.ranks)

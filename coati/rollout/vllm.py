@@ -87,7 +87,8 @@ class VLLMEngine:
         self.check(requests, llm.llm_engine.model_config.max_model_len)
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         outputs = self.run(llm, prompts, [self.parameters(request) for request in requests])
-        return notify_done([self.completion(output.outputs[0]) for output in outputs], on_done)
+        done = [self.completion(*pair) for pair in zip(requests, outputs, strict=True)]
+        return notify_done(done, on_done)
 
     def run(self, llm, prompts: list[dict], parameters: list) -> list:
         try:
@@ -118,6 +119,9 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         c, limit = self.config, self.limit(request)
+        entropy = [request.seed] if isinstance(request.seed, int) else list(request.seed)
+        if request.begun:  # else its noise would be that of the tokens that have begun
+            entropy.append(request.begun)
         return SamplingParams(
             temperature=float(c.temperature > 0),  # the logits have been divided by it
             top_k=c.top_k,
@@ -125,18 +129,20 @@ class VLLMEngine:
             min_p=c.min_p,
             repetition_penalty=c.repetition_penalty,
             max_tokens=limit,
-            min_tokens=min(c.min_new_tokens, limit),
+            min_tokens=min(max(c.min_new_tokens - request.begun, 0), limit),
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # the model's own: `eos_ids` are all there are
-            seed=int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1),
+            seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1),
             logprobs=0,  # of the sampled token only
             detokenize=False,
         )
 
-    def completion(self, output) -> Completion:
+    def completion(self, request: Request, output) -> Completion:
+        output = output.outputs[0]
         ids, count, stopped = list(output.token_ids), len(output.token_ids), False
         if self.stop:
-            stops = self.stop([ids[:n] for n in range(1, count + 1)])
+            begun = list(request.prompt[-request.begun :]) if request.begun else []
+            stops = self.stop([begun + ids[:n] for n in range(1, count + 1)])
             stopped = any(stops)
             count = stops.index(True) + 1 if stopped else count
         log_probs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]

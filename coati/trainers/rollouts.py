@@ -23,6 +23,7 @@ from coati.rollout import (
     prompt_of,
 )
 from coati.rollout.ahead import AsynchronousRollouts, GenerationAhead
+from coati.rollout.partial import GenerationInParts
 from coati.rollout.remote import DifferenceWriter, Generators, RemoteSampler, WeightVersions
 from coati.rollout.remote.journal import remove_before
 from coati.rollout.source import environment_metrics
@@ -157,7 +158,10 @@ class RolloutTrainer(Trainer):
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-        ahead = GenerationAhead(ScoredGeneration(sampler, self.generation.scorer))
+        remote = ScoredGeneration(sampler, self.generation.scorer)
+        ahead: GenerationAhead | GenerationInParts = GenerationAhead(remote)
+        if c.generators.partial_rollouts:
+            ahead = GenerationInParts(remote, c.generators.max_staleness, c.generation.max_new_tokens)
         return AsynchronousRollouts(self.drawn_from(ahead), ahead, self.versions, self.total_steps)
 
     def build_versions(self) -> WeightVersions:
@@ -173,7 +177,7 @@ class RolloutTrainer(Trainer):
             DifferenceWriter() if c.generators.weights_format == "differences" else None,
         )
 
-    def drawn_from(self, generation: ScoredGeneration | GenerationAhead) -> SynchronousRollouts:
+    def drawn_from(self, generation: ScoredGeneration | GenerationAhead | GenerationInParts) -> SynchronousRollouts:
         """The samples of an iteration's prompts."""
         c = self.config
         group_size, minibatches = c.responses // c.batch_size, c.algorithm.minibatches
@@ -188,6 +192,7 @@ class RolloutTrainer(Trainer):
             pad_id=self.factory.pad_id,
             device=self.runtime.device,
             max_refills=c.refills,
+            oversampling=c.oversampling,
             rest_epochs=c.rest_epochs,
             staleness=c.generators.max_staleness,
         )

@@ -49,14 +49,28 @@ def test_without_staleness_the_run_is_the_synchronous_one_to_the_last_bit(proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "staleness"), [("grpo", 1), ("ppo", 2)])
-def test_delays_change_nothing(algorithm, staleness, tiny_world, tmp_path):
-    changes = SAMPLED | dict(max_staleness=staleness, steps=5)
+@pytest.mark.parametrize(
+    ("algorithm", "staleness", "in_parts"), [("grpo", 1, False), ("ppo", 2, False), ("grpo", 3, True)]
+)
+def test_delays_change_nothing(algorithm, staleness, in_parts, tiny_world, tmp_path):
+    changes = SAMPLED | dict(max_staleness=staleness, steps=5, partial_rollouts=in_parts)
     prompt = run(algorithm, tiny_world, tmp_path / "prompt", **changes)
     late = run(algorithm, tiny_world, tmp_path / "late", 1, 2, dict(DELAYS="0.5"), **changes)
     assert_same_run(prompt, late)
     ahead = [row["staleness"] for row in log_of(prompt) if "staleness" in row]
-    assert ahead == [min(k, staleness) for k in range(5)]
+    assert (ahead == [min(k, staleness) for k in range(5)]) != in_parts
+
+
+@pytest.mark.slow
+def test_ranks_and_delays_change_nothing_in_parts(tiny_world, tmp_path):
+    """Two processes that train take the steps of one; each has the next parts of its own responses drawn."""
+    changes = SAMPLED | dict(max_staleness=3, steps=6, partial_rollouts=True, stop=["e"])
+    alone = run("grpo", tiny_world, tmp_path / "alone", 1, 1, **changes)
+    late = run("grpo", tiny_world, tmp_path / "late", 2, 2, dict(DELAYS="0.3"), **changes)
+    logs = [[row for row in log_of(output) if "staleness" in row] for output in (alone, late)]
+    for of_one, of_two in zip(*logs, strict=True):
+        for name in ("reward", "response_length", "staleness", "policy_loss"):
+            assert of_two[name] == pytest.approx(of_one[name], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -161,6 +175,14 @@ def test_a_killed_run_with_differences_is_the_one_with_whole_weights(tiny_world,
     whole = {row["bytes/publish"] for row in read_metrics(tmp_path / "whole" / "run") if "bytes/publish" in row}
     print(hit, sizes, whole)
     assert sum(hit.values()) > 0 and len(whole) == 1 and min(sizes) < 0.5 * min(whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_parts_is_the_one_that_nobody_killed(tiny_world, tmp_path):
+    """Five kills; checkpoints hold the responses that have begun."""
+    hit = check_kills(tiny_world, tmp_path, kills=5, seed=1, partial_rollouts=True)
+    print(hit)
+    assert sum(hit.values()) > 0
 
 
 @pytest.mark.slow

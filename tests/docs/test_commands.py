@@ -192,7 +192,7 @@ def small_arguments(config, place: dict[str, str]) -> list[str]:
     if algorithm == "distill":
         paths += ["--teacher", place["teacher"]]
     if hasattr(config, "generators"):  # this process has none
-        paths += ["--max_staleness", "0"]
+        paths += ["--max_staleness", "0", "--partial_rollouts", "false"]
     return [*SMALL.split(), *SMALL_OF[algorithm].split(), *paths]
 
 

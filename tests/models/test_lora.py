@@ -1,6 +1,7 @@
 """LoRA: its settings are respected, value heads train, both kinds of folder open."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -147,6 +148,39 @@ def test_gradient_checkpointing_reaches_the_adapters(base):
     actor.enable_gradient_checkpointing()
     actor(*BATCH).sum().backward()
     assert all(p.grad is not None for name, p in actor.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_modules_that_train_whole_are_saved_merged_and_off_for_the_reference(tied, tmp_path):
+    """A tied output layer becomes one of its own."""
+    torch.manual_seed(0)
+    Actor(config=tiny_config("llama", tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    whole = ["embed_tokens", "lm_head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        actor = with_noise(Actor(tmp_path / "base", lora=LoraSettings(rank=2, modules_to_save=whole)))
+    trained = {name: p for name, p in actor.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert [name.split(".modules_to_save")[0].rpartition(".")[2] for name in trained] == whole
+    for parameter in trained.values():
+        parameter += 0.1 * torch.randn_like(parameter)
+    expected = actor(*BATCH)
+    assert not torch.allclose(expected, actor(*BATCH, adapter=False), atol=1e-3)
+    assert torch.equal(actor(*BATCH, adapter=False), Actor(tmp_path / "base").eval()(*BATCH))
+    actor.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(Actor(tmp_path / "adapter").eval()(*BATCH), expected)
+    actor.save_pretrained(tmp_path / "merged", merge=True)
+    merged = Actor(tmp_path / "merged").eval()
+    assert not merged.has_adapter
+    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_modules_to_save_that_match_nothing_are_named_where_there_is_a_head(base):
+    with pytest.raises(UserError, match=r"lora_modules_to_save embeddings matches nothing; .* embed_tokens, .*lm_head"):
+        Actor(base, lora=LoraSettings(rank=2, modules_to_save=["embeddings"]))
+    critic = Critic(base, lora=LoraSettings(rank=2, modules_to_save=["embed_tokens", "lm_head"]))
+    trained = [name for name, p in critic.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    assert len(trained) == 1 and "embed_tokens" in trained[0]
 
 
 def test_target_modules_that_match_nothing_are_named(base):

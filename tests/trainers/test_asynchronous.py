@@ -1,15 +1,18 @@
 """Training on what a generator samples, here in a thread of this process: see tests/distributed for real ones."""
 
+import copy
+import json
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from coati.config import configure
 from coati.errors import UserError
-from coati.rollout.remote import Generators, Service
+from coati.rollout.remote import Generators, Service, load_weights
 from coati.rollout.remote.address import Address
 from coati.rollout.remote.differences import base_of
 from coati.rollout.remote.server import serve_in_thread
@@ -165,12 +168,99 @@ def test_differences_take_the_steps_of_whole_weights(tiny_world, runtime, tmp_pa
         assert {path.name for path in (run / JOURNAL).glob("*/*.jsonl")} == journal
 
 
+PARTIAL = dict(partial_rollouts=True, max_staleness=3)  # of 8 tokens: up to 3, 6 and 8
+VERSIONS = [[0], [0], [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]  # of the parts of a long response of iteration k
+
+
+def journal_of(run: Path) -> dict[tuple[int, ...], dict[int, dict]]:
+    """What a journal has of each response: by its seed, and by the version that has drawn it."""
+    found: dict[tuple[int, ...], dict[int, dict]] = {}
+    for path in sorted((run / JOURNAL).glob("*/*.jsonl")):
+        _, *rows, _ = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            found.setdefault(tuple(row["seed"]), {})[row["weights_version"]] = row
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_parts_of_responses_are_of_the_versions_that_the_schedule_says(
+    algorithm, tiny_world, runtime, tmp_path, monkeypatch
+):
+    """And each has the log-probs of its version's weights, up to where the response ended."""
+    states = {}
+
+    def noting(policy, path, checksum, loaded=""):
+        load_weights(policy, path, checksum, loaded)
+        states[int(path.stem.removeprefix("version-"))] = copy.deepcopy(policy)
+
+    monkeypatch.setattr("coati.trainers.generator.load_weights", noting)
+    changes = dict(steps=6, temperature=0.7, stop=["e"], **PARTIAL)
+    train(algorithm, tiny_world, runtime, tmp_path / "run", monkeypatch, **changes)
+    seen, tokens = set(), {k: {} for k in range(6)}
+    for (_, k, *_), parts in journal_of(tmp_path / "run").items():
+        by_version = {v: VERSIONS[k].count(v) for v in VERSIONS[k]} if k > 1 else {0: 3}
+        ends = np.cumsum(list(by_version.values()))
+        drawn = 0
+        for (version, row), end in zip(sorted(parts.items()), ends, strict=False):
+            mask = torch.tensor(row["response_mask"])
+            drawn += int(mask.sum())
+            limit = [0, 3, 6, 8][end]
+            assert version in by_version and drawn <= limit
+            assert row["finish_reason"] != "length" or drawn == limit
+            expected = states[version](torch.tensor([row["tokens"]]), temperature=0.7)[0][mask].detach()
+            torch.testing.assert_close(torch.tensor(row["log_probs"])[mask], expected, rtol=0, atol=1e-5)
+            tokens[k][version] = tokens[k].get(version, 0) + int(mask.sum())
+        assert row["finish_reason"] != "length" or drawn == 8
+        seen.add((len(parts), row["finish_reason"]))
+    assert {(1, "stop"), (2, "stop"), (3, "length")} <= seen
+    logged = [row["staleness"] for row in read_metrics(tmp_path / "run") if "staleness" in row]
+    behind = [sum(n * (k - v) for v, n in of_k.items()) / sum(of_k.values()) for k, of_k in tokens.items()]
+    assert logged == pytest.approx(behind) and 1 < logged[5] < 3
+
+
+def test_without_learning_parts_are_those_of_whole_responses(tiny_world, runtime, tmp_path, monkeypatch):
+    """The same samples, so the same rewards, in every iteration."""
+    changes = dict(steps=6, learning_rate=0.0, stop=["e"], min_new_tokens=4)
+    train("grpo", tiny_world, runtime, tmp_path / "whole", **changes)
+    train("grpo", tiny_world, runtime, tmp_path / "parts", monkeypatch, **changes, **PARTIAL)
+    logs = [[row for row in read_metrics(tmp_path / name) if "rollout_kl" in row] for name in ("whole", "parts")]
+    for whole, parts in zip(*logs, strict=True):
+        for name in ("reward", "reward_std", "response_length", "finished"):
+            assert parts[name] == whole[name]
+        assert parts["rollout_kl"] < 1e-9
+    assert 4 < logs[0][0]["response_length"] < 8
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_run_in_parts_that_goes_on_ends_the_same_and_draws_nothing_again(
+    algorithm, tiny_world, runtime, tmp_path, monkeypatch
+):
+    changes = dict(steps=7, save_every=1, keep_checkpoints=10, stop=["e"], **PARTIAL)
+    expected = train(algorithm, tiny_world, runtime, tmp_path / "run", monkeypatch, **changes)
+    journal = sorted((tmp_path / "run" / JOURNAL).glob("*/*.jsonl"))
+    written = {path: path.stat().st_mtime_ns for path in journal}
+    for step in (1, 4, 6):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        again = train(algorithm, tiny_world, runtime, tmp_path / "run", monkeypatch, resume=str(checkpoint), **changes)
+        assert_equal(expected, again)
+        files = sorted((tmp_path / "run" / JOURNAL).glob("*/*.jsonl"))
+        assert {path: path.stat().st_mtime_ns for path in files} == written
+
+
 def test_what_does_not_go_with_generators_is_refused_in_words(tiny_world, runtime, tmp_path):
     with pytest.raises(UserError, match="max_staleness needs generators"):
         train("grpo", tiny_world, runtime, tmp_path / "run", max_staleness=1)
     for settings in (dict(dynamic_sampling=True), dict(rest_epochs=1)):
         with pytest.raises(UserError, match="can't be ahead"):
             train("grpo", tiny_world, runtime, tmp_path / "run", max_staleness=1, **settings)
+    refusals = {
+        "raise max_staleness to 2": dict(max_staleness=1),
+        "leave it out, or environment": TALK | dict(max_staleness=2),
+        "leave out final_temperature": dict(max_staleness=2, final_temperature=0.5),
+    }
+    for message, settings in refusals.items():
+        with pytest.raises(UserError, match=message):
+            train("grpo", tiny_world, runtime, tmp_path / "run", partial_rollouts=True, **settings)
     sft = configure(SFTConfig, **settings_for("sft", tiny_world, output_dir=str(tmp_path / "sft")))
     with pytest.raises(UserError, match="PPO, GRPO"):
         check_generators(sft)

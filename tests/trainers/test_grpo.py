@@ -128,6 +128,31 @@ def test_groups_of_equal_rewards_are_replaced(tiny_world, runtime, tmp_path):
     assert all(prompt in remaining for prompt in in_order)
 
 
+def test_oversampling_takes_the_same_groups_in_fewer_rounds(tiny_world, runtime, tmp_path):
+    """And the next iteration begins at the same prompt."""
+    options = dict(rewards=functions(tiny_world["rewards"] + ":odd"), max_refills=20, group_size=2)
+    found = []
+    for oversampling in (1.0, 1.5, 3.0):
+        folder = tmp_path / str(oversampling)
+        trainer = make(tiny_world, runtime, folder, dynamic_sampling=True, oversampling=oversampling, **options)
+        for k in range(2):
+            rollout, metrics = trainer.rollouts.next(k)
+        found.append((rollout, metrics, trainer.rollouts.position))
+    (plain, of_plain, position), *others = found
+    for rollout, metrics, its_position in others:
+        assert torch.equal(rollout.input_ids, plain.input_ids) and torch.equal(rollout.scores, plain.scores)
+        assert its_position == position
+        assert metrics["refills"] < of_plain["refills"] and metrics["unused_groups"] > 0
+        for name in ("reward", "reward_std", "response_length", "equal_groups"):
+            assert metrics[name] == of_plain[name]
+    assert "unused_groups" not in of_plain
+
+
+def test_oversampling_needs_dynamic_sampling(tiny_world, runtime, tmp_path):
+    with pytest.raises(UserError, match="oversampling is for dynamic_sampling"):
+        make(tiny_world, runtime, tmp_path, oversampling=2.0)
+
+
 def test_what_cannot_be_replaced_stays_and_teaches_nothing(tiny_world, runtime, tmp_path):
     options = dict(rewards=reward(tmp_path, "[1.0] * len(responses)"), max_refills=2, learning_rate=1.0)
     trainer = make(tiny_world, runtime, tmp_path / "run", dynamic_sampling=True, **options)

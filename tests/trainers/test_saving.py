@@ -298,6 +298,23 @@ def test_an_adapters_folder_is_trained_on_saved_resumed_and_exported(kind, tiny_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_modules_that_a_run_trains_whole_are_resumed_and_exported(tiny_world, runtime, tmp_path):
+    whole = ["embed_tokens", "lm_head"]
+    changes = dict(model=tiny_world["policy"], model_config=None, lora_rank=2, lora_modules_to_save=whole)
+    changes |= dict(steps=2, save_every=1, keep_checkpoints=9)
+    make("sft", tiny_world, runtime, tmp_path / "run", **changes).train()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    make("sft", tiny_world, runtime, tmp_path / "resumed", resume=str(checkpoint), **changes).train()
+    places = [Path(tiny_world["policy"]), tmp_path / "run" / "model", tmp_path / "resumed" / "model"]
+    base, expected, found = (load_file(place / "model.safetensors") for place in places)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not torch.equal(expected["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert not torch.equal(expected["lm_head.weight"], base.get("lm_head.weight", base["model.embed_tokens.weight"]))
+    with pytest.raises(UserError, match="lora_modules_to_save is for adapters"):
+        make("sft", tiny_world, runtime, tmp_path / "none", lora_modules_to_save=whole)
+
+
 def test_rewards_and_critics_start_from_a_policys_adapter(adapter, tiny_world, runtime, tmp_path):
     """REPORT 2: train_rm on what SFT left, and PPO whose critic is not named."""
     make("reward", tiny_world, runtime, tmp_path / "rm", model=adapter, model_config=None, steps=1).train()

@@ -63,6 +63,13 @@ class _Row:
         return len(self.request.prompt) + self.drawn
 
     @property
+    def response(self) -> list[int]:
+        """The tokens of the response so far, those included that were there before."""
+        if not self.request.begun:
+            return self.completion.ids
+        return [*self.request.prompt[-self.request.begun :], *self.completion.ids]
+
+    @property
     def ended(self) -> bool:
         return self.completion.finish_reason != ""
 
@@ -415,7 +422,7 @@ class RolloutEngine:
             if p.routing is not None:
                 p.row.routing.append(p.routing[p.batch_row, : len(p.row.request.prompt)].cpu().numpy())
         state.keys[slots] = upload([p.row.key for p in new], self.device)
-        state.drawn[slots] = 0
+        state.drawn[slots] = upload([p.row.request.begun for p in new], self.device)
         if state.own_sampling:
             for stored, name in zip(state.own_sampling, ("temperature", "top_p"), strict=True):
                 stored[slots] = upload([getattr(p.row.request, name) for p in new], self.device).float()
@@ -511,7 +518,7 @@ class RolloutEngine:
                 if routing is not None:
                     row.routing.append(routing[i : i + 1])
                 in_progress.append(row)
-        stopped = self.stop([row.completion.ids for row in in_progress]) if self.stop else [False] * len(in_progress)
+        stopped = self.stop([row.response for row in in_progress]) if self.stop else [False] * len(in_progress)
         for row, stop in zip(in_progress, stopped, strict=True):
             row.completion.finish_reason = self.finish_reason(row, stop)
             if isinstance(row.request, LiveRequest):

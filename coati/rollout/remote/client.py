@@ -96,6 +96,9 @@ class RemoteSampler:
     def id_of(self, prompts: Sequence[Prompt], sampling: GenerationConfig, checksum: str) -> str:
         """The same for jobs that give the same samples."""
         rows = [[prompt.row, list(prompt.seed), prompt.input_ids, prompt.columns] for prompt in prompts]
+        for row, prompt in zip(rows, prompts, strict=True):
+            if prompt.max_new_tokens is not None:
+                row += [prompt.begun, prompt.max_new_tokens]
         told = {"weights": checksum, "sampling": asdict(sampling), "settings": self.settings, "prompts": rows}
         try:
             return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())

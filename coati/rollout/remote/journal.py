@@ -40,12 +40,7 @@ def write_samples(path: Path, header: dict[str, Any], prompts: Sequence[Prompt],
     """
     lines = [json.dumps(header)]
     for prompt, sample in zip(prompts, samples, strict=True):
-        row = {"seed": list(prompt.seed)} | asdict(sample)
-        del row["columns"]
-        row["heads"] = [[ids.tolist(), log_probs.tolist()] for ids, log_probs in sample.heads]
-        if sample.routing is not None:
-            row["routing"] = [sample.routing.shape, base64.b64encode(sample.routing.tobytes()).decode()]
-        lines.append(json.dumps(row))
+        lines.append(json.dumps(row_of(sample, prompt)))
     body = "\n".join(lines) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
@@ -69,8 +64,18 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, Any],
     return header, [sample_of(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
 
+def row_of(sample: Sample, prompt: Prompt) -> dict[str, Any]:
+    """A sample as a journal has it."""
+    row = {"seed": list(prompt.seed)} | asdict(sample)
+    del row["columns"]
+    row["heads"] = [[ids.tolist(), log_probs.tolist()] for ids, log_probs in sample.heads]
+    if sample.routing is not None:
+        row["routing"] = [sample.routing.shape, base64.b64encode(sample.routing.tobytes()).decode()]
+    return row
+
+
 def sample_of(row: dict[str, Any], prompt: Prompt) -> Sample:
-    """A line of a journal as the sample that it was."""
+    """The inverse of `row_of`."""
     row = {name: value for name, value in row.items() if name != "seed"}
     row["turns"] = [Turn(**turn) for turn in row["turns"]]
     row["heads"] = [(np.array(ids, np.int64), np.array(log_probs, np.float32)) for ids, log_probs in row["heads"]]

@@ -42,6 +42,13 @@ class ModelConfig(Settings):
         "rslora: the scale is alpha / sqrt(rank), so that high ranks don't fade; dora: the length of each row of the "
         "sum of weight and adapter trains by itself, for more time per step",
     )
+    lora_modules_to_save: ListOf[str] = option(
+        (), "modules that train whole beside the adapters, such as embed_tokens and lm_head for new tokens"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.lora_modules_to_save and not self.lora_rank:
+            yield "lora_modules_to_save is for adapters: set lora_rank too, or leave it out"
 
     @property
     def lora(self) -> "LoraSettings | None":
@@ -50,7 +57,12 @@ class ModelConfig(Settings):
         from coati.models import LoraSettings
 
         return LoraSettings(
-            self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_variant
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            variant=self.lora_variant,
+            modules_to_save=list(self.lora_modules_to_save),
         )
 
 

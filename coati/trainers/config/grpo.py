@@ -102,6 +102,9 @@ class GRPO(RolloutAlgorithm):
     )
     dynamic_sampling: bool = option(False, "prompts whose responses all earn the same are replaced by further ones")
     max_refills: int = option(4, "how often an iteration draws further prompts", ge=0)
+    oversampling: float = option(
+        1.0, "groups that dynamic sampling draws for each that is missing, so that fewer refills are needed", ge=1
+    )
     rest_epochs: int = option(
         0, "epochs that a prompt whose responses all earn the same is left out: too easy, or too hard", ge=0
     )
@@ -118,6 +121,8 @@ class GRPO(RolloutAlgorithm):
             yield f"{self.advantage}, dynamic_sampling and rest_epochs compare responses: group_size must be at least 2"
         if self.dynamic_sampling and self.max_refills < 1:
             yield "dynamic_sampling needs max_refills of at least 1"
+        if self.oversampling > 1 and not self.dynamic_sampling:
+            yield "oversampling is for dynamic_sampling: leave it out, or set that"
         if self.kl_coefficient != 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             yield "the gradient of k1 in the loss is 0 in the mean: choose kl_estimator k2 or k3, or kl_in reward"
         if self.refresh_reference and self.kl_coefficient == 0:
@@ -332,6 +337,10 @@ class GRPOConfig(RolloutConfig):
         return self.algorithm.max_refills if self.algorithm.dynamic_sampling else None
 
     @property
+    def oversampling(self) -> float:
+        return self.algorithm.oversampling
+
+    @property
     def rest_epochs(self) -> int:
         return self.algorithm.rest_epochs
 
@@ -349,6 +358,8 @@ class GRPOConfig(RolloutConfig):
         for temperature in (self.generation.temperature, a.final_temperature):
             if temperature is not None and temperature <= 0:
                 yield "the responses of a group must differ: temperature and final_temperature must be above 0"
+        if self.generators.partial_rollouts and a.final_temperature is not None:
+            yield "partial_rollouts draws for several iterations at the same temperature: leave out final_temperature"
         if self.scoring.normalize_reward:
             yield "a response is compared with its group, not with a running mean: leave out normalize_reward"
         if a.refresh_reference and (not self.parallel.holds_whole_models or self.model.lora is not None):

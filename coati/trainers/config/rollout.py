@@ -112,6 +112,11 @@ class RolloutConfig(TrainerConfig):
         return None
 
     @property
+    def oversampling(self) -> float:
+        """Groups that are drawn for each that is missing."""
+        return 1.0
+
+    @property
     def rest_epochs(self) -> int:
         """Epochs that a prompt is left out for whose responses all earn the same."""
         return 0
@@ -158,6 +163,10 @@ class RolloutConfig(TrainerConfig):
                 "with dynamic_sampling and rest_epochs rewards decide which prompts come next, so sampling can't be "
                 "ahead: leave them out, or max_staleness at 0"
             )
+        if self.generators.partial_rollouts and self.generators.max_staleness < 2:
+            yield "partial_rollouts draws responses in max_staleness parts: raise max_staleness to 2 or more"
+        if self.generators.partial_rollouts and (self.environment.path or self.router_replay):
+            yield "partial_rollouts is for single responses without router_replay: leave it out, or environment"
         split = self.parallel.pipeline_parallel > 1 or self.parallel.splits_sequences
         if self.router_replay and (split or self.generation.rollout_engine == "vllm" or self.environment.path):
             yield (
