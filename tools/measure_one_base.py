@@ -156,7 +156,7 @@ def work(folder: Path, plugin: str, precision: str, shares: bool):
 def main():
     from tools.measure_memory import write
 
-    heads = ["plugin", "precision", "weights of", "weights planned", "weights measured", "peak planned"]
+    heads = ["plugin", "precision", "in memory", "weights planned", "weights measured", "peak planned"]
     heads += ["peak of the process", "peak while loading"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     with tempfile.TemporaryDirectory() as name:
@@ -164,7 +164,7 @@ def main():
         for plugin, precision in PARALLEL:
             lines += [row(Path(name), plugin, precision, shares) for shares in (True, False)]
     print("\n".join(lines))
-    write("\n".join(lines), 3)
+    write("\n".join(lines), 4)
 
 
 if __name__ == "__main__":
