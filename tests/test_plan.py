@@ -12,14 +12,21 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig
 import coati.trainers
 from coati.cli import main
 from coati.config import configure
+from coati.config.plugin import PluginConfig
 from coati.config.schema import leaves, section_classes, types_of
 from coati.errors import UserError
+from coati.models import Actor, Critic, LoraSettings, RewardModel
+from coati.models.shared_weights import SharedWeights
+from coati.parallel import make_engine
+from coati.parallel.factory import engine_class
 from coati.planner.dry_run import Workload, plan
 from coati.planner.report import conclusion, read_workload
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, SFTConfig
 from coati.trainers.trainer import Trainer
 from tests.conftest import ROOT, reward_model
+from tests.models.test_lora import with_noise
+from tests.models.test_shared_weights import storages
 
 # Attention narrow enough to be a small part, and a vocabulary that is no other width
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
@@ -293,6 +300,34 @@ def models(found) -> set[str]:
     """Those that have weights in some phase."""
     items = [item for phase in found.phases.values() for item in phase.items()]
     return {model for (model, kind), nbytes in items if kind == "parameters" and nbytes}
+
+
+@pytest.mark.parametrize("plugin, precision", [("ddp", "fp32"), ("ddp", "bf16"), ("zero2", "bf16")])
+def test_adapters_of_one_base_are_planned_with_one_base(plugin, precision, tmp_path, runtime):
+    """As many bytes of weights as the run's models hold; with another base for the reward model, that too."""
+    bases = [str(tmp_path / name) for name in ("base", "other")]
+    for place in bases:
+        Actor(config=TINY).save_pretrained(place)
+        with_noise(RewardModel(place, lora=LoraSettings(2))).save_pretrained(f"{place}-reward")
+    sizes = dict(model=bases[0], lora_rank=2, plugin=plugin, precision=precision, kl_coefficient=0.1)
+
+    def weights(place: str) -> Counter:
+        found = plan_of(
+            "ppo", gpus=1, **sizes, rewards=[reward_model(f"{place}-reward")], critic_model=f"{place}-reward"
+        )
+        return Counter({model: n for (model, kind), n in found.peak.items() if kind == "parameters"})
+
+    config, shared, real = PluginConfig(plugin=plugin, precision=precision), SharedWeights(), []
+    for model_class in (Actor, Critic, RewardModel):
+        how = dict(lora=LoraSettings(2), dtype=engine_class(config).loads_in(config))
+        real.append(model_class(bases[0] if model_class is Actor else f"{bases[0]}-reward", **how))
+        shared.share(real[-1])
+        make_engine(real[-1], config, runtime, optimizer=None if model_class is RewardModel else {})
+    one, two = (weights(place) for place in bases)
+    buffers = sum(buffer.nbytes for model in real for buffer in model.buffers())
+    assert one.total() == pytest.approx(sum(storages(*real).values()), abs=buffers)
+    base = sum(p.nbytes for p in {*real[0].parameters()} & {*real[1].parameters()})
+    assert two == one + Counter({"critic": base}), "of this base too the critic and the reward model are adapters"
 
 
 def test_every_trainer_is_an_algorithm():

@@ -21,6 +21,9 @@ class Blocks(Protocol):
     def hold(self, tensors, item: tuple[str, str], fraction: float = 1.0):
         """Records what tensors are for, and which fraction of them this rank has."""
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is recorded what a tensor is for."""
+
     def make(self, nbytes: float, item: tuple[str, str]) -> Any:
         """A block of this size, which is there until it is dropped."""
 
@@ -62,6 +65,8 @@ class EngineMemory:
         self.kept: list[Any] = []
         self.gradients: list[Any] = []
         for p in module.parameters():
+            if blocks.holds(p):  # with a model before this one, see `SharedWeights`
+                continue
             on_other_stage = getattr(p, "on_other_stage", False)
             blocks.hold([p], self.item("parameters"), 0.0 if on_other_stage else self.local_fraction(p))
         blocks.hold(module.buffers(), self.item("parameters"))

@@ -14,6 +14,10 @@ class ZeroMemory(EngineMemory):
     offloading. Gradients gather in a bucket, whose flat copy is reduced; of the result, stage 2 keeps this rank's
     shard."""
 
+    @classmethod
+    def cast(cls, module, dtype, *, trained):
+        module.to(dtype)  # adapters come in float32, whatever the model's dtype
+
     @property
     def stage(self) -> int:
         return 1 if self.config.plugin == "zero1" else 2

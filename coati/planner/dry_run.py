@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from coati.config import reconfigure
-from coati.models.lora import is_adapter
+from coati.models.lora import base_of_adapter, is_adapter
 from coati.planner.experts import products_without_data
 from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
@@ -43,6 +43,11 @@ class Workload:
 
     def model_config_of(self, source) -> object:
         return self.other_configs.get(str(source), self.model_config)
+
+    def base_of(self, source) -> str:
+        """The folder that a model has its weights from, except for those of adapters."""
+        source = source or self.config.model.path or "new"
+        return str(Path(base_of_adapter(source) if is_adapter(source) else source).resolve())
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,11 @@ def _dry_run_step(workload: Workload, layers: int, part: Part, depths: dict[str,
     live = LiveMemory()
     with tempfile.TemporaryDirectory() as folder:
         config = _planning_settings(workload, Path(folder))
-        factory = partial(PlannedFactory, live, workload.model_config_of, layers, part, workload.on_gpu)
+
+        def base_of(source) -> str:
+            return workload.base_of(None if source == config.model.path else source)
+
+        factory = partial(PlannedFactory, live, workload.model_config_of, base_of, layers, part, workload.on_gpu)
         runtime = PlannedRuntime(workload.gpus)
         trainer = ALGORITHMS[workload.algorithm].trainer()(config, runtime, make_factory=factory)
         try:

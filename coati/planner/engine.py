@@ -1,5 +1,6 @@
 """An engine whose model has no weights: it allocates what a real engine would, and returns zeros."""
 
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,14 +185,16 @@ def key_of(inputs: dict[str, Any]) -> tuple:
 
 
 def give_shapes(module: nn.Module, fake):
-    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied."""
-    twins: dict[int, nn.Parameter] = {}
+    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied, and shared ones stay shared."""
     with fake:
         for part in module.modules():
             for name, p in part.named_parameters(recurse=False):
-                if id(p) not in twins:
-                    twins[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-                    twins[id(p)].on_other_stage = getattr(p, "on_other_stage", False)
-                setattr(part, name, twins[id(p)])
+                twin = p.fake_twin() if hasattr(p, "fake_twin") else None
+                if twin is None:
+                    twin = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                    twin.on_other_stage = getattr(p, "on_other_stage", False)
+                    # a model to come may be given p, which lives as long as its twin, and no longer
+                    twin.on_meta, p.fake_twin = p, weakref.ref(twin)
+                setattr(part, name, twin)
             for name, b in part.named_buffers(recurse=False):
                 setattr(part, name, torch.empty(b.shape, dtype=b.dtype))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from coati.models import Actor, ActorCritic, Critic, ObjectiveRewardModel, Proce
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
+from coati.models.shared_weights import SharedWeights
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
@@ -141,7 +143,8 @@ class PlannedFactory(Factory):
     """Makes models without weights, and data of the maximum length.
 
     Args:
-        model_config_of: the transformers config of the model in a folder.
+        model_config_of: the transformers config of the model in a folder; base_of: whose weights they are, without
+            adapters.
         layers: that deeper models are truncated to.
         part: which part of split models is this rank's.
 
@@ -153,6 +156,7 @@ class PlannedFactory(Factory):
         self,
         live: LiveMemory,
         model_config_of,
+        base_of,
         layers: int,
         part: Part,
         on_gpu: bool,
@@ -161,10 +165,11 @@ class PlannedFactory(Factory):
         *,
         learns_responses: bool,
     ):
-        self.live, self.model_config_of = live, model_config_of
+        self.live, self.model_config_of, self.base_of = live, model_config_of, base_of
         self.layers, self.part, self.on_gpu = layers, part, on_gpu
         self.config, self.runtime, self.tokenizer, self.longest_sequence = config, runtime, PlannedTokenizer(), 0
         self.depths: dict[str, int] = {}
+        self.shared_weights = defaultdict(lambda: SharedWeights(same_shape))  # by the folder they come from
         self.kept: list[Any] = []
 
     def dataset(self, sources, kind, weights=None, teaching=None, part_column=None, objectives=()):
@@ -185,38 +190,48 @@ class PlannedFactory(Factory):
         if self.on_gpu:  # fused attention recomputes its dropout in the backward pass; a CPU keeps all of it
             model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c.parallel)
+        is_adapted = pretrained is not None and is_adapter(pretrained)
+        lora = None if is_adapted else lora  # as `BaseModel`: its own adapter is trained
         with torch.device("meta"):
             how = dict(
                 lora=lora, dtype=dtype or kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation
             )
             model = model_class(None, model_config, **how, **options)
-            if pretrained is not None and is_adapter(pretrained):
+            if is_adapted:
                 add_adapter(model, pretrained)
         if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.on_gpu:  # fake tensors are on the CPU
             model.max_logits = MAX_LOGITS["cuda"]
-        model.depth = depth
+        model.depth, model.base = depth, self.base_of(pretrained)
+        self._share_frozen_weights(model)
         return model
 
     def trained(self, model, *, accumulates, generates=False):
         return self._engine(NAMES[type(model)], model, trained=True, accumulates=accumulates, generates=generates)
 
-    def frozen(self, model):
+    def frozen(self, model, *, changes=False):
+        if not changes and not model.has_adapter:  # adapters of one base are different ones
+            self._share_frozen_weights(model.requires_grad_(False))
         name = "reference" if type(model) is Actor else NAMES[type(model)]
         return self._engine(name, model, trained=False)
 
-    def frozen_teacher(self, model):
+    def frozen_teacher(self, model, *, changes=False):
         if PLUGINS[self.config.parallel.plugin].shards_weights:  # its own output layer, see `Teacher.keep_head`
             head = model.transformer.get_output_embeddings().weight
             self.kept.append(self.live.make(2 * head.numel(), ("teacher", "parameters")))
-        return self.frozen(model)
+        return self.frozen(model, changes=changes)
 
     def averaged_teacher(self, model, student):
         if self.config.parallel.precision != "fp32":  # see `Engine.keep_averages`
             trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
             self.kept.append(self.live.make(4 * trained, ("teacher", "parameters")))
-        return self.frozen_teacher(model)
+        return self.frozen_teacher(model, changes=True)
+
+    def _share_frozen_weights(self, model):
+        """Those that come from the same folder are taken to be the same."""
+        if self.config.parallel.holds_whole_models:
+            self.shared_weights[model.base].share(model)
 
     def _engine(self, name: str, model, **how) -> PlannedEngine:
         how |= dict(on_gpu=self.on_gpu)
@@ -280,6 +295,10 @@ def text_length(entry: ClassifierRewardSettings | JudgedRewardSettings, tokens: 
         return min(tokens, entry.max_length or tokens)
     two_responses = isinstance(entry, JudgeRewardSettings) and entry.mode == "pairwise"
     return QUESTION + (2 if two_responses else 1) * tokens
+
+
+def same_shape(one: torch.nn.Parameter, other: torch.nn.Parameter) -> bool:
+    return one.shape == other.shape
 
 
 def truncate_layers(model_config, layers: int) -> int:

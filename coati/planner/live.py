@@ -55,6 +55,10 @@ class LiveMemory(TorchDispatchMode):
             self._now[item] += self._known[key][1]
         self._note_peak()
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is recorded what a tensor is for."""
+        return tensor.untyped_storage()._cdata in self._known
+
     def make(self, nbytes: float, item: Item) -> Tensor:
         """A block of memory of which only the size is known; it lives until it is dropped."""
         with self.uncounted(), self.fake:

@@ -23,6 +23,7 @@ from coati.models.opened import open_model
 from coati.models.positions import row_limit
 from coati.models.process_reward_model import stored_separator
 from coati.models.quantized import is_quantized
+from coati.models.shared_weights import SharedWeights
 from coati.parallel import Engine, Runtime, make_engine, resolve_precision
 from coati.parallel.engine import DTYPES
 from coati.parallel.factory import engine_class
@@ -57,6 +58,7 @@ class Factory:
         self.config, self.runtime = config, runtime
         self.tokenizer = self._load_tokenizer(learns_responses)
         self.longest_sequence = 0
+        self.shared_weights = SharedWeights()
         self._said: set[str] = set()
 
     @property
@@ -145,6 +147,7 @@ class Factory:
         align_eos(model.transformer, self.tokenizer.eos_token_id)
         for note in model.notes:
             self._say_once(note)
+        self._share_frozen_weights(model)
         return model
 
     def trained(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
@@ -168,8 +171,14 @@ class Factory:
         how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates, router_loss=router_loss)
         return make_engine(model, self.config.parallel, self.runtime, **how)
 
-    def frozen(self, model: BaseModel) -> Engine:
-        """A model that only computes."""
+    def frozen(self, model: BaseModel, *, changes: bool = False) -> Engine:
+        """A model that only computes.
+
+        Args:
+            changes: other weights will be written into its own, which no other model may have then.
+        """
+        if not changes:
+            self._share_frozen_weights(model.requires_grad_(False))
         return make_engine(model, self.config.parallel, self.runtime)
 
     def frozen_policy(self, start) -> Engine | None:
@@ -179,12 +188,12 @@ class Factory:
             return None
         return self.frozen(self.model(Actor, start))
 
-    def frozen_teacher(self, model: Teacher) -> Engine:
-        """A teacher, of which a student reads the output layer."""
+    def frozen_teacher(self, model: Teacher, *, changes: bool = False) -> Engine:
+        """A teacher, of which a student reads the output layer. Arguments as `frozen`."""
         parallel = self.config.parallel
         if PLUGINS[parallel.plugin].shards_weights:
             model.keep_head(DTYPES[resolve_precision(parallel)], self.runtime.device)
-        return self.frozen(model)
+        return self.frozen(model, changes=changes)
 
     def averaged_teacher(self, model: Teacher, student: BaseModel) -> Engine:
         """A teacher whose weights are averages of the student's (`Engine.average_in`).
@@ -195,7 +204,7 @@ class Factory:
         """
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in trained}
-        engine = self.frozen_teacher(model)
+        engine = self.frozen_teacher(model, changes=True)
         engine.keep_averages(weights)
         return engine
 
@@ -321,6 +330,16 @@ class Factory:
             raise UserError(
                 f"rows of this run have up to {longest} tokens, and {type(model.transformer).__name__} {limit.reason} "
                 f"{limit.tokens}: lower --max_length (of prompts: --max_prompt_length, of responses: --max_new_tokens)"
+            )
+
+    def _share_frozen_weights(self, model: BaseModel):
+        """Only where each process has whole models: elsewhere a plugin makes other weights of a model's."""
+        if not self.config.parallel.holds_whole_models:
+            return
+        saved = self.shared_weights.share(model) / 2**20
+        if saved:
+            self.runtime.say(
+                f"{type(model).__name__}: {saved:.1f} MiB of frozen weights are shared with models before it"
             )
 
     def _say_once(self, note: str):

@@ -276,10 +276,11 @@ class GRPOTrainer(RolloutTrainer):
         return {ACTOR: self.factory.trained(actor, accumulates=self.accumulates(), generates=True)}
 
     def build_reference(self):
-        refreshed = self.folder.model_in_checkpoint(REFERENCE) if self.config.algorithm.refresh_reference else None
-        if refreshed is None or not refreshed.is_dir():
+        if not self.config.algorithm.refresh_reference:
             return super().build_reference()
-        frozen = self.factory.frozen(self.factory.model(Actor, refreshed))
+        refreshed = self.folder.model_in_checkpoint(REFERENCE)
+        start = refreshed if refreshed is not None and refreshed.is_dir() else self.config.model.path
+        frozen = self.factory.frozen(self.factory.model(Actor, start), changes=True)
         return LanguageModel(frozen, group=self.config.shared_prefix_group)
 
     def longest_group(self) -> tuple[SFTBatch, Tensor]:
