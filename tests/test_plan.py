@@ -3,6 +3,8 @@
 import importlib
 import json
 import pkgutil
+import subprocess
+import sys
 from collections import Counter
 from typing import Any, Literal, get_args, get_origin
 
@@ -152,6 +154,16 @@ def test_ppo_has_four_models_and_three_phases_of_any_architecture(shape):
     assert set(models) <= {model for (model, kind), n in found.peak.items() if n and kind == "parameters"}
     assert kinds(found, "generate")["KV cache"] > 0
     assert found.peak.total() == max(phase.total() for phase in found.phases.values())
+
+
+def test_a_plan_with_adapters_is_all_that_the_command_prints(tmp_path):
+    """In a process of its own: peft imports bitsandbytes, which looks for a kernel and says so, once."""
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps(LLAMA.to_dict()))
+    command = [sys.executable, "-m", "coati.cli", "plan", "sft", "--model_config", str(shape), "--lora_rank", "2"]
+    done = subprocess.run([*command, "--max_length", "32"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sft · ")
 
 
 def test_the_command_prints_a_table_a_verdict_and_the_best_change(tmp_path, capsys):

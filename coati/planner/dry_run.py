@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coati.config import reconfigure
 from coati.models.lora import base_of_adapter, is_adapter
+from coati.parallel.runtime import quiet_colossalai
 from coati.planner.experts import products_without_data
 from coati.planner.factory import PlannedFactory, PlannedRuntime
 from coati.planner.live import Item, LiveMemory
@@ -71,6 +72,7 @@ def plan(workload: Workload) -> Plan:
     Raises:
         UserError: settings that the run doesn't support.
     """
+    quiet_colossalai()
     few, more = FEW_LAYERS
     depths: dict[str, int] = {}
     peaks = _peaks(workload, more, depths)
