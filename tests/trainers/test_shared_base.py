@@ -169,3 +169,15 @@ def test_with_all_weights_trained_nothing_that_trains_is_shared(tiny_world, runt
         others = [other for other in models if other is not model]
         assert trained(model) == [*model.parameters()] and storages(model).keys().isdisjoint(storages(*others))
     assert storages(reference).keys() & storages(reward).keys()
+
+
+def test_models_without_adapters_that_only_compute_share_with_a_base(tiny_world, runtime, tmp_path, monkeypatch):
+    """The reward model that a critic with LoRA begins as, and a teacher that is the student's start."""
+    models = models_of(runtime, monkeypatch)
+    how = dict(lora_rank=4, eval_data=[])
+    make("ppo", tiny_world, runtime, tmp_path / "ppo", **how, rewards=[reward_model(tiny_world["reward"])])
+    _, critic, reward = models
+    assert {*reward.transformer.parameters()} <= {*critic.parameters()}
+    make("distill", tiny_world, runtime, tmp_path / "distill", **how, teacher="self")
+    teacher, student = models[3:]
+    assert {*teacher.parameters()} <= {*student.parameters()}
