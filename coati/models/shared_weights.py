@@ -45,7 +45,8 @@ class SharedWeights:
 
     def __init__(self, same: Callable[[nn.Parameter, nn.Parameter], bool] = same_weight):
         self.same = same
-        self.known: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        # a parameter that somebody refers to weakly can't be swapped, as moving a module may have to
+        self.owners: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
 
     def share(self, model: BaseModel) -> int:
         """Gives a model the known weights in place of those of its frozen ones that are the same; the others are known
@@ -54,24 +55,24 @@ class SharedWeights:
         Returns:
             The bytes of the weights that it has given up.
         """
-        given: dict[nn.Parameter, nn.Parameter] = {}
-        for name, parameter in model.transformer.named_parameters():
-            if parameter.requires_grad:
-                continue
-            known = self.known.setdefault(_name_without_head(model.transformer, name), [])
-            living = [other for reference in known if (other := reference()) is not None]
-            found = next((other for other in living if self.same(parameter, other)), None)
-            if found is None:
-                known.append(weakref.ref(parameter))
-            elif found is not parameter:
-                given[parameter] = found
-        for module in model.transformer.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter in given:
-                    setattr(module, name, given[parameter])
+        shared: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are given up together
+        for path, module in model.transformer.named_modules():
+            for attribute, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:
+                    continue
+                name = _name_without_head(model.transformer, f"{path}.{attribute}")
+                owners = [owner for owner in self.owners.get(name, ()) if owner[0]() is not None]
+                if parameter not in shared:
+                    known = [getattr(reference(), its_name) for reference, its_name in owners]
+                    shared[parameter] = next((other for other in known if self.same(parameter, other)), parameter)
+                if shared[parameter] is not parameter:
+                    setattr(module, attribute, shared[parameter])
                     if hasattr(module, "quant_state"):  # bitsandbytes' layers have that of their weight too
-                        module.quant_state = given[parameter].quant_state
-        return sum(parameter.nbytes for parameter in given)
+                        module.quant_state = shared[parameter].quant_state
+                if all(reference() is not module for reference, _ in owners):
+                    owners.append((weakref.ref(module), attribute))
+                self.owners[name] = owners
+        return sum(parameter.nbytes for parameter, other in shared.items() if other is not parameter)
 
 
 def _name_without_head(transformer: nn.Module, name: str) -> str:

@@ -1,6 +1,5 @@
 """An engine whose model has no weights: it allocates what a real engine would, and returns zeros."""
 
-import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,16 +184,16 @@ def key_of(inputs: dict[str, Any]) -> tuple:
 
 
 def give_shapes(module: nn.Module, fake):
-    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied, and shared ones stay shared."""
+    """Turns weights on the meta device into fake CPU tensors; tied ones stay tied. Those that are shared with a model
+    before it may be fake already, or become so together."""
     with fake:
         for part in module.modules():
             for name, p in part.named_parameters(recurse=False):
-                twin = p.fake_twin() if hasattr(p, "fake_twin") else None
-                if twin is None:
-                    twin = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-                    twin.on_other_stage = getattr(p, "on_other_stage", False)
-                    # a model to come may be given p, which lives as long as its twin, and no longer
-                    twin.on_meta, p.fake_twin = p, weakref.ref(twin)
-                setattr(part, name, twin)
+                if p.device.type != "meta":
+                    continue
+                if not hasattr(p, "fake_twin"):
+                    p.fake_twin = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                    p.fake_twin.on_other_stage = getattr(p, "on_other_stage", False)
+                setattr(part, name, p.fake_twin)
             for name, b in part.named_buffers(recurse=False):
                 setattr(part, name, torch.empty(b.shape, dtype=b.dtype))
