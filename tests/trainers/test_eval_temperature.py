@@ -19,7 +19,7 @@ def test_an_evaluation_may_be_greedy_while_training_samples(tiny_world, runtime,
     sampling = dict(top_k=5, temperature=1.0)
     sampled, losses = run("grpo", tiny_world, runtime, tmp_path / "sampled", **sampling)
     greedy, same_losses = run("grpo", tiny_world, runtime, tmp_path / "greedy", **sampling, eval_temperature=0.0)
-    wanted, _ = run("grpo", tiny_world, runtime, tmp_path / "wanted", temperature=0.0)
+    wanted, _ = run("ppo", tiny_world, runtime, tmp_path / "wanted", temperature=0.0)
     assert greedy == wanted != sampled
     assert same_losses == losses and len(losses) == 2
 
