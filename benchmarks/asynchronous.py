@@ -32,11 +32,6 @@ SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_att
 SMALL |= dict(max_position_embeddings=2048)
 RESPONSES = 64
 WARM_UP = 2  # iterations
-TASKS = ("responses", "long", "tools")
-SIZES = {"responses": LARGE, "long": SMALL, "tools": SMALL}
-# how many words of the vocabulary end a response; of tools many, as a response that is cut would end its episode
-ENDS = {"responses": 35, "long": 6, "tools": 400}
-LONGEST = {"responses": 256, "long": 1024, "tools": 16}
 
 # An episode of six turns; the tool takes its time
 TOOL = """import asyncio
@@ -73,14 +68,30 @@ WAYS = {
     "synchronous, 2 processes": Way(2, 0, 1),
     "1 generator, 1 ahead": Way(1, 1, 1, 1),
 }
-FURTHER = {
-    "responses": {},
-    "long": {
-        "1 generator, 4 ahead": Way(1, 1, 1, 4),
-        "1 generator, 4 ahead, in parts": Way(1, 1, 1, 4, in_parts=True),
-        "2 generators, 4 ahead": Way(1, 2, 1, 4),
-    },
-    "tools": {"4 generators, 4 ahead": Way(1, 4, 1, 4)},
+LONG_WAYS = {
+    "1 generator, 4 ahead": Way(1, 1, 1, 4),
+    "1 generator, 4 ahead, in parts": Way(1, 1, 1, 4, in_parts=True),
+    "2 generators, 4 ahead": Way(1, 2, 1, 4),
+}
+TOOL_WAYS = {"4 generators, 4 ahead": Way(1, 4, 1, 4)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is sampled: by a policy of which size, how many words of its vocabulary end a response, its longest one in
+    tokens, and the ways to do it."""
+
+    size: dict
+    ends: int
+    longest: int
+    ways: dict[str, Way]
+
+
+TASKS = {
+    "responses": Task(LARGE, ends=35, longest=256, ways=WAYS),
+    "long": Task(SMALL, ends=6, longest=1024, ways=WAYS | LONG_WAYS),
+    # a response that is cut would end its episode
+    "tools": Task(SMALL, ends=400, longest=16, ways=WAYS | TOOL_WAYS),
 }
 
 
@@ -95,7 +106,7 @@ def settings_of(task: str, folder: Path) -> dict:
         learning_rate=1e-5,
         eval_every=0,
         save_every=0,
-        max_new_tokens=LONGEST[task],
+        max_new_tokens=TASKS[task].longest,
         progress="off",
     )
     if task == "tools":
@@ -107,9 +118,9 @@ def write_world(task: str, folder: Path):
     """The policy, its prompts, what rewards it and what it talks to."""
     from transformers import GenerationConfig
 
-    write_models(folder, SIZES[task], PLAIN)
+    write_models(folder, TASKS[task].size, PLAIN)
     first = 4  # the tokens before it are special
-    ends = list(range(first, first + ENDS[task]))
+    ends = list(range(first, first + TASKS[task].ends))
     GenerationConfig(eos_token_id=ends).save_pretrained(folder / "policy")
     write_rows(folder / "rows.jsonl", ({"prompt": words(i, 32)} for i in range(2000)))
     (folder / "reward.py").write_text(REWARD)
@@ -139,12 +150,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/asynchronous.json")
     options = parser.parse_args()
     result: dict = {"machine": machine(2), "iterations": options.iterations, "rounds": options.rounds}
     for task in options.tasks:
-        ways = WAYS | FURTHER[task]
+        ways = TASKS[task].ways
         runs: dict[str, list[dict]] = {name: [] for name in ways}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "world"

@@ -323,19 +323,20 @@ def long_table() -> str:
     from coati.config import configure
     from coati.planner.dry_run import Workload, plan
     from coati.trainers.config import SFTConfig
+    from examples.stages import table_of
 
-    lines = [f"| | {' | '.join(f'{tokens:,} tokens' for tokens in LONG_ROWS)} |", "|---" * (1 + len(LONG_ROWS)) + "|"]
+    rows = []
     for words, settings in LONG.items():
-        cells = []
+        cells = [words]
         for tokens in LONG_ROWS:
             config = configure(
                 SFTConfig, precision="bf16", batch_size=8, micro_batch_size=1, max_length=tokens, **settings
             )
             peak = plan(Workload("sft", config, LlamaConfig(**LLAMA_3_8B), 8)).peak.total() / 2**30
             cells.append(f"{peak:.0f} GiB")
-        lines.append(f"| {words} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        print(*cells, flush=True)
+        rows.append(cells)
+    return table_of(["", *(f"{tokens:,} tokens" for tokens in LONG_ROWS)], rows)
 
 
 def write(table: str, number: int):

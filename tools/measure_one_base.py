@@ -123,7 +123,7 @@ def measured(folder: Path, output: Path, plugin: str, precision: str) -> dict[st
     return found
 
 
-def row(folder: Path, plugin: str, precision: str, shares: bool) -> str:
+def row(folder: Path, plugin: str, precision: str, shares: bool) -> list[str]:
     """A row of the table; the plan and the run are of one process, in which sharing is on or off."""
     command = [sys.executable, __file__, "worker", str(folder), plugin, precision, str(int(shares))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'applications'}"}
@@ -134,13 +134,8 @@ def row(folder: Path, plugin: str, precision: str, shares: bool) -> str:
     found = json.loads(done.stdout.splitlines()[-1])
     print(found, flush=True)
     names = ("planned_weights", "weights", "planned_peak", "in_steps", "while_loading")
-    cells = [
-        plugin,
-        precision,
-        "one base" if shares else "four models",
-        *(f"{found[name] / MIB:.0f}" for name in names),
-    ]
-    return f"| {' | '.join(cells)} |"
+    figures = [f"{found[name] / MIB:.0f}" for name in names]
+    return [plugin, precision, "one base" if shares else "four models", *figures]
 
 
 def work(folder: Path, plugin: str, precision: str, shares: bool):
@@ -154,17 +149,19 @@ def work(folder: Path, plugin: str, precision: str, shares: bool):
 
 
 def main():
+    from examples.stages import table_of
     from tools.measure_memory import write
 
     heads = ["plugin", "precision", "in memory", "weights planned", "weights measured", "peak planned"]
     heads += ["peak of the process", "peak while loading"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         write_world(Path(name))
         for plugin, precision in PARALLEL:
-            lines += [row(Path(name), plugin, precision, shares) for shares in (True, False)]
-    print("\n".join(lines))
-    write("\n".join(lines), 4)
+            rows += [row(Path(name), plugin, precision, shares) for shares in (True, False)]
+    table = table_of(heads, rows)
+    print(table)
+    write(table, 4)
 
 
 if __name__ == "__main__":

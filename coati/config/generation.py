@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -37,6 +38,12 @@ class GenerationConfig(Settings):
         """Whether tokens are drawn from the model's own distribution at the temperature."""
         changed = self.repetition_penalty != 1 or self.min_new_tokens > 0
         return not (self.top_k or self.top_p < 1 or self.min_p or changed)
+
+    def at_temperature(self, temperature: float) -> "GenerationConfig":
+        """The same but for the temperature. At 0 it makes no difference which tokens are drawn from."""
+        if temperature == 0:
+            return replace(self, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        return replace(self, temperature=temperature)
 
     def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_beams == 1 and (self.top_k or self.top_p < 1 or self.min_p):

@@ -161,9 +161,8 @@ class GRPOTrainer(RolloutTrainer):
     def greedy_scores(self, samples: list[Sample], k: int) -> Tensor:
         """What the policy's greedy responses to the samples' prompts earn, `[samples]`."""
         n = self.config.algorithm.group_size
-        greedy = replace(self.config.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         prompts = [Prompt.from_sample(sample) for sample in samples[::n]]
-        found = self.generation.sample(prompts, greedy, version=k).samples
+        found = self.generation.sample(prompts, self.config.generation.at_temperature(0.0), version=k).samples
         batch = RolloutBatch.from_samples(found, self.factory.pad_id, 1.0, self.runtime.device)
         return (self.shape(batch) + batch.token_rewards.sum(1)).repeat_interleave(n)
 
@@ -239,7 +238,7 @@ class GRPOTrainer(RolloutTrainer):
         if last is None:
             return first
         share = k / max(self.total_steps - 1, 1)
-        return replace(first, temperature=first.temperature + share * (last - first.temperature))
+        return first.at_temperature(first.temperature + share * (last - first.temperature))
 
     # --- building
 

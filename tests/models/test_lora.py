@@ -30,6 +30,16 @@ def with_noise(model):
     return model.eval()
 
 
+def assert_saved_and_merged(actor: Actor, expected: torch.Tensor, folder):
+    """Both folders that an adapted model is saved as say what it says."""
+    actor.save_pretrained(folder / "adapter")
+    assert torch.equal(Actor(folder / "adapter").eval()(*BATCH), expected)
+    actor.save_pretrained(folder / "merged", merge=True)
+    merged = Actor(folder / "merged").eval()
+    assert not merged.has_adapter
+    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_alpha_scales_the_adapter(base):
     """PITFALL 21: W + alpha / rank B A, to the last digit."""
     for alpha in (4.0, 12.0):
@@ -167,12 +177,7 @@ def test_modules_that_train_whole_are_saved_merged_and_off_for_the_reference(tie
     expected = actor(*BATCH)
     assert not torch.allclose(expected, actor(*BATCH, adapter=False), atol=1e-3)
     assert torch.equal(actor(*BATCH, adapter=False), Actor(tmp_path / "base").eval()(*BATCH))
-    actor.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(Actor(tmp_path / "adapter").eval()(*BATCH), expected)
-    actor.save_pretrained(tmp_path / "merged", merge=True)
-    merged = Actor(tmp_path / "merged").eval()
-    assert not merged.has_adapter
-    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=2e-5)
+    assert_saved_and_merged(actor, expected, tmp_path)
 
 
 def test_modules_to_save_that_match_nothing_are_named_where_there_is_a_head(base):
@@ -220,12 +225,7 @@ def test_adapters_beside_experts_and_of_experts_are_saved_and_merged(family, nam
     assert bool(names) or len(model.notes) == 1
     expected = model(*BATCH)
     assert not torch.allclose(expected, model(*BATCH, adapter=False), atol=1e-3)
-    model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(Actor(tmp_path / "adapter").eval()(*BATCH), expected)
-    model.save_pretrained(tmp_path / "merged", merge=True)
-    merged = Actor(tmp_path / "merged").eval()
-    assert not merged.has_adapter
-    torch.testing.assert_close(merged(*BATCH), expected, rtol=1e-4, atol=1e-5)
+    assert_saved_and_merged(model, expected, tmp_path)
 
 
 def test_experts_take_plain_adapters_only(tmp_path):

@@ -1,7 +1,6 @@
 """Settings that the methods which learn from their own responses have in common."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 from coati.config import ListOf, Settings, option, section, settings
@@ -90,11 +89,7 @@ class RolloutConfig(TrainerConfig):
     def evaluation_sampling(self) -> GenerationConfig:
         """How the responses of evaluations are drawn."""
         temperature = self.evaluation.eval_temperature
-        if temperature is None:
-            return self.generation
-        if temperature == 0:  # which tokens are drawn from makes no difference to the most likely one
-            return replace(self.generation, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-        return replace(self.generation, temperature=temperature)
+        return self.generation if temperature is None else self.generation.at_temperature(temperature)
 
     @property
     def responses(self) -> int:
