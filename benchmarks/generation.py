@@ -49,8 +49,10 @@ def log_normal(count: int, mean: float, sigma: float) -> np.ndarray:
 
 def make_model(settings: dict):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    if settings.get("base"):
+        return AutoModelForCausalLM.from_pretrained(settings["base"], dtype=torch.float32).eval()
     device = torch.device(settings.get("device", "cpu"))
     torch.manual_seed(0)
     with device:
@@ -114,7 +116,7 @@ def prepare_vllm(settings: dict):
     with tempfile.TemporaryDirectory() as folder:
         make_model(settings).save_pretrained(folder)
         options = dict(dtype="float32", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False)
-        llm = LLM(folder, kv_cache_memory_bytes=2**30, **options)
+        llm = LLM(folder, kv_cache_memory_bytes=2**31, **options)
     batch = [{"prompt_token_ids": prompt} for prompt in prompts(len(limits))]
     parameters = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, detokenize=False) for n in limits]
 
@@ -128,10 +130,12 @@ def prepare_vllm(settings: dict):
 PREPARE = {"coati": prepare_coati, "transformers": prepare_transformers, "vLLM": prepare_vllm}
 
 
-def contenders(case: str, model: dict, sizes: Sequence[int], device: str = "cpu") -> list[Contender]:
-    """coati, transformers with several batch sizes, vLLM."""
+def contenders(
+    case: str, model: dict, sizes: Sequence[int], device: str = "cpu", base: Path | None = None
+) -> list[Contender]:
+    """coati, transformers with several batch sizes, vLLM; of a random Llama, or of the model in the folder `base`."""
     command = [sys.executable, str(Path(__file__).resolve()), "worker"]
-    settings = dict(case=case, model=model, device=device)
+    settings = dict(case=case, model=model, device=device, base=str(base or ""))
     found = [
         Contender(name, command, settings | dict(contender="coati", compiled=compiled))
         for name, compiled in OURS.items()
@@ -145,10 +149,10 @@ def contenders(case: str, model: dict, sizes: Sequence[int], device: str = "cpu"
     return found
 
 
-def run_case(case: str, rounds: int, threads: int, model: dict) -> dict:
+def run_case(case: str, rounds: int, threads: int, model: dict, base: Path | None = None) -> dict:
     rows = len(limits_of(case))
     sizes = [size for size in BATCH_SIZES if size <= rows] if case == "log-normal" else [rows]
-    found = contest(contenders(case, model, sizes), rounds=rounds, threads=threads)
+    found = contest(contenders(case, model, sizes, base=base), rounds=rounds, threads=threads)
     best = max(result["rate"] for name, result in found.items() if name.startswith("transformers"))
     ratios = {name: found[name]["rate"] / best for name in found if not name.startswith("transformers")}
     return {"ratios": ratios, "contenders": found}

@@ -26,7 +26,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ LATEST = ROOT / ".venv-trl-1.16/bin/python"
 LAST_PPO = ROOT / ".venv-trl/bin/python"
 DATA_ROWS = 512
 GROUP = 4
+# the column of lengths has to be there when the sampler asks for it
+GROUPED_PAIRS = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
 PARTS = ("generate", "score", "evaluate", "learn")  # of an iteration
 
 
@@ -78,6 +80,7 @@ class Case:
 def cases() -> dict[str, Case]:
     padded, packed = {"TRL, padded": {}}, {"TRL, packed": {"packing": True, "packing_strategy": "bfd"}}
     grouped = {"TRL, grouped": {"train_sampling_strategy": "group_by_length"}}
+    pairs_grouped = {"TRL, grouped": GROUPED_PAIRS}
     uneven = np.clip(log_normal(DATA_ROWS, 130, 0.8), 32, 512).tolist()
     responses = np.clip(log_normal(64, 58, 0.8), 1, 256).tolist()
     budget, cached = {"max_tokens_per_batch": 1024}, {"cache_reference": True}
@@ -88,7 +91,7 @@ def cases() -> dict[str, Case]:
         "sft-fixed": Case("sft", 32, 8, 2, even, {}, padded, loop=True),
         "sft-log-normal": Case("sft", 32, 8, 4, uneven, budget, padded | grouped | packed),
         "reward-fixed": Case("reward", 8, 8, 4, even, {}, trl, loop=True),
-        "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl),
+        "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl | pairs_grouped),
         "ranks": Case("reward", 8, 8, 4, even, {"plugin": "zero2"}),
         "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4}, trl),
         "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4, "shared_trunk": True}, trl),
@@ -105,7 +108,7 @@ def cases() -> dict[str, Case]:
         # few rows: TRL takes minutes for the reference's log-probs of all
         "dpo-vocabulary": Case("preference", 8, 8, 2, [256] * 64, cached, trl, model={"vocab_size": 2**15}),
         "dpo-prompts": Case("preference", 8, 8, 4, even, cached | {"share_prompts": True}, trl, prompt=180),
-        "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl),
+        "dpo-log-normal": Case("preference", 8, 8, 8, uneven, budget | cached, trl | pairs_grouped),
         "grpo-fixed": Case("grpo", 16, 16, 2, [64] * 16, ppo, trl),
         "grpo-log-normal": Case("grpo", 64, 16, 1, responses, ppo | {"max_tokens_per_batch": 1024}, trl),
     }
@@ -129,14 +132,13 @@ def prepare_coati(settings: dict):
     config_class, trainer_class = classes[algorithm]
     config, rolls_out = parse_config(config_class, settings["flags"]), limits is not None
     if rolls_out:  # as far as its limit each, and not to an EOS
-        row = RolloutEngine.row
+        generate = RolloutEngine.generate
 
-        def limited(engine, i, request):
-            made = row(engine, i, request)
-            made.limit = limits[i]
-            return made
+        def limited(engine, requests, *rest):
+            ends = zip(requests, limits, strict=True)
+            return generate(engine, [replace(request, max_new_tokens=limit) for request, limit in ends], *rest)
 
-        RolloutEngine.row = limited
+        RolloutEngine.generate = limited
     trainer = trainer_class(config, runtime)
 
     def work() -> dict:
@@ -181,7 +183,7 @@ def write_data(case: Case, folder: Path) -> dict[str, str]:
             ours.append({"prompt": prompt, "chosen": answer, "rejected": other})
             as_ids = {"chosen_ids": chosen, "rejected_ids": rejected}
             as_text = {"prompt": prompt, "chosen": f" {answer}", "rejected": f" {other}"}
-            theirs.append(as_ids if case.algorithm == "reward" else as_text)
+            theirs.append((as_ids if case.algorithm == "reward" else as_text) | {"length": length})
     write_rows(Path(paths["coati"]), ours)
     Path(paths["peers"]).write_text(json.dumps(theirs))
     return paths
@@ -253,14 +255,19 @@ def contenders(case: Case, folder: Path, device: str = "cpu") -> list[Contender]
 
 
 def run_case(case: Case, rounds: int, threads: int, model: dict, device: str = "cpu") -> dict:
-    """On a GPU the contenders work one after the other: each has it alone."""
+    """With random Llamas of the case's shape."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "world"
         write_models(folder, MODEL | dict(max_position_embeddings=4096) | case.model | model, PLAIN)
-        everyone = contenders(case, folder, device)
-        found = {}
-        for together in [everyone] if device == "cpu" else [[one] for one in everyone]:
-            found |= contest(together, rounds=rounds, threads=threads)
+        return compare(case, folder, rounds, threads, device)
+
+
+def compare(case: Case, folder: Path, rounds: int, threads: int, device: str = "cpu") -> dict:
+    """With the models of a folder. On a GPU the contenders work one after the other: each has it alone."""
+    everyone = contenders(case, folder, device)
+    found = {}
+    for together in [everyone] if device == "cpu" else [[one] for one in everyone]:
+        found |= contest(together, rounds=rounds, threads=threads)
     ours = found["coati"]
     ratios = {name: ratio(ours, other) for name, other in found.items() if name != "coati"}
     peak = {name: max(result["peak_mib"], 1.0) for name, result in found.items()}  # 0 where freed memory was enough

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import report
 from benchmarks.generation import limits_of
 from benchmarks.soak import slope_of
 from benchmarks.time_to_reward import curve_of_records, reached
+from benchmarks.world import PLAIN, write_real_models
+from coati.models import RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -85,6 +89,41 @@ def test_training_is_a_contest_with_a_plain_loop():
     ours, loop = (case["contenders"][name]["rates"] for name in ("coati", "plain loop"))
     assert min(ours) > 0
     assert case["ratios"]["plain loop"] == sorted(a / b for a, b in zip(ours, loop, strict=True))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ppo-log-normal", "grpo-log-normal"])
+def test_responses_are_drawn_as_long_as_the_case_says(case):
+    ours = run_small("training", case, rounds=1)["contenders"]["coati"]
+    assert ours["rate"] > 0 and min(ours["parts"].values()) > 0
+
+
+@pytest.mark.slow
+def test_a_real_model_is_measured_with_its_own_weights(tmp_path):
+    shape = LlamaConfig(**SMALL, vocab_size=1024, tie_word_embeddings=True, max_position_embeddings=1024)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "base")
+    cases = ["dpo-log-normal", "grpo-fixed"]
+    command = [sys.executable, "benchmarks/real_model.py", "--model", str(tmp_path / "base"), "--cases", *cases]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--threads", "1"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])["cases"]
+    assert set(found) == set(cases) and all(case["contenders"]["coati"]["rate"] > 0 for case in found.values())
+
+
+def test_the_models_of_a_benchmark_have_the_weights_of_their_base(tmp_path):
+    base = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=64, tie_word_embeddings=True))
+    base.save_pretrained(tmp_path / "base")
+    write_real_models(tmp_path / "world", tmp_path / "base", PLAIN)
+    policy = LlamaForCausalLM.from_pretrained(tmp_path / "world" / "policy")
+    scorer = RewardModel(str(tmp_path / "world" / "scorer"))
+    weights = base.model.state_dict()
+    for model in (policy.model, scorer.transformer):
+        assert model.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert (policy.config.bos_token_id, policy.config.eos_token_id, policy.config.pad_token_id) == (0, 1, 2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "world" / "policy")
+    assert tokenizer("w0 w59")["input_ids"] == [4, 63]
 
 
 @pytest.mark.slow
