@@ -41,6 +41,13 @@ TARGETS = [
     ("family", "grpo-fixed", "TRL", 1.5),
     ("family", "grpo-log-normal", "TRL", 3.0),
 ]
+# of the real model, whose rate over which peer's best configuration, at least; and memory over its, at most
+REAL_TARGETS = {"fixed-32-64": ("vLLM", 1.0), "fixed-128-64": ("vLLM", 1.0), "log-normal": ("vLLM", 1.0)} | {
+    f"{work}-{lengths}": ("TRL", least)
+    for work in ("sft", "reward", "dpo", "ppo", "grpo")
+    for lengths, least in (("fixed", 1.2), ("log-normal", 2.0))
+}
+REAL_MEMORY, REAL_TIME = 0.6, 0.5
 COLORS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 
 
@@ -84,6 +91,46 @@ def targets(results: dict[str, dict]) -> str:
             beside = min(names, key=ratios.__getitem__)
             shown = f"{ratios[beside]:.2f}"
         lines.append(f"| {case} | {beside} | {least:.2f} | {shown} |")
+    return "\n".join(lines)
+
+
+def real_targets(result: dict) -> str:
+    """Of the real model's cases, coati beside the peer's quickest configuration: rate, and peak memory."""
+    lines = [
+        f"| work | compared with | target | measured | memory (target {REAL_MEMORY}) |",
+        "|---|---|---|---|---|",
+    ]
+    for case, (peer, least) in REAL_TARGETS.items():
+        if case not in result["cases"]:
+            continue
+        found = result["cases"][case]["contenders"]
+        peers = [name for name in found if name.startswith(peer)]
+        if not peers:
+            continue
+        beside, ours = max(peers, key=lambda name: found[name]["rate"]), found["coati"]
+        # generation's ratios are to transformers
+        of_rounds = result["cases"][case]["ratios"]
+        quicker = ours["rate"] / found[beside]["rate"] if "coati" in of_rounds else of_rounds[beside]
+        memory_ratio = ours["peak_mib"] / max(found[beside]["peak_mib"], 1.0)
+        lines.append(f"| {case} | {beside} | {least:.2f} | {quicker:.2f} | {memory_ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def time_to_reward(result: dict) -> str:
+    lines = [
+        f"| seed | right sums | coati, s | TRL, s | coati over it (target {REAL_TIME}) |",
+        "|---|---|---|---|---|",
+    ]
+    for seed, found in result["seeds"].items():
+        ours, theirs = found["seconds"]["coati"], found["seconds"]["TRL"]
+        longest = found["curves"]["TRL"][-1][0]
+        if ours is None:
+            cells = [f"not in {found['curves']['coati'][-1][0]:.0f}", "" if theirs is None else f"{theirs:.0f}", ""]
+        elif theirs is None:
+            cells = [f"{ours:.0f}", f"not in {longest:.0f}", f"under {ours / longest:.2f}"]
+        else:
+            cells = [f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"]
+        lines.append(f"| {seed} | {result['target']:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -170,7 +217,11 @@ def filled(page: str, results: dict[str, dict]) -> str:
     page = fill(page, "training", rates(results["training"]))
     page = fill(page, "machine of the family", machine(results["family"]))
     page = fill(page, "family", rates(results["family"]))
-    return fill(page, "memory", memory(results["memory"]))
+    page = fill(page, "memory", memory(results["memory"]))
+    page = fill(page, "machine of the real model", machine(results["real_model"]))
+    page = fill(page, "targets of the real model", real_targets(results["real_model"]))
+    page = fill(page, "real model", rates(results["real_model"]))
+    return fill(page, "time to reward", time_to_reward(results["time_to_reward"]))
 
 
 def main():

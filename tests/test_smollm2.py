@@ -306,6 +306,13 @@ def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained,
     )
 
 
+def test_stages_of_all_weights_have_no_adapters_and_start_where_the_others_do(trained, tmp_path, tiny_world):
+    [_, (_, first, sft), (script, config, flags)] = trained("sft_full", "grpo_full")
+    assert (script, config, first) == ("grpo", "grpo_full.yaml", "sft_full.yaml")
+    assert sft["model"] == Path(tiny_world["policy"]) and flags["model"] == tmp_path / "seed0" / "sft" / "model"
+    assert all("lora" not in (EXAMPLE / name).read_text() for name in (first, config))
+
+
 def test_a_student_learns_from_the_model_of_sft(trained, tmp_path):
     [_, (script, config, flags)] = trained("distill")
     assert (script, config) == ("distill", "distill.yaml") and "model" not in flags

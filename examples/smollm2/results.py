@@ -10,7 +10,7 @@ from examples.drawing import figure
 from examples.smollm2.check import Share
 from examples.stages import ROOT, fill_figures
 
-SAMPLED = {"grpo": "right sums", "rloo": "right sums", "ppo": "right sums", "grpo_constraints": "constraints met"}
+SAMPLED = dict.fromkeys(("grpo", "grpo_full", "rloo", "ppo"), "right sums") | {"grpo_constraints": "constraints met"}
 OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "response_length": "response length, tokens"}
 OTHERS |= {"eval/divergence": "divergence from the teacher, nats per token"}
 OTHERS |= {"kl": "KL to the start, nats per response"}

@@ -4,6 +4,7 @@
     python examples/smollm2/run.py --stages dpo kto --data ../shared/data           # on HH-RLHF
     python examples/smollm2/run.py --stages reward ppo_hh --data ../shared/data     # and PPO on the reward model
     python examples/smollm2/run.py --stages grpo_reversals                          # a task of reasoning-gym
+    python examples/smollm2/run.py --stages sft_full grpo_full                      # all weights, no adapters
     python examples/smollm2/run.py --stages grpo rloo ppo --seed 1 --write_docs     # and docs/results.md
 
 A stage that is finished is not run again. Each has its settings beside this file and writes summary.json with what was
@@ -35,11 +36,12 @@ from examples.smollm2.results import summarize  # noqa: E402
 from examples.smollm2.tasks import make_constraints, make_reversals, make_sums  # noqa: E402
 from examples.stages import train  # noqa: E402
 
-ON_SUMS = {"grpo": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
+SFTS = ("sft", "sft_full")  # the others on sums start from "sft"
+ON_SUMS = {"grpo": "grpo", "grpo_full": "grpo", "rloo": "grpo", "ppo": "ppo"}  # and the script of examples/stages.py
 ON_REVERSALS = ("reversal_sft", "grpo_reversals")
 ON_PAIRS = {"reward": "reward"} | dict.fromkeys(("dpo", "kto", "orpo", "simpo"), "preference")
 ON_SCORES = "ppo_hh"  # of the reward stage
-STAGES = ("sft", *ON_SUMS, "distill", "grpo_constraints", *ON_REVERSALS, *ON_PAIRS, ON_SCORES)
+STAGES = (*SFTS, *ON_SUMS, "distill", "grpo_constraints", *ON_REVERSALS, *ON_PAIRS, ON_SCORES)
 
 
 def main():
@@ -99,6 +101,8 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
     for name in stages:
         if name == "grpo_reversals":
             stage(name, "grpo", folder / "reversal_sft" / "model", lists["reversals"], lists["reversals_eval"])
+        if name == "sft_full":
+            stage(name, "sft", model, sums["sft"], sums["sft_eval"])
         if name in ON_SUMS:
             stage(name, ON_SUMS[name], folder / "sft" / "model", sums["prompts"], sums["prompts_eval"])
         if name == "distill":
@@ -118,7 +122,7 @@ def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Pat
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
     if name == "distill":  # they tell how far it is from its teacher
         return {}
-    if name in ("sft", *ON_SUMS, *ON_REVERSALS):
+    if name in (*SFTS, *ON_SUMS, *ON_REVERSALS):
         found, told = (check_reversals if name in ON_REVERSALS else check_sums)(checked, data)
         return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
     if name == "grpo_constraints":

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 PATIENCE = 600
 DELAYED = ROOT / "tests" / "distributed" / "delayed.py"
 SAMPLED = dict(temperature=1.0, steps=4, save_every=2)
+IN_DIFFERENCES = dict(weights_format="differences", precision="bf16", learning_rate=1e-6)
 
 
 def begin(algorithm: str, world, folder: Path, processes: int = 1, generators: int = 1, environment=(), **changes):
@@ -169,8 +170,7 @@ def test_delays_and_kills_change_nothing_and_lose_no_sample(tiny_world, tmp_path
 @pytest.mark.slow
 def test_a_killed_run_with_differences_is_the_one_with_whole_weights(tiny_world, tmp_path):
     """Two generators that skip versions, five kills, resumes: checkpoints, models, metrics and samples are the same."""
-    changes = dict(weights_format="differences", precision="bf16", learning_rate=1e-6)
-    hit = check_kills(tiny_world, tmp_path, kills=5, seed=1, **changes)
+    hit = check_kills(tiny_world, tmp_path, kills=5, seed=1, **IN_DIFFERENCES)
     sizes = {row["bytes/publish"] for row in read_metrics(tmp_path / "killed" / "run") if "bytes/publish" in row}
     whole = {row["bytes/publish"] for row in read_metrics(tmp_path / "whole" / "run") if "bytes/publish" in row}
     print(hit, sizes, whole)
@@ -187,10 +187,11 @@ def test_a_killed_run_in_parts_is_the_one_that_nobody_killed(tiny_world, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_neither_do_forty(tiny_world, tmp_path):
+@pytest.mark.parametrize("changes", [{}, IN_DIFFERENCES, dict(partial_rollouts=True)], ids=["", "differences", "parts"])
+def test_neither_do_forty(changes, tiny_world, tmp_path):
     hit: Counter = Counter()
     for seed in range(1, 6):
         (tmp_path / str(seed)).mkdir()
-        hit += check_kills(tiny_world, tmp_path / str(seed), kills=10, seed=seed)
+        hit += check_kills(tiny_world, tmp_path / str(seed), kills=10, seed=seed, **changes)
     print(hit)
     assert sum(hit.values()) >= 40 and len(hit) == 3
