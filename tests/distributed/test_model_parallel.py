@@ -6,6 +6,7 @@ Figures of every layout and architecture are in docs/plugins.md: `python tools/l
 
 import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,23 @@ def others(worlds, folder):
 )
 def test_the_other_architectures_do_too(layout, family, algorithm, others):
     assert_same(others[f"{layout}-{family}-{algorithm}"], others[f"one-{family}-{algorithm}"])
+
+
+@pytest.mark.slow
+def test_rows_of_32_thousand_tokens_are_learned_as_in_a_single_process(tiny_world, tmp_path):
+    """Two processes hold half of a row each; what is learned from it is all of it."""
+    world, draw = make_family("llama", tiny_world, tmp_path), random.Random(0)
+    shape = Path(world["policy"]) / "config.json"
+    shape.write_text(json.dumps(json.loads(shape.read_text()) | {"max_position_embeddings": 2**16}))
+    rows = [{"prompt": "one", "completion": " ".join(draw.choices("0123456789", k=2**14))} for _ in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(train_data=[str(tmp_path / "rows.jsonl")], eval_data=[], max_length=2**16)
+    few = data | dict(steps=1, batch_size=1, micro_batch_size=1, gradient_checkpointing=True)
+    jobs = [family_job(name, "sft", world, tmp_path, **few, **LAYOUTS.get(name, {})) for name in ("one", "sp2")]
+    expected = run_jobs(jobs[:1], tmp_path / "alone", 1)["one"]
+    found = run_jobs(jobs[1:], tmp_path / "together", 2)["sp2"]
+    assert all(step["tokens"] > 2**15 for step in expected["steps"]) and expected["steps"][0]["loss"] > 1
+    assert_same(found, expected)
 
 
 @pytest.fixture(scope="module")
