@@ -21,6 +21,7 @@ from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_n
 from coati.models.objectives import objective_weights
 from coati.models.quantized import check_mergeable, is_quantized, prepare_quantized
 from coati.models.quiet import quiet_transformers
+from coati.models.towers import freeze_towers, without_towers
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -73,6 +74,9 @@ class BaseModel(nn.Module):
         source = base_of_adapter(pretrained) if is_adapted else pretrained
         self.model, head = self._load_transformer(source, config, kwargs)
         self.config = self.model.config
+        towers_note = freeze_towers(self.model)
+        if source is not None and config is None and not isinstance(source, nn.Module):
+            towers_note = towers_note or without_towers(stored_config(source, kwargs), self.config)
         self.last_hidden_state_size = hidden_size(self.config)
         if is_adapted:
             self.model, head_of_adapter = load_adapter(self.model, pretrained)
@@ -80,7 +84,7 @@ class BaseModel(nn.Module):
         elif lora is not None and lora.rank > 0:
             self.model = add_lora(self.model, lora)
         self._make_head(head, pretrained)
-        notes = [repair_generation_config(self.transformer), router_note(self.config)]
+        notes = [repair_generation_config(self.transformer), router_note(self.config), towers_note]
         if lora is not None and not is_adapted:
             notes.append(experts_note(self.transformer, lora))
         self.notes = [note for note in notes if note]
@@ -446,6 +450,18 @@ def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
     return model
 
 
+def stored_config(source, kwargs: dict):
+    """The config beside a checkpoint's weights.
+
+    Args:
+        kwargs: those of `BaseModel`.
+    """
+    from transformers import AutoConfig
+
+    hub = ("cache_dir", "revision", "subfolder", "token")
+    return AutoConfig.from_pretrained(str(source), **{name: kwargs[name] for name in hub if name in kwargs})
+
+
 def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs: dict) -> nn.Module:
     if config is not None:
         kwargs = {**kwargs, "config": config}
@@ -454,7 +470,12 @@ def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs
             options = {"ignore_mismatched_sizes": True, **kwargs}  # ours to report, by name
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"can't load a model from {source}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            if "Unrecognized configuration class" in reason:  # of images, or of text to text
+                reason = (
+                    f"it isn't a language model that transformers' {auto.__name__} knows, and coati trains no other"
+                )
+            raise UserError(f"can't load a model from {source}: {reason}") from error
     wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if wrong:
         name, stored, expected = wrong[0]

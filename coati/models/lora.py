@@ -9,6 +9,7 @@ from torch import nn
 
 from coati.errors import UserError
 from coati.models.experts import parameters_of_experts
+from coati.models.towers import modules_of_towers
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what some mixtures of experts call linear layers that route
 
@@ -36,6 +37,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
 
     Of a mixture of experts, "all-linear" is what all tokens pass, but for routers; experts get adapters if their
     parameters (`gate_up_proj`, `down_proj`) are named, as each forward pass then makes a copy of all their weights.
+    What reads images or sound gets none.
 
     Raises:
         UserError: no module has one of the names; a kind of adapter that experts can't have.
@@ -59,11 +61,13 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         target_parameters=parameters or None,
         use_rslora=settings.variant == "rslora",
         use_dora=settings.variant == "dora",
+        exclude_modules=modules_of_towers(model),
         modules_to_save=whole or None,
     )
     try:
         with warnings.catch_warnings():  # tied embeddings that train whole are no longer tied
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", message=".*exclude_modules.*")  # towers without layers of these names
             return get_peft_model(model, config)
     except ValueError as error:
         layers = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from coati.models.towers import towers
+
 # tables computed in code for as many positions as a setting of the config says: ALiBi's biases, sinusoids
 COMPUTED_TABLES = {"mpt": "max_seq_len", "ctrl": "n_positions"}
 
@@ -29,9 +31,10 @@ def row_limit(model: nn.Module) -> RowLimit | None:
 
 def _of_table(model: nn.Module) -> RowLimit | None:
     tokens = model.get_input_embeddings()
+    of_images = tuple(f"{name}." for name in towers(model))
     sizes = []
     for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and module is not tokens
+        is_table = isinstance(module, nn.Embedding) and module is not tokens and not name.startswith(of_images)
         if is_table and (name.endswith("wpe") or "position" in name.rpartition(".")[2]):
             # RoBERTa and its kin count from the padding's number on; OPT and BART leave two rows out
             taken = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -108,7 +108,7 @@ def use_sequence_parallel_attention(transformer, group):
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    config, ranks = transformer.config, 1 if group is None else dist.get_world_size(group)
+    config, ranks = transformer.config.get_text_config(), 1 if group is None else dist.get_world_size(group)
     if soft_cap(config) or not transformer._supports_sdpa:
         raise UserError(f"sequences of {config.model_type} can't be split: sdpa doesn't support its attention")
     if config.num_attention_heads % ranks:

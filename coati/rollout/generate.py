@@ -91,7 +91,7 @@ def complete(
 def has_kv_cache(model) -> bool:
     """Whether every layer has a KV cache, as `RolloutEngine` needs; not so in Mamba and its hybrids."""
     transformer = model.transformer
-    kinds = getattr(transformer.config, "layer_types", None) or ()
+    kinds = getattr(transformer.config.get_text_config(), "layer_types", None) or ()
     return not transformer._is_stateful and set(kinds) <= KV_CACHE_LAYERS
 
 
