@@ -30,28 +30,29 @@ ROWS = 128
 
 
 def training_cases() -> dict[str, Case]:
-    """As those of benchmarks/training.py, at most 4,096 tokens a turn of ours."""
+    """As those of benchmarks/training.py, with micro-batches of about 1,024 tokens for everyone, so that all contenders
+    fit into 24 GB side by side."""
     even = [256] * 32
     uneven = np.clip(generation.log_normal(ROWS, 130, 0.8), 32, 512).tolist()
     responses = np.clip(generation.log_normal(32, 58, 0.8), 1, 256).tolist()
-    pairs = {"TRL": {}, "TRL, grouped": training.GROUPED_PAIRS}
     trl, budget, cached = {"TRL": {}}, {"max_tokens_per_batch": 1024}, {"cache_reference": True}
-    # rows of 512 tokens, so that a step has about as many tokens as everyone's
+    pairs = trl | {"TRL, grouped": training.GROUPED_PAIRS}
+    # two rows of 512 tokens at a time, and as many tokens a step as everyone
     packed = {"packing": True, "packing_strategy": "bfd"}
     packed |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     of_sft = {"TRL, padded": {}, "TRL, packed": packed}
     of_sft["TRL, grouped"] = {"train_sampling_strategy": "group_by_length"}
     return {
-        "sft-fixed": Case("sft", 8, 8, 1, even, {}, {"TRL, padded": {}}, loop=True),
-        "sft-log-normal": Case("sft", 16, 8, 2, uneven, budget, of_sft),
-        "reward-fixed": Case("reward", 8, 8, 1, even, {}, trl, loop=True),
-        "reward-log-normal": Case("reward", 8, 8, 2, uneven, budget, pairs),
-        "dpo-fixed": Case("preference", 8, 8, 1, even, cached, trl),
-        "dpo-log-normal": Case("preference", 8, 8, 2, uneven, budget | cached, pairs),
-        "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, {}, trl),
-        "ppo-log-normal": Case("ppo", 32, 16, 1, responses, budget, trl),
-        "grpo-fixed": Case("grpo", 16, 16, 1, [64] * 16, {}, trl),
-        "grpo-log-normal": Case("grpo", 32, 16, 1, responses, budget, trl),
+        "sft-fixed": Case("sft", 8, 4, 1, even, {}, {"TRL, padded": {}}, loop=True),
+        "sft-log-normal": Case("sft", 16, 4, 2, uneven, budget, of_sft),
+        "reward-fixed": Case("reward", 8, 2, 1, even, {}, trl, loop=True),
+        "reward-log-normal": Case("reward", 8, 2, 2, uneven, budget, pairs),
+        "dpo-fixed": Case("preference", 8, 2, 1, even, cached, trl),
+        "dpo-log-normal": Case("preference", 8, 2, 2, uneven, budget | cached, pairs),
+        "ppo-fixed": Case("ppo", 16, 8, 1, [64] * 16, {}, trl),
+        "ppo-log-normal": Case("ppo", 32, 8, 1, responses, budget, trl),
+        "grpo-fixed": Case("grpo", 16, 8, 1, [64] * 16, {}, trl),
+        "grpo-log-normal": Case("grpo", 32, 8, 1, responses, budget, trl),
     }
 
 

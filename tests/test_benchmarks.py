@@ -141,6 +141,33 @@ def test_the_page_holds_the_committed_figures():
     assert report.filled(page, report.read_results()) == page
 
 
+def contender(rate: float, peak: float) -> dict:
+    return {"rate": rate, "lowest": rate, "highest": rate, "cpu_seconds": 1.0, "peak_mib": peak}
+
+
+def test_the_real_model_is_compared_with_its_quickest_peer():
+    slow, quick = contender(5, 100), contender(8, 400)
+    of_sft = {"coati": contender(10, 200), "TRL, padded": slow, "TRL, packed": quick, "plain loop": contender(20, 50)}
+    ratios = {"TRL, padded": 2.0, "TRL, packed": 1.25, "plain loop": 0.5}
+    generated = {"coati": contender(3, 90), "vLLM": contender(2, 60), "transformers, batch 32": contender(1, 60)}
+    result = {"sft-log-normal": {"ratios": ratios, "contenders": of_sft}}
+    result |= {"fixed-32-64": {"ratios": {"coati": 3.0, "vLLM": 2.0}, "contenders": generated}}
+    rows = report.real_targets({"cases": result}).splitlines()[2:]
+    assert rows == [
+        "| fixed-32-64 | vLLM | 1.00 | 1.50 | 1.50 |",
+        "| sft-log-normal | TRL, packed | 2.00 | 1.25 | 0.50 |",
+    ]
+
+
+def test_a_target_that_was_not_reached_is_said():
+    curves = {"coati": [[0.0, 0.25], [20.0, 0.75]], "TRL": [[0.0, 0.25], [60.0, 0.5]]}
+    result = {"target": 0.7, "seeds": {"0": {"seconds": {"coati": 20.0, "TRL": None}, "curves": curves}}}
+    assert report.time_to_reward(result).splitlines()[2:] == [
+        "| 0 | coati | 20 | 25.0% (0), 75.0% (20) |",
+        "| 0 | TRL | not reached | 25.0% (0), 50.0% (60) |",
+    ]
+
+
 def test_the_time_to_a_reward_leaves_out_the_evaluations():
     rows = [
         {"step": 0, "time": 100.0, "eval/reward": 0.2},
