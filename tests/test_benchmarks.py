@@ -154,7 +154,7 @@ def test_the_real_model_is_compared_with_its_quickest_peer():
     result |= {"fixed-32-64": {"ratios": {"coati": 3.0, "vLLM": 2.0}, "contenders": generated}}
     rows = report.real_targets({"cases": result}).splitlines()[2:]
     assert rows == [
-        "| fixed-32-64 | vLLM | 1.00 | 1.50 | 1.50 |",
+        "| fixed-32-64 | vLLM | 1.00 | 1.50 |  |",
         "| sft-log-normal | TRL, packed | 2.00 | 1.25 | 0.50 |",
     ]
 

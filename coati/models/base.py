@@ -472,9 +472,7 @@ def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             if "Unrecognized configuration class" in reason:  # of images, or of text to text
-                reason = (
-                    f"it isn't a language model that transformers' {auto.__name__} knows, and coati trains no other"
-                )
+                reason = f"it is no language model that transformers' {auto.__name__} knows, and coati trains no other"
             raise UserError(f"can't load a model from {source}: {reason}") from error
     wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if wrong:
