@@ -245,7 +245,8 @@ def test_the_other_architectures_do_too(layout, family, algorithm, others):
 
 @pytest.mark.slow
 def test_rows_of_32_thousand_tokens_are_learned_as_in_a_single_process(tiny_world, tmp_path):
-    """Two processes hold half of a row each; what is learned from it is all of it."""
+    """Two processes hold half of a row each. Weights are compared less strictly than those of short rows: Adam's first
+    step is as long where a gradient is the rounding of a sum over the row."""
     world, draw = make_family("llama", tiny_world, tmp_path), random.Random(0)
     shape = Path(world["policy"]) / "config.json"
     shape.write_text(json.dumps(json.loads(shape.read_text()) | {"max_position_embeddings": 2**16}))
@@ -256,8 +257,11 @@ def test_rows_of_32_thousand_tokens_are_learned_as_in_a_single_process(tiny_worl
     jobs = [family_job(name, "sft", world, tmp_path, **few, **LAYOUTS.get(name, {})) for name in ("one", "sp2")]
     expected = run_jobs(jobs[:1], tmp_path / "alone", 1)["one"]
     found = run_jobs(jobs[1:], tmp_path / "together", 2)["sp2"]
-    assert all(step["tokens"] > 2**15 for step in expected["steps"]) and expected["steps"][0]["loss"] > 1
-    assert_same(found, expected)
+    [mine], [theirs] = found["steps"], expected["steps"]
+    assert theirs["tokens"] > 2**15 and theirs["loss"] > 1
+    assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    for name, numbers in expected["weights"].items():
+        assert found["weights"][name] == pytest.approx(numbers, rel=1e-3, abs=1e-3), name
 
 
 @pytest.fixture(scope="module")
