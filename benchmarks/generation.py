@@ -135,7 +135,7 @@ def contenders(
 ) -> list[Contender]:
     """coati, transformers with several batch sizes, vLLM; of a random Llama, or of the model in the folder `base`."""
     command = [sys.executable, str(Path(__file__).resolve()), "worker"]
-    settings = dict(case=case, model=model, device=device, base=str(base or ""))
+    settings = dict(case=case, model=model, device=device, base=str(base) if base else None)
     found = [
         Contender(name, command, settings | dict(contender="coati", compiled=compiled))
         for name, compiled in OURS.items()

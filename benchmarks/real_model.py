@@ -1,7 +1,7 @@
 """A real model's speed beside its peers: SmolLM2-135M-Instruct, all weights, generation and training.
 
     python examples/smollm2/run.py --stages sft      # fetches the model
-    python benchmarks/real_model.py --save           # and writes benchmarks/results/real_model.json, an hour
+    python benchmarks/real_model.py --save           # and writes benchmarks/results/real_model.json, two hours
     python benchmarks/real_model.py --cases dpo-log-normal --rounds 1
 
 The contenders are those of benchmarks/generation.py and benchmarks/training.py, which work in turns; so are the cases,

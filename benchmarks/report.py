@@ -100,21 +100,17 @@ def real_targets(result: dict) -> str:
         f"| work | compared with | target | measured | memory (target {REAL_MEMORY}) |",
         "|---|---|---|---|---|",
     ]
-    for case, (peer, least) in REAL_TARGETS.items():
-        if case not in result["cases"]:
+    for name, (peer, least) in REAL_TARGETS.items():
+        case = result["cases"].get(name, {"contenders": {}})
+        rates = {other: found["rate"] for other, found in case["contenders"].items() if other.startswith(peer)}
+        if not rates:
             continue
-        found = result["cases"][case]["contenders"]
-        peers = [name for name in found if name.startswith(peer)]
-        if not peers:
-            continue
-        beside, ours = max(peers, key=lambda name: found[name]["rate"]), found["coati"]
-        of_rounds = result["cases"][case]["ratios"]
-        if "coati" in of_rounds:  # generation's ratios are to transformers, and vLLM's cache is there before the clock
-            quicker, memory_ratio = ours["rate"] / found[beside]["rate"], ""
-        else:
-            quicker = of_rounds[beside]
-            memory_ratio = f"{ours['peak_mib'] / max(found[beside]['peak_mib'], 1.0):.2f}"
-        lines.append(f"| {case} | {beside} | {least:.2f} | {quicker:.2f} | {memory_ratio} |")
+        beside = max(rates, key=rates.__getitem__)
+        if "memory_ratios" in case:
+            quicker, memory_ratio = case["ratios"][beside], f"{case['memory_ratios'][beside]:.2f}"
+        else:  # generation's ratios are to transformers, and vLLM's cache is there before the clock
+            quicker, memory_ratio = case["contenders"]["coati"]["rate"] / rates[beside], ""
+        lines.append(f"| {name} | {beside} | {least:.2f} | {quicker:.2f} | {memory_ratio} |")
     return "\n".join(lines)
 
 

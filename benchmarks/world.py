@@ -30,23 +30,27 @@ def write_models(folder: Path, size: dict, template: str | None = None):
     folder.mkdir(parents=True)
     config = LlamaConfig(**dict(max_position_embeddings=512) | SPECIAL_IDS | size)
     config.save_pretrained(folder / "shape")
+    tokenizer = word_tokenizer(config.vocab_size, template)
     torch.manual_seed(0)
     for name, model_class in zip(PIECES, (Actor, RewardModel), strict=True):
         model_class(config=config).save_pretrained(folder / name)
-        word_tokenizer(size["vocab_size"], template).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def write_real_models(folder: Path, base: Path, template: str):
     """The same of a real model's weights, a new head for the reward model; its own tokenizer is left out, so that rows
     have the lengths that a benchmark wants."""
+    from transformers import AutoConfig
+
     from coati.models import Actor, RewardModel
 
     folder.mkdir(parents=True)
+    tokenizer = word_tokenizer(AutoConfig.from_pretrained(base).vocab_size, template)
     for name, model_class in zip(PIECES, (Actor, RewardModel), strict=True):
         model = model_class(str(base))
         model.config.update(SPECIAL_IDS)
         model.save_pretrained(folder / name)
-        word_tokenizer(model.config.vocab_size, template).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def word_tokenizer(vocab_size: int, template: str | None):

@@ -150,7 +150,8 @@ def test_the_real_model_is_compared_with_its_quickest_peer():
     of_sft = {"coati": contender(10, 200), "TRL, padded": slow, "TRL, packed": quick, "plain loop": contender(20, 50)}
     ratios = {"TRL, padded": 2.0, "TRL, packed": 1.25, "plain loop": 0.5}
     generated = {"coati": contender(3, 90), "vLLM": contender(2, 60), "transformers, batch 32": contender(1, 60)}
-    result = {"sft-log-normal": {"ratios": ratios, "contenders": of_sft}}
+    memory = {"TRL, padded": 2.0, "TRL, packed": 0.5, "plain loop": 4.0}
+    result = {"sft-log-normal": {"ratios": ratios, "memory_ratios": memory, "contenders": of_sft}}
     result |= {"fixed-32-64": {"ratios": {"coati": 3.0, "vLLM": 2.0}, "contenders": generated}}
     rows = report.real_targets({"cases": result}).splitlines()[2:]
     assert rows == [

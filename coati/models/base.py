@@ -442,12 +442,19 @@ def load_transformer(auto_class, pretrained, config, kwargs: dict) -> nn.Module:
         try:
             model = auto.from_config(config, **kwargs)
         except ValueError as error:
-            raise UserError(f"can't make a model of this config: {str(error).splitlines()[0]}") from error
+            raise UserError(f"can't make a model of this config: {_reason(error, auto)}") from error
     else:
         model = _load_checkpoint(auto, str(pretrained), config, attn_implementation, kwargs)
     if attn_implementation == "auto":
         set_eager_where_capped(model)
     return model
+
+
+def _reason(error: Exception, auto) -> str:
+    """Why transformers' `auto` class made no model, in a line."""
+    if "Unrecognized configuration class" in str(error):  # of images, or of text to text
+        return f"it is no language model that transformers' {auto.__name__} knows, and coati trains no other"
+    return str(error).splitlines()[0]
 
 
 def stored_config(source, kwargs: dict):
@@ -470,10 +477,7 @@ def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs
             options = {"ignore_mismatched_sizes": True, **kwargs}  # ours to report, by name
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            if "Unrecognized configuration class" in reason:  # of images, or of text to text
-                reason = f"it is no language model that transformers' {auto.__name__} knows, and coati trains no other"
-            raise UserError(f"can't load a model from {source}: {reason}") from error
+            raise UserError(f"can't load a model from {source}: {_reason(error, auto)}") from error
     wrong, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if wrong:
         name, stored, expected = wrong[0]

@@ -2,10 +2,13 @@
 
 from torch import nn
 
+# other configs have parts too: of attention (DBRX, MPT), of a language model's stages (BLT)
+TOWERS = {"vision_config", "audio_config", "vq_config"}
+
 
 def has_towers(config) -> bool:
     """Whether a config describes parts beside a language model, such as a vision tower."""
-    return bool(set(getattr(config, "sub_configs", {})) - {"text_config"})
+    return not TOWERS.isdisjoint(getattr(config, "sub_configs", {}))
 
 
 def towers(model: nn.Module) -> dict[str, nn.Module]:

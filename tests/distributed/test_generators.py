@@ -187,7 +187,9 @@ def test_a_killed_run_in_parts_is_the_one_that_nobody_killed(tiny_world, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("changes", [{}, IN_DIFFERENCES, dict(partial_rollouts=True)], ids=["", "differences", "parts"])
+@pytest.mark.parametrize(
+    "changes", [{}, IN_DIFFERENCES, dict(partial_rollouts=True)], ids=["whole", "differences", "parts"]
+)
 def test_neither_do_forty(changes, tiny_world, tmp_path):
     hit: Counter = Counter()
     for seed in range(1, 6):

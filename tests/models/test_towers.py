@@ -10,6 +10,7 @@ import transformers
 from coati.config import configure
 from coati.errors import UserError
 from coati.models import Actor, Critic, LoraSettings, RewardModel
+from coati.models.towers import has_towers
 from coati.rollout import GenerationConfig, Request, RolloutEngine
 from tests.conftest import settings_for, trainer_classes
 from tests.models.families import padded, rows
@@ -130,5 +131,13 @@ def test_where_transformers_loads_the_language_model_alone_it_is_said(tmp_path):
 
 def test_what_is_no_causal_language_model_is_refused_in_words(tmp_path):
     folder = qwen("Qwen2_5_VL", tmp_path / "qwen")
-    with pytest.raises(UserError, match="is no language model that transformers' AutoModelForCausalLM knows"):
-        Actor(folder)
+    for source in (dict(pretrained=folder), dict(config=transformers.AutoConfig.from_pretrained(folder))):
+        with pytest.raises(UserError, match="is no language model that transformers' AutoModelForCausalLM knows"):
+            Actor(**source)
+
+
+@pytest.mark.parametrize("wrapper", [Actor, RewardModel])
+def test_a_language_model_whose_config_has_parts_trains_whole(wrapper):
+    mpt = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=32)
+    assert all(p.requires_grad for p in wrapper(config=mpt).parameters())
+    assert mpt.sub_configs and not any(has_towers(config) for config in (transformers.DbrxConfig(), mpt))
