@@ -24,6 +24,7 @@ from coati.models.quiet import quiet_transformers
 from coati.models.towers import freeze_towers, without_towers
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 NEED_CUDA = ("flash_attention_2", "flex_attention")  # the latter has no backward pass on a CPU
@@ -457,6 +458,11 @@ def _reason(error: Exception, auto) -> str:
     return str(error).splitlines()[0]
 
 
+def hub_options(kwargs: dict) -> dict:
+    """Those of a model's keywords that say where its files are."""
+    return {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+
+
 def stored_config(source, kwargs: dict):
     """The config beside a checkpoint's weights.
 
@@ -465,8 +471,7 @@ def stored_config(source, kwargs: dict):
     """
     from transformers import AutoConfig
 
-    hub = ("cache_dir", "revision", "subfolder", "token")
-    return AutoConfig.from_pretrained(str(source), **{name: kwargs[name] for name in hub if name in kwargs})
+    return AutoConfig.from_pretrained(str(source), **hub_options(kwargs))
 
 
 def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs: dict) -> nn.Module:

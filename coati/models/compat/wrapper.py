@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from coati.errors import UserError
+from coati.models.base import hub_options
 from coati.models.cache import cache_name, cache_of
 from coati.models.compat.wrapped import add_adapter, check_language_model, language_model_head, load_base, pop_head
 from coati.models.generation_config import repair_generation_config
 from coati.models.value_head import HEAD, ValueHead, load_head, save_head
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class PreTrainedModelWrapper(nn.Module):
         model, source = pretrained_model_name_or_path, None
         head = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         kbit = {name: kwargs.pop(name) for name in KBIT_OPTIONS if name in kwargs}
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub = hub_options(kwargs)
         if isinstance(model, (str, Path)):
             source = str(model)
             model = load_base(cls.transformers_parent_class, source, is_trainable, hub, kwargs)
