@@ -1,5 +1,6 @@
 """The rollout engine: transformers' tokens, whatever the neighbors, the slots and the order of arrival."""
 
+import copy
 import math
 import shutil
 import time
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
+from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from coati import rollout
@@ -17,11 +19,11 @@ from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
 from coati.rollout.engine.cache import SlotCache
-from coati.rollout.engine.engine import KEPT_SHARE
+from coati.rollout.engine.engine import FEWEST_PACKED, KEPT_SHARE
 from coati.rollout.engine.graphs import StepGraphs
 from coati.rollout.engine.live import HEADS, LiveRequest
+from coati.rollout.engine.packed_weights import SMALLEST, _packed, packed_weights
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
-from coati.rollout.engine.small_batch_matmul import FEWEST, MOST, small_batch_matmul
 from tests.models.families import padded, tiny_config
 from tests.rollout.batches import batch_of
 
@@ -321,30 +323,56 @@ def test_an_empty_prompt_is_named(actors):
     assert complete(actors("llama"), []) == []
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["own dtype", "autocast"])
+def test_packed_weights_give_the_same_products(dtype, autocast):
+    """Of layers with and without bias, for one row and for many; afterwards the layers are as they were."""
+    if torch.bfloat16 in (dtype, torch.bfloat16 if autocast else None):
+        require_bf16_products()
+    layers = nn.Sequential(nn.Linear(200, SMALLEST // 200 + 1), nn.Linear(SMALLEST // 200 + 1, 200, bias=False))
+    layers.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for rows in ((1,), (7, 3), (130,)):
+            x = torch.randn(*rows, 200, dtype=dtype)
+            expected = layers(x)
+            with packed_weights(layers):
+                assert all("forward" in vars(layer) for layer in layers)
+                found = layers(x)
+            assert found.dtype == expected.dtype
+            tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def require_bf16_products():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no products in bf16")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_products_turned_round_change_no_token(actors, family, two_threads):
-    """With 30 rows at first, and fewer and fewer; afterwards the layers are as they were."""
-    actor, prompts = actors(family), some_prompts(30)
-    turned = []
-    with small_batch_matmul(actor):
-        layers = [m for m in actor.modules() if "forward" in vars(m)]
-        for layer in layers:
-            for rows in (1, FEWEST, MOST, MOST + 1):
-                x = torch.randn(rows, 1, layer.in_features)
-                turned.append(layer(x))
-                expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-                torch.testing.assert_close(turned[-1], expected, rtol=1e-5, atol=1e-6)
-    found = complete(actor, [Request(p) for p in prompts], temperature=0.0)
-    assert turned and [c.ids for c in found] == transformers_own(actor, prompts)
-    assert not [m for m in actor.modules() if "forward" in vars(m)]
+def test_packed_weights_change_no_token(actors, family, monkeypatch):
+    """With 30 rows at first, and fewer and fewer; weights that change between two calls are packed anew."""
+    actor, prompts = copy.deepcopy(actors(family)), some_prompts(30)
+    packed = []
+    monkeypatch.setattr("coati.rollout.engine.packed_weights.SMALLEST", 1)
+    monkeypatch.setattr(
+        "coati.rollout.engine.packed_weights._packed", lambda layer: packed.append(layer) or _packed(layer)
+    )
+    for _ in range(2):
+        packed.clear()
+        found = complete(actor, [Request(p) for p in prompts], temperature=0.0)
+        assert packed and [c.ids for c in found] == transformers_own(actor, prompts)
+        with torch.no_grad():
+            for weight in actor.parameters():
+                weight.mul_(1.5)
+
+
+def test_what_gains_nothing_is_not_packed(actors, monkeypatch):
+    """Small layers; responses of a few tokens."""
+    monkeypatch.setattr("coati.rollout.engine.packed_weights._packed", lambda layer: pytest.fail("packed a layer"))
+    complete(actors("llama"), [Request([3, 4])], temperature=0.0)
+    monkeypatch.setattr("coati.rollout.engine.packed_weights.SMALLEST", 1)
+    complete(actors("llama"), [Request([3, 4])], max_new_tokens=FEWEST_PACKED - 1, temperature=0.0)
 
 
 @pytest.mark.slow

@@ -29,13 +29,14 @@ from coati.models.experts import is_experts
 from coati.models.routing import RoutingNotes
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.live import HEADS, LiveRequest, LiveSampler, needs_of
+from coati.rollout.engine.packed_weights import packed_weights
 from coati.rollout.engine.sampling import Sampler, key_of, most_likely
-from coati.rollout.engine.small_batch_matmul import small_batch_matmul
 from coati.rollout.generator import Completion, FollowUps, OnDone, Request
 from coati.rollout.prompts import pad_right, suppressed_ids
 from coati.transfer import Download, upload
 
 KEPT_SHARE = 4  # a token of a row whose states are copied counts as so many fewer tokens to read
+FEWEST_PACKED = 16  # steps
 SHORTEST_PREFIX = 16  # a shorter common prefix of all prompts is not worth a pass of its own
 
 
@@ -214,10 +215,16 @@ class RolloutEngine:
         training = self.model.training
         self.model.eval()
         try:
-            with small_batch_matmul(self.model), self.notes.noted() if self.notes else nullcontext():
+            packed = packed_weights(self.model) if self.gains_from_packing(rows) else nullcontext()
+            with packed, self.notes.noted() if self.notes else nullcontext():
                 self.run_steps(rows, round_up(1, longest)[1], most)
         finally:
             self.model.train(training)
+
+    def gains_from_packing(self, rows: list[_Row]) -> bool:
+        """Whether there are enough steps for what packing costs. A compiled step can't read packed weights."""
+        steps = max(row.limit for row in rows)
+        return not self.config.compile_generation and (self.poll is not None or steps >= FEWEST_PACKED)
 
     def run_steps(self, rows: list[_Row], columns: int, most: int):
         self.first, self.following = self.prefill(rows), deque[Iterator[list[_Prefilled]]]()
