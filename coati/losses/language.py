@@ -60,8 +60,8 @@ def _gradient_in_place(log_probs: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
 
 class ProjectedLogProbs(torch.autograd.Function):
     """Log-probs of tokens from the states that predict them, and entropies if asked for, without a gradient. Logits
-    exist for `rows` tokens at a time and are recomputed in the backward pass, which accumulates one gradient of the
-    weight.
+    exist for a tile of tokens and vocabulary at a time, and are recomputed in the backward pass, which accumulates one
+    gradient of the weight.
 
     Args of `apply`:
         states: `[tokens, hidden]`.
@@ -69,43 +69,84 @@ class ProjectedLogProbs(torch.autograd.Function):
         ids: `[tokens]` int64.
         temperature: logits are divided by it.
         with_entropy: give `(log_probs, entropies)`, else `(log_probs,)`: `[tokens]`, float32 (float64 for such states).
-        rows: how many tokens' logits at a time.
+        tile: how many tokens, and how much of the vocabulary.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, rows):
-        chosen, partitions, entropies = [], [], []
-        for chunk, chunk_ids in zip(states.split(rows), ids.split(rows), strict=True):
-            logits = at_temperature(torch.nn.functional.linear(chunk, weight, bias), temperature)
-            log_probs, partition = _selected(logits, chunk_ids)
-            chosen.append(log_probs)
-            partitions.append(partition)
-            if with_entropy:
-                entropies.append(entropy(logits))
-        ctx.save_for_backward(states, weight, bias, ids, torch.cat(partitions))
-        ctx.temperature, ctx.rows = temperature, rows
-        if not with_entropy:
-            return (torch.cat(chosen),)
-        all_entropies = torch.cat(entropies)
-        ctx.mark_non_differentiable(all_entropies)
-        return torch.cat(chosen), all_entropies
+    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, tile):
+        rows, columns = tile
+        parts = []
+        for tokens in _slices(len(ids), rows):
+            blocks = _blocks_of_logits(states[tokens], weight, bias, temperature, columns)
+            parts.append(_measure_blocks(blocks, ids[tokens], with_entropy))
+        chosen, partition, *entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(states, weight, bias, ids, partition)
+        ctx.temperature, ctx.tile = temperature, tile
+        ctx.mark_non_differentiable(*entropies)
+        return chosen, *entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         states, weight, bias, ids, partition = ctx.saved_tensors
+        rows, columns = ctx.tile
         of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
         of_bias = None if bias is None else torch.zeros_like(bias)
-        for start in range(0, len(ids), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            logits = at_temperature(torch.nn.functional.linear(states[part], weight, bias), ctx.temperature)
-            gradient = _gradient_in_place(logits.sub_(partition[part, None]), ids[part], grad[part])
-            gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
-            torch.mm(gradient, weight, out=of_states[part])
-            of_weight.addmm_(gradient.T, states[part])
-            if of_bias is not None:
-                of_bias += gradient.sum(0)
+        for tokens in _slices(len(ids), rows):
+            of_tokens = torch.zeros_like(states[tokens], dtype=partition.dtype)  # a sum over blocks, which bf16 rounds
+            for block, logits in _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns):
+                inside, places = _within(block, ids[tokens])
+                own_grad = torch.where(inside, grad[tokens], 0)
+                gradient = logits.sub_(partition[tokens, None]).exp_().mul_(-grad[tokens, None])
+                gradient.scatter_add_(-1, places, own_grad[:, None])
+                gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
+                of_tokens += gradient @ weight[block]
+                of_weight[block].addmm_(gradient.T, states[tokens])
+                if of_bias is not None:
+                    of_bias[block] += gradient.sum(0)
+            of_states[tokens] = of_tokens
         return of_states, of_weight, of_bias, None, None, None, None
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _blocks_of_logits(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, columns: int):
+    """Parts of the vocabulary, each with its logits at the temperature, `[tokens, columns]`."""
+    for block in _slices(len(weight), columns):
+        logits = torch.nn.functional.linear(states, weight[block], None if bias is None else bias[block])
+        yield block, at_temperature(logits, temperature)
+
+
+def _within(block: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which ids are in a block, bool `[tokens]`, and the ids' columns there, `[tokens, 1]`, any for the others."""
+    inside = (ids >= block.start) & (ids < block.stop)
+    return inside, (ids - block.start).clamp(0, block.stop - block.start - 1)[:, None]
+
+
+def _measure_blocks(blocks, ids: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Log-probs of the ids, the log-partition, and the entropy if wanted, each `[tokens]`, from blocks of logits."""
+    chosen, so_far = torch.zeros(ids.shape, device=ids.device), torch.zeros(ids.shape, device=ids.device)
+    partition = torch.full(ids.shape, -torch.inf, device=ids.device)  # of no logits
+    for block, logits in blocks:
+        inside, places = _within(block, ids)
+        chosen = torch.where(inside, logits.gather(-1, places).squeeze(-1), chosen)
+        of_block = logits.logsumexp(-1)
+        total = torch.logaddexp(partition.to(of_block.dtype), of_block)
+        if with_entropy:
+            so_far = _joint_entropy((partition - total, so_far), (of_block - total, entropy(logits)))
+        partition = total
+    return (chosen - partition, partition, so_far) if with_entropy else (chosen - partition, partition)
+
+
+def _joint_entropy(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Of a distribution in parts, each given by the log of its share and the entropy inside."""
+    joint = torch.zeros_like(parts[0][0])
+    for log_share, inside in parts:
+        finite = log_share.clamp(min=torch.finfo(log_share.dtype).min)  # a share of 0 contributes 0
+        joint = joint + log_share.exp() * (inside - finite)
+    return joint
 
 
 def log_partition(logits: Tensor, temperature: float) -> Tensor:

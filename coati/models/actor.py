@@ -19,6 +19,7 @@ from coati.models.routing import RoutingReplay
 # Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 ROWS = 128  # with fewer, a matrix product takes as long as reading the weight
+CPU_TILE = (1024, 1024)  # tokens and vocabulary: on a CPU products are quickest where their result stays in the caches
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Actor(BaseModel):
         self, hidden: Tensor, input_ids: Tensor, targets: Tensor, wanted: LogitOutputs, head_ids: Tensor | None
     ):
         """Log-probs (and more, see `_outputs_of_logits`) of the targets from the states that predict them, `MAX_LOGITS`
-        logits at a time but those of `ROWS` tokens at least; the backward pass recomputes the logits."""
+        logits at a time but those of `ROWS` tokens at least (on a CPU, `CPU_TILE`); where that is not all, the backward
+        pass recomputes them."""
         head, places = self.transformer.get_output_embeddings(), self.target_indices(targets)
         states = hidden[places]
         ids, *heads = [self.layout.split(x.roll(-1, dims=1))[places] for x in (input_ids, head_ids) if x is not None]
@@ -182,15 +184,16 @@ class Actor(BaseModel):
             return _outputs_of_logits(self.layout, self.layout.logits(head, states), ids, wanted)
 
         length = self._rows_of_logits(hidden.device)
-        recomputes = len(ids) > length and torch.is_grad_enabled()
         simple = wanted.entropy != "trained" and not wanted.log_partition and not wanted.heads
-        if recomputes and is_plain(head) and simple:
+        if len(ids) > length and is_plain(head) and simple:
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
             weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+            tile = CPU_TILE if hidden.device.type == "cpu" else (length, len(weight))
             found = ProjectedLogProbs.apply(
-                states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, length
+                states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, tile
             )
         else:
+            recomputes = len(ids) > length and torch.is_grad_enabled()
             parts = []
             for chunk in zip(*(x.split(length) for x in (states, ids, *heads)), strict=True):
                 if recomputes:
