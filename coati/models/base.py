@@ -315,8 +315,13 @@ class ValueHeadModel(BaseModel):
         return self.token_outputs(input_ids, attention_mask, right_padded).squeeze(-1)
 
     def token_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
-        """The head's outputs at every position, float32 `[batch, seq, outputs]`."""
-        hidden = self.run(input_ids, attention_mask, right_padded=right_padded).last_hidden_state
+        """The head's outputs at every position, float32 `[batch, seq, outputs]`.
+
+        A policy whose output layer is padded to more rows may sample ids that are no tokens. What this model has no
+        embedding of it reads as its last one.
+        """
+        known = input_ids.clamp(max=self.config.get_text_config().vocab_size - 1)
+        hidden = self.run(known, attention_mask, right_padded=right_padded).last_hidden_state
         values = in_float32(self.value_head, hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig
 
 from coati.config import configure
 from coati.data import collate_sft
 from coati.errors import UserError
 from coati.losses import gae, length_adaptive_lambda, returns_to_go
+from coati.models import Actor
 from coati.trainers import actor_critic
 from coati.trainers.ppo import PPOConfig, PPOTrainer
-from tests.conftest import functions, sentence, settings_for, write_rows
+from tests.conftest import functions, reward_model, sentence, settings_for, write_rows
 from tests.trainers.steps import end_some_answers, iterate
 
 
@@ -36,6 +38,20 @@ def test_the_critic_learns_what_was_earned_and_the_policy_from_a_lambda_by_lengt
     assert len(lam.unique()) > 1
     advantages, _ = gae(values, scores, mask, 1.0, lam)
     torch.testing.assert_close(experience.advantages[mask], advantages[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_may_sample_ids_that_reward_model_and_critic_have_not(tiny_world, runtime, tmp_path):
+    """Of an output layer that is padded to more rows than the tokenizer has tokens."""
+    actor = Actor(config=LlamaConfig.from_pretrained(tiny_world["policy"], vocab_size=400))
+    actor.save_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(tiny_world["tokenizer"]).save_pretrained(tmp_path / "policy")
+    changes = dict(model=str(tmp_path / "policy"), critic_model=tiny_world["reward"])
+    changes |= dict(rewards=[reward_model(tiny_world["reward"])], temperature=3.0, whiten_advantages=True)
+    trainer = make(tiny_world, runtime, tmp_path / "run", **changes)
+    found = iterate(trainer, learns=True)
+    assert (found.batch.input_ids >= 320).any()
+    assert found.batch.scores.isfinite().all() and found.experience.values.isfinite().all()
+    trainer.step(1)
 
 
 @pytest.mark.parametrize("shared_trunk", [False, True])
