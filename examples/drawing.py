@@ -8,11 +8,18 @@ from coati.tracking.style import STYLE
 GAP, ROW, TITLE = 16, 18, 22
 
 
-def figure(charts: dict[str, list[Line]], legend: list[str], note: str = "", columns: int = 3) -> str:
+def figure(
+    charts: dict[str, list[Line]],
+    legend: list[str],
+    note: str = "",
+    columns: int = 3,
+    axes: dict[str, str] | None = None,
+) -> str:
     """A standalone SVG: a legend, one entry a color (dashed where they begin again), then the charts by title in rows.
 
     Args:
         note: a last line of the legend.
+        axes: by title, what the horizontal axis counts, if not steps.
     """
     top = 8 + ROW * (len(legend) + bool(note))
     columns = min(columns, len(charts))
@@ -30,6 +37,6 @@ def figure(charts: dict[str, list[Line]], legend: list[str], note: str = "", col
     for i, (title, lines) in enumerate(charts.items()):
         x, y = (i % columns) * (WIDTH + GAP), top + (i // columns) * (HEIGHT + TITLE + GAP)
         parts.append(f'<text x="{x + 10}" y="{y + 14}" style="font-weight:600">{escape(title)}</text>')
-        chart = line_chart(lines).split(">", 1)[1].removesuffix("</svg>")
+        chart = line_chart(lines, axis=(axes or {}).get(title, "step")).split(">", 1)[1].removesuffix("</svg>")
         parts.append(f'<g transform="translate({x} {y + TITLE})">{chart}</g>')
     return "".join(parts) + "</svg>\n"

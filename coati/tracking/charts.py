@@ -35,9 +35,13 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def line_chart(lines: list[Line], name: str = "") -> str:
+def line_chart(lines: list[Line], name: str = "", axis: str = "step") -> str:
     """The lines on one pair of axes as an `<svg>` element, whose name is read aloud. Points that are not finite leave
-    a gap."""
+    a gap.
+
+    Args:
+        axis: what the horizontal one counts.
+    """
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not finite:
         finite = [(0, 0.0), (1, 1.0)]
@@ -62,13 +66,13 @@ def line_chart(lines: list[Line], name: str = "") -> str:
         if tick <= x_high:
             x = place(tick, y_ticks[0])[0]
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{text}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(axis)}</text>')
     for line in lines:
-        parts += _draw(line, place)
+        parts += _draw(line, place, axis)
     return "".join(parts) + "</svg>"
 
 
-def _draw(line: Line, place: Place) -> list[str]:
+def _draw(line: Line, place: Place, axis: str) -> list[str]:
     """A line's curve (thin where a running mean is drawn over it), and dots with hover titles."""
     style = f"c{line.color % COLORS} of-{line.color}" + (" dashed" if line.dashed else "")
     smooth = running_mean(line.points)
@@ -80,7 +84,7 @@ def _draw(line: Line, place: Place) -> list[str]:
     shown = " shown" if len(line.points) < always_shown_below else ""
     for step, value in dots:
         x, y = place(step, value)
-        title = escape(f"{line.label}, step {step:g}: {number(value)}")
+        title = escape(f"{line.label}, {axis} {step:g}: {number(value)}")
         parts.append(
             f'<g class="dot {style}{shown}"><circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
             f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/><title>{title}</title></g>'

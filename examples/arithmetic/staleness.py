@@ -14,12 +14,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from results import interval  # noqa: E402
+from results import interval, logged  # noqa: E402
 from run import TRIES, accuracy, supervise  # noqa: E402
 from sums import make_data  # noqa: E402
 
 from coati.config import as_flags  # noqa: E402
 from coati.tracking import read_metrics  # noqa: E402
+from coati.tracking.charts import Line  # noqa: E402
+from examples.drawing import figure  # noqa: E402
 from examples.stages import fill_figures, table_of  # noqa: E402
 from examples.stages import run as run_command  # noqa: E402
 
@@ -44,10 +46,13 @@ def main():
             for correction in CORRECTIONS if ahead else ["none"]:
                 learn(ahead, correction, start, before, folder, data, seed)
     table = summarize(output, arguments.staleness)
+    drawn = curves(output, arguments.staleness)
     (output / "staleness.md").write_text(table + "\n")
+    (output / "staleness.svg").write_text(drawn)
     print(table)
     if arguments.write_docs:
         fill_figures(ROOT / "docs" / "asynchronous.md", table, "staleness")
+        (ROOT / "docs" / "staleness.svg").write_text(drawn)
 
 
 def place(folder: Path, ahead: int, correction: str) -> Path:
@@ -74,13 +79,15 @@ def summarize(output: Path, staleness: list[int]) -> str:
     """A row for each number of iterations ahead and each correction, over the seeds that are there."""
     columns = ["iterations ahead", "correction", "right before", "right after", "gained, 95 % interval"]
     columns += ["KL to the sampler, nats per token", "seconds per iteration", "of which waiting"]
-    rows = []
-    for ahead in staleness:
-        for correction in CORRECTIONS:
-            found = sorted(output.glob(f"seed*/{place(Path(), ahead, correction)}/summary.json"))
-            if found:
-                rows.append(row(ahead, correction, [path.parent for path in found]))
-    return table_of(columns, rows)
+    runs = (
+        (ahead, correction, seeds_of(output, ahead, correction)) for ahead in staleness for correction in CORRECTIONS
+    )
+    return table_of(columns, [row(ahead, correction, folders) for ahead, correction, folders in runs if folders])
+
+
+def seeds_of(output: Path, ahead: int, correction: str) -> list[Path]:
+    """The folders of its finished runs."""
+    return [path.parent for path in sorted(output.glob(f"seed*/{place(Path(), ahead, correction)}/summary.json"))]
 
 
 def row(ahead: int, correction: str, folders: list[Path]) -> list[str]:
@@ -88,11 +95,47 @@ def row(ahead: int, correction: str, folders: list[Path]) -> list[str]:
     cells = [str(ahead), correction]
     cells += [", ".join(f"{one[when]:.1%}" for one in found) for when in ("before", "after")]
     steps = [record for folder in folders for record in read_metrics(folder) if "seconds/wait" in record]
-    spent = [record["seconds/wait"] + record["seconds/learn"] + record["seconds/evaluate"] for record in steps]
-    waited = statistics.mean(record["seconds/wait"] for record in steps) / statistics.mean(spent)
+    waited = statistics.median(record["seconds/wait"] / spent_on(record) for record in steps)
     cells += [interval([one["after"] - one["before"] for one in found])]
     cells += [f"{statistics.mean(record['rollout_kl'] for record in steps):.1e}"]
-    return [*cells, f"{statistics.median(spent):.2f}", f"{waited:.0%}"]
+    return [*cells, f"{seconds_per_iteration(folders):.2f}", f"{waited:.0%}"]
+
+
+def seconds_per_iteration(folders: list[Path]) -> float:
+    steps = [record for folder in folders for record in read_metrics(folder) if "seconds/wait" in record]
+    return statistics.median(spent_on(record) for record in steps)
+
+
+def spent_on(record: dict[str, float]) -> float:
+    """Seconds of the trainer's iteration: waiting for samples, log-probs, learning."""
+    return record["seconds/wait"] + record["seconds/learn"] + record["seconds/evaluate"]
+
+
+def curves(output: Path, staleness: list[int]) -> str:
+    """Means over seeds of right answers to held-out sums, over iterations and over the time that they take."""
+    by_iteration = {correction: f"right answers, correction: {correction}" for correction in CORRECTIONS}
+    first, by_seconds = next(iter(CORRECTIONS)), "right answers over time, corrected"
+    charts: dict[str, list[Line]] = {title: [] for title in (*by_iteration.values(), by_seconds)}
+    for color, ahead in enumerate(staleness):
+        for correction, title in by_iteration.items():
+            folders = seeds_of(output, ahead, correction if ahead else "none")  # at 0 there is nothing to correct
+            if folders:
+                points = mean_curve(folders)
+                charts[title].append(Line(f"S = {ahead}", color, points))
+                if correction == first:
+                    seconds = seconds_per_iteration(folders)
+                    points = [(step * seconds, right) for step, right in points]
+                    charts[by_seconds].append(Line(f"S = {ahead}", color, points))
+    legend = [f"S = {ahead}" for ahead in staleness]
+    return figure(charts, legend, "means over the seeds", axes={by_seconds: "seconds"})
+
+
+def mean_curve(folders: list[Path]) -> list[tuple[float, float]]:
+    values: dict[float, list[float]] = {}
+    for folder in folders:
+        for step, value in logged(folder, "eval/reward"):
+            values.setdefault(step, []).append(value)
+    return [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
 
 
 if __name__ == "__main__":
