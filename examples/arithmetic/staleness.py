@@ -78,7 +78,7 @@ def learn(ahead: int, correction: str, start: Path, before: float, folder: Path,
 def summarize(output: Path, staleness: list[int]) -> str:
     """A row for each number of iterations ahead and each correction, over the seeds that are there."""
     columns = ["iterations ahead", "correction", "right before", "right after", "gained, 95 % interval"]
-    columns += ["KL to the sampler, nats per token", "seconds per iteration", "of which waiting"]
+    columns += ["KL to the sampler, nats per token", "seconds per iteration, first seed", "of which waiting"]
     runs = (
         (ahead, correction, seeds_of(output, ahead, correction)) for ahead in staleness for correction in CORRECTIONS
     )
@@ -94,16 +94,20 @@ def row(ahead: int, correction: str, folders: list[Path]) -> list[str]:
     found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     cells = [str(ahead), correction]
     cells += [", ".join(f"{one[when]:.1%}" for one in found) for when in ("before", "after")]
-    steps = [record for folder in folders for record in read_metrics(folder) if "seconds/wait" in record]
-    waited = statistics.median(record["seconds/wait"] / spent_on(record) for record in steps)
     cells += [interval([one["after"] - one["before"] for one in found])]
-    cells += [f"{statistics.mean(record['rollout_kl'] for record in steps):.1e}"]
-    return [*cells, f"{seconds_per_iteration(folders):.2f}", f"{waited:.0%}"]
+    drift = [step["rollout_kl"] for folder in folders for step in iterations(folder)]
+    waited = [step["seconds/wait"] / spent_on(step) for step in iterations(folders[0])]
+    cells += [f"{statistics.mean(drift):.1e}", f"{seconds_per_iteration(folders):.2f}"]
+    return [*cells, f"{statistics.median(waited):.0%}"]
+
+
+def iterations(folder: Path) -> list[dict[str, float]]:
+    return [record for record in read_metrics(folder) if "seconds/wait" in record]
 
 
 def seconds_per_iteration(folders: list[Path]) -> float:
-    steps = [record for folder in folders for record in read_metrics(folder) if "seconds/wait" in record]
-    return statistics.median(spent_on(record) for record in steps)
+    """The median of the first seed's: others may have been run beside something."""
+    return statistics.median(spent_on(step) for step in iterations(folders[0]))
 
 
 def spent_on(record: dict[str, float]) -> float:
