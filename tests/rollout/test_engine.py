@@ -368,11 +368,13 @@ def test_packed_weights_change_no_token(actors, family, monkeypatch):
 
 
 def test_what_gains_nothing_is_not_packed(actors, monkeypatch):
-    """Small layers; responses of a few tokens."""
+    """Small layers; responses of a few tokens; a model that would take too much memory twice."""
     monkeypatch.setattr("coati.rollout.engine.packed_weights._packed", lambda layer: pytest.fail("packed a layer"))
     complete(actors("llama"), [Request([3, 4])], temperature=0.0)
     monkeypatch.setattr("coati.rollout.engine.packed_weights.SMALLEST", 1)
     complete(actors("llama"), [Request([3, 4])], max_new_tokens=FEWEST_PACKED - 1, temperature=0.0)
+    monkeypatch.setattr("coati.rollout.engine.packed_weights.MOST_BYTES", 1000)
+    complete(actors("llama"), [Request([3, 4])], temperature=0.0)
 
 
 @pytest.mark.slow

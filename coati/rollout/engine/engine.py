@@ -36,7 +36,7 @@ from coati.rollout.prompts import pad_right, suppressed_ids
 from coati.transfer import Download, upload
 
 KEPT_SHARE = 4  # a token of a row whose states are copied counts as so many fewer tokens to read
-FEWEST_PACKED = 16  # steps
+FEWEST_PACKED = 16  # steps: with fewer, packing the weights takes longer than it saves
 SHORTEST_PREFIX = 16  # a shorter common prefix of all prompts is not worth a pass of its own
 
 

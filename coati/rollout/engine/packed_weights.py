@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 100_000  # weights of a layer: with fewer, a call of oneDNN costs what its product gains
+MOST_BYTES = 4 * 2**30  # of all copies: whoever has a larger model may not have the memory for them
 
 
 @contextmanager
@@ -15,10 +16,13 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, the linear layers of a CPU model multiply with copies of their weights that oneDNN has packed, in fp32
     and bf16, where products of a few rows take up to three times as long with the weights as they are: see
     docs/performance.md. The copies take as much memory as the weights, and packing as long as some ten steps of a row.
+    Models whose copies would take more than 4 GiB stay as they are.
 
     What is written to the weights inside is not seen. Nothing here has a gradient.
     """
     layers = [layer for layer in model.modules() if _gains(layer)]
+    if sum(layer.weight.numel() * _computes_in(layer).itemsize for layer in layers) > MOST_BYTES:
+        layers = []
     for layer in layers:
         layer.forward = MethodType(_forward_with(_packed(layer)), layer)
     try:
