@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "tracking": {"run_layout"},
     "planner": {
         *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "trainers"),
-        *("commands", "samples"),
+        *("commands", "samples", "run_layout", "tracking"),
     },
     "trainers": {
         *("judges", "losses", "models", "data", "rewards", "rollout", "parallel", "tracking"),

@@ -8,6 +8,7 @@ from coati.commands import COMMANDS
 from coati.config import parse_config, reconfigure
 from coati.config.plugin import PLUGINS
 from coati.errors import UserError
+from coati.planner import generators
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import SELF, RolloutConfig
 from coati.trainers.paths import named_paths
@@ -25,10 +26,13 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: settings that contradict each other, or a model whose config.json is not on this machine.
     """
+    if argv[:1] == ["generators"]:
+        return generators.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="coati plan",
         description="Memory of one rank of a run, without loading weights or starting anything. Takes every flag of "
-        "the method besides these, and `--config FILE.yaml`.",
+        "the method besides these, and `--config FILE.yaml`. `coati plan generators RUN` splits devices between "
+        "training and sampling.",
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one per GPU (default: 1)")

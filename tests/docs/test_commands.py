@@ -24,6 +24,7 @@ from coati.trainers.algorithms import ALGORITHMS
 from tests.conftest import ROOT, reward_model, settings_for, trainer_classes, write_rows
 from tests.docs.pages import PAGES, Piece, blocks, command_lines, explained_errors, spans, words_of
 from tests.docs.programs import check_target, job, launched, read_program
+from tests.test_plan_generators import write_run
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 # Files of the reader's own in commands, and the method whose first configuration (`coati init`) stands in for them.
@@ -257,6 +258,8 @@ def test_other_command_works(line, place, own_files, runtime, tmp_path, monkeypa
             assert "--kl_coefficient" in capsys.readouterr().out
         case ["coati", "doctor"]:
             assert coati(words[1:]) == 0 and "zero2-offload" in capsys.readouterr().out
+        case ["coati", "plan", "generators", _, *flags]:
+            assert coati(["plan", "generators", str(write_run(tmp_path / "run")), *flags]) == 0
         case ["coati", "plan", *_] if not any(word in OWN_FILES for word in words):  # one: it takes seconds
             arguments = program(line.text, own_files)[1][1:]
             small = ["--model_config", place["model_config"], "--max_prompt_length", "8", "--max_new_tokens", "4"]
