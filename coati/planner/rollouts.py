@@ -110,6 +110,9 @@ class FirstAndLastToken(RolloutEngine):
         self.draw_from(logits, keys, counts, seen)
         return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
 
+    def gains_from_packing(self, rows):
+        return False  # which is for CPUs, and models here have no weights to copy
+
     def run(self, rows, longest, most):
         self.slots_held, self.waiting_rows = False, None
         super().run(rows, longest, most)
