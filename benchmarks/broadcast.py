@@ -6,7 +6,6 @@ python benchmarks/broadcast.py      # half a minute, 3 GB of memory; one JSON li
 
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.contest import machine  # noqa: E402
+from examples.stages import free_port  # noqa: E402
 
 NUMBERS = 135_000_000
 ROUNDS = 5  # after one to warm up
@@ -46,11 +46,8 @@ def work(rank: int, processes: int, port: int, told):
 def main():
     found, told = {}, mp.get_context("spawn").SimpleQueue()
     for receivers in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(work, (1 + receivers, port, told), nprocs=1 + receivers)
-        found[f"{receivers} receivers"] = told.get()
+        mp.spawn(work, (1 + receivers, free_port(), told), nprocs=1 + receivers)
+        found[f"to {receivers}"] = told.get()
     print(json.dumps({"machine": machine(2), "MB": NUMBERS * 4 / 1e6, "seconds": found}))
 
 

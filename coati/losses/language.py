@@ -36,26 +36,25 @@ class _SelectedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
-        chosen, partition = _selected(logits, ids)
+        partition = logits.logsumexp(-1)
         ctx.save_for_backward(logits, ids, partition)
-        return chosen
+        return logits.gather(-1, ids[..., None]).squeeze(-1) - partition
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         logits, ids, partition = ctx.saved_tensors
-        return _gradient_in_place(logits - partition[..., None], ids, grad), None
+        return _gradient_in_place(logits - partition[..., None], ids[..., None], grad, grad), None
 
 
-def _selected(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of the ids, and the log-partition, `[...]`."""
-    partition = logits.logsumexp(-1)
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - partition, partition
+def _gradient_in_place(log_probs: Tensor, places: Tensor, grad: Tensor, own_grad: Tensor) -> Tensor:
+    """The gradient of logits, or of some of each row, from that of the ids' log-probs; overwrites all log-probs.
 
-
-def _gradient_in_place(log_probs: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    """The logits' gradient from that of the ids' log-probs; overwrites all log-probs, `[..., vocab]`."""
-    return log_probs.exp_().mul_(-grad[..., None]).scatter_add_(-1, ids[..., None], grad[..., None])
+    Args:
+        log_probs: `[..., vocab]`; places: the ids' columns, `[..., 1]`.
+        grad: `[...]`; own_grad: the same, but 0 where the id is not among these logits.
+    """
+    return log_probs.exp_().mul_(-grad[..., None]).scatter_add_(-1, places, own_grad[..., None])
 
 
 class ProjectedLogProbs(torch.autograd.Function):
@@ -97,8 +96,8 @@ class ProjectedLogProbs(torch.autograd.Function):
             for block, logits in _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns):
                 inside, places = _within(block, ids[tokens])
                 own_grad = torch.where(inside, grad[tokens], 0)
-                gradient = logits.sub_(partition[tokens, None]).exp_().mul_(-grad[tokens, None])
-                gradient.scatter_add_(-1, places, own_grad[:, None])
+                log_probs = logits.sub_(partition[tokens, None])
+                gradient = _gradient_in_place(log_probs, places, grad[tokens], own_grad)
                 gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
                 of_tokens += gradient @ weight[block]
                 of_weight[block].addmm_(gradient.T, states[tokens])

@@ -106,17 +106,22 @@ def logged(folder: Path, name: str) -> list[tuple[float, float]]:
     return [(row["step"], row[name]) for row in read_metrics(folder) if name in row]
 
 
+def mean_curve(folders: list[Path], name: str) -> list[tuple[float, float]]:
+    """Means of a metric over runs, by step."""
+    values: dict[float, list[float]] = {}
+    for folder in folders:
+        for step, value in logged(folder, name):
+            values.setdefault(step, []).append(value)
+    return [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
+
+
 def curves(folders: dict[str, list[Path]], scripts: dict[str, str]) -> str:
     """Means over seeds: right answers to held-out sums, and held-out pairs told apart."""
     charts: dict[str, list[Line]] = {}
     for color, (name, runs) in enumerate(folders.items()):
         paired = scripts[name] == "preference"
         title = "held-out pairs told apart, by step" if paired else "right answers to held-out sums, by iteration"
-        values: dict[float, list[float]] = {}
-        for folder in runs:
-            for step, value in logged(folder, "eval/accuracy" if paired else "eval/reward"):
-                values.setdefault(step, []).append(value)
-        points = [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
+        points = mean_curve(runs, "eval/accuracy" if paired else "eval/reward")
         if points:  # KTO has no pairs to tell apart
             charts.setdefault(title, []).append(Line(name, color, points, dashed=color >= COLORS))
     return figure(charts, list(folders), f"means over {max(map(len, folders.values()))} seeds")

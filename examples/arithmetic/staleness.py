@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from results import interval, logged  # noqa: E402
+from results import interval, mean_curve  # noqa: E402
 from run import TRIES, accuracy, supervise  # noqa: E402
 from sums import make_data  # noqa: E402
 
@@ -124,7 +124,7 @@ def curves(output: Path, staleness: list[int]) -> str:
         for correction, title in by_iteration.items():
             folders = seeds_of(output, ahead, correction if ahead else "none")  # at 0 there is nothing to correct
             if folders:
-                points = mean_curve(folders)
+                points = mean_curve(folders, "eval/reward")
                 charts[title].append(Line(f"S = {ahead}", color, points))
                 if correction == first:
                     seconds = seconds_per_iteration(folders)
@@ -132,14 +132,6 @@ def curves(output: Path, staleness: list[int]) -> str:
                     charts[by_seconds].append(Line(f"S = {ahead}", color, points))
     legend = [f"S = {ahead}" for ahead in staleness]
     return figure(charts, legend, "means over the seeds", axes={by_seconds: "seconds"})
-
-
-def mean_curve(folders: list[Path]) -> list[tuple[float, float]]:
-    values: dict[float, list[float]] = {}
-    for folder in folders:
-        for step, value in logged(folder, "eval/reward"):
-            values.setdefault(step, []).append(value)
-    return [(step, statistics.mean(of_step)) for step, of_step in sorted(values.items())]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_rows_and_curves_are_over_the_seeds_that_are_there(tmp_path):
     gain = f"+30.0 ({30 - half:+.1f} to {30 + half:+.1f})"
     assert synchronous == f"| 0 | none | 40.0%, 40.0% | 60.0%, 80.0% | {gain} | 0.0e+00 | 4.00 | 25% |"
     assert stale == "| 2 | none | 40.0% | 50.0% | +10.0 | 2.5e-01 | 3.00 | 0% |"
-    points = staleness.mean_curve(staleness.seeds_of(tmp_path, 0, "none"))
+    points = staleness.mean_curve(staleness.seeds_of(tmp_path, 0, "none"), "eval/reward")
     assert points == [(0, 0.4), (5, 0.7)]
     drawn = staleness.curves(tmp_path, [0, 1, 2])
     assert drawn.count(">seconds</text>") == 1 and drawn.count(">step</text>") == 2

@@ -198,4 +198,4 @@ def test_neither_do_forty(changes, tiny_world, tmp_path):
         (tmp_path / str(seed)).mkdir()
         hit += check_kills(tiny_world, tmp_path / str(seed), kills=10, seed=seed, **changes)
     print(hit)
-    assert len(hit) == 3
+    assert sum(hit.values()) >= 40 and len(hit) == 3
