@@ -342,6 +342,41 @@ def test_adapters_of_one_base_are_planned_with_one_base(plugin, precision, tmp_p
     assert two == one + Counter({"critic": base}), "of this base too the critic and the reward model are adapters"
 
 
+@pytest.mark.parametrize("plugin", ["ddp", "zero2"])
+def test_a_base_in_4_bits_is_planned_as_bitsandbytes_has_it(plugin, tmp_path, runtime):
+    """Weights and their scales, once for policy, critic and reward model; the reward model's are recorded with it."""
+    base, reward = str(tmp_path / "base"), str(tmp_path / "reward")
+    Actor(config=LLAMA).save_pretrained(base)
+    with_noise(RewardModel(base, lora=LoraSettings(2), quantize_base=True)).save_pretrained(reward)
+    how = dict(model=base, lora_rank=2, plugin=plugin, precision="bf16", rewards=[reward_model(reward)])
+    how |= dict(critic_model=reward, kl_coefficient=0.1)
+    config, shared, real = PluginConfig(plugin=plugin, precision="bf16"), SharedWeights(), []
+    for model_class, source in ((Actor, base), (Critic, reward), (RewardModel, reward)):
+        dtype = engine_class(config).loads_in(config)
+        lora = LoraSettings(2) if source == base else None
+        real.append(model_class(source, lora=lora, quantize_base=True, dtype=dtype))
+        shared.share(real[-1])
+        make_engine(real[-1], config, runtime, optimizer=None if model_class is RewardModel else {})
+    packed = {p.data_ptr(): p for p in real[0].parameters() if hasattr(p, "quant_state")}
+    scales = [scale for p in packed.values() for scale in (p.quant_state.absmax, p.quant_state.state2.absmax)]
+    expected = sum(storages(*real).values()) + sum(scale.nbytes for scale in scales)
+    assert len(packed) == 7 * LLAMA.num_hidden_layers
+    found = plan_of("ppo", gpus=1, own=LLAMA, **how, quantize_base="nf4").peak
+    assert sum(n for (_, kind), n in found.items() if kind == "parameters") == pytest.approx(expected, rel=0.01)
+    assert {model for (model, kind), n in found.items() if kind == "parameters" and n > expected / 4} == {"actor"}
+    whole = plan_of("ppo", gpus=1, own=LLAMA, **how).peak
+    assert sum(n for (_, kind), n in whole.items() if kind == "parameters") > 1.5 * expected
+
+
+def test_a_product_unpacks_a_weight_for_as_long_as_it_takes():
+    """With adapters nothing but the weights is different: activations are those of a model that isn't quantized."""
+    plain, packed = (
+        sft(lora_rank=4, micro_batch_size=1, plugin="zero2", **how) for how in ({}, {"quantize_base": "nf4"})
+    )
+    widest = 2 * 64 * 176
+    assert abs(kinds(packed)["activations"] - kinds(plain)["activations"]) <= 2 * widest
+
+
 def test_every_trainer_is_an_algorithm():
     for module in pkgutil.iter_modules(coati.trainers.__path__, "coati.trainers."):
         importlib.import_module(module.name)

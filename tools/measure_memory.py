@@ -4,6 +4,7 @@
     python tools/measure_memory.py measure    # or one of them
     python tools/measure_memory.py fit
     python tools/measure_memory.py long
+    python tools/measure_memory.py small
 
 Each case is a real run of two steps. Its peak is that of torch's own allocator, which reports
 every block it hands out and takes back to the profiler: exact, unlike the resident memory of a process.
@@ -66,6 +67,7 @@ LONG = {  # ways to train on long rows
     "zero1, sequence_parallel 8, LoRA, checkpointing": dict(plugin="zero1", sequence_parallel=8, lora_rank=32, **LEAN),
 }
 LONG_ROWS = (8192, 32768, 131072)  # tokens
+SMALL_GPU = 24  # GiB
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,48 @@ def long_table() -> str:
     return table_of(["", *(f"{tokens:,} tokens" for tokens in LONG_ROWS)], rows)
 
 
+def small_table() -> str:
+    """The peaks of adapters on a model of 7B on one GPU, in bf16 and on a base in 4 bits."""
+    from transformers import LlamaConfig
+
+    from coati.config import configure
+    from coati.planner.dry_run import Workload, plan
+    from coati.planner.report import USABLE
+    from coati.trainers.algorithms import ALGORITHMS
+    from examples.stages import table_of
+
+    shape, rows = LlamaConfig(**SHAPES["7B"]), []
+    how = dict(precision="bf16", plugin="zero2", lora_rank=32, batch_size=32, micro_batch_size=1, **LEAN)
+    lengths = dict(max_prompt_length=1024, max_new_tokens=512)
+    with tempfile.TemporaryDirectory() as folder:
+        base, reward = f"{folder}/base", f"{folder}/reward"
+        rollouts = lengths | dict(generation_batch_size=4, rewards=[dict(type="model", path=reward)])
+        rows_alone = dict(max_length=1536)
+        kinds = {"sft": rows_alone, "reward": rows_alone, "preference": rows_alone, "grpo": rollouts, "ppo": rollouts}
+        for algorithm, own in kinds.items():
+            cells = [METHODS[algorithm]]
+            for bits in (None, "nf4"):
+                write_adapter(Path(reward), base, bits)
+                config = configure(ALGORITHMS[algorithm].config, model=base, quantize_base=bits, **how, **own)
+                others = {reward: shape} if "rewards" in own else {}
+                peak = plan(Workload(algorithm, config, shape, 1, other_configs=others)).peak.total() / 2**30
+                cells.append(f"{peak:.1f} GiB" + ("" if peak <= USABLE * SMALL_GPU else ", does not fit"))
+            print(*cells, flush=True)
+            rows.append(cells)
+    return table_of(["", "base in bf16", "base in 4 bits"], rows)
+
+
+def write_adapter(folder: Path, base: str, bits: str | None):
+    """The settings of a reward model that is an adapter, and how its base was quantized."""
+    from peft import LoraConfig
+
+    from coati.models.quantized import nf4
+
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    LoraConfig(r=32, target_modules=layers, base_model_name_or_path=base).save_pretrained(str(folder))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": nf4().to_dict()} if bits else {}))
+
+
 def write(table: str, number: int):
     """Puts a table into its place in docs/memory.md."""
     page = ROOT / "docs" / "memory.md"
@@ -361,10 +405,12 @@ def main(which: list[str]):
         write(fit_table(), 2)
     if "long" in which:
         write(long_table(), 3)
+    if "small" in which:
+        write(small_table(), 5)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         work(Path(sys.argv[2]))
     else:
-        main(sys.argv[1:] or ["measure", "fit", "long"])
+        main(sys.argv[1:] or ["measure", "fit", "long", "small"])

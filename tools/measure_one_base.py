@@ -1,10 +1,10 @@
-"""Writes the last table of docs/memory.md: PPO with four adapters on one base, beside four models.
+"""Writes the last table of docs/memory.md: PPO with four adapters on one base, beside four models and a base in 4 bits.
 
     python tools/measure_one_base.py    # ten minutes on one core
 
 Each row is a run of its own process: two steps with a policy, a reference, a critic and a reward model of 134M
 parameters, each of which is a LoRA adapter on the same base. For "four models" `SharedWeights` does nothing, neither in
-the run nor in its plan.
+the run nor in its plan; for "one base in 4 bits" the run has `quantize_base: nf4`.
 """
 
 import json
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SIZE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000)
 PARALLEL = [("ddp", "fp32"), ("ddp", "bf16"), ("zero2", "bf16")]
+IN_4_BITS = "one base in 4 bits"
+KINDS = ("one base", "four models", IN_4_BITS)
 STEPS, RANK = 2, 16
 MIB = 2**20
 
@@ -43,7 +45,7 @@ def write_world(folder: Path):
     write_rows(folder / "prompts.jsonl", [{"prompt": words(i, 48)} for i in range(32)])
 
 
-def settings(folder: Path, output: Path, plugin: str, precision: str):
+def settings(folder: Path, output: Path, plugin: str, precision: str, kind: str):
     """Those of the run. The critic begins as the reward model; the reference is a frozen copy of the policy."""
     from coati.config import configure
     from coati.trainers.config import PPOConfig
@@ -57,6 +59,7 @@ def settings(folder: Path, output: Path, plugin: str, precision: str):
         cache_dir=str(folder / "cache"),
         plugin=plugin,
         precision=precision,
+        quantize_base="nf4" if kind == IN_4_BITS else None,
         steps=STEPS,
         batch_size=4,
         micro_batch_size=2,
@@ -75,14 +78,14 @@ def share_nothing():
     SharedWeights.share = lambda self, model: 0
 
 
-def planned(folder: Path, output: Path, plugin: str, precision: str) -> tuple[int, int]:
+def planned(folder: Path, output: Path, *how: str) -> tuple[int, int]:
     """Bytes of weights, and of the peak."""
     from transformers import AutoConfig
 
     from coati.planner.dry_run import Workload, plan
 
     shape = AutoConfig.from_pretrained(folder / "base")
-    peak = plan(Workload("ppo", settings(folder, output, plugin, precision), shape, 1, on_gpu=False)).peak
+    peak = plan(Workload("ppo", settings(folder, output, *how), shape, 1, on_gpu=False)).peak
     return sum(n for (_, kind), n in peak.items() if kind == "parameters"), peak.total()
 
 
@@ -92,7 +95,7 @@ def resident(which: str) -> int:
     return int(lines[which].split()[0]) * 1024
 
 
-def measured(folder: Path, output: Path, plugin: str, precision: str) -> dict[str, int]:
+def measured(folder: Path, output: Path, *how: str) -> dict[str, int]:
     """Bytes of all weights that the run's models hold, each storage once, and of this process."""
     import coati.trainers.factory as factory
     from coati.parallel import launch, make_engine
@@ -109,8 +112,11 @@ def measured(folder: Path, output: Path, plugin: str, precision: str) -> dict[st
     factory.make_engine = making
     runtime = launch()
     before = resident("VmRSS")
-    trainer = PPOTrainer(settings(folder, output, plugin, precision), runtime)
-    storages = [p.untyped_storage() for module in modules for p in module.parameters()]
+    trainer = PPOTrainer(settings(folder, output, *how), runtime)
+    parameters = [p for module in modules for p in module.parameters()]
+    states = [p.quant_state for p in parameters if getattr(p, "quant_state", None) is not None]
+    scales = [scale for state in states for scale in (state.absmax, state.state2.absmax)]
+    storages = [tensor.untyped_storage() for tensor in parameters + scales]
     weights = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     built, while_loading = resident("VmRSS"), resident("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
@@ -123,9 +129,9 @@ def measured(folder: Path, output: Path, plugin: str, precision: str) -> dict[st
     return found
 
 
-def row(folder: Path, plugin: str, precision: str, shares: bool) -> list[str]:
+def row(folder: Path, plugin: str, precision: str, kind: str) -> list[str]:
     """A row of the table; the plan and the run are of one process, in which sharing is on or off."""
-    command = [sys.executable, __file__, "worker", str(folder), plugin, precision, str(int(shares))]
+    command = [sys.executable, __file__, "worker", str(folder), plugin, precision, kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'applications'}"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # else glibc learns to keep large blocks that are given back
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -135,16 +141,17 @@ def row(folder: Path, plugin: str, precision: str, shares: bool) -> list[str]:
     print(found, flush=True)
     names = ("planned_weights", "weights", "planned_peak", "in_steps", "while_loading")
     figures = [f"{found[name] / MIB:.0f}" for name in names]
-    return [plugin, precision, "one base" if shares else "four models", *figures]
+    return [plugin, precision, kind, *figures]
 
 
-def work(folder: Path, plugin: str, precision: str, shares: bool):
+def work(folder: Path, plugin: str, precision: str, kind: str):
     """One run, and its plan, which comes last as it takes memory of this process too."""
-    if not shares:
+    if kind == "four models":
         share_nothing()
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        found = measured(folder, Path(output) / "run", plugin, precision)
-        found["planned_weights"], found["planned_peak"] = planned(folder, Path(output) / "plan", plugin, precision)
+        how = (plugin, precision, kind)
+        found = measured(folder, Path(output) / "run", *how)
+        found["planned_weights"], found["planned_peak"] = planned(folder, Path(output) / "plan", *how)
     print(json.dumps(found))
 
 
@@ -158,7 +165,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         write_world(Path(name))
         for plugin, precision in PARALLEL:
-            rows += [row(Path(name), plugin, precision, shares) for shares in (True, False)]
+            rows += [row(Path(name), plugin, precision, kind) for kind in KINDS]
     table = table_of(heads, rows)
     print(table)
     write(table, 4)
@@ -166,6 +173,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        work(Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == "1")
+        work(Path(sys.argv[2]), *sys.argv[3:])
     else:
         main()

@@ -19,7 +19,14 @@ from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
 from coati.models.objectives import objective_weights
-from coati.models.quantized import check_mergeable, is_quantized, prepare_quantized
+from coati.models.quantized import (
+    check_mergeable,
+    is_quantized,
+    nf4,
+    prepare_quantized,
+    quantization_note,
+    recorded_quantization,
+)
 from coati.models.quiet import quiet_transformers
 from coati.models.towers import freeze_towers, without_towers
 
@@ -38,6 +45,8 @@ class BaseModel(nn.Module):
             model and the adapter.
         config: a transformers config. Alone: random weights; with `pretrained`: its weights under this config.
         lora: adapters to add.
+        quantize_base: have the weights of linear layers in 4 bits (`coati.models.quantized.nf4`), if the folder's are
+            not in a few bits already. The base of an adapter that was trained so is quantized in any case.
         **kwargs: passed to `from_pretrained` (or `from_config`): dtype, revision, attn_implementation ("auto" if not
             given: what the model supports), ...
 
@@ -63,6 +72,7 @@ class BaseModel(nn.Module):
         config=None,
         *,
         lora: LoraSettings | None = None,
+        quantize_base: bool = False,
         **kwargs,
     ):
         super().__init__()
@@ -73,8 +83,14 @@ class BaseModel(nn.Module):
             raise UserError(f"{attention} needs CUDA: leave attn_implementation at auto, which is sdpa on this machine")
         is_adapted = isinstance(pretrained, str | Path) and is_adapter(pretrained)
         source = base_of_adapter(pretrained) if is_adapted else pretrained
-        self.model, head = self._load_transformer(source, config, kwargs)
+        quantization = recorded_quantization(pretrained) if is_adapted else None
+        if quantization is None and quantize_base:
+            quantization = nf4()
+        quantized = {} if quantization is None else _quantized(source, quantization, kwargs)
+        self.model, head = self._load_transformer(source, config, kwargs | quantized)
         self.config = self.model.config
+        if quantized:
+            prepare_quantized(self.model, kwargs.get("dtype"))
         towers_note = freeze_towers(self.model)
         if source is not None and config is None and not isinstance(source, nn.Module):
             towers_note = towers_note or without_towers(stored_config(source, kwargs), self.config)
@@ -86,6 +102,8 @@ class BaseModel(nn.Module):
             self.model = add_lora(self.model, lora)
         self._make_head(head, pretrained)
         notes = [repair_generation_config(self.transformer), router_note(self.config), towers_note]
+        if quantized:
+            notes.append(quantization_note(self.transformer))
         if lora is not None and not is_adapted:
             notes.append(experts_note(self.transformer, lora))
         self.notes = [note for note in notes if note]
@@ -477,6 +495,26 @@ def stored_config(source, kwargs: dict):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(source), **hub_options(kwargs))
+
+
+def _quantized(source, quantization, kwargs: dict) -> dict:
+    """Keywords of `from_pretrained` that quantize the weights of a folder, as they are there, whatever dtype is wanted
+    of the others: the same base is the same in 4 bits everywhere. None where they are in a few bits already.
+
+    Args:
+        source: the folder; quantization: transformers' config of it; kwargs: those of `BaseModel`.
+
+    Raises:
+        UserError: there is no folder.
+    """
+    if not isinstance(source, str | Path):
+        raise UserError("quantize_base needs the folder of a pretrained model: random weights have no use in 4 bits")
+    stored = stored_config(source, kwargs)
+    if getattr(stored, "quantization_config", None) is not None:
+        return {}
+    dtype = kwargs.get("dtype")
+    quantization.bnb_4bit_compute_dtype = dtype if isinstance(dtype, torch.dtype) else stored.dtype or torch.float32
+    return {"quantization_config": quantization, "dtype": "auto"}
 
 
 def _load_checkpoint(auto, source: str, config, attn_implementation: str, kwargs: dict) -> nn.Module:

@@ -1,5 +1,9 @@
 """Models whose weights are stored in a few bits, by transformers' quantizers."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,6 +14,35 @@ from coati.models.quiet import quiet_transformers
 def is_quantized(model: nn.Module) -> bool:
     """Whether a transformers model is; its frozen weights can carry adapters, but not be trained."""
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def nf4():
+    """Linear layers in 4 bits as QLoRA has them (2305.14314, section 3): NF4 in blocks of 64 weights whose scales are
+    quantized too, 4.13 bits a weight. What transformers' `from_pretrained` takes as `quantization_config`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def recorded_quantization(folder: str | Path):
+    """How the base of an adapter was quantized when the adapter was trained, by the config.json beside it:
+    `BitsAndBytesConfig`, or None where it was not."""
+    from transformers import BitsAndBytesConfig
+
+    file = Path(folder) / "config.json"
+    how = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") if file.is_file() else None
+    return BitsAndBytesConfig.from_dict(how) if how and how.get("load_in_4bit") else None
+
+
+def quantization_note(model: nn.Module) -> str:
+    """What a user should know of a model that was quantized when it was loaded."""
+    packed = [p for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    count = sum(p.quant_state.shape.numel() for p in packed)
+    others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in packed)
+    return (
+        f"{count / 1e6:,.1f} M weights of linear layers are in 4 bits (NF4), {others / 1e6:,.1f} M others stay: "
+        "embeddings, output layer, norms, stacked experts"
+    )
 
 
 def check_mergeable(model: nn.Module):
@@ -31,7 +64,10 @@ def check_mergeable(model: nn.Module):
 def dequantize(model: nn.Module) -> nn.Module:
     """A quantized transformers model with plain weights in its own dtype: those that it computes with. Consumes the
     model."""
+    from transformers.pytorch_utils import Conv1D
+
     check_mergeable(model)
+    transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
@@ -40,7 +76,17 @@ def dequantize(model: nn.Module) -> nn.Module:
     with quiet_transformers():
         plain = model.dequantize(dtype=model.dtype)
     plain._weight_conversions = None  # those that it was loaded with end in quantized weights, which are gone
+    for name in transposed:  # GPT-2's layers, which bitsandbytes has as linear ones
+        plain.set_submodule(name, _as_conv1d(plain.get_submodule(name)))
     return plain
+
+
+def _as_conv1d(linear: Any) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight, layer.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+    return layer
 
 
 def prepare_quantized(model: nn.Module, dtype: torch.dtype | None):
@@ -48,6 +94,9 @@ def prepare_quantized(model: nn.Module, dtype: torch.dtype | None):
 
     bitsandbytes would repack weights when a CPU first evaluates: that rounds them, and the packed ones have no
     gradient. Transformers leaves what isn't quantized in the stored dtype, for models without a head.
+
+    Args:
+        dtype: of what isn't quantized, and that products are computed in; None for those that the model has.
     """
     if not is_quantized(model):
         return

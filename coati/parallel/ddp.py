@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from coati.parallel.engine import DTYPES, Engine
-from coati.parallel.memory import EngineMemory, nbytes
+from coati.parallel.memory import EngineMemory, cast_tensors, nbytes
 
 
 def narrow_frozen_weights(module: nn.Module, dtype: torch.dtype):
@@ -22,7 +22,7 @@ class DDPMemory(EngineMemory):
     def cast(cls, module, dtype, *, trained):
         narrow_frozen_weights(module, dtype)
         if not trained:
-            module.to(dtype)
+            cast_tensors(module, dtype)
 
     def hold_states(self):
         masters = 4 if self.config.model_parallel_size > 1 and self.dtype != torch.float32 else 0

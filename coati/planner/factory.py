@@ -17,12 +17,14 @@ from coati.models import Actor, ActorCritic, Critic, ObjectiveRewardModel, Proce
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
+from coati.models.quantized import nf4, recorded_quantization
 from coati.models.shared_weights import SharedWeights
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
 from coati.planner.engine import PlannedEngine
 from coati.planner.live import LiveMemory
 from coati.planner.parallel import Part
+from coati.planner.quantized import bits_per_weight, pack_linear_layers
 from coati.planner.rollouts import PlannedEpisodes, PlannedGenerator, PlannedReader, PlannedReward, PlannedSharedJudge
 from coati.rewards import Scorer
 from coati.rewards.config import (
@@ -191,14 +193,18 @@ class PlannedFactory(Factory):
             model_config.attention_dropout = model_config.attn_pdrop = 0.0
         kind = describing_class(c.parallel)
         is_adapted = pretrained is not None and is_adapter(pretrained)
-        lora = None if is_adapted else lora  # as `BaseModel`: its own adapter is trained
         with torch.device("meta"):
-            how = dict(
-                lora=lora, dtype=dtype or kind.loads_in(c.parallel), attn_implementation=c.model.attn_implementation
+            how = dict(  # as `BaseModel`: a folder's own adapter is trained
+                lora=None if is_adapted else lora,
+                dtype=dtype or kind.loads_in(c.parallel),
+                attn_implementation=c.model.attn_implementation,
             )
             model = model_class(None, model_config, **how, **options)
             if is_adapted:
                 add_adapter(model, pretrained)
+        quantization = self._quantization(pretrained, model_config, lora)
+        if quantization is not None:
+            pack_linear_layers(model.transformer, bits_per_weight(quantization))
         if c.parallel.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.on_gpu:  # fake tensors are on the CPU
@@ -206,6 +212,15 @@ class PlannedFactory(Factory):
         model.depth, model.base = depth, self.base_of(pretrained)
         self._share_frozen_weights(model)
         return model
+
+    def _quantization(self, pretrained, model_config, lora):
+        """How a model's weights are quantized: where they are stored, when its adapter was trained, or by the
+        settings."""
+        if (stored := getattr(model_config, "quantization_config", None)) is not None:
+            return stored
+        is_adapted = pretrained is not None and is_adapter(pretrained)
+        recorded = recorded_quantization(pretrained) if is_adapted else None
+        return nf4() if recorded is None and self._quantizes(pretrained, lora) else recorded
 
     def trained(self, model, *, accumulates, generates=False):
         return self._engine(NAMES[type(model)], model, trained=True, accumulates=accumulates, generates=generates)
@@ -317,4 +332,5 @@ def add_adapter(model, folder: str):
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    config.base_model_name_or_path = None  # a planned base has no name, and peft would tell that it is another
     model.model = get_peft_model(model.model, config)

@@ -133,6 +133,8 @@ def _changes(workload) -> list[dict]:
         changes.append({"generation_batch_size": c.generation.generation_batch_size // 2})
     if p.precision == "fp32":
         changes.append({"precision": "bf16"})
+    if c.model.lora_rank > 0 and c.model.quantize_base is None and p.holds_whole_models:
+        changes.append({"quantize_base": "nf4"})
     plugin = PLUGINS[p.plugin]
     if workload.gpus > 1 and not plugin.shards_gradients:
         changes.append({"plugin": "zero2"})

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from coati.config.generation import GenerationConfig
 from coati.config.plugin import PLUGINS
@@ -129,7 +130,7 @@ class Factory:
         if pretrained is None and config is None:
             raise UserError("give --model FOLDER, or --model_config FILE to start from random weights")
         options |= dict(lora=lora, dtype=dtype, attn_implementation=c.model.attn_implementation)
-        model = model_class(pretrained, config, **options)
+        model = model_class(pretrained, config, quantize_base=self._quantizes(pretrained, lora), **options)
         tokens = vocabulary(model.transformer)
         if len(self.tokenizer) > tokens:
             raise UserError(
@@ -150,6 +151,14 @@ class Factory:
         self._share_frozen_weights(model)
         return model
 
+    def _quantizes(self, pretrained: str | Path | nn.Module | None, lora) -> bool:
+        """Whether the settings want a model's base in 4 bits: that of every adapter, and what the policy starts from.
+        Not a teacher or a reward model that has all its weights for itself."""
+        if self.config.model.quantize_base is None or isinstance(pretrained, nn.Module):
+            return False
+        is_start = pretrained is not None and str(pretrained) == self.config.model.path
+        return lora is not None or is_start or (pretrained is not None and is_adapter(pretrained))
+
     def trained(self, model: BaseModel, *, accumulates: bool, generates: bool = False) -> Engine:
         """A model and its optimizer under the configured plugin.
 
@@ -163,7 +172,7 @@ class Factory:
         if is_quantized(model.transformer) and not model.has_adapter:
             raise UserError(
                 f"the weights of {self.config.model.path} are quantized, so they can't be trained: train adapters on "
-                "them (--lora_rank 16), or give the model in full precision"
+                "them (--lora_rank 16), or have the model in full precision"
             )
         c = self.config.optimizer
         optimizer = {"weight_decay": c.weight_decay, "betas": (c.adam_beta1, c.adam_beta2)}

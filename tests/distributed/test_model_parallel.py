@@ -77,6 +77,8 @@ EVENED = ("one", "zero2", "tp2, split_sequence", "sp2")  # with a loss that even
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(("tp2, split_sequence", "pp2", "sp2"), [("llama", "ppo")])
 ADAPTED += cases(("tp2",), [(family, "sft") for family in ("qwen3", "gpt2", "deepseek_v3")])
+QUANTIZED = cases(("zero2",), [("llama", "ppo"), ("gpt2", "sft")])
+EVERY_QUANTIZED = cases(WHOLE, [(family, "ppo") for family in FAMILIES + OTHERS + EXPERTS])
 EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS + EXPERTS]
 EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
 
@@ -93,14 +95,18 @@ def jobs_of(some_cases, worlds, folder) -> list[dict]:
     ]
 
 
-def adapted_jobs(some_cases, worlds, folder) -> list[dict]:
-    """With LoRA."""
-    found = []
+def adapted_jobs(some_cases, worlds, folder, kind: str = "lora") -> list[dict]:
+    """With LoRA, or ("qlora") with LoRA on a base in 4 bits."""
+    found, of_kind = [], dict(lora_rank=4, lora_alpha=32.0) | ({"quantize_base": "nf4"} if kind == "qlora" else {})
     for layout, family, algorithm in some_cases:
-        changes = dict(lora_rank=4, lora_alpha=32.0) | LAYOUTS.get(layout, {})
-        name = f"{layout}-{family}-lora {algorithm}"
-        found.append(family_job(name, algorithm, worlds[family], folder, **changes))
+        name = f"{layout}-{family}-{kind} {algorithm}"
+        found.append(family_job(name, algorithm, worlds[family], folder, **of_kind | LAYOUTS.get(layout, {})))
     return found
+
+
+def alone(some_cases) -> list[tuple[str, str, str]]:
+    """The runs of one process that cases are compared with."""
+    return list(dict.fromkeys(("one", *case[1:]) for case in some_cases))
 
 
 def evened_jobs(layouts, worlds, folder) -> list[dict]:
@@ -113,15 +119,16 @@ def evened_jobs(layouts, worlds, folder) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
-    adapted = dict.fromkeys(("one", *case[1:]) for case in ADAPTED)
-    ours = jobs_of(dict.fromkeys(("one", *case[1:]) for case in QUICK), worlds, folder)
-    ours += evened_jobs(EVENED[:1], worlds, folder)
-    return run_jobs(ours + adapted_jobs(adapted, worlds, folder), folder / "one", 1)
+    ours = jobs_of(alone(QUICK), worlds, folder) + evened_jobs(EVENED[:1], worlds, folder)
+    ours += adapted_jobs(alone(ADAPTED), worlds, folder)
+    ours += adapted_jobs(alone(QUANTIZED), worlds, folder, "qlora")
+    return run_jobs(ours, folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def two_processes(worlds, folder):
     ours = jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder)
+    ours += adapted_jobs(QUANTIZED, worlds, folder, "qlora")
     return run_jobs(ours + evened_jobs(EVENED[1:], worlds, folder), folder / "two", 2)
 
 
@@ -196,6 +203,16 @@ def test_adapters_train_as_in_a_single_process(layout, family, algorithm, folder
     assert all(norm > 1e-4 for name, (norm, _) in one_process[expected]["weights"].items() if "lora_B" in name)
     found, expected = (load_file(folder / name / "model" / "model.safetensors") for name in (found, expected))
     assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize(("layout", "family", "algorithm"), QUANTIZED)
+def test_adapters_on_a_base_in_4_bits_train_as_in_a_single_process(
+    layout, family, algorithm, folder, one_process, two_processes
+):
+    found, expected = f"{layout}-{family}-qlora {algorithm}", f"one-{family}-qlora {algorithm}"
+    assert_same(two_processes[found], one_process[expected])
+    found, expected = (load_file(folder / name / "model" / "model.safetensors") for name in (found, expected))
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
 
 
@@ -278,6 +295,23 @@ def every_adapted(worlds, folder):
 @pytest.mark.parametrize(("layout", "family", "algorithm"), cases((*TWO, *FOUR), EVERY_ADAPTED))
 def test_adapters_do_for_every_architecture(layout, family, algorithm, every_adapted):
     assert_same(every_adapted[f"{layout}-{family}-lora {algorithm}"], every_adapted[f"one-{family}-lora {algorithm}"])
+
+
+@pytest.fixture(scope="module")
+def every_quantized(worlds, folder):
+    ours = {
+        n: adapted_jobs(some, worlds, folder / "every", "qlora")
+        for n, some in ((1, alone(EVERY_QUANTIZED)), (2, EVERY_QUANTIZED))
+    }
+    return run_jobs(ours[1], folder / "quantized-1", 1) | run_jobs(ours[2], folder / "quantized-2", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("layout", "family", "algorithm"), EVERY_QUANTIZED)
+def test_those_on_a_base_in_4_bits_do_for_every_architecture(layout, family, algorithm, every_quantized):
+    names = (f"{where}-{family}-qlora {algorithm}" for where in (layout, "one"))
+    assert_same(*(every_quantized[name] for name in names))
 
 
 @pytest.mark.slow

@@ -33,6 +33,11 @@ class ModelConfig(Settings):
         "weight of the loss that spreads tokens evenly over a mixture's experts, often 0.001 to 0.02",
         ge=0,
     )
+    quantize_base: Literal["nf4"] | None = option(
+        None,
+        "nf4: the weights under adapters are kept in 4 bits (QLoRA): those of policy, critic, reference, and of reward "
+        "models that are adapters; under ddp and ZeRO",
+    )
     lora_rank: int = option(0, "rank of LoRA adapters; 0 trains all weights", ge=0, common=True)
     lora_alpha: float = option(16.0, "LoRA's scale: alpha / rank times the adapter", gt=0)
     lora_dropout: float = option(0.0, "dropout before the adapter", ge=0, lt=1)
