@@ -85,6 +85,24 @@ def test_checkpointing_saves_most_activations():
     assert kinds(sft(gradient_checkpointing=True))["activations"] < 0.5 * kinds(sft())["activations"]
 
 
+def test_layers_inputs_wait_on_the_host():
+    how = dict(gradient_checkpointing=True, max_length=512)
+    for layers in (4, 8):
+        shape = LlamaConfig(**SHAPE | {"num_hidden_layers": layers})
+        here, there = (kinds(sft(shape=shape, **how, offload_activations=on), "learn") for on in (False, True))
+        inputs = layers * 4 * 512 * 64 * 2
+        assert here["activations"] - there["activations"] == pytest.approx(inputs, rel=0.35)
+    on_cpu = [kinds(sft(**how, offload_activations=on, on_gpu=False))["activations"] for on in (False, True)]
+    assert on_cpu[0] <= on_cpu[1]
+
+
+def test_feed_forward_blocks_are_as_wide_as_their_stretch():
+    shape = LlamaConfig(**SHAPE | {"intermediate_size": 1024}, num_hidden_layers=4)
+    how = dict(shape=shape, gradient_checkpointing=True, max_length=512)
+    whole, parts = (kinds(sft(**how, feed_forward_tokens=tokens), "learn") for tokens in (0, 64))
+    assert parts["activations"] < 0.4 * whole["activations"]
+
+
 def test_lora_has_states_of_its_adapters_only():
     found = kinds(sft(lora_rank=4))
     assert 0 < found["optimizer states"] < 12 * WEIGHTS / 5

@@ -57,13 +57,21 @@ RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains somethi
 ]
 
 
+ON_HOST = dict(offload_activations=True, **LEAN)
+SPARING = dict(feed_forward_tokens=2048, **ON_HOST)
 LONG = {  # ways to train on long rows
     "zero2": dict(plugin="zero2"),
     "zero2, checkpointing": dict(plugin="zero2", **LEAN),
+    "zero2, checkpointing on the host": dict(plugin="zero2", **ON_HOST),
+    "zero2, checkpointing on the host, feed_forward_tokens 2048": dict(plugin="zero2", **SPARING),
     "gemini, checkpointing": dict(plugin="gemini", **LEAN),
+    "gemini, checkpointing on the host, feed_forward_tokens 2048": dict(plugin="gemini", **SPARING),
     "zero1, tensor_parallel 8, checkpointing": dict(plugin="zero1", tensor_parallel=8, **LEAN),
     "zero1, sequence_parallel 8": dict(plugin="zero1", sequence_parallel=8),
     "zero1, sequence_parallel 8, checkpointing": dict(plugin="zero1", sequence_parallel=8, **LEAN),
+    "zero1, sequence_parallel 8, checkpointing on the host, feed_forward_tokens 2048": dict(
+        plugin="zero1", sequence_parallel=8, **SPARING
+    ),
     "zero1, sequence_parallel 8, LoRA, checkpointing": dict(plugin="zero1", sequence_parallel=8, lora_rank=32, **LEAN),
 }
 LONG_ROWS = (8192, 32768, 131072)  # tokens

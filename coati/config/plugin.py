@@ -1,5 +1,6 @@
 """How a model is spread over processes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,11 +60,26 @@ class PluginConfig(Settings):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, 4/3 time", common=True
     )
+    offload_activations: bool = option(
+        False, "with gradient_checkpointing, on GPUs: what it keeps of each layer waits in the host's memory"
+    )
+    feed_forward_tokens: int = option(
+        0,
+        "for long rows: tokens that a layer's feed-forward block computes at a time, and once more in the backward "
+        "pass; 0: all",
+        ge=0,
+    )
     shard_fraction: float = option(1.0, "gemini: share of the parameters that is sharded (0: as zero2)", ge=0, le=1)
     offload_optimizer_fraction: float = option(
         0.0, "gemini: share of the optimizer states kept on the host", ge=0, le=1
     )
     offload_parameter_fraction: float = option(0.0, "gemini: share of the parameters kept on the host", ge=0, le=1)
+
+    def problems(self) -> Iterator[str]:
+        if self.offload_activations and not self.gradient_checkpointing:
+            yield "offload_activations is about what gradient_checkpointing keeps: set gradient_checkpointing too"
+        if self.feed_forward_tokens and self.split_sequence:
+            yield "feed_forward_tokens and split_sequence both split rows between layers: leave one of them out"
 
     @property
     def model_parallel_size(self) -> int:

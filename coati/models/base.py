@@ -17,6 +17,7 @@ from coati.models.cache import cache_name
 from coati.models.classifier import score_weight, stored_classifier
 from coati.models.generation_config import repair_generation_config
 from coati.models.layout import Layout
+from coati.models.long_rows import Pack, Unpack, checkpointing_keeping_by
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
 from coati.models.objectives import objective_weights
 from coati.models.quantized import (
@@ -140,9 +141,15 @@ class BaseModel(nn.Module):
         """`PreTrainedModel.resize_token_embeddings`."""
         return self.model.resize_token_embeddings(*args, **kwargs)
 
-    def enable_gradient_checkpointing(self):
-        """Recomputes activations in the backward pass."""
+    def enable_gradient_checkpointing(self, kept_by: tuple[Pack, Unpack] | None = None):
+        """Recomputes activations in the backward pass.
+
+        Args:
+            kept_by: what keeps the layers' inputs and gives them back, see `coati.models.long_rows`.
+        """
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if kept_by is not None:
+            self.transformer._set_gradient_checkpointing(True, checkpointing_keeping_by(*kept_by))
         if self.has_adapter:
             self.model.enable_input_require_grads()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from coati.config.plugin import PLUGINS
 from coati.data import PreferenceSample, PromptSample, ScoredSample, StepwiseSample, TokenSequence, UnpairedSample
@@ -205,8 +206,8 @@ class PlannedFactory(Factory):
         quantization = self._quantization(pretrained, model_config, lora)
         if quantization is not None:
             pack_linear_layers(model.transformer, bits_per_weight(quantization))
-        if c.parallel.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        on_host = (forget, remember) if self.on_gpu else (Tensor.clone, Tensor.clone)
+        self._spare_memory(model, on_host)
         if self.on_gpu:  # fake tensors are on the CPU
             model.max_logits = MAX_LOGITS["cuda"]
         model.depth, model.base = depth, self.base_of(pretrained)
@@ -298,6 +299,16 @@ class PlannedFactory(Factory):
 
     def objective_weights(self, source, given):
         """A plan counts a model of several objectives as one of one score."""
+
+
+def forget(x: Tensor) -> tuple[torch.Size, Tensor]:
+    """What is kept of a tensor that waits in the host's memory."""
+    return x.shape, x.new_empty(0)
+
+
+def remember(kept: tuple[torch.Size, Tensor]) -> Tensor:
+    shape, like = kept
+    return like.new_empty(shape)
 
 
 def text_length(entry: ClassifierRewardSettings | JudgedRewardSettings, tokens: int) -> int:

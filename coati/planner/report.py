@@ -127,6 +127,8 @@ def _changes(workload) -> list[dict]:
     changes = []
     if not p.gradient_checkpointing:
         changes.append({"gradient_checkpointing": True})
+    elif workload.on_gpu and not p.offload_activations:
+        changes.append({"offload_activations": True})
     if c.micro_batch_size > 1:
         changes.append({"micro_batch_size": c.micro_batch_size // 2})
     if isinstance(c, RolloutConfig) and c.generation.generation_batch_size > 1:

@@ -18,6 +18,7 @@ from coati.models.adapters import vocabulary
 from coati.models.base import BaseModel, ValueHeadModel
 from coati.models.distillation import Teacher
 from coati.models.generation_config import align_eos
+from coati.models.long_rows import Pack, Unpack, from_host, split_feed_forward, to_host
 from coati.models.lora import is_adapter
 from coati.models.objectives import objective_weights
 from coati.models.opened import open_model
@@ -142,14 +143,25 @@ class Factory:
                 f"the weights of {pretrained} are quantized, which doesn't combine with tensor, pipeline or sequence "
                 "parallelism: use --plugin zero2 alone, or the model in full precision"
             )
-        if c.parallel.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        self._spare_memory(model, (to_host, from_host))
         self._check_length(model)
         align_eos(model.transformer, self.tokenizer.eos_token_id)
         for note in model.notes:
             self._say_once(note)
         self._share_frozen_weights(model)
         return model
+
+    def _spare_memory(self, model: BaseModel, host: tuple[Pack, Unpack]):
+        """Makes a model keep less for the backward pass, by the settings.
+
+        Args:
+            host: keeps tensors in the host's memory, and gives them back.
+        """
+        parallel = self.config.parallel
+        if parallel.feed_forward_tokens:
+            split_feed_forward(model.transformer, parallel.feed_forward_tokens)
+        if parallel.gradient_checkpointing:
+            model.enable_gradient_checkpointing(host if parallel.offload_activations else None)
 
     def _quantizes(self, pretrained: str | Path | nn.Module | None, lora) -> bool:
         """Whether the settings want a model's base in 4 bits: that of every adapter, and what the policy starts from.

@@ -10,6 +10,7 @@ RUNS = {
     "sft": ("sft", {}),
     "sft, lora": ("sft", dict(lora_rank=4)),
     "sft, checkpointing": ("sft", dict(gradient_checkpointing=True)),
+    "sft, long rows": ("sft", dict(gradient_checkpointing=True, offload_activations=True, feed_forward_tokens=8)),
     "sft, bf16": ("sft", dict(precision="bf16")),
     "reward": ("reward", dict(use_margin=True, centering=0.01)),
     "dpo": ("preference", dict(share_prompts=True)),

@@ -73,6 +73,7 @@ REST = [case for case in cases(TWO, [("llama", algorithm) for algorithm in ALGOR
 OF_EXPERTS = cases(("tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
 OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
+LONG = ("zero2", "tp2", "pp2", "sp2")  # with what spares memory for long rows
 EVENED = ("one", "zero2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(("tp2, split_sequence", "pp2", "sp2"), [("llama", "ppo")])
@@ -117,6 +118,13 @@ def evened_jobs(layouts, worlds, folder) -> list[dict]:
     ]
 
 
+def long_jobs(worlds, folder) -> list[dict]:
+    changes = dict(gradient_checkpointing=True, offload_activations=True, feed_forward_tokens=8)
+    return [
+        family_job(f"{layout}-long", "sft", worlds["llama"], folder, **changes, **LAYOUTS[layout]) for layout in LONG
+    ]
+
+
 @pytest.fixture(scope="module")
 def one_process(worlds, folder):
     ours = jobs_of(alone(QUICK), worlds, folder) + evened_jobs(EVENED[:1], worlds, folder)
@@ -128,7 +136,7 @@ def one_process(worlds, folder):
 @pytest.fixture(scope="module")
 def two_processes(worlds, folder):
     ours = jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder)
-    ours += adapted_jobs(QUANTIZED, worlds, folder, "qlora")
+    ours += adapted_jobs(QUANTIZED, worlds, folder, "qlora") + long_jobs(worlds, folder)
     return run_jobs(ours + evened_jobs(EVENED[1:], worlds, folder), folder / "two", 2)
 
 
@@ -177,6 +185,12 @@ def test_the_load_of_experts_is_evened_alike(layout, one_process, two_processes)
     expected = one_process["one-evened"]
     assert expected["steps"][-1]["router_loss"] > 1.001
     assert_same(two_processes[f"{layout}-evened"], expected)
+
+
+@pytest.mark.parametrize("layout", LONG)
+def test_rows_in_stretches_are_learned_as_whole_ones(layout, one_process, two_processes):
+    """Layers whose inputs wait on the host, and feed-forward blocks of 8 tokens at a time."""
+    assert_same(two_processes[f"{layout}-long"], one_process["one-llama-sft"])
 
 
 @pytest.mark.parametrize(("layout", "family", "algorithm"), OF_EXPERTS)

@@ -199,6 +199,11 @@ class TrainerConfig(Settings):
 
     def check_machine(self):
         """Raises a UserError for what the settings need and this machine lacks."""
+        if self.parallel.offload_activations:
+            import torch
+
+            if self.parallel.device == "cpu" or not torch.cuda.is_available():
+                raise UserError("offload_activations needs a GPU: a CPU's activations are in the host's memory already")
 
     @property
     def longest_row(self) -> int:

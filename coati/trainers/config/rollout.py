@@ -188,6 +188,7 @@ class RolloutConfig(TrainerConfig):
             )
 
     def check_machine(self):
+        super().check_machine()
         self.generation.check_installed()
         for reward in self.rewards:
             reward.check_installed()

@@ -17,4 +17,5 @@ class SFTConfig(TrainerConfig):
     generation: GenerationConfig = section(GenerationConfig, "how the sample responses are drawn")
 
     def check_machine(self):
+        super().check_machine()
         self.generation.check_installed()
