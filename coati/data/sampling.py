@@ -113,11 +113,13 @@ def shard_batch(
     world_size: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    padding_free: bool = False,
 ) -> list[list[int]]:
     """This rank's micro-batches of a global batch.
 
     Rows are sorted by length and distributed to the ranks in turn, so that ranks get like work and every rank has
-    the same number of micro-batches, see `split_micro_batches`.
+    the same number of micro-batches, see `split_micro_batches`. Without padding ranks get as many tokens each as can
+    be, and as many rows.
 
     Raises `UserError` when the ranks cannot get equally many rows.
     """
@@ -126,18 +128,40 @@ def shard_batch(
     if micro_batch_size < 1:
         raise UserError(f"The micro-batch size is {micro_batch_size}; give 1 or more.")
     rows = sorted(batch, key=lambda row: lengths[row])
-    local_shard, widths = rows[rank::world_size], [lengths[row] for row in rows[world_size - 1 :: world_size]]
-    return [local_shard[part] for part in split_micro_batches(widths, micro_batch_size, max_tokens)]
+    if padding_free:
+        shards = share_evenly(rows, lengths, world_size)
+    else:
+        shards = [rows[other::world_size] for other in range(world_size)]
+    widths = [max(lengths[row] for row in of_ranks) for of_ranks in zip(*shards, strict=True)]
+    parts = split_micro_batches(widths, micro_batch_size, max_tokens, padding_free)
+    return [shards[rank][part] for part in parts]
 
 
-def split_micro_batches(lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None) -> list[slice]:
+def share_evenly(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Rows for each rank, sorted by length: as many rows for everyone, and nearly as many tokens. The longest rows are
+    given first, each to the rank that has fewest tokens so far and still takes rows."""
+    shards: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        rank = min((r for r in range(ranks) if len(shards[r]) < len(rows) // ranks), key=lambda r: (tokens[r], r))
+        shards[rank].append(row)
+        tokens[rank] += lengths[row]
+    return [shard[::-1] for shard in shards]
+
+
+def split_micro_batches(
+    lengths: Sequence[int], micro_batch_size: int, max_tokens: int | None = None, padding_free: bool = False
+) -> list[slice]:
     """Micro-batches of rows that are sorted by length: of `micro_batch_size` rows each, or, given `max_tokens`, of as
-    many rows as fit into `max_tokens`, padding included (one row at least)."""
+    many rows as fit into `max_tokens` (one row at least), padding included if there is any."""
     if max_tokens is None:
         return [slice(i, i + micro_batch_size) for i in range(0, len(lengths), micro_batch_size)]
     parts, start = [], 0
     for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or (end + 1 - start) * max(lengths[start], lengths[end]) > max_tokens:
+        if end < len(lengths):
+            padded = (end + 1 - start) * max(lengths[start], lengths[end])
+            tokens = sum(lengths[start : end + 1]) if padding_free else padded
+        if end == len(lengths) or tokens > max_tokens:
             parts.append(slice(start, end))
             start = end
     return parts

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from coati.losses.language import ProjectedLogProbs, align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
-from coati.models.packed import PackedGroups
+from coati.models.packed import PackedGroups, PackedRows
 from coati.models.routing import RoutingReplay
 
 # Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
@@ -81,7 +81,7 @@ class Actor(BaseModel):
             right_padded: padding stands on the right only, see `run`.
         """
         wanted = LogitOutputs(temperature, with_entropy, with_log_partition, head_ids is not None)
-        packed = None
+        packed: PackedGroups | PackedRows | None = None
         inputs = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, right_padded=right_padded
         )
@@ -89,6 +89,10 @@ class Actor(BaseModel):
             packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
             routing = None if routing is None else packed.pack(routing, attention_mask)
+        elif self.padding_free and attention_mask is not None:
+            packed = PackedRows.from_rows(input_ids, attention_mask)
+            inputs = packed.inputs(self.config._attn_implementation)
+            routing = None if routing is None else packed.pack(routing)
         if routing is not None:
             self._replay(routing)
         with self._with_adapter(adapter):
@@ -148,11 +152,17 @@ class Actor(BaseModel):
         Args: as `forward`.
         """
         inputs, places = dict(attention_mask=attention_mask, right_padded=right_padded), self.target_indices(targets)
+        inputs["input_ids"] = input_ids
+        packed = None
+        if self.padding_free and attention_mask is not None:
+            packed = PackedRows.from_rows(input_ids, attention_mask)
+            inputs = packed.inputs(self.config._attn_implementation)
         if self._head_is_last is not False:
-            hidden = self._states_before_head(dict(input_ids=input_ids, **inputs))
+            hidden = self._states_before_head(inputs)
             if self._head_is_last:
-                return hidden[places]
-        return self.run(input_ids, **inputs).logits[places]
+                return (packed.unpack(hidden) if packed else hidden)[places]
+        logits = self.run(**inputs).logits
+        return (packed.unpack(logits) if packed else logits)[places]
 
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits `[tokens, vocab]` (of a split vocabulary, this process's) of some of the rows that `target_states` has

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from coati.models.layout import Layout
 from coati.models.long_rows import Pack, Unpack, checkpointing_keeping_by
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
 from coati.models.objectives import objective_weights
+from coati.models.packed import PackedRows
 from coati.models.quantized import (
     check_mergeable,
     is_quantized,
@@ -57,6 +59,7 @@ class BaseModel(nn.Module):
         last_hidden_state_size: width of the last hidden states, which value heads read.
         takes_positions: whether the transformer reads position ids.
         hides_right_padding: whether causal attention alone keeps real tokens from padding to their right.
+        padding_free: whether rows are read one after the other, without their padding, see `PackedRows`.
         cache_name: the keyword by which it takes a cache.
         layout: how sequence and vocabulary are distributed over processes; sharded models get another.
         notes: lines for the user on what was changed in the stored model.
@@ -108,7 +111,7 @@ class BaseModel(nn.Module):
         if lora is not None and not is_adapted:
             notes.append(experts_note(self.transformer, lora))
         self.notes = [note for note in notes if note]
-        self.layout = Layout()
+        self.layout, self.padding_free = Layout(), False
         forward = inspect.signature(self.transformer.forward).parameters
         self.takes_positions, self._keeps_logits = "position_ids" in forward, "logits_to_keep" in forward
         causal = {part.is_causal for part in self.transformer.modules() if hasattr(part, "is_causal")}
@@ -159,6 +162,7 @@ class BaseModel(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
         right_padded: bool = False,
+        **of_kernel: Any,
     ):
         """The transformers model's output, of this process's part of the sequence.
 
@@ -169,9 +173,10 @@ class BaseModel(nn.Module):
                 (if `isolates_documents`). They replace the mask; padding is documents of one token.
             right_padded: padding stands on the right only. The model gets no mask then, if it needs none: attention
                 kernels without a mask are faster, and a GPU doesn't wait for the host to inspect it.
+            **of_kernel: what an attention kernel takes besides.
         """
         layout = self.layout
-        inputs = {"input_ids": layout.split(input_ids), "use_cache": False, **self._options}
+        inputs = {"input_ids": layout.split(input_ids), "use_cache": False, **self._options, **of_kernel}
         if position_ids is not None:
             inputs["position_ids"] = layout.split(position_ids)
             if attention_mask is not None and len(attention_mask.shape) == 4:
@@ -346,7 +351,11 @@ class ValueHeadModel(BaseModel):
         embedding of it reads as its last one.
         """
         known = input_ids.clamp(max=self.config.get_text_config().vocab_size - 1)
-        hidden = self.run(known, attention_mask, right_padded=right_padded).last_hidden_state
+        if self.padding_free and attention_mask is not None:
+            packed = PackedRows.from_rows(known, attention_mask)
+            hidden = packed.unpack(self.run(**packed.inputs(self.config._attn_implementation)).last_hidden_state)
+        else:
+            hidden = self.run(known, attention_mask, right_padded=right_padded).last_hidden_state
         values = in_float32(self.value_head, hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
 

@@ -1,4 +1,5 @@
-"""Rows with a shared prefix packed into one row: the prefix goes through the model once."""
+"""Rows packed into one row: those with a shared prefix, which goes through the model once, and any rows without their
+padding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,58 @@ import torch
 from torch import Tensor
 
 from coati.errors import UserError
+from coati.models.experts import is_experts
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The real tokens of a batch's rows, one row after the other. Each is a document of its own, as positions begin
+    again, so that attention doesn't reach from one to the next.
+
+    Attributes:
+        input_ids, position_ids: long `[1, tokens]`.
+        places: rows and columns of the tokens in the batch, long `[tokens]` each.
+        index: long `[batch, seq]`, which of the tokens is there; anything for padding.
+        lengths: int32 `[batch]`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    places: tuple[Tensor, Tensor]
+    index: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_rows(cls, input_ids: Tensor, attention_mask: Tensor) -> "PackedRows":
+        """From `[batch, seq]`, padded on either side."""
+        real = attention_mask.bool()
+        places = real.nonzero(as_tuple=True)
+        positions = real.long().cumsum(1) - 1
+        index = (real.flatten().long().cumsum(0) - 1).clamp(min=0).view(real.shape)
+        lengths = real.sum(1, dtype=torch.int32)
+        return cls(input_ids[places][None], positions[places][None], places, index, lengths)
+
+    def inputs(self, attention: str) -> dict[str, Any]:
+        """Keywords of `BaseModel.run`. Kernels for rows of different lengths are told where these end, or each layer
+        would look for it.
+
+        Args:
+            attention: its implementation in transformers.
+        """
+        inputs: dict[str, Any] = dict(input_ids=self.input_ids, attention_mask=None, position_ids=self.position_ids)
+        if attention == "flash_attention_2":
+            ends = torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            longest = int(self.lengths.max())
+            inputs |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+        return inputs
+
+    def pack(self, values: Tensor) -> Tensor:
+        """`[batch, seq, ...]` as `[1, tokens, ...]`."""
+        return values[self.places][None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[1, tokens, ...]` as `[batch, seq, ...]`; padding holds anything."""
+        return packed[0, self.index]
 
 
 @dataclass(frozen=True)
@@ -113,6 +166,31 @@ class PackedGroups:
         """`[groups, packed, ...]` as `[group_size * groups, seq, ...]`; padding holds anything."""
         rows = torch.arange(len(packed), device=packed.device).repeat(len(self.packed_index) // len(packed))
         return packed[rows[:, None], self.packed_index]
+
+
+def check_isolation(model, forward_all: Callable[[list[dict]], list[Tensor]], device: torch.device, **targets: bool):
+    """Raises for a model in which rows that are packed without padding would see one another: what it gives for the
+    second of two rows must not depend on the first, but for rounding where experts work on tokens of both.
+
+    Args:
+        forward_all: calls it with each of several inputs.
+        **targets: `targets=True` for a model that must be told which tokens are wanted.
+    """
+    if model.takes_positions:
+        rows = torch.tensor([[[1, 2, 3, 4], [1, 3, 2, 4]], [[2, 1, 4, 3], [1, 3, 2, 4]]], device=device)
+        real = torch.tensor([[True] * 4, [True, True, True, False]], device=device)
+        inputs = dict(attention_mask=real, right_padded=True) | dict.fromkeys(targets, real)
+        training = model.training
+        model.eval()  # dropout would change everything
+        outputs = forward_all([dict(input_ids=ids, **inputs) for ids in rows])
+        model.train(training)
+        change = (outputs[0].float() - outputs[1].float()).abs()
+        of_first = 3 if targets else 1  # with targets, what predicts three of them
+        rounding = 0.02 * change[:of_first].max() if any(map(is_experts, model.modules())) else 0.0
+        if change[of_first:].max() <= rounding < change[:of_first].max():
+            return
+    name, attention = type(model.transformer).__name__, model.config._attn_implementation
+    raise UserError(f"{name} with {attention} attention can't read rows without padding: leave padding_free out")
 
 
 MAX_KL = 0.02  # per token: bf16 gives some 0.001, an unsupported model ten times the bound

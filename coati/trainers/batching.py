@@ -18,15 +18,17 @@ class Batching:
         ranks: those that see different data.
         micro_batch_size: rows of a micro-batch.
         max_tokens: of a micro-batch, padding included, instead; None to count rows.
+        padding_free: there is no padding.
     """
 
-    def __init__(self, ranks, micro_batch_size: int, max_tokens: int | None = None):
+    def __init__(self, ranks, micro_batch_size: int, max_tokens: int | None = None, padding_free: bool = False):
         self.ranks, self.micro_batch_size, self.max_tokens = ranks, micro_batch_size, max_tokens
+        self.padding_free = padding_free
 
     def shard(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches of a global batch."""
-        ranks = self.ranks
-        return shard_batch(rows, lengths, ranks.rank, ranks.world_size, self.micro_batch_size, self.max_tokens)
+        sizes = self.micro_batch_size, self.max_tokens, self.padding_free
+        return shard_batch(rows, lengths, self.ranks.rank, self.ranks.world_size, *sizes)
 
     def shard_all(self, lengths: Sequence[int]) -> list[list[tuple[int, bool]]]:
         """This rank's micro-batches of all rows of a data set: their numbers, and whether they are real.
@@ -54,7 +56,8 @@ class Batching:
         widths = [of_groups[i] for i in order]
         if self.max_tokens is not None:
             widths = [max(of_ranks) for of_ranks in zip(*self.ranks.gather(widths), strict=True)]
-        parts = [order[part] for part in split_micro_batches(widths, self.micro_batch_size // group, self.max_tokens)]
+        slices = split_micro_batches(widths, self.micro_batch_size // group, self.max_tokens, self.padding_free)
+        parts = [order[part] for part in slices]
         return [[i * group + k for k in range(group) for i in part] for part in parts]
 
     def split_by_teacher(self, lengths: Sequence[int], teachers: Sequence[str | None]) -> "list[Part]":
@@ -70,7 +73,7 @@ class Batching:
         for name in sorted(names, key=str):
             rows = sorted((i for i, own in enumerate(teachers) if own == name), key=lambda i: -lengths[i])
             widths = [lengths[i] for i in rows]
-            slices = split_micro_batches(widths, self.micro_batch_size, self.max_tokens)
+            slices = split_micro_batches(widths, self.micro_batch_size, self.max_tokens, self.padding_free)
             found += [Part(rows[part], name) for part in slices]
             missing = max(self.ranks.gather(len(slices))) - len(slices)
             found += [Part([shortest], name, is_real=False)] * missing

@@ -22,6 +22,7 @@ from coati.models.long_rows import Pack, Unpack, from_host, split_feed_forward, 
 from coati.models.lora import is_adapter
 from coati.models.objectives import objective_weights
 from coati.models.opened import open_model
+from coati.models.packed import check_isolation
 from coati.models.positions import row_limit
 from coati.models.process_reward_model import stored_separator
 from coati.models.quantized import is_quantized
@@ -144,6 +145,7 @@ class Factory:
                 "parallelism: use --plugin zero2 alone, or the model in full precision"
             )
         self._spare_memory(model, (to_host, from_host))
+        model.padding_free = c.model.padding_free
         self._check_length(model)
         align_eos(model.transformer, self.tokenizer.eos_token_id)
         for note in model.notes:
@@ -190,7 +192,7 @@ class Factory:
         optimizer = {"weight_decay": c.weight_decay, "betas": (c.adam_beta1, c.adam_beta2)}
         router_loss = self.config.model.router_loss
         how = dict(generates=generates, optimizer=optimizer, accumulates=accumulates, router_loss=router_loss)
-        return make_engine(model, self.config.parallel, self.runtime, **how)
+        return self._make_engine(model, **how)
 
     def frozen(self, model: BaseModel, *, changes: bool = False) -> Engine:
         """A model that only computes.
@@ -200,7 +202,14 @@ class Factory:
         """
         if not changes:
             self._share_frozen_weights(model.requires_grad_(False))
-        return make_engine(model, self.config.parallel, self.runtime)
+        return self._make_engine(model)
+
+    def _make_engine(self, model: BaseModel, **how) -> Engine:
+        engine = make_engine(model, self.config.parallel, self.runtime, **how)
+        if model.padding_free:
+            wanted = {"targets": True} if isinstance(model, Teacher) else {}
+            check_isolation(model, engine.forward_all, self.runtime.device, **wanted)
+        return engine
 
     def frozen_policy(self, start) -> Engine | None:
         """A frozen copy of the policy that the run starts from; None where that is the policy without its adapter."""

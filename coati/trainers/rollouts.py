@@ -104,7 +104,7 @@ class RolloutTrainer(Trainer):
         self.data = self.prompts(c.data.train_data, c.data.train_weights)
         self.eval_data = self.prompts(c.data.eval_data)
         self.order, self.total_steps = self.factory.order(self.data, self.start)
-        self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch)
+        self.batching = Batching(self.ranks, c.micro_batch_size, c.max_tokens_per_batch, c.model.padding_free)
         self.factory.longest_sequence = self.longest_sequence()
         self.engines = self.build_models()
         self.actor = self.engines[ACTOR]

@@ -37,7 +37,7 @@ class SupervisedTrainer(Trainer):
         self.eval_data = self.load_data(c.data.eval_data, part_column=c.evaluation.eval_column)
         self.order, self.total_steps = self.make_order()
         budget = c.max_tokens_per_batch and c.max_tokens_per_batch // self.rows_per_sample
-        self.batching = Batching(self.ranks, c.micro_batch_size, budget)
+        self.batching = Batching(self.ranks, c.micro_batch_size, budget, c.model.padding_free)
         self.factory.longest_sequence = self.longest_sequence()
         start = self.folder.model_in_checkpoint(ONLY_MODEL) or c.model.path
         accumulates = c.batch_size // self.ranks.world_size > c.micro_batch_size

@@ -123,6 +123,32 @@ def test_micro_batches_keep_to_a_budget_of_tokens(world_size, lengths, max_token
         assert (len(micro) + 1) * lengths[other[0]] > max_tokens  # one more row would not have fitted
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@given(lengths=st.lists(st.integers(1, 50), min_size=8, max_size=40), max_tokens=st.integers(50, 200))
+def test_without_padding_a_budget_is_of_the_rows_own_tokens(world_size, lengths, max_tokens):
+    rows = range(len(lengths) // world_size * world_size)
+    shards = [shard_batch(rows, lengths, rank, world_size, 1, max_tokens, True) for rank in range(world_size)]
+    assert sorted(row for shard in shards for micro in shard for row in micro) == list(rows)
+    assert len({len(shard) for shard in shards}) == 1
+    assert {sum(len(micro) for micro in shard) for shard in shards} == {len(rows) // world_size}
+    assert max(sum(lengths[row] for row in micro) for shard in shards for micro in shard) <= max_tokens
+    if world_size == 1:
+        for micro, other in itertools.pairwise(shards[0]):
+            assert sum(lengths[row] for row in micro) + lengths[other[0]] > max_tokens
+
+
+def test_without_padding_ranks_get_nearly_as_many_tokens():
+    """In turn the last of 8 ranks gets a tenth more than the mean."""
+    lengths = lengths_of(256)
+
+    def busiest(*padding_free: bool) -> float:
+        shards = [shard_batch(range(256), lengths, rank, 8, 4, None, *padding_free) for rank in range(8)]
+        tokens = [sum(lengths[row] for micro in shard for row in micro) for shard in shards]
+        return max(tokens) / (sum(tokens) / 8)
+
+    assert busiest(True) < 1.01 < 1.02 < busiest()
+
+
 def test_ranks_get_like_work():
     lengths = lengths_of(64)
     work = [sum(lengths[row] for m in shard_batch(range(64), lengths, rank, 2, 4) for row in m) for rank in (0, 1)]

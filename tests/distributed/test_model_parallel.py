@@ -74,6 +74,9 @@ OF_EXPERTS = cases(("tp2, split_sequence", "pp2"), [("glm4_moe", "ppo")])
 OF_EXPERTS += cases(("tp2",), [("deepseek_v3", "sft"), ("gpt_oss", "sft"), ("olmoe", "sft")])
 QUICK += OF_EXPERTS
 LONG = ("zero2", "tp2", "pp2", "sp2")  # with what spares memory for long rows
+# without padding: pairs, windows, experts, a reference
+PADDING_FREE = [("zero2", "llama", "ppo"), ("tp2", "qwen2_moe", "sft"), ("zero2", "mistral", "preference")]
+PADDING_FREE += [("zero2", "llama", "grpo"), ("ddp", "llama", "reward")]
 EVENED = ("one", "zero2", "tp2, split_sequence", "sp2")  # with a loss that evens the load of experts
 # policy, critic and a reference without adapters; norms per head and tied ends; fused layers
 ADAPTED = cases(("tp2, split_sequence", "pp2", "sp2"), [("llama", "ppo")])
@@ -118,6 +121,16 @@ def evened_jobs(layouts, worlds, folder) -> list[dict]:
     ]
 
 
+def padding_free_jobs(some_cases, worlds, folder) -> list[dict]:
+    """Those of one process have padding."""
+    found = []
+    for layout, family, algorithm in some_cases:
+        changes = dict(max_tokens_per_batch=200, padding_free=layout != "one") | LAYOUTS.get(layout, {})
+        name = f"{layout}-{family}-{algorithm} without padding"
+        found.append(family_job(name, algorithm, worlds[family], folder, **changes))
+    return found
+
+
 def long_jobs(worlds, folder) -> list[dict]:
     changes = dict(gradient_checkpointing=True, offload_activations=True, feed_forward_tokens=8)
     return [
@@ -130,6 +143,7 @@ def one_process(worlds, folder):
     ours = jobs_of(alone(QUICK), worlds, folder) + evened_jobs(EVENED[:1], worlds, folder)
     ours += adapted_jobs(alone(ADAPTED), worlds, folder)
     ours += adapted_jobs(alone(QUANTIZED), worlds, folder, "qlora")
+    ours += padding_free_jobs(alone(PADDING_FREE), worlds, folder)
     return run_jobs(ours, folder / "one", 1)
 
 
@@ -137,6 +151,7 @@ def one_process(worlds, folder):
 def two_processes(worlds, folder):
     ours = jobs_of(QUICK, worlds, folder) + adapted_jobs(ADAPTED, worlds, folder)
     ours += adapted_jobs(QUANTIZED, worlds, folder, "qlora") + long_jobs(worlds, folder)
+    ours += padding_free_jobs(PADDING_FREE, worlds, folder)
     return run_jobs(ours + evened_jobs(EVENED[1:], worlds, folder), folder / "two", 2)
 
 
@@ -185,6 +200,12 @@ def test_the_load_of_experts_is_evened_alike(layout, one_process, two_processes)
     expected = one_process["one-evened"]
     assert expected["steps"][-1]["router_loss"] > 1.001
     assert_same(two_processes[f"{layout}-evened"], expected)
+
+
+@pytest.mark.parametrize(("layout", "family", "algorithm"), PADDING_FREE)
+def test_rows_without_padding_are_learned_as_padded_ones(layout, family, algorithm, one_process, two_processes):
+    found, expected = (f"{where}-{family}-{algorithm} without padding" for where in (layout, "one"))
+    assert_same(two_processes[found], one_process[expected])
 
 
 @pytest.mark.parametrize("layout", LONG)

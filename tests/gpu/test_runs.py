@@ -121,6 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(algorithm, layout, tiny_world, r
         dict(gradient_checkpointing=True, plugin="zero2", precision="bf16"),
         dict(gradient_checkpointing=True, offload_activations=True, feed_forward_tokens=8, plugin="zero2"),
         dict(lora_rank=4, quantize_base="nf4", plugin="zero2", precision="bf16"),
+        dict(padding_free=True, attn_implementation="flex_attention", plugin="zero2", precision="bf16"),
     ],
     ids=str,
 )

@@ -28,6 +28,11 @@ class ModelConfig(Settings):
         "auto",
         "sdpa, eager, on CUDA flash_attention_2 or flex_attention; auto: sdpa where the model supports it, else eager",
     )
+    padding_free: bool = option(
+        False,
+        "read the rows of a micro-batch one after the other, without padding, and count none in max_tokens_per_batch: "
+        "for flash_attention_2 or flex_attention; others compute each row's scores with all rows",
+    )
     router_loss: float = option(
         0.0,
         "weight of the loss that spreads tokens evenly over a mixture's experts, often 0.001 to 0.02",
@@ -193,6 +198,11 @@ class TrainerConfig(Settings):
         if self.model.router_loss and self.parallel.pipeline_parallel > 1:
             raise UserError(
                 "router_loss needs all layers on each process: leave out pipeline_parallel, or set router_loss to 0"
+            )
+        if self.model.padding_free and (self.parallel.splits_sequences or self.parallel.pipeline_parallel > 1):
+            raise UserError(
+                "padding_free makes one row of a micro-batch, which pipeline_parallel, sequence_parallel and "
+                "split_sequence don't split: leave it out, or use tensor_parallel"
             )
         if found := list(self.size_problems(world_size)):
             raise UserError("; ".join(found))

@@ -399,5 +399,7 @@ class GRPOConfig(RolloutConfig):
             yield "turns compares turns, not the sums of episodes: leave out dynamic_sampling and rest_epochs"
         if self.environment.path and a.overlong_buffer:
             yield "overlong_buffer is of single responses: leave it out with an environment"
+        if a.share_prompts and self.model.padding_free:
+            yield "share_prompts reads groups without padding in its own way: leave out padding_free"
         if a.share_prompts and split:
             yield "share_prompts needs replicated models: leave out tensor, pipeline and sequence parallelism"

@@ -153,6 +153,8 @@ class PPOConfig(RolloutConfig):
                 yield "critic_prompt makes rows of other lengths for the critic: leave out sequence parallelism"
         if self.algorithm.gae_level == "turn" and self.algorithm.length_adaptive_alpha is not None:
             yield "length_adaptive_alpha counts tokens: leave it out with gae_level turn"
+        if self.algorithm.shared_trunk and self.model.padding_free:
+            yield "shared_trunk reads rows for two heads, with their padding: leave out padding_free"
         if self.algorithm.shared_trunk and self.parallel.splits_models:
             yield (
                 "shared_trunk runs under ddp, zero1, zero2 and gemini: leave out tensor, pipeline and "

@@ -188,6 +188,8 @@ class PreferenceConfig(TrainerConfig):
         return 2 * self.data.max_length if self.algorithm.is_paired else self.data.max_length
 
     def problems(self) -> Iterator[str]:
+        if self.algorithm.share_prompts and self.model.padding_free:
+            yield "share_prompts reads pairs without padding in its own way: leave out padding_free"
         if self.algorithm.share_prompts and self.parallel.splits_models:
             yield "share_prompts needs replicated models: leave it out with tensor, pipeline or sequence parallelism"
         if not self.algorithm.is_paired and self.batch_size < 2:
