@@ -1,6 +1,6 @@
 """Writes the tables of layouts in docs/plugins.md from the results of two tests in tests/distributed.
 
-python tools/layout_table.py                     # runs the tests first: about 15 minutes on 2 cores
+python tools/layout_table.py                     # runs the tests first: about 40 minutes on 2 cores
 python tools/layout_table.py --results FOLDER    # of a run that is over: pytest's basetemp
 """
 
@@ -9,17 +9,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from coati.parallel.decoders import DECODERS
-from examples.stages import ROOT, fill_figures
-from tests.distributed.world import LAYOUTS, without_ties
+from examples.stages import ROOT, fill_figures, table_of
+from tests.distributed.world import LAYOUTS, runs_under, without_ties
 
-FIRST = ("sft", "reward", "ppo")
+ALL_WEIGHTS = ("sft", "reward", "ppo")
+ADAPTERS = ("lora ppo", "qlora ppo")
 KINDS = {"dpo": "DPO", "cached": "DPO, cached reference", "kto": "KTO", "grpo": "GRPO", "distill": "distillation"}
 TEXT = (
     "The largest relative difference of any number that {} (of at least 0.1, as smaller ones are differences of larger "
@@ -45,39 +46,51 @@ def main():
 
 def write_tables(base: Path):
     """Those whose tests were run."""
-    families = {family: partial(of_family, family) for family in DECODERS}
-    kinds = {title: partial(of_kind, kind) for kind, title in KINDS.items()}
-    for folder, mark, text, columns in (
-        ("layouts0", "layouts", TEXT.format("the three runs log", IN_BF16), families),
-        ("preference0", "family", TEXT.format("a run logs", ", llama, fp32"), kinds),
-    ):
-        results = {}
-        for path in sorted((base / folder).glob("*/results.json")):
-            results |= json.loads(path.read_text())
-        if results:
-            fill_figures(ROOT / "docs" / "plugins.md", table(results, text, columns), mark)
+    results = results_of(base / "layouts0")
+    if results:
+        tables = {"layouts": (ALL_WEIGHTS, "the three runs log", IN_BF16)}
+        tables |= {"layouts of LoRA": (ADAPTERS[:1], "a run of PPO logs", "")}
+        tables |= {"layouts of QLoRA": (ADAPTERS[1:], "a run of PPO logs", "")}
+        for mark, (runs, of_what, of_bf16) in tables.items():
+            rows = {family: partial(of_family, family, runs) for family in DECODERS}
+            fill_figures(ROOT / "docs" / "plugins.md", table(results, TEXT.format(of_what, of_bf16), rows), mark)
+    results = results_of(base / "preference0")
+    if results:
+        rows = {title: partial(of_kind, kind) for kind, title in KINDS.items()}
+        text = TEXT.format("a run logs", ", llama, fp32")
+        fill_figures(ROOT / "docs" / "plugins.md", table(results, text, rows), "family")
 
 
-def of_family(family: str, layout: str) -> list[str]:
+def results_of(folder: Path) -> dict:
+    """Of all runs, by name."""
+    results = {}
+    for path in sorted(folder.glob("*/results.json")):
+        results |= json.loads(path.read_text())
+    return results
+
+
+def of_family(family: str, runs: Sequence[str], layout: str) -> list[str]:
     """The runs of an architecture that make a cell; none where the layout is unsupported."""
-    if "split_sequence" in layout and not DECODERS[family].splits_sequence:
+    if not runs_under(layout, family):
         return []
     # greedy responses differ in bf16
-    return [f"{family}-{algorithm}" for algorithm in (FIRST[:2] if "bf16" in layout else FIRST)]
+    return [f"{family}-{algorithm}" for algorithm in (runs[:2] if "bf16" in layout else runs)]
 
 
 def of_kind(kind: str, layout: str) -> list[str]:
     return [kind]
 
 
-def table(results: dict, text: str, columns: dict[str, Callable[[str], list[str]]]) -> str:
-    """Args: columns: by title, the runs of a layout that make a cell."""
-    lines = [text, "", f"| layout | processes | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
-    for layout in LAYOUTS:
-        cells = [difference(results, layout, runs(layout)) for runs in columns.values()]
-        if any(cell not in ("", "unsupported") for cell in cells):
-            lines.append(f"| {layout} | {4 if ' x ' in layout else 2} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(results: dict, text: str, rows: dict[str, Callable[[str], list[str]]]) -> str:
+    """Layouts that were run for any row as columns.
+
+    Args:
+        rows: by title, the runs under a layout that make a cell.
+    """
+    cells = {title: [difference(results, layout, runs(layout)) for layout in LAYOUTS] for title, runs in rows.items()}
+    shown = [i for i in range(len(LAYOUTS)) if any(row[i] not in ("", "unsupported") for row in cells.values())]
+    heads = [list(LAYOUTS)[i] for i in shown]
+    return f"{text}\n\n" + table_of(["", *heads], [[title, *(row[i] for i in shown)] for title, row in cells.items()])
 
 
 def difference(results: dict, layout: str, runs: list[str]) -> str:

@@ -89,7 +89,7 @@ class Actor(BaseModel):
             packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
             routing = None if routing is None else packed.pack(routing, attention_mask)
-        elif self.padding_free and attention_mask is not None:
+        elif self.padding_free and attention_mask is not None and position_ids is None:
             packed = PackedRows.from_rows(input_ids, attention_mask)
             inputs = packed.inputs(self.config._attn_implementation)
             routing = None if routing is None else packed.pack(routing)

@@ -80,7 +80,8 @@ class Update:
             for batch in term.micro_batches:
                 tasks.append(Task(term.inputs(batch), _part(term, batch, denominator)))
         masks = [task.inputs["attention_mask"] for task in tasks]
-        read = {"tokens": sum(mask.sum() for mask in masks), "columns": sum(map(Tensor.numel, masks))}
+        tokens = sum(mask.sum() for mask in masks)
+        read = {"tokens": tokens, "columns": tokens if engine.module.padding_free else sum(map(Tensor.numel, masks))}
         if engine.expert_load.coefficient:
             engine.expert_load.tokens = max(ranks.sum(float(read["tokens"])).item(), 1.0)
         metrics = ranks.sum_metrics([*engine.accumulate(tasks), read])

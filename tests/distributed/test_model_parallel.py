@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.forks import run_jobs
-from tests.distributed.world import LAYOUTS, family_job, make_family
+from tests.distributed.world import LAYOUTS, family_job, make_family, runs_under
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "qwen3", "gpt2", "opt")
@@ -53,15 +53,11 @@ def worlds(tiny_world, folder) -> dict[str, dict]:
     return {family: make_family(family, tiny_world, folder) for family in FAMILIES + OTHERS + EXPERTS}
 
 
-def runs(layout: str, family: str) -> bool:
-    """What isn't refused: see test_decoders.py; attention of gpt-oss is none that sequence parallelism knows."""
-    without = {"gpt2": ("split_sequence",), "gpt_oss": ("split_sequence", "sp2")}
-    return not any(name in layout for name in without.get(family, ()))
-
-
 def cases(layouts, pairs) -> list[tuple[str, str, str]]:
     """Each layout with each of these families and algorithms."""
-    return [(layout, family, algorithm) for layout in layouts for family, algorithm in pairs if runs(layout, family)]
+    return [
+        (layout, family, algorithm) for layout in layouts for family, algorithm in pairs if runs_under(layout, family)
+    ]
 
 
 # every layout, every algorithm and every architecture; the rest of the table is slow
@@ -83,7 +79,7 @@ ADAPTED = cases(("tp2, split_sequence", "pp2", "sp2"), [("llama", "ppo")])
 ADAPTED += cases(("tp2",), [(family, "sft") for family in ("qwen3", "gpt2", "deepseek_v3")])
 QUANTIZED = cases(("zero2",), [("llama", "ppo"), ("gpt2", "sft")])
 EVERY_QUANTIZED = cases(WHOLE, [(family, "ppo") for family in FAMILIES + OTHERS + EXPERTS])
-EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES[1:] + OTHERS + EXPERTS]
+EVERY_ADAPTED = [(family, "ppo") for family in FAMILIES + OTHERS + EXPERTS]
 EVERY_ADAPTED += [("llama", algorithm) for algorithm in ("sft", "reward", "grpo", "preference")]
 
 
