@@ -35,8 +35,14 @@ def recorded_quantization(folder: str | Path):
 
 
 def quantization_note(model: nn.Module) -> str:
-    """What a user should know of a model that was quantized when it was loaded."""
+    """What a user should know of a model that was quantized when it was loaded.
+
+    Raises:
+        UserError: nothing was; some architectures have linear layers of their own.
+    """
     packed = [p for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    if not packed:
+        raise UserError(f"{type(model).__name__} has no linear layers that can be quantized: leave quantize_base out")
     count = sum(p.quant_state.shape.numel() for p in packed)
     others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in packed)
     return (

@@ -198,7 +198,7 @@ def test_errors_of_others_are_explained():
     assert set(explained_errors()) >= OF_OTHERS
 
 
-@pytest.mark.parametrize("tool", ["write_configuration", "write_methods"])
+@pytest.mark.parametrize("tool", ["write_configuration", "write_features", "write_methods"])
 def test_generated_pages_are_current(tool):
     script = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))
     assert text_of(script["PAGE"]) == script["page"](), f"run tools/{tool}.py"

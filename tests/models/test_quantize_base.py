@@ -96,6 +96,13 @@ def test_adapters_of_full_bases_and_models_in_a_few_bits_stay_as_they_are(tiny_w
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_layers_that_stay_as_they_are_are_an_error(tmp_path):
+    """Falcon's linear layers are a class of their own, which transformers leaves alone without a word."""
+    Actor(config=tiny_config("falcon")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="FalconForCausalLM has no linear layers that can be quantized"):
+        Actor(tmp_path, quantize_base=True)
+
+
 def test_random_weights_are_refused():
     with pytest.raises(UserError, match="quantize_base needs the folder of a pretrained model"):
         Actor(config=tiny_config("llama"), quantize_base=True)
