@@ -132,6 +132,17 @@ def memory(result: dict) -> str:
     return "\n".join(lines)
 
 
+def experts(result: dict) -> str:
+    """Seconds of a step, and how many times those of the tensor-parallel group, by where the experts are."""
+    names = [*next(iter(result["cases"].values()))]
+    lines = [f"| experts of a token | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+    for per_token, seconds in result["cases"].items():
+        first = seconds[names[0]]
+        cells = [f"{first:.2f} s", *(f"{seconds[name]:.2f} s ({seconds[name] / first:.2f})" for name in names[1:])]
+        lines.append(f"| {per_token} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def machine(result: dict) -> str:
     m = result["machine"]
     turns = "one turn each" if result["rounds"] == 1 else f"medians of {result['rounds']} turns"
@@ -212,7 +223,9 @@ def filled(page: str, results: dict[str, dict]) -> str:
     page = fill(page, "machine of the real model", machine(results["real_model"]))
     page = fill(page, "targets of the real model", real_targets(results["real_model"]))
     page = fill(page, "real model", rates(results["real_model"]))
-    return fill(page, "time to reward", time_to_reward(results["time_to_reward"]))
+    page = fill(page, "time to reward", time_to_reward(results["time_to_reward"]))
+    page = fill(page, "machine of the experts", machine(results["experts"]))
+    return fill(page, "experts", experts(results["experts"]))
 
 
 def main():

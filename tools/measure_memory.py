@@ -54,6 +54,10 @@ RUNGS = [  # from the fastest to the leanest; LoRA last, since it trains somethi
         dict(plugin="zero1", tensor_parallel=8, pipeline_parallel=4, micro_batch_size=1, **LEAN),
     ),
     ("zero2, LoRA, checkpointing, micro-batch 1", dict(plugin="zero2", lora_rank=32, micro_batch_size=1, **LEAN)),
+    (
+        "zero2, LoRA on 4 bits, checkpointing, micro-batch 1",
+        dict(plugin="zero2", lora_rank=32, quantize_base="nf4", micro_batch_size=1, **LEAN),
+    ),
 ]
 
 

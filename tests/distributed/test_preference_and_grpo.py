@@ -84,10 +84,13 @@ def jobs(world, folder, cases) -> list[dict]:
 
 
 def is_supported(kind: str, layout: dict) -> bool:
-    """Whether a kind runs under a layout: another prompt for the teacher needs whole rows, an average whole models."""
+    """Whether a kind runs under a layout: another prompt for the teacher needs whole rows, an average whole models; one
+    of two teachers is a gpt2, which can't split the sequence between its layers."""
     config = configure(PluginConfig, **{name: value for name, value in layout.items() if "batch" not in name})
     if kind == "averaged":
         return config.holds_whole_models
+    if kind == "routed":
+        return not config.split_sequence
     return kind != "taught" or not config.splits_sequences
 
 
