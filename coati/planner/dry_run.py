@@ -20,7 +20,7 @@ from coati.planner.parallel import Part, sizes
 from coati.trainers.algorithms import ALGORITHMS
 from coati.trainers.config import PPOConfig, RolloutConfig
 
-FEW_LAYERS = (4, 8)
+FEW_LAYERS = (4, 8)  # of a pipeline's stage: with fewer, the phases of its backward pass are other ones than with many
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,12 @@ def plan(workload: Workload) -> Plan:
         UserError: settings that the run doesn't support.
     """
     quiet_colossalai()
-    few, more = FEW_LAYERS
+    stages = workload.config.parallel.pipeline_parallel
+    few, more = (stages * layers for layers in FEW_LAYERS)
     depths: dict[str, int] = {}
     peaks = _peaks(workload, more, depths)
     if max(depths.values()) > more:
-        peaks = _extrapolate(_peaks(workload, few, depths), peaks, depths)
+        peaks = _extrapolate({few: _peaks(workload, few, depths), more: peaks}, depths)
     phases: dict[str, Counter[Item]] = {}
     for name, items in peaks.items():
         phase = name.split(":")[0]
@@ -86,18 +87,20 @@ def plan(workload: Workload) -> Plan:
     return Plan(phases)
 
 
-def _extrapolate(few: dict, more: dict, depths: dict[str, int]) -> dict[str, Counter[Item]]:
+def _extrapolate(peaks: dict[int, dict], depths: dict[str, int]) -> dict[str, Counter[Item]]:
     """Extrapolates linearly from two depths, item by item.
 
     Args:
+        peaks: of models of so many layers, by phase.
         depths: layers of the models, by name.
     """
+    (fewest, few), (most, more) = sorted(peaks.items())
     line = {}
     for phase in more:
         line[phase] = Counter()
         for item in set(few[phase]) | set(more[phase]):
             depth = depths.get(item[0], max(depths.values()))
-            low, high = (min(layers, depth) for layers in FEW_LAYERS)
+            low, high = min(fewest, depth), min(most, depth)
             steps = (depth - low) / max(high - low, 1)
             value = few[phase][item] + steps * (more[phase][item] - few[phase][item])
             line[phase][item] = max(0, round(value))
