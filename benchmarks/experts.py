@@ -28,10 +28,13 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.contest import machine, store  # noqa: E402
 from examples.stages import free_port  # noqa: E402
 
-PROCESSES, ROWS, LENGTH, VOCABULARY = 2, 8, 512, 8000
-PER_TOKEN = (1, 2, 4, 8)
-SHAPE = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
-SHAPE |= dict(num_experts=16, moe_intermediate_size=256, vocab_size=VOCABULARY, norm_topk_prob=True)
+PROCESSES, LENGTH, VOCABULARY = 2, 512, 8000
+EVERY = dict(num_key_value_heads=4, head_dim=64, num_experts=16, vocab_size=VOCABULARY, norm_topk_prob=True)
+SHAPES = {  # by hidden size: the model's, and how many rows; the second is as wide as Qwen3-30B-A3B
+    512: (dict(num_hidden_layers=4, num_attention_heads=8, moe_intermediate_size=256), 8),
+    2048: (dict(num_hidden_layers=1, num_attention_heads=32, moe_intermediate_size=768), 4),
+}
+CASES = [(512, 2), (512, 8), (2048, 2), (2048, 8)]  # hidden size, experts of a token
 
 
 class Exchange(torch.autograd.Function):
@@ -73,28 +76,29 @@ def spread_experts(experts: nn.Module, rank: int):
     experts.forward = forward
 
 
-def make_model(per_token: int):
+def make_model(hidden: int, per_token: int):
     from transformers import Qwen3MoeConfig
 
     from coati.models import Actor
 
     torch.manual_seed(0)
-    return Actor(config=Qwen3MoeConfig(**SHAPE, num_experts_per_tok=per_token, max_position_embeddings=LENGTH))
+    shape = EVERY | SHAPES[hidden][0] | dict(num_experts_per_tok=per_token, max_position_embeddings=LENGTH)
+    return Actor(config=Qwen3MoeConfig(hidden_size=hidden, **shape))
 
 
-def steps(per_token: int, rank: int) -> dict[str, Callable[[], float]]:
+def steps(hidden: int, per_token: int, rank: int) -> dict[str, Callable[[], float]]:
     """By contender, what computes all gradients and gives the loss of all tokens."""
     from coati.losses import cross_entropy
     from coati.models.experts import is_experts
     from coati.parallel.policy import split_tensors
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(VOCABULARY, (SHAPES[hidden][1], LENGTH), generator=generator)
     targets = torch.ones_like(ids, dtype=torch.bool)
     targets[:, 0] = False
 
     def together(split_sequence: bool) -> Callable[[], float]:
-        model = make_model(per_token)
+        model = make_model(hidden, per_token)
         split_tensors(model, dist.group.WORLD, split_sequence)
 
         def step() -> float:
@@ -106,7 +110,7 @@ def steps(per_token: int, rank: int) -> dict[str, Callable[[], float]]:
         return step
 
     def apart(spreads: bool) -> Callable[[], float]:
-        model = make_model(per_token)
+        model = make_model(hidden, per_token)
         for module in model.modules() if spreads else ():
             if is_experts(module):
                 spread_experts(module, rank)
@@ -138,9 +142,9 @@ def work(rank: int, port: int, rounds: int, told):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
-    for per_token in PER_TOKEN:
+    for case in CASES:
         seconds: dict[str, list[float]] = {}
-        contenders = steps(per_token, rank)
+        contenders = steps(*case, rank)
         for _ in range(1 + rounds):
             losses = []
             for name, step in contenders.items():
@@ -151,7 +155,7 @@ def work(rank: int, port: int, rounds: int, told):
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
             assert max(losses) - min(losses) < 1e-4 * losses[0], losses
         if rank == 0:
-            told.put((per_token, {name: statistics.median(found[1:]) for name, found in seconds.items()}))
+            told.put((case, {name: statistics.median(found[1:]) for name, found in seconds.items()}))
 
 
 def main():
@@ -161,8 +165,8 @@ def main():
     options = parser.parse_args()
     told = mp.get_context("spawn").SimpleQueue()
     mp.spawn(work, (free_port(), options.rounds, told), nprocs=PROCESSES)
-    cases = dict(told.get() for _ in PER_TOKEN)
-    result = {"machine": machine(PROCESSES), "rounds": options.rounds, "cases": {str(k): cases[k] for k in PER_TOKEN}}
+    cases = {f"{hidden} wide, {k} per token": found for (hidden, k), found in (told.get() for _ in CASES)}
+    result = {"machine": machine(PROCESSES), "rounds": options.rounds, "cases": cases}
     print(json.dumps(result))
     if options.save:
         store(result, "experts", "cases")
