@@ -102,7 +102,7 @@ def prepare_quantized(model: nn.Module, dtype: torch.dtype | None):
     gradient. Transformers leaves what isn't quantized in the stored dtype, for models without a head.
 
     Args:
-        dtype: of what isn't quantized, and that products are computed in; None for those that the model has.
+        dtype: of what isn't quantized; None for those that the model has.
     """
     if not is_quantized(model):
         return
