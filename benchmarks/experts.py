@@ -1,10 +1,10 @@
 """Where a mixture's experts may be: in the tensor-parallel group, each process computing its own for all tokens, as
 coati does; or spread over data-parallel processes, tokens traveling to them and back (all-to-all).
 
-    python benchmarks/experts.py --save    # 10 minutes; writes benchmarks/results/experts.json
+    python benchmarks/experts.py --save    # 6 minutes; writes benchmarks/results/experts.json
 
 Two processes of one thread, gloo, fp32: forward and backward pass and the exchange of gradients of a Qwen3 mixture of
-16 experts, 1 to 8 for each token. Losses are compared, too. The all-to-all is here and nowhere else: what it would
+16 experts, 2 or 8 for each token. Losses are compared, too. The all-to-all is here and nowhere else: what it would
 save is what decides whether coati should have it.
 """
 
@@ -160,7 +160,7 @@ def work(rank: int, port: int, rounds: int, told):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after one to warm up")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts.json")
     options = parser.parse_args()
     told = mp.get_context("spawn").SimpleQueue()

@@ -135,7 +135,7 @@ def memory(result: dict) -> str:
 def experts(result: dict) -> str:
     """Seconds of a step, and how many times those of the tensor-parallel group, by where the experts are."""
     names = [*next(iter(result["cases"].values()))]
-    lines = [f"| experts of a token | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+    lines = [f"| model | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
     for per_token, seconds in result["cases"].items():
         first = seconds[names[0]]
         cells = [f"{first:.2f} s", *(f"{seconds[name]:.2f} s ({seconds[name] / first:.2f})" for name in names[1:])]

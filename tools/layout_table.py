@@ -20,7 +20,6 @@ from examples.stages import ROOT, fill_figures, table_of
 from tests.distributed.world import LAYOUTS, runs_under, without_ties
 
 ALL_WEIGHTS = ("sft", "reward", "ppo")
-ADAPTERS = ("lora ppo", "qlora ppo")
 KINDS = {"dpo": "DPO", "cached": "DPO, cached reference", "kto": "KTO", "grpo": "GRPO", "distill": "distillation"}
 TEXT = (
     "The largest relative difference of any number that {} (of at least 0.1, as smaller ones are differences of larger "
@@ -49,8 +48,8 @@ def write_tables(base: Path):
     results = results_of(base / "layouts0")
     if results:
         tables = {"layouts": (ALL_WEIGHTS, "the three runs log", IN_BF16)}
-        tables |= {"layouts of LoRA": (ADAPTERS[:1], "a run of PPO logs", "")}
-        tables |= {"layouts of QLoRA": (ADAPTERS[1:], "a run of PPO logs", "")}
+        tables |= {"layouts of LoRA": (("lora ppo",), "a run of PPO logs", "")}
+        tables |= {"layouts of QLoRA": (("qlora ppo",), "a run of PPO logs", "")}
         for mark, (runs, of_what, of_bf16) in tables.items():
             rows = {family: partial(of_family, family, runs) for family in DECODERS}
             fill_figures(ROOT / "docs" / "plugins.md", table(results, TEXT.format(of_what, of_bf16), rows), mark)

@@ -15,16 +15,16 @@ sys.path.insert(0, str(ROOT))
 
 PAGE = ROOT / "docs" / "plugins.md"
 MARKED = re.compile(r"(<!-- features -->\n).*?(<!-- end of features -->)", re.DOTALL)
-OTHERS = ("bloom", "falcon", "gemma2", "mamba")  # that are in no table
 
 
 def page() -> str:
     """The page with the current table."""
     from coati.parallel.decoders import DECODERS
     from examples.stages import table_of
+    from tests.models.families import NOT_SPLIT
 
     heads = [*FEATURES, *OF_EXPERTS]
-    rows = [[family, *cells_of(family)] for family in (*DECODERS, *OTHERS)]
+    rows = [[family, *cells_of(family)] for family in (*DECODERS, *NOT_SPLIT)]
     table = table_of(["", *(f"`{name}`" for name in heads)], rows)
     return MARKED.sub(lambda mark: f"{mark[1]}\n{table}\n\n{mark[2]}", PAGE.read_text(encoding="utf-8"))
 
@@ -52,19 +52,10 @@ def tried(try_feature: Callable[[str], None], family: str) -> bool:
 
 
 def model_of(family: str):
-    """A tiny model without dropout, of weights that tell tokens apart."""
-    import torch
-
     from coati.models import Actor
-    from tests.distributed.world import family_config
-    from tests.models.families import VOCABULARY, tiny_config
+    from tests.models import families
 
-    torch.manual_seed(0)
-    model = Actor(config=tiny_config(family) if family in OTHERS else family_config(family, VOCABULARY)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return families.model_of(Actor, family)
 
 
 def forward_all(model, inputs: list[dict]) -> list:

@@ -156,12 +156,13 @@ def split_micro_batches(
     many rows as fit into `max_tokens` (one row at least), padding included if there is any."""
     if max_tokens is None:
         return [slice(i, i + micro_batch_size) for i in range(0, len(lengths), micro_batch_size)]
+
+    def tokens(rows: Sequence[int]) -> int:
+        return sum(rows) if padding_free else len(rows) * max(rows[0], rows[-1])
+
     parts, start = [], 0
     for end in range(1, len(lengths) + 1):
-        if end < len(lengths):
-            padded = (end + 1 - start) * max(lengths[start], lengths[end])
-            tokens = sum(lengths[start : end + 1]) if padding_free else padded
-        if end == len(lengths) or tokens > max_tokens:
+        if end == len(lengths) or tokens(lengths[start : end + 1]) > max_tokens:
             parts.append(slice(start, end))
             start = end
     return parts

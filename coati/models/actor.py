@@ -89,8 +89,7 @@ class Actor(BaseModel):
             packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
             inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
             routing = None if routing is None else packed.pack(routing, attention_mask)
-        elif self.padding_free and attention_mask is not None and position_ids is None:
-            packed = PackedRows.from_rows(input_ids, attention_mask)
+        elif position_ids is None and (packed := self.without_padding(input_ids, attention_mask)):
             inputs = packed.inputs(self.config._attn_implementation)
             routing = None if routing is None else packed.pack(routing)
         if routing is not None:
@@ -151,18 +150,13 @@ class Actor(BaseModel):
 
         Args: as `forward`.
         """
-        inputs, places = dict(attention_mask=attention_mask, right_padded=right_padded), self.target_indices(targets)
-        inputs["input_ids"] = input_ids
-        packed = None
-        if self.padding_free and attention_mask is not None:
-            packed = PackedRows.from_rows(input_ids, attention_mask)
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, right_padded=right_padded)
+        if packed := self.without_padding(input_ids, attention_mask):
             inputs = packed.inputs(self.config._attn_implementation)
-        if self._head_is_last is not False:
-            hidden = self._states_before_head(inputs)
-            if self._head_is_last:
-                return (packed.unpack(hidden) if packed else hidden)[places]
-        logits = self.run(**inputs).logits
-        return (packed.unpack(logits) if packed else logits)[places]
+        states = self._states_before_head(inputs) if self._head_is_last is not False else None
+        if not self._head_is_last:
+            states = self.run(**inputs).logits
+        return (packed.unpack(states) if packed else states)[self.target_indices(targets)]
 
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits `[tokens, vocab]` (of a split vocabulary, this process's) of some of the rows that `target_states` has

@@ -25,10 +25,9 @@ from coati.models.packed import PackedRows
 from coati.models.quantized import (
     check_mergeable,
     is_quantized,
-    nf4,
     prepare_quantized,
     quantization_note,
-    recorded_quantization,
+    wanted_quantization,
 )
 from coati.models.quiet import quiet_transformers
 from coati.models.towers import freeze_towers, without_towers
@@ -87,9 +86,7 @@ class BaseModel(nn.Module):
             raise UserError(f"{attention} needs CUDA: leave attn_implementation at auto, which is sdpa on this machine")
         is_adapted = isinstance(pretrained, str | Path) and is_adapter(pretrained)
         source = base_of_adapter(pretrained) if is_adapted else pretrained
-        quantization = recorded_quantization(pretrained) if is_adapted else None
-        if quantization is None and quantize_base:
-            quantization = nf4()
+        quantization = wanted_quantization(pretrained if is_adapted else None, quantize_base)
         quantized = {} if quantization is None else _quantized(source, quantization, kwargs)
         self.model, head = self._load_transformer(source, config, kwargs | quantized)
         self.config = self.model.config
@@ -155,6 +152,12 @@ class BaseModel(nn.Module):
             self.transformer._set_gradient_checkpointing(True, checkpointing_keeping_by(*kept_by))
         if self.has_adapter:
             self.model.enable_input_require_grads()
+
+    def without_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> PackedRows | None:
+        """What is read of a batch instead if its padding is left out; None if it is read as it is."""
+        if not self.padding_free or attention_mask is None:
+            return None
+        return PackedRows.from_rows(input_ids, attention_mask)
 
     def run(
         self,
@@ -351,8 +354,7 @@ class ValueHeadModel(BaseModel):
         embedding of it reads as its last one.
         """
         known = input_ids.clamp(max=self.config.get_text_config().vocab_size - 1)
-        if self.padding_free and attention_mask is not None:
-            packed = PackedRows.from_rows(known, attention_mask)
+        if packed := self.without_padding(known, attention_mask):
             hidden = packed.unpack(self.run(**packed.inputs(self.config._attn_implementation)).last_hidden_state)
         else:
             hidden = self.run(known, attention_mask, right_padded=right_padded).last_hidden_state

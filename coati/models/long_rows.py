@@ -37,7 +37,7 @@ def _in_stretches(compute: Callable[..., Tensor], tokens: int, *inputs: Tensor) 
         return compute(*inputs)
     stretches = zip(*([part.contiguous() for part in x.split(tokens, -2)] for x in inputs), strict=True)
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(compute, *stretch, use_reentrant=False) for stretch in stretches], -2)
+        compute = partial(checkpoint, compute, use_reentrant=False)
     return torch.cat([compute(*stretch) for stretch in stretches], -2)
 
 

@@ -168,24 +168,26 @@ class PackedGroups:
         return packed[rows[:, None], self.packed_index]
 
 
-def check_isolation(model, forward_all: Callable[[list[dict]], list[Tensor]], device: torch.device, **targets: bool):
+def check_isolation(
+    model, forward_all: Callable[[list[dict]], list[Tensor]], device: torch.device, wants_targets: bool = False
+):
     """Raises for a model in which rows that are packed without padding would see one another: what it gives for the
     second of two rows must not depend on the first, but for rounding where experts work on tokens of both.
 
     Args:
         forward_all: calls it with each of several inputs.
-        **targets: `targets=True` for a model that must be told which tokens are wanted.
+        wants_targets: the model must be told which tokens are wanted.
     """
     if model.takes_positions:
         rows = torch.tensor([[[1, 2, 3, 4], [1, 3, 2, 4]], [[2, 1, 4, 3], [1, 3, 2, 4]]], device=device)
         real = torch.tensor([[True] * 4, [True, True, True, False]], device=device)
-        inputs = dict(attention_mask=real, right_padded=True) | dict.fromkeys(targets, real)
+        inputs = dict(attention_mask=real, right_padded=True) | ({"targets": real} if wants_targets else {})
         training = model.training
         model.eval()  # dropout would change everything
         outputs = forward_all([dict(input_ids=ids, **inputs) for ids in rows])
         model.train(training)
         change = (outputs[0].float() - outputs[1].float()).abs()
-        of_first = 3 if targets else 1  # with targets, what predicts three of them
+        of_first = 3 if wants_targets else 1  # with targets, what predicts three of them
         rounding = 0.02 * change[:of_first].max() if any(map(is_experts, model.modules())) else 0.0
         if change[of_first:].max() <= rounding < change[:of_first].max():
             return

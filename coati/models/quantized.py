@@ -24,6 +24,16 @@ def nf4():
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
+def wanted_quantization(adapter: str | Path | None, quantize_base: bool):
+    """How weights that are stored in full are to be quantized: as when the adapter on them was trained, or by `nf4`.
+
+    Args:
+        adapter: its folder, if the model has one; quantize_base: whether `nf4` is wanted where it has no such record.
+    """
+    recorded = None if adapter is None else recorded_quantization(adapter)
+    return nf4() if recorded is None and quantize_base else recorded
+
+
 def recorded_quantization(folder: str | Path):
     """How the base of an adapter was quantized when the adapter was trained, by the config.json beside it:
     `BitsAndBytesConfig`, or None where it was not."""

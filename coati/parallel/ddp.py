@@ -9,9 +9,7 @@ from coati.parallel.memory import EngineMemory, cast_tensors, nbytes
 
 def narrow_frozen_weights(module: nn.Module, dtype: torch.dtype):
     """Casts the frozen weights beside an adapter once: autocast would cast them at every use."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():  # quantized ones are not
-            parameter.data = parameter.data.to(dtype)
+    cast_tensors([parameter for parameter in module.parameters() if not parameter.requires_grad], dtype)
 
 
 class DDPMemory(EngineMemory):
@@ -21,8 +19,7 @@ class DDPMemory(EngineMemory):
     @classmethod
     def cast(cls, module, dtype, *, trained):
         narrow_frozen_weights(module, dtype)
-        if not trained:
-            cast_tensors(module, dtype)
+        super().cast(module, dtype, trained=trained)
 
     def hold_states(self):
         masters = 4 if self.config.model_parallel_size > 1 and self.dtype != torch.float32 else 0

@@ -83,7 +83,7 @@ class EngineMemory:
     def cast(cls, module: nn.Module, dtype: torch.dtype, *, trained: bool):
         """Gives a model's weights the dtype that they are held in, where that isn't the one that they are loaded in."""
         if not trained:
-            cast_tensors(module, dtype)
+            cast_tensors([*module.parameters(), *module.buffers()], dtype)
 
     def local_fraction(self, parameter: nn.Parameter) -> float:
         """Which fraction of a weight this rank keeps."""
@@ -133,8 +133,9 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def cast_tensors(module: nn.Module, dtype: torch.dtype):
-    """As `module.to(dtype)`, which refuses tensors without data that another model has too."""
-    for tensor in [*module.parameters(), *module.buffers()]:
+def cast_tensors(tensors: Iterable[Tensor], dtype: torch.dtype):
+    """Casts those of floating point where they are: `module.to(dtype)` refuses tensors without data that another model
+    has too."""
+    for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)

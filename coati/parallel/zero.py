@@ -4,7 +4,7 @@ too."""
 import torch
 
 from coati.parallel.engine import Engine
-from coati.parallel.memory import EngineMemory, cast_tensors, nbytes
+from coati.parallel.memory import EngineMemory, nbytes
 
 BUCKET = 12 * 2**20  # gradients that are reduced at a time (Colossal-AI's default)
 
@@ -16,7 +16,7 @@ class ZeroMemory(EngineMemory):
 
     @classmethod
     def cast(cls, module, dtype, *, trained):
-        cast_tensors(module, dtype)  # adapters come in float32, whatever the model's dtype
+        super().cast(module, dtype, trained=False)  # adapters come in float32, whatever the model's dtype
 
     @property
     def stage(self) -> int:

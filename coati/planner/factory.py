@@ -18,7 +18,7 @@ from coati.models import Actor, ActorCritic, Critic, ObjectiveRewardModel, Proce
 from coati.models.actor import MAX_LOGITS
 from coati.models.distillation import Student, Teacher
 from coati.models.lora import is_adapter
-from coati.models.quantized import nf4, recorded_quantization
+from coati.models.quantized import wanted_quantization
 from coati.models.shared_weights import SharedWeights
 from coati.parallel import Communicator, Runtime
 from coati.parallel.factory import describing_class
@@ -219,9 +219,8 @@ class PlannedFactory(Factory):
         settings."""
         if (stored := getattr(model_config, "quantization_config", None)) is not None:
             return stored
-        is_adapted = pretrained is not None and is_adapter(pretrained)
-        recorded = recorded_quantization(pretrained) if is_adapted else None
-        return nf4() if recorded is None and self._quantizes(pretrained, lora) else recorded
+        adapter = pretrained if pretrained is not None and is_adapter(pretrained) else None
+        return wanted_quantization(adapter, self._quantizes(pretrained, lora))
 
     def trained(self, model, *, accumulates, generates=False):
         return self._engine(NAMES[type(model)], model, trained=True, accumulates=accumulates, generates=generates)

@@ -207,8 +207,7 @@ class Factory:
     def _make_engine(self, model: BaseModel, **how) -> Engine:
         engine = make_engine(model, self.config.parallel, self.runtime, **how)
         if model.padding_free:
-            wanted = {"targets": True} if isinstance(model, Teacher) else {}
-            check_isolation(model, engine.forward_all, self.runtime.device, **wanted)
+            check_isolation(model, engine.forward_all, self.runtime.device, wants_targets=isinstance(model, Teacher))
         return engine
 
     def frozen_policy(self, start) -> Engine | None:

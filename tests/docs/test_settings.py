@@ -160,6 +160,7 @@ OTHER_NAMES = {
     "arc_agi": "a task of reasoning-gym",
     "n_queens": "a task of reasoning-gym",
     "polynomial_multiplication": "a task of reasoning-gym",
+    "family_config": "a function of tests/distributed/world.py",
     "model.resize_token_embeddings": "a method of transformers' models",
     "model.safetensors": "a file",
 }

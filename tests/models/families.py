@@ -45,6 +45,22 @@ def tiny_config(family: str, **overrides):
     return transformers.LlamaConfig(**{**SHARED, **GROUPED, **overrides})
 
 
+NOT_SPLIT = ("bloom", "falcon", "gemma2", "mamba")  # examples of what tensor and pipeline parallelism don't describe
+
+
+def model_of(model_class, family: str = "llama", **how):
+    """Of any architecture of the tests, without dropout; its weights tell tokens apart."""
+    from tests.distributed.world import family_config
+
+    torch.manual_seed(0)
+    config = tiny_config(family) if family in NOT_SPLIT else family_config(family, VOCABULARY)
+    model = model_class(config=config, **how).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
 def rows(seed: int = 0, lengths=(7, 4, 1)) -> list[torch.Tensor]:
     """Token ids without PAD and EOS."""
     generator = torch.Generator().manual_seed(seed)

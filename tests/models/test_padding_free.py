@@ -10,21 +10,10 @@ from coati.models import Actor, Critic, LoraSettings, RewardModel
 from coati.models.distillation import Student, Teacher
 from coati.models.packed import PackedRows, check_isolation
 from coati.parallel.expert_load import ExpertLoad
-from tests.distributed.world import family_config
-from tests.models.families import VOCABULARY, padded, rows, tiny_config
+from tests.models.families import model_of, padded, rows
 
 FAMILIES = ("llama", "qwen3", "gpt2", "mistral", "phi", "gemma", "qwen2_moe", "deepseek_v3")  # mistral has windows of 6
 LENGTHS = (13, 4, 1, 9)
-
-
-def model_of(model_class, family: str = "llama", **how):
-    torch.manual_seed(0)
-    config = tiny_config(family) if family in ("bloom", "mamba") else family_config(family, VOCABULARY)
-    model = model_class(config=config, **how).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 def both_ways(model, *inputs, **options) -> list[list[torch.Tensor]]:
@@ -116,7 +105,7 @@ def test_models_whose_rows_would_see_one_another_are_refused(family, isolates, r
     for model_class in (Actor, RewardModel, Teacher):
         model = model_of(model_class, family)
         model.padding_free = True
-        wanted = {"targets": True} if model_class is Teacher else {}
+        wanted = dict(wants_targets=model_class is Teacher)
 
         def forward_all(inputs, model=model):
             with torch.no_grad():
