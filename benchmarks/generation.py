@@ -149,9 +149,17 @@ def contenders(
     return found
 
 
-def run_case(case: str, rounds: int, threads: int, model: dict, base: Path | None = None) -> dict:
+def run_case(
+    case: str,
+    rounds: int,
+    threads: int,
+    model: dict,
+    base: Path | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> dict:
+    """Args: batch_sizes: those that transformers is given where lengths differ."""
     rows = len(limits_of(case))
-    sizes = [size for size in BATCH_SIZES if size <= rows] if case == "log-normal" else [rows]
+    sizes = [size for size in batch_sizes if size <= rows] if case == "log-normal" else [rows]
     found = contest(contenders(case, model, sizes, base=base), rounds=rounds, threads=threads)
     best = max(result["rate"] for name, result in found.items() if name.startswith("transformers"))
     ratios = {name: found[name]["rate"] / best for name in found if not name.startswith("transformers")}

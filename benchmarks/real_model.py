@@ -47,7 +47,9 @@ def training_cases() -> dict[str, Case]:
         "sft-log-normal": Case("sft", 16, 4, 2, uneven, budget, of_sft),
         "reward-fixed": Case("reward", 8, 2, 1, even, {}, trl, loop=True),
         "reward-log-normal": Case("reward", 8, 2, 2, uneven, budget, pairs),
+        "reward-prompts": Case("reward", 8, 2, 1, even, {"share_prompts": True}, trl, prompt=180),
         "dpo-fixed": Case("preference", 8, 2, 1, even, cached, trl),
+        "dpo-prompts": Case("preference", 8, 2, 1, even, cached | {"share_prompts": True}, trl, prompt=180),
         "dpo-log-normal": Case("preference", 8, 2, 2, uneven, budget | cached, pairs),
         "ppo-fixed": Case("ppo", 16, 8, 1, [64] * 16, {}, trl),
         "ppo-log-normal": Case("ppo", 32, 8, 1, responses, budget, trl),
@@ -58,7 +60,8 @@ def training_cases() -> dict[str, Case]:
 
 def run_case(name: str, model: Path, rounds: int, threads: int) -> dict:
     if name in GENERATION:
-        return generation.run_case(name, rounds, threads, {}, base=model)
+        # of transformers' batch sizes the one that is its best with the random model: each takes minutes a turn
+        return generation.run_case(name, rounds, threads, {}, base=model, batch_sizes=(32,))
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
         write_real_models(world, model, PLAIN)

@@ -31,6 +31,7 @@ TARGETS = [
     ("training", "ppo-shared", "TRL", 1.8),
     ("training", "ppo-log-normal", "TRL", 3.0),
     ("family", "reward-log-normal", "TRL", 1.8),
+    ("family", "reward-prompts", "TRL", 1.25),
     ("training", "reward-fixed", "plain loop", 1 / 1.05),
     ("family", "sft-log-normal", "TRL, p", 2.5),  # padded or packed
     ("training", "ranks", "coati, 1 process", 0.9),
@@ -42,11 +43,13 @@ TARGETS = [
     ("family", "grpo-log-normal", "TRL", 3.0),
 ]
 # of the real model, whose rate over which peer's best configuration, at least; and memory over its, at most
-REAL_TARGETS = {"fixed-32-64": ("vLLM", 1.0), "fixed-128-64": ("vLLM", 1.0), "log-normal": ("vLLM", 1.0)} | {
+REAL_TARGETS = {"fixed-32-64": ("vLLM", 1.0), "fixed-128-64": ("vLLM", 1.0), "log-normal": ("vLLM", 1.0)}
+REAL_TARGETS |= {
     f"{work}-{lengths}": ("TRL", least)
     for work in ("sft", "reward", "dpo", "ppo", "grpo")
     for lengths, least in (("fixed", 1.2), ("log-normal", 2.0))
 }
+REAL_TARGETS |= {"reward-prompts": ("TRL", 1.2), "dpo-prompts": ("TRL", 1.2)}
 REAL_MEMORY = 0.6
 COLORS = ("#2166ac", "#b2182b", "#4d9221", "#998ec3")
 

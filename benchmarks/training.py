@@ -9,13 +9,14 @@ TRL works in environments of its own, which `make trl` makes; without them it is
 
     sft-fixed, sft-log-normal          32 rows per step: of 256 tokens, of 32 to 512 (TRL padded, grouped, packed)
     reward-fixed, reward-log-normal    8 pairs a step: of 256 tokens, of up to 512
+    reward-prompts                     as reward-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
     ppo-fixed, ppo-shared              16 prompts of 32 tokens, responses of exactly 64, 4 epochs; separate critic, or
                                        one trunk for policy and value (ours; TRL has two)
     ppo-log-normal                     64 prompts, responses of up to 256, 1 epoch
                                        (with `compile_generation` where there is g++, compiled before the clock runs)
     dpo-fixed, dpo-log-normal          as reward models, with the reference's log-probs computed before the clock runs
     dpo-vocabulary                     as dpo-fixed, with a vocabulary of 32,768
-    dpo-prompts                        as dpo-fixed, but 70 % of a row is its prompt, as in HH-RLHF (`share_prompts`)
+    dpo-prompts                        as dpo-fixed, with the prompts of reward-prompts
     grpo-fixed, grpo-log-normal        responses as PPO's, four per prompt, 1 epoch, no reference
     ranks                              reward-fixed under ZeRO-2: 2 processes of 1 thread, 1 of 2, 1 of 1
 """
@@ -92,6 +93,7 @@ def cases() -> dict[str, Case]:
         "sft-log-normal": Case("sft", 32, 8, 4, uneven, budget, padded | grouped | packed),
         "reward-fixed": Case("reward", 8, 8, 4, even, {}, trl, loop=True),
         "reward-log-normal": Case("reward", 8, 8, 8, uneven, budget, trl | pairs_grouped),
+        "reward-prompts": Case("reward", 8, 8, 4, even, {"share_prompts": True}, trl, prompt=180),
         "ranks": Case("reward", 8, 8, 4, even, {"plugin": "zero2"}),
         "ppo-fixed": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4}, trl),
         "ppo-shared": Case("ppo", 16, 16, 1, [64] * 16, ppo | {"ppo_epochs": 4, "shared_trunk": True}, trl),

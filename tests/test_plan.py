@@ -239,7 +239,12 @@ SETTINGS = {  # of one row of each algorithm; and what else a setting asks for
 }
 MORE = {
     "sft": [dict(num_beams=2), dict(lora_rank=2), dict(max_tokens_per_batch=32)],
-    "reward": [dict(use_margin=True), dict(gradient_checkpointing=True), dict(objectives=["a", "b"])],
+    "reward": [
+        dict(use_margin=True),
+        dict(share_prompts=True),
+        dict(gradient_checkpointing=True),
+        dict(objectives=["a", "b"]),
+    ],
     "prm": [dict(lora_rank=2)],
     "preference": [dict(share_prompts=True), dict(cache_reference=True), dict(lora_rank=2)],
     "ppo": [

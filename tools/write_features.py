@@ -111,7 +111,7 @@ def read_prompts_once(family: str):
     targets[:, :8] = False
     inputs = dict(input_ids=ids, attention_mask=real, targets=targets, shared_prefix_group=2)
     model = model_of(family)
-    check_packing(model, partial(forward_all, model), inputs, exact=True)
+    check_packing(model, partial(forward_all, model), [inputs], exact=True)
 
 
 def leave_padding_out(family: str):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coati.losses.language import ProjectedLogProbs, align
+from coati.losses.language import FrozenProjectedLogProbs, ProjectedLogProbs, align
 from coati.models.base import BaseModel
 from coati.models.layout import Layout
-from coati.models.packed import PackedGroups, PackedRows
 from coati.models.routing import RoutingReplay
 
 # Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
@@ -76,24 +75,15 @@ class Actor(BaseModel):
             routing: `[batch, seq, layers, k]` int64, the experts that tokens of a mixture go to; -1 where the router
                 chooses. Not where this process has a part of the sequence or of the layers only.
             adapter: False for the model without its LoRA adapter (the reference of a LoRA actor).
-            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and their shared prefix is read
-                once, see `PackedGroups`. For unsharded models only.
-            right_padded: padding stands on the right only, see `run`.
+            shared_prefix_group, right_padded: see `lay_out`.
         """
         wanted = LogitOutputs(temperature, with_entropy, with_log_partition, head_ids is not None)
-        packed: PackedGroups | PackedRows | None = None
-        inputs = dict(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, right_padded=right_padded
-        )
-        if shared_prefix_group > 1:
-            packed = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
-            inputs = packed.inputs(self.model.dtype, self.config._attn_implementation)
-            routing = None if routing is None else packed.pack(routing, attention_mask)
-        elif position_ids is None and (packed := self.without_padding(input_ids, attention_mask)):
-            inputs = packed.inputs(self.config._attn_implementation)
-            routing = None if routing is None else packed.pack(routing)
+        if position_ids is None:
+            packed, inputs = self.lay_out(input_ids, attention_mask, right_padded, shared_prefix_group)
+        else:
+            packed, inputs = None, dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         if routing is not None:
-            self._replay(routing)
+            self._replay(packed.pack(routing) if packed else routing)
         with self._with_adapter(adapter):
             if targets is not None and self._head_is_last is not False:
                 hidden = self._states_before_head(inputs)
@@ -150,9 +140,7 @@ class Actor(BaseModel):
 
         Args: as `forward`.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, right_padded=right_padded)
-        if packed := self.without_padding(input_ids, attention_mask):
-            inputs = packed.inputs(self.config._attn_implementation)
+        packed, inputs = self.lay_out(input_ids, attention_mask, right_padded)
         states = self._states_before_head(inputs) if self._head_is_last is not False else None
         if not self._head_is_last:
             states = self.run(**inputs).logits
@@ -193,9 +181,9 @@ class Actor(BaseModel):
             dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
             weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
             tile = CPU_TILE if hidden.device.type == "cpu" else (length, len(weight))
-            found = ProjectedLogProbs.apply(
-                states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, tile
-            )
+            is_frozen = not any(parameter.requires_grad for parameter in head.parameters())
+            projection = FrozenProjectedLogProbs if is_frozen and torch.is_grad_enabled() else ProjectedLogProbs
+            found = projection.apply(states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, tile)
         else:
             recomputes = len(ids) > length and torch.is_grad_enabled()
             parts = []

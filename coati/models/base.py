@@ -21,7 +21,7 @@ from coati.models.layout import Layout
 from coati.models.long_rows import Pack, Unpack, checkpointing_keeping_by
 from coati.models.lora import LoraSettings, add_lora, base_of_adapter, experts_note, is_adapter
 from coati.models.objectives import objective_weights
-from coati.models.packed import PackedRows
+from coati.models.packed import PackedGroups, PackedRows
 from coati.models.quantized import (
     check_mergeable,
     is_quantized,
@@ -153,11 +153,29 @@ class BaseModel(nn.Module):
         if self.has_adapter:
             self.model.enable_input_require_grads()
 
-    def without_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> PackedRows | None:
-        """What is read of a batch instead if its padding is left out; None if it is read as it is."""
-        if not self.padding_free or attention_mask is None:
-            return None
-        return PackedRows.from_rows(input_ids, attention_mask)
+    def lay_out(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        right_padded: bool = False,
+        shared_prefix_group: int = 1,
+    ) -> tuple[PackedGroups | PackedRows | None, dict[str, Any]]:
+        """What `run` takes to read a batch, and, if its rows are packed for that, how.
+
+        Args:
+            input_ids, attention_mask: `[batch, seq]`.
+            right_padded: padding stands on the right only, see `run`.
+            shared_prefix_group: so many rows (i, i + batch / group, ...) are a group, and their shared prefix is read
+                once, see `PackedGroups`. For unsharded models only.
+        """
+        attention = self.config._attn_implementation
+        if shared_prefix_group > 1:
+            groups = PackedGroups.from_rows(input_ids, attention_mask, shared_prefix_group)
+            return groups, groups.inputs(self.model.dtype, attention)
+        if self.padding_free and attention_mask is not None:
+            rows = PackedRows.from_rows(input_ids, attention_mask)
+            return rows, rows.inputs(attention)
+        return None, dict(input_ids=input_ids, attention_mask=attention_mask, right_padded=right_padded)
 
     def run(
         self,
@@ -343,22 +361,32 @@ class ValueHeadModel(BaseModel):
             raise UserError(f"the head in {source} ({stored_shapes}) is no value head of this model: {wrong[0]}")
         self.value_head.load_state_dict(stored, strict=False)
 
-    def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
-        """The output at every position of a head that has one, float32 `[batch, seq]`."""
-        return self.token_outputs(input_ids, attention_mask, right_padded).squeeze(-1)
+    def token_values(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        right_padded: bool = False,
+        shared_prefix_group: int = 1,
+    ) -> Tensor:
+        """The output at every position of a head that has one, float32 `[batch, seq]`. Arguments as `lay_out`."""
+        return self.token_outputs(input_ids, attention_mask, right_padded, shared_prefix_group).squeeze(-1)
 
-    def token_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
-        """The head's outputs at every position, float32 `[batch, seq, outputs]`.
+    def token_outputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        right_padded: bool = False,
+        shared_prefix_group: int = 1,
+    ) -> Tensor:
+        """The head's outputs at every position, float32 `[batch, seq, outputs]`. Arguments as `lay_out`.
 
         A policy whose output layer is padded to more rows may sample ids that are no tokens. What this model has no
         embedding of it reads as its last one.
         """
         known = input_ids.clamp(max=self.config.get_text_config().vocab_size - 1)
-        if packed := self.without_padding(known, attention_mask):
-            hidden = packed.unpack(self.run(**packed.inputs(self.config._attn_implementation)).last_hidden_state)
-        else:
-            hidden = self.run(known, attention_mask, right_padded=right_padded).last_hidden_state
-        values = in_float32(self.value_head, hidden)
+        packed, inputs = self.lay_out(known, attention_mask, right_padded, shared_prefix_group)
+        hidden = self.run(**inputs).last_hidden_state
+        values = in_float32(self.value_head, packed.unpack(hidden) if packed else hidden)
         return self.layout.gather(values)[:, : input_ids.shape[1]]
 
     def save_pretrained(self, folder, state_dict=None, merge: bool = False, dtype: torch.dtype | None = None):

@@ -72,12 +72,14 @@ class PackedGroups:
         owner: long `[groups, packed]`, which of its group's rows each token is of; -1 for what is shared, and padding.
         packed_index: long `[group_size * groups, seq]`, where in its packed row each token of the batch is; anywhere
             for padding.
+        real: bool `[group_size * groups, seq]`, the tokens of the batch that are no padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     owner: Tensor
     packed_index: Tensor
+    real: Tensor
 
     @classmethod
     def from_rows(cls, input_ids: Tensor, attention_mask: Tensor, group_size: int) -> "PackedGroups":
@@ -99,7 +101,7 @@ class PackedGroups:
 
         member = torch.arange(group_size, device=ids.device)[:, None].where(is_own, -1)  # what is shared has none
         index_by_row = packed_index.clamp(max=width - 1).transpose(0, 1).flatten(0, 1)
-        return cls(pack(ids, 0), pack(column, 0), pack(member, -1), index_by_row)
+        return cls(pack(ids, 0), pack(column, 0), pack(member, -1), index_by_row, attention_mask.bool())
 
     @property
     def sees(self) -> Callable[..., Tensor]:
@@ -139,24 +141,20 @@ class PackedGroups:
             mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
-    def multiplicity(self, attention_mask: Tensor) -> Tensor:
-        """How many real tokens of the batch, `[group_size * groups, seq]`, each packed one stands for: float
-        `[groups, packed]`."""
-        groups, times = len(self.input_ids), torch.zeros(self.input_ids.shape, device=attention_mask.device)
-        for index, real in zip(self.packed_index.split(groups), attention_mask.float().split(groups), strict=True):
+    @property
+    def multiplicity(self) -> Tensor:
+        """How many real tokens of the batch each packed one stands for: float `[groups, packed]`."""
+        groups, times = len(self.input_ids), torch.zeros(self.input_ids.shape, device=self.real.device)
+        for index, real in zip(self.packed_index.split(groups), self.real.float().split(groups), strict=True):
             times.scatter_add_(1, index, real)
         return times
 
-    def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
+    def pack(self, values: Tensor) -> Tensor:
         """`[group_size * groups, seq, ...]` as `[groups, packed, ...]`, -1 for padding; of what is shared, that of a
-        group's last row.
-
-        Args:
-            attention_mask: of the batch.
-        """
+        group's last row."""
         groups = len(self.input_ids)
         packed = values.new_full((*self.input_ids.shape, *values.shape[2:]), -1)
-        members = (values, self.packed_index, attention_mask.bool())
+        members = (values, self.packed_index, self.real)
         for own, index, real in zip(*(x.split(groups) for x in members), strict=True):
             rows, columns = real.nonzero(as_tuple=True)
             packed[rows, index[rows, columns]] = own[rows, columns]
@@ -196,25 +194,47 @@ def check_isolation(
 
 
 MAX_KL = 0.02  # per token: bf16 gives some 0.001, an unsupported model ten times the bound
+MAX_REWARD_ERROR = 0.1  # of bf16, in standard deviations of the rewards
 
 
-def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], inputs: dict, exact: bool):
-    """Raises for an `Actor` whose log-probs change when a shared prefix is read once: with windows or biases by
-    distance, and with kernels that take no mask.
+def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], batches: list[dict], exact: bool):
+    """Raises for an `Actor` whose log-probs, or a `RewardModel` whose rewards, change when a shared prefix is read
+    once: with windows or biases by distance, and with kernels that take no mask.
 
     Args:
         forward_all: calls it with each of several inputs.
-        inputs: of a call with `shared_prefix_group` and `targets`.
-        exact: it computes in float32. In lower precision an unlikely token's log-prob may be far off by rounding alone,
-            so the mean over tokens counts (k3 between the two).
+        batches: inputs of calls with `shared_prefix_group`, of an `Actor` with `targets`.
+        exact: it computes in float32. In lower precision rounding alone moves outputs, an unlikely token's log-prob
+            far, so what counts is the mean over tokens (k3 between the two), or over rewards.
     """
     attention = model.config._attn_implementation
     if attention in ("sdpa", "eager", "flex_attention") and model.takes_positions:
-        once, separately = forward_all([inputs, inputs | {"shared_prefix_group": 1}])
-        difference = (once - separately)[inputs["targets"]]
-        kl = (difference.exp() - 1 - difference).mean()
-        agrees = difference.abs().max() < 1e-3 if exact else kl < MAX_KL
-        if agrees:
+        training = model.training
+        model.eval()  # dropout would change everything
+        outputs = forward_all([*batches, *(inputs | {"shared_prefix_group": 1} for inputs in batches)])
+        model.train(training)
+        if "targets" in batches[0]:
+            targets = [inputs["targets"] for inputs in batches]
+            outputs = [output[wanted] for output, wanted in zip(outputs, targets * 2, strict=True)]
+            agree = log_probs_agree
+        else:
+            agree = rewards_agree
+        once, separately = torch.cat(outputs).chunk(2)
+        if agree(once, separately, exact):
             return
     name = type(model.transformer).__name__
     raise UserError(f"{name} with {attention} attention can't read a prompt once for all: leave share_prompts out")
+
+
+def log_probs_agree(once: Tensor, separately: Tensor, exact: bool) -> bool:
+    """Whether log-probs `[tokens]` differ by rounding only."""
+    difference = once - separately
+    if exact:
+        return bool(difference.abs().max() < 1e-3)
+    return bool((difference.exp() - 1 - difference).mean() < MAX_KL)
+
+
+def rewards_agree(once: Tensor, separately: Tensor, exact: bool) -> bool:
+    """Whether rewards `[rows]` differ by rounding only, beside how they differ from row to row."""
+    error = (once - separately).square().mean().sqrt()
+    return bool(error <= (1e-3 if exact else MAX_REWARD_ERROR) * separately.std())

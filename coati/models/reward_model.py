@@ -17,7 +17,14 @@ class RewardModel(ValueHeadModel):
 
     head_bias = False
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, right_padded: bool = False) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        right_padded: bool = False,
+        shared_prefix_group: int = 1,
+    ) -> Tensor:
         """Rewards, float32 `[batch]`.
 
         Args:
@@ -25,11 +32,12 @@ class RewardModel(ValueHeadModel):
             attention_mask: `[batch, seq]`, False on padding (either side). Without it, padding is recognized by the
                 config's pad token, unless that is also EOS (a real EOS would be indistinguishable from padding): then
                 every token counts as real.
-            right_padded: padding stands on the right only, see `run`.
+            right_padded, shared_prefix_group: see `lay_out`.
         """
         if attention_mask is None:
             attention_mask = self._mask_from_padding(input_ids)
-        return at_last_token(self.token_values(input_ids, attention_mask, right_padded), attention_mask)
+        values = self.token_values(input_ids, attention_mask, right_padded, shared_prefix_group)
+        return at_last_token(values, attention_mask)
 
     def _mask_from_padding(self, input_ids: Tensor) -> Tensor:
         pad, eos = getattr(self.config, "pad_token_id", None), getattr(self.config, "eos_token_id", None)

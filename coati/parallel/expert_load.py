@@ -109,7 +109,7 @@ class ExpertLoad:
         mask, group = keywords.get("attention_mask"), keywords.get("shared_prefix_group", 1)
         weights = None if mask is None or module.padding_free else module.layout.split(mask)
         if group > 1:  # prompts that are read once count once for each of their rows
-            weights = PackedGroups.from_rows(keywords["input_ids"], mask, group).multiplicity(mask)
+            weights = PackedGroups.from_rows(keywords["input_ids"], mask, group).multiplicity
         self._weights = None if weights is None else weights.flatten().float()
         self._terms = {}  # of a forward pass whose activations were computed again
 

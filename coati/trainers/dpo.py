@@ -9,9 +9,7 @@ One step:
 from coati.data import collate_preference
 from coati.losses import preference_loss
 from coati.losses.preference import PREFERENCE_LOSSES, Options, Responses
-from coati.models.packed import check_packing
-from coati.parallel import resolve_precision
-from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
+from coati.trainers.pairs import check_shared_prompts, finalize_pairs, pair_samples, pair_scores, sharing_prompts
 from coati.trainers.preference import PreferenceTrainer, chosen_and_rejected
 from coati.trainers.reference import cached_reference
 
@@ -26,9 +24,7 @@ class DPOTrainer(PreferenceTrainer):
         super().build()
         algorithm = self.config.algorithm
         if algorithm.share_prompts:
-            batch = self.load(self.data, [int(self.data.lengths.argmax())])
-            exact = resolve_precision(self.config.parallel) == "fp32"
-            check_packing(self.model.module, self.model.forward_all, self.inputs(batch), exact)
+            check_shared_prompts(self)
         if algorithm.cache_reference:
             sets = [data for data in (self.data, self.eval_data) if data is not None]
             how = (self.make_reference, self.load, self.batching)
@@ -37,8 +33,7 @@ class DPOTrainer(PreferenceTrainer):
             self.reference = self.make_reference()
 
     def inputs(self, batch):
-        shared = {"shared_prefix_group": 2} if self.config.algorithm.share_prompts else {}
-        return super().inputs(batch) | shared
+        return super().inputs(batch) | sharing_prompts(self.config)
 
     def collate(self, samples):
         return collate_preference(samples, self.factory.pad_id)

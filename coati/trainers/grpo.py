@@ -266,7 +266,7 @@ class GRPOTrainer(RolloutTrainer):
         if a.share_prompts:
             batch, targets = self.longest_group()
             inputs = model_inputs(batch, targets, shared_prefix_group=c.shared_prefix_group)
-            check_packing(self.actor.module, self.actor.forward_all, inputs, resolve_precision(c.parallel) == "fp32")
+            check_packing(self.actor.module, self.actor.forward_all, [inputs], resolve_precision(c.parallel) == "fp32")
 
     def build_models(self):
         start = self.folder.model_in_checkpoint(ACTOR) or self.config.model.path

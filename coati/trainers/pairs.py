@@ -1,11 +1,31 @@
-"""What trainers on pairs tell of them: accuracy with its interval, and both responses of a sample."""
+"""What trainers on pairs share: prompts that are read once for both responses, accuracy with its interval, and both
+responses of a sample."""
 
 from typing import Any
 
 from torch import Tensor
 
 from coati.intervals import wilson_interval
+from coati.models.packed import check_packing
+from coati.parallel import resolve_precision
 from coati.rollout.prompts import response_texts
+from coati.trainers.config import PreferenceConfig, RewardConfig
+from coati.trainers.supervised import SupervisedTrainer
+
+CHECKED = 4  # pairs
+
+
+def sharing_prompts(config: PreferenceConfig | RewardConfig) -> dict[str, int]:
+    """What a model is called with beside a batch of pairs."""
+    return {"shared_prefix_group": 2} if config.algorithm.share_prompts else {}
+
+
+def check_shared_prompts(trainer: SupervisedTrainer):
+    """Raises where the longest pairs of the data show that the model can't read a prompt once for both responses."""
+    rows = trainer.data.lengths.argsort()[-CHECKED:].tolist()
+    batches = [trainer.inputs(trainer.load(trainer.data, [row])) for row in rows]
+    exact = resolve_precision(trainer.config.parallel) == "fp32"
+    check_packing(trainer.model.module, trainer.model.forward_all, batches, exact)
 
 
 def finalize_pairs(sums: dict[str, float]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
     loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
-Both responses of a pair go through the model in one forward pass. Pairs of which neither response is better are learned
+Both responses of a pair go through the model in one forward pass; with `share_prompts` what they begin with does once.
+Pairs of which neither response is better are learned
 with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is above 1. Scores of several objectives
 are learned in `objectives.py`.
 """
@@ -12,7 +13,7 @@ from coati.losses import confidence_gaps, pairwise_reward_loss
 from coati.losses.reward import CONFIDENCE_GAPS
 from coati.models import RewardModel
 from coati.trainers.config import RewardConfig
-from coati.trainers.pairs import finalize_pairs, pair_samples, pair_scores
+from coati.trainers.pairs import check_shared_prompts, finalize_pairs, pair_samples, pair_scores, sharing_prompts
 from coati.trainers.supervised import SupervisedTrainer
 
 OF_CALIBRATION = {*CONFIDENCE_GAPS, "decided"}
@@ -38,6 +39,14 @@ class RewardTrainer(SupervisedTrainer):
     def kind(self) -> str:
         """Ties are a mistake in the data unless they have a probability."""
         return "comparison" if self.config.algorithm.tie_theta > 1 else "preference"
+
+    def build(self):
+        super().build()
+        if self.config.algorithm.share_prompts:
+            check_shared_prompts(self)
+
+    def inputs(self, batch):
+        return super().inputs(batch) | sharing_prompts(self.config)
 
     def collate(self, samples):
         return collate_preference(samples, self.factory.pad_id)

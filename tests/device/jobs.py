@@ -13,6 +13,7 @@ RUNS = {
     "sft, long rows": ("sft", dict(gradient_checkpointing=True, offload_activations=True, feed_forward_tokens=8)),
     "sft, bf16": ("sft", dict(precision="bf16")),
     "reward": ("reward", dict(use_margin=True, centering=0.01)),
+    "reward, shared prompts": ("reward", dict(share_prompts=True)),
     "dpo": ("preference", dict(share_prompts=True)),
     "dpo, prompts apart": ("preference", {}),
     "kto": ("preference", dict(algorithm="kto")),

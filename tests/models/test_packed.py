@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
+from coati.models import RewardModel
 from coati.models.packed import PackedGroups
-from tests.models.families import VOCABULARY, padded
+from tests.models.families import VOCABULARY, padded, tiny_config
 from tests.models.test_actor import make
 
 # of each group, the tokens that its rows share and what each adds
@@ -100,3 +101,21 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(family, attention, m
     for options in ({}, {"targets": targets}, {"targets": targets}):  # the second call knows what the head does
         for found, expected in zip(measure(shared_prefix_group=members, **options), measure(**options), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # softmax and norms stay float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral"])
+def test_rewards_and_gradients_are_those_of_separate_rows(family, attention):
+    torch.manual_seed(0)
+    config = tiny_config(family, initializer_range=0.3, attn_implementation=attention)
+    model, (ids, mask) = RewardModel(config=config).eval().double(), batch_of(SOME[2])
+    weights = torch.randn(len(ids), generator=torch.Generator().manual_seed(1)).double()
+
+    def measure(members: int):
+        model.zero_grad()
+        rewards = model(ids, mask, right_padded=True, shared_prefix_group=members)
+        (rewards * weights).sum().backward()
+        return rewards.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    for found, expected in zip(measure(2), measure(1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # softmax, norms and head stay float32

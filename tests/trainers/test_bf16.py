@@ -3,6 +3,7 @@ default initialization all tokens are alike, and every tolerance holds.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_weights_of_a_few_steps_ago_are_more_than_rounding(plugin, sharp_world, 
 # --- shared prompts
 
 
-def shared_prompts(members: int = 4) -> dict:
+def shared_prompts(model_class, members: int = 4) -> list[dict]:
     """Groups of rows with prompts of some length, as a call's keywords."""
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 300, (n,), generator=generator) for n in (30, 12, 5)]
@@ -102,8 +103,8 @@ def shared_prompts(members: int = 4) -> dict:
     ids, mask = padded([torch.cat([p, r]) for of in responses for p, r in zip(prompts, of, strict=True)], "right")
     starts = torch.tensor([len(prompt) for prompt in prompts]).repeat(members)
     targets = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
-    inputs = dict(input_ids=ids, attention_mask=mask, targets=targets)
-    return inputs | dict(right_padded=True, shared_prefix_group=members)
+    inputs = dict(input_ids=ids, attention_mask=mask, right_padded=True, shared_prefix_group=members)
+    return [inputs | ({"targets": targets} if model_class is Actor else {})]
 
 
 def forward_all_of(model, weights: str):
@@ -120,28 +121,29 @@ def forward_all_of(model, weights: str):
 
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES[:3])
-def test_prompts_that_are_read_once_are_taken(family, weights):
-    actor = sharp(Actor, family).eval()
-    check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
+@pytest.mark.parametrize("model_class", [Actor, RewardModel])
+def test_prompts_that_are_read_once_are_taken(model_class, family, weights):
+    model = sharp(model_class, family).eval()
+    check_packing(model, forward_all_of(model, weights), shared_prompts(model_class), exact=False)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("fault", ["positions", "others"])
-def test_rows_that_are_packed_wrongly_are_refused(fault, weights, monkeypatch):
+@pytest.mark.parametrize("model_class", [Actor, RewardModel])
+def test_rows_that_are_packed_wrongly_are_refused(model_class, fault, weights, monkeypatch):
     from_rows = PackedGroups.from_rows
 
     def wrong(*arguments):
         packed = from_rows(*arguments)
         if fault == "positions":  # as if all stood in one row
             positions = torch.arange(packed.input_ids.shape[1]).expand_as(packed.input_ids)
-            return PackedGroups(packed.input_ids, positions, packed.owner, packed.packed_index)
-        shared = torch.full_like(packed.owner, -1)  # as if responses saw one another
-        return PackedGroups(packed.input_ids, packed.position_ids, shared, packed.packed_index)
+            return replace(packed, position_ids=positions)
+        return replace(packed, owner=torch.full_like(packed.owner, -1))  # as if responses saw one another
 
-    actor = sharp(Actor).eval()
+    model = sharp(model_class).eval()
     monkeypatch.setattr(PackedGroups, "from_rows", wrong)
     with pytest.raises(UserError, match="share_prompts"):
-        check_packing(actor, forward_all_of(actor, weights), shared_prompts(), exact=False)
+        check_packing(model, forward_all_of(model, weights), shared_prompts(model_class), exact=False)
 
 
 # --- rewards and values

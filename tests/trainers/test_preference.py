@@ -200,40 +200,6 @@ def test_an_adapter_that_goes_on_training_is_compared_with_itself(tiny_world, ru
     assert metrics["margin"] == pytest.approx(0, abs=1e-6)
 
 
-# --- prompts that are read once
-
-
-@pytest.mark.parametrize("changes", [{}, dict(lora_rank=2), dict(algorithm="orpo"), dict(cache_reference=True)])
-def test_a_prompt_that_is_read_once_for_both_answers_changes_nothing(changes, tiny_world, runtime, tmp_path):
-    runs = {}
-    for share in (False, True):
-        output, cache = tmp_path / str(share), str(tmp_path / f"cache-{share}")
-        make(tiny_world, runtime, output, share_prompts=share, cache_dir=cache, micro_batch_size=4, **changes).train()
-        runs[share] = [
-            {k: v for k, v in row.items() if "time" not in k and "second" not in k} for row in read_metrics(output)
-        ]
-    for shared, separate in zip(runs[True], runs[False], strict=True):
-        for prefix in ("", "eval/"):
-            if abs(separate.get(f"{prefix}margin", 1)) < 1e-6:  # rounding says which answer is the better one
-                del shared[f"{prefix}accuracy"], separate[f"{prefix}accuracy"]
-        assert shared == pytest.approx(separate, rel=1e-4, abs=1e-4)
-
-
-def test_models_that_take_no_mask_or_position_read_each_row_alone(tiny_world, runtime, tmp_path):
-    config = json.loads(Path(tiny_world["model_config"]).read_text())
-    bloom = dict(model_type="bloom", architectures=["BloomForCausalLM"], hidden_size=32, n_layer=1, n_head=2)
-    windowed = config | dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=4)
-    for name, settings in (("bloom", bloom | dict(vocab_size=config["vocab_size"])), ("mistral", windowed)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(settings))
-        changes = dict(
-            model=None, model_config=str(tmp_path / name / "config.json"), algorithm="orpo", share_prompts=True
-        )
-        changes |= dict(attn_implementation="eager")
-        with pytest.raises(UserError, match="can't read a prompt once for all: leave share_prompts out"):
-            make(tiny_world, runtime, tmp_path / f"{name}-run", **changes)
-
-
 # --- the cache
 
 

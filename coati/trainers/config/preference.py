@@ -8,7 +8,17 @@ from pydantic import Field
 from coati.config import ListOf, Settings, inherited, option, section, settings
 from coati.trainers.config.base import TrainerConfig
 
-OF_PAIRS = ("use_margin", "label_smoothing", "centering", "tie_theta")  # settings of a reward model
+OF_PAIRS = ("use_margin", "label_smoothing", "centering", "tie_theta", "share_prompts")  # settings of a reward model
+
+SHARE_PROMPTS = "read what a pair's responses both begin with once: faster where prompts are long"
+
+
+def problems_of_shared_prompts(config: "RewardConfig | PreferenceConfig") -> Iterator[str]:
+    """What can't be read so."""
+    if config.algorithm.share_prompts and config.model.padding_free:
+        yield "share_prompts reads pairs without padding in its own way: leave out padding_free"
+    if config.algorithm.share_prompts and config.parallel.splits_models:
+        yield "share_prompts needs replicated models: leave it out with tensor, pipeline or sequence parallelism"
 
 
 @settings
@@ -22,6 +32,7 @@ class RewardModeling(Settings):
     tie_theta: float = option(
         1.0, "theta of Rao and Kupper (1967), for data with ties: above 1, and they have a probability", ge=1
     )
+    share_prompts: bool = option(False, SHARE_PROMPTS)
     objectives: ListOf[str] = option(
         (), "instead of pairs, learn the scores that rows have of these objectives, each as an output of the model"
     )
@@ -44,6 +55,9 @@ class RewardConfig(TrainerConfig):
     @property
     def longest_row(self) -> int:
         return self.data.max_length if self.algorithm.objectives else 2 * self.data.max_length
+
+    def problems(self) -> Iterator[str]:
+        yield from problems_of_shared_prompts(self)
 
 
 @settings
@@ -87,9 +101,7 @@ class PairedAlgorithm(PreferenceAlgorithm):
     """A loss on pairs."""
 
     nll_coefficient: float = option(0.0, "weight of the chosen responses' negative log-likelihood per token", ge=0)
-    share_prompts: bool = option(
-        False, "read what a pair's responses both begin with once: faster where prompts are long"
-    )
+    share_prompts: bool = option(False, SHARE_PROMPTS)
 
 
 @settings
@@ -188,9 +200,6 @@ class PreferenceConfig(TrainerConfig):
         return 2 * self.data.max_length if self.algorithm.is_paired else self.data.max_length
 
     def problems(self) -> Iterator[str]:
-        if self.algorithm.share_prompts and self.model.padding_free:
-            yield "share_prompts reads pairs without padding in its own way: leave out padding_free"
-        if self.algorithm.share_prompts and self.parallel.splits_models:
-            yield "share_prompts needs replicated models: leave it out with tensor, pipeline or sequence parallelism"
+        yield from problems_of_shared_prompts(self)
         if not self.algorithm.is_paired and self.batch_size < 2:
             yield "kto pairs each prompt with another row's response: batch_size must be at least 2"
