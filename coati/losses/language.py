@@ -107,6 +107,38 @@ class ProjectedLogProbs(torch.autograd.Function):
         return of_states, of_weight, of_bias, None, None, None, None
 
 
+class FrozenProjectedLogProbs(torch.autograd.Function):
+    """As `ProjectedLogProbs`, of an output layer that isn't trained. The forward pass adds up what the gradient of the
+    states is made of, so that the backward pass has no products of tokens and vocabulary, and the two together half as
+    many:
+
+        d log p(id) / d state = ((1 - p(id)) W[id] - sum over v != id of p(v) W[v]) / temperature
+
+    The id stands apart in the sum, or a gradient near 0 would be the difference of two rounded numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, tile):
+        rows, columns = tile
+        parts = []
+        for tokens in _slices(len(ids), rows):
+            blocks = _blocks_of_logits(states[tokens], weight, bias, temperature, columns)
+            parts.append(_measure_blocks(blocks, ids[tokens], with_entropy, weight))
+        chosen, _, *entropies, others = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(weight, ids, chosen, others)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(*entropies)
+        return chosen, *entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        weight, ids, chosen, others = ctx.saved_tensors
+        pull = -torch.expm1(chosen)[:, None] * weight[ids] - others
+        of_states = (pull * (grad / ctx.temperature)[:, None]).to(weight.dtype)
+        return of_states, None, None, None, None, None, None
+
+
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -124,10 +156,16 @@ def _within(block: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
     return inside, (ids - block.start).clamp(0, block.stop - block.start - 1)[:, None]
 
 
-def _measure_blocks(blocks, ids: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-    """Log-probs of the ids, the log-partition, and the entropy if wanted, each `[tokens]`, from blocks of logits."""
+def _measure_blocks(blocks, ids: Tensor, with_entropy: bool, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Log-probs of the ids, the log-partition, and the entropy if wanted, each `[tokens]`, from blocks of logits.
+
+    Args:
+        weight: of the layer; then the sum of its rows, each times its token's probability, but for the id's, comes
+            last, `[tokens, hidden]`.
+    """
     chosen, so_far = torch.zeros(ids.shape, device=ids.device), torch.zeros(ids.shape, device=ids.device)
     partition = torch.full(ids.shape, -torch.inf, device=ids.device)  # of no logits
+    others = None
     for block, logits in blocks:
         inside, places = _within(block, ids)
         chosen = torch.where(inside, logits.gather(-1, places).squeeze(-1), chosen)
@@ -135,8 +173,15 @@ def _measure_blocks(blocks, ids: Tensor, with_entropy: bool) -> tuple[Tensor, ..
         total = torch.logaddexp(partition.to(of_block.dtype), of_block)
         if with_entropy:
             so_far = _joint_entropy((partition - total, so_far), (of_block - total, entropy(logits)))
+        if weight is not None:
+            shares = logits.sub_(total[:, None]).exp_()
+            shares.scatter_(-1, places, shares.gather(-1, places).masked_fill(inside[:, None], 0))
+            of_others = (shares.to(weight.dtype) @ weight[block]).to(shares.dtype)
+            others = of_others if others is None else others * (partition - total).exp()[:, None] + of_others
         partition = total
-    return (chosen - partition, partition, so_far) if with_entropy else (chosen - partition, partition)
+    found = [chosen - partition, partition]
+    found += [so_far] if with_entropy else []
+    return (*found, others) if others is not None else tuple(found)
 
 
 def _joint_entropy(*parts: tuple[Tensor, Tensor]) -> Tensor:

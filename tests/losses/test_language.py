@@ -13,7 +13,13 @@ from coati.losses import (
     token_log_probs,
     z_loss,
 )
-from coati.losses.language import ProjectedLogProbs, entropy, log_partition, next_log_probs
+from coati.losses.language import (
+    FrozenProjectedLogProbs,
+    ProjectedLogProbs,
+    entropy,
+    log_partition,
+    next_log_probs,
+)
 from tests.losses.draw import assert_close, dtypes, masks, numbers, poison, quick
 from tests.oracles import losses as oracle
 
@@ -58,7 +64,8 @@ def test_the_gradient_of_log_probs_is_that_of_finite_differences(temperature):
 @pytest.mark.parametrize("tile", [(1, 5), (3, 2), (99, 99), (99, 1)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_log_probs_through_the_output_layer_are_those_of_its_logits(with_bias, tile, temperature):
-    """Values, entropies, and the gradients of states, weight and bias: finite differences and autograd's own."""
+    """Values, entropies, and the gradients of states, weight and bias: finite differences and autograd's own. Where the
+    layer isn't trained, the gradient of the states."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -79,9 +86,12 @@ def test_log_probs_through_the_output_layer_are_those_of_its_logits(with_bias, t
     torch.testing.assert_close(entropies, entropy(logits[None], temperature)[0])
     assert log_probs.requires_grad and not entropies.requires_grad
     upstream = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    pairs = zip(*(torch.autograd.grad(x, tensors, upstream) for x in (log_probs, plain)), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected)
+    expected = torch.autograd.grad(plain, tensors, upstream)
+    torch.testing.assert_close(torch.autograd.grad(log_probs, tensors, upstream), expected)
+    frozen = [x.detach() if x is not None else None for x in (weight, bias)]
+    log_probs, entropies = FrozenProjectedLogProbs.apply(states, *frozen, ids, temperature, True, tile)
+    torch.testing.assert_close((log_probs, entropies), (plain, entropy(logits[None], temperature)[0]))
+    torch.testing.assert_close(torch.autograd.grad(log_probs, states, upstream), expected[:1])
 
 
 @quick
