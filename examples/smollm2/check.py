@@ -94,19 +94,22 @@ def check_reversals(model: Path, data: Path) -> tuple[dict[str, Share], list[str
     return found, told
 
 
-def check_constraints(model: Path, reference: Path, path: Path) -> tuple[Share, float, list[str]]:
-    """Constraints met, the responses' log-prob per token under the model before training, and the responses.
+def check_constraints(model: Path, reference: Path, path: Path) -> tuple[dict[str, Share], float, list[str]]:
+    """Constraints met, of all prompts and of each kind, the responses' log-prob per token under the model before
+    training, and the responses.
 
     The second is the check of fluency: gibberish that meets a constraint is improbable under `reference`.
     """
     rows = read_rows(path)
     responses = greedy_responses(model, rows, max_new_tokens=48)
-    met = [
-        is_response(row["prompt"], text) and meets(text, row["constraint"])
-        for row, text in zip(rows, responses, strict=True)
-    ]
+    met: dict[str, list[bool]] = {}
+    for row, text in zip(rows, responses, strict=True):
+        kind = row["constraint"]["name"].replace("_", " ")
+        met.setdefault(kind, []).append(is_response(row["prompt"], text) and meets(text, row["constraint"]))
+    found = {"constraints met": Share(sum(map(sum, met.values())), len(rows))}
+    found |= {f"constraints met: {kind}": Share(sum(of_kind), len(of_kind)) for kind, of_kind in met.items()}
     sums = [log_prob(reference, row["prompt"], text) for row, text in zip(rows, responses, strict=True)]
-    return Share(sum(met), len(met)), sum(a for a, _ in sums) / sum(n for _, n in sums), responses
+    return found, sum(a for a, _ in sums) / sum(n for _, n in sums), responses
 
 
 def log_prob(model: Path, prompt: str, response: str) -> tuple[float, int]:

@@ -74,7 +74,7 @@ def constraints_met(prompts: list[str], responses: list[str], constraint: list[d
     """1 for a response that meets its row's constraint, `{"name": ..., arguments}`, and has some words, else 0.
 
     A response that only copies the prompt's request gets 0 as well. Whether the words make sense is not checked:
-    `fluency` in check.py measures that independently.
+    `check_constraints` in check.py measures their fluency apart from it.
     """
     rows = zip(prompts, responses, constraint, strict=True)
     return [float(is_response(prompt, response) and meets(response, rule)) for prompt, response, rule in rows]

@@ -25,6 +25,7 @@ from coati.errors import UserError  # noqa: E402
 from coati.files import write_json  # noqa: E402
 from coati.tracking import write_report  # noqa: E402
 from examples.smollm2.check import (  # noqa: E402
+    Share,
     bag_of_words_accuracy,
     check_constraints,
     check_reversals,
@@ -124,19 +125,23 @@ def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Pat
         return {}
     if name in (*SFTS, *ON_SUMS, *ON_REVERSALS):
         found, told = (check_reversals if name in ON_REVERSALS else check_sums)(checked, data)
-        return {what: [share.count, share.n] for what, share in found.items()} | {"samples": told}
+        return counts_of(found) | {"samples": told}
     if name == "grpo_constraints":
-        met, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")
-        return {"constraints met": [met.count, met.n], "log-prob per token": [fluency], "samples": responses[:6]}
+        found, fluency, responses = check_constraints(checked, model, data / "constraints_eval.jsonl")
+        return counts_of(found) | {"log-prob per token": [fluency], "samples": responses[:6]}
     if checked != model or name == ON_SCORES:  # what the run itself has logged tells more
         return {}
     longest = read_yaml(HERE / f"{name}.yaml")["data"]["max_length"]
     likely = likelihood_accuracy(model, pairs / "test.jsonl", longest)
     words = bag_of_words_accuracy(pairs / "train.jsonl", pairs / "test.jsonl", model, longest)
-    return {
-        "chosen response more probable under the model itself": [likely.count, likely.n],
-        "told apart by a bag of words": [words.count, words.n],
-    }
+    return counts_of(
+        {"chosen response more probable under the model itself": likely, "told apart by a bag of words": words}
+    )
+
+
+def counts_of(shares: dict[str, Share]) -> dict[str, list[float]]:
+    """Shares as summary.json has them."""
+    return {what: [share.count, share.n] for what, share in shares.items()}
 
 
 if __name__ == "__main__":
