@@ -32,6 +32,8 @@ class PretrainConfig(TrainerConfig):
             yield "packed rows are told apart by their category: leave out eval_column"
         if self.document_mask and p.splits_sequences:
             yield "a split sequence attends to whole rows: --document_mask False, or sequence_parallel 1"
+        if self.document_mask and self.model.padding_free:
+            yield "packed rows have next to no padding, and documents are told by positions: leave out padding_free"
         one_row = self.model.attn_implementation == "flash_attention_2"
         if self.document_mask and one_row and self.micro_batch_size > 1:
             yield "flash_attention_2 keeps documents apart in a single row only: micro_batch_size 1, or sdpa"

@@ -147,6 +147,7 @@ def test_what_cannot_be_is_one_error(changes, words, make):
     [
         (dict(sequence_parallel=2), "--document_mask False, or sequence_parallel 1"),
         (dict(tensor_parallel=2, split_sequence=True), "--document_mask False, or sequence_parallel 1"),
+        (dict(padding_free=True), "leave out padding_free"),
         (dict(neftune_noise_alpha=1.0, tensor_parallel=2), "neftune_noise_alpha 0"),
         (dict(attn_implementation="flash_attention_2"), "micro_batch_size 1, or sdpa"),
         (dict(freeze="all-but-embeddings", lora_rank=2), "freeze none, or lora_rank 0"),
