@@ -59,8 +59,8 @@ def _gradient_in_place(log_probs: Tensor, places: Tensor, grad: Tensor, own_grad
 
 class ProjectedLogProbs(torch.autograd.Function):
     """Log-probs of tokens from the states that predict them, and entropies if asked for, without a gradient. Logits
-    exist for a tile of tokens and vocabulary at a time, and are recomputed in the backward pass, which accumulates one
-    gradient of the weight.
+    exist for a tile of tokens and vocabulary at a time, and unless all are kept they are recomputed in the backward
+    pass, which accumulates one gradient of the weight.
 
     Args of `apply`:
         states: `[tokens, hidden]`.
@@ -69,17 +69,18 @@ class ProjectedLogProbs(torch.autograd.Function):
         temperature: logits are divided by it.
         with_entropy: give `(log_probs, entropies)`, else `(log_probs,)`: `[tokens]`, float32 (float64 for such states).
         tile: how many tokens, and how much of the vocabulary.
+        keeps: whether logits are kept.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, tile):
+    def forward(ctx, states, weight, bias, ids, temperature, with_entropy, tile, keeps=False):
         rows, columns = tile
-        parts = []
+        parts, kept = [], []
         for tokens in _slices(len(ids), rows):
             blocks = _blocks_of_logits(states[tokens], weight, bias, temperature, columns)
-            parts.append(_measure_blocks(blocks, ids[tokens], with_entropy))
+            parts.append(_measure_blocks(_adding_to(kept, blocks) if keeps else blocks, ids[tokens], with_entropy))
         chosen, partition, *entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(states, weight, bias, ids, partition)
+        ctx.save_for_backward(states, weight, bias, ids, partition, *kept)
         ctx.temperature, ctx.tile = temperature, tile
         ctx.mark_non_differentiable(*entropies)
         return chosen, *entropies
@@ -87,24 +88,27 @@ class ProjectedLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        states, weight, bias, ids, partition = ctx.saved_tensors
+        states, weight, bias, ids, partition, *kept = ctx.saved_tensors
         rows, columns = ctx.tile
+        kept_tiles = iter(kept)
         of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
         of_bias = None if bias is None else torch.zeros_like(bias)
         for tokens in _slices(len(ids), rows):
             of_tokens = torch.zeros_like(states[tokens], dtype=partition.dtype)  # a sum over blocks, which bf16 rounds
-            for block, logits in _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns):
+            blocks = _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns)
+            if kept:
+                blocks = ((block, next(kept_tiles)) for block in _slices(len(weight), columns))
+            for block, logits in blocks:
                 inside, places = _within(block, ids[tokens])
                 own_grad = torch.where(inside, grad[tokens], 0)
-                log_probs = logits.sub_(partition[tokens, None])
-                gradient = _gradient_in_place(log_probs, places, grad[tokens], own_grad)
+                gradient = _gradient_in_place(logits - partition[tokens, None], places, grad[tokens], own_grad)
                 gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
                 of_tokens += gradient @ weight[block]
                 of_weight[block].addmm_(gradient.T, states[tokens])
                 if of_bias is not None:
                     of_bias[block] += gradient.sum(0)
             of_states[tokens] = of_tokens
-        return of_states, of_weight, of_bias, None, None, None, None
+        return of_states, of_weight, of_bias, *[None] * 5
 
 
 class FrozenProjectedLogProbs(torch.autograd.Function):
@@ -148,6 +152,13 @@ def _blocks_of_logits(states: Tensor, weight: Tensor, bias: Tensor | None, tempe
     for block in _slices(len(weight), columns):
         logits = torch.nn.functional.linear(states, weight[block], None if bias is None else bias[block])
         yield block, at_temperature(logits, temperature)
+
+
+def _adding_to(kept: list[Tensor], blocks):
+    """The same blocks of logits, which are kept as they are read."""
+    for block, logits in blocks:
+        kept.append(logits)
+        yield block, logits
 
 
 def _within(block: slice, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from coati.models.routing import RoutingReplay
 # Logits in memory at a time. On a CPU they stay near the caches; a GPU's matrix products need many rows.
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 ROWS = 128  # with fewer, a matrix product takes as long as reading the weight
+KEPT_LOGITS = 2**26  # on a CPU, those of a micro-batch that need not be computed again in its backward pass
 CPU_TILE = (1024, 1024)  # tokens and vocabulary: on a CPU products are quickest where their result stays in the caches
 
 
@@ -167,7 +168,7 @@ class Actor(BaseModel):
     ):
         """Log-probs (and more, see `_outputs_of_logits`) of the targets from the states that predict them, `MAX_LOGITS`
         logits at a time but those of `ROWS` tokens at least (on a CPU, `CPU_TILE`); where that is not all, the backward
-        pass recomputes them."""
+        pass recomputes them, unless a CPU keeps them."""
         head, places = self.transformer.get_output_embeddings(), self.target_indices(targets)
         states = hidden[places]
         ids, *heads = [self.layout.split(x.roll(-1, dims=1))[places] for x in (input_ids, head_ids) if x is not None]
@@ -178,12 +179,7 @@ class Actor(BaseModel):
         length = self._rows_of_logits(hidden.device)
         simple = wanted.entropy != "trained" and not wanted.log_partition and not wanted.heads
         if len(ids) > length and is_plain(head) and simple:
-            dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
-            weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-            tile = CPU_TILE if hidden.device.type == "cpu" else (length, len(weight))
-            is_frozen = not any(parameter.requires_grad for parameter in head.parameters())
-            projection = FrozenProjectedLogProbs if is_frozen and torch.is_grad_enabled() else ProjectedLogProbs
-            found = projection.apply(states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, tile)
+            found = self._project(head, states, ids, wanted, length)
         else:
             recomputes = len(ids) > length and torch.is_grad_enabled()
             parts = []
@@ -195,6 +191,21 @@ class Actor(BaseModel):
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
         outputs = tuple(self._at_targets(values, places, input_ids, targets) for values in found)
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def _project(
+        self, head: nn.Linear, states: Tensor, ids: Tensor, wanted: LogitOutputs, length: int
+    ) -> tuple[Tensor, ...]:
+        """Log-probs, and entropies if wanted, `[tokens]` each, through a plain output layer: the logits of `length`
+        tokens are in memory at a time, or `CPU_TILE` of them."""
+        dtype = head(states[:1].detach()).dtype  # of its products, under autocast too
+        weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+        on_cpu, learns = states.device.type == "cpu", torch.is_grad_enabled()
+        tile = CPU_TILE if on_cpu else (length, len(weight))
+        arguments = (states.to(dtype), weight, bias, ids, wanted.temperature, wanted.entropy, tile)
+        if learns and not any(parameter.requires_grad for parameter in head.parameters()):
+            return FrozenProjectedLogProbs.apply(*arguments)
+        keeps = learns and on_cpu and self.max_logits is None and len(ids) * len(weight) <= KEPT_LOGITS
+        return ProjectedLogProbs.apply(*arguments, keeps)
 
     def _rows_of_logits(self, device: torch.device, models: int = 1) -> int:
         """Of how many tokens the logits of so many models may be in memory at a time."""

@@ -63,7 +63,8 @@ def test_the_gradient_of_log_probs_is_that_of_finite_differences(temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("tile", [(1, 5), (3, 2), (99, 99), (99, 1)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_log_probs_through_the_output_layer_are_those_of_its_logits(with_bias, tile, temperature):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_log_probs_through_the_output_layer_are_those_of_its_logits(keeps, with_bias, tile, temperature):
     """Values, entropies, and the gradients of states, weight and bias: finite differences and autograd's own. Where the
     layer isn't trained, the gradient of the states."""
     generator = torch.Generator().manual_seed(0)
@@ -76,11 +77,11 @@ def test_log_probs_through_the_output_layer_are_those_of_its_logits(with_bias, t
     tensors = [x for x in (states, weight, bias) if x is not None]
 
     def ours(states, weight, bias=None):
-        return ProjectedLogProbs.apply(states, weight, bias, ids, temperature, False, tile)
+        return ProjectedLogProbs.apply(states, weight, bias, ids, temperature, False, tile, keeps)
 
     assert torch.autograd.gradcheck(ours, tensors)
     logits = torch.nn.functional.linear(states, weight, bias)
-    log_probs, entropies = ProjectedLogProbs.apply(states, weight, bias, ids, temperature, True, tile)
+    log_probs, entropies = ProjectedLogProbs.apply(states, weight, bias, ids, temperature, True, tile, keeps)
     plain = next_log_probs(logits[None], ids[None], temperature)[0]
     torch.testing.assert_close(log_probs, plain)
     torch.testing.assert_close(entropies, entropy(logits[None], temperature)[0])

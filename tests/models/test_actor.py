@@ -32,15 +32,18 @@ def test_log_probs_are_the_plain_models_for_any_padding(family, temperature):
     assert log_probs.requires_grad
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 61, 2**24])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("chunk", "kept"), [(1, 0), (1, 2**24), (3 * 61, 0), (2**24, 0)])
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "falcon", "gptj"])
-def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch):
-    """Values, entropies and every weight's gradient, however few logits are there at a time; Gemma 2 caps its logits
-    after the head and is computed as a whole."""
+def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, kept, frozen, monkeypatch):
+    """Values, entropies and every trained weight's gradient, however few logits are there at a time, and whether the
+    output layer learns; Gemma 2 caps its logits after the head and is computed as a whole."""
     monkeypatch.setattr("coati.models.actor.MAX_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr("coati.models.actor.KEPT_LOGITS", kept)
     monkeypatch.setattr("coati.models.actor.ROWS", 1)
     capped = dict(final_logit_softcapping=1.0) if family == "gemma2" else {}
     actor, (ids, mask) = make(family, initializer_range=0.3, **capped), padded(rows(), "right")
+    actor.transformer.get_output_embeddings().requires_grad_(not frozen)
     targets = mask & (torch.arange(ids.shape[1]) > 2)
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
 
@@ -48,7 +51,7 @@ def test_log_probs_of_targets_are_those_of_all_tokens(family, chunk, monkeypatch
         actor.zero_grad()
         log_probs, entropy = actor(ids, mask, temperature=0.7, with_entropy=True, **options)
         (log_probs * weights)[targets].sum().backward()
-        gradients = {name: p.grad.clone() for name, p in actor.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in actor.named_parameters() if p.requires_grad}
         return log_probs.detach()[targets], entropy[targets], gradients
 
     for _ in range(2):  # the first call finds out what the head does
