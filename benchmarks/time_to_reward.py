@@ -1,13 +1,14 @@
 """Time to reward: GRPO on two-digit sums with SmolLM2-135M, coati beside TRL, until enough held-out sums are right.
 
-    python examples/smollm2/run.py --stages sft     # makes what both start from
+    python examples/smollm2/run.py --stages sft     # makes what both start from; for other seeds with --seed
     python benchmarks/time_to_reward.py --save      # and writes benchmarks/results/time_to_reward.json
 
-Both train LoRA of rank 16 on every linear layer from the same weights with the same prompts, reward, group size, clip,
-KL weight and constant learning rate, in fp32: coati as examples/smollm2/grpo.yaml says, on two processes of one thread,
-TRL (of `make trl`) in one process of two threads. Every second iteration each samples a response to 200 held-out sums
-at temperature 1; that is not counted. The time is that of training until the share of right ones is `--target`. TRL
-is stopped once it has taken `--patience` times as long as coati.
+A seed has its own data, and weights of its own to start from. Both train LoRA of rank 16 on every linear layer from the
+same weights with the same prompts, reward, group size, clip, KL weight and constant learning rate, in fp32: coati as
+examples/smollm2/grpo.yaml says, on two processes of one thread, TRL (of `make trl`) in one process of two threads. Every
+second iteration each samples a response to 200 held-out sums at temperature 1; that is not counted. The time is that of
+training until the share of right ones is `--target`. TRL is stopped once it has taken `--patience` times as long as
+coati.
 """
 
 import argparse
@@ -180,20 +181,22 @@ def main():
         print(json.dumps(curve_of_trl(json.loads(sys.argv[-1]))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "smollm2" / "seed0", help="of the SFT stage")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "smollm2", help="of the SFT stages' seeds")
     parser.add_argument("--iterations", type=int, default=40, help="at most")
     parser.add_argument("--target", type=float, default=0.7, help="share of held-out sums that are right")
     parser.add_argument("--patience", type=float, default=3.0, help="times coati's seconds that TRL gets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/time_to_reward.json")
     options = parser.parse_args()
-    folder = options.folder.resolve()
-    if not (folder / "sft" / "model").is_dir():
-        sys.exit(f"error: {folder} has no sft/model: run python examples/smollm2/run.py --stages sft first")
+    folders = {seed: options.folder.resolve() / f"seed{seed}" for seed in options.seeds}
+    for seed, folder in folders.items():
+        if not (folder / "sft" / "model").is_dir():
+            command = f"python examples/smollm2/run.py --stages sft --seed {seed}"
+            sys.exit(f"error: {folder} has no sft/model: run {command} first")
     if not TRL.exists():
         sys.exit(f"error: {TRL} is missing: `make trl` makes it")
     result = {"machine": machine(2), "target": options.target, "seeds": {}}
-    for seed in options.seeds:
+    for seed, folder in folders.items():
         curves = {"coati": curve_of_coati(folder, options.iterations, seed)}
         ours = reached(curves["coati"], options.target) or curves["coati"][-1][0]
         curves["TRL"] = run_trl(folder, options.iterations, seed, options.target, options.patience * ours)

@@ -78,7 +78,11 @@ class ProjectedLogProbs(torch.autograd.Function):
         parts, kept = [], []
         for tokens in _slices(len(ids), rows):
             blocks = _blocks_of_logits(states[tokens], weight, bias, temperature, columns)
-            parts.append(_measure_blocks(_adding_to(kept, blocks) if keeps else blocks, ids[tokens], with_entropy))
+            if keeps:  # in one piece: memory of many small ones would not go back to the system
+                dtype = torch.promote_types(states.dtype, torch.float32)
+                kept.append(states.new_empty(len(ids[tokens]) * len(weight), dtype=dtype))
+                blocks = _copied(blocks, kept[-1])
+            parts.append(_measure_blocks(blocks, ids[tokens], with_entropy))
         chosen, partition, *entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(states, weight, bias, ids, partition, *kept)
         ctx.temperature, ctx.tile = temperature, tile
@@ -90,14 +94,13 @@ class ProjectedLogProbs(torch.autograd.Function):
     def backward(ctx, grad, *_):
         states, weight, bias, ids, partition, *kept = ctx.saved_tensors
         rows, columns = ctx.tile
-        kept_tiles = iter(kept)
         of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
         of_bias = None if bias is None else torch.zeros_like(bias)
-        for tokens in _slices(len(ids), rows):
+        for i, tokens in enumerate(_slices(len(ids), rows)):
             of_tokens = torch.zeros_like(states[tokens], dtype=partition.dtype)  # a sum over blocks, which bf16 rounds
             blocks = _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns)
             if kept:
-                blocks = ((block, next(kept_tiles)) for block in _slices(len(weight), columns))
+                blocks = ((block, _part(kept[i], block, len(weight))) for block in _slices(len(weight), columns))
             for block, logits in blocks:
                 inside, places = _within(block, ids[tokens])
                 own_grad = torch.where(inside, grad[tokens], 0)
@@ -154,11 +157,17 @@ def _blocks_of_logits(states: Tensor, weight: Tensor, bias: Tensor | None, tempe
         yield block, at_temperature(logits, temperature)
 
 
-def _adding_to(kept: list[Tensor], blocks):
-    """The same blocks of logits, which are kept as they are read."""
+def _copied(blocks, kept: Tensor):
+    """The same blocks of logits, which are copied to `kept`, `[tokens * vocabulary]`, as they are read."""
     for block, logits in blocks:
-        kept.append(logits)
+        _part(kept, block, len(kept) // len(logits)).copy_(logits)
         yield block, logits
+
+
+def _part(kept: Tensor, block: slice, vocabulary: int) -> Tensor:
+    """The logits of a block, `[tokens, columns]`, where they are kept block after block."""
+    tokens = len(kept) // vocabulary
+    return kept[tokens * block.start : tokens * block.stop].view(tokens, -1)
 
 
 def _within(block: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
