@@ -5,10 +5,10 @@
 
 A seed has its own data, and weights of its own to start from. Both train LoRA of rank 16 on every linear layer from the
 same weights with the same prompts, reward, group size, clip, KL weight and constant learning rate, in fp32: coati as
-examples/smollm2/grpo.yaml says, on two processes of one thread, TRL (of `make trl`) in one process of two threads. Every
-second iteration each samples a response to 200 held-out sums at temperature 1; that is not counted. The time is that of
-training until the share of right ones is `--target`. TRL is stopped once it has taken `--patience` times as long as
-coati.
+examples/smollm2/grpo.yaml says, on two processes of one thread, TRL (of `make trl`) in one process of two threads.
+Every second iteration each samples a response to 200 held-out sums at temperature 1; that is not counted. The time is
+that of training until the share of right ones is `--target`. TRL is stopped once it has taken `--patience` times as
+long as coati.
 """
 
 import argparse
