@@ -104,7 +104,9 @@ class ProjectedLogProbs(torch.autograd.Function):
             for block, logits in blocks:
                 inside, places = _within(block, ids[tokens])
                 own_grad = torch.where(inside, grad[tokens], 0)
-                gradient = _gradient_in_place(logits - partition[tokens, None], places, grad[tokens], own_grad)
+                below = partition[tokens, None]
+                log_probs = logits - below if kept else logits.sub_(below)
+                gradient = _gradient_in_place(log_probs, places, grad[tokens], own_grad)
                 gradient = (gradient if ctx.temperature == 1.0 else gradient.div_(ctx.temperature)).to(weight.dtype)
                 of_tokens += gradient @ weight[block]
                 of_weight[block].addmm_(gradient.T, states[tokens])
