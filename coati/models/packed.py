@@ -194,7 +194,7 @@ def check_isolation(
 
 
 MAX_KL = 0.02  # per token: bf16 gives some 0.001, an unsupported model ten times the bound
-MAX_REWARD_ERROR = 0.1  # of bf16, in standard deviations of the rewards
+MAX_REWARD_ERROR = 0.15  # in standard deviations of the rewards: bf16 gives up to 0.08, an unsupported model 0.25
 
 
 def check_packing(model, forward_all: Callable[[list[dict]], list[Tensor]], batches: list[dict], exact: bool):

@@ -24,7 +24,7 @@ class DPOTrainer(PreferenceTrainer):
         super().build()
         algorithm = self.config.algorithm
         if algorithm.share_prompts:
-            check_shared_prompts(self)
+            check_shared_prompts(self, pairs=1)  # which has a log-prob for each token
         if algorithm.cache_reference:
             sets = [data for data in (self.data, self.eval_data) if data is not None]
             how = (self.make_reference, self.load, self.batching)

@@ -12,17 +12,19 @@ from coati.rollout.prompts import response_texts
 from coati.trainers.config import PreferenceConfig, RewardConfig
 from coati.trainers.supervised import SupervisedTrainer
 
-CHECKED = 4  # pairs
-
 
 def sharing_prompts(config: PreferenceConfig | RewardConfig) -> dict[str, int]:
     """What a model is called with beside a batch of pairs."""
     return {"shared_prefix_group": 2} if config.algorithm.share_prompts else {}
 
 
-def check_shared_prompts(trainer: SupervisedTrainer):
-    """Raises where the longest pairs of the data show that the model can't read a prompt once for both responses."""
-    rows = trainer.data.lengths.argsort()[-CHECKED:].tolist()
+def check_shared_prompts(trainer: SupervisedTrainer, pairs: int):
+    """Raises where the longest pairs of the data show that the model can't read a prompt once for both responses.
+
+    Args:
+        pairs: how many are looked at.
+    """
+    rows = trainer.data.lengths.argsort()[-pairs:].tolist()
     batches = [trainer.inputs(trainer.load(trainer.data, [row])) for row in rows]
     exact = resolve_precision(trainer.config.parallel) == "fp32"
     check_packing(trainer.model.module, trainer.model.forward_all, batches, exact)

@@ -43,7 +43,7 @@ class RewardTrainer(SupervisedTrainer):
     def build(self):
         super().build()
         if self.config.algorithm.share_prompts:
-            check_shared_prompts(self)
+            check_shared_prompts(self, pairs=16)  # of two numbers each
 
     def inputs(self, batch):
         return super().inputs(batch) | sharing_prompts(self.config)
