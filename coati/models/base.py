@@ -361,15 +361,9 @@ class ValueHeadModel(BaseModel):
             raise UserError(f"the head in {source} ({stored_shapes}) is no value head of this model: {wrong[0]}")
         self.value_head.load_state_dict(stored, strict=False)
 
-    def token_values(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        right_padded: bool = False,
-        shared_prefix_group: int = 1,
-    ) -> Tensor:
-        """The output at every position of a head that has one, float32 `[batch, seq]`. Arguments as `lay_out`."""
-        return self.token_outputs(input_ids, attention_mask, right_padded, shared_prefix_group).squeeze(-1)
+    def token_values(self, input_ids: Tensor, attention_mask: Tensor | None, right_padded: bool = False) -> Tensor:
+        """The output at every position of a head that has one, float32 `[batch, seq]`."""
+        return self.token_outputs(input_ids, attention_mask, right_padded).squeeze(-1)
 
     def token_outputs(
         self,

@@ -36,8 +36,8 @@ class RewardModel(ValueHeadModel):
         """
         if attention_mask is None:
             attention_mask = self._mask_from_padding(input_ids)
-        values = self.token_values(input_ids, attention_mask, right_padded, shared_prefix_group)
-        return at_last_token(values, attention_mask)
+        outputs = self.token_outputs(input_ids, attention_mask, right_padded, shared_prefix_group)
+        return at_last_token(outputs.squeeze(-1), attention_mask)
 
     def _mask_from_padding(self, input_ids: Tensor) -> Tensor:
         pad, eos = getattr(self.config, "pad_token_id", None), getattr(self.config, "eos_token_id", None)
