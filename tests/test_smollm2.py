@@ -317,6 +317,10 @@ def test_a_student_learns_from_the_model_of_sft(trained, tmp_path):
     [_, (script, config, flags)] = trained("distill")
     assert (script, config) == ("distill", "distill.yaml") and "model" not in flags
     assert flags["teacher"] == tmp_path / "seed0" / "sft" / "model"
+    folder = tmp_path / "seed0" / "distill"
+    told = {name: (before, after) for name, before, after in of_summary(folder)}
+    assert told["trained wording"] == ("", "0.0% (0.0% to 1.9%)")  # nothing to measure before, right sums after
+    assert gains([folder, folder]) == []
 
 
 def test_the_student_has_about_30_million_weights():
@@ -407,6 +411,8 @@ def test_constraints_are_measured_with_the_fluency(trained, tmp_path):
     assert (script, config) == ("grpo", "grpo_constraints.yaml")
     summary = json.loads((tmp_path / "seed0" / "grpo_constraints" / "summary.json").read_text())
     assert summary["before"] == summary["after"]  # the same tiny model
+    kinds = [counts for name, counts in summary["before"].items() if name.startswith("constraints met: ")]
+    assert len(kinds) == 6 and [*map(sum, zip(*kinds, strict=True))] == summary["before"]["constraints met"]
     [fluency] = summary["before"]["log-prob per token"]
     assert fluency < 0
 

@@ -61,7 +61,7 @@ def gains(folders: list[Path]) -> list[str]:
     found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     lines = []
     for name, value in found[0]["after"].items():
-        if name != "samples" and len(value) == 2:
+        if name in found[0]["before"] and name != "samples" and len(value) == 2:
             shares = [[summary[when][name] for when in ("before", "after")] for summary in found]
             grown = interval([after[0] / after[1] - before[0] / before[1] for before, after in shares])
             lines.append(f"| {folders[0].name}, {len(folders)} seeds |  | {name}: gained, points |  | {grown} |")
@@ -105,7 +105,7 @@ def empty_responses(folder: Path) -> list[str]:
 def of_summary(folder: Path) -> list[tuple[str, str, str]]:
     """Figures that check.py has measured."""
     summary = json.loads((folder / "summary.json").read_text())
-    names = [name for name in summary["before"] if name != "samples"]
+    names = [name for name in summary["before"] | summary["after"] if name != "samples"]
     return [(name, *(told(summary[when].get(name)) for when in ("before", "after"))) for name in names]
 
 
@@ -160,6 +160,7 @@ def quoted(folder: Path) -> list[str]:
         pairs = zip(first, last, strict=True)
     else:
         summary = json.loads((folder / "summary.json").read_text())
-        pairs = zip(summary["before"].get("samples", []), summary["after"].get("samples", []), strict=True)
+        before, after = (summary[when].get("samples", []) for when in ("before", "after"))
+        pairs = zip(before, after, strict=False)  # a model with random weights has none before
     lines = [f"- before: {json.dumps(before)}\n  after: {json.dumps(after)}" for before, after in pairs]
     return [f"{folder.name}, {folder.parent.name}:\n", *lines, ""] if lines else []

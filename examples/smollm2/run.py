@@ -121,9 +121,9 @@ def run_stages(stages: list[str], model: Path, folder: Path, pairs: Path, seed: 
 
 def measure(name: str, checked: Path | None, model: Path, data: Path, pairs: Path) -> dict[str, list]:
     """What a stage's own metrics don't tell, of a model before or after it: shares as [count, n]."""
-    if name == "distill":  # they tell how far it is from its teacher
+    if checked is None:  # a student begins with random weights
         return {}
-    if name in (*SFTS, *ON_SUMS, *ON_REVERSALS):
+    if name in (*SFTS, *ON_SUMS, "distill", *ON_REVERSALS):
         found, told = (check_reversals if name in ON_REVERSALS else check_sums)(checked, data)
         return counts_of(found) | {"samples": told}
     if name == "grpo_constraints":
