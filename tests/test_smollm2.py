@@ -319,7 +319,8 @@ def test_a_student_learns_from_the_model_of_sft(trained, tmp_path):
     assert flags["teacher"] == tmp_path / "seed0" / "sft" / "model"
     folder = tmp_path / "seed0" / "distill"
     told = {name: (before, after) for name, before, after in of_summary(folder)}
-    assert told["trained wording"] == ("", "0.0% (0.0% to 1.9%)")  # nothing to measure before, right sums after
+    before, after = told["trained wording"]
+    assert before == "" and after.startswith("0.0% (0.0% to ")  # nothing to measure before, right sums after
     assert gains([folder, folder]) == []
 
 
