@@ -66,6 +66,7 @@ def test_wilsons_interval_is_that_of_tables():
     """Of 5 in 10 and of 0 in 10, by the closed form with z = 1.96."""
     assert wilson_interval(0.5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
+    assert wilson_interval(0.0, 20)[0] == 0.0  # not a little less by rounding, which is shown as -0.0 %
 
 
 def test_people_are_counted():
