@@ -98,9 +98,10 @@ class ProjectedLogProbs(torch.autograd.Function):
         of_bias = None if bias is None else torch.zeros_like(bias)
         for i, tokens in enumerate(_slices(len(ids), rows)):
             of_tokens = torch.zeros_like(states[tokens], dtype=partition.dtype)  # a sum over blocks, which bf16 rounds
-            blocks = _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns)
             if kept:
-                blocks = ((block, _part(kept[i], block, len(weight))) for block in _slices(len(weight), columns))
+                blocks = ((block, _part(kept[i], block, len(of_tokens))) for block in _slices(len(weight), columns))
+            else:
+                blocks = _blocks_of_logits(states[tokens], weight, bias, ctx.temperature, columns)
             for block, logits in blocks:
                 inside, places = _within(block, ids[tokens])
                 own_grad = torch.where(inside, grad[tokens], 0)
@@ -162,13 +163,12 @@ def _blocks_of_logits(states: Tensor, weight: Tensor, bias: Tensor | None, tempe
 def _copied(blocks, kept: Tensor):
     """The same blocks of logits, which are copied to `kept`, `[tokens * vocabulary]`, as they are read."""
     for block, logits in blocks:
-        _part(kept, block, len(kept) // len(logits)).copy_(logits)
+        _part(kept, block, len(logits)).copy_(logits)
         yield block, logits
 
 
-def _part(kept: Tensor, block: slice, vocabulary: int) -> Tensor:
+def _part(kept: Tensor, block: slice, tokens: int) -> Tensor:
     """The logits of a block, `[tokens, columns]`, where they are kept block after block."""
-    tokens = len(kept) // vocabulary
     return kept[tokens * block.start : tokens * block.stop].view(tokens, -1)
 
 

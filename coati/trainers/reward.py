@@ -3,9 +3,8 @@
     loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
 Both responses of a pair go through the model in one forward pass; with `share_prompts` what they begin with does once.
-Pairs of which neither response is better are learned
-with the probability that Rao and Kupper (1967) give to ties, if `tie_theta` is above 1. Scores of several objectives
-are learned in `objectives.py`.
+Pairs of which neither response is better are learned with the probability that Rao and Kupper (1967) give to ties, if
+`tie_theta` is above 1. Scores of several objectives are learned in `objectives.py`.
 """
 
 from coati.data import collate_preference

@@ -9,13 +9,7 @@ from coati.config import configure
 from coati.errors import UserError
 from coati.tracking import read_metrics
 from tests.conftest import settings_for, trainer_classes
-
-
-def make(algorithm: str, world, runtime, output: Path, /, **changes):
-    config_class, trainer_class = trainer_classes(algorithm)
-    return trainer_class(
-        configure(config_class, **settings_for(algorithm, world, output_dir=str(output), **changes)), runtime
-    )
+from tests.trainers.test_training import make
 
 
 @pytest.mark.parametrize(
