@@ -1,10 +1,11 @@
 """Time to reward: GRPO on two-digit sums with SmolLM2-135M, coati beside TRL, until enough held-out sums are right.
 
-    python examples/smollm2/run.py --stages sft     # makes what both start from; for other seeds with --seed
-    python benchmarks/time_to_reward.py --save      # and writes benchmarks/results/time_to_reward.json
+    python benchmarks/time_to_reward.py --seeds 0 1 2           # one JSON line
+    python benchmarks/time_to_reward.py --seeds 0 1 2 --save    # and writes benchmarks/results/time_to_reward.json
 
-A seed has its own data, and weights of its own to start from. Both train LoRA of rank 16 on every linear layer from the
-same weights with the same prompts, reward, group size, clip, KL weight and constant learning rate, in fp32: coati as
+A seed has its own data, and weights of its own to start from: those of examples/smollm2's SFT stage after 24 steps
+(after its own 8, GRPO levels off at three sums in four). Both train LoRA of rank 16 on every linear layer with the same
+prompts, reward, 32 groups of 8 responses, clip, KL weight and constant learning rate, in fp32: coati as
 examples/smollm2/grpo.yaml says, on two processes of one thread, TRL (of `make trl`) in one process of two threads.
 Every second iteration each samples a response to 200 held-out sums at temperature 1; that is not counted. The time is
 that of training until the share of right ones is `--target`. TRL is stopped once it has taken `--patience` times as
@@ -25,12 +26,27 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks.contest import machine, store  # noqa: E402
 from examples.smollm2.rewards import stated_answer  # noqa: E402
+from examples.smollm2.tasks import make_sums  # noqa: E402
 
 TRL = ROOT / ".venv-trl-1.16/bin/python"
 EVERY = 2
-RESPONSES, GROUP, NEW_TOKENS, RATE, KL = 128, 8, 24, 3e-4, 0.01
+SFT_STEPS = 24
+START = f"sft{SFT_STEPS}"
+RESPONSES, GROUP, NEW_TOKENS, RATE, KL = 256, 8, 24, 3e-4, 0.01
+ROWS = 64  # that TRL reads at once
 
 Curve = list[tuple[float, float]]  # seconds of training, share of held-out sums that are right
+
+
+def make_start(model: Path, folder: Path, seed: int):
+    """The seed's data, and the weights that both start from, unless they are there."""
+    from examples.smollm2.model import make_model
+    from examples.stages import train
+
+    files = make_sums(folder / "data", seed)
+    flags = {"model": make_model(model), "seed": seed, "steps": SFT_STEPS, "cache_dir": folder / "cache"}
+    flags |= {"train_data": files["sft"], "eval_data": files["sft_eval"]}
+    train("sft", ROOT / "examples/smollm2/sft.yaml", folder / START, flags, processes=2)
 
 
 def curve_of_coati(folder: Path, iterations: int, seed: int) -> Curve:
@@ -39,9 +55,10 @@ def curve_of_coati(folder: Path, iterations: int, seed: int) -> Curve:
     from examples.stages import train
 
     with tempfile.TemporaryDirectory() as output:
-        flags = {"model": folder / "sft" / "model", "seed": seed, "steps": iterations, "schedule": "constant"}
+        flags = {"model": folder / START / "model", "seed": seed, "steps": iterations, "schedule": "constant"}
         flags |= {"train_data": folder / "data" / "prompts.jsonl", "eval_data": folder / "data" / "prompts_eval.jsonl"}
-        flags |= {"eval_every": EVERY, "warmup": 0.0, "cache_dir": Path(output) / "cache"}
+        flags |= {"batch_size": RESPONSES // GROUP, "eval_every": EVERY, "warmup": 0.0}
+        flags |= {"cache_dir": Path(output) / "cache"}
         train("grpo", ROOT / "examples/smollm2/grpo.yaml", Path(output) / "run", flags, processes=2)
         return curve_of_records(list(read_lines(Path(output) / "run" / METRICS)))
 
@@ -71,8 +88,8 @@ def curve_of_trl(settings: dict) -> Curve:
     from trl import GRPOConfig, GRPOTrainer
 
     folder = Path(settings["folder"])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "sft" / "model", padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "sft" / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / START / "model", padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(folder / START / "model", dtype=torch.float32)
 
     def chats(name: str) -> list[dict]:
         lines = (folder / "data" / f"{name}.jsonl").read_text().splitlines()
@@ -124,11 +141,10 @@ def curve_of_trl(settings: dict) -> Curve:
             self.started = time.perf_counter()
 
     clock = Clock()
-    rows = RESPONSES // 2
     arguments = GRPOConfig(
         output_dir=settings["output"],
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=RESPONSES // rows,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=RESPONSES // ROWS,
         generation_batch_size=RESPONSES,
         num_generations=GROUP,
         max_completion_length=NEW_TOKENS,
@@ -181,20 +197,18 @@ def main():
         print(json.dumps(curve_of_trl(json.loads(sys.argv[-1]))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "smollm2", help="of the SFT stages' seeds")
-    parser.add_argument("--iterations", type=int, default=40, help="at most")
-    parser.add_argument("--target", type=float, default=0.7, help="share of held-out sums that are right")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "smollm2", help="where models and data are made")
+    parser.add_argument("--iterations", type=int, default=14, help="at most")
+    parser.add_argument("--target", type=float, default=0.8, help="share of held-out sums that are right")
     parser.add_argument("--patience", type=float, default=3.0, help="times coati's seconds that TRL gets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/time_to_reward.json")
     options = parser.parse_args()
-    folders = {seed: options.folder.resolve() / f"seed{seed}" for seed in options.seeds}
-    for seed, folder in folders.items():
-        if not (folder / "sft" / "model").is_dir():
-            command = f"python examples/smollm2/run.py --stages sft --seed {seed}"
-            sys.exit(f"error: {folder} has no sft/model: run {command} first")
     if not TRL.exists():
         sys.exit(f"error: {TRL} is missing: `make trl` makes it")
+    folders = {seed: options.folder.resolve() / f"seed{seed}" for seed in options.seeds}
+    for seed, folder in folders.items():
+        make_start(options.folder.resolve() / "model", folder, seed)
     result = {"machine": machine(2), "target": options.target, "seeds": {}}
     for seed, folder in folders.items():
         curves = {"coati": curve_of_coati(folder, options.iterations, seed)}
