@@ -12,11 +12,13 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contest import RESULTS
+from benchmarks.time_to_reward import Curve, reached
 
 matplotlib.use("svg")
 from matplotlib import pyplot
 
 DOCS = RESULTS.parents[1] / "docs"
+MILESTONES = (0.75, 0.8)  # shares of held-out sums: where the curves still rise, and what the project asks for
 # what the project asks of itself: the case, whose rate over whose, at least
 TARGETS = [
     ("generation", "fixed-32-64", "", 1.8),
@@ -118,14 +120,19 @@ def real_targets(result: dict) -> str:
 
 
 def time_to_reward(result: dict) -> str:
-    lines = [f"| seed | contender | seconds to {result['target']:.0%} | right sums after so many seconds |"]
-    lines.append("|---|---|---|---|")
+    lines = [f"| seed | contender | {' | '.join(f'seconds to {share:.0%}' for share in MILESTONES)} | right sums |"]
+    lines.append("|" + "---|" * (3 + len(MILESTONES)))
     for seed, found in result["seeds"].items():
         for name, curve in found["curves"].items():
-            seconds = found["seconds"][name]
+            seconds = " | ".join(seconds_to(share, curve) for share in MILESTONES)
             told = ", ".join(f"{share:.1%} ({at:.0f})" for at, share in curve)
-            lines.append(f"| {seed} | {name} | {'not reached' if seconds is None else f'{seconds:.0f}'} | {told} |")
+            lines.append(f"| {seed} | {name} | {seconds} | {told} |")
     return "\n".join(lines)
+
+
+def seconds_to(share: float, curve: Curve) -> str:
+    seconds = reached(curve, share)
+    return f"not in {curve[-1][0]:.0f}" if seconds is None else f"{seconds:.0f}"
 
 
 def memory(result: dict) -> str:

@@ -161,11 +161,10 @@ def test_the_real_model_is_compared_with_its_quickest_peer():
 
 
 def test_a_target_that_was_not_reached_is_said():
-    curves = {"coati": [[0.0, 0.25], [20.0, 0.75]], "TRL": [[0.0, 0.25], [60.0, 0.5]]}
-    result = {"target": 0.7, "seeds": {"0": {"seconds": {"coati": 20.0, "TRL": None}, "curves": curves}}}
-    assert report.time_to_reward(result).splitlines()[2:] == [
-        "| 0 | coati | 20 | 25.0% (0), 75.0% (20) |",
-        "| 0 | TRL | not reached | 25.0% (0), 50.0% (60) |",
+    curves = {"coati": [[0.0, 0.25], [20.0, 0.75], [40.0, 0.5], [60.0, 0.85]], "TRL": [[0.0, 0.25], [60.0, 0.5]]}
+    assert report.time_to_reward({"seeds": {"0": {"curves": curves}}}).splitlines()[2:] == [
+        "| 0 | coati | 20 | 60 | 25.0% (0), 75.0% (20), 50.0% (40), 85.0% (60) |",
+        "| 0 | TRL | not in 60 | not in 60 | 25.0% (0), 50.0% (60) |",
     ]
 
 

@@ -18,7 +18,8 @@ from colossal_eval.benchmarks.question import Question
 from colossal_llama.pretraining.stage_plan import parse_stages
 from colossal_llama.pretraining.stage_settings import PretrainConfig
 from examples.smollm2 import calculator, check, chinese, evaluate, rewards, tasks
-from examples.smollm2.results import gains, of_metrics, of_summary
+from examples.smollm2 import results as tables
+from examples.smollm2.results import measured, of_metrics, of_summary, table_of
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -299,11 +300,7 @@ def test_stages_on_sums_start_from_sft_and_finished_ones_are_left_alone(trained,
         "other wording, without +",
     }
     metrics, run = (stages_file(tmp_path / "seed0" / "grpo", name) for name in ("metrics.jsonl", "run.json"))
-    assert of_metrics("grpo", metrics, run[0])[0] == (
-        "right sums, sampled",
-        "25.0% (4.6% to 69.9%)",
-        "75.0% (30.1% to 95.4%)",
-    )
+    assert of_metrics("grpo", metrics, run[0])[0] == ("right sums, sampled", [1, 4], [3, 4])
 
 
 def test_stages_of_all_weights_have_no_adapters_and_start_where_the_others_do(trained, tmp_path, tiny_world):
@@ -320,8 +317,8 @@ def test_a_student_learns_from_the_model_of_sft(trained, tmp_path):
     folder = tmp_path / "seed0" / "distill"
     told = {name: (before, after) for name, before, after in of_summary(folder)}
     before, after = told["trained wording"]
-    assert before == "" and after.startswith("0.0% (0.0% to ")  # nothing to measure before, right sums after
-    assert gains([folder, folder]) == []
+    assert before is None and after == [0, 4]  # nothing to measure before, right sums after
+    assert "gained" not in table_of({"distill, 0": measured(folder), "distill, 1": measured(folder)})
 
 
 def test_the_student_has_about_30_million_weights():
@@ -355,7 +352,7 @@ def test_lists_are_reversed_to_the_letter(trained, tmp_path, monkeypatch):
     metrics, [run] = (
         stages_file(tmp_path / "seed0" / "grpo_reversals", name) for name in ("metrics.jsonl", "run.json")
     )
-    assert ("the task's own score, sampled", "0.25", "0.75") in of_metrics("grpo_reversals", metrics, run)
+    assert ("the task's own score, sampled", 0.25, 0.75) in of_metrics("grpo_reversals", metrics, run)
     assert len(set(map(str, rows(files["reversals"]) + rows(files["reversals_eval"])))) == 8
 
 
@@ -364,17 +361,48 @@ def stages_file(folder: Path, name: str) -> list[dict]:
     return rows(folder / name) if name.endswith("l") else [json.loads(text)]
 
 
-def test_the_gains_of_several_seeds_are_told_with_their_interval(tmp_path):
-    folders = [tmp_path / seed / "grpo" for seed in ("seed0", "seed1")]
-    for folder, after in zip(folders, (60, 80), strict=True):
-        folder.mkdir(parents=True)
-        checked = {"before": {"sums": [50, 100], "samples": ["a"]}, "after": {"sums": [after, 100], "samples": ["b"]}}
-        (folder / "summary.json").write_text(json.dumps(checked))
+def finished(after: int, minutes: float) -> dict:
+    figures = [["sums", [50, 100], [after, 100]], ["tokens", 6.25, 7.0004], ["of all", None, [50, 100]]]
+    return {"minutes": minutes, "figures": figures, "samples": [[f"before {after}", f"after {after}"]]}
+
+
+def test_the_gains_of_several_seeds_are_told_with_their_interval():
     half = 12.71 * 10  # Student's for two values: 10 and 30 points are 10 from their mean, and so is its standard error
-    assert gains(folders) == [
-        f"| grpo, 2 seeds |  | sums: gained, points |  | +20.0 ({20 - half:+.1f} to {20 + half:+.1f}) |"
+    assert table_of({"grpo, 1": finished(80, 8.5), "grpo, 0": finished(60, 7.0)}).splitlines()[2:] == [
+        "| grpo, 0 | 7.0 | sums | 50.0% (40.4% to 59.6%) | 60.0% (50.2% to 69.1%) |",
+        "|  |  | tokens | 6.25 | 7 |",
+        "|  |  | of all |  | 50.0% (40.4% to 59.6%) |",
+        "| grpo, 1 | 8.5 | sums | 50.0% (40.4% to 59.6%) | 80.0% (71.1% to 86.7%) |",
+        "|  |  | tokens | 6.25 | 7 |",
+        "|  |  | of all |  | 50.0% (40.4% to 59.6%) |",
+        f"| grpo, 2 seeds |  | sums: gained, points |  | +20.0 ({20 - half:+.1f} to {20 + half:+.1f}) |",
     ]
-    assert gains(folders[:1]) == []
+    assert "gained" not in table_of({"grpo, 0": finished(60, 7.0)})
+
+
+def test_what_other_machines_have_measured_stays_in_the_page(trained, tmp_path, monkeypatch):
+    recorded, page = tmp_path / "figures.json", tmp_path / "docs" / "results.md"
+    recorded.write_text(json.dumps({"grpo, 0": finished(60, 7.0), "rloo, 2": finished(80, 8.5)}))
+    page.parent.mkdir()
+    page.write_text("<!-- figures -->\n<!-- end of figures -->\n<!-- samples -->\n<!-- end of samples -->\n")
+    monkeypatch.setattr(tables, "RECORDED", recorded)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    trained("grpo")
+    tables.summarize(tmp_path)
+    assert "rloo" in recorded.read_text() and "grpo, 0" not in page.read_text()  # it wasn't asked for
+    tables.summarize(tmp_path, write_docs=True)
+    written = json.loads(recorded.read_text())
+    assert list(written) == ["grpo, 0", "rloo, 2", "sft, 0"] and written["rloo, 2"] == finished(80, 8.5)
+    assert written["grpo, 0"]["figures"][0] == ["right sums, sampled", [1, 4], [3, 4]]  # measured again
+    text = page.read_text()
+    assert "| rloo, 2 | 8.5 | sums | 50.0% (40.4% to 59.6%) | 80.0% (71.1% to 86.7%) |" in text
+    assert '- before: "before 80"\n  after: "after 80"' in text and "before 60" not in text
+
+
+def test_the_page_has_the_recorded_figures():
+    text = (ROOT / "docs" / "results.md").read_text()
+    recorded = json.loads(tables.RECORDED.read_text())
+    assert table_of(recorded) in text and tables.quoted(recorded) in text
 
 
 def test_stages_on_pairs_are_measured_beside_the_likelihood(trained, tmp_path):

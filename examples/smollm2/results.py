@@ -10,6 +10,7 @@ from examples.drawing import figure
 from examples.smollm2.check import Share
 from examples.stages import ROOT, fill_figures
 
+RECORDED = Path(__file__).resolve().parent / "figures.json"  # of finished stages, also of other machines
 SAMPLED = dict.fromkeys(("grpo", "grpo_full", "rloo", "ppo"), "right sums") | {"grpo_constraints": "constraints met"}
 OTHERS = {"eval/loss": "held-out loss", "eval/margin": "held-out margin", "response_length": "response length, tokens"}
 OTHERS |= {"eval/divergence": "divergence from the teacher, nats per token"}
@@ -21,92 +22,112 @@ WATCHED = {  # of PPO on the reward model, on held-out prompts
     "eval/reward/distinct": "share of distinct words",
 }
 
+Value = float | list[float] | None  # a list is a share: [count, n]
+Figure = tuple[str, Value, Value]  # its name, before, after
+
 
 def summarize(output: Path, *, write_docs: bool = False):
-    """Writes figures.md and samples.md, of all stages that have finished; into docs/results.md if asked for."""
+    """Writes figures.md, of all stages that have finished.
+
+    Args:
+        write_docs: also put them into docs/results.md, beside those that RECORDED has from other machines.
+    """
     folders = [path.parent for path in sorted(output.glob("seed*/*/summary.json"))]
-    lines = ["| stage, seed | minutes | figure | before | after |", "|---|---|---|---|---|"]
-    for folder in sorted(folders, key=lambda folder: (folder.name, folder.parent.name)):
-        lines += rows(folder)
-    for name in sorted({folder.name for folder in folders}):
-        lines += gains([folder for folder in folders if folder.name == name])
-    table, samples = "\n".join(lines), "\n".join(line for folder in folders for line in quoted(folder))
+    found = {f"{folder.name}, {read_run(folder)['settings']['seed']}": measured(folder) for folder in folders}
+    table = table_of(found)
     (output / "figures.md").write_text(table + "\n")
-    (output / "samples.md").write_text(samples + "\n")
     print(table)
-    watched = [folder for folder in folders if folder.name == "ppo_hh"]
     if write_docs:
-        fill_figures(ROOT / "docs" / "results.md", table)
-        fill_figures(ROOT / "docs" / "results.md", samples, "samples")
+        found = json.loads(RECORDED.read_text()) | found
+        RECORDED.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+        page = ROOT / "docs" / "results.md"
+        fill_figures(page, table_of(found))
+        fill_figures(page, quoted(found), "samples")
+        watched = [folder for folder in folders if folder.name == "ppo_hh"]
         if watched:
-            fill_figures(ROOT / "docs" / "results.md", over_optimization(watched[0]), "over-optimization")
+            fill_figures(page, over_optimization(watched[0]), "over-optimization")
             (ROOT / "docs" / "over-optimization.svg").write_text(drawn(watched))
 
 
-def rows(folder: Path) -> list[str]:
-    """A line for each figure of a stage; the first has its name and minutes."""
+def measured(folder: Path) -> dict:
+    """What is told of a finished stage: minutes of training, figures and samples before and after it."""
     metrics, run = read_metrics(folder), read_run(folder)
-    minutes = (metrics[-1]["time"] - run["start"]) / 60
     figures = [*of_metrics(folder.name, metrics, run), *of_summary(folder)]
     if folder.name == "ppo_hh":
         figures.append(("responses that say nothing", *empty_responses(folder)))
-    names = [f"{folder.name}, {run['settings']['seed']} | {minutes:.1f}"] + [" | "] * (len(figures) - 1)
-    return [f"| {name} | {' | '.join(figure)} |" for name, figure in zip(names, figures, strict=True)]
+    minutes = (metrics[-1]["time"] - run["start"]) / 60
+    return {"minutes": round(minutes, 1), "figures": figures, "samples": samples_of(folder)}
 
 
-def gains(folders: list[Path]) -> list[str]:
+def table_of(found: dict[str, dict]) -> str:
+    """A line for each figure of a stage, the first with its name and minutes; then what several seeds gained."""
+    lines = ["| stage, seed | minutes | figure | before | after |", "|---|---|---|---|---|"]
+    seeds: dict[str, list[dict]] = {}
+    for name, stage in sorted(found.items()):
+        seeds.setdefault(name.partition(",")[0], []).append(stage)
+        first = f"{name} | {stage['minutes']}"
+        for title, before, after in stage["figures"]:
+            lines.append(f"| {first} | {title} | {told(before)} | {told(after)} |")
+            first = " | "
+    for name, of_seeds in seeds.items():
+        lines += gains(name, of_seeds)
+    return "\n".join(lines)
+
+
+def gains(name: str, of_seeds: list[dict]) -> list[str]:
     """For a stage that several seeds have run, by how many points each share grew: the mean with Student's interval."""
-    if len(folders) < 2:
+    if len(of_seeds) < 2:
         return []
-    found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    lines = []
-    for name, value in found[0]["after"].items():
-        if name in found[0]["before"] and name != "samples" and len(value) == 2:
-            shares = [[summary[when][name] for when in ("before", "after")] for summary in found]
-            grown = interval([after[0] / after[1] - before[0] / before[1] for before, after in shares])
-            lines.append(f"| {folders[0].name}, {len(folders)} seeds |  | {name}: gained, points |  | {grown} |")
-    return lines
+    grown: dict[str, list[float]] = {}
+    for stage in of_seeds:
+        for title, before, after in stage["figures"]:
+            if isinstance(before, list) and isinstance(after, list):
+                grown.setdefault(title, []).append(after[0] / after[1] - before[0] / before[1])
+    first = f"| {name}, {len(of_seeds)} seeds |  |"
+    return [f"{first} {title}: gained, points |  | {interval(points)} |" for title, points in grown.items()]
 
 
-def of_metrics(name: str, metrics: list[dict], run: dict) -> list[tuple[str, str, str]]:
-    """Figures that the run has logged: title, first and last."""
-    found = []
+def of_metrics(name: str, metrics: list[dict], run: dict) -> list[Figure]:
+    """Figures that the run has logged, first and last."""
+    found: list[Figure] = []
     if name in SAMPLED:
         [path] = run["settings"]["data"]["eval_data"]
         n = len(Path(path).read_text(encoding="utf-8").splitlines())
-        shares = [str(Share(row["eval/reward"] * n, n)) for row in metrics if "eval/reward" in row]
+        shares = [[row["eval/reward"] * n, n] for row in metrics if "eval/reward" in row]
         found.append((f"{SAMPLED[name]}, sampled", shares[0], shares[-1]))
-    accuracies = [
-        f"{row['eval/accuracy']:.1%} ({row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
-        for row in metrics
-        if "eval/accuracy_low" in row
-    ]
-    if accuracies:
-        found.append(("held-out accuracy", accuracies[0], accuracies[-1]))
+    pairs = [row for row in metrics if "eval/pairs" in row]
+    if pairs:
+        shares = [[row["eval/accuracy"] * row["eval/pairs"], row["eval/pairs"]] for row in (pairs[0], pairs[-1])]
+        found.append(("held-out accuracy", *shares))
     # a task's scorer may pay for parts: its mean is no share of prompts
     others = OTHERS | ({"eval/reward": "the task's own score, sampled"} if name == "grpo_reversals" else {})
     for metric, title in others.items():
         values = [row[metric] for row in metrics if metric in row]
         if values:
-            found.append((title, f"{round(values[0], 3):g}", f"{round(values[-1], 3):g}"))
+            found.append((title, values[0], values[-1]))
     return found
 
 
-def empty_responses(folder: Path) -> list[str]:
+def empty_responses(folder: Path) -> list[list[float]]:
     """Their shares among the samples of the first and the last evaluation."""
     logged = read_samples(folder)
     shares = []
     for step in (logged[0]["step"], logged[-1]["step"]):
         responses = [row["response"] for row in logged if row["step"] == step]
-        shares.append(str(Share(sum(not text.strip() for text in responses), len(responses))))
+        shares.append([sum(not text.strip() for text in responses), len(responses)])
     return shares
 
 
-def of_summary(folder: Path) -> list[tuple[str, str, str]]:
+def of_summary(folder: Path) -> list[Figure]:
     """Figures that check.py has measured."""
     summary = json.loads((folder / "summary.json").read_text())
     names = [name for name in summary["before"] | summary["after"] if name != "samples"]
-    return [(name, *(told(summary[when].get(name)) for when in ("before", "after"))) for name in names]
+    return [(name, *(value_of(summary[when].get(name)) for when in ("before", "after"))) for name in names]
+
+
+def value_of(checked: list[float] | None) -> Value:
+    """A share stays [count, n]; what else was measured is a list of one number."""
+    return checked[0] if checked is not None and len(checked) == 1 else checked
 
 
 def watched_over_kl(folder: Path) -> list[tuple[float, dict[str, float]]]:
@@ -138,10 +159,10 @@ def drawn(folders: list[Path]) -> str:
     return figure(charts, [folder.parent.name for folder in folders], "over the KL, nats per response", columns=2)
 
 
-def told(value: list | None) -> str:
-    if value is None:
-        return ""
-    return str(Share(*value)) if len(value) == 2 else f"{value[0]:.2f}"
+def told(value: Value) -> str:
+    if isinstance(value, list):
+        return str(Share(*value))
+    return "" if value is None else f"{round(value, 3):g}"
 
 
 def shown(prompt: str) -> str:
@@ -149,18 +170,29 @@ def shown(prompt: str) -> str:
     return prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
 
 
-def quoted(folder: Path) -> list[str]:
-    """Greedy responses before and after, as a list; to HH-RLHF one, for many of its prompts are offensive."""
+def samples_of(folder: Path) -> list[list[str]]:
+    """Greedy responses before and after; to HH-RLHF one, for many of its prompts are offensive."""
     if folder.name == "ppo_hh":
         logged = read_samples(folder)
         first, last = (
-            [f"{shown(row['prompt'])} -> {row['response']}" for row in logged if row["step"] == step][:1]
+            next(f"{shown(row['prompt'])} -> {row['response']}" for row in logged if row["step"] == step)
             for step in (logged[0]["step"], logged[-1]["step"])
         )
-        pairs = zip(first, last, strict=True)
-    else:
-        summary = json.loads((folder / "summary.json").read_text())
-        before, after = (summary[when].get("samples", []) for when in ("before", "after"))
-        pairs = zip(before, after, strict=False)  # a model with random weights has none before
-    lines = [f"- before: {json.dumps(before)}\n  after: {json.dumps(after)}" for before, after in pairs]
-    return [f"{folder.name}, {folder.parent.name}:\n", *lines, ""] if lines else []
+        return [[first, last]]
+    summary = json.loads((folder / "summary.json").read_text())
+    before, after = (summary[when].get("samples", []) for when in ("before", "after"))
+    # a model with random weights has none before
+    return [list(pair) for pair in zip(before, after, strict=False)]
+
+
+def quoted(found: dict[str, dict]) -> str:
+    """Each stage's samples of its first seed, as lists."""
+    lines, stages = [], set()
+    for name, stage in sorted(found.items()):
+        of_stage = name.partition(",")[0]
+        if stage["samples"] and of_stage not in stages:
+            lines += [f"{name}:", ""]
+            lines += [f"- before: {json.dumps(one)}\n  after: {json.dumps(other)}" for one, other in stage["samples"]]
+            lines.append("")
+            stages.add(of_stage)
+    return "\n".join(lines)
