@@ -52,7 +52,7 @@ def prepare_coati(settings: dict):
         for turn, new in enumerate(new_tokens(turns).tolist()):
             engine = RolloutEngine(actor, config, eos_ids=[], stop=ends)
             completions = engine.generate(requests)
-            read += engine.prompt_tokens
+            read += engine.reader.prompt_tokens
             requests = [
                 Request([*request.prompt, *done.ids, *new[i]], [i, turn + 1], states=done.states, keep_states=keeps)
                 for i, (request, done) in enumerate(zip(requests, completions, strict=True))

@@ -87,12 +87,16 @@ def ends(responses: list[list[int]]) -> list[bool]:
 def prepare(settings: dict):
     from coati.models import Actor
     from coati.rollout import FollowUps, GenerationConfig, RolloutEngine
+    from coati.rollout.engine.batch import ContinuousBatch
     from coati.rollout.generator import in_rounds
 
-    class Watched(RolloutEngine):
+    class WatchedBatch(ContinuousBatch):
         def step(self):
             rows_by_time.append((time.perf_counter() - started, len(self.rows)))
             super().step()
+
+    class Watched(RolloutEngine):
+        batch_class = WatchedBatch
 
     actor = Actor(make_model(settings))
     started, rows_by_time = 0.0, []

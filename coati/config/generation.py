@@ -24,8 +24,8 @@ class GenerationConfig(Settings):
     stop: ListOf[str] = option((), "texts that end a response, beside EOS")
     compile_generation: bool = option(
         False,
-        "torch.compile the decoding step: a minute at the start (on a CPU with g++ only), then small models are 1.3 times "
-        "as fast; larger ones, with layers of 100,000 weights, are slower on a CPU",
+        "torch.compile the decoding step: a minute at the start (on a CPU with g++ only), then small models are 1.3 "
+        "times as fast; larger ones, with layers of 100,000 weights, are slower on a CPU",
     )
     num_beams: int = option(1, "beam search with that many beams instead of sampling", ge=1)
     generation_batch_size: int = option(64, "responses generated together on one process", ge=1)

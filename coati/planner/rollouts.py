@@ -15,7 +15,8 @@ from coati.planner.engine import PlannedEngine, give_shapes
 from coati.planner.live import LiveMemory
 from coati.rewards import Reward
 from coati.rollout import Completion, FollowUps, GenerationConfig, Prompt, Request, RolloutEngine, has_kv_cache
-from coati.rollout.engine.engine import KEPT_SHARE
+from coati.rollout.engine.batch import ContinuousBatch
+from coati.rollout.engine.reader import KEPT_SHARE, PromptReader
 from coati.rollout.generator import OnDone, notify_done
 from coati.rollout.sampler import OnSample, Sampled
 from coati.rollout.vllm import vllm_memory
@@ -83,55 +84,40 @@ class PlannedGenerator:
                 return
             rows = [request for request in requests for _ in range(sampling.num_beams)][: self.batch_size + 1]
             plain = replace(sampling, num_beams=1, compile_generation=False)
-            engine = FirstAndLastToken(model, plain, eos_ids=[self.eos_id], slots=self.batch_size)
-            item = (self.engine.name, "KV cache")
-            engine.hold, engine.kept_tokens = lambda tensors: self.live.hold(tensors, item), kept
-            engine.make = lambda nbytes: self.live.make(nbytes, item)
+            engine = FirstAndLastToken(
+                model,
+                plain,
+                eos_ids=[self.eos_id],
+                slots=self.batch_size,
+                live=self.live,
+                item=(self.engine.name, "KV cache"),
+                kept_tokens=kept,
+            )
             engine.generate(rows)
 
 
-class FirstAndLastToken(RolloutEngine):
-    """Goes from the first token of each row to its last one. It draws token 0.
+class PlannedPromptReader(PromptReader):
+    def __init__(self, model, most_rows: int, most_tokens: int, hold: Callable[[Any], None]):
+        super().__init__(model, most_rows, most_tokens)
+        self.hold = hold
 
-    Attributes:
-        kept_tokens: of each row that waits for an environment. As many wait as there are slots, and as many of them as
-            are read together are copied.
-    """
-
-    kept_tokens = 0
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.draw_from = self.sampler
-        self.sampler = self.draw_zeros
-        self.slots_held = False
-
-    def draw_zeros(self, logits, keys, counts, seen=None):
-        self.draw_from(logits, keys, counts, seen)
-        return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
-
-    def gains_from_packing(self, rows):
-        return False  # which is for CPUs, and models here have no weights to copy
-
-    def run(self, rows, longest, most):
-        self.slots_held, self.waiting_rows = False, None
-        super().run(rows, longest, most)
-        self.waiting_rows = None
-
-    def prefill_batch(self, *arguments, **options):
-        cache, logits = super().prefill_batch(*arguments, **options)
-        self.hold([x for layer in cache.layers for x in (layer.keys, layer.values)])
+    def read_batch(self, *arguments, **options):
+        cache, logits = super().read_batch(*arguments, **options)
+        self.hold(cache)
         return cache, logits
+
+
+class PlannedBatch(ContinuousBatch):
+    """Of a `FirstAndLastToken`."""
+
+    slots_held, waiting_rows = False, None
 
     def start_rows(self, new, slots):
         if not self.slots_held:
             self.slots_held = True
-            tensors = [x for layer in self.state.cache.layers for x in (layer.keys, layer.values)]
-            self.hold(tensors)
-            if self.kept_tokens:
-                tokens = self.state.cache.slots * self.kept_tokens
-                per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in tensors)
-                self.waiting_rows = self.make(per_token * (tokens + min(tokens, KEPT_SHARE * self.prefill_tokens)))
+            self.engine.hold(self.state.cache)
+            if self.engine.kept_tokens:
+                self.waiting_rows = self.engine.make_waiting_rows(self.state.cache)
         super().start_rows(new, slots)
 
     def step(self):
@@ -144,6 +130,44 @@ class FirstAndLastToken(RolloutEngine):
         self.state.cache.lengths[:count] += skipped
         self.state.drawn[:count] += skipped
         super().step()
+
+
+class FirstAndLastToken(RolloutEngine):
+    """Goes from the first token of each row to its last one. It draws token 0.
+
+    Args:
+        live, item: what keys and values are told to, and as what.
+        kept_tokens: of each row that waits for an environment. As many wait as there are slots, and as many of them as
+            are read together are copied.
+        **options: of `RolloutEngine`.
+    """
+
+    batch_class = PlannedBatch
+
+    def __init__(self, *arguments, live: LiveMemory, item: tuple[str, str], kept_tokens: int, **options):
+        super().__init__(*arguments, **options)
+        self.live, self.item, self.kept_tokens = live, item, kept_tokens
+        self.reader = PlannedPromptReader(self.model, self.slots, self.reader.most_tokens, self.hold)
+        self.draw_from = self.sampler
+        self.sampler = self.draw_zeros
+
+    def draw_zeros(self, logits, keys, counts, seen=None):
+        self.draw_from(logits, keys, counts, seen)
+        return torch.zeros(len(logits), dtype=torch.long), torch.zeros(len(logits))
+
+    def gains_from_packing(self, steps):
+        return False  # which is for CPUs, and models here have no weights to copy
+
+    def hold(self, cache):
+        self.live.hold([x for layer in cache.layers for x in (layer.keys, layer.values)], self.item)
+
+    def make_waiting_rows(self, cache):
+        """What is kept of rows that wait, and copied of those that come back."""
+        tokens = cache.slots * self.kept_tokens
+        copied = min(tokens, KEPT_SHARE * self.reader.most_tokens)
+        states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in states)
+        return self.live.make(per_token * (tokens + copied), self.item)
 
 
 class PlannedEpisodes:

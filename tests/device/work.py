@@ -162,19 +162,21 @@ def waits_of_responses(layers: int, rows: int, sampling: str) -> dict:
     """What the host waits for in the steps of coati's engine, by place, and how many steps there were."""
     from coati.config.generation import GenerationConfig
     from coati.rollout.engine import RolloutEngine
+    from coati.rollout.engine.batch import ContinuousBatch
     from coati.rollout.generator import Request
 
     config = GenerationConfig(max_new_tokens=16, **SAMPLING[sampling])
     engine = RolloutEngine(tiny_actor(layers).to(strict.DEVICE), config, eos_ids=[1], slots=rows)
-    waits, steps, step = Counter(), [], engine.step
+    waits, steps = Counter(), []
 
-    def counted():
-        with device.counting() as found:
-            step()
-        waits.update(found)
-        steps.append(len(engine.rows))
+    class Counted(ContinuousBatch):
+        def step(self):
+            with device.counting() as found:
+                super().step()
+            waits.update(found)
+            steps.append(len(self.rows))
 
-    engine.step = counted
+    engine.batch_class = Counted
     done = engine.generate([Request([3 + i, 4, *range(5, 5 + i % 4)], seed=i) for i in range(rows)])
     return {"waits": waits, "steps": len(steps), "tokens": [completion.ids for completion in done]}
 

@@ -40,8 +40,8 @@ def complete(actor, requests, *, graphs=True, slots=64, **options):
     engine = RolloutEngine(actor, config, eos_ids=[EOS], slots=slots, cuda_graphs=graphs)
     capture, captured = StepGraphs._capture, [0]
 
-    def count(self, shape):
-        capture(self, shape)
+    def count(self, step, shape):
+        capture(self, step, shape)
         captured.append(len(self.graphs))
 
     with mock.patch.object(StepGraphs, "_capture", count):

@@ -18,11 +18,13 @@ from coati import rollout
 from coati.errors import UserError
 from coati.models import Actor
 from coati.rollout import FollowUps, GenerationConfig, Request, RolloutEngine
+from coati.rollout.engine.batch import ContinuousBatch
 from coati.rollout.engine.cache import SlotCache
-from coati.rollout.engine.engine import FEWEST_PACKED, KEPT_SHARE
+from coati.rollout.engine.engine import FEWEST_PACKED
 from coati.rollout.engine.graphs import StepGraphs
 from coati.rollout.engine.live import HEADS, LiveRequest
 from coati.rollout.engine.packed_weights import SMALLEST, _packed, packed_weights
+from coati.rollout.engine.reader import KEPT_SHARE
 from coati.rollout.engine.sampling import BLOCK, Sampler, draw, key_of
 from tests.models.families import padded, tiny_config
 from tests.rollout.batches import batch_of
@@ -53,6 +55,19 @@ def some_prompts(count, longest=12, seed=0):
 def complete(actor, requests, slots=256, eos_ids=(EOS,), stop=None, **options):
     config = GenerationConfig(**{"max_new_tokens": 20, **options})
     return RolloutEngine(actor, config, eos_ids=list(eos_ids), slots=slots, stop=stop).generate(requests)
+
+
+def watch_batches(engine) -> list[ContinuousBatch]:
+    """Those that it begins from now on."""
+    begun = []
+
+    class Watched(ContinuousBatch):
+        def __init__(self, *arguments, **options):
+            begun.append(self)
+            super().__init__(*arguments, **options)
+
+    engine.batch_class = Watched
+    return begun
 
 
 def transformers_own(actor, prompts, **options):
@@ -109,9 +124,9 @@ def as_on_a_gpu(monkeypatch):
     captured = []
 
     class Graph:
-        def __init__(self, graphs, shape):
+        def __init__(self, step, shape):
             captured.append(shape)
-            self.replay = lambda: graphs.step(*shape)
+            self.replay = lambda: step(*shape)
 
     start = RolloutEngine.__init__
 
@@ -120,7 +135,7 @@ def as_on_a_gpu(monkeypatch):
         engine.cuda_graphs, engine.steps_behind = True, 1
 
     monkeypatch.setattr(RolloutEngine, "__init__", started)
-    capture = lambda graphs, shape: graphs.graphs.update({shape: Graph(graphs, shape)})  # noqa: E731
+    capture = lambda graphs, step, shape: graphs.graphs.update({shape: Graph(step, shape)})  # noqa: E731
     monkeypatch.setattr(StepGraphs, "_capture", capture)
     return captured
 
@@ -151,7 +166,7 @@ def test_a_common_beginning_is_read_once(actors):
         found = engine.generate([Request(p) for p in prompts])
         options = dict(max_new_tokens=8)
         assert [c.ids for c in found] == [transformers_own(actor, [p], **options)[0] for p in prompts], family
-        assert engine.prompt_tokens == 30 + sum(len(p) - 30 for p in {tuple(p) for p in prompts})
+        assert engine.reader.prompt_tokens == 30 + sum(len(p) - 30 for p in {tuple(p) for p in prompts})
 
 
 @given(st.data())
@@ -397,12 +412,12 @@ def test_a_response_is_reported_when_it_has_ended(actors):
     actor, prompts = actors("llama"), some_prompts(40)
     requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
     engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=20), eos_ids=[EOS, 7, 9], slots=7)
-    seen, under_way = {}, []
+    batches, seen, under_way = watch_batches(engine), {}, []
 
     def report(index, completion):
         assert index not in seen and completion.finish_reason
         seen[index] = list(completion.ids)
-        under_way.append(sum(not row.completion.finish_reason for row in engine.rows))
+        under_way.append(sum(not row.completion.finish_reason for row in batches[0].rows))
 
     found = engine.generate(requests, report)
     assert [seen[i] for i in range(40)] == [c.ids for c in found] and max(under_way) > 1
@@ -424,7 +439,7 @@ def turns_of(actor, keeps: bool, slots: int, turns: int = 4, **options):
         engine = RolloutEngine(actor, config, eos_ids=[EOS, 7, 9], slots=slots)
         completions = engine.generate(requests)
         found.append(completions)
-        read.append(engine.prompt_tokens)
+        read.append(engine.reader.prompt_tokens)
         requests = [
             Request(
                 [*request.prompt, *completion.ids, *more.pop()],
@@ -475,7 +490,7 @@ def test_no_token_of_an_episode_is_read_twice(actors):
     for turn in range(8):
         engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=8), eos_ids=everything)
         [completion] = engine.generate([Request(tokens, turn, states=states, keep_states=True)])
-        tokens, states, read = tokens + completion.ids + new, completion.states, read + engine.prompt_tokens
+        tokens, states, read = tokens + completion.ids + new, completion.states, read + engine.reader.prompt_tokens
     given = 8 * len(new)
     assert given <= read <= given + 7  # each response's last token is read with what follows it
 
@@ -488,7 +503,7 @@ class Talk:
     """
 
     def __init__(self, engine, keeps: bool = True, turns: int = 4, wait=lambda: None):
-        self.engine, self.keeps, self.turns, self.wait = engine, keeps, turns, wait
+        self.batches, self.keeps, self.turns, self.wait = watch_batches(engine), keeps, turns, wait
         self.asked, self.ended, self.most_kept = [], {}, 0
         new = some_prompts(turns * 30, longest=9, seed=3)
         self.new = {(i, turn): new.pop() for turn in range(1, turns) for i in range(30)}
@@ -497,12 +512,13 @@ class Talk:
 
     def hear(self, i, completion):
         self.completions[tuple(self.requests[i].seed)] = completion
-        self.ended[i] = self.engine.steps
-        self.most_kept = max(self.most_kept, self.engine.kept)
+        [batch] = self.batches
+        self.ended[i] = batch.steps
+        self.most_kept = max(self.most_kept, batch.kept)
 
     def next(self, i):
         self.wait()
-        self.asked.append((i, self.engine.steps))
+        self.asked.append((i, self.batches[0].steps))
         request, completion = self.requests[i], self.completions[tuple(self.requests[i].seed)]
         place, turn = request.seed
         states, completion.states = completion.states, None
@@ -520,7 +536,7 @@ def talk(actor, slots: int = 7, steps: int = 2, prefill_tokens: int = 8192, **op
     found = Talk(engine, **options)
     completions = engine.generate(found.requests[:], found.hear, FollowUps(found.next, 150, steps))
     assert [c.ids for c in completions] == [found.completions[tuple(r.seed)].ids for r in found.requests]
-    assert engine.kept == 0 and engine.prompt_tokens == found.new_tokens
+    assert found.batches[0].kept == 0 and engine.reader.prompt_tokens == found.new_tokens
     return found
 
 

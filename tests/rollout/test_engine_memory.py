@@ -8,30 +8,22 @@ import torch
 
 from coati.models import Actor
 from coati.rollout import GenerationConfig, Request, RolloutEngine
-from coati.rollout.engine import engine as module
+from coati.rollout.engine.batch import ContinuousBatch
 from tests.models.families import tiny_config
 
 
 @pytest.mark.parametrize("slots", [1, 8])
-def test_keys_and_values_go_with_the_call(slots, monkeypatch):
-    held = []
-    place = module._Slots.__init__
+def test_keys_and_values_go_with_the_call(slots):
+    seen = []
 
-    def recording(state, *arguments):
-        place(state, *arguments)
-        held.append(state.cache)
+    class Remembering(ContinuousBatch):
+        def decode(self, rows, width):
+            super().decode(rows, width)
+            seen.extend(weakref.ref(layer.keys.untyped_storage()) for layer in self.state.cache.layers)
 
-    monkeypatch.setattr(module._Slots, "__init__", recording)
     actor = Actor(config=tiny_config("llama")).eval()
     engine = RolloutEngine(actor, GenerationConfig(max_new_tokens=3), eos_ids=[2], slots=slots)
-    seen = []
-    decode = engine.decode
-
-    def remembering(rows, width):
-        decode(rows, width)
-        seen.extend(weakref.ref(layer.keys.untyped_storage()) for layer in held[0].layers)
-
-    engine.decode = remembering
+    engine.batch_class = Remembering
     gc.disable()
     try:
         with torch.no_grad():

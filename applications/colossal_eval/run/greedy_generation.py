@@ -25,8 +25,8 @@ def respond(
         stopped = stop_at(tokenizer, stop) if stop else None
         engine = RolloutEngine(scorer.actor, config, eos_ids=ends, stop=stopped, slots=len(requests))
         completions = engine.generate(requests)
-        scorer.usage.read += engine.prompt_tokens
-        scorer.usage.padding += engine.padding_tokens
+        scorer.usage.read += engine.reader.prompt_tokens
+        scorer.usage.padding += engine.reader.padding_tokens
     else:
         completions = complete(scorer.actor, requests, config, eos_ids=ends, tokenizer=tokenizer)
         scorer.usage.read += sum(map(len, prompts))

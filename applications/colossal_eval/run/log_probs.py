@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coati.errors import UserError
-from coati.rollout.engine.engine import common_prefix_length
+from coati.rollout.engine.reader import common_prefix_length
 from coati.rollout.generate import has_kv_cache
 
 CPU_TOKENS = 8192

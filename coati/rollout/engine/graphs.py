@@ -14,32 +14,37 @@ class StepGraphs:
     that needs the host in the middle (routing by data, say) can't be captured and runs step by step.
 
     Args:
-        step: called with a shape's numbers; reads and writes the same tensors at each call.
+        enabled: whether steps may be captured.
     """
 
-    def __init__(self, step: Callable[..., None], enabled: bool):
-        self.step, self.enabled = step, enabled
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self.previous: tuple[int, ...] | None = None
 
-    def run(self, *shape: int):
+    def run(self, step: Callable[..., None], shape: tuple[int, ...]):
+        """One step.
+
+        Args:
+            step: called with a shape's numbers; the same at each call, and reads and writes the same tensors.
+        """
         if shape not in self.graphs:
             if not self.enabled or shape != self.previous:
                 self.previous = shape
-                self.step(*shape)
+                step(*shape)
                 return
-            self._capture(shape)
+            self._capture(step, shape)
         if shape in self.graphs:
             self.graphs[shape].replay()
         else:
-            self.step(*shape)
+            step(*shape)
 
-    def _capture(self, shape: tuple[int, ...]):
+    def _capture(self, step: Callable[..., None], shape: tuple[int, ...]):
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
             with torch.cuda.graph(graph, pool=pool):
-                self.step(*shape)
+                step(*shape)
         except RuntimeError:  # whatever can't be captured says so in its own way
             self.enabled = False
             torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coati.errors import UserError
-from coati.rollout.engine.engine import SHORTEST_PREFIX
+from coati.rollout.engine.reader import SHORTEST_PREFIX
 from colossal_eval.benchmarks.benchmark_settings import TaskOptions
 from colossal_eval.prepare import PrepareConfig, prepare
 from colossal_eval.run.log_probs import BatchLimits, TokenRow, plan_batches
