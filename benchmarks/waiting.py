@@ -39,10 +39,10 @@ class Episodes:
 
     Attributes:
         waited: seconds for which generation stood still; idle: those when another episode could have gone on.
-        engine: whose rows may be in the middle of a response.
+        batches: whose rows may be in the middle of a response.
     """
 
-    def __init__(self, count: int, engine):
+    def __init__(self, count: int, batches: list):
         from coati.rollout import Request
         from coati.rollout.environment import EnvironmentCalls
 
@@ -50,7 +50,7 @@ class Episodes:
         self.new = random.integers(3, 1000, (count, TURNS, NEW)).tolist()
         beginnings = random.integers(3, 1000, (count, BEGINNING)).tolist()
         self.requests = [Request(tokens, [i, 0], keep_states=True) for i, tokens in enumerate(beginnings)]
-        self.calls, self.answers, self.engine = EnvironmentCalls(60.0), {}, engine
+        self.calls, self.answers, self.batches = EnvironmentCalls(60.0), {}, batches
         self.waited = self.idle = 0.0
 
     def hear(self, number: int, completion):
@@ -64,7 +64,7 @@ class Episodes:
         from coati.rollout import Request
 
         started, call = time.perf_counter(), self.answers.pop(number)
-        others = bool(self.engine.rows) or any(answer.future.done() for answer in self.answers.values())
+        others = bool(self.batches[-1].rows) or any(answer.future.done() for answer in self.answers.values())
         completion = self.calls.result(call)
         seconds = time.perf_counter() - started
         self.waited += seconds
@@ -91,6 +91,10 @@ def prepare(settings: dict):
     from coati.rollout.generator import in_rounds
 
     class WatchedBatch(ContinuousBatch):
+        def __init__(self, *arguments, **options):
+            batches.append(self)
+            super().__init__(*arguments, **options)
+
         def step(self):
             rows_by_time.append((time.perf_counter() - started, len(self.rows)))
             super().step()
@@ -99,14 +103,14 @@ def prepare(settings: dict):
         batch_class = WatchedBatch
 
     actor = Actor(make_model(settings))
-    started, rows_by_time = 0.0, []
+    started, rows_by_time, batches = 0.0, [], []
 
     def work() -> dict:
         nonlocal started
         engine = Watched(
             actor, GenerationConfig(max_new_tokens=LONGEST), eos_ids=[], stop=ends, slots=settings["slots"]
         )
-        episodes = Episodes(settings["episodes"], engine)
+        episodes = Episodes(settings["episodes"], batches)
         follow_ups = FollowUps(episodes.next, BEGINNING + TURNS * (LONGEST + NEW))
         started = time.perf_counter()
         rows_by_time.clear()

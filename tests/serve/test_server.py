@@ -23,6 +23,7 @@ from coati.errors import UserError
 from coati.listening import listen
 from coati.models import Actor
 from coati.models.opened import open_model
+from coati.rollout.engine.batch import ContinuousBatch
 from coati.rollout.engine.live import LiveSampler, nucleus_of
 from coati.rollout.generator import Completion
 from coati.run_layout import model_folder, named_models
@@ -293,16 +294,16 @@ def test_a_nucleus_is_transformers_own():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slot(address, worker, monkeypatch, stream):
+def test_a_client_that_leaves_frees_its_slot(address, monkeypatch, stream):
     """Its response ends at the next token: here the second one comes once the client has left."""
-    has_begun, has_left, step = threading.Event(), threading.Event(), worker.engine.step
+    has_begun, has_left, step = threading.Event(), threading.Event(), ContinuousBatch.step
 
-    def step_after_that():
+    def step_after_that(batch):
         has_begun.set()
         assert has_left.wait(PATIENCE)
-        step()
+        step(batch)
 
-    monkeypatch.setattr(worker.engine, "step", step_after_that)
+    monkeypatch.setattr(ContinuousBatch, "step", step_after_that)
     generated = metric(address, "coati_generated_tokens_total")
     body = {"model": "tiny", "messages": CHAT, "max_tokens": 1000, "temperature": 0, "stream": stream}
     host, _, port = address.removeprefix("http://").partition(":")
@@ -414,8 +415,7 @@ def test_a_failure_is_an_error_and_the_next_request_is_served(opened, monkeypatc
         raise RuntimeError("out of something")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker.engine, "decode", fail)
-        patch.setattr(worker.engine, "step", fail)
+        patch.setattr(ContinuousBatch, "step", fail)
         [answer] = ask(app, request)
     assert answer.status_code == 500 and "out of something" in answer.json()["error"]["message"]
     [answer] = ask(app, request)
