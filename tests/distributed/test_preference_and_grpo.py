@@ -23,7 +23,7 @@ KINDS = {"dpo": {}, "cached": dict(cache_reference=True), "kto": dict(algorithm=
 # a reward that is often the same for a whole group, and a reference
 KINDS["grpo"] = dict(group_size=2, dynamic_sampling=True, kl_coefficient=0.05)
 # an environment, whose episodes have more turns on one rank than on the other
-TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=100, stop=["e", "o"], rewards=[])
+TALK = dict(environment=f"{ROOT / 'tests' / 'talk.py'}:Talk", max_turns=3, max_tokens=100, stop=["e", "o"])
 KINDS["episodes"] = dict(group_size=2, kl_coefficient=0.05) | TALK
 KINDS["distill"] = dict(distill_temperature=0.7)
 # a teacher that reads another prompt, and one that is an average of the student
@@ -71,6 +71,10 @@ def job(name: str, kind: str, world, folder: Path, **changes) -> dict:
     changes = dict(cache_dir=str(folder / "cache" / name.removesuffix("-resumed"))) | KINDS[kind] | changes
     if kind == "grpo":
         changes["rewards"] = functions(world["rewards"] + ":odd")
+    if kind == "episodes":
+        # beside the environment's, so that no group ties: while the policy is its reference, a tie's gradients are
+        # rounding errors, which Adam's first step makes as large as any
+        changes["rewards"] = functions(world["rewards"] + ":length")
     if kind == "routed":
         changes |= dict(teachers={"a": world["teacher"], "b": world["second teacher"]}, eval_data=[])
         changes["train_data"] = [world["taught"]]
