@@ -1,5 +1,7 @@
 """What each plugin doesn't support, checked before any work; the settings are `coati.config.plugin.PluginConfig`."""
 
+import platform
+
 from coati.config.plugin import PLUGINS, Plugin, PluginConfig
 from coati.errors import UserError
 
@@ -13,6 +15,14 @@ def resolve_precision(config: PluginConfig) -> str:
     if not torch.cuda.is_available():
         return "fp32" if PLUGINS[config.plugin].computes_in_fp32 else "bf16"
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def cpu_emulates_bf16() -> bool:
+    """Whether this is an x86 CPU without instructions for bf16: products take several times as long as in fp32."""
+    import torch
+
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return is_x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def check_plugin(config: PluginConfig, *, lora: bool = False, world_size: int | None = None):

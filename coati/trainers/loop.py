@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from coati.errors import UserError, no_room
 from coati.parallel import resolve_precision
+from coati.parallel.config import cpu_emulates_bf16
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.card import model_card
@@ -106,7 +107,7 @@ def evaluate(trainer, tracker) -> float | None:
 
 
 def announce(trainer):
-    """One line: what will run, where and how big."""
+    """One line: what will run, where and how big; another if the CPU is slow at what was asked for."""
     c, runtime, product = trainer.config, trainer.runtime, next(iter(trainer.engines.values()))
     size = f"{product.parameters / 1e6:.1f}M parameters"
     if product.trained_parameters < product.parameters:
@@ -118,6 +119,8 @@ def announce(trainer):
     if trainer.folder.resumed_from:
         line += f" · from step {trainer.steps_done}"
     runtime.say(line)
+    if runtime.device.type == "cpu" and c.parallel.precision == "bf16" and cpu_emulates_bf16():
+        runtime.say("this CPU has no instructions for bf16: --precision fp32 is several times as fast")
 
 
 def short(metrics: dict[str, float]) -> dict[str, float]:

@@ -37,3 +37,13 @@ def test_the_reference_s_pass_over_the_data_is_announced_unless_its_results_are_
     assert len(announced) == len(done) == 2 and all(i < j for i, j in zip(announced, done, strict=True))
     again = said("preference", tiny_world, runtime, tmp_path / "b", capsys, **changes)
     assert not any(line.startswith("computing") for line in again)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("emulates", [True, False])
+def test_a_cpu_that_emulates_bf16_is_named_with_what_is_faster(
+    precision, emulates, tiny_world, runtime, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("coati.trainers.loop.cpu_emulates_bf16", lambda: emulates)
+    lines = said("sft", tiny_world, runtime, tmp_path, capsys, precision=precision)
+    assert any("--precision fp32" in line for line in lines) == (precision == "bf16" and emulates)
