@@ -215,7 +215,7 @@ def main():
         ours = reached(curves["coati"], options.target) or curves["coati"][-1][0]
         curves["TRL"] = run_trl(folder, options.iterations, seed, options.target, options.patience * ours)
         seconds = {name: reached(curve, options.target) for name, curve in curves.items()}
-        result["seeds"][str(seed)] = {"seconds": seconds, "curves": curves}
+        result["seeds"][str(seed)] = {"curves": curves}
         print(f"seed {seed}: seconds to {options.target:.0%}: {seconds}", file=sys.stderr, flush=True)
         if options.save:
             store(result, "time_to_reward", "seeds")

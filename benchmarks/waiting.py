@@ -114,6 +114,7 @@ def prepare(settings: dict):
         follow_ups = FollowUps(episodes.next, BEGINNING + TURNS * (LONGEST + NEW))
         started = time.perf_counter()
         rows_by_time.clear()
+        batches.clear()
         asked = episodes.requests[:], episodes.hear, follow_ups
         found = engine.generate(*asked) if settings["joins"] else in_rounds(engine.generate, *asked)
         seconds = time.perf_counter() - started

@@ -17,6 +17,7 @@ HOME = {
     "Runtime": "runtime",
     "Update": "update",
     "check_plugin": "config",
+    "cpu_emulates_bf16": "config",
     "launch": "runtime",
     "make_engine": "factory",
     "resolve_precision": "config",

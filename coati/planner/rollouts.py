@@ -17,6 +17,7 @@ from coati.rewards import Reward
 from coati.rollout import Completion, FollowUps, GenerationConfig, Prompt, Request, RolloutEngine, has_kv_cache
 from coati.rollout.engine.batch import ContinuousBatch
 from coati.rollout.engine.reader import KEPT_SHARE, PromptReader
+from coati.rollout.engine.rows import states_in
 from coati.rollout.generator import OnDone, notify_done
 from coati.rollout.sampler import OnSample, Sampled
 from coati.rollout.vllm import vllm_memory
@@ -97,6 +98,8 @@ class PlannedGenerator:
 
 
 class PlannedPromptReader(PromptReader):
+    """Tells `hold` of the keys and values that it makes."""
+
     def __init__(self, model, most_rows: int, most_tokens: int, hold: Callable[[Any], None]):
         super().__init__(model, most_rows, most_tokens)
         self.hold = hold
@@ -159,14 +162,13 @@ class FirstAndLastToken(RolloutEngine):
         return False  # which is for CPUs, and models here have no weights to copy
 
     def hold(self, cache):
-        self.live.hold([x for layer in cache.layers for x in (layer.keys, layer.values)], self.item)
+        self.live.hold(states_in(cache), self.item)
 
     def make_waiting_rows(self, cache):
         """What is kept of rows that wait, and copied of those that come back."""
         tokens = cache.slots * self.kept_tokens
         copied = min(tokens, KEPT_SHARE * self.reader.most_tokens)
-        states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-        per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in states)
+        per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in states_in(cache))
         return self.live.make(per_token * (tokens + copied), self.item)
 
 

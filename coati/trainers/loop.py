@@ -5,8 +5,7 @@ import time
 from dataclasses import asdict
 
 from coati.errors import UserError, no_room
-from coati.parallel import resolve_precision
-from coati.parallel.config import cpu_emulates_bf16
+from coati.parallel import cpu_emulates_bf16, resolve_precision
 from coati.parallel.update import SkippedSteps
 from coati.tracking import make_tracker, progress_bar
 from coati.trainers.card import model_card

@@ -59,18 +59,26 @@ def measured(folder: Path) -> dict:
     return {"minutes": round(minutes, 1), "figures": figures, "samples": samples_of(folder)}
 
 
+def by_stage(found: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """The same for each stage, its seeds in order."""
+    stages: dict[str, dict[str, dict]] = {}
+    for name, stage in sorted(found.items()):
+        stages.setdefault(name.partition(",")[0], {})[name] = stage
+    return stages
+
+
 def table_of(found: dict[str, dict]) -> str:
     """A line for each figure of a stage, the first with its name and minutes; then what several seeds gained."""
     lines = ["| stage, seed | minutes | figure | before | after |", "|---|---|---|---|---|"]
-    seeds: dict[str, list[dict]] = {}
-    for name, stage in sorted(found.items()):
-        seeds.setdefault(name.partition(",")[0], []).append(stage)
-        first = f"{name} | {stage['minutes']}"
-        for title, before, after in stage["figures"]:
-            lines.append(f"| {first} | {title} | {told(before)} | {told(after)} |")
-            first = " | "
-    for name, of_seeds in seeds.items():
-        lines += gains(name, of_seeds)
+    stages = by_stage(found)
+    for of_seeds in stages.values():
+        for name, stage in of_seeds.items():
+            first = f"{name} | {stage['minutes']}"
+            for title, before, after in stage["figures"]:
+                lines.append(f"| {first} | {title} | {told(before)} | {told(after)} |")
+                first = " | "
+    for name, of_seeds in stages.items():
+        lines += gains(name, list(of_seeds.values()))
     return "\n".join(lines)
 
 
@@ -186,13 +194,11 @@ def samples_of(folder: Path) -> list[list[str]]:
 
 
 def quoted(found: dict[str, dict]) -> str:
-    """Each stage's samples of its first seed, as lists."""
-    lines, stages = [], set()
-    for name, stage in sorted(found.items()):
-        of_stage = name.partition(",")[0]
-        if stage["samples"] and of_stage not in stages:
+    """Samples of each stage's first seed that has some, as lists."""
+    lines = []
+    for of_seeds in by_stage(found).values():
+        for name, samples in [(name, stage["samples"]) for name, stage in of_seeds.items() if stage["samples"]][:1]:
             lines += [f"{name}:", ""]
-            lines += [f"- before: {json.dumps(one)}\n  after: {json.dumps(other)}" for one, other in stage["samples"]]
+            lines += [f"- before: {json.dumps(one)}\n  after: {json.dumps(other)}" for one, other in samples]
             lines.append("")
-            stages.add(of_stage)
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from coati.errors import UserError
 from coati.models.routing import RoutingNotes
 from coati.rollout.engine.graphs import StepGraphs, round_up
 from coati.rollout.engine.live import HEADS, LiveRequest, needs_of
-from coati.rollout.engine.rows import ReadRow, Row, Slots
+from coati.rollout.engine.rows import ReadRow, Row, Slots, states_in
 from coati.rollout.engine.sampling import key_of, most_likely
 from coati.rollout.generator import Completion, FollowUps, OnDone, Request
 from coati.rollout.prompts import pad_right
@@ -111,8 +111,7 @@ class ContinuousBatch:
             return wanted
         from coati.rollout.engine.cache import stored_as
 
-        tensors = [x for layer in read.layers for x in (layer.keys, layer.values)]
-        bytes_per_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in tensors)
+        bytes_per_slot = sum(x.shape[1] * columns * x.shape[3] * stored_as(x).itemsize for x in states_in(read))
         fits = int(0.8 * free_memory(self.device) // bytes_per_slot)
         if fits == 0:
             raise UserError(

@@ -64,6 +64,11 @@ class ReadRow:
     continued: bool = False
 
 
+def states_in(cache) -> list[Tensor]:
+    """The keys and values of all layers, `[rows, key-value heads, columns, head_dim]` each."""
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
 class Slots:
     """The device's state of the rows in progress, by slot.
 
